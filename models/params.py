@@ -1,0 +1,157 @@
+"""`InpaintParams`: the numbers and texts of one job, their ranges and defaults.
+
+The only place where a range stands. Torch-free, so that the web side can use it. What a client may
+write for these values (strings, "yes"/"no", vendor step lists) is a dialect's business.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from enum import StrEnum
+
+from models.errors import InvalidInput, Violation
+
+SEED_MODULUS = 2**32
+"""Seeds are 0 … 2**32 - 1."""
+
+SIZE_MULTIPLE = 8
+"""Width and height are multiples of this: the VAE works on blocks of 8×8 pixels."""
+
+
+class SchedulerName(StrEnum):
+    """Noise schedulers a job may ask for, under the names of their diffusers classes."""
+
+    DDIM = "DDIMScheduler"
+    DDPM = "DDPMScheduler"
+    DEIS = "DEISMultistepScheduler"
+    DPM_MULTISTEP = "DPMSolverMultistepScheduler"
+    DPM_SINGLESTEP = "DPMSolverSinglestepScheduler"
+    EULER = "EulerDiscreteScheduler"
+    EULER_ANCESTRAL = "EulerAncestralDiscreteScheduler"
+    HEUN = "HeunDiscreteScheduler"
+    KDPM2 = "KDPM2DiscreteScheduler"
+    KDPM2_ANCESTRAL = "KDPM2AncestralDiscreteScheduler"
+    LCM = "LCMScheduler"
+    PNDM = "PNDMScheduler"
+    UNIPC = "UniPCMultistepScheduler"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Closed interval of allowed values."""
+
+    minimum: float
+    maximum: float
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.minimum <= value <= self.maximum
+
+
+RANGES = {
+    "width": Range(64, 1024),
+    "height": Range(64, 1024),
+    "samples": Range(1, 4),
+    "num_inference_steps": Range(1, 150),
+    "guidance_scale": Range(1, 20),
+    "strength": Range(0.001, 1),
+    "seed": Range(0, SEED_MODULUS - 1),
+    "clip_skip": Range(0, 8),
+}
+MAX_PROMPT_CHARS = 8_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InpaintParams:
+    """Everything that decides a job's pictures, besides the model, the init image and the mask.
+
+    width, height: pixels of the result, multiples of 8.
+    samples: pictures; picture i is made with `seed + i` (modulo 2**32) and equals a job of one
+        sample with that seed.
+    strength: 1.0 forgets the init image under the mask; below, the run starts from a noised init
+        image and does about `num_inference_steps * strength` steps.
+    guidance_scale: classifier-free guidance; 1 switches it off (and the negative prompt with it).
+    scheduler: None takes the model's own.
+    clip_skip: how many of the text encoder's last layers are skipped.
+    safety_check: replace flagged pictures by a blank one.
+
+    Raises: InvalidInput, with every violation.
+    """
+
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    samples: int = 1
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    strength: float = 0.7
+    scheduler: SchedulerName | None = None
+    clip_skip: int = 0
+    safety_check: bool = True
+
+    def __post_init__(self) -> None:
+        violations = [
+            Violation(name, allowed.minimum, allowed.maximum)
+            for name, allowed in RANGES.items()
+            if getattr(self, name) not in allowed
+        ]
+        violations += [
+            Violation(name, reason=f"must be a multiple of {SIZE_MULTIPLE}")
+            for name in ("width", "height")
+            if getattr(self, name) % SIZE_MULTIPLE
+        ]
+        violations += [
+            Violation(name, reason=f"must not be longer than {MAX_PROMPT_CHARS} characters")
+            for name in ("prompt", "negative_prompt")
+            if len(getattr(self, name)) > MAX_PROMPT_CHARS
+        ]
+        if violations:
+            raise InvalidInput(violations)
+
+    @property
+    def work(self) -> float:
+        """Size of the job in pixel steps, for comparing it with others."""
+        steps = max(1, self.num_inference_steps * self.strength)
+        return float(self.samples * steps * self.width * self.height)
+
+    def sample_seed(self, index: int) -> int:
+        """Seed of sample `index` (0-based)."""
+        return (self.seed + index) % SEED_MODULUS
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for a job row; `from_json` is the way back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> "InpaintParams":
+        """The parameters `to_json` wrote. Raises: InvalidInput."""
+        known: dict[str, object] = dict(values)
+        if known.get("scheduler") is not None:
+            known["scheduler"] = SchedulerName(str(known["scheduler"]))
+        return cls(**known)  # type: ignore[arg-type]  # checked field by field in __post_init__
+
+
+def fit_size(
+    own_width: int, own_height: int, width: int | None, height: int | None
+) -> tuple[int, int]:
+    """The size of a result of which the width, the height or both were left open.
+
+    own_width, own_height: pixels of the init image, whose proportions fill what is open; an image
+    larger than the limits is scaled down to them. Given sides are taken as they are.
+    """
+    if width is not None and height is not None:
+        return width, height
+    if width is not None:
+        return width, fit_side("height", own_height * width / own_width)
+    if height is not None:
+        return fit_side("width", own_width * height / own_height), height
+    largest = min(RANGES["width"].maximum / own_width, RANGES["height"].maximum / own_height)
+    scale = min(1.0, largest)
+    return fit_side("width", own_width * scale), fit_side("height", own_height * scale)
+
+
+def fit_side(name: str, pixels: float) -> int:
+    """The nearest allowed width or height that is not larger, or the smallest there is."""
+    allowed = RANGES[name]
+    clamped = int(max(allowed.minimum, min(allowed.maximum, pixels)))
+    return clamped - clamped % SIZE_MULTIPLE

@@ -1,0 +1,334 @@
+"""The mathematics of inpainting, in four verbs: prepare, denoise_step, advance, decode.
+
+`InpaintPipeline` holds weights and never a request: all that changes from step to step lives in
+`Sample`. For one sample on a CPU in float32 the pictures equal those of diffusers'
+`StableDiffusionInpaintPipeline` (same order of random draws, same formulas); comments name its file
+as `pipeline_stable_diffusion_inpaint.py`.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+
+from models.errors import DeviceLost, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.masks import binarise, paste_back
+from models.params import InpaintParams
+from models.prompts import PromptEncoder
+from models.registry import Components
+from models.safety import SafetyChecker, blank_like
+from models.schedulers import create_scheduler, run_timesteps
+
+INPAINT_CHANNELS = 9
+"""Latents (4), mask (1) and masked-image latents (4), joined in this order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The two pictures of a job, already at the job's size.
+
+    init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8, 128 and above is repainted.
+    """
+
+    init_image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One picture in the making: the lasting truth, from which each step's batch is gathered.
+
+    conditioning: `(rows, tokens, d)`; rows are [negative, positive], or [positive] alone where
+        guidance is off.
+    latents, noise, image_latents: `(1, 4, h/8, w/8)`; mask: `(1, 1, h/8, w/8)`, 0 or 1.
+    masked_image_latents: `(1, 4, h/8, w/8)`, for UNets of 9 channels.
+    image_latents: for UNets of 4 channels, blended back outside the mask after each step.
+    timesteps: of the whole run, host scalars, first to last.
+    """
+
+    params: InpaintParams
+    source: Source
+    seed: int
+    scheduler: SchedulerMixin
+    step_arguments: dict[str, Any]
+    timesteps: list[torch.Tensor]
+    conditioning: torch.Tensor
+    latents: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor
+    masked_image_latents: torch.Tensor
+    image_latents: torch.Tensor | None
+    step_index: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of this run, after strength; inner steps of second-order schedulers count."""
+        return len(self.timesteps)
+
+    @property
+    def is_denoised(self) -> bool:
+        """True once no step is left and the latents can be decoded."""
+        return self.step_index >= self.total_steps
+
+    @property
+    def rows(self) -> int:
+        """UNet rows this sample needs per step: 2 with guidance, else 1."""
+        return self.conditioning.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished sample.
+
+    image: `(h, w, 3)` uint8, what the client gets: pasted back into the init image, or blank.
+    generated: the decoder's picture before paste-back.
+    is_flagged: the safety checker's verdict; None where it was not asked or there is none.
+    """
+
+    seed: int
+    image: NDArray[np.uint8]
+    generated: NDArray[np.uint8] = field(repr=False)
+    is_flagged: bool | None = None
+
+
+class InpaintPipeline:
+    """A checkpoint on a device."""
+
+    def __init__(self, components: Components) -> None:
+        self._vae = components.vae
+        self._unet = components.unet
+        self._scheduler_config = components.scheduler_config
+        self.device: torch.device = components.unet.device
+        self.dtype: torch.dtype = components.unet.dtype
+        self.channels: int = components.unet.config.in_channels
+        if self.channels not in (4, INPAINT_CHANNELS):
+            raise ModelUnavailable(
+                f"a UNet of {self.channels} input channels is no inpainting UNet"
+            )
+        self.latent_scale: int = 2 ** (len(components.vae.config.block_out_channels) - 1)
+        self._prompts = PromptEncoder(
+            components.tokenizer, components.text_encoder, self.device, self.dtype
+        )
+        self._safety = (
+            SafetyChecker(components.safety_checker, components.feature_extractor)
+            if components.safety_checker is not None
+            else None
+        )
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """False for checkpoints that were published without one."""
+        return self._safety is not None
+
+    @torch.inference_mode()
+    def prepare(self, params: InpaintParams, source: Source) -> list[Sample]:
+        """The samples of a job, before their first step.
+
+        The images are encoded once; each sample draws its own values from the VAE's distributions,
+        so that sample i is what a job of one sample with seed + i would be.
+        Raises: OutOfMemory, DeviceLost.
+        """
+        with translated_errors():
+            conditioning = self._encode_prompts(params)
+            encoded = self._encode_images(source)
+            return [
+                self._start(params, source, params.sample_seed(index), conditioning, encoded)
+                for index in range(params.samples)
+            ]
+
+    @torch.inference_mode()
+    def denoise_step(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """One UNet call for the next step of all samples: a prediction `(1, 4, h/8, w/8)` each.
+
+        samples: of one latent size and one conditioning length; all else may differ.
+        Raises: OutOfMemory, DeviceLost.
+        """
+        with translated_errors():
+            rows = [self._unet_rows(sample) for sample in samples]
+            timesteps = [sample.timesteps[sample.step_index].float() for sample in samples]
+            counts = torch.tensor([sample.rows for sample in samples])
+            predictions = self._unet(
+                torch.cat(rows),  # (rows, 4 or 9, h/8, w/8)
+                torch.stack(timesteps).repeat_interleave(counts).to(self.device),
+                encoder_hidden_states=torch.cat([sample.conditioning for sample in samples]),
+                return_dict=False,
+            )[0]
+            split = predictions.split([sample.rows for sample in samples])
+            return [
+                guide(rows, sample.params.guidance_scale)
+                for rows, sample in zip(split, samples, strict=True)
+            ]
+
+    @torch.inference_mode()
+    def advance(self, sample: Sample, prediction: torch.Tensor) -> None:
+        """Take one scheduler step: changes the sample's latents and step index.
+
+        prediction: `(1, 4, h/8, w/8)` from `denoise_step`.
+        Raises: OutOfMemory, DeviceLost.
+        """
+        with translated_errors():
+            timestep = sample.timesteps[sample.step_index]
+            sample.latents = sample.scheduler.step(
+                prediction, timestep, sample.latents, return_dict=False, **sample.step_arguments
+            )[0]
+            sample.step_index += 1
+            if sample.image_latents is not None:
+                sample.latents = blend_outside(sample, sample.image_latents)
+
+    @torch.inference_mode()
+    def decode(self, samples: Sequence[Sample]) -> list[Picture]:
+        """Finished pictures, in the order of the samples.
+
+        samples: denoised, of one latent size.
+        Raises: UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        with translated_errors():
+            latents = torch.cat([sample.latents for sample in samples])
+            decoded = self._vae.decode(
+                latents / self._vae.config.scaling_factor, return_dict=False
+            )[0]  # (n, 3, h, w)
+            if not torch.isfinite(decoded).all():
+                raise UnusablePicture("the decoder returned values that are not finite")
+            return [
+                self._finish(sample, generated)
+                for sample, generated in zip(samples, to_pictures(decoded), strict=True)
+            ]
+
+    def _finish(self, sample: Sample, generated: NDArray[np.uint8]) -> Picture:
+        source = sample.source
+        image = paste_back(source.init_image, generated, binarise(source.mask))
+        is_flagged = None
+        if sample.params.safety_check and self._safety is not None:
+            is_flagged = self._safety.is_flagged([image])[0]
+        if is_flagged:
+            image = blank_like(image)
+        return Picture(sample.seed, image, generated, is_flagged)
+
+    def _encode_prompts(self, params: InpaintParams) -> torch.Tensor:
+        if params.guidance_scale <= 1:
+            return self._prompts.encode(params.prompt, params.clip_skip)
+        positive, negative = self._prompts.encode_pair(
+            params.prompt, params.negative_prompt, params.clip_skip
+        )
+        return torch.cat([negative, positive])
+
+    def _encode_images(self, source: Source) -> "EncodedImages":
+        init_image = torch.from_numpy(source.init_image).permute(2, 0, 1)[None].to(self.device)
+        init_image = init_image.float() / 255 * 2 - 1  # (1, 3, h, w) in [-1, 1]
+        repaint = torch.from_numpy(binarise(source.mask))[None, None].to(self.device)
+        masked_image = init_image * ~repaint
+        # "nearest" and before the cast to half precision, as the original does.
+        size = [side // self.latent_scale for side in init_image.shape[-2:]]
+        mask = torch.nn.functional.interpolate(repaint.float(), size=size).to(self.dtype)
+        return EncodedImages(
+            init_image=self._vae.encode(init_image.to(self.dtype)).latent_dist,
+            masked_image=self._vae.encode(masked_image.to(self.dtype)).latent_dist,
+            mask=mask,
+        )
+
+    def _start(
+        self,
+        params: InpaintParams,
+        source: Source,
+        seed: int,
+        conditioning: torch.Tensor,
+        encoded: "EncodedImages",
+    ) -> Sample:
+        scheduler = create_scheduler(params.scheduler, self._scheduler_config)
+        timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
+        # A generator on the host gives the same numbers on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        factor = self._vae.config.scaling_factor
+        # The order of the three draws is the original's; changing it changes every picture.
+        image_latents = None
+        if self.channels != INPAINT_CHANNELS or params.strength < 1:
+            image_latents = factor * encoded.init_image.sample(generator)
+        noise = randn_tensor(
+            (1, 4, *encoded.mask.shape[-2:]), generator, device=self.device, dtype=self.dtype
+        )
+        masked_image_latents = factor * encoded.masked_image.sample(generator)
+        if params.strength < 1:
+            latents = scheduler.add_noise(image_latents, noise, timesteps[0][None])
+        else:
+            latents = noise * scheduler.init_noise_sigma
+        return Sample(
+            params=params,
+            source=source,
+            seed=seed,
+            scheduler=scheduler,
+            step_arguments=step_arguments(scheduler, generator),
+            timesteps=timesteps,
+            conditioning=conditioning,
+            latents=latents,
+            noise=noise,
+            mask=encoded.mask,
+            masked_image_latents=masked_image_latents,
+            image_latents=None if self.channels == INPAINT_CHANNELS else image_latents,
+        )
+
+    def _unet_rows(self, sample: Sample) -> torch.Tensor:
+        timestep = sample.timesteps[sample.step_index]
+        model_input: torch.Tensor = sample.scheduler.scale_model_input(sample.latents, timestep)
+        if self.channels == INPAINT_CHANNELS:
+            model_input = torch.cat([model_input, sample.mask, sample.masked_image_latents], dim=1)
+        return model_input.expand(sample.rows, -1, -1, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImages:
+    """What all samples of a job share: the VAE's distributions and the mask at latent size."""
+
+    init_image: Any
+    masked_image: Any
+    mask: torch.Tensor
+
+
+def step_arguments(scheduler: SchedulerMixin, generator: torch.Generator) -> dict[str, Any]:
+    """What a scheduler's `step` wants besides the prediction: stochastic ones draw noise."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {"generator": generator} if "generator" in accepted else {}
+
+
+def guide(predictions: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6, in the weighting of diffusers).
+
+    predictions: `(rows, 4, h/8, w/8)`, [negative, positive] or [positive]; result `(1, …)`.
+    """
+    if predictions.shape[0] == 1:
+        return predictions
+    negative, positive = predictions.chunk(2)
+    return negative + guidance_scale * (positive - negative)
+
+
+def blend_outside(sample: Sample, image_latents: torch.Tensor) -> torch.Tensor:
+    """Put the init image back outside the mask, at the noise level the next step expects."""
+    kept = image_latents
+    if not sample.is_denoised:
+        next_timestep = sample.timesteps[sample.step_index]
+        kept = sample.scheduler.add_noise(kept, sample.noise, next_timestep[None])
+    return (1 - sample.mask) * kept + sample.mask * sample.latents
+
+
+def to_pictures(decoded: torch.Tensor) -> NDArray[np.uint8]:
+    """Decoder output `(n, 3, h, w)` in [-1, 1] to `(n, h, w, 3)` uint8, rounded to nearest."""
+    unit = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+    pictures: NDArray[np.uint8] = (unit * 255).round().to(torch.uint8).cpu().numpy()
+    return pictures
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """torch's errors as ours: no memory may be retried, any other device error may not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("the device has too little free memory for this picture") from error
+    except torch.AcceleratorError as error:
+        raise DeviceLost(str(error)) from error

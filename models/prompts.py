@@ -1,0 +1,280 @@
+"""Prompts to embeddings: emphasis, chunks beyond 77 tokens, the embedding cache.
+
+The syntax and the arithmetic are those of AUTOMATIC1111's web UI, which prompts are written for
+(`modules/prompt_parser.py`, `sd_hijack_clip.py`, `sd_emphasis.py`); a prompt without emphasis that
+fits into one chunk is encoded as diffusers does.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from models.errors import InvalidInput, Violation
+
+CHUNK_TOKENS = 75
+"""Tokens of one chunk, without the two that mark its begin and end."""
+
+MAX_CHUNKS = 32
+"""About 8,000 characters of prose; each chunk makes every denoising step dearer."""
+
+MAX_WEIGHT = 100.0
+"""Weights are held within ± this: higher ones leave the range of half precision."""
+
+CACHED_PROMPTS = 64
+
+_COMMA_WINDOW = 20
+"""A full chunk is cut after its last comma if that is among this many last tokens."""
+
+_ROUND = 1.1
+_SQUARE = 1 / 1.1
+
+# No two repetitions that could match the same characters stand side by side: linear time.
+_SYNTAX = re.compile(
+    r"\\(?P<escaped>[()\[\]\\]?)"
+    r"|:\s*(?P<weight>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)"
+    r"|(?P<bracket>[()\[\]])"
+    r"|(?P<plain>[^\\()\[\]:]+|:)"
+)
+_BREAK = re.compile(r"\bBREAK\b")
+
+
+class WeightedText(NamedTuple):
+    text: str
+    weight: float
+
+
+class WeightedToken(NamedTuple):
+    id: int
+    weight: float
+
+
+def parse_prompt(prompt: str) -> list[list[WeightedText]]:
+    """The prompt's sections, which `BREAK` divides; no two neighbours in one have equal weights.
+
+    `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3, nested ones their product. A backslash makes the
+    bracket or backslash after it literal, and is dropped elsewhere. A bracket never closed reaches
+    to the end of the prompt, one never opened is literal.
+    """
+    reader = _Reader(len(prompt))
+    for match in _SYNTAX.finditer(prompt):
+        kind, found = match.lastgroup, match[0]
+        if kind == "escaped":
+            reader.add(match["escaped"])
+        elif kind == "weight" and reader.is_open("("):
+            reader.close("(", float(match["weight"]))
+        elif found in ("(", "["):
+            reader.open(found)
+        elif found == ")" and reader.is_open("("):
+            reader.close("(", _ROUND)
+        elif found == "]" and reader.is_open("["):
+            reader.close("[", _SQUARE)
+        else:
+            reader.add_with_breaks(found)
+    return reader.finish()
+
+
+class _Reader:
+    """The state of reading one prompt: pieces so far, their weights, brackets still open."""
+
+    def __init__(self, max_pieces: int) -> None:
+        self._pieces: list[str | None] = []  # None is a BREAK
+        # In one array, because deeply nested brackets multiply the same weights again and again.
+        self._weights = np.ones(max_pieces)
+        self._opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+
+    def add_with_breaks(self, text: str) -> None:
+        sections = _BREAK.split(text)
+        for index, section in enumerate(sections):
+            if index > 0:
+                self._pieces.append(None)
+                section = section.lstrip()
+            if index < len(sections) - 1:
+                section = section.rstrip()
+            self._pieces.append(section)
+
+    def is_open(self, bracket: str) -> bool:
+        return bool(self._opened[bracket])
+
+    def open(self, bracket: str) -> None:
+        self._opened[bracket].append(len(self._pieces))
+
+    def close(self, bracket: str, factor: float) -> None:
+        # Round and square brackets may overlap, so this is a range of pieces, not a tree.
+        inside = self._weights[self._opened[bracket].pop() : len(self._pieces)]
+        inside *= _within_limits(factor)
+        np.clip(inside, -MAX_WEIGHT, MAX_WEIGHT, out=inside)
+
+    def finish(self) -> list[list[WeightedText]]:
+        for bracket, factor in (("(", _ROUND), ("[", _SQUARE)):
+            while self.is_open(bracket):
+                self.close(bracket, factor)
+        sections: list[list[WeightedText]] = [[]]
+        for piece, weight in zip(self._pieces, self._weights.tolist(), strict=False):
+            if piece is None:
+                sections.append([])
+            elif piece:
+                sections[-1].append(WeightedText(piece, weight))
+        return [list(_merge_equal(section)) for section in sections]
+
+
+def _within_limits(weight: float) -> float:
+    return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
+
+
+def _merge_equal(texts: Iterable[WeightedText]) -> Iterator[WeightedText]:
+    for weight, group in groupby(texts, key=lambda piece: piece.weight):
+        yield WeightedText("".join(piece.text for piece in group), weight)
+
+
+def split_chunks(tokens: list[WeightedToken], comma_id: int) -> Iterator[list[WeightedToken]]:
+    """At most 75 tokens each, at least one chunk; a comma near the end draws the cut to itself."""
+    start = 0
+    while len(tokens) - start > CHUNK_TOKENS:
+        end = start + CHUNK_TOKENS
+        if tokens[end].id != comma_id:
+            end = _after_last_comma(tokens, end, comma_id)
+        yield tokens[start:end]
+        start = end
+    yield tokens[start:]
+
+
+def _after_last_comma(tokens: list[WeightedToken], end: int, comma_id: int) -> int:
+    for position in range(end, end - _COMMA_WINDOW, -1):
+        if tokens[position - 1].id == comma_id:
+            return position
+    return end
+
+
+class PromptEncoder:
+    """Embeds prompts with one checkpoint's text encoder and remembers the last ones.
+
+    The tensors are shared with the cache: read them, do not write into them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._text_encoder = text_encoder
+        self._device = device
+        self._dtype = dtype
+        self._comma_id = self._token_ids(",")[-1]
+        self._cached = lru_cache(maxsize=CACHED_PROMPTS)(self._encode)
+
+    def encode(self, text: str, clip_skip: int = 0, *, field: str = "prompt") -> Tensor:
+        """`(1, 77 * chunks, d)`, on the encoder's device and in its dtype.
+
+        clip_skip: as in diffusers; 0 is the last layer, 1 the one before.
+        Raises: InvalidInput, naming `field` for a text of more than 32 chunks, or `clip_skip`.
+        """
+        return self._cached(text, clip_skip, field)
+
+    def encode_pair(
+        self, prompt: str, negative_prompt: str, clip_skip: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Both texts, equally long: the shorter is followed by encoded empty chunks.
+
+        Raises: InvalidInput.
+        """
+        positive = self.encode(prompt, clip_skip)
+        negative = self.encode(negative_prompt, clip_skip, field="negative_prompt")
+        length = max(positive.shape[1], negative.shape[1])
+        return (
+            self._extend(positive, length, clip_skip),
+            self._extend(negative, length, clip_skip),
+        )
+
+    def _extend(self, states: Tensor, length: int, clip_skip: int) -> Tensor:
+        if states.shape[1] == length:
+            return states
+        empty = self.encode("", clip_skip)
+        missing_chunks = (length - states.shape[1]) // empty.shape[1]
+        return torch.cat([states, *[empty] * missing_chunks], dim=1)
+
+    @torch.no_grad()
+    def _encode(self, text: str, clip_skip: int, field: str) -> Tensor:
+        layers = self._text_encoder.config.num_hidden_layers
+        if not 0 <= clip_skip <= layers:
+            raise InvalidInput([Violation("clip_skip", 0, layers)])
+        chunks = self._chunks(text)
+        if len(chunks) > MAX_CHUNKS:
+            raise InvalidInput(
+                [Violation(field, reason=f"must not need more than {MAX_CHUNKS} chunks of tokens")]
+            )
+        # One by one, so that a chunk's numbers do not depend on its neighbours in a batch.
+        states = [self._encode_chunk(chunk, clip_skip) for chunk in chunks]
+        return torch.cat(states, dim=1).to(self._dtype)  # (1, 77 * chunks, d)
+
+    def _chunks(self, text: str) -> list[list[WeightedToken]]:
+        sections = [self._tokens(section) for section in parse_prompt(text)]
+        if len(sections) > 1 and not sections[-1]:
+            del sections[-1]  # A BREAK at the very end begins nothing.
+        return [chunk for tokens in sections for chunk in split_chunks(tokens, self._comma_id)]
+
+    def _tokens(self, section: list[WeightedText]) -> list[WeightedToken]:
+        return [
+            WeightedToken(token_id, weight)
+            for text, weight in section
+            for token_id in self._token_ids(text)
+        ]
+
+    def _token_ids(self, text: str) -> list[int]:
+        # Lone surrogates, which JSON can carry, are no text to the tokenizer.
+        encodable = text.encode("utf-8", "replace").decode()
+        # Quiet, because it would warn of more than 77 tokens, which are split afterwards.
+        ids: list[int] = self._tokenizer(
+            encodable, add_special_tokens=False, verbose=False
+        ).input_ids
+        return ids
+
+    def _encode_chunk(self, chunk: list[WeightedToken], clip_skip: int) -> Tensor:
+        padding = CHUNK_TOKENS - len(chunk)
+        ids = [
+            self._tokenizer.bos_token_id,
+            *(token.id for token in chunk),
+            self._tokenizer.eos_token_id,
+            *[self._tokenizer.pad_token_id] * padding,
+        ]
+        states = self._hidden_states(torch.tensor([ids], device=self._device), clip_skip)
+        weights = [1.0, *(token.weight for token in chunk), 1.0, *[1.0] * padding]
+        if all(weight == 1 for weight in weights):
+            return states
+        return emphasise(states, torch.tensor(weights, device=self._device))
+
+    def _hidden_states(self, ids: Tensor, clip_skip: int) -> Tensor:
+        """`(1, 77, d)`; agrees with diffusers' `StableDiffusionInpaintPipeline.encode_prompt`."""
+        output = self._text_encoder(ids, output_hidden_states=clip_skip > 0)
+        states: Tensor = output.last_hidden_state
+        if clip_skip > 0:
+            states = self._text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+        return states
+
+
+def emphasise(states: Tensor, weights: Tensor) -> Tensor:
+    """States of one chunk times their weights, then rescaled to the mean they had before.
+
+    states: `(1, n, d)`; weights: `(n,)`. The result is float32.
+    A mean that is mere rounding noise is no scale to return to, so such states are not rescaled.
+    Source: A1111, `EmphasisOriginal`.
+    """
+    plain = states.float()
+    weighted = plain * weights[:, None]
+    before, after = plain.mean(), weighted.mean()
+    noise = 1e-4 * plain.std()
+    if min(before.abs(), after.abs()) < noise:
+        return weighted
+    return weighted * (before / after)

@@ -1,0 +1,63 @@
+"""NSFW check of finished pictures, and what replaces a flagged one."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from numpy.typing import NDArray
+
+SPECIAL_CARE_MARGIN = 0.01
+"""Added to every concept's score once a special-care concept is present."""
+
+SCORE_RESOLUTION = 0.0005
+"""diffusers rounds scores to three digits before comparing with 0; this is the same threshold."""
+
+
+class ImageProcessor(Protocol):
+    """What we use of transformers' CLIPImageProcessor."""
+
+    def __call__(
+        self, images: list[NDArray[np.uint8]], return_tensors: str
+    ) -> dict[str, torch.Tensor]: ...
+
+
+class SafetyChecker:
+    """Judges pictures with a checkpoint's own StableDiffusionSafetyChecker.
+
+    Gives the same verdicts as its `forward`, for the whole batch at once and with a single transfer
+    from the device (the original reads every score singly and blanks in place).
+    """
+
+    def __init__(
+        self, checker: StableDiffusionSafetyChecker, image_processor: ImageProcessor
+    ) -> None:
+        self._checker = checker
+        self._image_processor = image_processor
+
+    @torch.inference_mode()
+    def is_flagged(self, images: list[NDArray[np.uint8]]) -> list[bool]:
+        """One verdict per picture; images: `(h, w, 3)` RGB each."""
+        checker = self._checker
+        weight = checker.visual_projection.weight
+        pixels = self._image_processor(images, return_tensors="pt")["pixel_values"]
+        pooled = checker.vision_model(pixels.to(weight.device, weight.dtype))[1]
+        embeds = checker.visual_projection(pooled)  # (n, d)
+        special = cosine_similarity(embeds, checker.special_care_embeds)  # (n, 3)
+        concept = cosine_similarity(embeds, checker.concept_embeds)  # (n, 17)
+        needs_care = (special - checker.special_care_embeds_weights > SCORE_RESOLUTION).any(dim=1)
+        margin = needs_care.float()[:, None] * SPECIAL_CARE_MARGIN
+        scores = concept - checker.concept_embeds_weights + margin
+        verdicts: list[bool] = (scores > SCORE_RESOLUTION).any(dim=1).tolist()
+        return verdicts
+
+
+def cosine_similarity(embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+    """embeds: `(n, d)`; concepts: `(m, d)`; result `(n, m)`, float32 in [-1, 1]."""
+    unit = torch.nn.functional.normalize
+    return unit(embeds.float()) @ unit(concepts.float()).T
+
+
+def blank_like(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The black picture that stands in for a flagged one."""
+    return np.zeros_like(image)

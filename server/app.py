@@ -1,0 +1,140 @@
+"""`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+from fastapi import FastAPI, Request
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.auth import KeyRing
+from server.database import migrate, open_engine
+from server.dialects import v3
+from server.egress import Fetcher
+from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
+from server.jobs import JobStore
+from server.routes import get_services, router
+from server.services import DECODE_THREADS, STORE_THREADS, Services
+from server.settings import Settings
+from server.storage import Storage
+from server.telemetry import get_logger
+from server.waiters import Waiters
+
+logger = get_logger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application. Its parts are built when it starts, in `app.state.services`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = open_engine(settings.sqlalchemy_url)
+        migrate(engine)
+        store = JobStore(engine, max_waiting=settings.queue.max_waiting)
+        fetcher = Fetcher(settings.fetch)
+        with Waiters(store) as waiters:
+            app.state.services = Services(
+                settings=settings,
+                keys=KeyRing(settings.auth.keys),
+                store=store,
+                storage=Storage(settings.storage_url),
+                fetcher=fetcher,
+                waiters=waiters,
+                store_threads=anyio.CapacityLimiter(STORE_THREADS),
+                decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
+            )
+            yield
+        await fetcher.aclose()
+        engine.dispose()
+
+    # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
+    app = FastAPI(title="inpaint-server", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.include_router(router)
+    app.add_exception_handler(Exception, answer_error)
+    app.add_exception_handler(ApiError, answer_error)
+    app.add_exception_handler(HTTPException, answer_error)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
+        allow_headers=["*"],
+    )
+    app.add_middleware(RequestContext)
+    return app
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """The one error handler: every exception becomes a body of the dialect, and nothing else."""
+    request_id = request.scope.get("request_id", "")
+    known = to_api_error(error)
+    if type(known) is ApiError:
+        logger.error("request failed", exc_info=error, request_id=request_id)
+    seconds = known.retry_after_s
+    headers = {} if seconds is None else {"Retry-After": str(seconds)}
+    status = v3.write_status(known, get_services(request).settings.error_status)
+    return JSONResponse(v3.write_error(known, request_id), status, headers)
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Foreign exceptions as ours; what nobody foresaw becomes a bare `ApiError`."""
+    match error:
+        case ApiError():
+            return error
+        case HTTPException(status_code=404 | 405):
+            return RouteNotFound()
+        case HTTPException():
+            return InvalidBody()
+        case DBAPIError():
+            return StorageUnavailable()
+    return ApiError()
+
+
+class RequestContext:
+    """ASGI middleware: a request id, a forgiving path, and one log line per request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex
+        scope["request_id"] = request_id
+        scope["path"] = normal_path(scope["path"])
+        started = time.perf_counter()
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            logger.info(
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                duration_ms=round((time.perf_counter() - started) * 1000, 1),
+            )
+
+
+def normal_path(path: str) -> str:
+    """One slash between parts and none at the end: clients join URLs carelessly."""
+    return re.sub(r"/{2,}", "/", path).rstrip("/") or "/"

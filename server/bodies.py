@@ -1,0 +1,110 @@
+"""Request bodies of every form clients use, read into one mapping of fields.
+
+JSON whatever the content type says (a trailing comma is forgiven), URL-encoded forms, multipart
+forms with files, and the query string. What stands in the body wins over the query.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import parse_qsl
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from server.errors import InvalidBody
+
+MAX_FIELDS = 200
+MAX_PART_BYTES = 32_000_000
+TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
+"""A string, kept as it is, or a comma before a closing bracket."""
+
+Fields = dict[str, Any]
+"""Names in lower case. Values: JSON values, form texts, or bytes of an uploaded file."""
+
+
+async def read_fields(request: Request, max_bytes: int) -> Fields:
+    """All fields of a request. Raises: InvalidBody."""
+    body = await read_body(request, max_bytes)
+    content_type = request.headers.get("content-type", "")
+    fields = dict(request.query_params)
+    fields |= await parse_body(body, content_type)
+    return {name.lower(): value for name, value in fields.items()} | {
+        name: value for name, value in fields.items() if name.islower()
+    }
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, judged while it arrives. Raises: InvalidBody."""
+    if int(request.headers.get("content-length") or 0) > max_bytes:
+        raise InvalidBody
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise InvalidBody
+    except ClientDisconnect as error:
+        raise InvalidBody from error
+    return bytes(body)
+
+
+async def parse_body(body: bytes, content_type: str) -> Fields:
+    """The fields of a body; none for an empty one. Raises: InvalidBody."""
+    if not body.strip():
+        return {}
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await parse_multipart(body, content_type)
+    if kind == "application/x-www-form-urlencoded" and not body.lstrip().startswith(b"{"):
+        return parse_form(body)
+    return parse_json(body)
+
+
+def parse_json(body: bytes) -> Fields:
+    """A JSON object, with or without commas before closing brackets. Raises: InvalidBody."""
+    try:
+        text = body.decode("utf-8-sig")
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError:
+            fields = json.loads(TRAILING_COMMA.sub(r"\1", text))
+    except (ValueError, RecursionError) as error:
+        raise InvalidBody from error
+    if not isinstance(fields, dict):
+        raise InvalidBody
+    return fields
+
+
+def parse_form(body: bytes) -> Fields:
+    """A URL-encoded form. Raises: InvalidBody."""
+    try:
+        return dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS))
+    except ValueError as error:
+        raise InvalidBody from error
+
+
+async def parse_multipart(body: bytes, content_type: str) -> Fields:
+    """A multipart form; files become bytes. Raises: InvalidBody."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = MultiPartParser(
+        headers=Headers({"content-type": content_type}),
+        stream=stream(),  # type: ignore[arg-type]  # an async generator by another name
+        max_files=MAX_FIELDS,
+        max_fields=MAX_FIELDS,
+        max_part_size=MAX_PART_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise InvalidBody from error
+    fields: Fields = {}
+    for name, value in form.multi_items():
+        fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    await form.close()
+    return fields

@@ -1,0 +1,156 @@
+"""Tables, connections and transactions, for SQLite and PostgreSQL alike."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pysqlite3.dbapi2 as sqlite
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_TIMEOUT_MS = 10_000
+
+metadata = MetaData()
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("dialect", Text, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("params", JSON, nullable=False),
+    Column("file_prefix", Text, nullable=False, unique=True),
+    Column("work", Float, nullable=False),
+    Column("webhook", Text),
+    Column("track_id", JSON(none_as_null=False)),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("worker_id", Text),
+    Column("lease_until", Float),
+    Column("step", Integer, nullable=False, default=0),
+    Column("total_steps", Integer, nullable=False, default=0),
+    Column("run_s", Float),
+    Column("flagged", JSON),
+    Column("error", Text),
+    CheckConstraint(
+        "state IN ('queued', 'running', 'finished', 'failed', 'cancelled')", name="state_known"
+    ),
+    CheckConstraint(
+        "(state = 'running') = (worker_id IS NOT NULL AND lease_until IS NOT NULL)",
+        name="running_has_lease",
+    ),
+    CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="failed_has_error"),
+    # Ids go out to clients and must never be given twice, not even after the newest row is deleted.
+    sqlite_autoincrement=True,
+)
+Index("jobs_by_state", jobs.c.state, jobs.c.id)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("device", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("seen_at", Float, nullable=False),
+    CheckConstraint("state IN ('loading', 'ready', 'failed')", name="state_known"),
+)
+
+
+def open_engine(url: str) -> Engine:
+    """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing."""
+    if make_url(url).get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    database = make_url(url).database
+    if database:
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    # Python's own sqlite3 may carry a SQLite older than 3.51.3, whose WAL can lose commits when
+    # there are several connections; the pysqlite3 wheel brings a newer one.
+    engine = create_engine(url, module=sqlite, connect_args={"isolation_level": None})
+    event.listen(engine, "connect", _set_pragmas)
+    event.listen(engine, "begin", _begin_immediate)
+    return engine
+
+
+def _set_pragmas(connection: sqlite.Connection, _record: object) -> None:
+    # The timeout comes first: switching to WAL already needs the lock.
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin_immediate(connection: Connection) -> None:
+    # A deferred transaction that turns from reading to writing fails at once when another one
+    # writes, whatever the timeout; taking the lock at the start waits instead. Readers that run
+    # outside a write transaction use `read_only`.
+    if connection.get_execution_options().get("is_read_only"):
+        connection.exec_driver_sql("BEGIN")
+    else:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def read_only(engine: Engine) -> Iterator[Connection]:
+    """A connection that never waits for a writer."""
+    with engine.connect().execution_options(is_read_only=True) as connection:
+        yield connection
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the schema to this version; does nothing where it is."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+class ChangeSignal:
+    """Tells whether anybody else has committed since the last look, without a lock or a query.
+
+    SQLite: `PRAGMA data_version` of a connection of its own. Elsewhere every look says yes.
+    Belongs to one thread.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        is_sqlite = engine.dialect.name == "sqlite"
+        self._connection = (
+            engine.connect().execution_options(is_read_only=True) if is_sqlite else None
+        )
+        self._version: int | None = None
+
+    def has_changed(self) -> bool:
+        if self._connection is None:
+            return True
+        version: int = self._connection.execute(text("PRAGMA data_version")).scalar_one()
+        self._connection.rollback()
+        is_new, self._version = version != self._version, version
+        return is_new
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()

@@ -1,0 +1,517 @@
+"""stablediffusionapi.com V3: lenient reading, exact writing.
+
+The vendor's spellings (`messege`, `meta.H`, "yes" and "no", errors under status 200) are known here
+and nowhere else. Bodies are written as plain dicts, because their order is part of the contract.
+"""
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.enhance import Enhancement
+from models.params import (
+    MAX_PROMPT_CHARS,
+    RANGES,
+    SEED_MODULUS,
+    SIZE_MULTIPLE,
+    InpaintParams,
+    Range,
+    SchedulerName,
+)
+from server.downloads import ImageSource
+from server.errors import (
+    ApiError,
+    ImageProblem,
+    ImageUnavailable,
+    InvalidApiKey,
+    InvalidBody,
+    InvalidRequest,
+    JobNotFound,
+    QueueFull,
+    RouteNotFound,
+    StorageUnavailable,
+)
+from server.jobs import Job
+from server.settings import ErrorStatus, StepsPolicy
+
+DIALECT = "v3"
+VENDOR_STEPS = (21, 31, 41, 51)
+DEFAULT_STEPS = 21
+TRUE_WORDS = ("yes", "true", "1", "on")
+FALSE_WORDS = ("no", "false", "0", "off")
+
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingPolicy:
+    """What of the reading an operator can set."""
+
+    steps_policy: StepsPolicy
+    force_safety_check: bool
+    enhancement: Enhancement
+
+
+@dataclass(frozen=True, slots=True)
+class V3Request:
+    """An inpaint call, understood. width, height: None where the init image decides."""
+
+    prompt: str
+    negative_prompt: str
+    init_image: ImageSource
+    mask_image: ImageSource
+    width: int | None
+    height: int | None
+    samples: int
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float
+    seed: int
+    scheduler: SchedulerName | None
+    safety_check: bool
+    wants_base64: bool
+    webhook: str | None
+    track_id: Any
+
+    def params(self, width: int, height: int) -> InpaintParams:
+        """The job's parameters once its size is known. Raises: models.errors.InvalidInput."""
+        return InpaintParams(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=width,
+            height=height,
+            samples=self.samples,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            strength=self.strength,
+            seed=self.seed,
+            scheduler=self.scheduler,
+            safety_check=self.safety_check,
+        )
+
+    def record(self, base_url: str) -> dict[str, Any]:
+        """What the answers need besides the parameters; goes into the job row."""
+        return {
+            "init_image": self.init_image.describe(),
+            "mask_image": self.mask_image.describe(),
+            "wants_base64": self.wants_base64,
+            "base_url": base_url,
+        }
+
+
+class FieldReader:
+    """Takes values out of a request's fields and notes what is wrong with them.
+
+    `""`, null, the text "null" and absence mean the same; texts are trimmed.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+        self.errors: dict[str, list[str]] = {}
+
+    def value(self, name: str) -> Any:
+        """The field, None where it says nothing."""
+        value = self._fields.get(name)
+        if isinstance(value, str):
+            value = value.strip()
+            if value.lower() in ("", "null"):
+                return None
+        return value
+
+    def text(self, name: str, max_chars: int = MAX_PROMPT_CHARS) -> str | None:
+        """A text; numbers are taken as they would be written."""
+        value = self.value(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            self._refuse(name, "must be a string.")
+            return None
+        if len(str(value)) > max_chars:
+            self._refuse(name, f"may not be greater than {max_chars} characters.")
+            return None
+        return str(value)
+
+    def required_text(self, name: str) -> str:
+        """A text that must be there; `""` stands in for it once noted as missing."""
+        text = self.text(name)
+        if text is None and name not in self.errors:
+            self._refuse(name, "field is required.")
+        return text or ""
+
+    def image(self, name: str) -> ImageSource:
+        """A picture: URL, data URI, base64 text or uploaded file."""
+        value = self.value(name)
+        if isinstance(value, bytes) and value:
+            return ImageSource(value)
+        if isinstance(value, str):
+            return ImageSource(value)
+        self._refuse(name, "must be a URL, base64 or a file." if value else "field is required.")
+        return ImageSource("")
+
+    def number(self, name: str, default: float, allowed: Range | None = None) -> float:
+        """A finite number within its range."""
+        value = self.value(name)
+        if value is None:
+            return default
+        number = to_number(value)
+        if number is None:
+            self._refuse(name, "must be a number.")
+            return default
+        if allowed is not None and number not in allowed:
+            self._refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
+            return default
+        return number
+
+    def integer(self, name: str, default: int, allowed: Range | None = None) -> int:
+        """A whole number within its range; "512" and 512.0 are fine."""
+        value = self.value(name)
+        if isinstance(value, str) and value.lstrip("+-").isdecimal() and len(value) <= 40:
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and allowed is None:
+            return value  # exact, where a float would lose digits of a long seed
+        number = self.number(name, default, allowed)
+        if number != int(number):
+            self._refuse(name, "must be an integer.")
+            return default
+        return int(number)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """yes/no, true/false, 1/0 in any case, as text, number or bool."""
+        value = self.value(name)
+        if value is None:
+            return default
+        word = str(value).lower()
+        if word in TRUE_WORDS:
+            return True
+        if word not in FALSE_WORDS:
+            self._refuse(name, "field must be yes or no.")
+            return default
+        return False
+
+    def side(self, name: str) -> int | None:
+        """Width or height: more than the largest is clamped, then rounded down to a multiple."""
+        if self.value(name) is None:
+            return None
+        allowed = RANGES[name]
+        clamped = min(self.integer(name, int(allowed.maximum)), int(allowed.maximum))
+        if clamped < allowed.minimum:
+            self._refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
+        return clamped - clamped % SIZE_MULTIPLE
+
+    def steps(self, policy: StepsPolicy) -> int:
+        """The number of steps to run, by policy."""
+        name = "num_inference_steps"
+        if policy is StepsPolicy.EXACT:
+            return self.integer(name, DEFAULT_STEPS, RANGES[name])
+        asked = self.integer(name, DEFAULT_STEPS)
+        # The vendor runs one step less than the listed value: its example asks for 30, between
+        # 21 and 31, and reports 20.
+        return (
+            max((listed for listed in VENDOR_STEPS if listed <= asked), default=DEFAULT_STEPS) - 1
+        )
+
+    def scheduler(self) -> SchedulerName | None:
+        """A noise scheduler by its diffusers name."""
+        name = self.text("scheduler")
+        if name is None:
+            return None
+        if name not in list(SchedulerName):
+            self._refuse("scheduler", f"must be one of {', '.join(SchedulerName)}.")
+            return None
+        return SchedulerName(name)
+
+    def web_address(self, name: str) -> str | None:
+        """An http or https URL."""
+        url = self.text(name, max_chars=2_048)
+        if url is not None and not url.lower().startswith(("http://", "https://")):
+            self._refuse(name, "must be a valid URL.")
+            return None
+        return url
+
+    def _refuse(self, name: str, sentence: str) -> None:
+        self.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")
+
+
+def to_number(value: Any) -> float | None:
+    """A finite number from a number or its text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
+    """Understand an inpaint call. Raises: InvalidRequest, with every field at fault."""
+    reader = FieldReader(fields)
+    prompt, negative_prompt = reader.required_text("prompt"), reader.text("negative_prompt")
+    if reader.flag("enhance_prompt", default=True):
+        prompt, negative_prompt = policy.enhancement.apply(prompt, negative_prompt)
+    has_older_name = reader.value("strength") is None
+    request = V3Request(
+        prompt=prompt,
+        negative_prompt=negative_prompt or "",
+        init_image=reader.image("init_image"),
+        mask_image=reader.image("mask_image"),
+        width=reader.side("width"),
+        height=reader.side("height"),
+        samples=reader.integer("samples", 1, RANGES["samples"]),
+        num_inference_steps=reader.steps(policy.steps_policy),
+        guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
+        strength=reader.number(
+            "prompt_strength" if has_older_name else "strength", 0.7, RANGES["strength"]
+        ),
+        seed=reader.integer("seed", secrets.randbelow(SEED_MODULUS)) % SEED_MODULUS,
+        scheduler=reader.scheduler(),
+        safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
+        wants_base64=reader.flag("base64", default=False),
+        webhook=reader.web_address("webhook"),
+        track_id=reader.value("track_id"),
+    )
+    if reader.errors:
+        raise InvalidRequest(reader.errors)
+    return request
+
+
+def is_fetch(fields: Mapping[str, Any]) -> bool:
+    """True for a `{key, request_id}` sent to the inpaint path, as some clients poll."""
+    reader = FieldReader(fields)
+    return reader.value("request_id") is not None and reader.value("prompt") is None
+
+
+def read_job_id(fields: Mapping[str, Any]) -> int:
+    """The job a fetch without an id in its path asks for. Raises: InvalidRequest, JobNotFound."""
+    reader = FieldReader(fields)
+    text = reader.required_text("request_id")
+    if reader.errors:
+        raise InvalidRequest(reader.errors)
+    return parse_job_id(text)
+
+
+def parse_job_id(text: str) -> int:
+    """A job id. Raises: JobNotFound for anything that was never one."""
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise JobNotFound
+    return int(text)
+
+
+def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
+    """The API key, from wherever clients put it: body or query, `key` or `Authorization`."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    bearer = token if scheme.lower() == "bearer" else None
+    value = FieldReader(fields).value("key")
+    key = value if isinstance(value, str) else headers.get("key") or bearer
+    return key.strip() if key else None
+
+
+def write_meta(job: Job) -> Body:
+    """The parameters as they were used."""
+    params = job.params
+    return {
+        "H": params.height,
+        "W": params.width,
+        "file_prefix": job.file_prefix,
+        "guidance_scale": params.guidance_scale,
+        "init_image": job.request["init_image"],
+        "mask_image": job.request["mask_image"],
+        "n_samples": params.samples,
+        "negative_prompt": params.negative_prompt,
+        "outdir": "out",
+        "prompt": params.prompt,
+        "safetychecker": "yes" if params.safety_check else "no",
+        "seed": params.seed,
+        "steps": params.num_inference_steps,
+        "strength": params.strength,
+    }
+
+
+def write_success(job: Job, output: Sequence[str]) -> Body:
+    """A finished job as the inpaint call's answer. output: URLs or base64 texts."""
+    return {
+        "status": "success",
+        "generationTime": job.run_s,
+        "id": job.id,
+        "output": list(output),
+        "meta": write_meta(job),
+    }
+
+
+def write_processing(job: Job, eta_s: float, base_url: str) -> Body:
+    """The answer of an inpaint call that is not finished within the hold time."""
+    sentence = "Try to fetch request after given estimated time"
+    return {
+        "status": "processing",
+        "tip": "The picture is being made. POST your key to fetch_result after eta seconds.",
+        "eta": eta_s,
+        "messege": sentence,
+        "message": sentence,
+        "fetch_result": f"{base_url}/api/v3/fetch/{job.id}",
+        "id": job.id,
+        "output": [],
+        "meta": write_meta(job),
+    }
+
+
+def write_fetch_success(job: Job, output: Sequence[str]) -> Body:
+    """A finished job as a fetch call's answer."""
+    return {
+        "status": "success",
+        "id": job.id,
+        "output": list(output),
+        "generationTime": job.run_s,
+        "meta": write_meta(job),
+    }
+
+
+def write_fetch_processing(job: Job, eta_s: float) -> Body:
+    """A job that has not ended, as a fetch call's answer; the empty text in `output` is theirs."""
+    return {
+        "status": "processing",
+        "id": job.id,
+        "messege": "Request processing",
+        "message": "Request processing",
+        "output": "",
+        "eta": eta_s,
+    }
+
+
+def write_failed(job: Job) -> Body:
+    """A job that ended without pictures."""
+    message = f"Failed, Try Again. {job.error or 'The job was cancelled'}"
+    return {
+        "status": "failed",
+        "id": job.id,
+        "message": message,
+        "messege": message,
+        "output": "",
+    }
+
+
+def write_system_load(waiting: int, wait_s: float) -> Body:
+    """The queue's length in jobs and in whole seconds."""
+    return {"queue_num": waiting, "queue_time": math.ceil(wait_s), "status": "ok"}
+
+
+IMAGE_SENTENCES = {
+    ImageProblem.NOT_REACHABLE: "could not be downloaded.",
+    ImageProblem.NOT_ALLOWED: "address is not allowed.",
+    ImageProblem.TOO_LARGE: "is too large.",
+    ImageProblem.NOT_AN_IMAGE: "is not a PNG, JPEG or WEBP image.",
+}
+
+HTTP_STATUS: dict[type[ApiError], int] = {
+    InvalidBody: 400,
+    InvalidRequest: 400,
+    ImageUnavailable: 400,
+    InvalidApiKey: 401,
+    JobNotFound: 404,
+    RouteNotFound: 404,
+    QueueFull: 429,
+    StorageUnavailable: 503,
+}
+
+
+def write_status(error: ApiError, error_status: ErrorStatus) -> int:
+    """HTTP status of an error; the vendor sends 200 for all but wrong paths."""
+    if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
+        return 200
+    return HTTP_STATUS.get(type(error), 500)
+
+
+def write_error(error: ApiError, request_id: str) -> Body:
+    """The body of an error. request_id: named where only the log can say more."""
+    match error:
+        case JobNotFound():
+            sentence = "Request not found"
+            return {
+                "status": "failed",
+                "id": "",
+                "message": sentence,
+                "messege": sentence,
+                "output": "",
+            }
+        case InvalidRequest(fields=fields):
+            return {"status": "error", "message": fields}
+        case ImageUnavailable(problems=problems):
+            return {
+                "status": "error",
+                "message": {
+                    name: [f"The {name.replace('_', ' ')} {IMAGE_SENTENCES[problem]}"]
+                    for name, problem in problems.items()
+                },
+            }
+        case QueueFull(limit=limit, retry_after_s=seconds):
+            return {
+                "status": "error",
+                "message": f"Rate limit exceeded. Maximum {limit} queued requests allowed.",
+                "tips": "Wait for earlier requests to finish, then try again.",
+                "retry_after": seconds,
+            }
+    message, tip = write_plain_error(error, request_id)
+    return {"status": "error", "message": message, "tip": tip}
+
+
+def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
+    """Message and tip of the errors that carry no facts."""
+    match error:
+        case InvalidApiKey():
+            return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
+        case InvalidBody():
+            return "Invalid API Request", "Send a JSON object of at most 32 MB."
+        case RouteNotFound():
+            return "Not found", "Pictures are made at POST /api/v3/inpaint."
+        case StorageUnavailable():
+            return "The server cannot store requests now", "Try again in a few seconds."
+    return "Something went wrong on the server", f"Name {request_id} when asking its operator."
+
+
+KEY_FIELD: Body = {"type": "string", "description": "API key; also as header or bearer token"}
+
+
+def describe_body(properties: Body, required: Sequence[str] = ()) -> Body:
+    """OpenAPI's description of a call whose fields are read leniently."""
+    schema = {
+        "type": "object",
+        "properties": {"key": KEY_FIELD, **properties},
+        "required": list(required),
+    }
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+
+
+def describe_field(name: str, kind: str, text: str) -> Body:
+    """One parameter; its range comes from where it is checked."""
+    limits: Body = {}
+    if name in RANGES and name not in ("width", "height", "seed"):
+        limits = {"minimum": RANGES[name].minimum, "maximum": RANGES[name].maximum}
+    return {"type": [kind, "string", "null"], "description": text, **limits}
+
+
+INPAINT_FIELDS = {
+    "prompt": ("string", "What to paint"),
+    "negative_prompt": ("string", "What to avoid"),
+    "init_image": ("string", "URL, data URI or base64 of a PNG, JPEG or WEBP image"),
+    "mask_image": ("string", "The same; white is repainted, black is kept"),
+    "width": ("integer", "Pixels, at most 1024; the init image's where absent"),
+    "height": ("integer", "Pixels, at most 1024; the init image's where absent"),
+    "samples": ("integer", "Number of pictures"),
+    "num_inference_steps": ("integer", "Denoising steps"),
+    "safety_checker": ("string", "yes: a flagged picture is replaced by a blank one"),
+    "enhance_prompt": ("string", "yes: words for better results are added to both prompts"),
+    "guidance_scale": ("number", "Scale of classifier-free guidance"),
+    "strength": ("number", "1 forgets the init image under the mask"),
+    "base64": ("string", "yes: pictures as base64 text instead of URLs"),
+    "seed": ("integer", "Sample i is made with seed + i; random where absent"),
+    "webhook": ("string", "URL that is called when the job has ended"),
+    "track_id": ("string", "Given back in the webhook call"),
+    "scheduler": ("string", "Noise scheduler, by its diffusers name"),
+}
+INPAINT_OPENAPI = describe_body(
+    {name: describe_field(name, *facts) for name, facts in INPAINT_FIELDS.items()},
+    required=("prompt", "init_image", "mask_image"),
+)
+FETCH_OPENAPI = describe_body({"request_id": {"type": ["integer", "string"]}}, ["request_id"])
+KEY_OPENAPI = describe_body({})

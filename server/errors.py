@@ -1,0 +1,81 @@
+"""What a caller can be told. Facts only: wording and status codes belong to a dialect.
+
+ApiError
+├── InvalidBody         the body is in no format we read, or larger than we read
+├── InvalidRequest      parameters missing or out of range, each with its sentences
+├── ImageUnavailable    an init or mask image that cannot be had or read
+├── InvalidApiKey       no key, or one we do not know
+├── QueueFull           too much is waiting already
+├── JobNotFound         unknown id, or a job of another key
+├── RouteNotFound       no such path
+└── StorageUnavailable  database or file store do not answer
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+
+class ApiError(Exception):
+    """Base of everything a request can end with besides an answer.
+
+    retry_after_s: when trying again makes sense; None where it never does.
+    """
+
+    retry_after_s: int | None = None
+
+
+class InvalidBody(ApiError):
+    """The request cannot be read at all."""
+
+
+class InvalidRequest(ApiError):
+    """fields: for each parameter at fault the sentences that say why."""
+
+    def __init__(self, fields: Mapping[str, Sequence[str]]) -> None:
+        self.fields = {name: list(sentences) for name, sentences in fields.items()}
+        super().__init__(", ".join(self.fields))
+
+
+class ImageProblem(StrEnum):
+    """Why an image cannot be used. One word per kind, so that nothing else can leak out."""
+
+    NOT_REACHABLE = "not_reachable"
+    NOT_ALLOWED = "not_allowed"
+    TOO_LARGE = "too_large"
+    NOT_AN_IMAGE = "not_an_image"
+
+
+class ImageUnavailable(ApiError):
+    """problems: what is wrong with which parameter."""
+
+    def __init__(self, problems: Mapping[str, ImageProblem]) -> None:
+        self.problems = dict(problems)
+        super().__init__(", ".join(f"{name}: {kind}" for name, kind in problems.items()))
+
+
+class InvalidApiKey(ApiError):
+    """No key was given, or one this server does not know."""
+
+
+class QueueFull(ApiError):
+    """limit: jobs that may wait at a time."""
+
+    retry_after_s = 30
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"{limit} jobs are waiting")
+
+
+class JobNotFound(ApiError):
+    """Also the answer for a job of somebody else's key."""
+
+
+class RouteNotFound(ApiError):
+    """No such path, or not with this method."""
+
+
+class StorageUnavailable(ApiError):
+    """Try again later; nothing was accepted."""
+
+    retry_after_s = 10

@@ -1,0 +1,212 @@
+"""The endpoints. Each reads with a dialect, calls the services, and writes with the dialect."""
+
+import base64
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import JSONResponse, Response
+
+from models.enhance import Enhancement
+from models.errors import InvalidInput
+from models.images import ImageLimits
+from models.params import InpaintParams
+from server.bodies import Fields, read_fields
+from server.dialects import v3
+from server.downloads import download_images
+from server.errors import InvalidRequest, JobNotFound, RouteNotFound
+from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, WorkerStatus
+from server.sandbox import DecodedPair, decode_pair
+from server.services import Services
+from server.settings import Base64Output, Settings
+
+router = APIRouter()
+
+OUTPUT_NAME = re.compile(r"([0-9a-f-]{36}-[0-9])\.(png|base64)")
+OUTPUT_HEADERS = {
+    "Cache-Control": "public, max-age=86400, immutable",
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def get_services(request: Request) -> Services:
+    """The services `create_app` built."""
+    services: Services = request.app.state.services
+    return services
+
+
+async def get_fields(request: Request) -> Fields:
+    """The request's parameters, wherever they stand. Raises: InvalidBody."""
+    return await read_fields(request, get_services(request).settings.max_body_bytes)
+
+
+def get_key_id(request: Request, fields: Annotated[Fields, Depends(get_fields)]) -> str:
+    """Whose request it is. Raises: InvalidApiKey."""
+    return get_services(request).keys.key_id(v3.read_key(fields, request.headers))
+
+
+ServicesOf = Annotated[Services, Depends(get_services)]
+FieldsOf = Annotated[Fields, Depends(get_fields)]
+KeyId = Annotated[str, Depends(get_key_id)]
+
+
+@router.post("/api/v3/inpaint", openapi_extra=v3.INPAINT_OPENAPI)
+async def inpaint(
+    request: Request, services: ServicesOf, fields: FieldsOf, key_id: KeyId
+) -> JSONResponse:
+    """Repaint the white part of a mask in an image."""
+    if v3.is_fetch(fields):
+        return await fetch(request, services, fields, key_id)
+    asked = v3.read_inpaint(fields, reading_policy(services.settings))
+    base_url = base_url_of(request, services.settings)
+    await services.in_store_thread(services.store.refuse_when_full)
+    job = await accept(services, asked, key_id, base_url)
+    ended = await services.waiters.wait(job.id, services.settings.hold_s)
+    if ended is None:
+        return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
+    if ended.state is JobState.FINISHED:
+        return JSONResponse(v3.write_success(ended, await outputs(services, ended, base_url)))
+    return JSONResponse(v3.write_failed(ended))
+
+
+@router.post("/api/v3/fetch", openapi_extra=v3.FETCH_OPENAPI)
+async def fetch(
+    request: Request, services: ServicesOf, fields: FieldsOf, key_id: KeyId
+) -> JSONResponse:
+    """The result of the job named by `request_id`."""
+    return await fetch_job(request, services, v3.read_job_id(fields), key_id)
+
+
+@router.post("/api/v3/fetch/{job_id}", openapi_extra=v3.KEY_OPENAPI)
+async def fetch_by_path(
+    request: Request, services: ServicesOf, job_id: str, key_id: KeyId
+) -> JSONResponse:
+    """The result of a job."""
+    return await fetch_job(request, services, v3.parse_job_id(job_id), key_id)
+
+
+@router.post("/api/v3/system_load", openapi_extra=v3.KEY_OPENAPI)
+async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
+    """The queue's length in jobs and seconds."""
+    figures = await services.in_store_thread(services.store.figures)
+    return JSONResponse(v3.write_system_load(figures.waiting, figures.wait_s))
+
+
+@router.api_route(f"/{OUTPUT_FOLDER}/{{name}}", methods=["GET", "HEAD"])
+async def output(services: ServicesOf, name: str) -> Response:
+    """A picture, or its base64 text."""
+    match = OUTPUT_NAME.fullmatch(name)
+    stem, suffix = match.groups() if match else ("", "")
+    content = await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{stem}.png")
+    if content is None or not stem:
+        raise RouteNotFound
+    if suffix == "base64":
+        return Response(base64.b64encode(content), 200, OUTPUT_HEADERS, "text/plain")
+    return Response(content, 200, OUTPUT_HEADERS, "image/png")
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """This process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(services: ServicesOf) -> JSONResponse:
+    """Whether a request made now would be worked on; the reason where not."""
+    expected = len(services.settings.worker_devices)
+    workers = await services.in_store_thread(services.store.workers_seen)
+    is_ready, reason = readiness(workers, expected)
+    status = {"status": "ok" if is_ready else "unavailable", "reason": reason}
+    return JSONResponse(status, 200 if is_ready else 503)
+
+
+async def accept(services: Services, asked: v3.V3Request, key_id: str, base_url: str) -> Job:
+    """Fetch, decode and store the images, then make the job durable."""
+    fetch_settings = services.settings.fetch
+    sources = {"init_image": asked.init_image, "mask_image": asked.mask_image}
+    images = await download_images(sources, services.fetcher, fetch_settings.max_image_bytes)
+    pair = await services.in_decode_thread(
+        decode_pair, images, asked.width, asked.height, ImageLimits(fetch_settings.max_image_bytes)
+    )
+    params = params_of(asked, pair)
+    new = NewJob(
+        dialect=v3.DIALECT,
+        request=asked.record(base_url),
+        params=params,
+        key_id=key_id,
+        file_prefix=str(uuid.uuid4()),
+        work=params.work,
+        webhook=asked.webhook,
+        track_id=asked.track_id,
+    )
+    # The inputs come first: a job that can be claimed must have them.
+    await services.in_store_thread(services.storage.put, new.input_key, pair.to_bytes())
+    return await services.in_store_thread(services.store.submit, new)
+
+
+def params_of(asked: v3.V3Request, pair: DecodedPair) -> InpaintParams:
+    """The parameters at the pictures' size. Raises: InvalidRequest."""
+    height, width = pair.mask.shape
+    try:
+        return asked.params(width, height)
+    except InvalidInput as error:
+        raise InvalidRequest({each.field: [str(each)] for each in error.violations}) from error
+
+
+async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
+    """A job as fetch tells of it. Raises: JobNotFound."""
+    job = await services.in_store_thread(services.store.get, job_id)
+    if job is None or job.key_id != key_id:
+        raise JobNotFound
+    if job.state is JobState.FINISHED:
+        base_url = base_url_of(request, services.settings)
+        return JSONResponse(v3.write_fetch_success(job, await outputs(services, job, base_url)))
+    if job.state.is_terminal:
+        return JSONResponse(v3.write_failed(job))
+    return JSONResponse(v3.write_fetch_processing(job, await eta_s(services, job)))
+
+
+async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
+    """The finished pictures as the client asked for them: URLs, or base64 texts."""
+    urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
+    if not job.request["wants_base64"]:
+        return urls
+    if services.settings.base64_output is Base64Output.LINK:
+        return [url.removesuffix(".png") + ".base64" for url in urls]
+    pictures = [
+        await services.in_store_thread(services.storage.get, key) for key in job.output_keys
+    ]
+    return [base64.b64encode(picture or b"").decode() for picture in pictures]
+
+
+async def eta_s(services: Services, job: Job) -> float:
+    """Seconds until a job that has not ended probably will have."""
+    figures = await services.in_store_thread(services.store.figures, job.id)
+    return figures.eta_s(job)
+
+
+def base_url_of(request: Request, settings: Settings) -> str:
+    """Scheme and host the client used, or the configured public address; no slash at the end."""
+    return (settings.public_url or str(request.base_url)).rstrip("/")
+
+
+def reading_policy(settings: Settings) -> v3.ReadingPolicy:
+    """What of the dialect's reading the operator decides."""
+    return v3.ReadingPolicy(
+        steps_policy=settings.steps_policy,
+        force_safety_check=settings.safety.force,
+        enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
+    )
+
+
+def readiness(workers: Sequence[WorkerStatus], expected: int) -> tuple[bool, str]:
+    """Whether any worker takes jobs, and how things stand in words for an operator."""
+    ready = [worker for worker in workers if worker.state == "ready"]
+    others = [f"{worker.id}: {worker.detail}" for worker in workers if worker.state != "ready"]
+    total = max(expected, len(workers))
+    return bool(ready), "; ".join([f"{len(ready)}/{total} workers ready", *others])

@@ -1,0 +1,224 @@
+"""`Settings`: everything an operator can set, and the only reader of environment and TOML files.
+
+Flags beat environment beats file. Names and meanings are listed in the README; units stand in the
+names. Built once in `cli.py` and passed in by argument.
+"""
+
+import ipaddress
+import json
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import platformdirs
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from models.enhance import Enhancement
+
+ENV_PREFIX = "INPAINT_"
+REPOSITORY = Path(__file__).parent.parent
+IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def split_list(value: Any) -> Any:
+    """An environment variable's list: JSON, or words between commas."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
+T = TypeVar("T")
+ListOf = Annotated[tuple[T, ...], BeforeValidator(split_list)]
+
+
+class StepsPolicy(StrEnum):
+    """`vendor`: the vendor's listed values, one step less; `exact`: as asked."""
+
+    VENDOR = "vendor"
+    EXACT = "exact"
+
+
+class Base64Output(StrEnum):
+    """`inline`: pictures in `output` itself; `link`: addresses of texts, as the vendor's V6."""
+
+    INLINE = "inline"
+    LINK = "link"
+
+
+class ErrorStatus(StrEnum):
+    """`legacy`: errors answer 200 as the vendor's; `http`: 4xx and 5xx with the same bodies."""
+
+    LEGACY = "legacy"
+    HTTP = "http"
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AuthSettings(Section):
+    """keys: plain keys; empty means nobody is asked for one, which only loopback allows."""
+
+    keys: ListOf[SecretStr] = ()
+    allow_anonymous: bool = False
+
+
+class SafetySettings(Section):
+    """force: clients cannot switch the checker off."""
+
+    force: bool = False
+
+
+class FetchSettings(Section):
+    """Where init and mask images may come from, and how much and how long."""
+
+    allow_cidrs: ListOf[IpNetwork] = ()
+    allow_hosts: ListOf[str] = ()
+    max_image_bytes: int = 10_000_000
+    connect_timeout_s: float = 5
+    total_timeout_s: float = 20
+    max_concurrent: int = 16
+
+
+class StorageSettings(Section):
+    """url: `file:///folder` or `s3://bucket/prefix`; None means a folder in the data folder."""
+
+    url: str | None = None
+
+
+class QueueSettings(Section):
+    """max_waiting: jobs that may wait before new ones are refused."""
+
+    max_waiting: int = 1_000
+
+
+class EnhanceSettings(Section):
+    """Texts that `enhance_prompt` adds: the vendor's, unless set."""
+
+    suffix: str = Enhancement().suffix
+    negative_list: str = Enhancement().negative_list
+
+
+class Settings(BaseSettings):
+    """See the README's table for each field."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        enable_decoding=False,
+        extra="forbid",
+        frozen=True,
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    data_dir: Path = Path(platformdirs.user_data_dir("inpaint-server"))
+    database_url: str | None = None
+    model: str = "builtin"
+    models_file: Path = REPOSITORY / "configs" / "models.toml"
+    devices: ListOf[str] = ("auto",)
+    public_url: str | None = None
+    hold_s: float = Field(default=25, ge=0)
+    steps_policy: StepsPolicy = StepsPolicy.VENDOR
+    base64_output: Base64Output = Base64Output.INLINE
+    error_status: ErrorStatus = ErrorStatus.LEGACY
+    max_body_bytes: int = 32_000_000
+    cors_origins: ListOf[str] = ("*",)
+    forwarded_allow_ips: ListOf[str] = ("127.0.0.1",)
+    workers: int | None = Field(default=None, ge=0)
+    auth: AuthSettings = AuthSettings()
+    safety: SafetySettings = SafetySettings()
+    fetch: FetchSettings = FetchSettings()
+    storage: StorageSettings = StorageSettings()
+    queue: QueueSettings = QueueSettings()
+    enhance: EnhanceSettings = EnhanceSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the TOML file named by the `config` flag."""
+        flags = (
+            dict(init_settings.init_kwargs) if isinstance(init_settings, InitSettingsSource) else {}
+        )
+        file = flags.pop("config", None)
+        sources: list[PydanticBaseSettingsSource] = [
+            InitSettingsSource(settings_cls, flags),
+            env_settings,
+        ]
+        if file is not None:
+            sources.append(TomlConfigSettingsSource(settings_cls, file))
+        return tuple(sources)
+
+    @model_validator(mode="after")
+    def _refuse_open_server(self) -> "Settings":
+        if not (self.auth.keys or self.auth.allow_anonymous or is_loopback(self.host)):
+            raise ValueError(
+                f"listening on {self.host} without API keys would let anybody in: set "
+                "INPAINT_AUTH__KEYS, or INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
+            )
+        return self
+
+    @property
+    def worker_devices(self) -> list[str]:
+        """The device of each worker: one per device unless `workers` says how many in all."""
+        count = len(self.devices) if self.workers is None else self.workers
+        return [self.devices[index % len(self.devices)] for index in range(count)]
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        """The database; SQLite in the data folder by default."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'inpaint.db'}"
+
+    @property
+    def storage_url(self) -> str:
+        """The file store; a folder in the data folder by default."""
+        return self.storage.url or (self.data_dir / "files").absolute().as_uri()
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Settings from flags (None means not given), environment and an optional TOML file.
+
+    Raises: pydantic.ValidationError; ValueError for an unknown `INPAINT_…` variable; OSError.
+    """
+    if config is not None and not config.is_file():
+        raise FileNotFoundError(f"no such settings file: {config}")
+    refuse_unknown_variables(os.environ)
+    given = {"config": config, **flags}
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """A misspelt variable would be ignored in silence otherwise. Raises: ValueError."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for variable in environment:
+        if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known:
+            raise ValueError(f"unknown setting {variable}")
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address, or the name localhost, that only this machine can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

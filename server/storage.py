@@ -1,0 +1,44 @@
+"""Where pictures and inputs lie: a local folder or an object store, behind four calls."""
+
+from obstore.exceptions import BaseError, NotFoundError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from server.errors import StorageUnavailable
+
+
+class Storage:
+    """Bytes under a key such as `generations/<uuid>-0.png`.
+
+    url: `file:///folder`, `s3://bucket/prefix` or what else obstore knows.
+    """
+
+    def __init__(self, url: str) -> None:
+        if url.startswith("file:"):
+            self._store: ObjectStore = LocalStore.from_url(url, mkdir=True)
+        else:
+            self._store = from_url(url)
+
+    def put(self, key: str, content: bytes) -> None:
+        """Store; readers see all of it or nothing. Raises: StorageUnavailable."""
+        try:
+            self._store.put(key, content)
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot write {key}") from error
+
+    def get(self, key: str) -> bytes | None:
+        """The content, None where there is none. Raises: StorageUnavailable."""
+        try:
+            return bytes(self._store.get(key).bytes())
+        except (NotFoundError, FileNotFoundError):
+            return None
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot read {key}") from error
+
+    def delete(self, key: str) -> None:
+        """Remove; a missing key is fine. Raises: StorageUnavailable."""
+        try:
+            self._store.delete(key)
+        except (NotFoundError, FileNotFoundError):
+            return
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot delete {key}") from error

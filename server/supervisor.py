@@ -1,0 +1,88 @@
+"""Starts one worker process per device, restarts it, and hands its jobs back at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from server.jobs import JobStore
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
+
+FIRST_DELAY_S = 1.0
+LAST_DELAY_S = 30.0
+STEADY_S = 60.0
+"""A worker that lived so long starts again with the first delay."""
+
+GRACE_S = 30.0
+"""From SIGTERM to SIGKILL."""
+
+
+class Supervisor:
+    """Use as a context manager: entering starts the workers, leaving stops them.
+
+    devices: one worker each. flags: for the worker command, besides its id and device.
+    """
+
+    def __init__(self, devices: Sequence[str], flags: Sequence[str], store: JobStore) -> None:
+        self._store = store
+        self._is_stopping = threading.Event()
+        self._keepers = [
+            threading.Thread(
+                target=self._keep,
+                args=(f"worker-{os.getpid()}-{index}", device, flags),
+                name=f"keeper-{index}",
+            )
+            for index, device in enumerate(devices)
+        ]
+
+    def __enter__(self) -> "Supervisor":
+        for keeper in self._keepers:
+            keeper.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_stopping.set()
+        for keeper in self._keepers:
+            keeper.join()
+
+    def _keep(self, worker_id: str, device: str, flags: Sequence[str]) -> None:
+        """One worker's life after life."""
+        command = [sys.executable, "-m", "server.cli", "worker", *flags]
+        delay_s = FIRST_DELAY_S
+        while not self._is_stopping.is_set():
+            started = time.monotonic()
+            process = subprocess.Popen([*command, "--worker-id", worker_id, "--device", device])
+            logger.info("worker started", worker_id=worker_id, pid=process.pid, device=device)
+            exit_code = self._wait(process)
+            self._store.requeue_of(worker_id)
+            if self._is_stopping.is_set():
+                self._store.forget_worker(worker_id)
+                return
+            if time.monotonic() - started > STEADY_S:
+                delay_s = FIRST_DELAY_S
+            logger.error("worker ended", worker_id=worker_id, exit_code=exit_code, delay_s=delay_s)
+            self._is_stopping.wait(delay_s)
+            delay_s = min(delay_s * 2, LAST_DELAY_S)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Until the process ends, by itself or because we are stopping."""
+        while not self._is_stopping.wait(0.05):
+            if process.poll() is not None:
+                return process.returncode
+        process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()

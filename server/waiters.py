@@ -1,0 +1,97 @@
+"""Requests that wait for their job: one thread learns of ended jobs and wakes them.
+
+A thread per waiting request would not scale to thousands; a waiter here is one future.
+"""
+
+import asyncio
+import threading
+from collections import defaultdict
+from types import TracebackType
+
+from server.jobs import Job, JobStore
+
+POLL_S = 0.01
+"""Between two looks at the change signal, which costs microseconds; bounds the wake-up latency."""
+
+
+class Waiters:
+    """Use as a context manager: entering starts the thread, leaving wakes every waiter."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._futures: dict[int, list[asyncio.Future[Job]]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._has_waiters = threading.Event()
+        self._is_stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="waiters", daemon=True)
+
+    def __enter__(self) -> "Waiters":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_stopping.set()
+        self._has_waiters.set()
+        self._thread.join()
+        self.release_all()
+
+    def release_all(self) -> None:
+        """Let every waiter go with "not ended yet": the server is stopping."""
+        with self._lock:
+            waiting = [future for futures in self._futures.values() for future in futures]
+        for future in waiting:
+            future.get_loop().call_soon_threadsafe(future.cancel)
+
+    async def wait(self, job_id: int, timeout_s: float) -> Job | None:
+        """The job once it has ended; None after `timeout_s`, or when the server stops."""
+        future: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._futures[job_id].append(future)
+        self._has_waiters.set()
+        try:
+            done, _ = await asyncio.wait([future], timeout=timeout_s)
+            return future.result() if done and not future.cancelled() else None
+        finally:
+            self._forget(job_id, future)
+
+    def _forget(self, job_id: int, future: asyncio.Future[Job]) -> None:
+        with self._lock:
+            self._futures[job_id].remove(future)
+            if not self._futures[job_id]:
+                del self._futures[job_id]
+
+    def _run(self) -> None:
+        signal = self._store.change_signal()
+        known: set[int] = set()
+        while not self._is_stopping.is_set():
+            with self._lock:
+                waiting = set(self._futures)
+            if not waiting:
+                self._has_waiters.clear()
+                # Somebody may have come between the look and the clearing.
+                if not self._futures:
+                    self._has_waiters.wait()
+                continue
+            # A job may have ended before its waiter came: new ones are looked up at once.
+            if signal.has_changed() or waiting - known:
+                self._wake(self._store.ended(sorted(waiting)))
+            known = waiting
+            self._is_stopping.wait(POLL_S)
+        signal.close()
+
+    def _wake(self, ended: list[Job]) -> None:
+        for job in ended:
+            with self._lock:
+                futures = list(self._futures.get(job.id, ()))
+            for future in futures:
+                future.get_loop().call_soon_threadsafe(_resolve, future, job)
+
+
+def _resolve(future: asyncio.Future[Job], job: Job) -> None:
+    if not future.done():
+        future.set_result(job)

@@ -1,0 +1,42 @@
+"""What every test gets: a clean environment, no network beyond loopback, quiet threads."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.pipeline import InpaintPipeline
+from models.registry import Components, ModelSpec, load_components
+from server.settings import ENV_PREFIX
+from tests.tiny import save_tiny_checkpoint
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread is quicker for models this small, and leaves the other core to the process under test.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the developer's shell reaches a test."""
+    for variable in list(os.environ):
+        if variable.startswith(ENV_PREFIX):
+            monkeypatch.delenv(variable)
+
+
+@pytest.fixture(scope="session", params=[9, 4], ids=["9-channel", "4-channel"])
+def tiny_components(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Components]:
+    """A random-weight checkpoint of either kind, loaded as a worker loads one."""
+    folder: Path = save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), request.param)
+    yield load_components(
+        ModelSpec(id="tiny", source=str(folder)), torch.device("cpu"), torch.float32
+    )
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_components: Components) -> InpaintPipeline:
+    """The pipeline of `tiny_components`."""
+    return InpaintPipeline(tiny_components)
