@@ -127,8 +127,9 @@ class InpaintEngine:
     def step(self) -> list[Event]:
         """Do one piece of work and say what came of it.
 
-        Decoding comes before denoising and denoising before preparing, so that what is nearest its
-        end ends first. An error ends the generation it belongs to and no other.
+        Decoding comes before denoising, so that what is nearest its end ends first; a waiting
+        generation is prepared as soon as the next UNet call has room for it. An error ends the
+        generation it belongs to and no other.
         Raises: DeviceLost, after which the engine must not be used.
         """
         members = [
@@ -141,10 +142,10 @@ class InpaintEngine:
         if denoised:
             return self._decode(denoised[0])
         batch = select_batch(members, self._samples_per_call)
+        if self._waiting and len(batch) < self._samples_per_call:
+            return self._prepare(self._waiting.popleft())
         if batch:
             return self._denoise(batch)
-        if self._waiting:
-            return self._prepare(self._waiting.popleft())
         return []
 
     def _prepare(self, generation: Generation) -> list[Event]:
@@ -161,16 +162,27 @@ class InpaintEngine:
         try:
             predictions = self._pipeline.denoise_step([sample_of(member) for member in batch])
         except Exception as error:  # noqa: BLE001 - as above
-            if len(batch) > 1:
-                return [event for member in batch for event in self._denoise([member])]
-            return [self._failed(batch[0][0].generation.id, error)]
+            if len(batch) == 1 or isinstance(error, DeviceLost):
+                return [self._failed(batch[0][0].generation.id, error)]
+            return [
+                event
+                for member in batch
+                if self._is_running(member)
+                for event in self._denoise([member])
+            ]
         failed: list[Event] = []
         for member, prediction in zip(batch, predictions, strict=True):
+            if not self._is_running(member):
+                continue
             try:
                 self._pipeline.advance(sample_of(member), prediction)
             except Exception as error:  # noqa: BLE001 - as above
                 failed.append(self._failed(member[0].generation.id, error))
         return [*failed, *self._progress_of(batch)]
+
+    def _is_running(self, member: Member) -> bool:
+        """False once another sample of the same generation has failed."""
+        return member[0].generation.id in self._running
 
     def _progress_of(self, batch: Sequence[Member]) -> list[Event]:
         """One progress event per generation of a batch that still runs."""

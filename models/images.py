@@ -69,16 +69,6 @@ _DAMAGE = (
 )
 """What Pillow's readers let through on damaged files; warnings where the process escalates them."""
 
-_PNG_OPTIONS = (
-    cv2.IMWRITE_PNG_COMPRESSION,
-    1,
-    cv2.IMWRITE_PNG_STRATEGY,
-    cv2.IMWRITE_PNG_STRATEGY_RLE,
-    cv2.IMWRITE_PNG_FILTER,
-    cv2.IMWRITE_PNG_FILTER_AVG,
-)
-"""On photographs a third faster than the defaults and 10 times faster than Pillow, 5 % larger."""
-
 _PNG_HEADER_END = 33
 """Bytes of the signature and of the IHDR chunk, which has to come first."""
 
@@ -137,7 +127,8 @@ def encode_png(image: NDArray[np.uint8], text: Mapping[str, str] | None = None) 
         that PNG cannot hold are replaced: NUL by U+FFFD, lone surrogates by "?".
     Raises: ValueError for a keyword outside the PNG specification's 11.3.3.2.
     """
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _PNG_OPTIONS)
+    # OpenCV's defaults are its fast setting: level 1, run lengths, one filter.
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     png = encoded.tobytes()
     chunks = [_text_chunk(keyword, value) for keyword, value in (text or {}).items()]
     return b"".join((png[:_PNG_HEADER_END], *chunks, png[_PNG_HEADER_END:]))

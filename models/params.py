@@ -4,7 +4,6 @@ The only place where a range stands. Torch-free, so that the web side can use it
 write for these values (strings, "yes"/"no", vendor step lists) is a dialect's business.
 """
 
-import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -43,7 +42,7 @@ class Range:
     maximum: float
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and self.minimum <= value <= self.maximum
+        return self.minimum <= value <= self.maximum  # false for NaN
 
 
 RANGES = {
@@ -145,9 +144,9 @@ def fit_size(
         return width, fit_side("height", own_height * width / own_width)
     if height is not None:
         return fit_side("width", own_width * height / own_height), height
-    largest = min(RANGES["width"].maximum / own_width, RANGES["height"].maximum / own_height)
-    scale = min(1.0, largest)
-    return fit_side("width", own_width * scale), fit_side("height", own_height * scale)
+    # Divided, because multiplying by the inverse may end just below the limit.
+    shrink = max(1.0, own_width / RANGES["width"].maximum, own_height / RANGES["height"].maximum)
+    return fit_side("width", own_width / shrink), fit_side("height", own_height / shrink)
 
 
 def fit_side(name: str, pixels: float) -> int:

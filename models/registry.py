@@ -115,10 +115,18 @@ def load_components(
     report: told the loaded share by file size, for a progress bar and for readiness.
     Raises: ModelUnavailable.
     """
+    from safetensors import SafetensorError
+
     folder = fetch_folder(spec)
-    index = json.loads((folder / "model_index.json").read_text())
+    present = _present_components(folder)
     loaders = _component_loaders(folder, spec.variant, dtype)
-    names = [name for name in loaders if _is_present(index, name)]
+    required = {*loaders} - {*OPTIONAL}
+    if "safety_checker" in present:
+        required.add("feature_extractor")
+    missing = sorted(required - {*present})
+    if missing:
+        raise ModelUnavailable(f"model {spec.id!r}: {folder} lacks {', '.join(missing)}")
+    names = [name for name in loaders if name in present]
     sizes = {name: _folder_bytes(folder / name) for name in names}
     parts: dict[str, Any] = dict.fromkeys(loaders)
     done = 0
@@ -126,15 +134,14 @@ def load_components(
         report(done / sum(sizes.values()), name)
         try:
             parts[name] = loaders[name]()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelUnavailable(f"model {spec.id!r}: cannot load {folder / name}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelUnavailable(
+                f"model {spec.id!r}: cannot load {folder / name}: {error}"
+            ) from error
         if hasattr(parts[name], "requires_grad_"):
             parts[name].to(device).eval().requires_grad_(False)
         done += sizes[name]
     report(1.0, "ready")
-    missing = [name for name, part in parts.items() if part is None and name not in OPTIONAL]
-    if missing:
-        raise ModelUnavailable(f"model {spec.id!r}: {folder} lacks {', '.join(missing)}")
     scheduler = parts.pop("scheduler")
     return Components(scheduler_config=scheduler, **parts)
 
@@ -151,13 +158,21 @@ def _component_loaders(
     from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
     def weights(model_class: Any, name: str) -> Callable[[], Any]:
-        return lambda: model_class.from_pretrained(
-            folder / name,
-            use_safetensors=True,
-            local_files_only=True,
-            variant=variant or _guess_variant(folder / name),
-            dtype=dtype,
-        )
+        def load() -> Any:
+            model, found = model_class.from_pretrained(
+                folder / name,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=variant or _guess_variant(folder / name),
+                dtype=dtype,
+                output_loading_info=True,
+            )
+            # Both libraries would go on with random numbers, or none, in their place.
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+            return model
+
+        return load
 
     return {
         "tokenizer": lambda: CLIPTokenizer.from_pretrained(
@@ -174,9 +189,14 @@ def _component_loaders(
     }
 
 
-def _is_present(index: dict[str, Any], name: str) -> bool:
-    library, class_name = index.get(name) or (None, None)
-    return library is not None and class_name is not None
+def _present_components(folder: Path) -> list[str]:
+    """The names in `model_index.json` that stand for something; absent parts are [null, null]."""
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text())
+        return [name for name, value in index.items() if isinstance(value, list) and all(value)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelUnavailable(f"{path} is not a model index") from error
 
 
 def _guess_variant(folder: Path) -> str | None:

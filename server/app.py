@@ -29,6 +29,8 @@ from server.waiters import Waiters
 
 logger = get_logger(__name__)
 
+PROBES = ("/healthz", "/readyz")
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its parts are built when it starts, in `app.state.services`."""
@@ -74,7 +76,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """The one error handler: every exception becomes a body of the dialect, and nothing else."""
     request_id = request.scope.get("request_id", "")
     known = to_api_error(error)
-    if type(known) is ApiError:
+    if type(known) in (ApiError, StorageUnavailable):
         logger.error("request failed", exc_info=error, request_id=request_id)
     seconds = known.retry_after_s
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
@@ -125,7 +127,9 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            logger.info(
+            # Probes come every few seconds and would drown the rest.
+            log = logger.debug if scope["path"] in PROBES else logger.info
+            log(
                 "request",
                 request_id=request_id,
                 method=scope["method"],

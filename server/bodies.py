@@ -18,8 +18,11 @@ from server.errors import InvalidBody
 
 MAX_FIELDS = 200
 MAX_PART_BYTES = 32_000_000
-TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
-"""A string, kept as it is, or a comma before a closing bracket."""
+TRAILING_COMMA = re.compile(r'("[^"\\]*+(?:\\.[^"\\]*+)*+"?)|,(?=\s*[}\]])', re.DOTALL)
+"""A string, kept as it is, or a comma before a closing bracket.
+
+Possessive, and content with a string that never ends: time and memory stay linear on any input.
+"""
 
 Fields = dict[str, Any]
 """Names in lower case. Values: JSON values, form texts, or bytes of an uploaded file."""
@@ -29,8 +32,13 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
     """All fields of a request. Raises: InvalidBody."""
     body = await read_body(request, max_bytes)
     content_type = request.headers.get("content-type", "")
-    fields = dict(request.query_params)
-    fields |= await parse_body(body, content_type)
+    query = with_lower_names(dict(request.query_params))
+    fields = with_lower_names(await parse_body(body, content_type))
+    return query | {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+def with_lower_names(fields: Fields) -> Fields:
+    """`Seed` as `seed`; where both are there, the exact one counts."""
     return {name.lower(): value for name, value in fields.items()} | {
         name: value for name, value in fields.items() if name.islower()
     }
@@ -68,14 +76,20 @@ def parse_json(body: bytes) -> Fields:
     try:
         text = body.decode("utf-8-sig")
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, parse_constant=refuse_constant)
         except json.JSONDecodeError:
-            fields = json.loads(TRAILING_COMMA.sub(r"\1", text))
+            bare = TRAILING_COMMA.sub(r"\1", text)
+            fields = json.loads(bare, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidBody from error
     if not isinstance(fields, dict):
         raise InvalidBody
     return fields
+
+
+def refuse_constant(name: str) -> None:
+    """NaN and Infinity are Python's own addition to JSON. Raises: ValueError."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def parse_form(body: bytes) -> Fields:

@@ -83,7 +83,8 @@ def settings_of(options: argparse.Namespace, *names: str) -> Settings:
 def serve(options: argparse.Namespace) -> int:
     """Listen, migrate, start the workers, answer until SIGTERM or SIGINT."""
     from server.app import create_app
-    from server.database import migrate, open_engine
+    from server.database import open_engine
+    from server.database import migrate as migrate_tables
     from server.http import Server, bind
     from server.jobs import JobStore
     from server.supervisor import Supervisor
@@ -93,7 +94,7 @@ def serve(options: argparse.Namespace) -> int:
     configure_logging()
     listener: socket.socket = bind(settings.host, settings.port)
     engine = open_engine(settings.sqlalchemy_url)
-    migrate(engine)
+    migrate_tables(engine)
     flags = [
         word
         for name in SHARED_FLAGS
@@ -104,7 +105,7 @@ def serve(options: argparse.Namespace) -> int:
     with Supervisor(settings.worker_devices, flags, JobStore(engine)):
         host, port = listener.getsockname()[:2]
         get_logger(__name__).info("listening", url=f"http://{host}:{port}")
-        server.run(sockets=[listener])
+        server.run_until_stopped(listener)
     return 0
 
 
@@ -140,9 +141,10 @@ def demo(options: argparse.Namespace) -> int:
 
 def migrate(options: argparse.Namespace) -> int:
     """Create or update the tables; `serve` does it too."""
-    from server.database import migrate, open_engine
+    from server.database import migrate as migrate_tables
+    from server.database import open_engine
 
-    migrate(open_engine(settings_of(options).sqlalchemy_url))
+    migrate_tables(open_engine(settings_of(options).sqlalchemy_url))
     return 0
 
 

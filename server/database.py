@@ -81,15 +81,20 @@ workers = Table(
 
 
 def open_engine(url: str) -> Engine:
-    """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing."""
+    """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing.
+
+    Its errors name no parameters: prompts are among them, and errors are logged.
+    """
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
+        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
     # Python's own sqlite3 may carry a SQLite older than 3.51.3, whose WAL can lose commits when
     # there are several connections; the pysqlite3 wheel brings a newer one.
-    engine = create_engine(url, module=sqlite, connect_args={"isolation_level": None})
+    engine = create_engine(
+        url, module=sqlite, connect_args={"isolation_level": None}, hide_parameters=True
+    )
     event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", _begin_immediate)
     return engine

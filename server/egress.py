@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpcore
@@ -45,6 +46,9 @@ DENIED_IPV6 = [
     for network in "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20".split()
 ]
 
+# What a cloud machine tells about itself, credentials among it.
+METADATA = [ipaddress.ip_address(address) for address in ("169.254.169.254", "fd00:ec2::254")]
+
 
 class Refused(Exception):
     """The policy does not let this URL or address through."""
@@ -62,6 +66,7 @@ class FetchFailed(Exception):
 class AddressPolicy:
     """Which addresses may be dialled: public ones, and those an operator allows.
 
+    allow_cidrs: a metadata address is let through only by a network of that address alone.
     allow_hosts: exact host names whose addresses are not judged.
     """
 
@@ -83,7 +88,10 @@ class AddressPolicy:
         """One address by itself; an IPv4 address mapped into IPv6 is judged as IPv4."""
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
             address = address.ipv4_mapped
-        if any(address in network for network in self.allow_cidrs):
+        named = [network for network in self.allow_cidrs if address in network]
+        if address in METADATA:
+            return any(network.num_addresses == 1 for network in named)
+        if named:
             return True
         if isinstance(address, ipaddress.IPv4Address):
             return not any(address in network for network in DENIED_IPV4)
@@ -177,6 +185,8 @@ class Fetcher:
         self._client = httpx.AsyncClient(
             transport=JudgingTransport(policy, settings.max_concurrent),
             headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+            # One host's cookies would go out with somebody else's request.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             timeout=settings.connect_timeout_s,
             follow_redirects=False,
             trust_env=False,

@@ -1,5 +1,6 @@
 """The HTTP server around the application: listening socket, limits, and an orderly end."""
 
+import signal
 import socket
 from types import FrameType
 
@@ -30,6 +31,14 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE_S,
             )
         )
+
+    def run_until_stopped(self, listener: socket.socket) -> None:
+        """Serve until SIGTERM or SIGINT, then return."""
+        # uvicorn raises the signal again once it is done, for handlers that stood before its own;
+        # with the default ones the process would die here, before its workers are stopped.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        self.run(sockets=[listener])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Held requests get their "processing" answer now: uvicorn waits for them to end."""

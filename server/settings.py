@@ -66,13 +66,13 @@ class ErrorStatus(StrEnum):
 class Section(BaseModel):
     """A group of settings; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class AuthSettings(Section):
     """keys: plain keys; empty means nobody is asked for one, which only loopback allows."""
 
-    keys: ListOf[SecretStr] = ()
+    keys: ListOf[Annotated[SecretStr, Field(min_length=1)]] = ()
     allow_anonymous: bool = False
 
 
@@ -121,12 +121,13 @@ class Settings(BaseSettings):
         enable_decoding=False,
         extra="forbid",
         frozen=True,
+        hide_input_in_errors=True,
     )
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     data_dir: Path = Path(platformdirs.user_data_dir("inpaint-server"))
-    database_url: str | None = None
+    database_url: str | None = Field(default=None, repr=False)  # may hold a password
     model: str = "builtin"
     models_file: Path = REPOSITORY / "configs" / "models.toml"
     devices: ListOf[str] = ("auto",)

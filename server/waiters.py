@@ -8,10 +8,18 @@ import threading
 from collections import defaultdict
 from types import TracebackType
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from server.jobs import Job, JobStore
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
 
 POLL_S = 0.01
 """Between two looks at the change signal, which costs microseconds; bounds the wake-up latency."""
+
+RETRY_S = 0.5
+"""After the database could not be read."""
 
 
 class Waiters:
@@ -21,6 +29,7 @@ class Waiters:
         self._store = store
         self._futures: dict[int, list[asyncio.Future[Job]]] = defaultdict(list)
         self._lock = threading.Lock()
+        self._is_released = False
         self._has_waiters = threading.Event()
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="waiters", daemon=True)
@@ -41,8 +50,9 @@ class Waiters:
         self.release_all()
 
     def release_all(self) -> None:
-        """Let every waiter go with "not ended yet": the server is stopping."""
+        """Let every waiter, and who comes later, go with "not ended yet": the server is stopping."""
         with self._lock:
+            self._is_released = True
             waiting = [future for futures in self._futures.values() for future in futures]
         for future in waiting:
             future.get_loop().call_soon_threadsafe(future.cancel)
@@ -51,6 +61,8 @@ class Waiters:
         """The job once it has ended; None after `timeout_s`, or when the server stops."""
         future: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
         with self._lock:
+            if self._is_released:
+                return None
             self._futures[job_id].append(future)
         self._has_waiters.set()
         try:
@@ -77,11 +89,16 @@ class Waiters:
                 if not self._futures:
                     self._has_waiters.wait()
                 continue
-            # A job may have ended before its waiter came: new ones are looked up at once.
-            if signal.has_changed() or waiting - known:
-                self._wake(self._store.ended(sorted(waiting)))
-            known = waiting
-            self._is_stopping.wait(POLL_S)
+            try:
+                # A job may have ended before its waiter came: new ones are looked up at once.
+                if signal.has_changed() or waiting - known:
+                    self._wake(self._store.ended(sorted(waiting)))
+                known = waiting
+                self._is_stopping.wait(POLL_S)
+            except SQLAlchemyError:
+                logger.exception("ended jobs cannot be looked up")
+                known = set()
+                self._is_stopping.wait(RETRY_S)
         signal.close()
 
     def _wake(self, ended: list[Job]) -> None:

@@ -9,11 +9,13 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from tqdm import tqdm
 
 from models.engine import Event, Failed, Finished, Generation, InpaintEngine, Progress
-from models.errors import EngineError, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.errors import EngineError, InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.images import encode_png
 from models.pipeline import InpaintPipeline, Source
 from models.registry import find_model, load_components, read_catalog
@@ -37,6 +39,7 @@ REPORT_S = 5.0
 """Between two signs of life in the workers table."""
 
 REASONS: dict[type[EngineError], str] = {
+    InvalidInput: "The prompt is longer than this model can read",
     OutOfMemory: "The picture is too large for this server's memory",
     UnusablePicture: "The model could not make this picture",
 }
@@ -64,6 +67,7 @@ class Worker:
         """
         engine = InpaintEngine(self._load(), max_generations=1)
         self._report("ready", "ready")
+        logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
         signal = self.store.change_signal()
         parent = os.getppid()
         while not (self.stopping.is_set() and engine.is_idle):
@@ -179,6 +183,9 @@ def run(settings: Settings, worker_id: str, device: str, stopping: threading.Eve
 
     Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
     """
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()  # ours covers the whole checkpoint
+        library.set_verbosity_error()
     engine = open_engine(settings.sqlalchemy_url)
     store = JobStore(engine)
     worker = Worker(worker_id, device, settings, store, Storage(settings.storage_url), stopping)

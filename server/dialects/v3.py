@@ -5,6 +5,7 @@ and nowhere else. Bodies are written as plain dicts, because their order is part
 """
 
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ VENDOR_STEPS = (21, 31, 41, 51)
 DEFAULT_STEPS = 21
 TRUE_WORDS = ("yes", "true", "1", "on")
 FALSE_WORDS = ("no", "false", "0", "off")
+INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
 
 Body = dict[str, Any]
 
@@ -115,7 +117,8 @@ class FieldReader:
         """The field, None where it says nothing."""
         value = self._fields.get(name)
         if isinstance(value, str):
-            value = value.strip()
+            # Half a surrogate pair, as JSON can spell it, fits into no answer and no row.
+            value = value.encode(errors="replace").decode().strip()
             if value.lower() in ("", "null"):
                 return None
         return value
@@ -167,7 +170,7 @@ class FieldReader:
     def integer(self, name: str, default: int, allowed: Range | None = None) -> int:
         """A whole number within its range; "512" and 512.0 are fine."""
         value = self.value(name)
-        if isinstance(value, str) and value.lstrip("+-").isdecimal() and len(value) <= 40:
+        if isinstance(value, str) and INTEGER.fullmatch(value):
             value = int(value)
         if isinstance(value, int) and not isinstance(value, bool) and allowed is None:
             return value  # exact, where a float would lose digits of a long seed

@@ -1,0 +1,32 @@
+# syntax=docker/dockerfile:1
+# CUDA's own libraries come with the torch wheel; the base image adds what the driver needs to find.
+FROM nvidia/cuda:13.0.1-base-ubuntu24.04
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --create-home --uid 10001 inpaint \
+    && install --directory --owner inpaint /data /models-cache
+
+WORKDIR /app
+ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# Dependencies first, so that a change of our code does not download torch again.
+COPY pyproject.toml constraints.txt LICENSE README.md ./
+RUN python3 -m venv .venv \
+    && mkdir models server \
+    && pip install --constraint constraints.txt --editable .
+COPY models models
+COPY server server
+COPY configs configs
+
+USER inpaint
+# The server refuses to start here without INPAINT_AUTH__KEYS: it listens beyond loopback.
+ENV INPAINT_HOST=0.0.0.0 INPAINT_DATA_DIR=/data HF_HOME=/models-cache
+VOLUME ["/data", "/models-cache"]
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz')"]
+# A held request gets its answer, the picture in hand is finished or handed back.
+STOPSIGNAL SIGTERM
+CMD ["inpaint-server", "serve"]

@@ -1,0 +1,121 @@
+"""Real processes for tests: the server as an operator starts it, and a host that serves images."""
+
+import functools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+START_TIMEOUT_S = 120.0
+
+
+class ServerProcess:
+    """`inpaint-server serve` on a free port, followed through its log."""
+
+    def __init__(self, data_dir: Path, environment: Mapping[str, str], *flags: str) -> None:
+        command = [sys.executable, "-m", "server.cli", "serve", "--port", "0"]
+        self._process = subprocess.Popen(
+            [*command, "--data-dir", str(data_dir), *flags],
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                "INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8",
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
+            text=True,
+        )
+        self.log: list[str] = []
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url: str = self.wait_for("listening")["url"]
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """The next log line of this name; the lines before it are passed over."""
+        while True:
+            try:
+                line = self._events.get(timeout=START_TIMEOUT_S)
+            except queue.Empty:
+                raise AssertionError(f"no {event!r} in the log:\n" + "".join(self.log)) from None
+            if line["event"] == event:
+                return line
+
+    @property
+    def pid(self) -> int:
+        """Process id of the API process, the parent of the workers."""
+        return self._process.pid
+
+    def inpaint(self, **fields: Any) -> dict[str, Any]:
+        """Post to the inpaint path; the answer's body."""
+        answer: dict[str, Any] = self.client.post("/api/v3/inpaint", json=fields).json()
+        return answer
+
+    def stop(self) -> int:
+        """SIGTERM, as an operator or Docker does; the exit status."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        return self._end()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._end()
+
+    def _end(self) -> int:
+        status = self._process.wait(60)
+        # The pipe stays open until the last worker has gone too.
+        self._reader.join(60)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+        return status
+
+    def _read(self) -> None:
+        for line in self._process.stderr or ():
+            self.log.append(line)
+            if line.startswith("{"):
+                self._events.put(json.loads(line))
+        self._events.put({"event": "log ended"})
+
+
+@contextmanager
+def serving(
+    data_dir: Path, environment: Mapping[str, str] | None = None, *flags: str
+) -> Iterator[ServerProcess]:
+    """A server with a ready worker, stopped at the end."""
+    server = ServerProcess(data_dir, environment or {}, *flags)
+    try:
+        server.wait_for("worker ready")
+        yield server
+    finally:
+        server.stop()
+        server.client.close()
+
+
+@contextmanager
+def image_host(folder: Path) -> Iterator[str]:
+    """The files of a folder over HTTP on loopback; gives the base URL."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_arguments: Any) -> None:
+            """Quiet."""
+
+    host = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=host.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{host.server_address[1]}"
+    finally:
+        host.shutdown()
+        host.server_close()
+        thread.join()

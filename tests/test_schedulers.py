@@ -1,0 +1,110 @@
+"""Which steps a run has, and that no two runs share a scheduler."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from models.params import SchedulerName
+from models.schedulers import create_scheduler, run_timesteps
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": diffusers.__version__,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+FIRST_ORDER = (20, 15, 10)
+TOTAL_STEPS = {
+    SchedulerName.DDIM: FIRST_ORDER,
+    SchedulerName.DDPM: FIRST_ORDER,
+    SchedulerName.DEIS: FIRST_ORDER,
+    SchedulerName.DPM_MULTISTEP: FIRST_ORDER,
+    SchedulerName.DPM_SINGLESTEP: FIRST_ORDER,
+    SchedulerName.EULER: FIRST_ORDER,
+    SchedulerName.EULER_ANCESTRAL: FIRST_ORDER,
+    SchedulerName.HEUN: (39, 29, 19),
+    SchedulerName.KDPM2: (39, 29, 19),
+    SchedulerName.KDPM2_ANCESTRAL: (39, 29, 19),
+    SchedulerName.LCM: FIRST_ORDER,
+    SchedulerName.PNDM: (21, 16, 11),
+    SchedulerName.UNIPC: FIRST_ORDER,
+}
+"""Steps of a run of 20 at strength 1, 0.75 and 0.5, as diffusers' own pipeline makes them."""
+
+
+def cases() -> Iterator[tuple[SchedulerName, float, int]]:
+    for name, totals in TOTAL_STEPS.items():
+        for strength, total in zip((1.0, 0.75, 0.5), totals, strict=True):
+            yield name, strength, total
+
+
+def test_every_scheduler_has_its_step_counts_here() -> None:
+    assert set(TOTAL_STEPS) == set(SchedulerName)
+
+
+@pytest.mark.parametrize(("name", "strength", "total"), cases())
+def test_strength_decides_the_number_of_steps(
+    name: SchedulerName, strength: float, total: int
+) -> None:
+    timesteps = run_timesteps(create_scheduler(name, CONFIG), 20, strength)
+
+    assert len(timesteps) == total
+    assert timesteps == sorted(timesteps, reverse=True)
+    assert all(timestep.ndim == 0 and timestep.device.type == "cpu" for timestep in timesteps)
+
+
+@pytest.mark.parametrize("name", SchedulerName)
+def test_at_least_one_step_is_left(name: SchedulerName) -> None:
+    assert len(run_timesteps(create_scheduler(name, CONFIG), 20, 0.001)) >= 1
+    assert len(run_timesteps(create_scheduler(name, CONFIG), 2, 0.001)) >= 1
+
+
+@pytest.mark.parametrize("name", SchedulerName)
+def test_every_call_gives_a_fresh_scheduler(name: SchedulerName) -> None:
+    first, second = create_scheduler(name, CONFIG), create_scheduler(name, CONFIG)
+    run_timesteps(first, 20, 1.0)
+    run_timesteps(second, 5, 1.0)
+
+    assert type(first).__name__ == name
+    assert first is not second
+    assert len(first.timesteps) > len(second.timesteps)
+
+
+@pytest.mark.parametrize("name", SchedulerName)
+def test_scheduler_keeps_the_checkpoints_noise_schedule(name: SchedulerName) -> None:
+    scheduler = create_scheduler(name, CONFIG | {"prediction_type": "v_prediction"})
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    torch.testing.assert_close(scheduler.alphas_cumprod, (1 - betas).cumprod(0))
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_no_name_takes_the_checkpoints_own_class() -> None:
+    for name in SchedulerName:
+        scheduler = create_scheduler(None, CONFIG | {"_class_name": name.value})
+        assert type(scheduler).__name__ == name
+
+
+def test_pndm_skips_its_warm_up() -> None:
+    assert create_scheduler(SchedulerName.PNDM, CONFIG).config.skip_prk_steps
+
+
+def test_config_is_left_as_it_was() -> None:
+    config = dict(CONFIG)
+    run_timesteps(create_scheduler(SchedulerName.PNDM, config), 20, 0.5)
+
+    assert config == CONFIG
+
+
+@pytest.mark.parametrize("class_name", ["FlowMatchEulerDiscreteScheduler", "UNet2DModel", "os"])
+def test_unknown_class_in_a_checkpoint_is_refused(class_name: str) -> None:
+    with pytest.raises(ValueError, match=class_name):
+        create_scheduler(None, CONFIG | {"_class_name": class_name})
