@@ -24,7 +24,7 @@ from models.params import InpaintParams
 from models.prompts import PromptEncoder
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
-from models.schedulers import create_scheduler, run_timesteps
+from models.schedulers import create_scheduler, own_scheduler, run_timesteps
 
 INPAINT_CHANNELS = 9
 """Latents (4), mask (1) and masked-image latents (4), joined in this order."""
@@ -113,6 +113,7 @@ class InpaintPipeline:
                 f"a UNet of {self.channels} input channels is no inpainting UNet"
             )
         self.latent_scale: int = 2 ** (len(components.vae.config.block_out_channels) - 1)
+        own_scheduler(components.scheduler_config)  # an unknown one stops the start, not a job
         self._prompts = PromptEncoder(
             components.tokenizer, components.text_encoder, self.device, self.dtype
         )

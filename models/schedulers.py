@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from models.errors import ModelUnavailable
 from models.params import SchedulerName
 
 SchedulerConfig: TypeAlias = Mapping[str, Any]
@@ -19,6 +20,8 @@ SchedulerConfig: TypeAlias = Mapping[str, Any]
 OVERRIDES: dict[SchedulerName, dict[str, Any]] = {
     # PNDM's Runge-Kutta warm-up needs four UNet calls per step; every published pipeline skips it.
     SchedulerName.PNDM: {"skip_prk_steps": True},
+    # diffusers sets it itself for runs to a last sigma of zero, but with a warning each time.
+    SchedulerName.DPM_SINGLESTEP: {"lower_order_final": True},
 }
 
 
@@ -26,12 +29,21 @@ def create_scheduler(name: SchedulerName | None, config: SchedulerConfig) -> Sch
     """A scheduler with the checkpoint's noise schedule.
 
     name: None takes the class the checkpoint names itself.
+    Raises: ModelUnavailable where that class is none of `SchedulerName`.
     """
-    class_name = config["_class_name"] if name is None else name.value
     overrides = {} if name is None else OVERRIDES.get(name, {})
-    scheduler_class = getattr(diffusers, SchedulerName(class_name))
+    scheduler_class = getattr(diffusers, name or own_scheduler(config))
     scheduler: SchedulerMixin = scheduler_class.from_config(dict(config), **overrides)
     return scheduler
+
+
+def own_scheduler(config: SchedulerConfig) -> SchedulerName:
+    """The class a checkpoint names itself. Raises: ModelUnavailable."""
+    class_name = str(config.get("_class_name"))
+    try:
+        return SchedulerName(class_name)
+    except ValueError as error:
+        raise ModelUnavailable(f"the checkpoint's scheduler {class_name!r} is not known") from error
 
 
 def run_timesteps(

@@ -83,8 +83,8 @@ def settings_of(options: argparse.Namespace, *names: str) -> Settings:
 def serve(options: argparse.Namespace) -> int:
     """Listen, migrate, start the workers, answer until SIGTERM or SIGINT."""
     from server.app import create_app
-    from server.database import open_engine
     from server.database import migrate as migrate_tables
+    from server.database import open_engine
     from server.http import Server, bind
     from server.jobs import JobStore
     from server.supervisor import Supervisor

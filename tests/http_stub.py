@@ -1,0 +1,118 @@
+"""Real servers on loopback: image hosts that behave well or badly, and our own application."""
+
+import asyncio
+import io
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from server.app import create_app
+from server.http import Server, bind
+from server.settings import Settings
+
+Behaviour = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
+"""What a stub does with a request's path; the connection is closed afterwards."""
+
+
+def png_bytes(width: int = 64, height: int = 64, shade: int = 128) -> bytes:
+    """A small valid picture."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), shade, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def response(status: str, *headers: str, body: bytes = b"") -> bytes:
+    """A whole HTTP/1.1 answer, with the length of its body."""
+    lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def answering(content: bytes) -> Behaviour:
+    """The same bytes for every request, well formed or not."""
+
+    async def behave(_path: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(content)
+        await writer.drain()
+
+    return behave
+
+
+@dataclass(slots=True)
+class Stub:
+    """A running stub. heads: the head of every request it has read."""
+
+    port: int
+    connections: int = 0
+    heads: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@asynccontextmanager
+async def running_stub(behaviour: Behaviour) -> AsyncIterator[Stub]:
+    """A stub on a free loopback port."""
+    stub = Stub(0)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stub.connections += 1
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            stub.heads.append(head)
+            await behaviour(head.split(" ")[1], writer)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client has gone, or the test is over
+        finally:
+            writer.close()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(serve(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    stub.port = server.sockets[0].getsockname()[1]
+    try:
+        yield stub
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveApp:
+    """Our application behind its real HTTP server. port: for raw sockets."""
+
+    client: httpx.Client
+    port: int
+    stop: Callable[[], None]
+
+
+@contextmanager
+def running_app(settings: Settings) -> Iterator[LiveApp]:
+    """The application without workers, on a free loopback port."""
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    server = Server(create_app(settings), settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+
+    def stop() -> None:
+        server.handle_exit(signal.SIGTERM, None)
+
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            yield LiveApp(client, port, stop)
+    finally:
+        stop()
+        thread.join()

@@ -1,0 +1,585 @@
+"""The job table: every verb with its guards, under several claimers, kills and random histories."""
+
+import itertools
+import multiprocessing
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sqlalchemy import Engine, delete, func, insert, select, text
+from sqlalchemy.exc import IntegrityError
+
+from models.params import InpaintParams, SchedulerName
+from server.database import jobs, migrate, open_engine, workers
+from server.errors import QueueFull
+from server.jobs import (
+    GUESSED_SPEED,
+    LEASE_S,
+    MAX_ATTEMPTS,
+    WORKER_LOST,
+    WORKER_SEEN_S,
+    Job,
+    JobState,
+    JobStore,
+    NewJob,
+    WorkerStatus,
+)
+
+PARAMS = InpaintParams(prompt="a cat", seed=7, samples=2, scheduler=SchedulerName.DDIM)
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def new_job(**changes: Any) -> NewJob:
+    plain = NewJob(
+        dialect="v3",
+        request={"init_image": "http://x/a.png"},
+        params=PARAMS,
+        key_id="somebody",
+        file_prefix=str(uuid.uuid4()),
+        work=1_000.0,
+    )
+    return replace(plain, **changes)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/inpaint.db"
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    engine = open_engine(url)
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(engine: Engine, clock: Clock) -> JobStore:
+    return JobStore(engine, clock=clock)
+
+
+def claim_one(store: JobStore, worker_id: str = "w") -> Job:
+    (job,) = store.claim(worker_id, 1)
+    return job
+
+
+def get(store: JobStore, job_id: int) -> Job:
+    job = store.get(job_id)
+    assert job is not None
+    return job
+
+
+def state_of(store: JobStore, job_id: int) -> JobState:
+    return get(store, job_id).state
+
+
+def test_submitted_job_comes_back_as_it_went_in(store: JobStore) -> None:
+    new = new_job(webhook="http://x/hook", track_id="t")
+    job = store.submit(new)
+    assert get(store, job.id) == job
+    assert asdict(new).items() <= asdict(job).items()
+    assert (job.state, job.attempt, job.created_at) == (JobState.QUEUED, 0, 1_000.0)
+
+
+@pytest.mark.parametrize("track_id", [7, "7", "", 1.0, 0.5, True, False, None, 2**63, "žluť\x00"])
+def test_track_id_keeps_its_type(track_id: object, store: JobStore) -> None:
+    kept = get(store, store.submit(new_job(track_id=track_id)).id).track_id
+    assert kept == track_id
+    assert type(kept) is type(track_id)
+
+
+def test_unknown_job_is_none(store: JobStore) -> None:
+    assert store.get(1) is None
+
+
+def test_names_of_files_follow_from_the_prefix(store: JobStore) -> None:
+    job = store.submit(new_job(file_prefix="abc"))
+    assert job.input_key == "inputs/abc.npy"
+    assert job.output_keys == ["generations/abc-0.png", "generations/abc-1.png"]
+
+
+def test_claim_takes_the_oldest_first_and_skips_leased_jobs(store: JobStore) -> None:
+    ids = [store.submit(new_job()).id for _ in range(4)]
+    assert store.claim("a", 0) == []
+    assert [job.id for job in store.claim("a", 2)] == ids[:2]
+    assert [job.id for job in store.claim("b", 5)] == ids[2:]
+    assert store.claim("b", 5) == []
+
+
+def test_claim_names_worker_attempt_and_start(store: JobStore, clock: Clock) -> None:
+    store.submit(new_job())
+    clock.now = 1_010.0
+    job = claim_one(store, "a")
+    assert (job.state, job.worker_id, job.attempt, job.started_at) == ("running", "a", 1, 1_010.0)
+
+
+def test_finish_ends_the_job_once(store: JobStore, clock: Clock) -> None:
+    store.submit(new_job())
+    job = claim_one(store)
+    store.beat(job, 3, 40)
+    clock.now += 2.5
+    assert store.finish(job, [False, None])
+    ended = get(store, job.id)
+    assert (ended.state, ended.run_s, ended.flagged) == (JobState.FINISHED, 2.5, [False, None])
+    assert (ended.step, ended.total_steps, ended.work_left) == (40, 40, 0)
+    assert not store.finish(job, [True, True])
+    assert not store.fail(job, "late")
+    assert not store.beat(job, 5, 40)
+    assert not store.cancel(job.id)
+    assert get(store, job.id) == ended
+
+
+def test_fail_ends_the_job_with_its_reason(store: JobStore) -> None:
+    store.submit(new_job())
+    job = claim_one(store)
+    assert store.fail(job, "The picture is too large")
+    assert not store.finish(job, [])
+    ended = get(store, job.id)
+    assert (ended.state, ended.error) == (JobState.FAILED, "The picture is too large")
+
+
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_cancel_ends_a_job_that_has_not_ended(is_claimed: bool, store: JobStore) -> None:
+    queued = store.submit(new_job())
+    job = claim_one(store) if is_claimed else queued
+    assert store.cancel(job.id)
+    assert not store.cancel(job.id)
+    assert not store.finish(job, [])
+    assert state_of(store, job.id) is JobState.CANCELLED
+    assert store.claim("w", 1) == []
+
+
+def test_cancel_of_an_unknown_job_does_nothing(store: JobStore) -> None:
+    assert not store.cancel(99)
+
+
+def test_job_is_given_back_when_its_lease_has_run_out(store: JobStore, clock: Clock) -> None:
+    job_id = store.submit(new_job()).id
+    claim_one(store)
+    clock.now += LEASE_S
+    assert store.requeue_expired() == 0
+    clock.now += 0.1
+    assert store.requeue_expired() == 1
+    assert state_of(store, job_id) is JobState.QUEUED
+
+
+def test_beat_renews_the_lease(store: JobStore, clock: Clock) -> None:
+    store.submit(new_job())
+    job = claim_one(store)
+    clock.now += LEASE_S - 1
+    assert store.beat(job, 5, 20)
+    clock.now += LEASE_S - 1
+    assert store.requeue_expired() == 0
+    assert (get(store, job.id).step, get(store, job.id).total_steps) == (5, 20)
+
+
+def test_jobs_of_a_dead_worker_are_given_back_at_once(store: JobStore) -> None:
+    ids = [store.submit(new_job()).id for _ in range(3)]
+    store.claim("dead", 2)
+    claim_one(store, "alive")
+    assert store.requeue_of("dead") == 2
+    assert [state_of(store, job_id) for job_id in ids] == ["queued", "queued", "running"]
+
+
+def test_given_back_job_starts_anew_and_keeps_its_place(store: JobStore) -> None:
+    first, _ = store.submit(new_job()), store.submit(new_job())
+    store.beat(claim_one(store), 5, 20)
+    store.requeue_of("w")
+    again = claim_one(store)
+    assert (again.id, again.attempt, again.step, again.total_steps) == (first.id, 2, 0, 0)
+
+
+def test_late_worker_has_no_say(store: JobStore) -> None:
+    """The same worker id does not help: the attempt number is the fence."""
+    store.submit(new_job())
+    old = claim_one(store, "w")
+    store.requeue_of("w")
+    new = claim_one(store, "w")
+    assert not store.beat(old, 1, 20)
+    assert not store.finish(old, [])
+    assert not store.fail(old, "late")
+    assert store.finish(new, [False, False])
+
+
+def test_third_lost_attempt_fails_the_job(store: JobStore) -> None:
+    job_id = store.submit(new_job()).id
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        assert claim_one(store).attempt == attempt
+        assert store.requeue_of("w") == 1
+    ended = get(store, job_id)
+    assert (ended.state, ended.error, ended.finished_at) == ("failed", WORKER_LOST, 1_000.0)
+    assert store.claim("w", 1) == []
+
+
+def test_ended_lists_the_ended_ones_of_those_asked_for(store: JobStore) -> None:
+    ids = [store.submit(new_job()).id for _ in range(5)]
+    finished, failed = store.claim("w", 2)
+    store.finish(finished, [])
+    store.fail(failed, "reason")
+    store.cancel(ids[2])
+    assert {job.id for job in store.ended(ids)} == set(ids[:3])
+    assert [job.id for job in store.ended(ids[1:2])] == ids[1:2]
+    assert store.ended([]) == []
+
+
+def test_queue_has_an_end(engine: Engine) -> None:
+    store = JobStore(engine, max_waiting=2)
+    store.submit(new_job())
+    store.refuse_when_full()
+    store.submit(new_job())
+    with pytest.raises(QueueFull) as refused:
+        store.submit(new_job())
+    assert refused.value.limit == 2
+    with pytest.raises(QueueFull):
+        store.refuse_when_full()
+    claim_one(store)  # a running job waits no longer
+    store.submit(new_job())
+
+
+def test_ids_are_not_given_twice(store: JobStore, engine: Engine) -> None:
+    ids = [store.submit(new_job()).id for _ in range(3)]
+    with engine.begin() as connection:
+        connection.execute(delete(jobs))
+    assert store.submit(new_job()).id > max(ids)
+
+
+ROW = {
+    "state": "queued",
+    "key_id": "k",
+    "dialect": "v3",
+    "request": {},
+    "params": {},
+    "file_prefix": "p",
+    "work": 1.0,
+    "created_at": 0.0,
+}
+RUNNING = {"state": "running", "worker_id": "w", "lease_until": 1.0}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"state": "lost"},
+        {"state": None},
+        {"state": "running"},
+        RUNNING | {"worker_id": None},
+        RUNNING | {"lease_until": None},
+        RUNNING | {"state": "finished"},
+        RUNNING | {"state": "queued"},
+        RUNNING | {"error": "reason"},
+        {"state": "failed"},
+        {"error": "reason"},
+        {"state": "finished", "error": "reason"},
+        {"file_prefix": "taken"},
+        {"key_id": None},
+    ],
+    ids=str,
+)
+def test_schema_has_no_room_for_illegal_states(values: dict[str, Any], engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(insert(jobs).values(ROW | {"file_prefix": "taken"}))
+    with engine.connect() as connection, pytest.raises(IntegrityError):
+        connection.execute(insert(jobs).values(ROW | values))
+
+
+def test_schema_holds_against_raw_sql(store: JobStore, engine: Engine) -> None:
+    store.submit(new_job())
+    for change in ("state = 'running'", "state = 'failed'", "state = 'done'", "error = 'x'"):
+        with engine.connect() as connection, pytest.raises(IntegrityError):
+            connection.execute(text(f"UPDATE jobs SET {change}"))
+
+
+class TestFigures:
+    def test_empty_queue(self, store: JobStore) -> None:
+        figures = store.figures()
+        assert (figures.waiting, figures.running, figures.wait_s) == (0, 0, 0)
+        assert figures.speed == GUESSED_SPEED
+
+    def test_work_in_front_counts_what_is_left_of_running_jobs(self, store: JobStore) -> None:
+        first, second, third = (store.submit(new_job(work=1_000.0)) for _ in range(3))
+        running = claim_one(store)
+        store.beat(running, 5, 20)
+        whole = store.figures()
+        assert (whole.waiting, whole.running, whole.ahead) == (2, 1, 2_750)
+        assert store.figures(third.id).ahead == 1_750
+        assert store.figures(first.id).ahead == 0
+        assert store.figures(second.id).waiting == 0
+
+    def test_speed_is_that_of_the_last_jobs(self, store: JobStore, clock: Clock) -> None:
+        for seconds, work in [(1_000, 1.0)] + [(2, 1_000.0), (3, 4_000.0)] * 10:
+            store.submit(new_job(work=work))
+            job = claim_one(store)
+            clock.now += seconds
+            store.finish(job, [])
+        assert store.figures().speed == 50_000 / 50
+
+    def test_eta_is_work_in_front_and_own_work_over_speed(
+        self, store: JobStore, clock: Clock
+    ) -> None:
+        store.submit(new_job(work=1_000.0))
+        job = claim_one(store)
+        clock.now += 2
+        store.finish(job, [])
+        first, second = (store.submit(new_job(work=2_000.0)) for _ in range(2))
+        assert store.figures(second.id).eta_s(second) == 8.0
+        assert store.figures().wait_s == 8.0
+        store.beat(claim_one(store), 15, 20)
+        assert store.figures(first.id).eta_s(get(store, first.id)) == 1.0
+        assert store.figures(second.id).eta_s(second) == 5.0
+
+    def test_workers_add_up_while_they_are_seen(self, store: JobStore, clock: Clock) -> None:
+        for worker_id in "ab":
+            store.report_worker(status(worker_id, clock()))
+        assert store.figures().speed == 2 * GUESSED_SPEED
+        clock.now += WORKER_SEEN_S
+        assert store.figures().speed == GUESSED_SPEED
+
+    def test_instant_jobs_do_not_divide_by_zero(self, store: JobStore) -> None:
+        store.submit(new_job())
+        store.finish(claim_one(store), [])
+        assert store.figures().speed == GUESSED_SPEED
+
+
+def status(worker_id: str, seen_at: float, state: str = "ready") -> WorkerStatus:
+    return WorkerStatus(worker_id, "cpu", "builtin", state, state, seen_at)
+
+
+def test_workers_last_word_counts(store: JobStore, clock: Clock) -> None:
+    store.report_worker(status("a", clock(), "loading"))
+    store.report_worker(status("a", clock(), "ready"))
+    store.report_worker(status("b", clock() - WORKER_SEEN_S))
+    assert store.workers_seen() == [status("a", clock())]
+    store.forget_worker("a")
+    assert store.workers_seen() == []
+
+
+def test_worker_states_are_a_closed_list(engine: Engine) -> None:
+    with engine.connect() as connection, pytest.raises(IntegrityError):
+        connection.execute(insert(workers).values(asdict(status("a", 0, "tired"))))
+
+
+def insert_jobs(engine: Engine, count: int) -> None:
+    rows = [ROW | {"file_prefix": str(index), "params": PARAMS.to_json()} for index in range(count)]
+    with engine.begin() as connection:
+        connection.execute(insert(jobs), rows)
+
+
+def claim_all(store: JobStore, worker_id: str, limit: int) -> list[int]:
+    claimed: list[int] = []
+    while batch := store.claim(worker_id, limit):
+        claimed += [job.id for job in batch]
+    return claimed
+
+
+def test_threads_never_share_a_job(store: JobStore, engine: Engine) -> None:
+    insert_jobs(engine, 300)
+    with ThreadPoolExecutor(6) as threads:
+        claims = list(threads.map(lambda n: claim_all(store, f"w{n}", 1 + n), range(6)))
+    assert sorted(itertools.chain(*claims)) == list(range(1, 301))
+
+
+def _claim_in_process(url: str, worker_id: str, start: Any, results: Any) -> None:
+    engine = open_engine(url)
+    start.wait()
+    results.put(claim_all(JobStore(engine), worker_id, 3))
+    engine.dispose()
+
+
+def test_processes_never_share_a_job(engine: Engine, url: str) -> None:
+    insert_jobs(engine, 300)
+    spawn = multiprocessing.get_context("spawn")
+    start, results = spawn.Barrier(2), spawn.Queue()
+    processes = [
+        spawn.Process(target=_claim_in_process, args=(url, f"w{n}", start, results))
+        for n in range(2)
+    ]
+    for process in processes:
+        process.start()
+    claims = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    results.close()
+    assert sorted(itertools.chain(*claims)) == list(range(1, 301))
+
+
+def test_two_writers_never_overfill_the_queue(engine: Engine) -> None:
+    store = JobStore(engine, max_waiting=20)
+
+    def submit(_: int) -> bool:
+        try:
+            store.submit(new_job())
+        except QueueFull:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(submit, range(40))) == 20
+    assert store.figures().waiting == 20
+
+
+WRITER = """
+import sys
+from server.database import open_engine
+from server.jobs import JobStore
+from tests.test_jobs import new_job
+store = JobStore(open_engine(sys.argv[1]))
+while True:
+    print(store.submit(new_job()).id, flush=True)
+"""
+
+
+@pytest.mark.parametrize("acknowledged", [1, 7, 40])
+def test_acknowledged_jobs_survive_kill_9(
+    acknowledged: int, store: JobStore, engine: Engine, url: str
+) -> None:
+    command = [sys.executable, "-c", WRITER, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        ids = [int(line) for line in itertools.islice(writer.stdout, acknowledged)]
+        writer.send_signal(signal.SIGKILL)
+        ids += [int(line) for line in writer.stdout if line.endswith("\n")]
+    assert len(ids) >= acknowledged
+    assert {job_id for job_id in ids if store.get(job_id) is None} == set()
+    with engine.connect() as connection:
+        assert connection.execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
+
+
+class History(RuleBasedStateMachine):
+    """Random histories against a dict: every id is in exactly one state, and ends at most once."""
+
+    engine: Engine
+    """Set once for all histories; ids go on from one to the next."""
+
+    @initialize()
+    def begin(self) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(delete(jobs))
+        self.clock = Clock()
+        self.store = JobStore(self.engine, max_waiting=5, clock=self.clock)
+        self.states: dict[int, str] = {}
+        self.attempts: dict[int, int] = {}
+        self.leases: dict[int, tuple[str, float]] = {}
+        self.claims: list[Job] = []
+
+    @rule()
+    def submit(self) -> None:
+        is_full = sum(state == "queued" for state in self.states.values()) >= 5
+        try:
+            job_id = self.store.submit(new_job()).id
+        except QueueFull:
+            assert is_full
+            return
+        assert not is_full
+        assert job_id not in self.states
+        self.states[job_id] = "queued"
+        self.attempts[job_id] = 0
+
+    @rule(worker=st.sampled_from("ab"), limit=st.integers(0, 3))
+    def claim(self, worker: str, limit: int) -> None:
+        oldest = [job_id for job_id, state in self.states.items() if state == "queued"][:limit]
+        claimed = self.store.claim(worker, limit)
+        assert [job.id for job in claimed] == oldest
+        self.claims += claimed
+        for job in claimed:
+            self.states[job.id] = "running"
+            self.attempts[job.id] += 1
+            self.leases[job.id] = (worker, self.clock.now + LEASE_S)
+            assert job.attempt == self.attempts[job.id]
+
+    def is_held(self, job: Job) -> bool:
+        return self.states[job.id] == "running" and self.attempts[job.id] == job.attempt
+
+    def end(self, job_id: int, state: str) -> None:
+        self.states[job_id] = state
+        self.leases.pop(job_id, None)
+
+    @precondition(lambda self: self.claims)
+    @rule(data=st.data(), verb=st.sampled_from(["beat", "finish", "fail"]))
+    def report(self, data: st.DataObject, verb: str) -> None:
+        """Any claim there ever was may report, however late."""
+        job = data.draw(st.sampled_from(self.claims))
+        is_held = self.is_held(job)
+        verbs: dict[str, Callable[[], bool]] = {
+            "beat": lambda: self.store.beat(job, 1, 2),
+            "finish": lambda: self.store.finish(job, [False, False]),
+            "fail": lambda: self.store.fail(job, "reason"),
+        }
+        assert verbs[verb]() == is_held
+        if not is_held:
+            return
+        if verb == "beat":
+            self.leases[job.id] = (self.leases[job.id][0], self.clock.now + LEASE_S)
+        else:
+            self.end(job.id, "finished" if verb == "finish" else "failed")
+
+    @precondition(lambda self: self.states)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        job_id = data.draw(st.sampled_from(sorted(self.states)))
+        is_live = self.states[job_id] in ("queued", "running")
+        assert self.store.cancel(job_id) == is_live
+        if is_live:
+            self.end(job_id, "cancelled")
+
+    @rule(seconds=st.sampled_from([1, LEASE_S, LEASE_S + 1]))
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def requeue_expired(self) -> None:
+        lost = [job_id for job_id, (_, until) in self.leases.items() if until < self.clock.now]
+        assert self.store.requeue_expired() == len(lost)
+        self.lose(lost)
+
+    @rule(worker=st.sampled_from("ab"))
+    def requeue_of(self, worker: str) -> None:
+        lost = [job_id for job_id, (holder, _) in self.leases.items() if holder == worker]
+        assert self.store.requeue_of(worker) == len(lost)
+        self.lose(lost)
+
+    def lose(self, job_ids: list[int]) -> None:
+        for job_id in job_ids:
+            self.end(job_id, "failed" if self.attempts[job_id] >= MAX_ATTEMPTS else "queued")
+
+    @invariant()
+    def table_agrees(self) -> None:
+        with self.engine.connect().execution_options(is_read_only=True) as connection:
+            rows = connection.execute(select(jobs.c.id, jobs.c.state, jobs.c.attempt)).all()
+            count = connection.execute(select(func.count()).select_from(jobs)).scalar_one()
+        assert count == len(self.states)
+        assert {row.id: row.state for row in rows} == self.states
+        assert {row.id: row.attempt for row in rows} == self.attempts
+
+
+def test_random_histories(engine: Engine) -> None:
+    History.engine = engine
+    machine: Any = History.TestCase
+    machine.settings = hypothesis_settings(
+        max_examples=20, stateful_step_count=30, deadline=None, derandomize=True, database=None
+    )
+    machine().runTest()

@@ -1,0 +1,320 @@
+"""From a model id to weights: the catalog, what a folder must hold, what is said where it lacks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.errors import ModelUnavailable
+from models.registry import (
+    BUILTIN_FOLDER,
+    Components,
+    ModelSpec,
+    fetch_folder,
+    find_model,
+    load_components,
+    read_catalog,
+)
+from tests.tiny import save_tiny_checkpoint
+
+CATALOG_FILE = Path(__file__).parents[1] / "configs" / "models.toml"
+CPU = torch.device("cpu")
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), 9)
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return shutil.copytree(checkpoint, tmp_path / "model")
+
+
+def load(folder: Path, variant: str | None = None) -> Components:
+    return load_components(ModelSpec("tiny", str(folder), variant=variant), CPU, torch.float32)
+
+
+def catalog(tmp_path: Path, text: str) -> dict[str, ModelSpec]:
+    path = tmp_path / "models.toml"
+    path.write_text(text)
+    return read_catalog(path)
+
+
+def test_catalog_gives_a_spec_per_table(tmp_path: Path) -> None:
+    found = catalog(
+        tmp_path,
+        """
+        [models.a]
+        source = "folder/a"
+        [models.b]
+        source = "owner/b"
+        revision = "0123"
+        variant = "fp16"
+        """,
+    )
+
+    assert found == {
+        "a": ModelSpec("a", "folder/a"),
+        "b": ModelSpec("b", "owner/b", revision="0123", variant="fp16"),
+    }
+
+
+def test_empty_catalog_has_no_models(tmp_path: Path) -> None:
+    assert catalog(tmp_path, "") == {}
+
+
+@pytest.mark.parametrize(
+    "entry", ['source = "x"\nweigths = "y"', 'variant = "fp16"', 'id = "b"\nsource = "x"']
+)
+def test_entry_with_wrong_keys_is_refused(tmp_path: Path, entry: str) -> None:
+    with pytest.raises(ModelUnavailable, match=r"models\.toml"):
+        catalog(tmp_path, f"[models.a]\n{entry}")
+
+
+def test_our_own_catalog_is_readable() -> None:
+    found = read_catalog(CATALOG_FILE)
+
+    assert found["builtin"].source == "builtin"
+    assert all(spec.id == name for name, spec in found.items())
+
+
+def test_catalog_entry_comes_before_a_source_of_that_name() -> None:
+    entry = ModelSpec("builtin", "/elsewhere")
+
+    assert find_model("builtin", {"builtin": entry}) is entry
+
+
+@pytest.mark.parametrize("model_id", ["builtin", "/some/folder", "owner/model"])
+def test_id_outside_the_catalog_is_its_own_source(model_id: str) -> None:
+    assert find_model(model_id, {}) == ModelSpec(model_id, model_id)
+
+
+def test_builtin_is_the_folder_in_the_package() -> None:
+    assert fetch_folder(ModelSpec("builtin", "builtin")) == BUILTIN_FOLDER
+
+
+def test_home_is_expanded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+
+    assert fetch_folder(ModelSpec("tiny", f"~/{checkpoint.name}")) == checkpoint
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def test_hub_id_without_network_fails_at_once(tmp_path: Path) -> None:
+    # In a process of its own, because huggingface_hub reads its environment at import.
+    program = """
+import sys
+
+def watch(event, arguments):
+    if event.startswith("socket."):
+        raise SystemExit(f"used the network: {event} {arguments}")
+
+sys.addaudithook(watch)
+from models.errors import ModelUnavailable
+from models.registry import ModelSpec, fetch_folder
+
+try:
+    fetch_folder(ModelSpec("remote", "owner/never-downloaded"))
+except ModelUnavailable as error:
+    sys.stdout.write(str(error))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+
+    assert "'owner/never-downloaded' is neither a folder here nor a hub id" in answer.stdout
+
+
+def test_all_components_are_loaded_ready_for_use(folder: Path) -> None:
+    components = load(folder)
+
+    assert components.unet.config.in_channels == 9
+    assert components.scheduler_config["_class_name"] == "DDIMScheduler"
+    assert components.safety_checker is components.feature_extractor is None
+    for part in (components.unet, components.vae, components.text_encoder):
+        assert not part.training
+        assert {weight.dtype for weight in part.parameters()} == {torch.float32}
+        assert not any(weight.requires_grad for weight in part.parameters())
+
+
+def test_weights_are_loaded_as_they_were_saved(folder: Path) -> None:
+    saved = load_file(folder / "unet" / WEIGHTS["unet"])
+    loaded = load(folder).unet.state_dict()
+
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_half_precision_is_a_matter_of_asking(folder: Path) -> None:
+    components = load_components(ModelSpec("tiny", str(folder)), CPU, torch.float16)
+
+    for part in (components.unet, components.vae, components.text_encoder):
+        assert {weight.dtype for weight in part.parameters()} == {torch.float16}
+
+
+def test_folder_of_fp16_files_only_is_loaded(folder: Path) -> None:
+    saved = rename_to_fp16(folder)
+    loaded = load(folder).unet.state_dict()
+
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_variant_chooses_between_files(folder: Path) -> None:
+    plain = folder / "unet" / WEIGHTS["unet"]
+    original = plain.read_bytes()
+    saved = rename_to_fp16(folder)
+    plain.write_bytes(original)
+
+    name = "conv_in.weight"
+    assert torch.equal(load(folder, "fp16").unet.state_dict()[name], saved[name])
+    assert torch.equal(load(folder).unet.state_dict()[name], load_file(plain)[name])
+
+
+def rename_to_fp16(folder: Path) -> dict[str, torch.Tensor]:
+    """Give every weight file the infix, and the UNet's other values, which are returned."""
+    for name, file in WEIGHTS.items():
+        (folder / name / file).rename(folder / name / fp16_name(file))
+    unet = folder / "unet" / fp16_name(WEIGHTS["unet"])
+    halved = {name: weight / 2 for name, weight in load_file(unet).items()}
+    save_file(halved, unet, metadata={"format": "pt"})
+    return halved
+
+
+def fp16_name(file: str) -> str:
+    return file.replace(".safetensors", ".fp16.safetensors")
+
+
+def test_variant_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="fp16"):
+        load(folder, "fp16")
+
+
+def test_missing_index_is_named(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+    with pytest.raises(ModelUnavailable, match=r"model_index\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\0"])
+def test_damaged_index_is_refused(folder: Path, text: str) -> None:
+    (folder / "model_index.json").write_text(text)
+
+    with pytest.raises(ModelUnavailable, match=r"model_index\.json"):
+        load(folder)
+
+
+def test_component_missing_from_the_index_is_named(folder: Path) -> None:
+    change_index(folder, unet=[None, None])
+
+    with pytest.raises(ModelUnavailable, match="lacks unet"):
+        load(folder)
+
+
+def test_safety_checker_needs_its_feature_extractor(folder: Path) -> None:
+    change_index(folder, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+
+    with pytest.raises(ModelUnavailable, match="lacks feature_extractor"):
+        load(folder)
+
+
+def change_index(folder: Path, **changes: list[str | None]) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "scheduler", *WEIGHTS])
+def test_missing_component_folder_is_named(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / name)
+
+    with pytest.raises(ModelUnavailable, match=f"cannot load .*{name}"):
+        load(folder)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def drop_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def reshape_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    tensors[sorted(tensors)[0]] = torch.zeros(3, 5)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("damage", [Path.unlink, cut_short, empty, drop_a_tensor, reshape_a_tensor])
+def test_damaged_weights_are_refused_by_name(
+    folder: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(folder / name / WEIGHTS[name])
+
+    with pytest.raises(ModelUnavailable, match=f"cannot load .*{name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_pickled_weights_are_not_loaded(folder: Path, name: str) -> None:
+    path = folder / name / WEIGHTS[name]
+    stem = path.name.removesuffix(".safetensors").replace("model", "pytorch_model", 1)
+    pickled = stem if name == "text_encoder" else "diffusion_pytorch_model"
+    torch.save(load_file(path), folder / name / f"{pickled}.bin")
+    path.unlink()
+
+    with pytest.raises(ModelUnavailable, match=f"cannot load .*{name}"):
+        load(folder)
+
+
+def test_class_named_by_the_checkpoint_is_not_believed(folder: Path) -> None:
+    change_index(folder, unet=["os", "system"])
+
+    assert type(load(folder).unet).__name__ == "UNet2DConditionModel"
+
+
+def test_progress_runs_from_zero_to_one(folder: Path) -> None:
+    reports: list[tuple[float, str]] = []
+    load_components(
+        ModelSpec("tiny", str(folder)),
+        CPU,
+        torch.float32,
+        lambda share, name: reports.append((share, name)),
+    )
+    shares = [share for share, _ in reports]
+
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert [name for _, name in reports][-1] == "ready"
+    assert {"unet", "vae", "text_encoder"} <= {name for _, name in reports}

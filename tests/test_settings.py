@@ -1,0 +1,179 @@
+"""Where settings come from, which ones are refused, and what they never show."""
+
+import re
+from collections.abc import Callable
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import REPOSITORY, Base64Output, StepsPolicy, load_settings
+
+Environment = Callable[..., None]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
+    """Sets `INPAINT_` variables, named without the prefix."""
+
+    def set_variables(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(f"INPAINT_{name}", value)
+
+    return set_variables
+
+
+def write_file(folder: Path, content: str) -> Path:
+    file = folder / "settings.toml"
+    file.write_text(content)
+    return file
+
+
+def test_flags_beat_environment_beats_file(tmp_path: Path, environment: Environment) -> None:
+    file = write_file(
+        tmp_path, 'host = "127.0.0.4"\nport = 1\nhold_s = 1\n[fetch]\nmax_concurrent = 3'
+    )
+    environment(PORT="2", HOLD_S="2", FETCH__MAX_IMAGE_BYTES="5")
+
+    settings = load_settings(file, hold_s=3.0, model=None)
+
+    assert (settings.host, settings.port, settings.hold_s) == ("127.0.0.4", 2, 3)
+    assert (settings.fetch.max_concurrent, settings.fetch.max_image_bytes) == (3, 5)
+    assert settings.model == "builtin"
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/8, fd00::/8", '["10.0.0.0/8", "fd00::/8"]'])
+def test_lists_are_json_or_words_between_commas(text: str, environment: Environment) -> None:
+    environment(FETCH__ALLOW_CIDRS=text)
+    assert load_settings().fetch.allow_cidrs == (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+
+
+def test_lists_of_a_file_are_arrays(tmp_path: Path) -> None:
+    file = write_file(tmp_path, 'devices = ["cuda:0", "cuda:1"]')
+    assert load_settings(file).worker_devices == ["cuda:0", "cuda:1"]
+
+
+def test_empty_list_variable_means_none(environment: Environment) -> None:
+    environment(AUTH__KEYS="")
+    assert load_settings().auth.keys == ()
+
+
+def test_workers_say_how_many_in_all(environment: Environment) -> None:
+    environment(DEVICES="cuda:0,cuda:1", WORKERS="3")
+    assert load_settings().worker_devices == ["cuda:0", "cuda:1", "cuda:0"]
+    assert load_settings(workers=0).worker_devices == []
+
+
+@pytest.mark.parametrize("name", ["HOLDS", "PROT", "FETCHES__ALLOW_CIDRS", "SAFETY_FORCE"])
+def test_unknown_variable_is_refused_by_name(name: str, environment: Environment) -> None:
+    environment(**{name: "1"})
+    with pytest.raises(ValueError, match=f"unknown setting INPAINT_{name}"):
+        load_settings()
+
+
+def test_unknown_variable_of_a_section_is_refused(environment: Environment) -> None:
+    environment(SAFETY__FORSE="true")
+    with pytest.raises(ValidationError, match=r"(?i)safety\.forse"):
+        load_settings()
+
+
+@pytest.mark.parametrize("content", ["prot = 1", "[safety]\nforse = true"])
+def test_unknown_key_of_a_file_is_refused(content: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"prot|safety\.forse"):
+        load_settings(write_file(tmp_path, content))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such settings file: .*none\.toml"):
+        load_settings(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-box"])
+def test_open_server_beyond_loopback_is_refused(host: str, environment: Environment) -> None:
+    with pytest.raises(ValidationError, match="without API keys would let anybody in"):
+        load_settings(host=host)
+    environment(AUTH__ALLOW_ANONYMOUS="true")
+    assert load_settings(host=host).host == host
+    environment(AUTH__ALLOW_ANONYMOUS="false", AUTH__KEYS="long-random-key")
+    assert load_settings(host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert load_settings(host=host).auth.keys == ()
+
+
+def test_empty_key_is_refused(environment: Environment) -> None:
+    environment(AUTH__KEYS='["good", ""]')
+    with pytest.raises(ValidationError, match=r"auth\.keys"):
+        load_settings()
+
+
+def test_secrets_are_not_shown(environment: Environment) -> None:
+    environment(AUTH__KEYS="canary-1,canary-2", DATABASE_URL="postgresql://u:canary-3@db/x")
+    settings = load_settings()
+    assert [key.get_secret_value() for key in settings.auth.keys] == ["canary-1", "canary-2"]
+    assert "canary" not in f"{settings!r} {settings} {settings.auth.model_dump()}"
+
+
+def test_secrets_are_not_shown_by_refusals(environment: Environment) -> None:
+    environment(AUTH__KEYS='["", "canary"]', AUTH__NONSENSE="canary")
+    with pytest.raises(ValidationError) as refused:
+        load_settings()
+    assert "canary" not in str(refused.value)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_settings().port = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("HOST", "localhost", "localhost"),
+        ("PORT", "9000", 9000),
+        ("DATA_DIR", "/srv/inpaint", Path("/srv/inpaint")),
+        ("DATABASE_URL", "postgresql+psycopg://db/x", "postgresql+psycopg://db/x"),
+        ("MODEL", "sd15-inpainting", "sd15-inpainting"),
+        ("PUBLIC_URL", "https://pictures.example", "https://pictures.example"),
+        ("HOLD_S", "0", 0),
+        ("STEPS_POLICY", "exact", StepsPolicy.EXACT),
+        ("BASE64_OUTPUT", "link", Base64Output.LINK),
+        ("ERROR_STATUS", "http", "http"),
+        ("SAFETY__FORCE", "true", True),
+        ("AUTH__ALLOW_ANONYMOUS", "true", True),
+        ("FETCH__ALLOW_CIDRS", "127.0.0.0/8", (ip_network("127.0.0.0/8"),)),
+        ("FETCH__ALLOW_HOSTS", "nas.local,nas", ("nas.local", "nas")),
+        ("STORAGE__URL", "s3://bucket/prefix", "s3://bucket/prefix"),
+    ],
+)
+def test_operators_name(name: str, text: str, value: object, environment: Environment) -> None:
+    environment(**{name: text})
+    setting: object = load_settings()
+    for part in name.lower().split("__"):
+        setting = getattr(setting, part)
+    assert setting == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("PORT", "70000"), ("HOLD_S", "-1"), ("STEPS_POLICY", "most"), ("FETCH__ALLOW_CIDRS", "10/8")],
+)
+def test_wrong_value_is_refused(name: str, text: str, environment: Environment) -> None:
+    environment(**{name: text})
+    with pytest.raises(ValidationError, match=re.escape(name.lower().replace("__", "."))):
+        load_settings()
+
+
+def test_database_and_files_lie_in_the_data_folder(tmp_path: Path) -> None:
+    settings = load_settings(data_dir=tmp_path)
+    assert settings.sqlalchemy_url == f"sqlite:///{tmp_path}/inpaint.db"
+    assert settings.storage_url == f"file://{tmp_path}/files"
+
+
+def test_shipped_settings_files_load() -> None:
+    for file in REPOSITORY.glob("configs/*.toml"):
+        if file.name != "models.toml":  # a catalogue of models
+            load_settings(file)
