@@ -12,7 +12,7 @@ FIRST_ROWS = 2
 """Rows of a call before anything was measured: one sample with guidance."""
 
 MEASUREMENTS = 3
-"""Calls of one size that are timed before it is compared; the quickest counts, as noise only adds."""
+"""Calls of one size that are timed before it is compared; the quickest of them counts."""
 
 WORTHWHILE_GAIN = 1.03
 """Twice the rows must bring this factor in rows per second; below, more rows only add latency."""

@@ -1,8 +1,10 @@
 """Tables, connections and transactions, for SQLite and PostgreSQL alike."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pysqlite3.dbapi2 as sqlite
 from alembic import command
@@ -12,6 +14,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Connection,
+    Dialect,
     Engine,
     Float,
     Index,
@@ -19,6 +22,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    TypeDecorator,
     create_engine,
     event,
     make_url,
@@ -29,6 +33,24 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 10_000
 
 metadata = MetaData()
+
+
+class JsonScalar(TypeDecorator[Any]):
+    """Any JSON value, kept as text.
+
+    SQLite would keep a lone number in a column of type JSON as a number of its own: 1.0 would come
+    back as 1, and an integer beyond 64 bits as a float.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
+        return json.dumps(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else json.loads(value)
+
 
 jobs = Table(
     "jobs",
@@ -42,7 +64,7 @@ jobs = Table(
     Column("file_prefix", Text, nullable=False, unique=True),
     Column("work", Float, nullable=False),
     Column("webhook", Text),
-    Column("track_id", JSON(none_as_null=False)),
+    Column("track_id", JsonScalar),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
     Column("finished_at", Float),

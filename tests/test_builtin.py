@@ -27,7 +27,7 @@ from models.builtin.scenes import (
 )
 from models.builtin.text import TextSettings
 from models.builtin.train import TrainSettings, run_stages
-from models.builtin.unet import UNetSettings
+from models.builtin.unet import BatchPlan, UNetSettings
 from models.builtin.vae import VaeSettings
 
 WEIGHTS = Path(__file__).parent.parent / "models" / "builtin" / "weights"
@@ -168,7 +168,9 @@ def tiny_settings(folder: Path) -> TrainSettings:
         vae=VaeSettings(seconds=0.5, decoder_seconds=0.5, scenes=3, batch=2),
         text=TextSettings(steps=2, batch=4, corpus_lines=200),
         latents=LatentSettings(shards=((256, 1, 2),)),
-        unet=UNetSettings(seconds=0.5, batches=((256, 2),), checkpoint_every=1),
+        unet=UNetSettings(
+            seconds=0.5, plans=(BatchPlan(256, 32, 2, (1.0, 1.0)),), checkpoint_every=1
+        ),
         safety=SafetySettings(steps=2, batch=4, pool=8, tests=8),
     )
 

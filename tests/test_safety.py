@@ -1,7 +1,6 @@
 """Verdicts equal diffusers' own; a flagged picture never leaves the pipeline."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,8 +20,8 @@ PICTURES = 64
 
 
 @pytest.fixture(scope="module")
-def builtin() -> Iterator[Components]:
-    yield load_components(ModelSpec("builtin", "builtin"), torch.device("cpu"), torch.float32)
+def builtin() -> Components:
+    return load_components(ModelSpec("builtin", "builtin"), torch.device("cpu"), torch.float32)
 
 
 def tiny_checker(seed: int) -> StableDiffusionSafetyChecker:

@@ -51,7 +51,7 @@ def test_every_scheduler_has_its_step_counts_here() -> None:
     assert set(TOTAL_STEPS) == set(SchedulerName)
 
 
-@pytest.mark.parametrize(("name", "strength", "total"), cases())
+@pytest.mark.parametrize(("name", "strength", "total"), [*cases()])
 def test_strength_decides_the_number_of_steps(
     name: SchedulerName, strength: float, total: int
 ) -> None:

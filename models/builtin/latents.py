@@ -110,20 +110,44 @@ class LatentStore:
                 self._shards.append(shard)
                 self.scenes += len(shard["masks"])
 
-    def draw(self, rng: np.random.Generator, count: int) -> LatentBatch:
-        """`count` random scenes, half of them mirrored, each with one of its things."""
-        rows, masks, things = [], [], []
-        for _ in range(count):
+    def draw(self, rng: np.random.Generator, count: int, window: int) -> LatentBatch:
+        """`count` random scenes, half of them mirrored, each with one of its things.
+
+        A `window` (latents) smaller than the scene is cut out of it around the whole mask;
+        scenes whose mask is larger are passed over.
+        """
+        rows: list[Tensor] = []
+        masks: list[Tensor] = []
+        things: list[Thing] = []
+        while len(rows) < count:
             shard = self._shards[int(rng.integers(len(self._shards)))]
             index = int(rng.integers(len(shard["masks"])))
+            mask = shard["masks"][index]
+            cut = _window(mask, window, rng)
+            if cut is None:
+                continue
             which = int(rng.integers(shard["things"].shape[1]))
-            row, mask = shard["latents"][index][[0, 1, 2 + which]], shard["masks"][index]
+            row, mask = shard["latents"][index][[0, 1, 2 + which]][..., *cut], mask[cut]
             if rng.random() < 0.5:
                 row, mask = row.flip(-1), mask.flip(-1)
             shape, colour = shard["things"][index, which].tolist()
             rows.append(row)
             masks.append(mask)
             things.append(Thing(_SHAPE_NAMES[shape], _COLOUR_NAMES[colour]))
-        latents = torch.stack(rows).float()  # (n, 3, 4, h, w)
+        latents = torch.stack(rows).float()  # (n, 3, 4, window, window)
         stacked = torch.stack(masks)[:, None].float()
         return LatentBatch(latents[:, 0], latents[:, 2], latents[:, 1], stacked, things)
+
+
+def _window(mask: Tensor, window: int, rng: np.random.Generator) -> tuple[slice, slice] | None:
+    """A random square of the mask's plane that holds all of the mask, if there is one."""
+    cuts = []
+    for axis in (1, 0):
+        used = mask.any(dim=axis).nonzero().flatten()
+        lowest = max(0, int(used[-1]) + 1 - window)
+        highest = min(int(used[0]), mask.shape[1 - axis] - window)
+        if lowest > highest:
+            return None
+        start = int(rng.integers(lowest, highest + 1))
+        cuts.append(slice(start, start + window))
+    return cuts[0], cuts[1]

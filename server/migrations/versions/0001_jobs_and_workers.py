@@ -19,7 +19,7 @@ def upgrade() -> None:
         sa.Column("file_prefix", sa.Text(), nullable=False),
         sa.Column("work", sa.Float(), nullable=False),
         sa.Column("webhook", sa.Text(), nullable=True),
-        sa.Column("track_id", sa.JSON(), nullable=True),
+        sa.Column("track_id", sa.Text(), nullable=True),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("started_at", sa.Float(), nullable=True),
         sa.Column("finished_at", sa.Float(), nullable=True),
