@@ -3,7 +3,6 @@
 Plain numbers in, plain numbers out: the engine asks, measures and tells.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from models.pipeline import Sample
@@ -51,10 +50,10 @@ class RowLimit:
     _counts: dict[int, int] = field(default_factory=dict)
 
     def observe(self, rows: int, seconds: float, most: int) -> None:
-        """Take note of a call's duration; may change the limit. most: never go beyond."""
+        """Take note of how long a call at the limit took; may change it. most: never go beyond."""
         self._quickest_s[rows] = min(seconds, self._quickest_s.get(rows, seconds))
         self._counts[rows] = self._counts.get(rows, 0) + 1
-        if self.is_settled or rows != self.rows or self._counts[rows] < MEASUREMENTS:
+        if self._counts[rows] < MEASUREMENTS:
             return
         smaller = rows // 2
         if smaller in self._quickest_s and not self._pays(smaller, rows):
@@ -87,6 +86,11 @@ class RowBudget:
         """Rows the next call of this key may have."""
         return min(self._limit(key).rows, self._most)
 
+    def wants_measurement(self, key: BatchKey, rows: int) -> bool:
+        """Whether timing a call of so many rows would help."""
+        limit = self._limit(key)
+        return not limit.is_settled and limit.rows == rows
+
     def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
         """A call of so many rows took so long."""
         self._limit(key).observe(rows, seconds, self._most)
@@ -97,8 +101,3 @@ class RowBudget:
 
     def _limit(self, key: BatchKey) -> RowLimit:
         return self._limits.setdefault(key.area, RowLimit())
-
-
-def least_recently_served(last_turns: Mapping[BatchKey, int]) -> BatchKey:
-    """The key that has waited for the most turns; the first of several."""
-    return min(last_turns, key=lambda key: last_turns[key])

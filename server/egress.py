@@ -8,7 +8,7 @@ Redirects pass through the same door, hop by hop.
 import asyncio
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -21,6 +21,8 @@ from server.errors import ImageProblem
 from server.settings import FetchSettings, IpNetwork
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolver = Callable[[str, int], Awaitable[list[str]]]
+"""The addresses of a host and port."""
 
 MAX_REDIRECTS = 3
 MAX_URL_CHARS = 2_048
@@ -98,11 +100,21 @@ class AddressPolicy:
         return address in ALLOWED_IPV6 and not any(address in each for each in DENIED_IPV6)
 
 
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name. Raises: OSError, TimeoutError."""
+    loop = asyncio.get_running_loop()
+    # getaddrinfo knows no deadline of its own.
+    async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(answer[4][0]) for answer in answers]
+
+
 class JudgingBackend(httpcore.AsyncNetworkBackend):
     """httpcore's network backend with the policy between resolving and dialling."""
 
-    def __init__(self, policy: AddressPolicy) -> None:
+    def __init__(self, policy: AddressPolicy, resolver: Resolver = resolve) -> None:
         self._policy = policy
+        self._resolver = resolver
         self._dialler = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -113,7 +125,7 @@ class JudgingBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        address = self._policy.judge(host, await resolve(host, port))
+        address = self._policy.judge(host, await self._resolver(host, port))
         return await self._dialler.connect_tcp(
             address, port, timeout, local_address, socket_options
         )
@@ -201,7 +213,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._settings.total_timeout_s), self._places:
                 return await self._get(url)
-        except Refused as error:
+        except (Refused, httpx.InvalidURL) as error:  # the latter of a redirect's target
             raise FetchFailed(ImageProblem.NOT_ALLOWED) from error
         except (httpx.HTTPError, httpcore.NetworkError, httpcore.TimeoutException) as error:
             raise FetchFailed(ImageProblem.NOT_REACHABLE) from error
@@ -245,15 +257,6 @@ def checked_url(url: str) -> httpx.URL:
         raise Refused(url) from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
         raise Refused(url)
-    if "%" in parsed.host:
+    if "%" in parsed.host or not 0 < (parsed.port or 80) < 65_536:
         raise Refused(url)
     return parsed
-
-
-async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a name. Raises: OSError, TimeoutError."""
-    loop = asyncio.get_running_loop()
-    # getaddrinfo knows no deadline of its own.
-    async with asyncio.timeout(LOOKUP_TIMEOUT_S):
-        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(answer[4][0]) for answer in answers]

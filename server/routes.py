@@ -96,7 +96,8 @@ async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
     return JSONResponse(v3.write_system_load(figures.waiting, figures.wait_s))
 
 
-@router.api_route(f"/{OUTPUT_FOLDER}/{{name}}", methods=["GET", "HEAD"])
+@router.head(f"/{OUTPUT_FOLDER}/{{name}}", include_in_schema=False)
+@router.get(f"/{OUTPUT_FOLDER}/{{name}}")
 async def output(services: ServicesOf, name: str) -> Response:
     """A picture, or its base64 text."""
     match = OUTPUT_NAME.fullmatch(name)

@@ -47,19 +47,20 @@ def answering(content: bytes) -> Behaviour:
 class Stub:
     """A running stub. heads: the head of every request it has read."""
 
-    port: int
+    host: str
+    port: int = 0
     connections: int = 0
     heads: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
 
 @asynccontextmanager
-async def running_stub(behaviour: Behaviour) -> AsyncIterator[Stub]:
-    """A stub on a free loopback port."""
-    stub = Stub(0)
+async def running_stub(behaviour: Behaviour, host: str = "127.0.0.1") -> AsyncIterator[Stub]:
+    """A stub on a free port of a loopback address."""
+    stub = Stub(host)
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -78,7 +79,7 @@ async def running_stub(behaviour: Behaviour) -> AsyncIterator[Stub]:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    server = await asyncio.start_server(accept, host, 0)
     stub.port = server.sockets[0].getsockname()[1]
     try:
         yield stub

@@ -5,6 +5,7 @@ nothing of networks or databases, and the web side starts without torch.
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ class Import:
     is_at_top: bool
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+@functools.cache
+def imports_of(path: Path) -> list[Import]:
     tree = ast.parse(path.read_text(), str(path))
     inner = {
         node
@@ -98,6 +100,7 @@ def imports_of(path: Path) -> Iterator[Import]:
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
     }
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -109,8 +112,8 @@ def imports_of(path: Path) -> Iterator[Import]:
             names = [f"{module}.{alias.name}" if is_package else module for alias in node.names]
         else:
             continue
-        for name in names:
-            yield Import(name, node not in inner)
+        found += [Import(name, node not in inner) for name in names]
+    return found
 
 
 def files_of(package: str) -> list[Path]:

@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from models.registry import Components, ModelSpec, load_components
 from models.schedulers import create_scheduler
 
 WIDTH, HEIGHT = 72, 64
+QUICK_SCHEDULERS = [name for name in SchedulerName if "KDPM2" not in name]
+"""Without two whose making alone takes a third of a second."""
 
 
 def make_params(**changes: Any) -> InpaintParams:
@@ -96,7 +99,6 @@ def reference(
         num_inference_steps=params.num_inference_steps,
         strength=params.strength,
         guidance_scale=params.guidance_scale,
-        clip_skip=params.clip_skip or None,
         generator=torch.Generator().manual_seed(params.seed),
     )
     return np.asarray(answer.images[0])
@@ -116,12 +118,17 @@ def assert_same_picture(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> N
     assert np.ptp(theirs) > 50  # a picture that could differ
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.7])
-@pytest.mark.parametrize("name", SchedulerName)
+@pytest.mark.parametrize(
+    ("name", "strength", "steps"),
+    [
+        *((name, 0.7, 5) for name in SchedulerName),
+        *((name, 1.0, 3) for name in QUICK_SCHEDULERS),
+    ],
+)
 def test_picture_equals_diffusers(
-    tiny_components: Components, name: SchedulerName, strength: float
+    tiny_components: Components, name: SchedulerName, strength: float, steps: int
 ) -> None:
-    params = make_params(scheduler=name, strength=strength, num_inference_steps=6)
+    params = make_params(scheduler=name, strength=strength, num_inference_steps=steps)
 
     ours = generated(InpaintPipeline(tiny_components), params)
 
@@ -136,7 +143,6 @@ def test_picture_equals_diffusers(
         {"guidance_scale": 20.0},
         {"negative_prompt": ""},
         {"prompt": ""},
-        {"clip_skip": 1},
         {"seed": SEED_MODULUS - 1},
         {"num_inference_steps": 1},
         {"num_inference_steps": 2, "strength": 0.5},
@@ -197,9 +203,9 @@ def test_other_seed_gives_another_picture(tiny_pipeline: InpaintPipeline) -> Non
     assert difference(first, second).mean() > 1
 
 
-@pytest.mark.parametrize("seed", [11, SEED_MODULUS - 2])
 @pytest.mark.parametrize(
-    ("scheduler", "strength"), [(SchedulerName.DDIM, 1.0), (SchedulerName.EULER_ANCESTRAL, 0.7)]
+    ("seed", "scheduler", "strength"),
+    [(11, SchedulerName.DDIM, 1.0), (SEED_MODULUS - 2, SchedulerName.EULER_ANCESTRAL, 0.7)],
 )
 def test_sample_of_a_job_equals_a_job_of_one_sample(
     tiny_pipeline: InpaintPipeline, seed: int, scheduler: SchedulerName, strength: float
@@ -285,7 +291,7 @@ def test_sample_may_join_a_batch_at_any_step(tiny_pipeline: InpaintPipeline) -> 
     assert difference(np.stack(expected), np.stack(together)).max() <= 2
 
 
-@pytest.mark.parametrize("name", SchedulerName)
+@pytest.mark.parametrize("name", QUICK_SCHEDULERS)
 def test_smallest_strength_still_takes_a_step(
     tiny_pipeline: InpaintPipeline, name: SchedulerName
 ) -> None:
@@ -357,18 +363,38 @@ def test_words_beyond_77_tokens_change_the_picture(
     ).any()
 
 
-@pytest.mark.parametrize("name", [name for name in SchedulerName if "KDPM2" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        SchedulerName.DDIM,
+        SchedulerName.DPM_MULTISTEP,
+        SchedulerName.EULER_ANCESTRAL,
+        SchedulerName.HEUN,
+        SchedulerName.LCM,
+        SchedulerName.PNDM,
+        SchedulerName.UNIPC,
+    ],
+)
 def test_half_precision_is_kept_through_all_steps(
     tiny_components: Components, name: SchedulerName
 ) -> None:
-    pipeline = InpaintPipeline(half(tiny_components))
-    (sample,) = pipeline.prepare(make_params(scheduler=name, strength=0.8), SOURCE)
-    denoise(pipeline, [sample])
-    (picture,) = pipeline.decode([sample])
+    params = make_params(scheduler=name, strength=0.8, guidance_scale=1.0)
+    latents = []
+    for components in (half(tiny_components), tiny_components):
+        pipeline = InpaintPipeline(components)
+        (sample,) = pipeline.prepare(params, SOURCE)
+        denoise(pipeline, [sample])
+        latents.append(sample.latents)
 
-    assert sample.latents.dtype == torch.float16
-    exact = generated(InpaintPipeline(tiny_components), sample.params)
-    assert difference(picture.generated, exact).mean() < 2
+    assert latents[0].dtype == torch.float16
+    torch.testing.assert_close(latents[0].float(), latents[1], atol=0.1, rtol=0.05)
+
+
+def test_half_precision_makes_nearly_the_same_picture(tiny_components: Components) -> None:
+    halved = generated(InpaintPipeline(half(tiny_components)), make_params())
+    exact = generated(InpaintPipeline(tiny_components), make_params())
+
+    assert difference(halved, exact).mean() < 2
 
 
 def half(components: Components) -> Components:
@@ -377,40 +403,53 @@ def half(components: Components) -> Components:
     return dataclasses.replace(components, **halved)
 
 
+Answer: TypeAlias = Callable[[Callable[[], torch.Tensor], torch.Tensor], torch.Tensor]
+"""Of a UNet: from the real one, ready to be called, and the conditioning `(rows, tokens, d)`."""
+
+
 class FaultyUNet(torch.nn.Module):
-    """The real UNet, but some calls end in a fault.
+    """The real UNet, but some of its answers are replaced or do not come."""
 
-    fault: called with the rows; answers, raises, or returns None to let the real UNet answer.
-    """
-
-    def __init__(self, unet: Any, fault: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    def __init__(self, unet: Any, answer: Answer) -> None:
         super().__init__()
         self.unet = unet
-        self.fault = fault
+        self.answer = answer
         self.config = unet.config
         self.device = unet.device
         self.dtype = unet.dtype
 
-    def forward(self, rows: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-        answer = self.fault(rows)
-        return self.unet(rows, *arguments, **keywords) if answer is None else (answer,)
+    def forward(
+        self,
+        rows: torch.Tensor,
+        timesteps: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        return_dict: bool,
+    ) -> tuple[torch.Tensor]:
+        def real() -> torch.Tensor:
+            answer: torch.Tensor = self.unet(
+                rows, timesteps, encoder_hidden_states=encoder_hidden_states, return_dict=False
+            )[0]
+            return answer
+
+        return (self.answer(real, encoder_hidden_states),)
 
 
-def with_fault(
-    components: Components, fault: Callable[[torch.Tensor], torch.Tensor | None]
-) -> InpaintPipeline:
-    return InpaintPipeline(dataclasses.replace(components, unet=FaultyUNet(components.unet, fault)))
+def with_fault(components: Components, answer: Answer) -> InpaintPipeline:
+    return InpaintPipeline(
+        dataclasses.replace(components, unet=FaultyUNet(components.unet, answer))
+    )
 
 
-def fails_once(error: Exception, call: int) -> Callable[[torch.Tensor], None]:
+def fails_once(error: Exception, call: int) -> Answer:
     """Raises on one call, counted from 1."""
-    calls: Iterator[int] = iter(range(1, 1_000))
+    calls = itertools.count(1)
 
-    def fault(rows: torch.Tensor) -> None:
+    def answer(real: Callable[[], torch.Tensor], conditioning: torch.Tensor) -> torch.Tensor:
         if next(calls) == call:
             raise error
+        return real()
 
-    return fault
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -450,7 +489,7 @@ def test_failed_call_leaves_the_sample_as_it_was(tiny_components: Components) ->
 def test_numbers_that_are_not_finite_make_no_picture(
     tiny_components: Components, value: float
 ) -> None:
-    pipeline = with_fault(tiny_components, lambda rows: torch.full_like(rows[:, :4], value))
+    pipeline = with_fault(tiny_components, lambda real, _: torch.full_like(real(), value))
 
     with pytest.raises(UnusablePicture):
         run(pipeline, make_params())

@@ -1,0 +1,584 @@
+"""The API process behind its real HTTP server, without a worker: the tests do its work."""
+
+import base64
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from server.database import open_engine
+from server.jobs import Job, JobStore, WorkerStatus
+from server.settings import Settings, load_settings
+from server.storage import Storage
+from tests.http_stub import LiveApp, png_bytes, running_app
+from tests.test_jobs import new_job, status
+
+IMAGE = base64.b64encode(png_bytes()).decode()
+BODY: dict[str, Any] = {
+    "prompt": "a cat",
+    "init_image": IMAGE,
+    "mask_image": f"data:image/png;base64,{IMAGE}",
+    "seed": 5,
+    "samples": "2",
+}
+PICTURE = png_bytes(shade=200)
+NOT_FOUND = {
+    "status": "failed",
+    "id": "",
+    "message": "Request not found",
+    "messege": "Request not found",
+    "output": "",
+}
+
+
+def settings_in(folder: Path, **changes: Any) -> Settings:
+    return load_settings(**({"data_dir": folder, "workers": 0, "hold_s": 0} | changes))
+
+
+@contextmanager
+def store_of(settings: Settings) -> Iterator[JobStore]:
+    """The job table, as another process sees it."""
+    engine = open_engine(settings.sqlalchemy_url)
+    yield JobStore(engine)
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return settings_in(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def app(settings: Settings) -> Iterator[LiveApp]:
+    """One open server for all tests that only send requests; nothing is held."""
+    with running_app(settings) as app:
+        yield app
+
+
+@pytest.fixture
+def client(app: LiveApp) -> httpx.Client:
+    return app.client
+
+
+def post(client: httpx.Client, path: str, **fields: Any) -> Any:
+    """A JSON call under the vendor's rule that everything answers 200."""
+    answer = client.post(f"/api/v3/{path}", json=fields)
+    assert answer.status_code == 200
+    return answer.json()
+
+
+def submit(client: httpx.Client, **changes: Any) -> int:
+    answer = post(client, "inpaint", **(BODY | changes))
+    assert answer["status"] == "processing", answer
+    return int(answer["id"])
+
+
+def finish(settings: Settings, job_id: int) -> Job:
+    """What a worker does: claim, store the pictures, finish."""
+    storage = Storage(settings.storage_url)
+    with store_of(settings) as store:
+        while True:
+            for job in store.claim("test", 10):
+                for key in job.output_keys:
+                    storage.put(key, PICTURE)
+                assert store.finish(job, [False] * len(job.output_keys))
+                if job.id == job_id:
+                    return job
+
+
+def request_raw(port: int, target: str, method: str = "POST") -> bytes:
+    """An answer to a request line that no HTTP library would write."""
+    head = (
+        f"{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        with connection.makefile("rb") as answer:
+            return answer.read()
+
+
+class TestLifeOfAJob:
+    def test_processing_then_success(self, client: httpx.Client, settings: Settings) -> None:
+        first = post(client, "inpaint", **BODY)
+        job_id = first["id"]
+        assert first["status"] == "processing"
+        assert first["fetch_result"] == f"{client.base_url}/api/v3/fetch/{job_id}"
+        assert (first["output"], first["meta"]["n_samples"]) == ([], 2)
+        assert first["meta"]["init_image"] == f"(base64, {len(IMAGE)} bytes)"
+
+        second = client.post(first["fetch_result"]).json()
+        assert (second["status"], second["id"], second["output"]) == ("processing", job_id, "")
+        assert second["eta"] > 0
+
+        job = finish(settings, job_id)
+        third = post(client, "fetch", request_id=job_id)
+        assert list(third) == ["status", "id", "output", "generationTime", "meta"]
+        assert third["meta"] == first["meta"]
+        assert third["output"] == [f"{client.base_url}/generations/{n}" for n in job.output_names]
+        assert [client.get(url).content for url in third["output"]] == [PICTURE, PICTURE]
+
+    @pytest.mark.parametrize(
+        ("path", "fields"),
+        [
+            ("fetch/{}", {}),
+            ("fetch/{}/", BODY),
+            ("fetch", {"request_id": "{}"}),
+            ("inpaint", {"key": "", "request_id": "{}"}),
+        ],
+    )
+    def test_every_way_to_fetch(
+        self, path: str, fields: dict[str, str], client: httpx.Client
+    ) -> None:
+        job_id = submit(client)
+        filled = json.loads(json.dumps(fields).replace("{}", str(job_id)))
+        assert post(client, path.format(job_id), **filled)["id"] == job_id
+
+    @pytest.mark.parametrize("job_id", ["999999", "0", "x", "-1", "1.5", "9" * 30, "%00", "١"])
+    def test_unknown_job(self, job_id: str, client: httpx.Client) -> None:
+        assert post(client, f"fetch/{job_id}") == NOT_FOUND
+        assert post(client, "fetch", request_id=job_id) == NOT_FOUND
+
+    def test_fetch_without_an_id(self, client: httpx.Client) -> None:
+        assert post(client, "fetch")["message"] == {
+            "request_id": ["The request id field is required."]
+        }
+
+    def test_failed_job(self, client: httpx.Client, settings: Settings) -> None:
+        job_id = submit(client)
+        with store_of(settings) as store:
+            for job in store.claim("test", 10):
+                store.fail(job, "No room")
+        sentence = "Failed, Try Again. No room"
+        assert post(client, f"fetch/{job_id}") == {
+            "status": "failed",
+            "id": job_id,
+            "message": sentence,
+            "messege": sentence,
+            "output": "",
+        }
+
+    def test_base64_inline(self, client: httpx.Client, settings: Settings) -> None:
+        job_id = submit(client, base64="yes")
+        finish(settings, job_id)
+        text = base64.b64encode(PICTURE).decode()
+        assert post(client, f"fetch/{job_id}")["output"] == [text, text]
+
+    def test_base64_as_links(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, base64_output="link")
+        with running_app(settings) as app:
+            job_id = submit(app.client, base64="yes")
+            job = finish(settings, job_id)
+            (url, _) = post(app.client, f"fetch/{job_id}")["output"]
+            assert url.endswith(f"/generations/{job.file_prefix}-0.base64")
+            answer = app.client.get(url)
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert base64.b64decode(answer.text) == PICTURE
+
+    def test_half_a_surrogate_pair_harms_nobody(self, client: httpx.Client) -> None:
+        body = json.dumps(BODY | {"prompt": "a \ud800 cat", "key": "\udfff", "track_id": "\ud800"})
+        answer = client.post("/api/v3/inpaint", content=body).json()
+        assert answer["meta"]["prompt"].startswith("a ? cat ")
+
+    def test_forms(self, client: httpx.Client) -> None:
+        fields = {name: str(value) for name, value in BODY.items()}
+        files = {"init_image": ("a.png", PICTURE), "mask_image": ("b.png", PICTURE)}
+        urlencoded = client.post("/api/v3/inpaint", data=fields).json()
+        multipart = client.post("/api/v3/inpaint", data={"prompt": "a cat"}, files=files).json()
+        in_query = client.post("/api/v3/inpaint", params=fields).json()
+        answers = [urlencoded, multipart, in_query]
+        assert [answer["status"] for answer in answers] == ["processing"] * 3
+
+
+class TestHolding:
+    @pytest.fixture
+    def held(self, tmp_path: Path) -> Iterator[tuple[LiveApp, Settings, Future[Any]]]:
+        """A server that holds calls for long, and one call that it holds."""
+        settings = settings_in(tmp_path, hold_s=60)
+        with running_app(settings) as app, ThreadPoolExecutor(1) as threads:
+            app.client.get("/healthz")  # it has started, and made its tables
+            call = threads.submit(app.client.post, "/api/v3/inpaint", json=BODY, timeout=60)
+            with store_of(settings) as store:
+                while not store.figures().waiting:
+                    pass
+            yield app, settings, call
+
+    def test_finished_within_the_hold_time(
+        self, held: tuple[LiveApp, Settings, Future[Any]]
+    ) -> None:
+        _, settings, call = held
+        job = finish(settings, 1)
+        answer = call.result().json()
+        assert list(answer) == ["status", "generationTime", "id", "output", "meta"]
+        assert (answer["status"], answer["id"], len(answer["output"])) == ("success", job.id, 2)
+
+    def test_failed_within_the_hold_time(self, held: tuple[LiveApp, Settings, Future[Any]]) -> None:
+        _, settings, call = held
+        with store_of(settings) as store:
+            store.cancel(1)
+        assert call.result().json()["status"] == "failed"
+
+    def test_stopping_server_lets_held_calls_go(
+        self, held: tuple[LiveApp, Settings, Future[Any]]
+    ) -> None:
+        app, settings, call = held
+        app.stop()
+        answer = call.result().json()
+        assert (answer["status"], answer["id"]) == ("processing", 1)
+        with store_of(settings) as store:
+            assert store.figures().waiting == 1
+
+
+class TestPaths:
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", "/api/v3/inpaintt"),
+            ("POST", "/"),
+            ("GET", "/api/v3/inpaint"),
+            ("GET", "/api/v3/fetch/1"),
+            ("PUT", "/api/v3/inpaint"),
+            ("DELETE", "/api/v3/fetch/1"),
+            ("POST", "/generations/x.png"),
+            ("GET", "/docs"),
+            ("GET", "/api/v3/%2e%2e/%2e%2e/etc/passwd"),
+        ],
+    )
+    def test_wrong_path(self, method: str, path: str, client: httpx.Client) -> None:
+        answer = client.request(method, path)
+        assert answer.status_code == 404
+        assert answer.json() == {
+            "status": "error",
+            "message": "Not found",
+            "tip": "Pictures are made at POST /api/v3/inpaint.",
+        }
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "/api/v3/fetch/999",
+            "/api/v3/fetch/999/",
+            "//api//v3///fetch/999//",
+            "http://stablediffusionapi.com/api/v3/fetch/999",
+            "https://stablediffusionapi.com//api/v3/fetch/999/",
+            "http://h:80/api/v3/fetch/999?key=k",
+        ],
+    )
+    def test_careless_targets(self, target: str, app: LiveApp) -> None:
+        answer = request_raw(app.port, target)
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2]) == NOT_FOUND
+
+    def test_every_answer_has_its_own_request_id(self, client: httpx.Client) -> None:
+        answers = [client.get("/healthz"), client.get("/nowhere"), client.post("/api/v3/fetch/1")]
+        assert len({answer.headers["x-request-id"] for answer in answers}) == 3
+        assert not any("server" in answer.headers for answer in answers)
+
+    def test_api_describes_itself(self, client: httpx.Client) -> None:
+        described = client.get("/openapi.json").json()
+        assert "/api/v3/inpaint" in described["paths"]
+
+    def test_urls_follow_the_host_and_a_trusted_proxy(self, client: httpx.Client) -> None:
+        headers = {"host": "pictures.example", "x-forwarded-proto": "https"}
+        answer = client.post("/api/v3/inpaint", json=BODY, headers=headers).json()
+        assert answer["fetch_result"].startswith("https://pictures.example/api/v3/fetch/")
+
+    def test_urls_follow_the_configured_address(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, public_url="https://pictures.example/sd/")
+        with running_app(settings) as app:
+            answer = post(app.client, "inpaint", **BODY)
+        assert answer["fetch_result"] == "https://pictures.example/sd/api/v3/fetch/1"
+
+
+class TestBrowsers:
+    PREFLIGHT = {
+        "origin": "https://site.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type,key",
+    }
+
+    @pytest.mark.parametrize("path", ["/api/v3/inpaint", "/api/v3/fetch/5", "/api/v3/system_load"])
+    def test_preflight(self, path: str, client: httpx.Client) -> None:
+        answer = client.options(path, headers=self.PREFLIGHT)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert {"content-type", "key"} <= set(
+            answer.headers["access-control-allow-headers"].lower().replace(" ", "").split(",")
+        )
+        assert "access-control-allow-credentials" not in answer.headers
+
+    @pytest.mark.parametrize("path", ["/api/v3/inpaint", "/api/v3/fetch/5", "/nowhere"])
+    def test_answers_may_be_read(self, path: str, client: httpx.Client) -> None:
+        answer = client.post(path, headers={"origin": "https://site.example"})
+        assert answer.headers["access-control-allow-origin"] == "*"
+
+    def test_origins_can_be_restricted(self, tmp_path: Path) -> None:
+        with running_app(settings_in(tmp_path, cors_origins=["https://ours.example"])) as app:
+            ours = {**self.PREFLIGHT, "origin": "https://ours.example"}
+            answer = app.client.options("/api/v3/inpaint", headers=ours)
+            assert answer.headers["access-control-allow-origin"] == "https://ours.example"
+            answer = app.client.options("/api/v3/inpaint", headers=self.PREFLIGHT)
+            assert "access-control-allow-origin" not in answer.headers
+
+
+class TestOutputs:
+    @pytest.fixture(scope="class")
+    def url(self, app: LiveApp, settings: Settings) -> str:
+        """A finished picture's address."""
+        job_id = submit(app.client)
+        finish(settings, job_id)
+        return str(post(app.client, f"fetch/{job_id}")["output"][0])
+
+    def test_picture_is_served_as_nothing_else(self, url: str, client: httpx.Client) -> None:
+        answer = client.get(url)
+        assert (answer.status_code, answer.content) == (200, PICTURE)
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox"
+        assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+        assert "immutable" in answer.headers["cache-control"]
+
+    def test_head_tells_the_length(self, url: str, client: httpx.Client) -> None:
+        answer = client.head(url)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["content-length"] == str(len(PICTURE))
+
+    def test_query_string_is_ignored(self, url: str, client: httpx.Client) -> None:
+        assert client.get(f"{url}?v=1").content == PICTURE
+
+    def test_ranges_are_not_served(self, url: str, client: httpx.Client) -> None:
+        answer = client.get(url, headers={"range": "bytes=" + ",".join(["0-1"] * 1_000)})
+        assert (answer.status_code, answer.content) == (200, PICTURE)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "00000000-0000-0000-0000-000000000000-0.png",
+            "x.png",
+            ".png",
+            "",
+            "..%2finpaint.db",
+            "%2e%2e/inpaint.db",
+            "..%5c..%5cinpaint.db",
+            "../../inpaint.db",
+            "....//inpaint.db",
+            "%2fetc%2fpasswd",
+            "..%252finpaint.db",
+            "../inputs/{prefix}.npy",
+            "{prefix}-0.png%00",
+            "{prefix}-0.png%0a",
+            "{prefix}-0.PNG",
+            "{prefix}-9.png",
+            "{prefix}-0",
+            "{prefix}-0.html",
+            "./x/../{prefix}-0.png",
+            "%2e/{prefix}-0.png",
+        ],
+    )
+    def test_other_names_are_not_found(self, name: str, url: str, app: LiveApp) -> None:
+        prefix = url.rpartition("/")[2].removesuffix("-0.png")
+        target = "/generations/" + name.format(prefix=prefix)
+        answer = request_raw(app.port, target, "GET")
+        assert answer.startswith(b"HTTP/1.1 404")
+        assert b"application/json" in answer
+
+
+class TestKeys:
+    @pytest.fixture(scope="class")
+    def locked(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+        settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": ["one", "two"]})
+        with running_app(settings) as app:
+            yield app.client
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {"json": {"key": "one"}},
+            {"data": {"key": "one"}},
+            {"params": {"key": "one"}},
+            {"headers": {"key": "one"}},
+            {"headers": {"authorization": "Bearer one"}},
+            {"headers": {"key": "one"}, "json": {"key": ""}},
+            {"params": {"key": "one"}, "json": {"key": None}},
+        ],
+    )
+    def test_places_for_a_key(self, how: dict[str, Any], locked: httpx.Client) -> None:
+        assert locked.post("/api/v3/system_load", **how).json()["status"] == "ok"
+
+    @pytest.mark.parametrize("path", ["inpaint", "fetch/1", "fetch", "system_load"])
+    @pytest.mark.parametrize("key", [None, "", "three", "one ' --"])
+    def test_other_keys_are_refused(self, key: str | None, path: str, locked: httpx.Client) -> None:
+        answer = post(locked, path, **(BODY | {"key": key}))
+        assert (answer["status"], answer["message"]) == ("error", "Invalid Api Key")
+
+    def test_job_of_another_key_is_not_found(self, locked: httpx.Client) -> None:
+        job_id = submit(locked, key="one")
+        assert post(locked, f"fetch/{job_id}", key="one")["status"] == "processing"
+        assert post(locked, f"fetch/{job_id}", key="two") == NOT_FOUND
+        assert post(locked, "fetch", key="two", request_id=job_id) == NOT_FOUND
+        assert post(locked, "inpaint", key="two", request_id=job_id) == NOT_FOUND
+
+
+class TestErrors:
+    @pytest.mark.parametrize("content", ["{", "[]", '{"a": NaN}', "\x00", "[" * 100_000])
+    def test_unreadable_body(self, content: str, client: httpx.Client) -> None:
+        answer = client.post("/api/v3/inpaint", content=content).json()
+        assert (answer["status"], answer["message"]) == ("error", "Invalid API Request")
+
+    def test_all_fields_at_fault_at_once(self, client: httpx.Client) -> None:
+        assert post(client, "inpaint", samples=5) == {
+            "status": "error",
+            "message": {
+                "prompt": ["The prompt field is required."],
+                "init_image": ["The init image field is required."],
+                "mask_image": ["The mask image field is required."],
+                "samples": ["The samples must be between 1 and 4."],
+            },
+        }
+
+    @pytest.mark.parametrize(
+        ("image", "sentence"),
+        [
+            ("http://127.0.0.1:1/a.png", "The init image address is not allowed."),
+            ("http://169.254.169.254/", "The init image address is not allowed."),
+            ("file:///etc/passwd", "The init image is not a PNG, JPEG or WEBP image."),
+            ("AAAA", "The init image is not a PNG, JPEG or WEBP image."),
+            ("A" * 14_000_000, "The init image is too large."),
+        ],
+        ids=lambda value: value[:40],
+    )
+    def test_image_that_cannot_be_had(
+        self, image: str, sentence: str, client: httpx.Client
+    ) -> None:
+        answer = post(client, "inpaint", **(BODY | {"init_image": image}))
+        assert answer == {"status": "error", "message": {"init_image": [sentence]}}
+
+    def test_body_over_the_limit(self, tmp_path: Path) -> None:
+        with running_app(settings_in(tmp_path, max_body_bytes=10_000)) as app:
+            for content in (b"x" * 10_001, iter([b"x" * 6_000] * 2)):
+                answer = app.client.post("/api/v3/inpaint", content=content).json()
+                assert answer["message"] == "Invalid API Request"
+            assert post(app.client, "system_load")["status"] == "ok"
+
+    @pytest.mark.parametrize("error_status", ["legacy", "http"])
+    def test_status_codes(self, error_status: str, tmp_path: Path) -> None:
+        def codes_of(*answers: httpx.Response) -> list[tuple[int, str | None]]:
+            return [(each.status_code, each.headers.get("retry-after")) for each in answers]
+
+        settings = settings_in(
+            tmp_path, error_status=error_status, auth={"keys": ["k"]}, queue={"max_waiting": 0}
+        )
+        with running_app(settings) as app:
+            post = app.client.post
+            codes = codes_of(
+                post("/api/v3/inpaint", content="{"),
+                post("/api/v3/inpaint", json={"key": "k"}),
+                post("/api/v3/inpaint", json=BODY),
+                post("/api/v3/fetch/5", json={"key": "k"}),
+                post("/api/v3/inpaint", json=BODY | {"key": "k"}),
+                post("/nowhere"),
+            )
+        http = [(400, None), (400, None), (401, None), (404, None), (429, "30"), (404, None)]
+        legacy = [(200, None)] * 4 + [(200, "30"), (404, None)]
+        assert codes == (http if error_status == "http" else legacy)
+
+    def test_full_queue_is_said_before_images_are_fetched(self, tmp_path: Path) -> None:
+        with running_app(settings_in(tmp_path, queue={"max_waiting": 1})) as app:
+            submit(app.client)
+            answer = post(app.client, "inpaint", **(BODY | {"init_image": "http://127.0.0.1:1/"}))
+        assert answer["message"] == "Rate limit exceeded. Maximum 1 queued requests allowed."
+        assert answer["retry_after"] == 30
+
+    @pytest.mark.parametrize(
+        ("damage", "code", "message"),
+        [
+            ("ALTER TABLE jobs RENAME TO canary", 503, "The server cannot store requests now"),
+            (
+                """UPDATE jobs SET params = '{"canary": 1}'""",
+                500,
+                "Something went wrong on the server",
+            ),
+        ],
+    )
+    def test_our_own_faults_tell_nothing(
+        self, damage: str, code: int, message: str, tmp_path: Path
+    ) -> None:
+        settings = settings_in(tmp_path, error_status="http")
+        with running_app(settings) as app:
+            engine = open_engine(settings.sqlalchemy_url)
+            JobStore(engine).submit(new_job(key_id="anonymous"))
+            with engine.begin() as connection:
+                connection.execute(text(damage))
+            engine.dispose()
+            answer = app.client.post("/api/v3/fetch/1")
+        assert (answer.status_code, answer.json()["message"]) == (code, message)
+        assert "canary" not in answer.text
+
+
+class TestHealth:
+    def test_process_is_alive_without_workers(self, client: httpx.Client) -> None:
+        assert client.get("/healthz").json() == {"status": "ok"}
+
+    def test_readiness_follows_the_workers(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, workers=None)
+        loading = WorkerStatus("w", "cpu", "builtin", "loading", "loading model 40%", 0)
+        with running_app(settings) as app, store_of(settings) as store:
+            # No time passes for these: they were seen in the far future.
+            for worker, code, reason in [
+                (None, 503, "0/1 workers ready"),
+                (loading, 503, "0/1 workers ready; w: loading model 40%"),
+                (status("w", 0), 200, "1/1 workers ready"),
+                (status("v", 0, "failed"), 200, "1/2 workers ready; v: failed"),
+            ]:
+                if worker is not None:
+                    store.report_worker(seen_in_the_future(worker))
+                answer = app.client.get("/readyz")
+                assert (answer.status_code, answer.json()["reason"]) == (code, reason)
+
+    def test_load_is_told_in_integers(self, tmp_path: Path) -> None:
+        with running_app(settings_in(tmp_path)) as app:
+            assert post(app.client, "system_load") == {
+                "queue_num": 0,
+                "queue_time": 0,
+                "status": "ok",
+            }
+            submit(app.client)
+            load = post(app.client, "system_load")
+        assert load["queue_num"] == 1
+        assert isinstance(load["queue_time"], int)
+        assert load["queue_time"] > 0
+
+
+def seen_in_the_future(worker: WorkerStatus) -> WorkerStatus:
+    """Heard of lately at whatever time the test runs."""
+    return WorkerStatus(worker.id, worker.device, worker.model, worker.state, worker.detail, 1e12)
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def test_serve_without_workers_starts_and_stops(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--workers", "0"]
+    with subprocess.Popen(
+        [*command, "--data-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        url = next(
+            line["url"] for line in map(json.loads, process.stderr) if line["event"] == "listening"
+        )
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            assert submit(client) == 1
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode == 0
+    assert "Traceback" not in rest

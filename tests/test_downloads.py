@@ -1,0 +1,131 @@
+"""Images from URLs, data URIs, base64 texts and uploads."""
+
+import asyncio
+import base64
+from collections.abc import Callable
+from ipaddress import ip_network
+
+import pytest
+
+from server.downloads import ImageSource, decode_base64, download_images
+from server.egress import Fetcher, FetchFailed
+from server.errors import ImageProblem, ImageUnavailable
+from server.settings import FetchSettings
+from tests.http_stub import answering, response, running_stub
+
+CONTENT = bytes(range(256)) + b"\xff\xef"  # its base64 has + and /, and no padding
+TEXT = base64.b64encode(CONTENT).decode()
+LIMIT = 1_000
+
+
+def load(
+    sources: Callable[[str], dict[str, str | bytes]], answer: bytes = b""
+) -> dict[str, bytes] | dict[str, ImageProblem]:
+    """What a download ends with. sources: gets the base URL of a stub that gives `answer`."""
+
+    async def run() -> dict[str, bytes] | dict[str, ImageProblem]:
+        settings = FetchSettings(allow_cidrs=(ip_network("127.0.0.0/8"),), max_image_bytes=LIMIT)
+        fetcher = Fetcher(settings)
+        async with running_stub(answering(answer)) as stub:
+            wanted = {name: ImageSource(text) for name, text in sources(stub.url).items()}
+            try:
+                return await download_images(wanted, fetcher, LIMIT)
+            except ImageUnavailable as error:
+                return error.problems
+            finally:
+                await fetcher.aclose()
+
+    return asyncio.run(run())
+
+
+def test_each_image_may_come_another_way() -> None:
+    def sources(url: str) -> dict[str, str | bytes]:
+        return {"init_image": f"{url}/a.png", "mask_image": f"data:image/png;base64,{TEXT}"}
+
+    assert load(sources, response("200 OK", body=b"picture")) == {
+        "init_image": b"picture",
+        "mask_image": CONTENT,
+    }
+    assert load(lambda _: {"init_image": CONTENT, "mask_image": TEXT}) == {
+        "init_image": CONTENT,
+        "mask_image": CONTENT,
+    }
+
+
+def test_every_image_at_fault_is_named() -> None:
+    def sources(url: str) -> dict[str, str | bytes]:
+        return {"init_image": f"{url}/a.png", "mask_image": "http://10.0.0.1/mask.png"}
+
+    assert load(sources, response("404 Not Found")) == {
+        "init_image": ImageProblem.NOT_REACHABLE,
+        "mask_image": ImageProblem.NOT_ALLOWED,
+    }
+
+
+@pytest.mark.parametrize("size", [LIMIT, LIMIT + 1])
+def test_limit_holds_for_every_way(size: int) -> None:
+    content = b"x" * size
+    text = base64.b64encode(content).decode()
+    for answer in (
+        load(lambda url: {"init_image": url}, response("200 OK", body=content)),
+        load(lambda _: {"init_image": content}),
+        load(lambda _: {"init_image": text}),
+        load(lambda _: {"init_image": f"data:image/webp;base64,{text}"}),
+    ):
+        expected = content if size <= LIMIT else ImageProblem.TOO_LARGE
+        assert answer == {"init_image": expected}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        TEXT.replace("+", "-").replace("/", "_"),
+        "\r\n".join(TEXT[start : start + 76] for start in range(0, len(TEXT), 76)),
+        f"data:image/png;base64,{TEXT}",
+        f"DATA:image/svg+xml;charset=utf-8;name=a.png;BASE64,{TEXT}",
+    ],
+)
+def test_base64_in_its_usual_forms(text: str) -> None:
+    assert decode_base64(text) == CONTENT
+
+
+@pytest.mark.parametrize("padding", ["", "=", "=="])
+def test_padding_may_be_missing(padding: str) -> None:
+    assert decode_base64("YQ" + padding) == b"a"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/a.png",
+        "gopher://x",
+        "data:text/html;base64,YQ==",
+        "data:image/png,raw",
+        "data:image/png;base64,%20",
+        "YQ=Q",
+        "A",
+        "käse",
+        "not base64!",
+        "../../etc/passwd",
+    ],
+)
+def test_other_texts_are_no_image(text: str) -> None:
+    with pytest.raises(FetchFailed) as failed:
+        decode_base64(text)
+    assert failed.value.kind is ImageProblem.NOT_AN_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("content", "description"),
+    [
+        ("https://x/a.png?b=c", "https://x/a.png?b=c"),
+        ("HTTP://x/a.png", "HTTP://x/a.png"),
+        (TEXT, "(base64, 344 bytes)"),
+        (f"data:image/png;base64,{TEXT}", "(base64, 366 bytes)"),
+        (CONTENT, "(file, 258 bytes)"),
+    ],
+)
+def test_only_urls_are_echoed(content: str | bytes, description: str) -> None:
+    assert ImageSource(content).describe() == description

@@ -1,0 +1,58 @@
+"""What log lines hold, and what they never hold. Each test is a process: logging is set up once."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+PREPARE = """
+import logging
+from server.telemetry import configure_logging, get_logger
+logger = get_logger("server.test")
+configure_logging()
+"""
+
+
+def lines_of(program: str) -> list[dict[str, Any]]:
+    """The log lines of a program, which must end well and print nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE + program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_lines_are_json_of_listed_fields() -> None:
+    listed, unlisted = lines_of("""
+logger.info("job claimed", job_id=7, worker_id="w")
+logger.info("request", path="/x", prompt="canary", key="canary", body=b"canary", headers={})
+""")
+    assert (listed["event"], listed["level"], listed["job_id"]) == ("job claimed", "info", 7)
+    assert listed["timestamp"].endswith("Z")
+    assert set(unlisted) == {"event", "level", "timestamp", "path"}
+
+
+def test_tracebacks_are_one_line() -> None:
+    (line,) = lines_of("""
+try:
+    1 / 0
+except ZeroDivisionError:
+    logger.exception("pictures not stored", job_id=7)
+""")
+    assert "ZeroDivisionError" in line["exception"]
+
+
+def test_libraries_write_in_the_same_form_and_only_what_matters() -> None:
+    (line,) = lines_of("""
+logging.getLogger("uvicorn.error").warning("odd %s", "thing", extra={"key": "canary"})
+logging.getLogger("httpx").info("GET http://x/?key=canary")
+logging.getLogger("uvicorn.access").info("GET /?key=canary")
+logging.getLogger("uvicorn.error").debug("quiet")
+""")
+    assert (line["event"], line["level"]) == ("odd thing", "warning")
+    assert "canary" not in str(line)
+
+
+def test_line_breaks_of_strangers_stay_inside_the_line() -> None:
+    (line,) = lines_of("""logger.info("request", path="/a\\n{\\"event\\": \\"forged\\"}")""")
+    assert line["event"] == "request"
