@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 
 from models.pipeline import Sample
 
-FIRST_ROWS = 2
-"""Rows of a call before anything was measured: one sample with guidance."""
-
 MEASUREMENTS = 3
 """Calls of one size that are timed before it is compared; the quickest of them counts."""
 
@@ -44,7 +41,7 @@ class RowLimit:
     rows: the limit now. is_settled: True once doubling did not pay, or memory was too small.
     """
 
-    rows: int = FIRST_ROWS
+    rows: int
     is_settled: bool = False
     _quickest_s: dict[int, float] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
@@ -75,16 +72,16 @@ class RowLimit:
 class RowBudget:
     """A `RowLimit` per latent area.
 
-    most: rows that no call exceeds.
+    first: rows of a call before anything was measured. most: rows that no call exceeds.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, first: int, most: int) -> None:
+        self._first, self._most = first, most
         self._limits: dict[int, RowLimit] = {}
 
     def rows(self, key: BatchKey) -> int:
         """Rows the next call of this key may have."""
-        return min(self._limit(key).rows, self._most)
+        return self._limit(key).rows
 
     def wants_measurement(self, key: BatchKey, rows: int) -> bool:
         """Whether timing a call of so many rows would help."""
@@ -100,4 +97,4 @@ class RowBudget:
         self._limit(key).shrink(rows)
 
     def _limit(self, key: BatchKey) -> RowLimit:
-        return self._limits.setdefault(key.area, RowLimit())
+        return self._limits.setdefault(key.area, RowLimit(self._first))

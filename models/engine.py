@@ -1,20 +1,26 @@
 """`InpaintEngine`: which samples run next, and who hears of it. Policy only.
 
-No tensor mathematics (that is `InpaintPipeline`), no threads, clocks or I/O: the worker calls
-`step` in a loop, and each call does one bounded piece of work.
+No tensor mathematics (that is `InpaintPipeline`), no threads or I/O: the worker calls `step` in a
+loop, and each call does one bounded piece of work: prepare one generation, take one denoising step
+of a batch, or decode one picture.
 """
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-from models.errors import DeviceLost, EngineError
+import torch
+
+from models.batching import BatchKey, RowBudget
+from models.errors import DeviceLost, EngineError, OutOfMemory
 from models.params import InpaintParams
 from models.pipeline import InpaintPipeline, Picture, Sample, Source
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,61 +60,60 @@ class Failed:
 Event: TypeAlias = Progress | Finished | Failed
 
 
+@dataclass(slots=True, eq=False)
+class Member:
+    """A sample among those of its generation.
+
+    last_turn: when it last took a step, in turns of the engine.
+    picture: once it is decoded.
+    """
+
+    generation_id: int
+    sample: Sample
+    last_turn: int = 0
+    picture: Picture | None = None
+
+    @property
+    def key(self) -> BatchKey:
+        """What others must share to be in one UNet call with it."""
+        return BatchKey.of(self.sample)
+
+
 @dataclass(frozen=True, slots=True)
-class BatchKey:
-    """All that samples must have in common to share a UNet call."""
+class EngineLimits:
+    """max_generations: held at a time, waiting or running.
 
-    latent_height: int
-    latent_width: int
-    conditioning_tokens: int
+    first_rows, max_rows: of a UNet call before its best number of rows is known, and ever. A
+        sample with guidance takes two.
+    is_reproducible: every UNet call is for one sample, so that a picture does not depend on its
+        neighbours to the last bit; otherwise it does not up to rounding.
+    """
 
-    @classmethod
-    def of(cls, sample: Sample) -> "BatchKey":
-        height, width = sample.latents.shape[-2:]
-        return cls(height, width, sample.conditioning.shape[1])
+    max_generations: int = 8
+    first_rows: int = 2
+    max_rows: int = 32
+    is_reproducible: bool = False
 
 
 @dataclass(slots=True)
-class Running:
-    """A generation with its samples and the pictures that are done."""
-
-    generation: Generation
-    samples: list[Sample]
-    pictures: dict[int, Picture] = field(default_factory=dict)
-
-    def progress(self) -> Progress:
-        return Progress(
-            self.generation.id,
-            step=sum(sample.step_index for sample in self.samples),
-            total_steps=sum(sample.total_steps for sample in self.samples),
-        )
-
-
-Member: TypeAlias = tuple[Running, int]
-"""A sample of a running generation, by its index there."""
-
-
 class InpaintEngine:
-    """Runs generations step by step.
+    """Runs generations step by step, many at a time."""
 
-    samples_per_call: the most samples that share one UNet call. 1 makes every picture independent
-        of its neighbours to the last bit; more is faster and equal up to rounding.
-    max_generations: the most generations held at a time, waiting or running.
-    """
+    pipeline: InpaintPipeline
+    limits: EngineLimits = EngineLimits()
+    _waiting: deque[Generation] = field(default_factory=deque)
+    _running: dict[int, list[Member]] = field(default_factory=dict)
+    _turn: int = 0
+    _may_stall: bool = True
+    _budget: RowBudget = field(init=False)
 
-    def __init__(
-        self, pipeline: InpaintPipeline, *, samples_per_call: int = 1, max_generations: int = 2
-    ) -> None:
-        self._pipeline = pipeline
-        self._samples_per_call = samples_per_call
-        self._max_generations = max_generations
-        self._waiting: deque[Generation] = deque()
-        self._running: dict[int, Running] = {}
+    def __post_init__(self) -> None:
+        self._budget = RowBudget(self.limits.first_rows, self.limits.max_rows)
 
     @property
     def free_places(self) -> int:
         """How many generations `add` takes before the engine is full."""
-        return self._max_generations - len(self._waiting) - len(self._running)
+        return self.limits.max_generations - len(self._waiting) - len(self._running)
 
     @property
     def is_idle(self) -> bool:
@@ -127,79 +132,135 @@ class InpaintEngine:
     def step(self) -> list[Event]:
         """Do one piece of work and say what came of it.
 
-        Decoding comes before denoising, so that what is nearest its end ends first; a waiting
-        generation is prepared as soon as the next UNet call has room for it. An error ends the
+        A piece of encoding or decoding stands between two denoising steps, never next to another
+        while samples run, so that running samples wait for one of them at most. An error ends the
         generation it belongs to and no other.
         Raises: DeviceLost, after which the engine must not be used.
         """
-        members = [
-            (running, index)
-            for running in self._running.values()
-            for index in range(len(running.samples))
-            if index not in running.pictures
-        ]
-        denoised = [member for member in members if sample_of(member).is_denoised]
-        if denoised:
-            return self._decode(denoised[0])
-        batch = select_batch(members, self._samples_per_call)
-        if self._waiting and len(batch) < self._samples_per_call:
-            return self._prepare(self._waiting.popleft())
-        if batch:
-            return self._denoise(batch)
-        return []
+        self._turn += 1
+        members = [member for each in self._running.values() for member in each]
+        denoised = [each for each in members if each.sample.is_denoised and each.picture is None]
+        runnable = [each for each in members if not each.sample.is_denoised]
+        if self._may_stall or not runnable:
+            self._may_stall = False
+            if denoised:
+                return self._decode(denoised[0])
+            if self._waiting and (not runnable or not self.limits.is_reproducible):
+                return self._prepare(self._waiting.popleft())
+        self._may_stall = True
+        return self._denoise(self._select_batch(runnable)) if runnable else []
+
+    def _select_batch(self, runnable: Sequence[Member]) -> list[Member]:
+        """The next UNet call: the key, and of it the samples, that have waited for the most turns.
+
+        So every size gets its turn, and a call of one size delays the others once.
+        """
+        key = min(runnable, key=lambda member: member.last_turn).key
+        same = sorted(
+            (member for member in runnable if member.key == key), key=lambda each: each.last_turn
+        )
+        if self.limits.is_reproducible:
+            return same[:1]
+        batch, rows = same[:1], same[0].sample.rows
+        for member in same[1:]:
+            rows += member.sample.rows
+            if rows > self._budget.rows(key):
+                break
+            batch.append(member)
+        return batch
 
     def _prepare(self, generation: Generation) -> list[Event]:
         try:
-            samples = self._pipeline.prepare(generation.params, generation.source)
+            samples = self._retried(
+                lambda: self.pipeline.prepare(generation.params, generation.source)
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
             return [self._failed(generation.id, error)]
-        running = Running(generation, samples)
-        self._running[generation.id] = running
-        return [running.progress()]
+        self._running[generation.id] = [Member(generation.id, sample) for sample in samples]
+        return [self._progress(generation.id)]
 
     def _denoise(self, batch: Sequence[Member]) -> list[Event]:
-        """One step for all of a batch; when the shared call fails each member is tried alone."""
+        """One step of a batch; one progress event for each of its generations that goes on."""
+        failures = self._advance(batch)
+        touched = dict.fromkeys(member.generation_id for member in batch)
+        return [*failures, *(self._progress(each) for each in touched if each in self._running)]
+
+    def _advance(self, batch: Sequence[Member]) -> list[Event]:
+        """Take the step; where a shared call fails, smaller ones find out whose fault it is."""
+        batch = [member for member in batch if member.generation_id in self._running]
+        if not batch:
+            return []
         try:
-            predictions = self._pipeline.denoise_step([sample_of(member) for member in batch])
+            predictions = self._predict(batch)
         except Exception as error:  # noqa: BLE001 - as above
             if len(batch) == 1 or isinstance(error, DeviceLost):
-                return [self._failed(batch[0][0].generation.id, error)]
-            return [
-                event
-                for member in batch
-                if self._is_running(member)
-                for event in self._denoise([member])
-            ]
-        failed: list[Event] = []
+                return [self._failed(batch[0].generation_id, error)]
+            return [event for part in self._split(batch, error) for event in self._advance(part)]
+        failures: list[Event] = []
         for member, prediction in zip(batch, predictions, strict=True):
-            if not self._is_running(member):
-                continue
+            if member.generation_id not in self._running:
+                continue  # another sample of it has failed just now
+            member.last_turn = self._turn
             try:
-                self._pipeline.advance(sample_of(member), prediction)
+                self.pipeline.advance(member.sample, prediction)
             except Exception as error:  # noqa: BLE001 - as above
-                failed.append(self._failed(member[0].generation.id, error))
-        return [*failed, *self._progress_of(batch)]
+                failures += [self._failed(member.generation_id, error)]
+        return failures
 
-    def _is_running(self, member: Member) -> bool:
-        """False once another sample of the same generation has failed."""
-        return member[0].generation.id in self._running
+    def _split(self, batch: Sequence[Member], error: Exception) -> list[Sequence[Member]]:
+        """What to try after a shared call failed: halves where memory was short, else singles."""
+        if not isinstance(error, OutOfMemory):
+            return [[member] for member in batch]
+        self._budget.shrink(batch[0].key, sum(member.sample.rows for member in batch))
+        self.pipeline.release_memory()
+        return halves(batch)
 
-    def _progress_of(self, batch: Sequence[Member]) -> list[Event]:
-        """One progress event per generation of a batch that still runs."""
-        generations = dict.fromkeys(running.generation.id for running, _ in batch)
-        return [self._running[each].progress() for each in generations if each in self._running]
+    def _predict(self, batch: Sequence[Member]) -> list[torch.Tensor]:
+        """The UNet call, timed where that helps to find the best number of rows."""
+        samples = [member.sample for member in batch]
+        key, rows = batch[0].key, sum(sample.rows for sample in samples)
+        is_timed = self._budget.wants_measurement(key, rows)
+        started_s = self.pipeline.device_time_s() if is_timed else 0.0
+        predictions = (
+            self.pipeline.denoise_step(samples)
+            if len(batch) > 1
+            else self._retried(lambda: self.pipeline.denoise_step(samples))
+        )
+        if is_timed:
+            self._budget.observe(key, rows, self.pipeline.device_time_s() - started_s)
+        return predictions
 
     def _decode(self, member: Member) -> list[Event]:
-        running, index = member
         try:
-            running.pictures[index] = self._pipeline.decode([sample_of(member)])[0]
+            (member.picture,) = self._retried(lambda: self.pipeline.decode([member.sample]))
         except Exception as error:  # noqa: BLE001 - as above
-            return [self._failed(running.generation.id, error)]
-        if len(running.pictures) < len(running.samples):
+            return [self._failed(member.generation_id, error)]
+        pictures = [each.picture for each in self._running[member.generation_id]]
+        finished = tuple(picture for picture in pictures if picture is not None)
+        if len(finished) < len(pictures):
             return []
-        del self._running[running.generation.id]
-        pictures = tuple(picture for _, picture in sorted(running.pictures.items()))
-        return [Finished(running.generation.id, pictures)]
+        del self._running[member.generation_id]
+        return [Finished(member.generation_id, finished)]
+
+    def _retried(self, work: Callable[[], T]) -> T:
+        """Work for a single sample, done once more after memory was given back.
+
+        Raises: what the work raises.
+        """
+        try:
+            return work()
+        except OutOfMemory:
+            logger.warning("out of memory, trying once more")
+        self.pipeline.release_memory()
+        return work()
+
+    def _progress(self, generation_id: int) -> Progress:
+        samples = [member.sample for member in self._running[generation_id]]
+        return Progress(
+            generation_id,
+            step=sum(sample.step_index for sample in samples),
+            total_steps=sum(sample.total_steps for sample in samples),
+        )
 
     def _failed(self, generation_id: int, error: Exception) -> Failed:
         if isinstance(error, DeviceLost):
@@ -210,15 +271,7 @@ class InpaintEngine:
         return Failed(generation_id, error)
 
 
-def sample_of(member: Member) -> Sample:
-    """The sample a member stands for."""
-    running, index = member
-    return running.samples[index]
-
-
-def select_batch(members: Sequence[Member], limit: int) -> list[Member]:
-    """The samples of the next UNet call: the oldest, and others that may share its call."""
-    if not members:
-        return []
-    key = BatchKey.of(sample_of(members[0]))
-    return [member for member in members if BatchKey.of(sample_of(member)) == key][:limit]
+def halves(batch: Sequence[Member]) -> list[Sequence[Member]]:
+    """A batch of two or more, cut in two."""
+    middle = len(batch) // 2
+    return [batch[:middle], batch[middle:]]

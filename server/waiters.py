@@ -50,7 +50,7 @@ class Waiters:
         self.release_all()
 
     def release_all(self) -> None:
-        """Let every waiter, and who comes later, go with "not ended yet": the server is stopping."""
+        """Let all waiters go, later ones too, with "not ended yet": the server is stopping."""
         with self._lock:
             self._is_released = True
             waiting = [future for futures in self._futures.values() for future in futures]

@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before the libraries are imported, which read it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 
 from models.pipeline import InpaintPipeline
@@ -12,7 +16,6 @@ from models.registry import Components, ModelSpec, load_components
 from server.settings import ENV_PREFIX
 from tests.tiny import save_tiny_checkpoint
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread is quicker for models this small, and leaves the other core to the process under test.
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,8 @@ NOT_FOUND = {
 
 
 def settings_in(folder: Path, **changes: Any) -> Settings:
-    return load_settings(**({"data_dir": folder, "workers": 0, "hold_s": 0} | changes))
+    given: dict[str, Any] = {"data_dir": folder, "workers": 0, "hold_s": 0} | changes
+    return load_settings(**given)
 
 
 @contextmanager
@@ -63,6 +64,22 @@ def app(settings: Settings) -> Iterator[LiveApp]:
     """One open server for all tests that only send requests; nothing is held."""
     with running_app(settings) as app:
         yield app
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A server with two keys."""
+    settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": ["one", "two"]})
+    with running_app(settings) as app:
+        yield app.client
+
+
+@pytest.fixture(scope="module")
+def url(app: LiveApp, settings: Settings) -> str:
+    """A finished picture's address."""
+    job_id = submit(app.client)
+    finish(settings, job_id)
+    return str(post(app.client, f"fetch/{job_id}")["output"][0])
 
 
 @pytest.fixture
@@ -130,18 +147,19 @@ class TestLifeOfAJob:
     @pytest.mark.parametrize(
         ("path", "fields"),
         [
-            ("fetch/{}", {}),
-            ("fetch/{}/", BODY),
-            ("fetch", {"request_id": "{}"}),
-            ("inpaint", {"key": "", "request_id": "{}"}),
+            ("fetch/ID", {}),
+            ("fetch/ID/", BODY),
+            ("fetch", {"request_id": "ID"}),
+            ("inpaint", {"key": "", "request_id": "ID"}),
         ],
     )
     def test_every_way_to_fetch(
         self, path: str, fields: dict[str, str], client: httpx.Client
     ) -> None:
         job_id = submit(client)
-        filled = json.loads(json.dumps(fields).replace("{}", str(job_id)))
-        assert post(client, path.format(job_id), **filled)["id"] == job_id
+        if "request_id" in fields:
+            fields = fields | {"request_id": str(job_id)}
+        assert post(client, path.replace("ID", str(job_id)), **fields)["id"] == job_id
 
     @pytest.mark.parametrize("job_id", ["999999", "0", "x", "-1", "1.5", "9" * 30, "%00", "١"])
     def test_unknown_job(self, job_id: str, client: httpx.Client) -> None:
@@ -332,13 +350,6 @@ class TestBrowsers:
 
 
 class TestOutputs:
-    @pytest.fixture(scope="class")
-    def url(self, app: LiveApp, settings: Settings) -> str:
-        """A finished picture's address."""
-        job_id = submit(app.client)
-        finish(settings, job_id)
-        return str(post(app.client, f"fetch/{job_id}")["output"][0])
-
     def test_picture_is_served_as_nothing_else(self, url: str, client: httpx.Client) -> None:
         answer = client.get(url)
         assert (answer.status_code, answer.content) == (200, PICTURE)
@@ -394,12 +405,6 @@ class TestOutputs:
 
 
 class TestKeys:
-    @pytest.fixture(scope="class")
-    def locked(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-        settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": ["one", "two"]})
-        with running_app(settings) as app:
-            yield app.client
-
     @pytest.mark.parametrize(
         "how",
         [
@@ -533,7 +538,6 @@ class TestHealth:
         settings = settings_in(tmp_path, workers=None)
         loading = WorkerStatus("w", "cpu", "builtin", "loading", "loading model 40%", 0)
         with running_app(settings) as app, store_of(settings) as store:
-            # No time passes for these: they were seen in the far future.
             for worker, code, reason in [
                 (None, 503, "0/1 workers ready"),
                 (loading, 503, "0/1 workers ready; w: loading model 40%"),
@@ -564,21 +568,26 @@ def seen_in_the_future(worker: WorkerStatus) -> WorkerStatus:
     return WorkerStatus(worker.id, worker.device, worker.model, worker.state, worker.detail, 1e12)
 
 
-Start = Callable[..., subprocess.Popen[str]]
-
-
-def test_serve_without_workers_starts_and_stops(tmp_path: Path) -> None:
+def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_HOLD_S", "0")
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--workers", "0"]
     with subprocess.Popen(
         [*command, "--data-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        url = next(
-            line["url"] for line in map(json.loads, process.stderr) if line["event"] == "listening"
-        )
-        with httpx.Client(base_url=url, trust_env=False) as client:
-            assert submit(client) == 1
-        process.send_signal(signal.SIGTERM)
-        rest = process.stderr.read()
+        try:
+            lines = map(json.loads, process.stderr)
+            url = next(line["url"] for line in lines if line["event"] == "listening")
+            with httpx.Client(base_url=url, trust_env=False) as client:
+                assert submit(client, prompt="canary", key="canary", webhook="http://canary") == 1
+                client.post("/api/v3/system_load?key=canary", headers={"key": "canary"})
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+            assert len([line for line in rest if line["event"] == "request"]) == 2
+            assert not any("exception" in line for line in rest)
+            assert "canary" not in str(rest)
+        finally:
+            process.kill()  # without effect once it has ended
     assert process.returncode == 0
-    assert "Traceback" not in rest

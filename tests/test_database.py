@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, create_mock_engine, inspect, text
+from sqlalchemy import Engine, inspect, text
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.schema import CreateTable
 
 from server.database import ChangeSignal, metadata, migrate, open_engine, read_only
 
@@ -53,13 +55,8 @@ def test_migrations_lead_to_the_constraints_of_the_code(engine: Engine, tmp_path
 
 
 def test_schema_compiles_for_postgresql() -> None:
-    statements: list[str] = []
-    postgresql = create_mock_engine(
-        "postgresql+psycopg://",
-        lambda statement, *_: statements.append(str(statement.compile(dialect=postgresql.dialect))),
-    )
-    metadata.create_all(postgresql, checkfirst=False)
-    assert any("CREATE TABLE jobs" in statement for statement in statements)
+    for table in metadata.sorted_tables:
+        assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=postgresql.dialect()))
 
 
 def test_migrating_twice_changes_nothing(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.engine import Event, Failed, Finished, Generation, InpaintEngine, Progress
+from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture, Violation
 from models.params import InpaintParams, SchedulerName
 from models.pipeline import InpaintPipeline, Picture, Source
@@ -92,6 +92,12 @@ class ToyPipeline:
         blank = np.zeros((1, 1, 3), np.uint8)
         return [Picture(sample.seed, blank, blank) for sample in samples]
 
+    def device_time_s(self) -> float:
+        return 0.0
+
+    def release_memory(self) -> None:
+        """There is none."""
+
     def _fail_for(self, verb: str, seed: int) -> None:
         if (verb, seed) in self.faults:
             raise self.faults[verb, seed]
@@ -109,11 +115,13 @@ VERBS = ["prepare", "denoise_step", "advance", "decode"]
 def make_engine(
     pipeline: InpaintPipeline | ToyPipeline, samples_per_call: int = 1, max_generations: int = 4
 ) -> InpaintEngine:
-    return InpaintEngine(
-        cast(InpaintPipeline, pipeline),
-        samples_per_call=samples_per_call,
+    limits = EngineLimits(
         max_generations=max_generations,
+        first_rows=2 * samples_per_call,
+        max_rows=2 * samples_per_call,
+        is_reproducible=samples_per_call == 1,
     )
+    return InpaintEngine(cast(InpaintPipeline, pipeline), limits)
 
 
 def make_generation(generation_id: int, **changes: Any) -> Generation:
@@ -522,7 +530,7 @@ def test_every_generation_gets_exactly_one_end(
     for generation_id, plan in added.items():
         check_events(generation_id, plan, heard[generation_id], generation_id in cancelled)
     for call in pipeline.calls:
-        assert 1 <= len(call) <= samples_per_call
+        assert 1 <= sum(each.rows for each in call) <= 2 * samples_per_call
         assert len({(each.latents.shape, each.conditioning.shape[1]) for each in call}) == 1
 
 

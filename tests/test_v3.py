@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
@@ -35,7 +36,7 @@ MASK = "https://x.example/mask.png"
 REQUIRED = {"prompt": "a cat", "init_image": INIT, "mask_image": MASK}
 
 
-def read(policy: v3.ReadingPolicy = POLICY, **fields: Any) -> v3.V3Request:
+def read(policy: v3.ReadingPolicy = POLICY, /, **fields: Any) -> v3.V3Request:
     return v3.read_inpaint(REQUIRED | fields, policy)
 
 
@@ -247,6 +248,7 @@ class TestFieldErrors:
             *("prompt", "init_image", "samples", "width", "strength", "seed")
         }
 
+    @hypothesis_settings(deadline=None, derandomize=True)
     @given(
         st.dictionaries(
             st.sampled_from(sorted({*v3.INPAINT_FIELDS, "prompt_strength"})),

@@ -171,7 +171,7 @@ def make_mask(rng: np.random.Generator, side: int) -> Mask:
         return np.ones((side, side), np.bool_)
     largest = 0.42 * side
     half = math.exp(rng.uniform(math.log(MIN_HALF_EXTENT_PX), math.log(largest)))
-    aspect = math.exp(rng.uniform(-0.4, 0.4))
+    aspect = math.exp(rng.uniform(-0.22, 0.22))
     half_w = float(np.clip(half * math.sqrt(aspect), MIN_HALF_EXTENT_PX, largest))
     half_h = float(np.clip(half / math.sqrt(aspect), MIN_HALF_EXTENT_PX, largest))
     x = rng.uniform(half_w, side - half_w)

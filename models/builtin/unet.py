@@ -26,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from models.builtin.captions import Caption, caption_of, nothing
 from models.builtin.checkpoints import Average, Checkpoint
 from models.builtin.latents import LatentBatch, LatentStore
+from models.builtin.muon import Optimizers
 from models.builtin.text import WIDTH, tokenize
 
 TIMESTEPS = 1000
@@ -37,7 +38,7 @@ _OVERSHOOT_VISIBLE_BELOW = 960  # the same for one that guidance has made severa
 class BatchPlan:
     """One kind of step: scenes of `side` px cut to `window` latents, `count` per process.
 
-    `shares` are its weights among all kinds, in the first and in the second half of the time.
+    `shares` are its weights among all kinds, in the early and in the late part of the time.
     """
 
     side: int
@@ -56,6 +57,7 @@ class UNetSettings:
         BatchPlan(512, 40, 8, (0.3, 0.35)),
         BatchPlan(512, 64, 3, (0.2, 0.35)),
     )
+    early: float = 0.7  # share of the time in which shapes are learnt, before the fine work
     learning_rate: float = 1.5e-3
     average_decay: float = 0.999
     checkpoint_every: int = 100
@@ -116,10 +118,11 @@ class Lesson:
     blur: float = 0.0
 
 
-def draw_timesteps(rng: np.random.Generator, count: int) -> Tensor:
-    """Stratified: 45 % from 930 up, where shapes are decided, 33 % from 550, 22 % below; `(n,)`."""
+def draw_timesteps(rng: np.random.Generator, count: int, is_early: bool) -> Tensor:
+    """Stratified over four ranges, `(n,)`; early on mostly the noisy end, where shapes are made."""
+    shares = (0.12, 0.32, 0.62) if is_early else (0.30, 0.65, 0.85)
     places = (np.arange(count) + rng.random(count)) / count
-    steps = np.interp(places, [0.0, 0.22, 0.55, 0.8, 1.0], [0, 550, 930, 980, TIMESTEPS])
+    steps = np.interp(places, [0.0, *shares, 1.0], [0, 550, 930, 980, TIMESTEPS])
     return torch.from_numpy(np.minimum(steps.astype(np.int64), TIMESTEPS - 1))
 
 
@@ -127,7 +130,7 @@ def draw_lesson(
     batch: LatentBatch, index: int, timestep: int, ratio: float, rng: np.random.Generator
 ) -> Lesson:
     """`ratio` is the amplitude of the signal over that of the noise at `timestep`."""
-    if rng.random() < 0.22:
+    if rng.random() < 0.2:
         return _empty_lesson(timestep, rng)
     caption = caption_of(batch.things[index], rng)
     if 300 <= timestep < 980 and rng.random() < 0.15:
@@ -184,11 +187,14 @@ class Contexts:
 
 
 def loss_of(
-    unet: nn.Module, batch: LatentBatch, contexts: Contexts, rng: np.random.Generator
+    unet: nn.Module,
+    batch: LatentBatch,
+    timesteps: Tensor,
+    contexts: Contexts,
+    rng: np.random.Generator,
 ) -> tuple[Tensor, float]:
-    """Weighted v-loss of a batch, and its plain mean inside the masks."""
+    """Weighted v-loss of a batch at `timesteps` `(n,)`, and its plain mean inside the masks."""
     count = len(batch.things)
-    timesteps = draw_timesteps(rng, count)
     alphas = build_scheduler().alphas_cumprod[timesteps]
     ratios = (alphas / (1.0 - alphas)).sqrt().tolist()
     lessons = [draw_lesson(batch, i, int(timesteps[i]), ratios[i], rng) for i in range(count)]
@@ -228,7 +234,7 @@ def structured_noise(batch: LatentBatch, lessons: list[Lesson]) -> Tensor:
 def plan_of(settings: UNetSettings, step: int, share: float) -> BatchPlan:
     """The kind of a step after a `share` of the time, the same in all processes."""
     rng = np.random.default_rng((settings.seed, step))
-    weights = np.array([plan.shares[0 if share < 0.5 else 1] for plan in settings.plans])
+    weights = np.array([plan.shares[0 if share < settings.early else 1] for plan in settings.plans])
     return settings.plans[int(rng.choice(len(weights), p=weights / weights.sum()))]
 
 
@@ -252,9 +258,7 @@ class UNetTrainer:
         self.stores = {side: LatentStore(run / "latents", side) for side in sides}
         torch.manual_seed(settings.seed)
         self.unet = build_unet().to(worker.device)
-        self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(), settings.learning_rate, (0.9, 0.98), weight_decay=0.01
-        )
+        self.optimizer = Optimizers(self.unet, settings.learning_rate, worker.rank, worker.count)
         self.average = Average(self.unet, settings.average_decay)
         self.progress = Progress()
         self._resume()
@@ -315,17 +319,17 @@ class UNetTrainer:
         plan = plan_of(self.settings, self.progress.step, share)
         rng = np.random.default_rng((self.settings.seed, self.progress.step, self.worker.rank))
         batch = _to(self.stores[plan.side].draw(rng, plan.count, plan.window), self.worker.device)
+        timesteps = draw_timesteps(rng, plan.count, share < self.settings.early)
         warm = min(1.0, (self.progress.step + 1) / 100)
         rate = warm * (0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0))))
-        self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate
         on_cuda = self.worker.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-            loss, inside = loss_of(self.unet, batch, self.contexts, rng)
+            loss, inside = loss_of(self.unet, batch, timesteps, self.contexts, rng)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._exchange_gradients()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizer.step(self.settings.learning_rate * rate)
         self.average.update(self.unet)
         return plan.window, inside
 
