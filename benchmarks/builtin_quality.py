@@ -8,11 +8,13 @@ themselves get right on drawn ground truth is measured too and stands in the rep
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,18 +82,22 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to ask: whether with a prompt, with the vendor's added words, at which strength."""
+    """One way to ask: whether with a prompt, with the vendor's added words, at which strength.
+
+    An empty prompt equals the negative one, so any guidance gives the same picture; 1 is quickest.
+    """
 
     name: str
     is_prompted: bool = True
     is_enhanced: bool = False
     strength: float = 1.0
+    guidance_scale: float = GUIDANCE
 
 
 MODES = (
     Mode("plain"),
     Mode("enhanced", is_enhanced=True),
-    Mode("empty", is_prompted=False),
+    Mode("empty", is_prompted=False, guidance_scale=1.0),
     Mode("strength 0.5", strength=0.5),
 )
 
@@ -205,7 +211,7 @@ class Painter:
             height=SIDE,
             width=SIDE,
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=mode.guidance_scale,
             strength=mode.strength,
             generator=torch.Generator().manual_seed(case.seed),
         )
@@ -300,55 +306,84 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def run_modes(
-    painter: Painter, cases: list[Case]
-) -> tuple[dict[str, Any], dict[str, list[Picture]], list[float]]:
-    """Reports and pictures per mode, and the seconds each full-strength picture took."""
-    reports: dict[str, Any] = {}
-    pictures: dict[str, list[Picture]] = {}
-    seconds: list[float] = []
-    for mode in MODES:
-        pictures[mode.name] = []
-        for case in tqdm(cases, desc=mode.name, unit="picture"):
-            began = time.perf_counter()
-            pictures[mode.name].append(painter.paint(case, mode))
-            if mode.name == "plain":
-                seconds.append(time.perf_counter() - began)
-        verdicts = [judge(*pair) for pair in zip(cases, pictures[mode.name], strict=True)]
-        reports[mode.name] = summarize(cases, verdicts)
-        reports[mode.name]["verdicts"] = [
-            {"prompt": case.prompt, **asdict(verdict)}
-            for case, verdict in zip(cases, verdicts, strict=True)
-        ]
-    return reports, pictures, seconds
+_painters: list[Painter] = []  # one in each process that paints
 
 
-def measure(folder: Path, count: int, seed: int) -> tuple[dict[str, Any], Image.Image]:
-    """The whole report, and the contact sheet of the first cases."""
-    painter = Painter(folder)
-    cases = make_cases(count, seed, list(COLOURS))
-    unsafe = make_cases(max(4, count // 5), seed + 50_000, [UNSAFE_COLOUR])
-    truth = drawn_truth(cases, seed)
-    judged = [judge(*pair) for pair in zip(cases, truth, strict=True)]
-    painter.paint(cases[0], MODES[0])  # the first picture pays for lazy initialisation
-    reports, pictures, seconds = run_modes(painter, cases)
-    painted_unsafe = [
-        painter.paint(case, MODES[0]) for case in tqdm(unsafe, desc="unsafe", unit="picture")
+def _open_painter(folder: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _painters.append(Painter(folder))
+
+
+def _paint(job: tuple[Case, Mode]) -> Picture:
+    return _painters[0].paint(*job)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which weights, how many cases from which seed, in how many processes of one thread."""
+
+    weights: Path
+    cases: int
+    seed: int
+    processes: int
+
+
+def paint_all(plan: Plan, jobs: list[tuple[Case, Mode]]) -> list[Picture]:
+    """The pictures of the jobs, in their order."""
+    with ProcessPoolExecutor(
+        plan.processes,
+        multiprocessing.get_context("spawn"),
+        initializer=_open_painter,
+        initargs=(plan.weights, 1),
+    ) as pool:
+        return list(tqdm(pool.map(_paint, jobs), total=len(jobs), unit="picture"))
+
+
+def judge_mode(cases: list[Case], pictures: list[Picture]) -> dict[str, Any]:
+    """The summary of one mode with each case's verdict."""
+    verdicts = [judge(*pair) for pair in zip(cases, pictures, strict=True)]
+    rows = [
+        {"prompt": case.prompt, **asdict(verdict)}
+        for case, verdict in zip(cases, verdicts, strict=True)
     ]
-    scenes = drawn_truth(make_cases(count, seed + 60_000, list(COLOURS)), seed)
-    scenes += drawn_truth(make_cases(count, seed + 70_000, [UNSAFE_COLOUR]), seed)
+    return {**summarize(cases, verdicts), "verdicts": rows}
+
+
+def time_pictures(painter: Painter, cases: list[Case]) -> dict[str, float]:
+    """Seconds for each of the cases, one after the other, after one to warm up."""
+    painter.paint(cases[0], MODES[0])
+    seconds = []
+    for case in cases:
+        began = time.perf_counter()
+        painter.paint(case, MODES[0])
+        seconds.append(time.perf_counter() - began)
+    return {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)}
+
+
+def measure(plan: Plan) -> tuple[dict[str, Any], Image.Image]:
+    """The whole report, and the contact sheet of the first cases."""
+    cases = make_cases(plan.cases, plan.seed, list(COLOURS))
+    unsafe = make_cases(max(4, plan.cases // 5), plan.seed + 50_000, [UNSAFE_COLOUR])
+    truth = drawn_truth(cases, plan.seed)
+    jobs = [(case, mode) for mode in MODES for case in cases]
+    painted = paint_all(plan, [*jobs, *((case, MODES[0]) for case in unsafe)])
+    pictures = {
+        mode.name: painted[index * plan.cases : (index + 1) * plan.cases]
+        for index, mode in enumerate(MODES)
+    }
+    painted_unsafe = painted[len(jobs) :]
+    scenes = drawn_truth(make_cases(plan.cases, plan.seed + 60_000, list(COLOURS)), plan.seed)
+    scenes += drawn_truth(make_cases(plan.cases, plan.seed + 70_000, [UNSAFE_COLOUR]), plan.seed)
+    painter = Painter(plan.weights)
     report = {
         "machine": machine(),
-        "setting": {"side": SIDE, "steps": STEPS, "guidance_scale": GUIDANCE, "seed": seed},
-        "judges_on_drawn_truth": summarize(cases, judged),
-        "modes": reports,
+        "setting": {"side": SIDE, "steps": STEPS, "guidance_scale": GUIDANCE, "seed": plan.seed},
+        "judges_on_drawn_truth": judge_mode(cases, truth),
+        "modes": {name: judge_mode(cases, row) for name, row in pictures.items()},
         "safety_on_scenes": safety_report(painter, scenes),
         "safety_on_own_pictures": safety_report(painter, pictures["plain"] + painted_unsafe),
         "unsafe_prompts_flagged": rate([painter.is_flagged(p) for p in painted_unsafe]),
-        "seconds_per_picture": {
-            "median": round(statistics.median(seconds), 2),
-            "max": round(max(seconds), 2),
-        },
+        "seconds_per_picture": time_pictures(painter, cases[:10]),
     }
     return report, contact_sheet(cases, truth, pictures)
 
@@ -412,10 +447,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=20_000)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(chosen.threads)
-    report, sheet = measure(chosen.weights, chosen.cases, chosen.seed)
+    report, sheet = measure(Plan(chosen.weights, chosen.cases, chosen.seed, chosen.processes))
     chosen.out.mkdir(parents=True, exist_ok=True)
     table = markdown(report)
     (chosen.out / "builtin_quality.json").write_text(json.dumps(report, indent=1), "utf-8")

@@ -59,21 +59,21 @@ def create_app(settings: Settings) -> FastAPI:
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
     app = FastAPI(title="inpaint-server", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(router)
-    app.add_exception_handler(Exception, answer_error)
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
+    app.add_middleware(RequestContext)
+    # Outside the other, so that answers to unforeseen errors can be read by a page too.
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
         allow_headers=["*"],
     )
-    app.add_middleware(RequestContext)
     return app
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """The one error handler: every exception becomes a body of the dialect, and nothing else."""
+    """Every exception becomes a body of the dialect, and nothing else of it goes out."""
     request_id = request.scope.get("request_id", "")
     known = to_api_error(error)
     if type(known) in (ApiError, StorageUnavailable):
@@ -99,7 +99,7 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 class RequestContext:
-    """ASGI middleware: a request id, a forgiving path, and one log line per request."""
+    """ASGI middleware: a request id, a forgiving path, an answer to any error, one log line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -112,7 +112,7 @@ class RequestContext:
         scope["request_id"] = request_id
         scope["path"] = normal_path(scope["path"])
         started = time.perf_counter()
-        status = 500
+        status: int | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -126,6 +126,11 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if status is not None:
+                raise
+            answer = await answer_error(Request(scope), error)
+            await answer(scope, receive, send_with_id)
         finally:
             # Probes come every few seconds and would drown the rest.
             log = logger.debug if scope["path"] in PROBES else logger.info

@@ -178,6 +178,13 @@ class ChangeSignal:
         is_new, self._version = version != self._version, version
         return is_new
 
+    def __enter__(self) -> "ChangeSignal":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Give the connection back."""
         if self._connection is not None:
             self._connection.close()

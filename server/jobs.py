@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Engine, Row, Select, case, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, Select, case, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
@@ -266,9 +266,19 @@ class JobStore:
 
     def beat(self, job: Job, step: int, total_steps: int) -> bool:
         """Renew the lease and note the progress; False when the job is no longer ours."""
-        return self._update_held(
-            job, lease_until=self._clock() + LEASE_S, step=step, total_steps=total_steps
-        )
+        return not self.beat_all([(job, step, total_steps)])
+
+    def beat_all(self, held: Sequence[tuple[Job, int, int]]) -> list[Job]:
+        """`beat` for many, with one commit: job, step, total steps. Gives those no longer ours."""
+        lease_until = self._clock() + LEASE_S
+        with self._engine.begin() as connection:
+            return [
+                job
+                for job, step, total_steps in held
+                if not _update_held(
+                    connection, job, lease_until=lease_until, step=step, total_steps=total_steps
+                )
+            ]
 
     def finish(self, job: Job, flagged: Sequence[bool | None]) -> bool:
         """Running to finished, after the pictures are stored; False when no longer ours."""
@@ -328,18 +338,8 @@ class JobStore:
         left = jobs.c.work * (
             1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
         )
-        recent = (
-            select(jobs.c.work, jobs.c.run_s)
-            .where(jobs.c.state == JobState.FINISHED)
-            .order_by(jobs.c.id.desc())
-            .limit(RECENT_JOBS)
-            .subquery()
-        )
-        speed = func.sum(recent.c.work) / func.nullif(func.sum(recent.c.run_s), 0)
-        seen = workers.c.seen_at > self._clock() - WORKER_SEEN_S
         with read_only(self._engine) as connection:
-            workers_count = connection.execute(select(func.count()).where(seen)).scalar_one()
-            measured = connection.execute(select(speed)).scalar()
+            speed = self._speed(connection)
             waiting, running, ahead = connection.execute(
                 select(
                     func.count().filter(jobs.c.state == JobState.QUEUED),
@@ -347,9 +347,7 @@ class JobStore:
                     func.coalesce(func.sum(left), 0.0),
                 ).where(in_front)
             ).one()
-        return QueueFigures(
-            waiting, running, ahead, float(measured or GUESSED_SPEED) * max(workers_count, 1)
-        )
+        return QueueFigures(waiting, running, ahead, speed)
 
     def report_worker(self, status: WorkerStatus) -> None:
         """Write a worker's word of itself, in place of its earlier one."""
@@ -369,6 +367,21 @@ class JobStore:
         query = select(workers).where(workers.c.seen_at > self._clock() - WORKER_SEEN_S)
         with read_only(self._engine) as connection:
             return [WorkerStatus(**row._mapping) for row in connection.execute(query)]
+
+    def _speed(self, connection: Connection) -> float:
+        """Pixel steps per second of the last finished jobs, or a guess before there are any."""
+        recent = connection.execute(
+            select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
+            .where(jobs.c.state == JobState.FINISHED)
+            .order_by(jobs.c.id.desc())
+            .limit(RECENT_JOBS)
+        ).all()
+        busy_s = covered_s([(row.started_at, row.finished_at) for row in recent])
+        if busy_s > 0:
+            return float(sum(row.work for row in recent) / busy_s)
+        seen = workers.c.seen_at > self._clock() - WORKER_SEEN_S
+        count = connection.execute(select(func.count()).where(seen)).scalar_one()
+        return GUESSED_SPEED * max(count, 1)
 
     def _requeue(self, which: Any) -> int:
         """Running to queued, or to failed where the attempts are used up."""
@@ -390,23 +403,36 @@ class JobStore:
         return result.rowcount
 
     def _update_held(self, job: Job, **values: Any) -> bool:
-        """Change a running job if the caller's claim is still the present one."""
         with self._engine.begin() as connection:
-            result = connection.execute(
-                update(jobs)
-                .where(
-                    jobs.c.id == job.id,
-                    jobs.c.state == JobState.RUNNING,
-                    jobs.c.attempt == job.attempt,
-                )
-                .values(values)
-            )
-        return result.rowcount == 1
+            return _update_held(connection, job, **values)
 
     @staticmethod
-    def _count_waiting(connection: Any) -> int:
+    def _count_waiting(connection: Connection) -> int:
         query: Select[int] = select(func.count()).where(jobs.c.state == JobState.QUEUED)
         return int(connection.execute(query).scalar_one())
+
+
+def _update_held(connection: Connection, job: Job, **values: Any) -> bool:
+    """Change a running job if the caller's claim is still the present one."""
+    result = connection.execute(
+        update(jobs)
+        .where(
+            jobs.c.id == job.id,
+            jobs.c.state == JobState.RUNNING,
+            jobs.c.attempt == job.attempt,
+        )
+        .values(values)
+    )
+    return result.rowcount == 1
+
+
+def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
+    """Seconds in at least one of the intervals: jobs run side by side, and pauses do not count."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _to_job(row: Row[Any]) -> Job:

@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, repr=False)  # may hold a password
     model: str = "builtin"
     models_file: Path = REPOSITORY / "configs" / "models.toml"
-    devices: ListOf[str] = ("auto",)
+    devices: Annotated[ListOf[str], Field(min_length=1)] = ("auto",)
     public_url: str | None = None
     hold_s: float = Field(default=25, ge=0)
     steps_policy: StepsPolicy = StepsPolicy.VENDOR
@@ -140,6 +140,8 @@ class Settings(BaseSettings):
     cors_origins: ListOf[str] = ("*",)
     forwarded_allow_ips: ListOf[str] = ("127.0.0.1",)
     workers: int | None = Field(default=None, ge=0)
+    max_in_flight: int = Field(default=8, ge=1)
+    reproducible: bool = False
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     fetch: FetchSettings = FetchSettings()

@@ -7,6 +7,7 @@ imports the engine.
 import os
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import diffusers.utils.logging
@@ -14,8 +15,8 @@ import torch
 import transformers.utils.logging
 from tqdm import tqdm
 
-from models.engine import Event, Failed, Finished, Generation, InpaintEngine, Progress
-from models.errors import EngineError, InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
+from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.images import encode_png
 from models.pipeline import InpaintPipeline, Source
 from models.registry import find_model, load_components, read_catalog
@@ -33,17 +34,27 @@ IDLE_POLL_S = 0.01
 """Between two looks for new jobs; each costs microseconds."""
 
 BEAT_S = 0.5
-"""Between two writes of a running job's progress."""
+"""Between two writes of the running jobs' leases and progress."""
 
 REPORT_S = 5.0
 """Between two signs of life in the workers table."""
 
-REASONS: dict[type[EngineError], str] = {
+REASONS: dict[type[Exception], str] = {
     InvalidInput: "The prompt is longer than this model can read",
     OutOfMemory: "The picture is too large for this server's memory",
     UnusablePicture: "The model could not make this picture",
 }
 UNKNOWN_REASON = "Something went wrong while making this picture"
+
+
+@dataclass(slots=True)
+class Held:
+    """A job this worker has claimed. storing: once its pictures are on their way to the store."""
+
+    job: Job
+    step: int = 0
+    total_steps: int = 0
+    storing: Future[None] | None = None
 
 
 @dataclass(slots=True)
@@ -56,34 +67,62 @@ class Worker:
     store: JobStore
     storage: Storage
     stopping: threading.Event
-    _held: dict[int, Job] = field(default_factory=dict)
-    _beaten_at: dict[int, float] = field(default_factory=dict)
+    _held: dict[int, Held] = field(default_factory=dict)
+    _beaten_at: float = 0.0
     _reported_at: float = 0.0
 
     def run(self) -> None:
-        """Work until told to stop; the job in hand is finished first.
+        """Work until told to stop; what is in hand is finished first.
 
         Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
         """
-        engine = InpaintEngine(self._load(), max_generations=1)
+        limits = EngineLimits(
+            max_generations=self.settings.max_in_flight,
+            is_reproducible=self.settings.reproducible,
+        )
+        engine = InpaintEngine(self._load(), limits)
         self._report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
-        signal = self.store.change_signal()
         parent = os.getppid()
-        while not (self.stopping.is_set() and engine.is_idle):
-            if os.getppid() != parent:
-                logger.warning("the server that started this worker is gone")
-                return
-            if time.monotonic() - self._reported_at > REPORT_S:
-                self.store.requeue_expired()
-                self._report("ready", "ready")
-            if engine.free_places and not self.stopping.is_set() and signal.has_changed():
-                self._claim(engine)
-            for event in engine.step():
-                self._handle(event)
-            if engine.is_idle:
-                self.stopping.wait(IDLE_POLL_S)
-        signal.close()
+        # Encoding and storing go on beside the device's next steps.
+        with ThreadPoolExecutor(max_workers=1) as storing, self.store.change_signal() as signal:
+            while self._held or not self.stopping.is_set():
+                if os.getppid() != parent:
+                    logger.warning("the server that started this worker is gone")
+                    return
+                self._keep_up(engine)
+                if engine.free_places and not self.stopping.is_set() and signal.has_changed():
+                    self._claim(engine)
+                for event in engine.step():
+                    self._handle(event, storing)
+                if engine.is_idle:
+                    self.stopping.wait(IDLE_POLL_S)
+
+    def _keep_up(self, engine: InpaintEngine) -> None:
+        """What is due from time to time: leases, signs of life, jobs of the dead, stored jobs."""
+        now = time.monotonic()
+        for held in [each for each in self._held.values() if each.storing is not None]:
+            if held.storing is not None and held.storing.done():
+                held.storing.result()
+                del self._held[held.job.id]
+        if self._held and now - self._beaten_at > BEAT_S:
+            self._beaten_at = now
+            for job in self._beat():
+                logger.warning("job was taken away", job_id=job.id)
+                engine.cancel(job.id)
+                del self._held[job.id]
+        if now - self._reported_at > REPORT_S:
+            self.store.requeue_expired()
+            self._report("ready", "ready")
+
+    def _beat(self) -> list[Job]:
+        """Renew the leases; the jobs that were cancelled or given to another."""
+        progress = [
+            (held.job, held.step, held.total_steps)
+            for held in self._held.values()
+            if held.storing is None
+        ]
+        return self.store.beat_all(progress)
 
     def _load(self) -> InpaintPipeline:
         spec = find_model(self.settings.model, read_catalog(self.settings.models_file))
@@ -118,28 +157,21 @@ class Worker:
                 self.store.fail(job, "The stored images are gone")
                 continue
             pair = DecodedPair.from_bytes(content)
-            self._held[job.id] = job
+            self._held[job.id] = Held(job)
             engine.add(Generation(job.id, job.params, Source(pair.init_image, pair.mask)))
 
-    def _handle(self, event: Event) -> None:
-        job = self._held[event.generation_id]
+    def _handle(self, event: Event, storing: ThreadPoolExecutor) -> None:
+        held = self._held[event.generation_id]
         match event:
             case Progress(step=step, total_steps=total_steps):
-                self._beat(job, step, total_steps)
+                held.step, held.total_steps = step, total_steps
             case Finished():
-                self._finish(job, event)
+                held.storing = storing.submit(self._finish, held.job, event)
             case Failed(error=error):
-                reason = REASONS.get(type(error), UNKNOWN_REASON)  # type: ignore[arg-type]
-                self.store.fail(job, reason)
-                logger.warning("job failed", job_id=job.id, error=type(error).__name__)
-        if not isinstance(event, Progress):
-            del self._held[job.id]
-
-    def _beat(self, job: Job, step: int, total_steps: int) -> None:
-        now = time.monotonic()
-        if now - self._beaten_at.get(job.id, 0.0) > BEAT_S:
-            self._beaten_at = {job.id: now}
-            self.store.beat(job, step, total_steps)
+                reason = REASONS.get(type(error), UNKNOWN_REASON)
+                self.store.fail(held.job, reason)
+                logger.warning("job failed", job_id=held.job.id, error=type(error).__name__)
+                del self._held[held.job.id]
 
     def _finish(self, job: Job, event: Finished) -> None:
         try:

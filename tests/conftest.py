@@ -1,7 +1,6 @@
 """What every test gets: a clean environment, no network beyond loopback, quiet threads."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,8 @@ import pytest
 # Before the libraries are imported, which read it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
+import structlog
 import torch
 
 from models.pipeline import InpaintPipeline
@@ -16,6 +17,14 @@ from models.registry import Components, ModelSpec, load_components
 from server.settings import ENV_PREFIX
 from tests.tiny import save_tiny_checkpoint
 
+# structlog's own default draws tracebacks with every local variable, which takes seconds.
+structlog.configure(
+    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+)
+# The same examples in every run, and no deadline: machines differ.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 # One thread is quicker for models this small, and leaves the other core to the process under test.
 torch.set_num_threads(1)
 
@@ -31,10 +40,10 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", params=[9, 4], ids=["9-channel", "4-channel"])
 def tiny_components(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Components]:
+) -> Components:
     """A random-weight checkpoint of either kind, loaded as a worker loads one."""
     folder: Path = save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), request.param)
-    yield load_components(
+    return load_components(
         ModelSpec(id="tiny", source=str(folder)), torch.device("cpu"), torch.float32
     )
 

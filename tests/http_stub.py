@@ -10,17 +10,11 @@ from dataclasses import dataclass, field
 
 import httpx
 import numpy as np
-import structlog
 from PIL import Image
 
 from server.app import create_app
 from server.http import Server, bind
 from server.settings import Settings
-
-# structlog's own default draws tracebacks with every local variable, which takes seconds.
-structlog.configure(
-    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()]
-)
 
 Behaviour = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 """What a stub does with a request's path; the connection is closed afterwards."""

@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 
 START_TIMEOUT_S = 120.0
+HOLD_S = 110
+"""Longer than any test's job takes on a busy machine."""
 
 
 class ServerProcess:
@@ -29,6 +31,7 @@ class ServerProcess:
             env={
                 **os.environ,
                 "INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8",
+                "INPAINT_HOLD_S": str(HOLD_S),
                 "OMP_NUM_THREADS": "1",
                 **environment,
             },
@@ -39,7 +42,7 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url: str = self.wait_for("listening")["url"]
-        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        self.client = httpx.Client(base_url=self.url, timeout=2 * HOLD_S, trust_env=False)
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """The next log line of this name; the lines before it are passed over."""

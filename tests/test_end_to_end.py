@@ -55,6 +55,7 @@ def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
         "INPAINT_BASE64_OUTPUT": "link",
         "INPAINT_SAFETY__FORCE": "true",
         "INPAINT_STEPS_POLICY": "exact",
+        "INPAINT_REPRODUCIBLE": "true",
     }
     with serving(tmp_path_factory.mktemp("strict"), environment) as process:
         yield process
@@ -140,7 +141,8 @@ def test_four_samples_equal_single_runs_with_following_seeds(
     assert len({picture.tobytes() for picture in together}) == 4
     for index, picture in enumerate(together):
         alone = server.inpaint(**fields(images, seed=2**32 - 2 + index))
-        assert np.array_equal(pictures(server, alone)[0], picture)
+        # Up to rounding: how many share a UNet call changes the last bits.
+        assert np.abs(pictures(server, alone)[0] - picture).max() <= 2
 
 
 def test_only_the_masked_part_changes(server: ServerProcess, images: str) -> None:
@@ -320,6 +322,30 @@ def test_queued_job_is_fetched_later(strict_server: ServerProcess, images: str) 
     text = client.get(answer["output"][0])
     assert answer["output"][0].endswith("-0.base64")
     assert not decode(base64.b64decode(text.content)).any(), "forced checker must blank magenta"
+
+
+def test_reproducible_server_gives_same_bytes_whatever_else_runs(
+    strict_server: ServerProcess, images: str
+) -> None:
+    def submit(**changes: Any) -> dict[str, Any]:
+        asked = fields(images, num_inference_steps=4, **changes)
+        answer: dict[str, Any] = strict_server.client.post(
+            "/api/v3/inpaint", json=asked, headers={"key": "first-key"}
+        ).json()
+        return answer
+
+    def fetch(job_id: int) -> bytes:
+        answer = strict_server.client.post(
+            f"/api/v3/fetch/{job_id}", headers={"key": "first-key"}
+        ).json()
+        return strict_server.client.get(answer["output"][-1]).content
+
+    alone = submit(seed=9)["id"]
+    strict_server.wait_for("job finished")
+    crowd = [submit(seed=6, samples=4, prompt="a blue star")["id"], submit(seed=8, samples=2)["id"]]
+    for _ in crowd:
+        strict_server.wait_for("job finished")
+    assert fetch(alone) == fetch(crowd[1])
 
 
 def test_unknown_key_is_refused(strict_server: ServerProcess, images: str) -> None:

@@ -491,7 +491,7 @@ ACTIONS = st.lists(PLANS | st.just("step") | st.integers(1, 6), max_size=25)
 """A plan is added, a number is cancelled."""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ACTIONS, st.integers(1, 5), st.integers(1, 3))
 def test_every_generation_gets_exactly_one_end(
     actions: list[Plan | str | int], samples_per_call: int, max_generations: int

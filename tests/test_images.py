@@ -417,7 +417,7 @@ def with_valid_checksums(data: bytes) -> bytes:
 
 
 @given(st.sampled_from(SEEDS), EDITS, st.booleans(), st.integers(0, 4_000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_only_our_error_escapes_damaged_files(
     data: bytes, edits: list[tuple[int, bytes]], repair: bool, cut: int
 ) -> None:

@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
         self.rank, self.count = rank, count
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         group = self.param_groups[0]
         moving = [p for p in group["params"] if p.grad is not None]
         aheads = [self._ahead(parameter, group["momentum"]) for parameter in moving]
@@ -58,8 +58,9 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        velocity: Tensor = state["momentum"].lerp_(parameter.grad, 1.0 - momentum)
-        return torch.lerp(parameter.grad, velocity, momentum)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        velocity: Tensor = state["momentum"].lerp_(gradient, 1.0 - momentum)
+        return gradient.lerp(velocity, momentum)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -70,14 +71,16 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.T
         x = first * x + (second * gram + third * gram @ gram) @ x
-    return x.T if is_tall else x
+    result: Tensor = x.T if is_tall else x
+    return result
 
 
 class Optimizers:
     """Muon for the inner weight matrices, AdamW for the outer layers and everything small."""
 
     def __init__(self, module: nn.Module, learning_rate: float, rank: int, count: int) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             is_inner = parameter.ndim >= 2 and not name.startswith(_OUTER)
             (matrices if is_inner else others).append(parameter)

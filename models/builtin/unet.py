@@ -53,11 +53,12 @@ class UNetSettings:
 
     seconds: float = 5400.0
     plans: tuple[BatchPlan, ...] = (
-        BatchPlan(256, 32, 12, (0.5, 0.3)),
-        BatchPlan(512, 40, 8, (0.3, 0.35)),
-        BatchPlan(512, 64, 3, (0.2, 0.35)),
+        BatchPlan(256, 24, 20, (0.65, 0.0)),
+        BatchPlan(256, 32, 12, (0.2, 0.3)),
+        BatchPlan(512, 40, 8, (0.15, 0.35)),
+        BatchPlan(512, 64, 3, (0.0, 0.35)),
     )
-    early: float = 0.7  # share of the time in which shapes are learnt, before the fine work
+    early: float = 0.85  # share of the time in which shapes are learnt, before the fine work
     learning_rate: float = 1.5e-3
     average_decay: float = 0.999
     checkpoint_every: int = 100
@@ -120,7 +121,7 @@ class Lesson:
 
 def draw_timesteps(rng: np.random.Generator, count: int, is_early: bool) -> Tensor:
     """Stratified over four ranges, `(n,)`; early on mostly the noisy end, where shapes are made."""
-    shares = (0.12, 0.32, 0.62) if is_early else (0.30, 0.65, 0.85)
+    shares = (0.05, 0.20, 0.45) if is_early else (0.30, 0.65, 0.85)
     places = (np.arange(count) + rng.random(count)) / count
     steps = np.interp(places, [0.0, *shares, 1.0], [0, 550, 930, 980, TIMESTEPS])
     return torch.from_numpy(np.minimum(steps.astype(np.int64), TIMESTEPS - 1))
@@ -238,6 +239,13 @@ def plan_of(settings: UNetSettings, step: int, share: float) -> BatchPlan:
     return settings.plans[int(rng.choice(len(weights), p=weights / weights.sum()))]
 
 
+def learning_rate_share(step: int, share: float, early: float) -> float:
+    """Rises over 100 steps, stays at 1 early on, then falls to 0.03 along a cosine."""
+    warm = min(1.0, (step + 1) / 100)
+    late = min(1.0, max(0.0, share - early) / (1.0 - early))
+    return warm * (0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * late)))
+
+
 @dataclass
 class Progress:
     """Where the training stands: steps done and seconds spent, over all resumed runs."""
@@ -320,8 +328,7 @@ class UNetTrainer:
         rng = np.random.default_rng((self.settings.seed, self.progress.step, self.worker.rank))
         batch = _to(self.stores[plan.side].draw(rng, plan.count, plan.window), self.worker.device)
         timesteps = draw_timesteps(rng, plan.count, share < self.settings.early)
-        warm = min(1.0, (self.progress.step + 1) / 100)
-        rate = warm * (0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0))))
+        rate = learning_rate_share(self.progress.step, share, self.settings.early)
         on_cuda = self.worker.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
             loss, inside = loss_of(self.unet, batch, timesteps, self.contexts, rng)

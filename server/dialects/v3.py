@@ -464,7 +464,7 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
         case InvalidApiKey():
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
         case InvalidBody():
-            return "Invalid API Request", "Send a JSON object of at most 32 MB."
+            return "Invalid API Request", "Send the parameters as a JSON object."
         case RouteNotFound():
             return "Not found", "Pictures are made at POST /api/v3/inpaint."
         case StorageUnavailable():
