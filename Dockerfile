@@ -14,7 +14,7 @@ ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 # Dependencies first, so that a change of our code does not download torch again.
 COPY pyproject.toml constraints.txt LICENSE README.md ./
 RUN python3 -m venv .venv \
-    && mkdir models server \
+    && mkdir models server && touch models/__init__.py server/__init__.py \
     && pip install --constraint constraints.txt --editable .
 COPY models models
 COPY server server

@@ -5,7 +5,6 @@ and nowhere else. Bodies are written as plain dicts, because their order is part
 """
 
 import math
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from typing import Any
 
 from models.enhance import Enhancement
 from models.params import (
-    MAX_PROMPT_CHARS,
     RANGES,
     SEED_MODULUS,
-    SIZE_MULTIPLE,
     InpaintParams,
-    Range,
     SchedulerName,
 )
+from server.dialects.fields import FieldReader
 from server.downloads import ImageSource
 from server.errors import (
     ApiError,
@@ -40,9 +37,6 @@ from server.settings import ErrorStatus, StepsPolicy
 DIALECT = "v3"
 VENDOR_STEPS = (21, 31, 41, 51)
 DEFAULT_STEPS = 21
-TRUE_WORDS = ("yes", "true", "1", "on")
-FALSE_WORDS = ("no", "false", "0", "off")
-INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
 
 Body = dict[str, Any]
 
@@ -103,151 +97,6 @@ class V3Request:
         }
 
 
-class FieldReader:
-    """Takes values out of a request's fields and notes what is wrong with them.
-
-    `""`, null, the text "null" and absence mean the same; texts are trimmed.
-    """
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._fields = fields
-        self.errors: dict[str, list[str]] = {}
-
-    def value(self, name: str) -> Any:
-        """The field, None where it says nothing."""
-        value = self._fields.get(name)
-        if isinstance(value, str):
-            # Half a surrogate pair, as JSON can spell it, fits into no answer and no row.
-            value = value.encode(errors="replace").decode().strip()
-            if value.lower() in ("", "null"):
-                return None
-        return value
-
-    def text(self, name: str, max_chars: int = MAX_PROMPT_CHARS) -> str | None:
-        """A text; numbers are taken as they would be written."""
-        value = self.value(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            self._refuse(name, "must be a string.")
-            return None
-        if len(str(value)) > max_chars:
-            self._refuse(name, f"may not be greater than {max_chars} characters.")
-            return None
-        return str(value)
-
-    def required_text(self, name: str) -> str:
-        """A text that must be there; `""` stands in for it once noted as missing."""
-        text = self.text(name)
-        if text is None and name not in self.errors:
-            self._refuse(name, "field is required.")
-        return text or ""
-
-    def image(self, name: str) -> ImageSource:
-        """A picture: URL, data URI, base64 text or uploaded file."""
-        value = self.value(name)
-        if isinstance(value, bytes) and value:
-            return ImageSource(value)
-        if isinstance(value, str):
-            return ImageSource(value)
-        self._refuse(name, "must be a URL, base64 or a file." if value else "field is required.")
-        return ImageSource("")
-
-    def number(self, name: str, default: float, allowed: Range | None = None) -> float:
-        """A finite number within its range."""
-        value = self.value(name)
-        if value is None:
-            return default
-        number = to_number(value)
-        if number is None:
-            self._refuse(name, "must be a number.")
-            return default
-        if allowed is not None and number not in allowed:
-            self._refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
-            return default
-        return number
-
-    def integer(self, name: str, default: int, allowed: Range | None = None) -> int:
-        """A whole number within its range; "512" and 512.0 are fine."""
-        value = self.value(name)
-        if isinstance(value, str) and INTEGER.fullmatch(value):
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and allowed is None:
-            return value  # exact, where a float would lose digits of a long seed
-        number = self.number(name, default, allowed)
-        if number != int(number):
-            self._refuse(name, "must be an integer.")
-            return default
-        return int(number)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """yes/no, true/false, 1/0 in any case, as text, number or bool."""
-        value = self.value(name)
-        if value is None:
-            return default
-        word = str(value).lower()
-        if word in TRUE_WORDS:
-            return True
-        if word not in FALSE_WORDS:
-            self._refuse(name, "field must be yes or no.")
-            return default
-        return False
-
-    def side(self, name: str) -> int | None:
-        """Width or height: more than the largest is clamped, then rounded down to a multiple."""
-        if self.value(name) is None:
-            return None
-        allowed = RANGES[name]
-        clamped = min(self.integer(name, int(allowed.maximum)), int(allowed.maximum))
-        if clamped < allowed.minimum:
-            self._refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
-        return clamped - clamped % SIZE_MULTIPLE
-
-    def steps(self, policy: StepsPolicy) -> int:
-        """The number of steps to run, by policy."""
-        name = "num_inference_steps"
-        if policy is StepsPolicy.EXACT:
-            return self.integer(name, DEFAULT_STEPS, RANGES[name])
-        asked = self.integer(name, DEFAULT_STEPS)
-        # The vendor runs one step less than the listed value: its example asks for 30, between
-        # 21 and 31, and reports 20.
-        return (
-            max((listed for listed in VENDOR_STEPS if listed <= asked), default=DEFAULT_STEPS) - 1
-        )
-
-    def scheduler(self) -> SchedulerName | None:
-        """A noise scheduler by its diffusers name."""
-        name = self.text("scheduler")
-        if name is None:
-            return None
-        if name not in list(SchedulerName):
-            self._refuse("scheduler", f"must be one of {', '.join(SchedulerName)}.")
-            return None
-        return SchedulerName(name)
-
-    def web_address(self, name: str) -> str | None:
-        """An http or https URL."""
-        url = self.text(name, max_chars=2_048)
-        if url is not None and not url.lower().startswith(("http://", "https://")):
-            self._refuse(name, "must be a valid URL.")
-            return None
-        return url
-
-    def _refuse(self, name: str, sentence: str) -> None:
-        self.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")
-
-
-def to_number(value: Any) -> float | None:
-    """A finite number from a number or its text; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
     """Understand an inpaint call. Raises: InvalidRequest, with every field at fault."""
     reader = FieldReader(fields)
@@ -263,7 +112,7 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         width=reader.side("width"),
         height=reader.side("height"),
         samples=reader.integer("samples", 1, RANGES["samples"]),
-        num_inference_steps=reader.steps(policy.steps_policy),
+        num_inference_steps=read_steps(reader, policy.steps_policy),
         guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
         strength=reader.number(
             "prompt_strength" if has_older_name else "strength", 0.7, RANGES["strength"]
@@ -278,6 +127,17 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
     if reader.errors:
         raise InvalidRequest(reader.errors)
     return request
+
+
+def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
+    """The number of steps to run, by policy."""
+    name = "num_inference_steps"
+    if policy is StepsPolicy.EXACT:
+        return reader.integer(name, DEFAULT_STEPS, RANGES[name])
+    asked = reader.integer(name, DEFAULT_STEPS)
+    # The vendor runs one step less than the listed value: its example asks for 30, between
+    # 21 and 31, and reports 20.
+    return max((listed for listed in VENDOR_STEPS if listed <= asked), default=DEFAULT_STEPS) - 1
 
 
 def is_fetch(fields: Mapping[str, Any]) -> bool:
