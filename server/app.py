@@ -1,5 +1,6 @@
 """`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import KeyRing
 from server.database import migrate, open_engine
+from server.deliveries import DeliveryStore
 from server.dialects import v3
 from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
@@ -26,6 +28,7 @@ from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
 from server.waiters import Waiters
+from server.webhooks import WebhookSender
 
 logger = get_logger(__name__)
 
@@ -41,6 +44,8 @@ def create_app(settings: Settings) -> FastAPI:
         migrate(engine)
         store = JobStore(engine, max_waiting=settings.queue.max_waiting)
         fetcher = Fetcher(settings.fetch)
+        deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
+        sender = asyncio.create_task(WebhookSender(settings.webhook, deliveries, store).run())
         with Waiters(store) as waiters:
             app.state.services = Services(
                 settings=settings,
@@ -53,6 +58,8 @@ def create_app(settings: Settings) -> FastAPI:
                 decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
             )
             yield
+        sender.cancel()
+        await asyncio.wait([sender])
         await fetcher.aclose()
         engine.dispose()
 

@@ -1,6 +1,7 @@
 """Tables, connections and transactions, for SQLite and PostgreSQL alike."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Dialect,
     Engine,
     Float,
+    ForeignKey,
     Index,
     Integer,
     MetaData,
@@ -31,6 +33,7 @@ from sqlalchemy import (
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 10_000
+SWITCH_PAUSE_MS = 20
 
 metadata = MetaData()
 
@@ -89,6 +92,33 @@ jobs = Table(
 )
 Index("jobs_by_state", jobs.c.state, jobs.c.id)
 
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("job_id", Integer, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("due_at", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
+    CheckConstraint("state IN ('pending', 'delivered', 'dead')", name="state_known"),
+)
+Index("deliveries_by_job", deliveries.c.job_id)
+Index("deliveries_due", deliveries.c.state, deliveries.c.due_at)
+
+delivery_attempts = Table(
+    "delivery_attempts",
+    metadata,
+    Column("delivery_id", Text, ForeignKey("deliveries.id", ondelete="CASCADE"), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("started_at", Float, nullable=False),
+    Column("duration_s", Float, nullable=False),
+    Column("status", Integer),
+    Column("outcome", Text, nullable=False),
+)
+
 workers = Table(
     "workers",
     metadata,
@@ -125,9 +155,22 @@ def open_engine(url: str) -> Engine:
 def _set_pragmas(connection: sqlite.Connection, _record: object) -> None:
     # The timeout comes first: switching to WAL already needs the lock.
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-    connection.execute("PRAGMA journal_mode = WAL")
+    _switch_to_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _switch_to_wal(connection: sqlite.Connection) -> None:
+    """Does nothing for a database that is in WAL mode, which the file remembers."""
+    # For this switch alone SQLite does not wait: two processes that open a new file together would
+    # find it locked, in spite of the timeout.
+    for _ in range(BUSY_TIMEOUT_MS // SWITCH_PAUSE_MS):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite.OperationalError:
+            time.sleep(SWITCH_PAUSE_MS / 1000)
+    connection.execute("PRAGMA journal_mode = WAL")
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -52,8 +52,24 @@ DENIED_IPV6 = [
 METADATA = [ipaddress.ip_address(address) for address in ("169.254.169.254", "fd00:ec2::254")]
 
 
+NETWORK_ERRORS = (
+    httpx.HTTPError,
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.TimeoutException,
+    OSError,
+    UnicodeError,
+    TimeoutError,
+)
+"""All that can go wrong on the way to a host that the policy lets through."""
+
+
 class Refused(Exception):
     """The policy does not let this URL or address through."""
+
+
+REFUSALS = (Refused, httpx.InvalidURL)
+"""What says no before anything is dialled; the latter comes of a redirect's target."""
 
 
 class FetchFailed(Exception):
@@ -69,7 +85,7 @@ class AddressPolicy:
     """Which addresses may be dialled: public ones, and those an operator allows.
 
     allow_cidrs: a metadata address is let through only by a network of that address alone.
-    allow_hosts: exact host names whose addresses are not judged.
+    allow_hosts: exact host names, in any case, whose addresses are not judged.
     """
 
     allow_cidrs: Sequence[IpNetwork] = ()
@@ -78,7 +94,7 @@ class AddressPolicy:
     def judge(self, host: str, addresses: Iterable[str]) -> str:
         """The address to dial. Raises: Refused when any of them is not allowed."""
         listed = list(addresses)
-        if host.lower() not in self.allow_hosts:
+        if host.lower() not in map(str.lower, self.allow_hosts):
             for address in listed:
                 if not self.allows(ipaddress.ip_address(address.partition("%")[0])):
                     raise Refused(address)
@@ -185,39 +201,43 @@ class PoolStream(httpx.AsyncByteStream):
         await self._response.aclose()
 
 
+def open_client(policy: AddressPolicy, max_connections: int, timeout_s: float) -> httpx.AsyncClient:
+    """An HTTP client that dials what the policy allows and follows no redirect.
+
+    timeout_s: of connecting, and of each single read and write.
+    """
+    return httpx.AsyncClient(
+        transport=JudgingTransport(policy, max_connections),
+        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+        # One host's cookies would go out with somebody else's request.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        timeout=timeout_s,
+        follow_redirects=False,
+        trust_env=False,
+    )
+
+
 class Fetcher:
     """Downloads images under limits of address, bytes and time."""
 
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings
-        policy = AddressPolicy(
-            settings.allow_cidrs, [host.lower() for host in settings.allow_hosts]
-        )
+        policy = AddressPolicy(settings.allow_cidrs, settings.allow_hosts)
         self._places = asyncio.Semaphore(settings.max_concurrent)
-        self._client = httpx.AsyncClient(
-            transport=JudgingTransport(policy, settings.max_concurrent),
-            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-            # One host's cookies would go out with somebody else's request.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            timeout=settings.connect_timeout_s,
-            follow_redirects=False,
-            trust_env=False,
-        )
+        self._client = open_client(policy, settings.max_concurrent, settings.connect_timeout_s)
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
     async def get(self, url: str) -> bytes:
         """The body behind a URL. Raises: FetchFailed."""
-        # One deadline over everything: time-outs of single reads do not stop a drip.
         try:
+            # One deadline over everything: time-outs of single reads do not stop a drip.
             async with asyncio.timeout(self._settings.total_timeout_s), self._places:
                 return await self._get(url)
-        except (Refused, httpx.InvalidURL) as error:  # the latter of a redirect's target
+        except REFUSALS as error:
             raise FetchFailed(ImageProblem.NOT_ALLOWED) from error
-        except (httpx.HTTPError, httpcore.NetworkError, httpcore.TimeoutException) as error:
-            raise FetchFailed(ImageProblem.NOT_REACHABLE) from error
-        except (httpcore.ProtocolError, OSError, UnicodeError, TimeoutError) as error:
+        except NETWORK_ERRORS as error:
             raise FetchFailed(ImageProblem.NOT_REACHABLE) from error
 
     async def _get(self, url: str) -> bytes:

@@ -15,12 +15,24 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, Select, case, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    Select,
+    case,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from models.params import InpaintParams
 from server.database import ChangeSignal, jobs, read_only, workers
+from server.deliveries import queue_delivery
 from server.errors import QueueFull
 
 LEASE_S = 45.0
@@ -275,53 +287,34 @@ class JobStore:
             return [
                 job
                 for job, step, total_steps in held
-                if not _update_held(
-                    connection, job, lease_until=lease_until, step=step, total_steps=total_steps
+                if not self._change(
+                    connection,
+                    _is_held(job),
+                    lease_until=lease_until,
+                    step=step,
+                    total_steps=total_steps,
                 )
             ]
 
     def finish(self, job: Job, flagged: Sequence[bool | None]) -> bool:
         """Running to finished, after the pictures are stored; False when no longer ours."""
         now = self._clock()
-        return self._update_held(
-            job,
-            state=JobState.FINISHED,
-            finished_at=now,
+        return self._end(
+            _is_held(job),
+            JobState.FINISHED,
             run_s=now - (job.started_at or now),
             flagged=list(flagged),
             step=jobs.c.total_steps,
-            worker_id=None,
-            lease_until=None,
         )
 
     def fail(self, job: Job, error: str) -> bool:
         """Running to failed; error is for the client. False when the job is no longer ours."""
-        return self._update_held(
-            job,
-            state=JobState.FAILED,
-            finished_at=self._clock(),
-            error=error,
-            worker_id=None,
-            lease_until=None,
-        )
+        return self._end(_is_held(job), JobState.FAILED, error=error)
 
     def cancel(self, job_id: int) -> bool:
         """Queued or running to cancelled; False when it had ended already."""
-        with self._engine.begin() as connection:
-            result = connection.execute(
-                update(jobs)
-                .where(
-                    jobs.c.id == job_id,
-                    jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING]),
-                )
-                .values(
-                    state=JobState.CANCELLED,
-                    finished_at=self._clock(),
-                    worker_id=None,
-                    lease_until=None,
-                )
-            )
-        return result.rowcount == 1
+        is_live = jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING])
+        return self._end((jobs.c.id == job_id) & is_live, JobState.CANCELLED)
 
     def requeue_expired(self) -> int:
         """Give back the jobs whose lease has run out; how many there were."""
@@ -383,28 +376,48 @@ class JobStore:
         count = connection.execute(select(func.count()).where(seen)).scalar_one()
         return GUESSED_SPEED * max(count, 1)
 
-    def _requeue(self, which: Any) -> int:
+    def _requeue(self, which: ColumnElement[bool]) -> int:
         """Running to queued, or to failed where the attempts are used up."""
         is_last = jobs.c.attempt >= MAX_ATTEMPTS
         with self._engine.begin() as connection:
-            result = connection.execute(
-                update(jobs)
-                .where(jobs.c.state == JobState.RUNNING, which)
-                .values(
-                    state=case((is_last, JobState.FAILED), else_=JobState.QUEUED),
-                    error=case((is_last, WORKER_LOST), else_=None),
-                    finished_at=case((is_last, self._clock()), else_=None),
-                    worker_id=None,
-                    lease_until=None,
-                    step=0,
-                    total_steps=0,
-                )
+            return self._change(
+                connection,
+                (jobs.c.state == JobState.RUNNING) & which,
+                state=case((is_last, JobState.FAILED), else_=JobState.QUEUED),
+                error=case((is_last, WORKER_LOST), else_=None),
+                finished_at=case((is_last, self._clock()), else_=None),
+                worker_id=None,
+                lease_until=None,
+                step=0,
+                total_steps=0,
             )
-        return result.rowcount
 
-    def _update_held(self, job: Job, **values: Any) -> bool:
+    def _end(self, which: ColumnElement[bool], state: JobState, **values: Any) -> bool:
+        """Bring a job to its terminal state; False where there was none to bring."""
         with self._engine.begin() as connection:
-            return _update_held(connection, job, **values)
+            changed = self._change(
+                connection,
+                which,
+                state=state,
+                finished_at=self._clock(),
+                worker_id=None,
+                lease_until=None,
+                **values,
+            )
+        return changed == 1
+
+    def _change(self, connection: Connection, which: ColumnElement[bool], **values: Any) -> int:
+        """Change jobs; those that end so get their webhook call in the same transaction."""
+        rows = connection.execute(
+            update(jobs)
+            .where(which)
+            .values(values)
+            .returning(jobs.c.id, jobs.c.state, jobs.c.webhook)
+        ).all()
+        for row in rows:
+            if row.webhook is not None and JobState(row.state).is_terminal:
+                queue_delivery(connection, row.id, row.webhook, self._clock())
+        return len(rows)
 
     @staticmethod
     def _count_waiting(connection: Connection) -> int:
@@ -412,18 +425,11 @@ class JobStore:
         return int(connection.execute(query).scalar_one())
 
 
-def _update_held(connection: Connection, job: Job, **values: Any) -> bool:
-    """Change a running job if the caller's claim is still the present one."""
-    result = connection.execute(
-        update(jobs)
-        .where(
-            jobs.c.id == job.id,
-            jobs.c.state == JobState.RUNNING,
-            jobs.c.attempt == job.attempt,
-        )
-        .values(values)
+def _is_held(job: Job) -> ColumnElement[bool]:
+    """The job runs and the caller's claim of it is still the present one."""
+    return (
+        (jobs.c.id == job.id) & (jobs.c.state == JobState.RUNNING) & (jobs.c.attempt == job.attempt)
     )
-    return result.rowcount == 1
 
 
 def covered_s(intervals: Sequence[tuple[float, float]]) -> float:

@@ -93,6 +93,19 @@ class FetchSettings(Section):
     max_concurrent: int = 16
 
 
+class WebhookSettings(Section):
+    """Where webhooks may go, and how they are sent.
+
+    secret: Standard Webhooks secrets `whsec_…`; several while one replaces another.
+    """
+
+    allow_cidrs: ListOf[IpNetwork] = ()
+    allow_hosts: ListOf[str] = ()
+    secret: ListOf[Annotated[SecretStr, Field(pattern=r"^whsec_[A-Za-z0-9+/=]{24,}$")]] = ()
+    timeout_s: float = 15
+    max_concurrent: int = 64
+
+
 class StorageSettings(Section):
     """url: `file:///folder` or `s3://bucket/prefix`; None means a folder in the data folder."""
 
@@ -145,6 +158,7 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     fetch: FetchSettings = FetchSettings()
+    webhook: WebhookSettings = WebhookSettings()
     storage: StorageSettings = StorageSettings()
     queue: QueueSettings = QueueSettings()
     enhance: EnhanceSettings = EnhanceSettings()

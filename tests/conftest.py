@@ -1,6 +1,7 @@
 """What every test gets: a clean environment, no network beyond loopback, quiet threads."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import hypothesis
 import structlog
 import torch
+from sqlalchemy import Engine
 
 from models.pipeline import InpaintPipeline
 from models.registry import Components, ModelSpec, load_components
+from server.database import migrate, open_engine
 from server.settings import ENV_PREFIX
 from tests.tiny import save_tiny_checkpoint
 
@@ -52,3 +55,18 @@ def tiny_components(
 def tiny_pipeline(tiny_components: Components) -> InpaintPipeline:
     """The pipeline of `tiny_components`."""
     return InpaintPipeline(tiny_components)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Of a database of the test's own."""
+    return f"sqlite:///{tmp_path}/inpaint.db"
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    """That database, with its tables."""
+    engine = open_engine(url)
+    migrate(engine)
+    yield engine
+    engine.dispose()

@@ -6,10 +6,9 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from sqlalchemy import Engine, delete, func, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from models.params import InpaintParams, SchedulerName
-from server.database import jobs, migrate, open_engine, workers
+from server.database import jobs, open_engine, workers
 from server.errors import QueueFull
 from server.jobs import (
     GUESSED_SPEED,
@@ -58,19 +57,6 @@ def new_job(**changes: Any) -> NewJob:
         work=1_000.0,
     )
     return replace(plain, **changes)
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/inpaint.db"
-
-
-@pytest.fixture
-def engine(url: str) -> Iterator[Engine]:
-    engine = open_engine(url)
-    migrate(engine)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

@@ -44,18 +44,20 @@ SERVER = {
     "egress": "errors settings",
     "downloads": "egress errors",
     "sandbox": "errors models.errors models.images models.params",
-    "jobs": "database errors models.params",
+    "deliveries": "database",
+    "jobs": "database deliveries errors models.params",
     "waiters": "jobs telemetry",
     "bodies": "errors",
     "dialects": "downloads errors jobs settings models.enhance models.params",
     "services": "auth egress jobs settings storage waiters",
     "routes": "bodies dialects downloads errors jobs sandbox services settings"
     " models.enhance models.errors models.images models.params",
-    "webhooks": "jobs egress dialects errors settings",
+    "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
     " models.engine models.errors models.images models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database dialects egress errors jobs routes services settings storage telemetry"
+    "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
+    " telemetry"
     " waiters webhooks",
     "http": "settings",
     "cluster": "app worker settings",

@@ -1,14 +1,13 @@
 """Requests that wait: who is woken, when, and by what."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import pytest
 from sqlalchemy import Engine, text
 
-from server.database import migrate, open_engine
+from server.database import open_engine
 from server.jobs import Job, JobState, JobStore
 from server.waiters import Waiters
 from tests.test_jobs import claim_one, new_job
@@ -17,19 +16,6 @@ LONG_S = 20
 """Longer than any test: who waits so long was not woken."""
 
 R = TypeVar("R")
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/inpaint.db"
-
-
-@pytest.fixture
-def engine(url: str) -> Iterator[Engine]:
-    engine = open_engine(url)
-    migrate(engine)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

@@ -53,14 +53,14 @@ class UNetSettings:
 
     seconds: float = 5400.0
     plans: tuple[BatchPlan, ...] = (
-        BatchPlan(256, 24, 20, (0.65, 0.0)),
-        BatchPlan(256, 32, 12, (0.2, 0.3)),
-        BatchPlan(512, 40, 8, (0.15, 0.35)),
-        BatchPlan(512, 64, 3, (0.0, 0.35)),
+        BatchPlan(256, 24, 20, (0.35, 0.1)),
+        BatchPlan(256, 32, 12, (0.15, 0.2)),
+        BatchPlan(512, 40, 8, (0.35, 0.4)),
+        BatchPlan(512, 64, 3, (0.15, 0.3)),
     )
     early: float = 0.85  # share of the time in which shapes are learnt, before the fine work
     learning_rate: float = 1.5e-3
-    average_decay: float = 0.999
+    average_decay: float = 0.995
     checkpoint_every: int = 100
     seed: int = 4
 
@@ -121,7 +121,7 @@ class Lesson:
 
 def draw_timesteps(rng: np.random.Generator, count: int, is_early: bool) -> Tensor:
     """Stratified over four ranges, `(n,)`; early on mostly the noisy end, where shapes are made."""
-    shares = (0.05, 0.20, 0.45) if is_early else (0.30, 0.65, 0.85)
+    shares = (0.05, 0.20, 0.45) if is_early else (0.25, 0.55, 0.78)
     places = (np.arange(count) + rng.random(count)) / count
     steps = np.interp(places, [0.0, *shares, 1.0], [0, 550, 930, 980, TIMESTEPS])
     return torch.from_numpy(np.minimum(steps.astype(np.int64), TIMESTEPS - 1))

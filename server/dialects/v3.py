@@ -31,7 +31,7 @@ from server.errors import (
     RouteNotFound,
     StorageUnavailable,
 )
-from server.jobs import Job
+from server.jobs import OUTPUT_FOLDER, Job, JobState
 from server.settings import ErrorStatus, StepsPolicy
 
 DIALECT = "v3"
@@ -251,6 +251,24 @@ def write_failed(job: Job) -> Body:
         "message": message,
         "messege": message,
         "output": "",
+    }
+
+
+def write_webhook(job: Job) -> Body:
+    """The call that tells of a job's end; pictures are named by URL, never held.
+
+    The vendor's call is the success answer, or the failure, with `track_id` at the top.
+    """
+    if job.state is JobState.FINISHED:
+        base_url = job.request["base_url"]
+        output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
+        return {**write_success(job, output), "track_id": job.track_id}
+    failed = write_failed(job)
+    return {
+        "status": failed["status"],
+        "id": job.id,
+        "message": failed["message"],
+        "track_id": job.track_id,
     }
 
 

@@ -1,0 +1,195 @@
+"""`DeliveryStore`: webhook calls as rows, written with the job's end and claimed like jobs.
+
+    pending ──2xx──> delivered
+      │ └──later──> pending, with the next time of the schedule
+      └──410, or the schedule is used up──> dead
+
+A claim moves the due time past the longest possible call, so that two senders never make the same
+call at once and one that died loses nothing.
+"""
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from urllib.parse import urlsplit
+
+from sqlalchemy import Connection, Engine, exists, insert, select, update
+
+from server.database import deliveries, delivery_attempts, read_only
+
+RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+"""After the first try, the second, …: ten tries over about three days."""
+
+JITTER = 0.2
+MAX_RETRY_AFTER_S = 86_400.0
+
+
+class DeliveryState(StrEnum):
+    """Where a webhook call is."""
+
+    PENDING = "pending"
+    """Not received yet; another try is due."""
+    DELIVERED = "delivered"
+    """The receiver answered 2xx."""
+    DEAD = "dead"
+    """Given up: the receiver is gone for good, or the schedule is used up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A claimed webhook call.
+
+    id: the same on every try, for receivers to know repeats by. attempt: of this try, from 1.
+    """
+
+    id: str
+    job_id: int
+    url: str
+    host: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """How a try went.
+
+    status: HTTP status, None where there was no answer. outcome: in a word or two, for operators.
+    retry_after_s: what the receiver asked for.
+    """
+
+    started_at: float
+    duration_s: float
+    status: int | None
+    outcome: str
+    retry_after_s: float | None = None
+
+    @property
+    def is_success(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
+    @property
+    def is_final(self) -> bool:
+        """True where no later try can succeed: the receiver says that the address is gone."""
+        return self.status == 410
+
+
+class DeliveryStore:
+    """All access to delivery rows. Synchronous; safe to call from several threads and processes.
+
+    lease_s: longer than any call takes. clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        lease_s: float = 60.0,
+        clock: Callable[[], float] = time.time,
+        jitter: random.Random | None = None,
+    ) -> None:
+        self._engine = engine
+        self._lease_s = lease_s
+        self._clock = clock
+        self._jitter = jitter or random.Random()
+
+    def claim_due(self, limit: int, busy_hosts: Sequence[str] = ()) -> list[Delivery]:
+        """Up to `limit` calls that are due, longest due first; none to the busy hosts."""
+        now = self._clock()
+        is_due = (
+            (deliveries.c.state == DeliveryState.PENDING)
+            & (deliveries.c.due_at <= now)
+            & deliveries.c.host.not_in(busy_hosts)
+        )
+        # Most looks find nothing; they should not take the lock that writers need.
+        with read_only(self._engine) as connection:
+            if not connection.execute(select(exists().where(is_due))).scalar():
+                return []
+        oldest = (
+            select(deliveries.c.id)
+            .where(is_due)
+            .order_by(deliveries.c.due_at)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                update(deliveries)
+                .where(deliveries.c.id.in_(oldest), is_due)
+                .values(due_at=now + self._lease_s, attempt=deliveries.c.attempt + 1)
+                .returning(
+                    deliveries.c.id,
+                    deliveries.c.job_id,
+                    deliveries.c.url,
+                    deliveries.c.host,
+                    deliveries.c.attempt,
+                )
+            ).all()
+        return [Delivery(*row) for row in rows]
+
+    def record(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
+        """Note how a claimed call went and what follows from it."""
+        state = self._state_after(delivery, attempt)
+        with self._engine.begin() as connection:
+            connection.execute(
+                insert(delivery_attempts).values(
+                    delivery_id=delivery.id,
+                    attempt=delivery.attempt,
+                    started_at=attempt.started_at,
+                    duration_s=attempt.duration_s,
+                    status=attempt.status,
+                    outcome=attempt.outcome,
+                )
+            )
+            connection.execute(
+                update(deliveries)
+                .where(deliveries.c.id == delivery.id, deliveries.c.attempt == delivery.attempt)
+                .values(state=state, due_at=self._clock() + self._delay_s(delivery, attempt))
+            )
+        return state
+
+    def attempts(self, job_id: int) -> list[Attempt]:
+        """Every try of a job's webhook, first to last."""
+        query = (
+            select(
+                delivery_attempts.c.started_at,
+                delivery_attempts.c.duration_s,
+                delivery_attempts.c.status,
+                delivery_attempts.c.outcome,
+            )
+            .join(deliveries)
+            .where(deliveries.c.job_id == job_id)
+            .order_by(delivery_attempts.c.attempt)
+        )
+        with read_only(self._engine) as connection:
+            return [Attempt(*row) for row in connection.execute(query)]
+
+    def _state_after(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
+        if attempt.is_success:
+            return DeliveryState.DELIVERED
+        is_used_up = delivery.attempt > len(RETRY_DELAYS_S)
+        return DeliveryState.DEAD if attempt.is_final or is_used_up else DeliveryState.PENDING
+
+    def _delay_s(self, delivery: Delivery, attempt: Attempt) -> float:
+        """Seconds from now to the next try: the schedule's, or longer where the receiver asks."""
+        index = min(delivery.attempt, len(RETRY_DELAYS_S)) - 1
+        scheduled = RETRY_DELAYS_S[index] * self._jitter.uniform(1 - JITTER, 1 + JITTER)
+        return max(scheduled, min(attempt.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
+
+
+def queue_delivery(connection: Connection, job_id: int, url: str, now: float) -> None:
+    """Write a job's webhook call in the transaction that ends the job, due at once."""
+    connection.execute(
+        insert(deliveries).values(
+            id=f"msg_{uuid.uuid4().hex}",
+            job_id=job_id,
+            url=url,
+            host=urlsplit(url).netloc.rpartition("@")[2].lower(),
+            state=DeliveryState.PENDING,
+            attempt=0,
+            due_at=now,
+            created_at=now,
+        )
+    )

@@ -1,0 +1,165 @@
+"""Webhook calls: signed, sent through the address policy, tried again until received."""
+
+import asyncio
+import base64
+import email.utils
+import functools
+import hashlib
+import hmac
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+import anyio
+import anyio.to_thread
+from pydantic import SecretStr
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.deliveries import Attempt, Delivery, DeliveryStore
+from server.dialects import v3
+from server.egress import NETWORK_ERRORS, REFUSALS, AddressPolicy, checked_url, open_client
+from server.jobs import JobStore
+from server.settings import WebhookSettings
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+POLL_S = 0.25
+MAX_REPLY_BYTES = 64_000
+CALLS_PER_HOST = 4
+"""At a time; one slow receiver must not hold up the others."""
+
+
+class WebhookSender:
+    """Sends what is due; run `run` as a task beside the server."""
+
+    def __init__(
+        self, settings: WebhookSettings, deliveries: DeliveryStore, jobs: JobStore
+    ) -> None:
+        self._settings = settings
+        self._deliveries = deliveries
+        self._jobs = jobs
+        self._calls: Counter[str] = Counter()
+        self._threads = anyio.CapacityLimiter(4)
+        policy = AddressPolicy(settings.allow_cidrs, settings.allow_hosts)
+        self._client = open_client(policy, settings.max_concurrent, settings.timeout_s)
+
+    async def run(self) -> None:
+        """Until cancelled. Calls under way then are tried again after the next start."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    for delivery in await self._claim():
+                        tasks.create_task(self._deliver(delivery))
+                    await asyncio.sleep(POLL_S)
+        finally:
+            await self._client.aclose()
+
+    async def _claim(self) -> list[Delivery]:
+        places = self._settings.max_concurrent - self._calls.total()
+        busy = [host for host, calls in self._calls.items() if calls >= CALLS_PER_HOST]
+        if places <= 0:
+            return []
+        try:
+            claimed = await self._in_thread(self._deliveries.claim_due, places, busy)
+        except SQLAlchemyError:
+            logger.exception("webhooks cannot be looked up")
+            return []
+        self._calls.update(each.host for each in claimed)
+        return claimed
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        try:
+            attempt = await self._call(delivery)
+            state = await self._in_thread(self._deliveries.record, delivery, attempt)
+            logger.info(
+                "webhook",
+                job_id=delivery.job_id,
+                state=state,
+                status=attempt.status,
+                detail=attempt.outcome,
+                duration_ms=round(attempt.duration_s * 1000),
+            )
+        except Exception:
+            # One call must not stop the others. Its claim runs out, and it is made again.
+            logger.exception("webhook call failed", job_id=delivery.job_id)
+        finally:
+            self._calls[delivery.host] -= 1
+
+    async def _call(self, delivery: Delivery) -> Attempt:
+        job = await self._in_thread(self._jobs.get, delivery.job_id)
+        started_at, started = time.time(), time.perf_counter()
+        status, retry_after_s, outcome = None, None, "answered"
+        try:
+            body = json.dumps(v3.write_webhook(job)).encode() if job else b"{}"
+            headers = sign(delivery.id, int(started_at), body, self._settings.secret)
+            async with asyncio.timeout(self._settings.timeout_s):
+                status, retry_after_s = await self._post(delivery.url, body, headers)
+        except REFUSALS:
+            outcome = "address not allowed"
+        except NETWORK_ERRORS as error:
+            outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
+        duration_s = time.perf_counter() - started
+        return Attempt(started_at, duration_s, status, outcome, retry_after_s)
+
+    async def _post(
+        self, url: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, float | None]:
+        """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
+        request = self._client.build_request(
+            "POST",
+            checked_url(url),
+            content=body,
+            headers={"Content-Type": "application/json", **headers},
+        )
+        response = await self._client.send(request, stream=True)
+        try:
+            read = 0
+            async for chunk in response.aiter_raw():
+                read += len(chunk)
+                if read > MAX_REPLY_BYTES:
+                    break
+            return response.status_code, to_seconds(response.headers.get("retry-after", ""))
+        finally:
+            await response.aclose()
+
+    async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        call = functools.partial(function, *args, **kwargs)
+        return await anyio.to_thread.run_sync(call, limiter=self._threads)
+
+
+def sign(
+    message_id: str, timestamp: int, body: bytes, secrets: Sequence[SecretStr]
+) -> dict[str, str]:
+    """The headers of Standard Webhooks 1.0: HMAC-SHA256 over `id.timestamp.body`, per secret.
+
+    timestamp: of this try, seconds since the epoch.
+    """
+    headers = {"webhook-id": message_id, "webhook-timestamp": str(timestamp)}
+    signed = b".".join([message_id.encode(), str(timestamp).encode(), body])
+    signatures = [
+        "v1," + base64.b64encode(hmac.digest(key_of(secret), signed, hashlib.sha256)).decode()
+        for secret in secrets
+    ]
+    return headers | ({"webhook-signature": " ".join(signatures)} if signatures else {})
+
+
+def key_of(secret: SecretStr) -> bytes:
+    """The bytes behind `whsec_…`."""
+    return base64.b64decode(secret.get_secret_value().removeprefix("whsec_"))
+
+
+def to_seconds(retry_after: str) -> float | None:
+    """Seconds the receiver asks to be left alone, from either form of the header."""
+    value = retry_after.strip()
+    if value.isdigit():
+        return float(value[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

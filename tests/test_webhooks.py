@@ -1,0 +1,294 @@
+"""Webhook calls: written with the job's end, signed, sent to allowed addresses, tried again."""
+
+import asyncio
+import json
+import queue
+import random
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+from standardwebhooks import Webhook
+
+from models.params import InpaintParams
+from server.deliveries import RETRY_DELAYS_S, Attempt, DeliveryState, DeliveryStore
+from server.jobs import MAX_ATTEMPTS, Job, JobStore, NewJob
+from server.settings import WebhookSettings
+from server.webhooks import WebhookSender, sign
+
+LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
+WAIT_S = 20
+
+
+class Clock:
+    """Stands still until told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def jobs(engine: Engine, clock: Clock) -> JobStore:
+    return JobStore(engine, clock=clock)
+
+
+@pytest.fixture
+def deliveries(engine: Engine, clock: Clock) -> DeliveryStore:
+    return DeliveryStore(engine, clock=clock, jitter=random.Random(0))
+
+
+def submit(jobs: JobStore, webhook: str | None, track_id: Any = 7) -> Job:
+    """A job that a worker holds."""
+    jobs.submit(
+        NewJob(
+            dialect="v3",
+            request={
+                "init_image": "http://pictures.example/init.png",
+                "mask_image": "http://pictures.example/mask.png",
+                "wants_base64": True,
+                "base_url": "http://inpaint.example",
+            },
+            params=InpaintParams(prompt="a red circle", seed=1, samples=2),
+            key_id="somebody",
+            file_prefix=str(uuid.uuid4()),
+            work=1.0,
+            webhook=webhook,
+            track_id=track_id,
+        )
+    )
+    (job,) = jobs.claim("worker", 1)
+    return job
+
+
+def answer(status: int | None, **changes: Any) -> Attempt:
+    return Attempt(started_at=0, duration_s=0.1, status=status, outcome="answered", **changes)
+
+
+def test_call_is_written_with_the_end_of_the_job(jobs: JobStore, deliveries: DeliveryStore) -> None:
+    job = submit(jobs, "http://receiver.example/hook")
+    assert deliveries.claim_due(10) == []
+    jobs.finish(job, [False, False])
+    (due,) = deliveries.claim_due(10)
+    assert (due.job_id, due.url, due.host, due.attempt) == (
+        *(job.id, "http://receiver.example/hook", "receiver.example"),
+        1,
+    )
+    assert deliveries.claim_due(10) == [], "nobody else makes a call that is claimed"
+
+
+def test_every_way_to_end_makes_one_call(
+    jobs: JobStore, deliveries: DeliveryStore, clock: Clock
+) -> None:
+    failed, cancelled = submit(jobs, "http://a.example"), submit(jobs, "http://b.example")
+    jobs.fail(failed, "no")
+    jobs.fail(failed, "no")
+    jobs.cancel(cancelled.id)
+    lost = submit(jobs, "http://c.example")
+    for _ in range(MAX_ATTEMPTS):
+        clock.now_s += 100
+        jobs.requeue_expired()
+        jobs.claim("worker", 1)
+    submit(jobs, None)
+    ids = [each.job_id for each in deliveries.claim_due(10)]
+    assert sorted(ids) == [failed.id, cancelled.id, lost.id]
+
+
+def test_retries_follow_the_schedule_until_it_is_used_up(
+    jobs: JobStore, deliveries: DeliveryStore, clock: Clock
+) -> None:
+    jobs.finish(job := submit(jobs, "http://receiver.example"), [])
+    ids = set()
+    for delay_s in RETRY_DELAYS_S:
+        (due,) = deliveries.claim_due(10)
+        ids.add(due.id)
+        assert deliveries.record(due, answer(500)) is DeliveryState.PENDING
+        clock.now_s += 0.79 * delay_s
+        assert deliveries.claim_due(10) == []
+        clock.now_s += 0.42 * delay_s
+    (last,) = deliveries.claim_due(10)
+    assert deliveries.record(last, answer(None)) is DeliveryState.DEAD
+    clock.now_s += 1_000_000
+    assert deliveries.claim_due(10) == []
+    assert len(deliveries.attempts(job.id)) == len(RETRY_DELAYS_S) + 1
+    assert ids == {last.id}, "receivers know repeats by their id"
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        (200, DeliveryState.DELIVERED),
+        (204, DeliveryState.DELIVERED),
+        (301, DeliveryState.PENDING),
+        (400, DeliveryState.PENDING),
+        (410, DeliveryState.DEAD),
+        (503, DeliveryState.PENDING),
+        (None, DeliveryState.PENDING),
+    ],
+)
+def test_only_2xx_counts_as_received(
+    jobs: JobStore, deliveries: DeliveryStore, status: int | None, state: DeliveryState
+) -> None:
+    jobs.finish(submit(jobs, "http://receiver.example"), [])
+    (due,) = deliveries.claim_due(1)
+    assert deliveries.record(due, answer(status)) is state
+
+
+def test_retry_after_is_obeyed(jobs: JobStore, deliveries: DeliveryStore, clock: Clock) -> None:
+    jobs.finish(submit(jobs, "http://receiver.example"), [])
+    (due,) = deliveries.claim_due(1)
+    deliveries.record(due, answer(429, retry_after_s=600))
+    clock.now_s += 599
+    assert deliveries.claim_due(1) == []
+    clock.now_s += 2
+    assert len(deliveries.claim_due(1)) == 1
+
+
+def test_call_of_a_dead_sender_is_made_by_another(
+    jobs: JobStore, deliveries: DeliveryStore, clock: Clock
+) -> None:
+    jobs.finish(submit(jobs, "http://receiver.example"), [])
+    (first,) = deliveries.claim_due(1)
+    clock.now_s += 61
+    (second,) = deliveries.claim_due(1)
+    assert (first.id, second.attempt) == (second.id, 2)
+    deliveries.record(first, answer(500))
+    assert deliveries.record(second, answer(200)) is DeliveryState.DELIVERED
+
+
+def test_busy_host_is_passed_over(jobs: JobStore, deliveries: DeliveryStore) -> None:
+    for host in ("slow.example:8080", "quick.example"):
+        jobs.finish(submit(jobs, f"http://{host}/hook"), [])
+    (due,) = deliveries.claim_due(5, busy_hosts=["slow.example:8080"])
+    assert due.host == "quick.example"
+
+
+def test_signature_verifies_with_both_secrets_of_a_rotation() -> None:
+    secrets = ["whsec_" + "A" * 32, "whsec_" + "b" * 32]
+    body = json.dumps({"track_id": 7}).encode()
+    now = int(time.time())
+    headers = sign("msg_1", now, body, [SecretStr(secret) for secret in secrets])
+    for secret in secrets:
+        assert Webhook(secret).verify(body, headers) == {"track_id": 7}
+    assert "webhook-signature" not in sign("msg_1", now, body, [])
+
+
+Call = tuple[dict[str, str], dict[str, Any]]
+
+
+@contextmanager
+def receiver(*statuses: int) -> Iterator[tuple[str, "queue.Queue[Call]"]]:
+    """A webhook receiver that answers with these statuses in turn; its URL and what it got."""
+    calls: queue.Queue[Call] = queue.Queue()
+    left = list(statuses)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            calls.put(({k.lower(): v for k, v in self.headers.items()}, json.loads(body)))
+            self.send_response(left.pop(0) if left else 200)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_arguments: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook", calls
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+async def send_until(
+    settings: WebhookSettings, deliveries: DeliveryStore, jobs: JobStore, job: Job, tries: int
+) -> list[Attempt]:
+    """Run a sender until a job's webhook was tried so often."""
+    sender = asyncio.create_task(WebhookSender(settings, deliveries, jobs).run())
+    async with asyncio.timeout(WAIT_S):
+        # The rows are what a sender leaves behind; nothing tells of their change in one process.
+        while len(attempts := deliveries.attempts(job.id)) < tries:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    sender.cancel()
+    await asyncio.wait([sender])
+    return attempts
+
+
+@pytest.mark.parametrize("track_id", [7, "7", None, 1.5, True])
+def test_receiver_gets_the_success_answer_with_track_id(
+    jobs: JobStore, deliveries: DeliveryStore, track_id: Any
+) -> None:
+    with receiver() as (url, calls):
+        jobs.finish(job := submit(jobs, url, track_id), [False, False])
+        asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 1))
+        headers, body = calls.get(timeout=WAIT_S)
+    assert list(body) == ["status", "generationTime", "id", "output", "meta", "track_id"]
+    assert (body["status"], body["id"]) == ("success", job.id)
+    assert (body["track_id"], type(body["track_id"])) == (track_id, type(track_id))
+    assert body["output"] == [
+        f"http://inpaint.example/generations/{name}" for name in job.output_names
+    ]
+    assert headers["content-type"] == "application/json"
+    assert headers["webhook-id"].startswith("msg_")
+
+
+def test_receiver_hears_of_a_failure(jobs: JobStore, deliveries: DeliveryStore) -> None:
+    with receiver() as (url, calls):
+        jobs.fail(job := submit(jobs, url), "It did not work")
+        asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 1))
+        assert calls.get(timeout=WAIT_S)[1] == {
+            "status": "failed",
+            "id": job.id,
+            "message": "Failed, Try Again. It did not work",
+            "track_id": 7,
+        }
+
+
+def test_redirect_is_not_followed(jobs: JobStore, deliveries: DeliveryStore) -> None:
+    with receiver(302) as (url, calls):
+        jobs.finish(job := submit(jobs, url), [])
+        (attempt,) = asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 1))
+        assert (attempt.status, attempt.is_success) == (302, False)
+        assert calls.qsize() == 1
+
+
+def test_private_address_is_not_called(jobs: JobStore, deliveries: DeliveryStore) -> None:
+    with receiver() as (url, calls):
+        jobs.finish(job := submit(jobs, url), [])
+        (attempt,) = asyncio.run(send_until(WebhookSettings(), deliveries, jobs, job, 1))
+        assert (attempt.status, attempt.outcome) == (None, "address not allowed")
+        assert calls.empty()
+
+
+def test_slow_receiver_is_given_up_and_others_are_served(
+    jobs: JobStore, deliveries: DeliveryStore
+) -> None:
+
+    settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8", "timeout_s": 0.3})
+    with socket.create_server(("127.0.0.1", 0)) as silent, receiver() as (url, calls):
+        slow = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        jobs.finish(late := submit(jobs, slow), [])
+        jobs.finish(submit(jobs, url), [])
+        (attempt,) = asyncio.run(send_until(settings, deliveries, jobs, late, 1))
+        assert (attempt.status, attempt.outcome) == (None, "no answer")
+        assert calls.qsize() == 1
