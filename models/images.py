@@ -115,9 +115,18 @@ def resize_pair(
     overshoot, since ringing around a mask would move its edge.
     """
     return (
-        _resize(init_image, width, height, Image.Resampling.LANCZOS),
-        _resize(mask_image, width, height, Image.Resampling.BILINEAR),
+        resize(init_image, width, height, Image.Resampling.LANCZOS),
+        resize(mask_image, width, height, Image.Resampling.BILINEAR),
     )
+
+
+def resize(
+    pixels: NDArray[np.uint8], width: int, height: int, resampling: Image.Resampling
+) -> NDArray[np.uint8]:
+    """`(h, w, 3)` or `(h, w)` stretched, corners on corners; the array itself at its own size."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.array(Image.fromarray(pixels).resize((width, height), resampling))
 
 
 def encode_png(image: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> bytes:
@@ -271,14 +280,6 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
 def _to_array(image: Image.Image, mode: str) -> NDArray[np.uint8]:
     # Without a needless copy: at the largest size each one costs over 100 MB.
     return np.array(image if image.mode == mode else image.convert(mode))
-
-
-def _resize(
-    pixels: NDArray[np.uint8], width: int, height: int, resampling: Image.Resampling
-) -> NDArray[np.uint8]:
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    return np.array(Image.fromarray(pixels).resize((width, height), resampling))
 
 
 def _text_chunk(keyword: str, value: str) -> bytes:

@@ -12,6 +12,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+JPEG_NOISE = 8
+"""A soft mask's values this close to black or white, in steps of 255, are meant to be that."""
+
+COLOUR_RING_PX = (8, 24)
+"""Distances from the mask at which colours are compared. Nearer pixels may be new ones, since the
+model repaints whole latent cells of 8 px."""
+
+MAX_COLOUR_SHIFT = 24
+"""More, in steps of 255, is no drift of the model's, but a picture that differs."""
+
 
 class Box(NamedTuple):
     """Pixel columns `left` to `right` and rows `top` to `bottom`, the ends excluded."""
@@ -20,6 +30,19 @@ class Box(NamedTuple):
     top: int
     right: int
     bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def pixels(self) -> tuple[slice, slice]:
+        """The index of these pixels in an array."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +66,34 @@ def binarise(mask_image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return mask_image >= 128
 
 
+def read_strengths(mask_image: NDArray[np.uint8], *, is_soft: bool) -> NDArray[np.uint8]:
+    """How much each pixel is repainted: 0 not at all, 255 in full; between only where `is_soft`."""
+    if not is_soft:
+        return binarise(mask_image).astype(np.uint8) * np.uint8(255)
+    strengths = mask_image.copy()
+    strengths[mask_image < JPEG_NOISE] = 0
+    strengths[mask_image > 255 - JPEG_NOISE] = 255
+    return strengths
+
+
+def grow(strengths: NDArray[np.uint8], radius_px: int) -> NDArray[np.uint8]:
+    """The strongest, or for a negative radius the weakest, value within a disc around each pixel.
+
+    What lies beyond the picture's border counts as neither kept nor repainted.
+    """
+    offsets = np.arange(-abs(radius_px), abs(radius_px) + 1)
+    disc = (offsets[:, None] ** 2 + offsets**2 <= radius_px**2).astype(np.uint8)
+    morph = cv2.dilate if radius_px > 0 else cv2.erode
+    return np.asarray(morph(strengths, disc), np.uint8)
+
+
+def depths(area: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Distance in px of each pixel from the nearest one outside the area, at most 1,000."""
+    distance = cv2.distanceTransform(area.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # OpenCV's last digit depends on where the array lies in memory; the squares are whole numbers.
+    return np.sqrt(np.rint(np.square(np.minimum(distance, 1_000))))
+
+
 def seam_weights(repaint: NDArray[np.bool_], seam_px: int = 4) -> NDArray[np.float32]:
     """Share of the generated picture in each pixel, `(h, w)`, 0 to 1.
 
@@ -53,30 +104,65 @@ def seam_weights(repaint: NDArray[np.bool_], seam_px: int = 4) -> NDArray[np.flo
     if seam_px == 0:
         return repaint.astype(np.float32)
     # The outside of the picture does not count as kept, which leaves its border without a seam.
-    depth = cv2.distanceTransform(repaint.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    depth = depths(repaint)
     reach = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * seam_px + 1, 2 * seam_px + 1))
     rim = np.clip(cv2.dilate(depth, reach) / 2, 1, seam_px)
     return np.clip(depth / rim, 0, 1).astype(np.float32, copy=False)
 
 
+def blur_reach(sigma_px: int) -> int:
+    """Pixels beyond the mask that `blur_weights` touches: A1111's kernel, cut at 2.5 sigma."""
+    return int(2.5 * sigma_px + 0.5)
+
+
+def blur_weights(repaint: NDArray[np.bool_], sigma_px: int) -> NDArray[np.float32]:
+    """Share of the generated picture in each pixel, `(h, w)`: the mask under a Gaussian.
+
+    Exactly 0 and 1 farther than `blur_reach` from the mask's edge. Agrees with A1111's `mask_blur`
+    (`modules/processing.py`), but keeps what touches the picture's border at full weight there.
+    """
+    side = 2 * blur_reach(sigma_px) + 1
+    weights = cv2.GaussianBlur(
+        repaint.astype(np.float32), (side, side), sigma_px, borderType=cv2.BORDER_REPLICATE
+    )
+    weights[weights > 1 - 1e-5] = 1  # the kernel's sum is 1 up to rounding only
+    return np.asarray(weights, np.float32)
+
+
 def paste_back(
-    init_image: NDArray[np.uint8],
-    generated: NDArray[np.uint8],
-    repaint: NDArray[np.bool_],
-    seam_px: int = 4,
+    init_image: NDArray[np.uint8], generated: NDArray[np.uint8], weights: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
-    """The generated picture under the mask, the init image elsewhere, all `(h, w, 3)`.
+    """Both pictures `(h, w, 3)` in one, `(h, w)` weights being the generated one's share.
 
     Pixels of weight 0 equal the init image exactly, those of weight 1 the generated one.
     """
-    weights = seam_weights(repaint, seam_px)
     result = init_image.copy()
-    cv2.copyTo(generated, repaint.view(np.uint8), result)
+    cv2.copyTo(generated, (weights > 0).view(np.uint8), result)
     seam = (weights > 0) & (weights < 1)
     old = init_image[seam].astype(np.float32)
     blend = old + weights[seam][:, np.newaxis] * (generated[seam] - old)
     result[seam] = np.rint(blend).astype(np.uint8)
     return result
+
+
+def match_colours(
+    init_image: NDArray[np.uint8], generated: NDArray[np.uint8], repaint: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """The generated picture with each channel shifted so that a ring of kept pixels agrees in mean.
+
+    The shift is whole steps of 255, at most `MAX_COLOUR_SHIFT` of them. Without a mask, or without
+    pixels in the ring, there is none.
+    """
+    if repaint.all() or not repaint.any():
+        return generated
+    distance = depths(~repaint)
+    ring = (distance > COLOUR_RING_PX[0]) & (distance <= COLOUR_RING_PX[1])
+    if not ring.any():
+        return generated
+    drift = (init_image[ring].astype(np.float64) - generated[ring]).mean(axis=0)  # (3,)
+    shift = np.rint(drift.clip(-MAX_COLOUR_SHIFT, MAX_COLOUR_SHIFT)).astype(np.int16)
+    shifted: NDArray[np.int16] = generated + shift
+    return shifted.clip(0, 255).astype(np.uint8)
 
 
 def measure_fidelity(
@@ -88,13 +174,14 @@ def measure_fidelity(
     difference[repaint] = 0
     return Fidelity(
         coverage=float(repaint.mean()),
-        box=_bounding_box(repaint),
+        box=bounding_box(repaint),
         changed_outside=int(np.count_nonzero(difference)),
         largest_difference_outside=int(difference.max()),
     )
 
 
-def _bounding_box(repaint: NDArray[np.bool_]) -> Box | None:
+def bounding_box(repaint: NDArray[np.bool_]) -> Box | None:
+    """The smallest box around all repainted pixels; None without any."""
     columns, rows = (np.flatnonzero(repaint.any(axis=axis)).tolist() for axis in (0, 1))
     if not rows:
         return None

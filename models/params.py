@@ -54,6 +54,9 @@ RANGES = {
     "strength": Range(0.001, 1),
     "seed": Range(0, SEED_MODULUS - 1),
     "clip_skip": Range(0, 8),
+    "mask_grow": Range(-64, 64),
+    "mask_blur": Range(0, 64),
+    "only_masked_padding": Range(0, 256),
 }
 MAX_PROMPT_CHARS = 8_000
 
@@ -72,6 +75,22 @@ class InpaintParams:
     clip_skip: how many of the text encoder's last layers are skipped.
     safety_check: replace flagged pictures by a blank one.
 
+    What the mask means; pixels are those of the picture the client gets, and it happens in this
+    order:
+
+    invert_mask: black is repainted, white kept.
+    soft_mask: grey is the share of the run's steps that repaint a pixel (Differential Diffusion);
+        otherwise 128 and above is white, the rest black. Values below 8 count as black and those
+        from 248 as white, which JPEG does not keep apart.
+    mask_grow: px by which the repainted area grows, or shrinks below 0, on all sides.
+    only_masked: the model works on the masked part alone, scaled to `width` x `height`; the
+        picture may have any size, and keeps it. An empty mask changes nothing.
+    only_masked_padding: px around the repainted area that the model sees as well.
+    mask_blur: px of the Gaussian that softens the paste-back, to both sides of the mask's edge;
+        0 is a seam of 4 px inside the mask.
+    match_colours: shift the repainted part's colours so that the kept ones around it agree with
+        the init image.
+
     Raises: InvalidInput, with every violation.
     """
 
@@ -87,6 +106,13 @@ class InpaintParams:
     scheduler: SchedulerName | None = None
     clip_skip: int = 0
     safety_check: bool = True
+    invert_mask: bool = False
+    soft_mask: bool = False
+    mask_grow: int = 0
+    only_masked: bool = False
+    only_masked_padding: int = 32
+    mask_blur: int = 0
+    match_colours: bool = False
 
     def __post_init__(self) -> None:
         violations = [
@@ -123,7 +149,7 @@ class InpaintParams:
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "InpaintParams":
-        """The parameters `to_json` wrote. Raises: InvalidInput."""
+        """The parameters `to_json` wrote, now or before a field existed. Raises: InvalidInput."""
         known: dict[str, object] = dict(values)
         if known.get("scheduler") is not None:
             known["scheduler"] = SchedulerName(str(known["scheduler"]))

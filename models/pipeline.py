@@ -6,7 +6,6 @@
 as `pipeline_stable_diffusion_inpaint.py`.
 """
 
-import hashlib
 import inspect
 import time
 from collections import OrderedDict
@@ -21,8 +20,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
+from models.canvas import Canvas, prepare_canvas
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory, UnusablePicture
-from models.masks import binarise, paste_back
 from models.params import InpaintParams
 from models.prompts import PromptEncoder
 from models.registry import Components
@@ -32,26 +31,19 @@ from models.schedulers import create_scheduler, own_scheduler, run_timesteps
 INPAINT_CHANNELS = 9
 """Latents (4), mask (1) and masked-image latents (4), joined in this order."""
 
-CACHED_SOURCES = 16
+CACHED_CANVASES = 16
 """Encoded pictures kept at a time, about 150 kB each at 512×512."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The two pictures of a job, already at the job's size.
+    """The two pictures of a job, already at the job's size; of any one size with `only_masked`.
 
-    init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8, 128 and above is repainted.
+    init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8, read as `InpaintParams` says.
     """
 
     init_image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
-
-    def digest(self) -> bytes:
-        """Names the pair by its content."""
-        hasher = hashlib.sha256(repr(self.mask.shape).encode())
-        hasher.update(self.init_image.tobytes())
-        hasher.update(self.mask.tobytes())
-        return hasher.digest()
 
 
 @dataclass(slots=True)
@@ -62,12 +54,15 @@ class Sample:
         guidance is off.
     latents, noise, image_latents: `(1, 4, h/8, w/8)`; mask: `(1, 1, h/8, w/8)`, 0 or 1.
     masked_image_latents: `(1, 4, h/8, w/8)`, for UNets of 9 channels.
-    image_latents: for UNets of 4 channels, blended back outside the mask after each step.
+    image_latents: for UNets of 4 channels and for soft masks, blended back after each step where
+        `strengths` says so.
+    strengths: `(1, 1, h/8, w/8)`, 0 to 1: the share of the steps that repaint each latent pixel.
+        UNets of 9 channels keep what is black themselves, so it is 1 there.
     timesteps: of the whole run, host scalars, first to last.
     """
 
     params: InpaintParams
-    source: Source
+    canvas: Canvas
     seed: int
     scheduler: SchedulerMixin
     step_arguments: dict[str, Any]
@@ -76,6 +71,7 @@ class Sample:
     latents: torch.Tensor
     noise: torch.Tensor
     mask: torch.Tensor
+    strengths: torch.Tensor
     masked_image_latents: torch.Tensor
     image_latents: torch.Tensor | None
     step_index: int = 0
@@ -101,7 +97,7 @@ class Picture:
     """A finished sample.
 
     image: `(h, w, 3)` uint8, what the client gets: pasted back into the init image, or blank.
-    generated: the decoder's picture before paste-back.
+    generated: the decoder's picture before paste-back, at the job's size.
     is_flagged: the safety checker's verdict; None where it was not asked or there is none.
     """
 
@@ -153,9 +149,10 @@ class InpaintPipeline:
         """
         with translated_errors():
             conditioning = self._encode_prompts(params)
-            encoded = self._encode_images(source)
+            canvas = prepare_canvas(params, source.init_image, source.mask)
+            encoded = self._encode_images(canvas)
             return [
-                self._start(params, source, params.sample_seed(index), conditioning, encoded)
+                self._start(params, canvas, params.sample_seed(index), conditioning, encoded)
                 for index in range(params.samples)
             ]
 
@@ -230,8 +227,7 @@ class InpaintPipeline:
             torch.cuda.empty_cache()
 
     def _finish(self, sample: Sample, generated: NDArray[np.uint8]) -> Picture:
-        source = sample.source
-        image = paste_back(source.init_image, generated, binarise(source.mask))
+        image = sample.canvas.put_back(generated)
         is_flagged = None
         if sample.params.safety_check and self._safety is not None:
             is_flagged = self._safety.is_flagged([image])[0]
@@ -247,33 +243,37 @@ class InpaintPipeline:
         )
         return torch.cat([negative, positive])
 
-    def _encode_images(self, source: Source) -> "EncodedImages":
-        """The source in latent space; kept, as people try the same picture with other seeds."""
-        digest = source.digest()
-        encoded = self._encoded.pop(digest, None) or self._encode_anew(source)
+    def _encode_images(self, canvas: Canvas) -> "EncodedImages":
+        """The canvas in latent space; kept, as people try the same picture with other seeds."""
+        digest = canvas.digest()
+        encoded = self._encoded.pop(digest, None) or self._encode_anew(canvas)
         self._encoded[digest] = encoded
-        if len(self._encoded) > CACHED_SOURCES:
+        if len(self._encoded) > CACHED_CANVASES:
             self._encoded.popitem(last=False)
         return encoded
 
-    def _encode_anew(self, source: Source) -> "EncodedImages":
-        init_image = torch.from_numpy(source.init_image).permute(2, 0, 1)[None].to(self.device)
+    def _encode_anew(self, canvas: Canvas) -> "EncodedImages":
+        init_image = torch.from_numpy(canvas.init_image).permute(2, 0, 1)[None].to(self.device)
         init_image = init_image.float() / 255 * 2 - 1  # (1, 3, h, w) in [-1, 1]
-        repaint = torch.from_numpy(binarise(source.mask))[None, None].to(self.device)
-        masked_image = init_image * ~repaint
+        strengths = torch.from_numpy(canvas.strengths)[None, None].to(self.device)  # (1, 1, h, w)
+        masked_image = init_image * (strengths == 0)
         # "nearest" and before the cast to half precision, as the original does.
         size = [side // self.latent_scale for side in init_image.shape[-2:]]
-        mask = torch.nn.functional.interpolate(repaint.float(), size=size).to(self.dtype)
+        strengths = torch.nn.functional.interpolate(strengths.float() / 255, size=size)
+        mask = strengths > 0
+        if self.channels == INPAINT_CHANNELS:
+            strengths = strengths.where(mask, 1.0)
         return EncodedImages(
             init_image=self._vae.encode(init_image.to(self.dtype)).latent_dist,
             masked_image=self._vae.encode(masked_image.to(self.dtype)).latent_dist,
-            mask=mask,
+            mask=mask.to(self.dtype),
+            strengths=strengths,
         )
 
     def _start(
         self,
         params: InpaintParams,
-        source: Source,
+        canvas: Canvas,
         seed: int,
         conditioning: torch.Tensor,
         encoded: "EncodedImages",
@@ -282,22 +282,17 @@ class InpaintPipeline:
         timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
         # A generator on the host gives the same numbers on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
-        factor = self._vae.config.scaling_factor
-        # The order of the three draws is the original's; changing it changes every picture.
-        image_latents = None
-        if self.channels != INPAINT_CHANNELS or params.strength < 1:
-            image_latents = factor * encoded.init_image.sample(generator)
-        noise = randn_tensor(
-            (1, 4, *encoded.mask.shape[-2:]), generator, device=self.device, dtype=self.dtype
-        )
-        masked_image_latents = factor * encoded.masked_image.sample(generator)
-        if params.strength < 1:
-            latents = scheduler.add_noise(image_latents, noise, timesteps[0][None])
-        else:
-            latents = noise * scheduler.init_noise_sigma
+        image_latents, noise, masked_image_latents = self._draw(params, encoded, generator)
+        latents = noise * scheduler.init_noise_sigma
+        if image_latents is not None:
+            noised = scheduler.add_noise(image_latents, noise, timesteps[0][None])
+            # At full strength white starts from noise alone, and grey at its own time.
+            is_late = (encoded.strengths > 0) & (encoded.strengths < 1)
+            latents = noised if params.strength < 1 else torch.where(is_late, noised, latents)
+        is_blended = self.channels != INPAINT_CHANNELS or params.soft_mask
         return Sample(
             params=params,
-            source=source,
+            canvas=canvas,
             seed=seed,
             scheduler=scheduler,
             step_arguments=step_arguments(scheduler, generator),
@@ -306,9 +301,28 @@ class InpaintPipeline:
             latents=latents,
             noise=noise,
             mask=encoded.mask,
+            strengths=encoded.strengths,
             masked_image_latents=masked_image_latents,
-            image_latents=None if self.channels == INPAINT_CHANNELS else image_latents,
+            image_latents=image_latents if is_blended else None,
         )
+
+    def _draw(
+        self, params: InpaintParams, encoded: "EncodedImages", generator: torch.Generator
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Image latents, if the run needs any, noise, and masked-image latents.
+
+        The order of the three draws is the original's; changing it changes every picture.
+        """
+        factor = self._vae.config.scaling_factor
+        image_latents = None
+        if self.channels != INPAINT_CHANNELS or params.strength < 1:
+            image_latents = factor * encoded.init_image.sample(generator)
+        elif params.soft_mask:
+            image_latents = factor * encoded.init_image.mode()  # draws nothing
+        noise = randn_tensor(
+            (1, 4, *encoded.mask.shape[-2:]), generator, device=self.device, dtype=self.dtype
+        )
+        return image_latents, noise, factor * encoded.masked_image.sample(generator)
 
     def _unet_rows(self, sample: Sample) -> torch.Tensor:
         timestep = sample.timesteps[sample.step_index]
@@ -320,11 +334,15 @@ class InpaintPipeline:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImages:
-    """What all samples of a job share: the VAE's distributions and the mask at latent size."""
+    """What all samples of a job share: the VAE's distributions and the mask at latent size.
+
+    mask, strengths: as in `Sample`.
+    """
 
     init_image: Any
     masked_image: Any
     mask: torch.Tensor
+    strengths: torch.Tensor
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: torch.Generator) -> dict[str, Any]:
@@ -345,12 +363,19 @@ def guide(predictions: torch.Tensor, guidance_scale: float) -> torch.Tensor:
 
 
 def blend_outside(sample: Sample, image_latents: torch.Tensor) -> torch.Tensor:
-    """Put the init image back outside the mask, at the noise level the next step expects."""
+    """Put the init image back outside the mask, at the noise level the next step expects.
+
+    Before step i of n it also replaces pixels of a strength below 1 - i / n, so that a pixel of
+    strength s is repainted by the last s * n steps: Differential Diffusion (Levin and Fried 2023,
+    arXiv 2306.00950), whose map of what is kept is 1 - s. Masks without grey have no such pixels.
+    """
     kept = image_latents
     if not sample.is_denoised:
         next_timestep = sample.timesteps[sample.step_index]
         kept = sample.scheduler.add_noise(kept, sample.noise, next_timestep[None])
-    return (1 - sample.mask) * kept + sample.mask * sample.latents
+    threshold = 1 - sample.step_index / sample.total_steps
+    is_repainted = (sample.strengths > 0) & (sample.strengths >= threshold)
+    return torch.where(is_repainted, sample.latents, kept)
 
 
 def to_pictures(decoded: torch.Tensor) -> NDArray[np.uint8]:

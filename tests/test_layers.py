@@ -21,12 +21,13 @@ MODELS = {
     "params": "errors",
     "images": "errors",
     "masks": "images",
+    "canvas": "images masks params",
     "enhance": "",
     "prompts": "errors",
     "schedulers": "errors params",
     "registry": "errors schedulers",
     "safety": "images",
-    "pipeline": "errors params images masks prompts schedulers registry safety",
+    "pipeline": "canvas errors params prompts schedulers registry safety",
     "batching": "pipeline",
     "engine": "batching errors params pipeline",
     "builtin": "builtin",
@@ -82,7 +83,7 @@ WEB_AND_DATABASE = {
     "uvicorn",
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
-TORCH_FREE = ("params", "images", "masks", "errors", "enhance", "registry")
+TORCH_FREE = ("params", "images", "masks", "canvas", "errors", "enhance", "registry")
 
 
 @dataclass(frozen=True)

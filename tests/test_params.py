@@ -35,6 +35,13 @@ PARAMS = st.builds(
     scheduler=st.none() | st.sampled_from(SchedulerName),
     clip_skip=st.integers(0, 8),
     safety_check=st.booleans(),
+    invert_mask=st.booleans(),
+    soft_mask=st.booleans(),
+    mask_grow=st.integers(-64, 64),
+    only_masked=st.booleans(),
+    only_masked_padding=st.integers(0, 256),
+    mask_blur=st.integers(0, 64),
+    match_colours=st.booleans(),
 )
 OWN_SIDES = st.integers(1, 20_000)
 
@@ -100,6 +107,9 @@ def test_every_violation_is_reported_at_once() -> None:
         strength=0,
         seed=-1,
         clip_skip=9,
+        mask_grow=65,
+        mask_blur=-1,
+        only_masked_padding=257,
     )
 
     assert set(refused) == {*RANGES, "prompt", "negative_prompt"}
@@ -118,6 +128,22 @@ def test_message_names_the_parameter_and_its_range() -> None:
 @given(PARAMS)
 def test_json_gives_the_same_parameters_back(original: InpaintParams) -> None:
     assert InpaintParams.from_json(json.loads(json.dumps(original.to_json()))) == original
+
+
+def test_rows_from_before_the_mask_controls_are_read_as_their_defaults() -> None:
+    controls = {
+        "invert_mask",
+        "soft_mask",
+        "mask_grow",
+        "only_masked",
+        "only_masked_padding",
+        "mask_blur",
+        "match_colours",
+    }
+    row = {name: value for name, value in params().to_json().items() if name not in controls}
+
+    assert len(row) == 12
+    assert InpaintParams.from_json(row) == params()
 
 
 def test_json_is_checked_like_any_other_input() -> None:
