@@ -2,8 +2,8 @@
 
 `InpaintPipeline` holds weights and never a request: all that changes from step to step lives in
 `Sample`. For one sample on a CPU in float32 the pictures equal those of diffusers'
-`StableDiffusionInpaintPipeline` (same order of random draws, same formulas); comments name its file
-as `pipeline_stable_diffusion_inpaint.py`.
+`StableDiffusionInpaintPipeline` and `StableDiffusionXLInpaintPipeline` (same order of random draws,
+same formulas); families differ in `conditioning` only.
 """
 
 import hashlib
@@ -21,13 +21,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
-from models.errors import DeviceLost, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.conditioning import Conditioning, create_conditioner, gather_added
+from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from models.masks import binarise, paste_back
 from models.params import InpaintParams
-from models.prompts import PromptEncoder
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
 from models.schedulers import create_scheduler, own_scheduler, run_timesteps
+from models.vae import LatentCodec
 
 INPAINT_CHANNELS = 9
 """Latents (4), mask (1) and masked-image latents (4), joined in this order."""
@@ -60,6 +61,7 @@ class Sample:
 
     conditioning: `(rows, tokens, d)`; rows are [negative, positive], or [positive] alone where
         guidance is off.
+    added_conditions: see `Conditioning.added`; one row for each of `conditioning`.
     latents, noise, image_latents: `(1, 4, h/8, w/8)`; mask: `(1, 1, h/8, w/8)`, 0 or 1.
     masked_image_latents: `(1, 4, h/8, w/8)`, for UNets of 9 channels.
     image_latents: for UNets of 4 channels, blended back outside the mask after each step.
@@ -73,6 +75,7 @@ class Sample:
     step_arguments: dict[str, Any]
     timesteps: list[torch.Tensor]
     conditioning: torch.Tensor
+    added_conditions: dict[str, torch.Tensor]
     latents: torch.Tensor
     noise: torch.Tensor
     mask: torch.Tensor
@@ -103,12 +106,14 @@ class Picture:
     image: `(h, w, 3)` uint8, what the client gets: pasted back into the init image, or blank.
     generated: the decoder's picture before paste-back.
     is_flagged: the safety checker's verdict; None where it was not asked or there is none.
+    is_decoded_again: the VAE's first result was unusable, this one was made in float32.
     """
 
     seed: int
     image: NDArray[np.uint8]
     generated: NDArray[np.uint8] = field(repr=False)
     is_flagged: bool | None = None
+    is_decoded_again: bool = False
 
 
 class InpaintPipeline:
@@ -116,7 +121,7 @@ class InpaintPipeline:
 
     def __init__(self, components: Components) -> None:
         # Convolutions are a fifth quicker with the channels last, on CPUs as on tensor cores.
-        self._vae = components.vae.to(memory_format=torch.channels_last)
+        vae = components.vae.to(memory_format=torch.channels_last)
         self._unet = components.unet.to(memory_format=torch.channels_last)
         self._encoded: OrderedDict[bytes, EncodedImages] = OrderedDict()
         self._scheduler_config = components.scheduler_config
@@ -127,11 +132,10 @@ class InpaintPipeline:
             raise ModelUnavailable(
                 f"a UNet of {self.channels} input channels is no inpainting UNet"
             )
-        self.latent_scale: int = 2 ** (len(components.vae.config.block_out_channels) - 1)
+        self._codec = LatentCodec(vae, self.dtype)
+        self.latent_scale: int = self._codec.scale
         own_scheduler(components.scheduler_config)  # an unknown one stops the start, not a job
-        self._prompts = PromptEncoder(
-            components.tokenizer, components.text_encoder, self.device, self.dtype
-        )
+        self._conditioner = create_conditioner(components, self.device, self.dtype)
         self._safety = (
             SafetyChecker(components.safety_checker, components.feature_extractor)
             if components.safety_checker is not None
@@ -152,7 +156,7 @@ class InpaintPipeline:
         Raises: OutOfMemory, DeviceLost.
         """
         with translated_errors():
-            conditioning = self._encode_prompts(params)
+            conditioning = self._conditioner.encode(params, *source.mask.shape)
             encoded = self._encode_images(source)
             return [
                 self._start(params, source, params.sample_seed(index), conditioning, encoded)
@@ -175,6 +179,7 @@ class InpaintPipeline:
                 torch.stack(timesteps).repeat_interleave(counts).to(self.device),
                 encoder_hidden_states=torch.cat([sample.conditioning for sample in samples]),
                 return_dict=False,
+                **gather_added([sample.added_conditions for sample in samples]),
             )[0]
             split = predictions.split([sample.rows for sample in samples])
             return [
@@ -207,14 +212,10 @@ class InpaintPipeline:
         """
         with translated_errors():
             latents = torch.cat([sample.latents for sample in samples])
-            decoded = self._vae.decode(
-                latents / self._vae.config.scaling_factor, return_dict=False
-            )[0]  # (n, 3, h, w)
-            if not torch.isfinite(decoded).all():
-                raise UnusablePicture("the decoder returned values that are not finite")
+            decoded, decoded_again = self._codec.decode(latents)  # (n, 3, h, w)
             return [
-                self._finish(sample, generated)
-                for sample, generated in zip(samples, to_pictures(decoded), strict=True)
+                self._finish(*each)
+                for each in zip(samples, to_pictures(decoded), decoded_again, strict=True)
             ]
 
     def device_time_s(self) -> float:
@@ -229,7 +230,9 @@ class InpaintPipeline:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _finish(self, sample: Sample, generated: NDArray[np.uint8]) -> Picture:
+    def _finish(
+        self, sample: Sample, generated: NDArray[np.uint8], is_decoded_again: bool
+    ) -> Picture:
         source = sample.source
         image = paste_back(source.init_image, generated, binarise(source.mask))
         is_flagged = None
@@ -237,15 +240,7 @@ class InpaintPipeline:
             is_flagged = self._safety.is_flagged([image])[0]
         if is_flagged:
             image = blank_like(image)
-        return Picture(sample.seed, image, generated, is_flagged)
-
-    def _encode_prompts(self, params: InpaintParams) -> torch.Tensor:
-        if params.guidance_scale <= 1:
-            return self._prompts.encode(params.prompt, params.clip_skip)
-        positive, negative = self._prompts.encode_pair(
-            params.prompt, params.negative_prompt, params.clip_skip
-        )
-        return torch.cat([negative, positive])
+        return Picture(sample.seed, image, generated, is_flagged, is_decoded_again)
 
     def _encode_images(self, source: Source) -> "EncodedImages":
         """The source in latent space; kept, as people try the same picture with other seeds."""
@@ -265,8 +260,8 @@ class InpaintPipeline:
         size = [side // self.latent_scale for side in init_image.shape[-2:]]
         mask = torch.nn.functional.interpolate(repaint.float(), size=size).to(self.dtype)
         return EncodedImages(
-            init_image=self._vae.encode(init_image.to(self.dtype)).latent_dist,
-            masked_image=self._vae.encode(masked_image.to(self.dtype)).latent_dist,
+            init_image=self._codec.encode(init_image),
+            masked_image=self._codec.encode(masked_image),
             mask=mask,
         )
 
@@ -275,22 +270,21 @@ class InpaintPipeline:
         params: InpaintParams,
         source: Source,
         seed: int,
-        conditioning: torch.Tensor,
+        conditioning: Conditioning,
         encoded: "EncodedImages",
     ) -> Sample:
         scheduler = create_scheduler(params.scheduler, self._scheduler_config)
         timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
         # A generator on the host gives the same numbers on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
-        factor = self._vae.config.scaling_factor
         # The order of the three draws is the original's; changing it changes every picture.
         image_latents = None
         if self.channels != INPAINT_CHANNELS or params.strength < 1:
-            image_latents = factor * encoded.init_image.sample(generator)
+            image_latents = self._codec.draw(encoded.init_image, generator)
         noise = randn_tensor(
             (1, 4, *encoded.mask.shape[-2:]), generator, device=self.device, dtype=self.dtype
         )
-        masked_image_latents = factor * encoded.masked_image.sample(generator)
+        masked_image_latents = self._codec.draw(encoded.masked_image, generator)
         if params.strength < 1:
             latents = scheduler.add_noise(image_latents, noise, timesteps[0][None])
         else:
@@ -302,7 +296,8 @@ class InpaintPipeline:
             scheduler=scheduler,
             step_arguments=step_arguments(scheduler, generator),
             timesteps=timesteps,
-            conditioning=conditioning,
+            conditioning=conditioning.prompt_embeds,
+            added_conditions=conditioning.added,
             latents=latents,
             noise=noise,
             mask=encoded.mask,
