@@ -5,7 +5,7 @@ EngineError
 │   └── UnreadableImage   bytes that do not become a picture; `kind` says why
 ├── ModelUnavailable  weights are missing, incomplete or of an unknown kind
 ├── OutOfMemory       this generation did not fit; smaller or later may work
-├── UnusablePicture   the model returned no usable numbers (not finite)
+├── UnusablePicture   the model returned no usable numbers (not finite, or one colour)
 └── DeviceLost        the device can do no more work in this process
 """
 
@@ -72,7 +72,7 @@ class OutOfMemory(EngineError):
 
 
 class UnusablePicture(EngineError):
-    """The latents or the picture hold NaN or infinite values."""
+    """The latents or the picture hold NaN or infinite values, or the picture is of one colour."""
 
 
 class DeviceLost(EngineError):

@@ -2,8 +2,8 @@
 
 `InpaintPipeline` holds weights and never a request: all that changes from step to step lives in
 `Sample`. For one sample on a CPU in float32 the pictures equal those of diffusers'
-`StableDiffusionInpaintPipeline` (same order of random draws, same formulas); comments name its file
-as `pipeline_stable_diffusion_inpaint.py`.
+`StableDiffusionInpaintPipeline` and `StableDiffusionXLInpaintPipeline` (same order of random draws,
+same formulas); families differ in `conditioning` only.
 """
 
 import inspect
@@ -21,12 +21,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
 from models.canvas import Canvas, prepare_canvas
-from models.errors import DeviceLost, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.conditioning import Conditioning, create_conditioner, gather_added
+from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from models.params import InpaintParams
-from models.prompts import PromptEncoder
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
 from models.schedulers import create_scheduler, own_scheduler, run_timesteps
+from models.vae import LatentCodec
 
 INPAINT_CHANNELS = 9
 """Latents (4), mask (1) and masked-image latents (4), joined in this order."""
@@ -52,6 +53,7 @@ class Sample:
 
     conditioning: `(rows, tokens, d)`; rows are [negative, positive], or [positive] alone where
         guidance is off.
+    added_conditions: see `Conditioning.added`; one row for each of `conditioning`.
     latents, noise, image_latents: `(1, 4, h/8, w/8)`; mask: `(1, 1, h/8, w/8)`, 0 or 1.
     masked_image_latents: `(1, 4, h/8, w/8)`, for UNets of 9 channels.
     image_latents: for UNets of 4 channels and for soft masks, blended back after each step where
@@ -68,6 +70,7 @@ class Sample:
     step_arguments: dict[str, Any]
     timesteps: list[torch.Tensor]
     conditioning: torch.Tensor
+    added_conditions: dict[str, torch.Tensor]
     latents: torch.Tensor
     noise: torch.Tensor
     mask: torch.Tensor
@@ -99,12 +102,14 @@ class Picture:
     image: `(h, w, 3)` uint8, what the client gets: pasted back into the init image, or blank.
     generated: the decoder's picture before paste-back, at the job's size.
     is_flagged: the safety checker's verdict; None where it was not asked or there is none.
+    is_decoded_again: the VAE's first result was unusable, this one was made in float32.
     """
 
     seed: int
     image: NDArray[np.uint8]
     generated: NDArray[np.uint8] = field(repr=False)
     is_flagged: bool | None = None
+    is_decoded_again: bool = False
 
 
 class InpaintPipeline:
@@ -112,7 +117,7 @@ class InpaintPipeline:
 
     def __init__(self, components: Components) -> None:
         # Convolutions are a fifth quicker with the channels last, on CPUs as on tensor cores.
-        self._vae = components.vae.to(memory_format=torch.channels_last)
+        vae = components.vae.to(memory_format=torch.channels_last)
         self._unet = components.unet.to(memory_format=torch.channels_last)
         self._encoded: OrderedDict[bytes, EncodedImages] = OrderedDict()
         self._scheduler_config = components.scheduler_config
@@ -123,11 +128,10 @@ class InpaintPipeline:
             raise ModelUnavailable(
                 f"a UNet of {self.channels} input channels is no inpainting UNet"
             )
-        self.latent_scale: int = 2 ** (len(components.vae.config.block_out_channels) - 1)
+        self._codec = LatentCodec(vae, self.dtype)
+        self.latent_scale: int = self._codec.scale
         own_scheduler(components.scheduler_config)  # an unknown one stops the start, not a job
-        self._prompts = PromptEncoder(
-            components.tokenizer, components.text_encoder, self.device, self.dtype
-        )
+        self._conditioner = create_conditioner(components, self.device, self.dtype)
         self._safety = (
             SafetyChecker(components.safety_checker, components.feature_extractor)
             if components.safety_checker is not None
@@ -148,8 +152,8 @@ class InpaintPipeline:
         Raises: OutOfMemory, DeviceLost.
         """
         with translated_errors():
-            conditioning = self._encode_prompts(params)
             canvas = prepare_canvas(params, source.init_image, source.mask)
+            conditioning = self._conditioner.encode(params, *canvas.strengths.shape)
             encoded = self._encode_images(canvas)
             return [
                 self._start(params, canvas, params.sample_seed(index), conditioning, encoded)
@@ -172,6 +176,7 @@ class InpaintPipeline:
                 torch.stack(timesteps).repeat_interleave(counts).to(self.device),
                 encoder_hidden_states=torch.cat([sample.conditioning for sample in samples]),
                 return_dict=False,
+                **gather_added([sample.added_conditions for sample in samples]),
             )[0]
             split = predictions.split([sample.rows for sample in samples])
             return [
@@ -204,14 +209,10 @@ class InpaintPipeline:
         """
         with translated_errors():
             latents = torch.cat([sample.latents for sample in samples])
-            decoded = self._vae.decode(
-                latents / self._vae.config.scaling_factor, return_dict=False
-            )[0]  # (n, 3, h, w)
-            if not torch.isfinite(decoded).all():
-                raise UnusablePicture("the decoder returned values that are not finite")
+            decoded, decoded_again = self._codec.decode(latents)  # (n, 3, h, w)
             return [
-                self._finish(sample, generated)
-                for sample, generated in zip(samples, to_pictures(decoded), strict=True)
+                self._finish(*each)
+                for each in zip(samples, to_pictures(decoded), decoded_again, strict=True)
             ]
 
     def device_time_s(self) -> float:
@@ -226,22 +227,16 @@ class InpaintPipeline:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _finish(self, sample: Sample, generated: NDArray[np.uint8]) -> Picture:
+    def _finish(
+        self, sample: Sample, generated: NDArray[np.uint8], is_decoded_again: bool
+    ) -> Picture:
         image = sample.canvas.put_back(generated)
         is_flagged = None
         if sample.params.safety_check and self._safety is not None:
             is_flagged = self._safety.is_flagged([image])[0]
         if is_flagged:
             image = blank_like(image)
-        return Picture(sample.seed, image, generated, is_flagged)
-
-    def _encode_prompts(self, params: InpaintParams) -> torch.Tensor:
-        if params.guidance_scale <= 1:
-            return self._prompts.encode(params.prompt, params.clip_skip)
-        positive, negative = self._prompts.encode_pair(
-            params.prompt, params.negative_prompt, params.clip_skip
-        )
-        return torch.cat([negative, positive])
+        return Picture(sample.seed, image, generated, is_flagged, is_decoded_again)
 
     def _encode_images(self, canvas: Canvas) -> "EncodedImages":
         """The canvas in latent space; kept, as people try the same picture with other seeds."""
@@ -264,8 +259,8 @@ class InpaintPipeline:
         if self.channels == INPAINT_CHANNELS:
             strengths = strengths.where(mask, 1.0)
         return EncodedImages(
-            init_image=self._vae.encode(init_image.to(self.dtype)).latent_dist,
-            masked_image=self._vae.encode(masked_image.to(self.dtype)).latent_dist,
+            init_image=self._codec.encode(init_image),
+            masked_image=self._codec.encode(masked_image),
             mask=mask.to(self.dtype),
             strengths=strengths,
         )
@@ -275,7 +270,7 @@ class InpaintPipeline:
         params: InpaintParams,
         canvas: Canvas,
         seed: int,
-        conditioning: torch.Tensor,
+        conditioning: Conditioning,
         encoded: "EncodedImages",
     ) -> Sample:
         scheduler = create_scheduler(params.scheduler, self._scheduler_config)
@@ -297,7 +292,8 @@ class InpaintPipeline:
             scheduler=scheduler,
             step_arguments=step_arguments(scheduler, generator),
             timesteps=timesteps,
-            conditioning=conditioning,
+            conditioning=conditioning.prompt_embeds,
+            added_conditions=conditioning.added,
             latents=latents,
             noise=noise,
             mask=encoded.mask,
@@ -313,16 +309,15 @@ class InpaintPipeline:
 
         The order of the three draws is the original's; changing it changes every picture.
         """
-        factor = self._vae.config.scaling_factor
         image_latents = None
         if self.channels != INPAINT_CHANNELS or params.strength < 1:
-            image_latents = factor * encoded.init_image.sample(generator)
+            image_latents = self._codec.draw(encoded.init_image, generator)
         elif params.soft_mask:
-            image_latents = factor * encoded.init_image.mode()  # draws nothing
+            image_latents = self._codec.middle(encoded.init_image)
         noise = randn_tensor(
             (1, 4, *encoded.mask.shape[-2:]), generator, device=self.device, dtype=self.dtype
         )
-        return image_latents, noise, factor * encoded.masked_image.sample(generator)
+        return image_latents, noise, self._codec.draw(encoded.masked_image, generator)
 
     def _unet_rows(self, sample: Sample) -> torch.Tensor:
         timestep = sample.timesteps[sample.step_index]

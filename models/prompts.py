@@ -7,6 +7,7 @@ fits into one chunk is encoded as diffusers does.
 
 import re
 from collections.abc import Iterable, Iterator
+from enum import Enum
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from models.errors import InvalidInput, Violation
 
@@ -155,8 +157,24 @@ def _after_last_comma(tokens: list[WeightedToken], end: int, comma_id: int) -> i
     return end
 
 
+class Layer(Enum):
+    """Which of a text encoder's states a UNet was trained on; clip_skip counts from there."""
+
+    LAST = 0
+    """The last, after the encoder's final norm: Stable Diffusion 1 and 2."""
+    PENULTIMATE = 1
+    """The last but one, as it is: SDXL."""
+
+
+class EncodedPrompt(NamedTuple):
+    """states: `(1, 77 * chunks, d)`; pooled: `(1, d)` of the first chunk, None without a head."""
+
+    states: Tensor
+    pooled: Tensor | None
+
+
 class PromptEncoder:
-    """Embeds prompts with one checkpoint's text encoder and remembers the last ones.
+    """Embeds prompts with one of a checkpoint's text encoders and remembers the last ones.
 
     The tensors are shared with the cache: read them, do not write into them.
     """
@@ -167,21 +185,34 @@ class PromptEncoder:
         text_encoder: CLIPTextModel,
         device: torch.device,
         dtype: torch.dtype,
+        layer: Layer = Layer.LAST,
     ) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._device = device
         self._dtype = dtype
+        self._layer = layer
         self._comma_id = self._token_ids(",")[-1]
         self._cached = lru_cache(maxsize=CACHED_PROMPTS)(self._encode)
 
     def encode(self, text: str, clip_skip: int = 0, *, field: str = "prompt") -> Tensor:
         """`(1, 77 * chunks, d)`, on the encoder's device and in its dtype.
 
-        clip_skip: as in diffusers; 0 is the last layer, 1 the one before.
+        clip_skip: as in diffusers; 0 is the family's own layer, 1 the one before.
         Raises: InvalidInput, naming `field` for a text of more than 32 chunks, or `clip_skip`.
         """
-        return self._cached(text, clip_skip, field)
+        return self._cached(text, clip_skip, field).states
+
+    def pool(self, text: str, clip_skip: int = 0, *, field: str = "prompt") -> Tensor:
+        """`(1, d)`: the projected embedding of the first chunk, without emphasis.
+
+        clip_skip, field: as given to `encode`, whose work is in the cache; they change nothing.
+        Source: A1111's `sd_hijack_clip.py`; diffusers knows one chunk only.
+        """
+        pooled = self._cached(text, clip_skip, field).pooled
+        if pooled is None:
+            raise ValueError("this text encoder has no projection")
+        return pooled
 
     def encode_pair(
         self, prompt: str, negative_prompt: str, clip_skip: int = 0
@@ -206,8 +237,8 @@ class PromptEncoder:
         return torch.cat([states, *[empty] * missing_chunks], dim=1)
 
     @torch.no_grad()
-    def _encode(self, text: str, clip_skip: int, field: str) -> Tensor:
-        layers = self._text_encoder.config.num_hidden_layers
+    def _encode(self, text: str, clip_skip: int, field: str) -> EncodedPrompt:
+        layers = self._text_encoder.config.num_hidden_layers - self._layer.value
         if not 0 <= clip_skip <= layers:
             raise InvalidInput([Violation("clip_skip", 0, layers)])
         chunks = self._chunks(text)
@@ -216,8 +247,12 @@ class PromptEncoder:
                 [Violation(field, reason=f"must not need more than {MAX_CHUNKS} chunks of tokens")]
             )
         # One by one, so that a chunk's numbers do not depend on its neighbours in a batch.
-        states = [self._encode_chunk(chunk, clip_skip) for chunk in chunks]
-        return torch.cat(states, dim=1).to(self._dtype)  # (1, 77 * chunks, d)
+        encoded = [self._encode_chunk(chunk, clip_skip) for chunk in chunks]
+        states = torch.cat([states for states, _ in encoded], dim=1)  # (1, 77 * chunks, d)
+        pooled = encoded[0].pooled
+        return EncodedPrompt(
+            states.to(self._dtype), None if pooled is None else pooled.to(self._dtype)
+        )
 
     def _chunks(self, text: str) -> list[list[WeightedToken]]:
         sections = [self._tokens(section) for section in parse_prompt(text)]
@@ -241,7 +276,7 @@ class PromptEncoder:
         ).input_ids
         return ids
 
-    def _encode_chunk(self, chunk: list[WeightedToken], clip_skip: int) -> Tensor:
+    def _encode_chunk(self, chunk: list[WeightedToken], clip_skip: int) -> EncodedPrompt:
         padding = CHUNK_TOKENS - len(chunk)
         ids = [
             self._tokenizer.bos_token_id,
@@ -249,17 +284,21 @@ class PromptEncoder:
             self._tokenizer.eos_token_id,
             *[self._tokenizer.pad_token_id] * padding,
         ]
-        states = self._hidden_states(torch.tensor([ids], device=self._device), clip_skip)
+        output = self._text_encoder(
+            torch.tensor([ids], device=self._device), output_hidden_states=True
+        )
+        states = self._chosen_states(output, clip_skip)
         weights = [1.0, *(token.weight for token in chunk), 1.0, *[1.0] * padding]
-        if all(weight == 1 for weight in weights):
-            return states
-        return emphasise(states, torch.tensor(weights, device=self._device))
+        if any(weight != 1 for weight in weights):
+            states = emphasise(states, torch.tensor(weights, device=self._device))
+        return EncodedPrompt(states, output.get("text_embeds"))
 
-    def _hidden_states(self, ids: Tensor, clip_skip: int) -> Tensor:
-        """`(1, 77, d)`; agrees with diffusers' `StableDiffusionInpaintPipeline.encode_prompt`."""
-        output = self._text_encoder(ids, output_hidden_states=clip_skip > 0)
+    def _chosen_states(self, output: BaseModelOutputWithPooling, clip_skip: int) -> Tensor:
+        """`(1, 77, d)`; agrees with diffusers' `encode_prompt` of the family."""
         states: Tensor = output.last_hidden_state
-        if clip_skip > 0:
+        if self._layer is Layer.PENULTIMATE:
+            states = output.hidden_states[-(clip_skip + 2)]
+        elif clip_skip > 0:
             states = self._text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
         return states
 

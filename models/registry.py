@@ -1,49 +1,77 @@
 """From a model id to loaded weights.
 
-A model id is a name in `configs/models.toml`, "builtin", a folder in diffusers layout or a hub id.
-Only safetensors files are read and no code from a checkpoint is run: the classes are ours to
-choose. The heavy imports stand inside `load_components`, so that naming a model costs nothing.
+A model id is a name in `configs/models.toml`, "builtin", a folder in diffusers layout, a single
+`.safetensors` file or a hub id. Only safetensors files are read and no code from a checkpoint is
+run: the classes are ours to choose. The heavy imports stand inside functions, so that naming a
+model costs nothing.
 """
 
-import json
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models.errors import ModelUnavailable
+from models.folders import checker_parts, folder_parts
+from models.parts import Part
+from models.single_file import single_file_parts
 
 if TYPE_CHECKING:
     import torch
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "weights"
-WEIGHT_PATTERNS = ("*/*.json", "*/*.txt", "model_index.json")
+CONFIG_PATTERNS = ("*/*.json", "*/*.txt", "model_index.json")
+CHECKER_PATTERNS = ("safety_checker/*", "feature_extractor/*", "*.json", "model.safetensors")
+
+TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
+"""Where single files get their vocabulary; all three families use CLIP's."""
+TOKENIZER_PATTERNS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 Report: TypeAlias = Callable[[float, str], None]
 """Called with the loaded share (0 … 1) and the name of what comes next."""
 
 
 @dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA file that is fused into a model, and how strongly; 1 is what it was trained for."""
+
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Where a model comes from.
 
-    source: folder or hub id.
+    source: folder, `.safetensors` file or hub id.
     revision: commit of a hub id, None for its default branch.
     variant: infix of the weight files, such as "fp16".
+    config: for a single file, a folder in diffusers layout (weights not needed) or a hub id that
+        gives configuration and tokenizer; None takes what its family was published with.
+    prediction_type: "epsilon" or "v_prediction" where the checkpoint does not say or is wrong.
+    safety_checker: folder or hub id to borrow a checker from; the checkpoint's own comes first.
+    loras: fused at load, in this order.
     """
 
     id: str
     source: str
     revision: str | None = None
     variant: str | None = None
+    config: str | None = None
+    prediction_type: str | None = None
+    safety_checker: str | None = None
+    loras: tuple[LoraSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """The loaded parts of a Stable Diffusion checkpoint, on one device in one dtype.
+    """The loaded parts of a Stable Diffusion checkpoint, on one device.
 
-    safety_checker, feature_extractor: both None where the checkpoint has none.
+    All are in one dtype but for an SDXL VAE, which may be in float32.
+    safety_checker, feature_extractor: both None where there is none.
+    tokenizer_2, text_encoder_2: SDXL's, None for other families.
+    switches: of `model_index.json`, such as `force_zeros_for_empty_prompt`.
     """
 
     tokenizer: Any
@@ -53,6 +81,9 @@ class Components:
     scheduler_config: dict[str, Any]
     safety_checker: Any
     feature_extractor: Any
+    tokenizer_2: Any = None
+    text_encoder_2: Any = None
+    switches: dict[str, Any] = field(default_factory=dict)
 
 
 def read_catalog(path: Path) -> dict[str, ModelSpec]:
@@ -60,9 +91,14 @@ def read_catalog(path: Path) -> dict[str, ModelSpec]:
     with path.open("rb") as file:
         tables = tomllib.load(file).get("models", {})
     try:
-        return {name: ModelSpec(id=name, **table) for name, table in tables.items()}
+        return {name: _read_entry(name, table) for name, table in tables.items()}
     except TypeError as error:
         raise ModelUnavailable(f"{path}: an entry has unknown or missing keys") from error
+
+
+def _read_entry(name: str, table: dict[str, Any]) -> ModelSpec:
+    loras = tuple(LoraSpec(**lora) for lora in table.get("loras", ()))
+    return ModelSpec(id=name, **{**table, "loras": loras})
 
 
 def find_model(model_id: str, catalog: dict[str, ModelSpec]) -> ModelSpec:
@@ -78,29 +114,29 @@ def fetch_folder(spec: ModelSpec) -> Path:
     """
     folder = BUILTIN_FOLDER if spec.source == "builtin" else Path(spec.source).expanduser()
     if not folder.is_dir():
-        folder = _download(spec)
+        folder = _download(spec.source, _weight_patterns(spec), spec.revision)
     if not (folder / "model_index.json").is_file():
-        raise ModelUnavailable(f"model {spec.id!r}: {folder} holds no model_index.json")
+        raise ModelUnavailable(f"{folder} holds no model_index.json")
     return folder
 
 
-def _download(spec: ModelSpec) -> Path:
+def _weight_patterns(spec: ModelSpec) -> tuple[str, ...]:
+    infix = f".{spec.variant}" if spec.variant else ""
+    weights = (f"*/diffusion_pytorch_model{infix}.safetensors", f"*/model{infix}.safetensors")
+    return (*CONFIG_PATTERNS, *weights)
+
+
+def _download(source: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    infix = f".{spec.variant}" if spec.variant else ""
-    weights = (f"*/diffusion_pytorch_model{infix}.safetensors", f"*/model{infix}.safetensors")
     try:
-        return Path(
-            snapshot_download(
-                spec.source, revision=spec.revision, allow_patterns=[*WEIGHT_PATTERNS, *weights]
-            )
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[*patterns]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnavailable(
-            f"model {spec.id!r}: {spec.source!r} is neither a folder here nor a hub id that can be "
-            "reached or was downloaded before; give a diffusers folder, or download the checkpoint "
-            "once with network access"
+            f"{source!r} is neither a folder here nor a hub id that can be reached or was "
+            "downloaded before; give a diffusers folder or a .safetensors file, or download the "
+            "checkpoint once with network access"
         ) from error
 
 
@@ -115,95 +151,88 @@ def load_components(
     report: told the loaded share by file size, for a progress bar and for readiness.
     Raises: ModelUnavailable.
     """
+    from models.lora import fuse_lora
+
+    try:
+        loaded = _load(_parts(spec, dtype), device, report)
+        for lora in spec.loras:
+            fuse_lora(Path(lora.path).expanduser(), lora.scale, loaded)
+    except ModelUnavailable as error:
+        raise ModelUnavailable(f"model {spec.id!r}: {error}") from error
+    report(1.0, "ready")
+    scheduler = loaded.pop("scheduler")
+    if spec.prediction_type is not None:
+        scheduler = scheduler | {"prediction_type": spec.prediction_type}
+    return Components(scheduler_config=scheduler, **loaded)
+
+
+def _parts(spec: ModelSpec, dtype: "torch.dtype") -> dict[str, Part]:
+    """What is to be loaded for a model, by the names of `Components`."""
+    path = Path(spec.source).expanduser()
+    if path.suffix == ".safetensors" or path.is_file():
+        parts = single_file_parts(
+            path, dtype, _configs(spec), _find_tokenizer(path), spec.prediction_type
+        )
+    else:
+        parts = folder_parts(fetch_folder(spec), spec.variant, dtype)
+    if spec.safety_checker is not None and "safety_checker" not in parts:
+        parts |= checker_parts(_checker_folder(spec.safety_checker), dtype)
+    return parts
+
+
+def _configs(spec: ModelSpec) -> Path | None:
+    """The folder that `config` names."""
+    if spec.config is None:
+        return None
+    folder = Path(spec.config).expanduser()
+    return folder if folder.is_dir() else _download(spec.config, CONFIG_PATTERNS)
+
+
+def _find_tokenizer(checkpoint: Path) -> Callable[[], Path]:
+    """Finds the folder with the vocabulary for a single file, which does not hold it."""
+
+    def find() -> Path:
+        beside = checkpoint.parent / "tokenizer"
+        if beside.is_dir():
+            return beside
+        try:
+            return _download(TOKENIZER_SOURCE, TOKENIZER_PATTERNS)
+        except ModelUnavailable as error:
+            raise ModelUnavailable(
+                f"a single file holds no tokenizer, and {TOKENIZER_SOURCE!r} was not downloaded "
+                f"before; put CLIP's vocab.json and merges.txt into {beside}, or name a diffusers "
+                "folder of the same family as `config` in models.toml"
+            ) from error
+
+    return find
+
+
+def _checker_folder(source: str) -> Path:
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else _download(source, CHECKER_PATTERNS)
+
+
+def _load(parts: dict[str, Part], device: "torch.device", report: Report) -> dict[str, Any]:
+    """Every part, by name; modules on the device, frozen. Optional ones that are absent: None."""
     from safetensors import SafetensorError
 
-    folder = fetch_folder(spec)
-    present = _present_components(folder)
-    loaders = _component_loaders(folder, spec.variant, dtype)
-    required = {*loaders} - {*OPTIONAL}
-    if "safety_checker" in present:
-        required.add("feature_extractor")
-    missing = sorted(required - {*present})
-    if missing:
-        raise ModelUnavailable(f"model {spec.id!r}: {folder} lacks {', '.join(missing)}")
-    names = [name for name in loaders if name in present]
-    sizes = {name: _folder_bytes(folder / name) for name in names}
-    parts: dict[str, Any] = dict.fromkeys(loaders)
+    total = sum(part.size for part in parts.values())
+    loaded: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     done = 0
-    for name in names:
-        report(done / sum(sizes.values()), name)
+    for name, part in parts.items():
+        report(done / total, name)
         try:
-            parts[name] = loaders[name]()
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelUnavailable(
-                f"model {spec.id!r}: cannot load {folder / name}: {error}"
-            ) from error
-        if hasattr(parts[name], "requires_grad_"):
-            parts[name].to(device).eval().requires_grad_(False)
-        done += sizes[name]
-    report(1.0, "ready")
-    scheduler = parts.pop("scheduler")
-    return Components(scheduler_config=scheduler, **parts)
-
-
-OPTIONAL = ("safety_checker", "feature_extractor")
-
-
-def _component_loaders(
-    folder: Path, variant: str | None, dtype: "torch.dtype"
-) -> dict[str, Callable[[], Any]]:
-    """One loader per component; the class of each is fixed here, whatever the folder asks for."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
-
-    def weights(model_class: Any, name: str) -> Callable[[], Any]:
-        def load() -> Any:
-            model, found = model_class.from_pretrained(
-                folder / name,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=variant or _guess_variant(folder / name),
-                dtype=dtype,
-                output_loading_info=True,
-            )
-            # Both libraries would go on with random numbers, or none, in their place.
-            if missing := sorted(found["missing_keys"]):
-                raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
-            return model
-
-        return load
-
-    return {
-        "tokenizer": lambda: CLIPTokenizer.from_pretrained(
-            folder / "tokenizer", local_files_only=True
-        ),
-        "scheduler": lambda: json.loads((folder / "scheduler/scheduler_config.json").read_text()),
-        "feature_extractor": lambda: CLIPImageProcessor.from_pretrained(
-            folder / "feature_extractor", local_files_only=True
-        ),
-        "text_encoder": weights(CLIPTextModel, "text_encoder"),
-        "vae": weights(AutoencoderKL, "vae"),
-        "safety_checker": weights(StableDiffusionSafetyChecker, "safety_checker"),
-        "unet": weights(UNet2DConditionModel, "unet"),
-    }
-
-
-def _present_components(folder: Path) -> list[str]:
-    """The names in `model_index.json` that stand for something; absent parts are [null, null]."""
-    path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text())
-        return [name for name, value in index.items() if isinstance(value, list) and all(value)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelUnavailable(f"{path} is not a model index") from error
-
-
-def _guess_variant(folder: Path) -> str | None:
-    """ "fp16" where a folder holds only half-precision files."""
-    files = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if files and all(".fp16." in name for name in files) else None
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) or 1
+            loaded[name] = part.load()
+        except (
+            ModelUnavailable,
+            OSError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
+            raise ModelUnavailable(f"cannot load {part.path} ({name}): {error}") from error
+        if hasattr(loaded[name], "requires_grad_"):
+            loaded[name].to(device).eval().requires_grad_(False)
+        done += part.size
+    return loaded

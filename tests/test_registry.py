@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from models.errors import ModelUnavailable
+from models.pipeline import InpaintPipeline
 from models.registry import (
     BUILTIN_FOLDER,
     Components,
+    LoraSpec,
     ModelSpec,
     fetch_folder,
     find_model,
@@ -73,12 +77,42 @@ def test_catalog_gives_a_spec_per_table(tmp_path: Path) -> None:
     }
 
 
+def test_catalog_entry_may_borrow_and_fuse(tmp_path: Path) -> None:
+    found = catalog(
+        tmp_path,
+        """
+        [models.a]
+        source = "a.safetensors"
+        config = "folder"
+        prediction_type = "v_prediction"
+        safety_checker = "other"
+        loras = [{ path = "x.safetensors", scale = 0.8 }, { path = "y.safetensors" }]
+        """,
+    )
+
+    assert found["a"] == ModelSpec(
+        "a",
+        "a.safetensors",
+        config="folder",
+        prediction_type="v_prediction",
+        safety_checker="other",
+        loras=(LoraSpec("x.safetensors", 0.8), LoraSpec("y.safetensors", 1.0)),
+    )
+
+
 def test_empty_catalog_has_no_models(tmp_path: Path) -> None:
     assert catalog(tmp_path, "") == {}
 
 
 @pytest.mark.parametrize(
-    "entry", ['source = "x"\nweigths = "y"', 'variant = "fp16"', 'id = "b"\nsource = "x"']
+    "entry",
+    [
+        'source = "x"\nweigths = "y"',
+        'variant = "fp16"',
+        'id = "b"\nsource = "x"',
+        'source = "x"\nloras = [{ scale = 0.8 }]',
+        'source = "x"\nloras = ["x.safetensors"]',
+    ],
 )
 def test_entry_with_wrong_keys_is_refused(tmp_path: Path, entry: str) -> None:
     with pytest.raises(ModelUnavailable, match=r"models\.toml"):
@@ -245,6 +279,54 @@ def test_safety_checker_needs_its_feature_extractor(folder: Path) -> None:
 def change_index(folder: Path, **changes: list[str | None]) -> None:
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_missing_second_tokenizer_of_sdxl_is_named(folder: Path) -> None:
+    change_index(folder, text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+
+    with pytest.raises(ModelUnavailable, match="lacks tokenizer_2"):
+        load(folder)
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_safety_checker_may_be_borrowed(folder: Path, tmp_path: Path, is_flat: bool) -> None:
+    lender = tmp_path / "lender"
+    save_checker(lender, lender if is_flat else lender / "safety_checker")
+    spec = ModelSpec("tiny", str(folder), safety_checker=str(lender))
+    components = load_components(spec, CPU, torch.float32)
+
+    assert type(components.safety_checker).__name__ == "StableDiffusionSafetyChecker"
+    assert InpaintPipeline(components).has_safety_checker
+
+
+def test_own_safety_checker_comes_before_a_borrowed_one(folder: Path, tmp_path: Path) -> None:
+    save_checker(folder, folder / "safety_checker")
+    change_index(
+        folder,
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    spec = ModelSpec("tiny", str(folder), safety_checker=str(tmp_path / "nowhere"))
+
+    assert load_components(spec, CPU, torch.float32).safety_checker is not None
+
+
+def test_folder_that_lends_nothing_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    spec = ModelSpec("tiny", str(folder), safety_checker=str(tmp_path / "empty"))
+
+    with pytest.raises(ModelUnavailable, match=r"empty lacks preprocessor_config\.json"):
+        load_components(spec, CPU, torch.float32)
+
+
+def save_checker(folder: Path, place: Path) -> None:
+    """A tiny safety checker in `place`, its image processor beside it or in the same folder."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision |= {"num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    config = CLIPConfig(vision_config=vision, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(place)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    processor.save_pretrained(folder if place == folder else folder / "feature_extractor")
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "scheduler", *WEIGHTS])

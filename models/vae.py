@@ -1,0 +1,95 @@
+"""Pictures to latents and back with a checkpoint's VAE, whatever dtype it lives in.
+
+The VAE stays in the dtype it was loaded in (`registry.vae_dtype`). A result that cannot be right
+is decoded once more in float32 before it counts as a failure.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import ModelUnavailable, UnusablePicture
+
+
+class LatentCodec:
+    """A VAE with the scaling its UNet was trained on.
+
+    dtype: of the UNet, in which latents are handed over and taken.
+    Raises: ModelUnavailable for a VAE whose latents are also shifted, as Playground v2.5's.
+    """
+
+    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
+        for name in ("latents_mean", "latents_std", "shift_factor"):
+            if getattr(vae.config, name, None) is not None:
+                raise ModelUnavailable(f"a VAE with {name} is not supported")
+        self._vae = vae
+        self._dtype = dtype
+        self.scale: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        """Picture pixels per latent pixel, along each side."""
+
+    def encode(self, images: Tensor) -> Any:
+        """The VAE's distribution over latents, from which `draw` takes a sample.
+
+        images: `(n, 3, h, w)` float32 in [-1, 1].
+        """
+        return self._vae.encode(images.to(self._vae.dtype)).latent_dist
+
+    def draw(self, distribution: Any, generator: torch.Generator) -> Tensor:
+        """Scaled latents `(n, 4, h/8, w/8)`."""
+        return self._scaled(distribution.sample(generator))
+
+    def middle(self, distribution: Any) -> Tensor:
+        """The most probable latents, scaled: nothing is drawn for them."""
+        return self._scaled(distribution.mode())
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        # Cast first, as `StableDiffusionXLInpaintPipeline._encode_vae_image` does.
+        scaled: Tensor = self._vae.config.scaling_factor * latents.to(self._dtype)
+        return scaled
+
+    def decode(self, latents: Tensor) -> tuple[Tensor, list[bool]]:
+        """Pictures `(n, 3, h, w)` around [-1, 1], and for each whether it was decoded again.
+
+        latents: `(n, 4, h/8, w/8)`.
+        Raises: UnusablePicture.
+        """
+        if not torch.isfinite(latents).all():
+            raise UnusablePicture("the latents hold values that are not finite")
+        pictures = self._decode_with(self._vae, latents)
+        unusable = is_unusable(pictures, latents)
+        flags: list[bool] = unusable.tolist()
+        if any(flags):
+            pictures = pictures.float()
+            pictures[unusable] = self._decode_again(latents[unusable])
+        return pictures, flags
+
+    def _decode_again(self, latents: Tensor) -> Tensor:
+        """In float32, by a copy that lives for this call: it is rare, and the memory is not."""
+        if self._vae.dtype != torch.float32:
+            pictures = self._decode_with(copy.deepcopy(self._vae).float(), latents)
+            if not is_unusable(pictures, latents).any():
+                return pictures
+        raise UnusablePicture("the decoder returned values that are constant or not finite")
+
+    def _decode_with(self, vae: Any, latents: Tensor) -> Tensor:
+        pictures: Tensor = vae.decode(
+            latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False
+        )[0]
+        return pictures
+
+
+def is_unusable(pictures: Tensor, latents: Tensor) -> Tensor:
+    """`(n,)`: not finite, or one colour although the latents are not. Before any clamping.
+
+    pictures: `(n, 3, h, w)`; latents: `(n, 4, h/8, w/8)`.
+    """
+    is_finite = torch.isfinite(pictures).flatten(1).all(dim=1)
+    return ~is_finite | (is_constant(pictures) & ~is_constant(latents))
+
+
+def is_constant(tensors: Tensor) -> Tensor:
+    """`(n,)`: every channel of `(n, c, h, w)` holds one value only."""
+    lowest, highest = tensors.flatten(2).aminmax(dim=2)  # (n, c)
+    return (lowest == highest).all(dim=1)

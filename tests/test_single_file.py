@@ -1,0 +1,302 @@
+"""Single `.safetensors` files: same components as the folder they were made from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from models.errors import ModelUnavailable
+from models.families import Family, detect_family, published_configs
+from models.pipeline import InpaintPipeline
+from models.registry import Components, ModelSpec, load_components
+from tests.ldm_layout import ldm_tensors, save_single_file
+from tests.tiny import save_tiny_checkpoint, vocabulary
+
+CPU = torch.device("cpu")
+MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
+PUBLISHED_PARAMETERS = {
+    Family.SD15: {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    Family.SD2: {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+    Family.SDXL: {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+}
+
+
+def load(source: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Components:
+    return load_components(ModelSpec("tiny", str(source), **options), CPU, dtype)
+
+
+@pytest.fixture(scope="module", params=[(f, c) for f in Family for c in (9, 4)], ids=str)
+def kind(request: pytest.FixtureRequest) -> tuple[Family, int]:
+    family, channels = request.param
+    return family, channels
+
+
+@pytest.fixture(scope="module")
+def folder(kind: tuple[Family, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, channels = kind
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("folder"), channels, family)
+
+
+@pytest.fixture(scope="module")
+def file(kind: tuple[Family, int], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_single_file(folder, tmp_path_factory.mktemp("file") / "x.safetensors", kind[0])
+
+
+@pytest.fixture
+def sd15(tmp_path: Path) -> Path:
+    """A file with `config` beside it."""
+    save_tiny_checkpoint(tmp_path / "config", 4)
+    return save_single_file(tmp_path / "config", tmp_path / "x.safetensors", Family.SD15)
+
+
+def test_single_file_gives_the_components_of_its_folder(folder: Path, file: Path) -> None:
+    expected, found = load(folder), load(file, config=str(folder))
+
+    for name in MODULES:
+        left, right = getattr(expected, name), getattr(found, name)
+        assert type(left) is type(right)
+        if left is None:
+            continue
+        tensors = right.state_dict()
+        assert left.state_dict().keys() == tensors.keys()
+        assert all(torch.equal(value, tensors[key]) for key, value in left.state_dict().items())
+        assert not any(each.is_meta for each in [*right.parameters(), *right.buffers()])
+        assert not right.training
+    assert found.scheduler_config == expected.scheduler_config
+    assert found.switches == expected.switches
+    assert found.safety_checker is None
+    InpaintPipeline(found)
+
+
+def test_half_precision_is_a_matter_of_asking(
+    kind: tuple[Family, int], folder: Path, file: Path
+) -> None:
+    found = load(file, torch.float16, config=str(folder))
+
+    assert found.unet.dtype == found.text_encoder.dtype == torch.float16
+    assert found.vae.dtype == (torch.float32 if kind[0] is Family.SDXL else torch.float16)
+
+
+def test_channels_come_from_the_weights(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "9", 9)
+    save_tiny_checkpoint(tmp_path / "4", 4)
+    file = save_single_file(tmp_path / "9", tmp_path / "x.safetensors", Family.SD15)
+
+    assert InpaintPipeline(load(file, config=str(tmp_path / "4"))).channels == 9
+
+
+def test_tokenizer_is_found_beside_the_file(sd15: Path, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "config" / "tokenizer", tmp_path / "tokenizer")
+    shutil.rmtree(tmp_path / "config" / "tokenizer")
+
+    assert load(sd15, config=str(tmp_path / "config")).tokenizer.pad_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("family", [Family.SD2, Family.SDXL])
+def test_tokenizer_may_be_clips_two_text_files(family: Family, tmp_path: Path) -> None:
+    """As the vocabulary is published; how each family fills up its prompts stands in our table."""
+    config = save_tiny_checkpoint(tmp_path / "config", 9, family)
+    for folder in config.glob("tokenizer*"):
+        shutil.rmtree(folder)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/vocab.json").write_text(json.dumps(vocabulary()))
+    (tmp_path / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    file = save_single_file(config, tmp_path / "x.safetensors", family)
+
+    found = load(file, config=str(config))
+    second = found.tokenizer if family is Family.SD2 else found.tokenizer_2
+    assert second.pad_token_id == vocabulary()["!"]
+    assert second("a b", add_special_tokens=False).input_ids == [
+        vocabulary()["a</w>"],
+        vocabulary()["b</w>"],
+    ]
+    if family is Family.SDXL:
+        assert found.tokenizer.pad_token_id == vocabulary()["<|endoftext|>"]
+
+
+def test_missing_tokenizer_says_where_to_put_it(
+    sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    shutil.rmtree(tmp_path / "config" / "tokenizer")
+
+    with pytest.raises(ModelUnavailable, match=r"no tokenizer.*vocab\.json.*config"):
+        load(sd15, config=str(tmp_path / "config"))
+
+
+def test_tokenizer_of_another_model_is_refused(sd15: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config/text_encoder/config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 92', '"vocab_size": 50'))
+
+    with pytest.raises(ModelUnavailable, match="tokenizer has 92 words, its text encoder 50"):
+        load(sd15, config=str(tmp_path / "config"))
+
+
+@pytest.mark.parametrize("damage", ["drop", "reshape", "add"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.out.2.bias",
+        "first_stage_model.decoder.conv_out.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    sd15: Path, tmp_path: Path, damage: str, name: str
+) -> None:
+    tensors = load_file(sd15)
+    if damage == "drop":
+        del tensors[name]
+    elif damage == "reshape":
+        tensors[name] = torch.zeros(1)
+    else:
+        tensors["cond_stage_model.transformer.text_model.extra"] = torch.zeros(1)
+    save_file(tensors, sd15)
+
+    with pytest.raises(ModelUnavailable, match=r"cannot load .*x\.safetensors"):
+        load(sd15, config=str(tmp_path / "config"))
+
+
+def test_position_ids_of_older_files_are_ignored(sd15: Path, tmp_path: Path) -> None:
+    tensors = load_file(sd15)
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)
+    save_file(tensors, sd15)
+
+    load(sd15, config=str(tmp_path / "config"))
+
+
+def test_published_configuration_is_the_default(sd15: Path, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "config" / "tokenizer", tmp_path / "tokenizer")
+
+    with pytest.raises(ModelUnavailable, match="lacks .*encoder.layers.10"):
+        load(sd15)
+
+
+def test_file_of_no_known_family_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "flux.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, path)
+
+    with pytest.raises(ModelUnavailable, match="no complete Stable Diffusion.*double_blocks"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_pickles_are_refused_by_their_name(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"\x80\x04.")
+
+    with pytest.raises(ModelUnavailable, match=r"no \.safetensors file"):
+        load(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"nowhere\.safetensors"):
+        load(tmp_path / "nowhere.safetensors")
+
+
+SD2_UNSAID = "set prediction_type"
+
+
+def sd2_file(tmp_path: Path, channels: int, metadata: dict[str, str] | None = None) -> Path:
+    """Without a folder of configuration; loading it gets as far as its scheduler."""
+    save_tiny_checkpoint(tmp_path / "made", channels, Family.SD2)
+    return save_single_file(tmp_path / "made", tmp_path / "x.safetensors", Family.SD2, metadata)
+
+
+def test_sd2_file_has_to_say_what_it_predicts(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=SD2_UNSAID):
+        load(sd2_file(tmp_path, 4))
+
+
+@pytest.mark.parametrize(
+    ("channels", "metadata", "options"),
+    [
+        (4, {"modelspec.prediction_type": "v"}, {}),
+        (4, None, {"prediction_type": "v_prediction"}),
+        (9, None, {}),
+    ],
+)
+def test_sd2_file_that_says_it_is_read_on(
+    tmp_path: Path, channels: int, metadata: dict[str, str] | None, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelUnavailable) as caught:
+        load(sd2_file(tmp_path, channels, metadata), **options)
+
+    assert SD2_UNSAID not in str(caught.value)
+
+
+def test_marked_sdxl_file_predicts_velocity(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "config", 4, Family.SDXL)
+    path = save_single_file(tmp_path / "config", tmp_path / "x.safetensors", Family.SDXL)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(load_file(path) | marks, path)
+
+    scheduler = load(path, config=str(tmp_path / "config")).scheduler_config
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"] is True
+
+
+def test_prediction_type_of_the_catalog_comes_first(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "config", 4)
+
+    found = load(folder, prediction_type="v_prediction").scheduler_config
+    assert found["prediction_type"] == "v_prediction"
+
+
+def empty_models(family: Family, channels: int) -> dict[str, Any]:
+    """The published models, without memory for their weights."""
+    configs = published_configs(family, is_inpainting=channels == 9)
+    with init_empty_weights():
+        models = {
+            "unet": UNet2DConditionModel.from_config(configs["unet"] | {"in_channels": channels}),
+            "vae": AutoencoderKL.from_config(configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        }
+        if family is Family.SDXL:
+            second = CLIPTextConfig(**configs["text_encoder_2"])
+            models["text_encoder_2"] = CLIPTextModelWithProjection(second)
+    return models
+
+
+@pytest.mark.parametrize("family", Family)
+def test_published_configurations_are_of_the_published_size(family: Family) -> None:
+    models = empty_models(family, 4)
+    sizes = {
+        name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()
+    }
+
+    assert sizes == PUBLISHED_PARAMETERS[family]
+
+
+@pytest.mark.parametrize("family", Family)
+def test_full_size_names_are_converted_one_to_one(family: Family) -> None:
+    models = empty_models(family, 9)
+    parts = {name: model.state_dict() for name, model in models.items()}
+    tensors = ldm_tensors(parts, family)
+    configs = published_configs(family, is_inpainting=True)
+
+    assert detect_family(tensors) is family
+    for name, convert in (
+        ("unet", convert_ldm_unet_checkpoint),
+        ("vae", convert_ldm_vae_checkpoint),
+    ):
+        converted = convert(tensors, configs[name])
+        assert {key: value.shape for key, value in converted.items()} == {
+            key: value.shape for key, value in parts[name].items()
+        }
