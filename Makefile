@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo serve test check format
+.PHONY: install demo serve test check format bench
 
 install: $(INSTALLED)
 
@@ -28,3 +28,8 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.engine --out out/bench
+	$(BIN)/python -m benchmarks.serving --out out/bench
+	$(BIN)/python -m benchmarks.host --out out/bench
