@@ -28,7 +28,6 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
-    text,
 )
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -207,17 +206,20 @@ class ChangeSignal:
     """
 
     def __init__(self, engine: Engine) -> None:
-        is_sqlite = engine.dialect.name == "sqlite"
-        self._connection = (
-            engine.connect().execution_options(is_read_only=True) if is_sqlite else None
-        )
+        # The driver's own connection: a look happens a hundred times a second.
+        self._connection = engine.raw_connection() if engine.dialect.name == "sqlite" else None
         self._version: int | None = None
 
     def has_changed(self) -> bool:
         if self._connection is None:
             return True
-        version: int = self._connection.execute(text("PRAGMA data_version")).scalar_one()
-        self._connection.rollback()
+        try:
+            cursor = self._connection.cursor()
+            cursor.execute("PRAGMA data_version")
+            (version,) = cursor.fetchone() or (None,)
+            cursor.close()
+        except sqlite.Error:
+            return True  # whoever looks closer now meets the error where it is handled
         is_new, self._version = version != self._version, version
         return is_new
 
