@@ -16,7 +16,7 @@ from models.params import InpaintParams
 from server.bodies import Fields, read_fields
 from server.dialects import v3
 from server.downloads import download_images
-from server.errors import InvalidRequest, JobNotFound, RouteNotFound
+from server.errors import InvalidRequest, JobNotFound, QueueFull, RouteNotFound
 from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, WorkerStatus
 from server.sandbox import DecodedPair, decode_pair
 from server.services import Services
@@ -147,7 +147,11 @@ async def accept(services: Services, asked: v3.V3Request, key_id: str, base_url:
     )
     # The inputs come first: a job that can be claimed must have them.
     await services.in_store_thread(services.storage.put, new.input_key, pair.to_bytes())
-    return await services.in_store_thread(services.store.submit, new)
+    try:
+        return await services.in_store_thread(services.store.submit, new)
+    except QueueFull:
+        await services.in_store_thread(services.storage.delete, new.input_key)
+        raise
 
 
 def params_of(asked: v3.V3Request, pair: DecodedPair) -> InpaintParams:

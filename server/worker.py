@@ -169,7 +169,7 @@ class Worker:
                 held.storing = storing.submit(self._finish, held.job, event)
             case Failed(error=error):
                 reason = REASONS.get(type(error), UNKNOWN_REASON)
-                self.store.fail(held.job, reason)
+                self._fail(held.job, reason)
                 logger.warning("job failed", job_id=held.job.id, error=type(error).__name__)
                 del self._held[held.job.id]
 
@@ -179,10 +179,23 @@ class Worker:
                 self.storage.put(key, encode_png(picture.image))
         except StorageUnavailable:
             logger.exception("pictures not stored", job_id=job.id)
-            self.store.fail(job, "The pictures could not be stored")
+            self._fail(job, "The pictures could not be stored")
             return
         is_ours = self.store.finish(job, [picture.is_flagged for picture in event.pictures])
+        if is_ours:
+            self._drop_input(job)
         logger.info("job finished" if is_ours else "job finished by another", job_id=job.id)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        if self.store.fail(job, reason):
+            self._drop_input(job)
+
+    def _drop_input(self, job: Job) -> None:
+        """An ended job is never made again; its input is a megabyte that nobody reads."""
+        try:
+            self.storage.delete(job.input_key)
+        except StorageUnavailable:
+            logger.warning("input not deleted", job_id=job.id)
 
     def _report(self, state: str, detail: str) -> None:
         self._reported_at = time.monotonic()
