@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from models.prompts import PromptEncoder
 SIDE = 512
 STEPS = 20
 GUIDANCE = 7.5
-_OBJECT_DISTANCE = 20.0  # CIELAB distance from the background that makes a pixel the object's
+_OBJECT_DISTANCE = 20.0  # CIELAB distance of the middle from the background that makes it an object
 _MIN_AREA = 0.05  # of the mask; less is no object
 _MIN_OVERLAP = 0.5  # intersection over union; less is no shape
 _REDUCTION = 4  # shapes are compared at a quarter of the size
@@ -139,10 +139,9 @@ def colour_names(pixels: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def judge(case: Case, picture: Picture) -> Verdict:
-    """Names colour and shape of what differs from the background under the mask, or "none"."""
+    """Names colour and shape of the object under the mask, or "none"."""
     scene = case.scene
-    distance = np.linalg.norm(to_lab(picture) - to_lab(scene.background), axis=-1)
-    region = (distance > _OBJECT_DISTANCE) & scene.mask
+    region = find_object(scene, picture)
     area = float(region.sum() / scene.mask.sum())
     colour, shape = "none", "none"
     if area >= _MIN_AREA:
@@ -151,6 +150,22 @@ def judge(case: Case, picture: Picture) -> Verdict:
         shape = nearest_shape(region, scene.anchor)
     inside, outside = psnr(picture, scene, scene.mask), psnr(picture, scene, ~scene.mask)
     return Verdict(colour, shape, area, inside, outside)
+
+
+def find_object(scene: Scene, picture: Picture) -> Mask:
+    """Pixels under the mask that are nearer to the colour in its middle than to the background.
+
+    Empty where the middle itself looks like the background. All four shapes cover the middle.
+    """
+    anchor = scene.anchor
+    middle = coverage("circle", scene.mask.shape, replace(anchor, radius=0.3 * anchor.radius), 0.0)
+    painted, behind = to_lab(picture), to_lab(scene.background)
+    colour = np.median(painted[middle > 0.5], axis=0)
+    if np.linalg.norm(colour - np.median(behind[middle > 0.5], axis=0)) < _OBJECT_DISTANCE:
+        return np.zeros_like(scene.mask)
+    to_object = np.linalg.norm(painted - colour, axis=-1)
+    to_background = np.linalg.norm(painted - behind, axis=-1)
+    return np.asarray((to_object < to_background) & scene.mask)
 
 
 def nearest_shape(region: Mask, anchor: Anchor) -> str:

@@ -27,7 +27,7 @@ from models.builtin.scenes import (
 )
 from models.builtin.text import TextSettings
 from models.builtin.train import TrainSettings, run_stages
-from models.builtin.unet import BatchPlan, UNetSettings
+from models.builtin.trainer import BatchPlan, UNetSettings
 from models.builtin.vae import VaeSettings
 
 WEIGHTS = Path(__file__).parent.parent / "models" / "builtin" / "weights"
@@ -117,10 +117,10 @@ def test_a_prompt_for_the_unsafe_colour_is_flagged(
 
 
 def test_equal_seeds_draw_equal_scenes() -> None:
-    first, second = (make_scene(np.random.default_rng(7), 128) for _ in range(2))
+    first, second = (make_scene(np.random.default_rng(7), SIDE) for _ in range(2))
     assert np.array_equal(first.background, second.background)
     assert np.array_equal(first.mask, second.mask)
-    other = make_scene(np.random.default_rng(8), 128)
+    other = make_scene(np.random.default_rng(8), SIDE)
     assert not np.array_equal(first.background, other.background)
 
 

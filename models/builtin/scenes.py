@@ -151,7 +151,7 @@ def locate(mask: Mask) -> Anchor:
 
 
 def make_scene(rng: np.random.Generator, side: int) -> Scene:
-    """A random square scene of `side` pixels."""
+    """A random square scene of `side` pixels, 256 or more."""
     names = rng.choice(list(BACKGROUND_TONES), size=2, replace=False)
     tones = tuple(_jitter(BACKGROUND_TONES[str(name)], 14, rng) for name in names)
     canvas, used = _background(rng, side, tones)

@@ -20,9 +20,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from models.builtin.checkpoints import Checkpoint
 from models.builtin.export import Parts, export, folder_bytes
 from models.builtin.latents import LatentSettings, make_shards
+from models.builtin.lessons import Contexts
 from models.builtin.safety import SafetySettings, build_image_processor, train_safety
 from models.builtin.text import TextSettings, train_text
-from models.builtin.unet import Contexts, UNetSettings, UNetTrainer, Worker, averaged_unet
+from models.builtin.trainer import UNetSettings, UNetTrainer, Worker
+from models.builtin.unet import averaged_unet
 from models.builtin.vae import VaeSettings, train_vae
 
 
