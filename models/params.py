@@ -58,7 +58,9 @@ RANGES = {
     "mask_blur": Range(0, 64),
     "only_masked_padding": Range(0, 256),
 }
-MAX_PROMPT_CHARS = 8_000
+MAX_PROMPT_CHARS = 16_000
+MAX_LCM_STEPS = 50
+"""LCM models are distilled onto so many steps; the scheduler knows no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,9 @@ class InpaintParams:
             for name in ("prompt", "negative_prompt")
             if len(getattr(self, name)) > MAX_PROMPT_CHARS
         ]
+        if self.scheduler is SchedulerName.LCM and self.num_inference_steps > MAX_LCM_STEPS:
+            reason = f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}"
+            violations.append(Violation("num_inference_steps", reason=reason))
         if violations:
             raise InvalidInput(violations)
 

@@ -218,14 +218,16 @@ class InpaintPipeline:
     def device_time_s(self) -> float:
         """A clock for timing device work: waits until all that was started is done."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with translated_errors():
+                torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def release_memory(self) -> None:
         """Give cached device memory back, after something did not fit."""
         self._encoded.clear()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with translated_errors():
+                torch.cuda.empty_cache()
 
     def _finish(
         self, sample: Sample, generated: NDArray[np.uint8], is_decoded_again: bool
@@ -380,6 +382,9 @@ def to_pictures(decoded: torch.Tensor) -> NDArray[np.uint8]:
     return pictures
 
 
+DEVICE_LIBRARIES = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "cuBLAS error")
+
+
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """torch's errors as ours: no memory may be retried, any other device error may not."""
@@ -389,3 +394,8 @@ def translated_errors() -> Iterator[None]:
         raise OutOfMemory("the device has too little free memory for this picture") from error
     except torch.AcceleratorError as error:
         raise DeviceLost(str(error)) from error
+    except RuntimeError as error:
+        # The libraries under torch have no class of their own.
+        if any(name in str(error) for name in DEVICE_LIBRARIES):
+            raise DeviceLost(str(error)) from error
+        raise

@@ -17,6 +17,10 @@ from starlette.requests import ClientDisconnect, Request
 from server.errors import InvalidBody
 
 MAX_FIELDS = 200
+MAX_MARKS = 20_000
+"""Quotes, brackets or commas of a JSON body: far more than any request has, and few enough that
+nobody can keep the parser, and with it all others, busy."""
+
 MAX_PART_BYTES = 32_000_000
 TRAILING_COMMA = re.compile(r'("[^"\\]*+(?:\\.[^"\\]*+)*+"?)|,(?=\s*[}\]])', re.DOTALL)
 """A string, kept as it is, or a comma before a closing bracket.
@@ -73,6 +77,8 @@ async def parse_body(body: bytes, content_type: str) -> Fields:
 
 def parse_json(body: bytes) -> Fields:
     """A JSON object, with or without commas before closing brackets. Raises: InvalidBody."""
+    if any(body.count(mark) > MAX_MARKS for mark in (b'"', b"[", b"{", b",", b":")):
+        raise InvalidBody
     try:
         text = body.decode("utf-8-sig")
         try:

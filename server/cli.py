@@ -91,6 +91,7 @@ def serve(options: argparse.Namespace) -> int:
     from server.telemetry import configure_logging, get_logger
 
     settings = settings_of(options, "host", "port", "devices", "workers")
+    settings.refuse_open_server()
     configure_logging()
     listener: socket.socket = bind(settings.host, settings.port)
     engine = open_engine(settings.sqlalchemy_url)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from sqlalchemy import Connection, Engine, exists, insert, select, update
+from sqlalchemy import Connection, Engine, exists, func, insert, select, update
 
 from server.database import deliveries, delivery_attempts, read_only
 
@@ -95,8 +95,13 @@ class DeliveryStore:
         self._clock = clock
         self._jitter = jitter or random.Random()
 
-    def claim_due(self, limit: int, busy_hosts: Sequence[str] = ()) -> list[Delivery]:
-        """Up to `limit` calls that are due, longest due first; none to the busy hosts."""
+    def claim_due(
+        self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
+    ) -> list[Delivery]:
+        """Up to `limit` calls that are due, longest due first.
+
+        None to the busy hosts, and to any other no more than `per_host`.
+        """
         now = self._clock()
         is_due = (
             (deliveries.c.state == DeliveryState.PENDING)
@@ -107,12 +112,14 @@ class DeliveryStore:
         with read_only(self._engine) as connection:
             if not connection.execute(select(exists().where(is_due))).scalar():
                 return []
+        rank = func.row_number().over(partition_by=deliveries.c.host, order_by=deliveries.c.due_at)
+        ranked = select(deliveries.c.id, deliveries.c.due_at, rank.label("rank")).where(is_due)
+        candidate = ranked.subquery()
         oldest = (
-            select(deliveries.c.id)
-            .where(is_due)
-            .order_by(deliveries.c.due_at)
+            select(candidate.c.id)
+            .where(candidate.c.rank <= per_host)
+            .order_by(candidate.c.due_at)
             .limit(limit)
-            .with_for_update(skip_locked=True)
         )
         with self._engine.begin() as connection:
             rows = connection.execute(
@@ -186,10 +193,20 @@ def queue_delivery(connection: Connection, job_id: int, url: str, now: float) ->
             id=f"msg_{uuid.uuid4().hex}",
             job_id=job_id,
             url=url,
-            host=urlsplit(url).netloc.rpartition("@")[2].lower(),
+            host=host_of(url),
             state=DeliveryState.PENDING,
             attempt=0,
             due_at=now,
             created_at=now,
         )
     )
+
+
+def host_of(url: str) -> str:
+    """The host and port that a call counts against; never fails, as it stands on the way of a
+    job's end.
+    """
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2].lower()
+    except ValueError:
+        return ""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from server.database import open_engine
 from server.jobs import JobStore
-from server.settings import REPOSITORY, Settings
+from server.settings import ENV_PREFIX, REPOSITORY, Settings
 
 EXAMPLES = REPOSITORY / "models" / "builtin" / "examples"
 DEFAULT_PROMPT = "a red circle"
@@ -113,7 +113,9 @@ def running_server(folder: Path) -> Iterator[str]:
     become ready.
     """
     log = folder / "server.log"
-    environment = {**os.environ, "INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8"}
+    # The demo's own server, whatever is set for a real one.
+    environment = {name: value for name, value in os.environ.items() if ENV_PREFIX not in name}
+    environment["INPAINT_FETCH__ALLOW_CIDRS"] = "127.0.0.0/8"
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--model", "builtin"]
     with log.open("wb") as file:
         process = subprocess.Popen(

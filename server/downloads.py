@@ -76,7 +76,7 @@ def decode_base64(text: str) -> bytes:
     Raises: FetchFailed.
     """
     start = DATA_URI.match(text)
-    body = re.sub(r"\s", "", text[start.end() if start else 0 :]).rstrip("=")
+    body = "".join(text[start.end() if start else 0 :].split()).rstrip("=")
     padded = body.replace("-", "+").replace("_", "/") + "=" * (-len(body) % 4)
     try:
         return base64.b64decode(padded, validate=True)

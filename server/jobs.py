@@ -9,6 +9,7 @@ A claim gives a lease and an attempt number. The attempt number is the fencing t
 `finish` and `fail` name it, and have no effect once the job was given to somebody else.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -251,20 +252,28 @@ class JobStore:
         with read_only(self._engine) as connection:
             return [_to_job(row) for row in connection.execute(query)]
 
-    def claim(self, worker_id: str, limit: int) -> list[Job]:
-        """Take up to `limit` queued jobs, oldest first, each with a new attempt number."""
+    def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
+        """Take up to `limit` queued jobs, oldest first, each with a new attempt number.
+
+        A job whose worker was lost may be what killed it: it is given out alone, and only to a
+        worker without any other, so that it cannot take neighbours down.
+        is_idle: whether the worker holds no job.
+        """
         now = self._clock()
         oldest = (
-            select(jobs.c.id)
+            select(jobs.c.id, jobs.c.attempt)
             .where(jobs.c.state == JobState.QUEUED)
             .order_by(jobs.c.id)
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
         with self._engine.begin() as connection:
+            chosen = _claimable(connection.execute(oldest).all(), is_idle)
+            if not chosen:
+                return []
             rows = connection.execute(
                 update(jobs)
-                .where(jobs.c.id.in_(oldest), jobs.c.state == JobState.QUEUED)
+                .where(jobs.c.id.in_(chosen), jobs.c.state == JobState.QUEUED)
                 .values(
                     state=JobState.RUNNING,
                     worker_id=worker_id,
@@ -275,6 +284,21 @@ class JobStore:
                 .returning(jobs)
             ).all()
         return sorted((_to_job(row) for row in rows), key=lambda job: job.id)
+
+    def release(self, job: Job) -> bool:
+        """Running to queued through no fault of the job: the attempt does not count."""
+        with self._engine.begin() as connection:
+            changed = self._change(
+                connection,
+                _is_held(job),
+                state=JobState.QUEUED,
+                attempt=jobs.c.attempt - 1,
+                worker_id=None,
+                lease_until=None,
+                step=0,
+                total_steps=0,
+            )
+        return changed == 1
 
     def beat(self, job: Job, step: int, total_steps: int) -> bool:
         """Renew the lease and note the progress; False when the job is no longer ours."""
@@ -423,6 +447,13 @@ class JobStore:
     def _count_waiting(connection: Connection) -> int:
         query: Select[int] = select(func.count()).where(jobs.c.state == JobState.QUEUED)
         return int(connection.execute(query).scalar_one())
+
+
+def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:
+    """Of queued jobs (id, attempt) in order, those to give out together."""
+    if queued and queued[0].attempt > 0:
+        return [queued[0].id] if is_idle else []
+    return [row.id for row in itertools.takewhile(lambda row: row.attempt == 0, queued)]
 
 
 def _is_held(job: Job) -> ColumnElement[bool]:

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,7 +17,7 @@ from models.params import InpaintParams
 from server.bodies import Fields, read_fields
 from server.dialects import v3
 from server.downloads import download_images
-from server.errors import InvalidRequest, JobNotFound, QueueFull, RouteNotFound
+from server.errors import InvalidRequest, JobNotFound, RouteNotFound
 from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, WorkerStatus
 from server.sandbox import DecodedPair, decode_pair
 from server.services import Services
@@ -59,13 +60,14 @@ async def inpaint(
     request: Request, services: ServicesOf, fields: FieldsOf, key_id: KeyId
 ) -> JSONResponse:
     """Repaint the white part of a mask in an image."""
+    hold_until = time.monotonic() + services.settings.hold_s
     if v3.is_fetch(fields):
         return await fetch(request, services, fields, key_id)
     asked = v3.read_inpaint(fields, reading_policy(services.settings))
     base_url = base_url_of(request, services.settings)
     await services.in_store_thread(services.store.refuse_when_full)
     job = await accept(services, asked, key_id, base_url)
-    ended = await services.waiters.wait(job.id, services.settings.hold_s)
+    ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
         return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
     if ended.state is JobState.FINISHED:
@@ -149,7 +151,7 @@ async def accept(services: Services, asked: v3.V3Request, key_id: str, base_url:
     await services.in_store_thread(services.storage.put, new.input_key, pair.to_bytes())
     try:
         return await services.in_store_thread(services.store.submit, new)
-    except QueueFull:
+    except Exception:
         await services.in_store_thread(services.storage.delete, new.input_key)
         raise
 
@@ -160,7 +162,9 @@ def params_of(asked: v3.V3Request, pair: DecodedPair) -> InpaintParams:
     try:
         return asked.params(width, height)
     except InvalidInput as error:
-        raise InvalidRequest({each.field: [str(each)] for each in error.violations}) from error
+        raise InvalidRequest(
+            {each.field: [v3.write_violation(each)] for each in error.violations}
+        ) from error
 
 
 async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
@@ -186,7 +190,9 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
     pictures = [
         await services.in_store_thread(services.storage.get, key) for key in job.output_keys
     ]
-    return [base64.b64encode(picture or b"").decode() for picture in pictures]
+    if None in pictures:
+        raise JobNotFound
+    return [base64.b64encode(picture).decode() for picture in pictures if picture is not None]
 
 
 async def eta_s(services: Services, job: Job) -> float:

@@ -1,13 +1,16 @@
 """Starts one worker process per device, restarts it, and hands its jobs back at once."""
 
-import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from server.jobs import JobStore
 from server.telemetry import get_logger
@@ -35,7 +38,7 @@ class Supervisor:
         self._keepers = [
             threading.Thread(
                 target=self._keep,
-                args=(f"worker-{os.getpid()}-{index}", device, flags),
+                args=(f"{socket.gethostname()}-{secrets.token_hex(3)}-{index}", device, flags),
                 name=f"keeper-{index}",
             )
             for index, device in enumerate(devices)
@@ -62,18 +65,29 @@ class Supervisor:
         delay_s = FIRST_DELAY_S
         while not self._is_stopping.is_set():
             started = time.monotonic()
-            process = subprocess.Popen([*command, "--worker-id", worker_id, "--device", device])
+            # A group of its own: Ctrl-C is for the server, which tells its workers in its own time.
+            process = subprocess.Popen(
+                [*command, "--worker-id", worker_id, "--device", device], process_group=0
+            )
             logger.info("worker started", worker_id=worker_id, pid=process.pid, device=device)
             exit_code = self._wait(process)
-            self._store.requeue_of(worker_id)
+            self._take_back(worker_id)
             if self._is_stopping.is_set():
-                self._store.forget_worker(worker_id)
                 return
             if time.monotonic() - started > STEADY_S:
                 delay_s = FIRST_DELAY_S
             logger.error("worker ended", worker_id=worker_id, exit_code=exit_code, delay_s=delay_s)
             self._is_stopping.wait(delay_s)
             delay_s = min(delay_s * 2, LAST_DELAY_S)
+
+    def _take_back(self, worker_id: str) -> None:
+        """Queue the jobs of a worker that has ended; where that fails, their leases run out."""
+        try:
+            self._store.requeue_of(worker_id)
+            if self._is_stopping.is_set():
+                self._store.forget_worker(worker_id)
+        except SQLAlchemyError:
+            logger.exception("jobs not taken back", worker_id=worker_id)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """Until the process ends, by itself or because we are stopping."""

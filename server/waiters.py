@@ -28,7 +28,8 @@ class Waiters:
     def __init__(self, store: JobStore) -> None:
         self._store = store
         self._futures: dict[int, list[asyncio.Future[Job]]] = defaultdict(list)
-        self._lock = threading.Lock()
+        # Re-entrant: SIGTERM's handler runs on the event loop's thread, maybe while it holds this.
+        self._lock = threading.RLock()
         self._is_released = False
         self._has_waiters = threading.Event()
         self._is_stopping = threading.Event()

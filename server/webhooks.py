@@ -32,7 +32,8 @@ R = TypeVar("R")
 POLL_S = 0.25
 MAX_REPLY_BYTES = 64_000
 CALLS_PER_HOST = 4
-"""At a time; one slow receiver must not hold up the others."""
+"""Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
+the others."""
 
 
 class WebhookSender:
@@ -66,7 +67,9 @@ class WebhookSender:
         if places <= 0:
             return []
         try:
-            claimed = await self._in_thread(self._deliveries.claim_due, places, busy)
+            claimed = await self._in_thread(
+                self._deliveries.claim_due, places, busy, CALLS_PER_HOST
+            )
         except SQLAlchemyError:
             logger.exception("webhooks cannot be looked up")
             return []
@@ -75,7 +78,7 @@ class WebhookSender:
 
     async def _deliver(self, delivery: Delivery) -> None:
         try:
-            attempt = await self._call(delivery)
+            attempt = await self._attempt(delivery)
             state = await self._in_thread(self._deliveries.record, delivery, attempt)
             logger.info(
                 "webhook",
@@ -89,7 +92,16 @@ class WebhookSender:
             # One call must not stop the others. Its claim runs out, and it is made again.
             logger.exception("webhook call failed", job_id=delivery.job_id)
         finally:
-            self._calls[delivery.host] -= 1
+            self._calls -= Counter([delivery.host])  # drops hosts without calls
+
+    async def _attempt(self, delivery: Delivery) -> Attempt:
+        started_at = time.time()
+        try:
+            return await self._call(delivery)
+        except Exception:
+            # Counted like any other failure, or it would be tried for ever.
+            logger.exception("webhook call cannot be made", job_id=delivery.job_id)
+            return Attempt(started_at, time.time() - started_at, None, "could not be made")
 
     async def _call(self, delivery: Delivery) -> Attempt:
         job = await self._in_thread(self._jobs.get, delivery.job_id)
@@ -157,7 +169,7 @@ def key_of(secret: SecretStr) -> bytes:
 def to_seconds(retry_after: str) -> float | None:
     """Seconds the receiver asks to be left alone, from either form of the header."""
     value = retry_after.strip()
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())

@@ -7,12 +7,15 @@ imports the engine.
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
@@ -38,6 +41,18 @@ BEAT_S = 0.5
 
 REPORT_S = 5.0
 """Between two signs of life in the workers table."""
+
+PAUSE_S = 5.0
+"""Without claims after the file store did not answer."""
+
+INSIST_S = 60.0
+"""How long the database may be away before the worker gives up."""
+
+FINISH_S = 20.0
+"""After being told to stop, for the jobs that run; less than the supervisor's grace."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 REASONS: dict[type[Exception], str] = {
     InvalidInput: "The prompt is longer than this model can read",
@@ -70,9 +85,11 @@ class Worker:
     _held: dict[int, Held] = field(default_factory=dict)
     _beaten_at: float = 0.0
     _reported_at: float = 0.0
+    _pause_until: float = 0.0
+    _stop_by: float | None = None
 
     def run(self) -> None:
-        """Work until told to stop; what is in hand is finished first.
+        """Work until told to stop; what runs then is finished, what waits is given back.
 
         Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
         """
@@ -81,7 +98,7 @@ class Worker:
             is_reproducible=self.settings.reproducible,
         )
         engine = InpaintEngine(self._load(), limits)
-        self._report("ready", "ready")
+        self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
         parent = os.getppid()
         # Encoding and storing go on beside the device's next steps.
@@ -91,38 +108,68 @@ class Worker:
                     logger.warning("the server that started this worker is gone")
                     return
                 self._keep_up(engine)
-                if engine.free_places and not self.stopping.is_set() and signal.has_changed():
+                if self.stopping.is_set():
+                    self._give_back(engine)
+                elif self._may_claim(engine) and signal.has_changed():
                     self._claim(engine)
                 for event in engine.step():
                     self._handle(event, storing)
                 if engine.is_idle:
                     self.stopping.wait(IDLE_POLL_S)
 
+    def _may_claim(self, engine: InpaintEngine) -> bool:
+        """Not beside a job that was lost before: it may be what kills workers."""
+        is_alone = any(held.job.attempt > 1 for held in self._held.values())
+        return engine.free_places > 0 and not is_alone and time.monotonic() > self._pause_until
+
+    def _give_back(self, engine: InpaintEngine) -> None:
+        """While stopping: jobs that have not begun, and in the end those that take too long."""
+        now = time.monotonic()
+        self._stop_by = self._stop_by or now + FINISH_S
+        for held in [*self._held.values()]:
+            if held.storing is None and (held.total_steps == 0 or now > self._stop_by):
+                engine.cancel(held.job.id)
+                self._insist(self.store.release, held.job)
+                del self._held[held.job.id]
+
     def _keep_up(self, engine: InpaintEngine) -> None:
         """What is due from time to time: leases, signs of life, jobs of the dead, stored jobs."""
         now = time.monotonic()
-        for held in [each for each in self._held.values() if each.storing is not None]:
+        for held in [*self._held.values()]:
             if held.storing is not None and held.storing.done():
                 held.storing.result()
                 del self._held[held.job.id]
         if self._held and now - self._beaten_at > BEAT_S:
             self._beaten_at = now
-            for job in self._beat():
+            self._beat(engine)
+        if now - self._reported_at > REPORT_S:
+            self._insist(self.store.requeue_expired)
+            self.report("ready", "ready")
+
+    def _beat(self, engine: InpaintEngine) -> None:
+        """Renew the leases; forget the jobs that were cancelled or given to another."""
+        progress = [(held.job, held.step, held.total_steps) for held in self._held.values()]
+        for job in self._insist(self.store.beat_all, progress):
+            # One that is being stored may just have finished.
+            if self._held[job.id].storing is None:
                 logger.warning("job was taken away", job_id=job.id)
                 engine.cancel(job.id)
                 del self._held[job.id]
-        if now - self._reported_at > REPORT_S:
-            self.store.requeue_expired()
-            self._report("ready", "ready")
 
-    def _beat(self) -> list[Job]:
-        """Renew the leases; the jobs that were cancelled or given to another."""
-        progress = [
-            (held.job, held.step, held.total_steps)
-            for held in self._held.values()
-            if held.storing is None
-        ]
-        return self.store.beat_all(progress)
+    def _insist(self, change: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """A call of the store, made again while the database does not answer.
+
+        Raises: SQLAlchemyError after `INSIST_S`.
+        """
+        give_up_at = time.monotonic() + INSIST_S
+        while True:
+            try:
+                return change(*args, **kwargs)
+            except SQLAlchemyError:
+                if time.monotonic() > give_up_at:
+                    raise
+                logger.exception("the database does not answer")
+                time.sleep(1)
 
     def _load(self) -> InpaintPipeline:
         spec = find_model(self.settings.model, read_catalog(self.settings.models_file))
@@ -134,7 +181,7 @@ class Worker:
             def report(share: float, name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update(round(share * 100) - bar.n)
-                self._report("loading", f"loading model {share:.0%}")
+                self.report("loading", f"loading model {share:.0%}")
 
             report(0.0, "files")
             pipeline = InpaintPipeline(load_components(spec, device, pick_dtype(device), report))
@@ -142,23 +189,39 @@ class Worker:
             raise ModelUnavailable(
                 f"model {spec.id!r} has no safety checker, and safety.force asks for one"
             )
+        if not pipeline.has_safety_checker:
+            logger.warning("this model has no safety checker: nothing is checked", model=spec.id)
         seconds = round(time.perf_counter() - started, 2)
         logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
         return pipeline
 
     def _claim(self, engine: InpaintEngine) -> None:
-        for job in self.store.claim(self.worker_id, engine.free_places):
+        claimed = self._insist(
+            self.store.claim, self.worker_id, engine.free_places, is_idle=not self._held
+        )
+        for job in claimed:
             logger.info("job claimed", job_id=job.id)
             try:
-                content = self.storage.get(job.input_key)
+                source = self._read_input(job)
             except StorageUnavailable:
-                content = None
-            if content is None:
-                self.store.fail(job, "The stored images are gone")
+                logger.warning("input cannot be read now", job_id=job.id)
+                self._pause_until = time.monotonic() + PAUSE_S
+                self._insist(self.store.release, job)
                 continue
-            pair = DecodedPair.from_bytes(content)
+            if source is None:
+                self._fail(job, "The stored images are gone")
+                continue
             self._held[job.id] = Held(job)
-            engine.add(Generation(job.id, job.params, Source(pair.init_image, pair.mask)))
+            engine.add(Generation(job.id, job.params, source))
+
+    def _read_input(self, job: Job) -> Source | None:
+        """The job's pictures, None where they are missing or damaged."""
+        content = self.storage.get(job.input_key)
+        try:
+            pair = DecodedPair.from_bytes(content or b"")
+        except (ValueError, EOFError, IndexError):
+            return None
+        return Source(pair.init_image, pair.mask)
 
     def _handle(self, event: Event, storing: ThreadPoolExecutor) -> None:
         held = self._held[event.generation_id]
@@ -181,13 +244,14 @@ class Worker:
             logger.exception("pictures not stored", job_id=job.id)
             self._fail(job, "The pictures could not be stored")
             return
-        is_ours = self.store.finish(job, [picture.is_flagged for picture in event.pictures])
+        flagged = [picture.is_flagged for picture in event.pictures]
+        is_ours = self._insist(self.store.finish, job, flagged)
         if is_ours:
             self._drop_input(job)
         logger.info("job finished" if is_ours else "job finished by another", job_id=job.id)
 
     def _fail(self, job: Job, reason: str) -> None:
-        if self.store.fail(job, reason):
+        if self._insist(self.store.fail, job, reason):
             self._drop_input(job)
 
     def _drop_input(self, job: Job) -> None:
@@ -197,9 +261,11 @@ class Worker:
         except StorageUnavailable:
             logger.warning("input not deleted", job_id=job.id)
 
-    def _report(self, state: str, detail: str) -> None:
+    def report(self, state: str, detail: str) -> None:
+        """Say how this worker stands, for readiness."""
         self._reported_at = time.monotonic()
-        self.store.report_worker(
+        self._insist(
+            self.store.report_worker,
             WorkerStatus(
                 id=self.worker_id,
                 device=self.device,
@@ -207,7 +273,7 @@ class Worker:
                 state=state,
                 detail=detail,
                 seen_at=time.time(),
-            )
+            ),
         )
 
 
@@ -234,9 +300,16 @@ def run(settings: Settings, worker_id: str, device: str, stopping: threading.Eve
     engine = open_engine(settings.sqlalchemy_url)
     store = JobStore(engine)
     worker = Worker(worker_id, device, settings, store, Storage(settings.storage_url), stopping)
+    is_explained = False
     try:
         worker.run()
+    except ModelUnavailable as error:
+        # The row stays, and tells operators why nothing is ready.
+        worker.report("failed", str(error))
+        is_explained = True
+        raise
     finally:
         store.requeue_of(worker_id)
-        store.forget_worker(worker_id)
+        if not is_explained:
+            store.forget_worker(worker_id)
         engine.dispose()

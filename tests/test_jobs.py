@@ -487,7 +487,9 @@ class History(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from("ab"), limit=st.integers(0, 3))
     def claim(self, worker: str, limit: int) -> None:
-        oldest = [job_id for job_id, state in self.states.items() if state == "queued"][:limit]
+        queued = [job_id for job_id, state in self.states.items() if state == "queued"][:limit]
+        fresh = itertools.takewhile(lambda job_id: self.attempts[job_id] == 0, queued)
+        oldest = [*fresh] or queued[:1]  # one that was lost before goes out alone
         claimed = self.store.claim(worker, limit)
         assert [job.id for job in claimed] == oldest
         self.claims += claimed
@@ -569,3 +571,21 @@ def test_random_histories(engine: Engine) -> None:
         max_examples=20, stateful_step_count=30, deadline=None, derandomize=True, database=None
     )
     machine().runTest()
+
+
+def test_job_that_was_lost_before_goes_out_alone_and_last(store: JobStore) -> None:
+    lost, second, third = (store.submit(new_job()).id for _ in range(3))
+    store.claim("dead", 1)
+    store.requeue_of("dead")
+    assert store.claim("busy", 8, is_idle=False) == [], "it must not join others"
+    assert [job.id for job in store.claim("a", 8)] == [lost]
+    assert [job.id for job in store.claim("b", 8)] == [second, third]
+
+
+def test_released_job_keeps_its_attempts(store: JobStore) -> None:
+    store.submit(new_job())
+    for _ in range(MAX_ATTEMPTS + 1):
+        (job,) = store.claim("stopping", 1)
+        assert store.release(job)
+        assert not store.release(job)
+    assert get(store, job.id).state is JobState.QUEUED

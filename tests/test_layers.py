@@ -58,7 +58,7 @@ SERVER = {
     "jobs": "database deliveries errors models.params",
     "waiters": "jobs telemetry",
     "bodies": "errors",
-    "dialects": "downloads errors jobs settings models.enhance models.params",
+    "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
     "services": "auth egress jobs settings storage waiters",
     "routes": "bodies dialects downloads errors jobs sandbox services settings"
     " models.enhance models.errors models.images models.params",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from models.errors import InvalidInput
 from models.params import (
+    MAX_LCM_STEPS,
     MAX_PROMPT_CHARS,
     RANGES,
     SEED_MODULUS,
@@ -29,7 +30,7 @@ PARAMS = st.builds(
     width=SIDES,
     height=SIDES,
     samples=st.integers(1, 4),
-    num_inference_steps=st.integers(1, 150),
+    num_inference_steps=st.integers(1, MAX_LCM_STEPS),
     guidance_scale=st.floats(1, 20),
     strength=st.floats(0.001, 1),
     scheduler=st.none() | st.sampled_from(SchedulerName),
@@ -239,3 +240,10 @@ def test_size_of_the_init_image_is_taken_over(
     own: tuple[int, int], fitted: tuple[int, int]
 ) -> None:
     assert fit_size(*own, None, None) == fitted
+
+
+def test_lcm_knows_fifty_steps() -> None:
+    assert fields_refused(scheduler=SchedulerName.LCM, num_inference_steps=51) == [
+        "num_inference_steps"
+    ]
+    assert params(scheduler=SchedulerName.LCM, num_inference_steps=50).num_inference_steps == 50

@@ -1,5 +1,6 @@
 """Where settings come from, which ones are refused, and what they never show."""
 
+import base64
 import re
 from collections.abc import Callable
 from ipaddress import ip_network
@@ -91,17 +92,32 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-box"])
 def test_open_server_beyond_loopback_is_refused(host: str, environment: Environment) -> None:
-    with pytest.raises(ValidationError, match="without API keys would let anybody in"):
-        load_settings(host=host)
+    with pytest.raises(ValueError, match="without API keys would let anybody in"):
+        load_settings(host=host).refuse_open_server()
     environment(AUTH__ALLOW_ANONYMOUS="true")
-    assert load_settings(host=host).host == host
+    load_settings(host=host).refuse_open_server()
     environment(AUTH__ALLOW_ANONYMOUS="false", AUTH__KEYS="long-random-key")
-    assert load_settings(host=host).host == host
+    load_settings(host=host).refuse_open_server()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost"])
 def test_loopback_needs_no_keys(host: str) -> None:
-    assert load_settings(host=host).auth.keys == ()
+    load_settings(host=host).refuse_open_server()
+
+
+GOOD_SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+def test_webhook_secrets_may_overlap(environment: Environment) -> None:
+    environment(WEBHOOK__SECRET=f"{GOOD_SECRET},{GOOD_SECRET}")
+    assert [each.get_secret_value() for each in load_settings().webhook.secret] == [GOOD_SECRET] * 2
+
+
+@pytest.mark.parametrize("secret", ["plain", "whsec_", "whsec_" + "A" * 25, "whsec_" + "A" * 12])
+def test_unusable_webhook_secret_stops_the_start(secret: str, environment: Environment) -> None:
+    environment(WEBHOOK__SECRET=secret)
+    with pytest.raises(ValidationError, match="24 to 64 bytes"):
+        load_settings()
 
 
 def test_empty_key_is_refused(environment: Environment) -> None:

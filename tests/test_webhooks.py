@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ from models.params import InpaintParams
 from server.deliveries import RETRY_DELAYS_S, Attempt, DeliveryState, DeliveryStore
 from server.jobs import MAX_ATTEMPTS, Job, JobStore, NewJob
 from server.settings import WebhookSettings
-from server.webhooks import WebhookSender, sign
+from server.webhooks import WebhookSender, sign, to_seconds
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
 WAIT_S = 20
@@ -176,6 +177,28 @@ def test_busy_host_is_passed_over(jobs: JobStore, deliveries: DeliveryStore) -> 
         jobs.finish(submit(jobs, f"http://{host}/hook"), [])
     (due,) = deliveries.claim_due(5, busy_hosts=["slow.example:8080"])
     assert due.host == "quick.example"
+
+
+def test_claim_takes_few_calls_of_one_host(jobs: JobStore, deliveries: DeliveryStore) -> None:
+    for index in range(12):
+        host = "slow.example" if index < 10 else f"quick-{index}.example"
+        jobs.finish(submit(jobs, f"http://{host}/hook"), [])
+    hosts = Counter(each.host for each in deliveries.claim_due(64, per_host=4))
+    assert hosts == {"slow.example": 4, "quick-10.example": 1, "quick-11.example": 1}
+
+
+@pytest.mark.parametrize("address", ["http://[", "http://a\u2100b/x", "no url at all"])
+def test_job_ends_whatever_its_webhook_says(
+    jobs: JobStore, deliveries: DeliveryStore, address: str
+) -> None:
+    assert jobs.finish(job := submit(jobs, address), [])
+    (attempt,) = asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 1))
+    assert (attempt.status, attempt.outcome) == (None, "address not allowed")
+
+
+@pytest.mark.parametrize("retry_after", ["\u00b2", "soon", "", "-5", "1e9"])
+def test_odd_retry_after_is_passed_over(retry_after: str) -> None:
+    assert to_seconds(retry_after) is None
 
 
 def test_signature_verifies_with_both_secrets_of_a_rotation() -> None:

@@ -4,13 +4,18 @@ import math
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
-from models.params import MAX_PROMPT_CHARS, RANGES, SIZE_MULTIPLE, Range, SchedulerName
+from models.params import RANGES, SIZE_MULTIPLE, Range, SchedulerName
 from server.downloads import ImageSource
 
 TRUE_WORDS = ("yes", "true", "1", "on")
 FALSE_WORDS = ("no", "false", "0", "off")
 INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
+
+
+MAX_TEXT_CHARS = 8_000
+"""Of a prompt as sent; enhancement makes it longer."""
 
 
 class FieldReader:
@@ -33,7 +38,7 @@ class FieldReader:
                 return None
         return value
 
-    def text(self, name: str, max_chars: int = MAX_PROMPT_CHARS) -> str | None:
+    def text(self, name: str, max_chars: int = MAX_TEXT_CHARS) -> str | None:
         """A text; numbers are taken as they would be written."""
         value = self.value(name)
         if value is None:
@@ -126,13 +131,32 @@ class FieldReader:
     def web_address(self, name: str) -> str | None:
         """An http or https URL."""
         url = self.text(name, max_chars=2_048)
-        if url is not None and not url.lower().startswith(("http://", "https://")):
+        if url is not None and not is_web_address(url):
             self._refuse(name, "must be a valid URL.")
             return None
         return url
 
+    def scalar(self, name: str) -> str | int | float | bool | None:
+        """Any JSON scalar, with the type it came with."""
+        value = self.value(name)
+        if value is None or isinstance(value, str | bool | int):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        self._refuse(name, "must be a string or a number.")
+        return None
+
     def _refuse(self, name: str, sentence: str) -> None:
         self.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")
+
+
+def is_web_address(url: str) -> bool:
+    """True for an absolute http or https URL with a host, and a port that can be one."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def to_number(value: Any) -> float | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.enhance import Enhancement
+from models.errors import Violation
 from models.params import (
     RANGES,
     SEED_MODULUS,
@@ -122,7 +123,7 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
         wants_base64=reader.flag("base64", default=False),
         webhook=reader.web_address("webhook"),
-        track_id=reader.value("track_id"),
+        track_id=reader.scalar("track_id"),
     )
     if reader.errors:
         raise InvalidRequest(reader.errors)
@@ -138,6 +139,14 @@ def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
     # The vendor runs one step less than the listed value: its example asks for 30, between
     # 21 and 31, and reports 20.
     return max((listed for listed in VENDOR_STEPS if listed <= asked), default=DEFAULT_STEPS) - 1
+
+
+def write_violation(violation: Violation) -> str:
+    """What a parameter's own check found, in the vendor's form of sentence."""
+    name = violation.field.replace("_", " ")
+    if violation.reason:
+        return f"The {name} {violation.reason}."
+    return f"The {name} must be between {violation.minimum:g} and {violation.maximum:g}."
 
 
 def is_fetch(fields: Mapping[str, Any]) -> bool:
@@ -167,7 +176,7 @@ def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | Non
     scheme, _, token = headers.get("authorization", "").partition(" ")
     bearer = token if scheme.lower() == "bearer" else None
     value = FieldReader(fields).value("key")
-    key = value if isinstance(value, str) else headers.get("key") or bearer
+    key = str(value) if isinstance(value, str | int) else headers.get("key") or bearer
     return key.strip() if key else None
 
 
