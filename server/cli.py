@@ -115,11 +115,13 @@ def work(options: argparse.Namespace) -> int:
     import signal
     import threading
 
+    # Before torch is imported, which takes seconds.
+    settings = settings_of(options)
+
     from models.errors import EngineError
     from server import worker
     from server.telemetry import configure_logging, get_logger
 
-    settings = settings_of(options)
     configure_logging()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

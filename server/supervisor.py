@@ -30,10 +30,18 @@ class Supervisor:
     """Use as a context manager: entering starts the workers, leaving stops them.
 
     devices: one worker each. flags: for the worker command, besides its id and device.
+    delays_s: before a worker is started again, the first and the longest.
     """
 
-    def __init__(self, devices: Sequence[str], flags: Sequence[str], store: JobStore) -> None:
+    def __init__(
+        self,
+        devices: Sequence[str],
+        flags: Sequence[str],
+        store: JobStore,
+        delays_s: tuple[float, float] = (FIRST_DELAY_S, LAST_DELAY_S),
+    ) -> None:
         self._store = store
+        self._first_delay_s, self._last_delay_s = delays_s
         self._is_stopping = threading.Event()
         self._keepers = [
             threading.Thread(
@@ -62,7 +70,7 @@ class Supervisor:
     def _keep(self, worker_id: str, device: str, flags: Sequence[str]) -> None:
         """One worker's life after life."""
         command = [sys.executable, "-m", "server.cli", "worker", *flags]
-        delay_s = FIRST_DELAY_S
+        delay_s = self._first_delay_s
         while not self._is_stopping.is_set():
             started = time.monotonic()
             # A group of its own: Ctrl-C is for the server, which tells its workers in its own time.
@@ -75,10 +83,10 @@ class Supervisor:
             if self._is_stopping.is_set():
                 return
             if time.monotonic() - started > STEADY_S:
-                delay_s = FIRST_DELAY_S
+                delay_s = self._first_delay_s
             logger.error("worker ended", worker_id=worker_id, exit_code=exit_code, delay_s=delay_s)
             self._is_stopping.wait(delay_s)
-            delay_s = min(delay_s * 2, LAST_DELAY_S)
+            delay_s = min(delay_s * 2, self._last_delay_s)
 
     def _take_back(self, worker_id: str) -> None:
         """Queue the jobs of a worker that has ended; where that fails, their leases run out."""

@@ -7,13 +7,13 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
-from server import supervisor
 from server.jobs import JobStore
 from server.supervisor import Supervisor
 
 WAIT_S = 60
 BROKEN = ["--config", "no-such-file.toml"]
 """Flags that end a worker at once."""
+AT_ONCE = (0.01, 0.01)
 
 
 class CountingStore(JobStore):
@@ -34,22 +34,16 @@ class CountingStore(JobStore):
         return super().requeue_of(worker_id)
 
 
-@pytest.fixture(autouse=True)
-def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(supervisor, "LAST_DELAY_S", 0.01)
-
-
 @pytest.mark.parametrize("failures", [0, 2])
 def test_worker_that_ends_is_started_again(engine: Engine, failures: int) -> None:
     store = CountingStore(engine, failures, enough=3)
-    with Supervisor(["cpu"], BROKEN, store):
+    with Supervisor(["cpu"], BROKEN, store, AT_ONCE):
         assert store.is_enough.wait(WAIT_S), "a failing database must not end the keeper"
 
 
 def test_each_device_has_a_worker_of_its_own(engine: Engine, tmp_path: Path) -> None:
     store = CountingStore(engine, failures=0, enough=2)
-    with Supervisor(["cpu", "cpu"], BROKEN, store) as running:
+    with Supervisor(["cpu", "cpu"], BROKEN, store, AT_ONCE) as running:
         assert store.is_enough.wait(WAIT_S)
     names = {keeper.name for keeper in running._keepers}
     assert len(names) == 2
