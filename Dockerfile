@@ -2,6 +2,8 @@
 # CUDA's own libraries come with the torch wheel; the base image adds what the driver needs to find.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
+# The base image fixes the distribution; its security updates are wanted.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
@@ -20,7 +22,7 @@ COPY models models
 COPY server server
 COPY configs configs
 
-USER inpaint
+USER 10001
 # The server refuses to start here without INPAINT_AUTH__KEYS: it listens beyond loopback.
 ENV INPAINT_HOST=0.0.0.0 INPAINT_DATA_DIR=/data HF_HOME=/models-cache
 VOLUME ["/data", "/models-cache"]
