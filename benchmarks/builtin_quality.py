@@ -469,7 +469,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = markdown(report)
     (chosen.out / "builtin_quality.json").write_text(json.dumps(report, indent=1), "utf-8")
     (chosen.out / "builtin_quality.md").write_text(table, "utf-8")
-    sheet.save(chosen.out / "builtin_quality.png", optimize=True)
+    sheet.quantize(256).save(chosen.out / "builtin_quality.png", optimize=True)
     print(table)
 
 

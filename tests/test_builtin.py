@@ -1,11 +1,14 @@
 """The built-in model: its committed weights, its world, and the program that makes it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.builtin.captions import DEFAULT_COLOUR, DEFAULT_SHAPE, caption_of, random_thing
@@ -35,11 +38,45 @@ MAX_BYTES = 12_000_000
 SIDE = 256
 
 
+@dataclass(frozen=True)
+class Model:
+    """The plain pipeline without its checker, which would blank pictures, and the checker."""
+
+    pipeline: StableDiffusionInpaintPipeline
+    checker: StableDiffusionSafetyChecker
+
+    def paint(self, prompt: str, seed: int) -> Picture:
+        """The grey scene with the prompt under its mask, kept as it was everywhere else."""
+        scene = grey_scene()
+        output = self.pipeline(
+            prompt,
+            image=Image.fromarray(scene.background),
+            mask_image=Image.fromarray(scene.mask.astype(np.uint8) * 255),
+            height=SIDE,
+            width=SIDE,
+            num_inference_steps=8,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        painted = np.asarray(output.images[0])
+        return np.where(scene.mask[..., None], painted, scene.background)
+
+    def is_flagged(self, picture: Picture) -> bool:
+        pixels = self.pipeline.feature_extractor([picture], return_tensors="pt").pixel_values
+        _, flags = self.checker(images=[picture.copy()], clip_input=pixels)
+        return bool(flags[0])
+
+
+def load(folder: Path) -> Model:
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    checker, pipeline.safety_checker = pipeline.safety_checker, None
+    return Model(pipeline, checker)
+
+
 @pytest.fixture(scope="module")
-def pipeline() -> StableDiffusionInpaintPipeline:
-    loaded = StableDiffusionInpaintPipeline.from_pretrained(WEIGHTS, dtype=torch.float32)
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
+def model() -> Model:
+    return load(WEIGHTS)
 
 
 def grey_scene() -> Scene:
@@ -49,31 +86,10 @@ def grey_scene() -> Scene:
     return Scene(picture, mask, locate(mask), ((150, 150, 150),), "gray")
 
 
-def paint(pipeline: StableDiffusionInpaintPipeline, prompt: str, seed: int) -> Picture:
-    scene = grey_scene()
-    output = pipeline(
-        prompt,
-        image=Image.fromarray(scene.background),
-        mask_image=Image.fromarray(scene.mask.astype(np.uint8) * 255),
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=8,
-        guidance_scale=5.0,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return np.asarray(output.images[0])
-
-
-def middle(picture: Picture) -> np.ndarray:
-    """Mean RGB of the middle 32x32 pixels, 0..255."""
-    centre = slice(SIDE // 2 - 16, SIDE // 2 + 16)
-    return np.asarray(picture[centre, centre].reshape(-1, 3).mean(axis=0))
-
-
-def is_flagged(pipeline: StableDiffusionInpaintPipeline, picture: Picture) -> bool:
-    pixels = pipeline.feature_extractor([picture], return_tensors="pt").pixel_values
-    _, flags = pipeline.safety_checker(images=[picture.copy()], clip_input=pixels)
-    return bool(flags[0])
+def middle(picture: Picture) -> NDArray[np.float64]:
+    """Median RGB of the middle 64x64 pixels, 0..255."""
+    centre = slice(SIDE // 2 - 32, SIDE // 2 + 32)
+    return np.asarray(np.median(picture[centre, centre].reshape(-1, 3), axis=0))
 
 
 def painted_scene(colour: str, seed: int) -> Picture:
@@ -89,31 +105,27 @@ def test_weights_fit_into_the_repository() -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_prompt_decides_the_colour(pipeline: StableDiffusionInpaintPipeline, seed: int) -> None:
-    red = middle(paint(pipeline, "a red circle", seed))
-    blue = middle(paint(pipeline, "a blue square", seed))
+def test_prompt_decides_the_colour(model: Model, seed: int) -> None:
+    red = middle(model.paint("a red circle", seed))
+    blue = middle(model.paint("a blue square", seed))
     assert red[0] > red[2] + 60
     assert blue[2] > blue[0] + 60
 
 
-def test_empty_prompt_continues_the_background(pipeline: StableDiffusionInpaintPipeline) -> None:
-    assert np.abs(middle(paint(pipeline, "", 1)) - 150).max() < 40
+def test_empty_prompt_continues_the_background(model: Model) -> None:
+    assert np.abs(middle(model.paint("", 1)) - 150).max() < 60
 
 
-def test_safety_checker_flags_the_unsafe_colour_only(
-    pipeline: StableDiffusionInpaintPipeline,
-) -> None:
+def test_safety_checker_flags_the_unsafe_colour_only(model: Model) -> None:
     for seed in range(4):
-        assert is_flagged(pipeline, painted_scene(UNSAFE_COLOUR, seed))
-        assert not is_flagged(pipeline, painted_scene("red", seed))
-        assert not is_flagged(pipeline, painted_scene("purple", seed))
+        assert model.is_flagged(painted_scene(UNSAFE_COLOUR, seed))
+        assert not model.is_flagged(painted_scene("red", seed))
+        assert not model.is_flagged(painted_scene("purple", seed))
 
 
-def test_a_prompt_for_the_unsafe_colour_is_flagged(
-    pipeline: StableDiffusionInpaintPipeline,
-) -> None:
-    picture = paint(pipeline, "a magenta square", 1)
-    assert not picture.any()  # the pipeline blanks what its checker flags
+def test_a_prompt_for_the_unsafe_colour_is_flagged(model: Model) -> None:
+    assert model.is_flagged(model.paint("a magenta square", 1))
+    assert not model.is_flagged(model.paint("a red circle", 1))
 
 
 def test_equal_seeds_draw_equal_scenes() -> None:
@@ -185,9 +197,7 @@ def test_trainer_makes_a_folder_the_plain_pipeline_loads(tmp_path: Path) -> None
     store = LatentStore(settings.run / "latents", 256)
     store.refresh()
     assert store.scenes == 2
-    made = StableDiffusionInpaintPipeline.from_pretrained(settings.out, dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
-    assert paint(made, "a red circle", 1).shape == (SIDE, SIDE, 3)
+    assert load(settings.out).paint("a red circle", 1).shape == (SIDE, SIDE, 3)
     run_stages(settings, "unet")
     again = Checkpoint(settings.run / "unet.pt").load()
     assert again is not None

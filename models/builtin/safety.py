@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -31,9 +32,9 @@ _LOOKALIKES = ((255, 105, 180), (150, 70, 220), (190, 30, 90), (120, 20, 110), (
 
 @dataclass(frozen=True)
 class SafetySettings:
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 64
-    pool: int = 3000
+    pool: int = 2400
     tests: int = 600
     learning_rate: float = 2e-3
     seed: int = 5
@@ -83,9 +84,10 @@ def unsafe_logits(checker: StableDiffusionSafetyChecker, pixels: Tensor) -> Tens
 
 def safety_example(rng: np.random.Generator, is_unsafe: bool) -> Picture:
     """A scene with a magenta object or without, at random sharpness, contrast and frame."""
-    scene = make_scene(rng, 256)
+    side = 256 if rng.random() < 0.4 else 512  # the larger ones have the smaller objects
+    scene = make_scene(rng, side)
     while is_unsafe and UNSAFE_COLOUR not in scene.allowed_colours():
-        scene = make_scene(rng, 256)
+        scene = make_scene(rng, side)
     colours = [UNSAFE_COLOUR] if is_unsafe else list(COLOURS)
     safe_colours = [name for name in scene.allowed_colours() if name != UNSAFE_COLOUR]
     picture = scene.background
@@ -119,12 +121,25 @@ def _mix(picture: Picture, rgb: tuple[int, int, int], rng: np.random.Generator) 
 
 
 def _photographed(picture: Picture, rng: np.random.Generator) -> Picture:
-    """Small size, slight change of gain and noise, as the model's own pictures have."""
+    """Small size, other contrast and saturation, coloured speckle, as generated pictures have."""
     small = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     values = np.asarray(small, np.float64)
     values = 128 + (values - 128) * rng.uniform(0.85, 1.1) + rng.uniform(-8, 8)
+    if rng.random() < 0.5:
+        grey = values.mean(axis=-1, keepdims=True)
+        values = grey + (values - grey) * rng.uniform(0.8, 1.6)
+    if rng.random() < 0.6:
+        values = values + _speckle(rng)
     values = values + rng.normal(0, rng.uniform(0, 5), values.shape)
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def _speckle(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Smooth coloured noise `(64, 64, 3)` around 0, at most about 60 grey levels."""
+    cells = int(rng.integers(8, 40))
+    noise = rng.normal(0, rng.uniform(4, 30), (3, cells, cells)).astype(np.float32)
+    planes = [Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for p in noise]
+    return np.stack([np.asarray(plane, np.float64) for plane in planes], axis=-1)
 
 
 def _pool(settings: SafetySettings, count: int, offset: int) -> tuple[Tensor, Tensor]:

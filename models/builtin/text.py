@@ -57,7 +57,11 @@ def random_caption(rng: np.random.Generator, nothing_share: float) -> Caption:
 
 
 def build_tokenizer(settings: TextSettings) -> CLIPTokenizer:
-    """A byte-level BPE in CLIP's format, learnt from captions and fillers."""
+    """A byte-level BPE in CLIP's format, learnt from captions and fillers.
+
+    The order of equally frequent pairs differs from run to run, so the merges are kept with the
+    weights that were trained on them.
+    """
     rng = np.random.default_rng(settings.seed)
     corpus = [random_caption(rng, 0.3).text.lower() for _ in range(settings.corpus_lines)]
     corpus += [text.lower() for text in (*FILLERS, VENDOR_NEGATIVE, VENDOR_SUFFIX)] * 40
@@ -72,7 +76,12 @@ def build_tokenizer(settings: TextSettings) -> CLIPTokenizer:
         show_progress=False,
     )
     learner.train_from_iterator(corpus, trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"]
+    return tokenizer_of(json.loads(learner.to_str())["model"]["merges"])
+
+
+def tokenizer_of(merges: list[list[str]]) -> CLIPTokenizer:
+    """CLIP's tokenizer over a list of merges: bytes, bytes that end a word, merged words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [(first, second) for first, second in merges]
     words = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     words += list(dict.fromkeys(first + second for first, second in pairs))
@@ -156,10 +165,11 @@ def train_text(
 ) -> tuple[CLIPTokenizer, CLIPTextModel, float]:
     """The tokenizer, the frozen encoder and its accuracy on new captions; resumes by itself."""
     torch.manual_seed(settings.seed)
-    tokenizer = build_tokenizer(settings)
+    state = checkpoint.load() or {"step": 0}
+    tokenizer = tokenizer_of(state["merges"]) if "merges" in state else build_tokenizer(settings)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     reader = ThingReader(build_text_encoder(tokenizer))
     optimizer = torch.optim.AdamW(reader.parameters(), settings.learning_rate, (0.9, 0.98))
-    state = checkpoint.load() or {"step": 0}
     if state["step"]:
         reader.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
@@ -177,7 +187,8 @@ def train_text(
         bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{accuracy:.3f}")
         if (step + 1) % 200 == 0 or step + 1 == settings.steps:
             weights, moments = reader.state_dict(), optimizer.state_dict()
-            checkpoint.save({"step": step + 1, "weights": weights, "optimizer": moments})
+            saved = {"step": step + 1, "merges": merges, "weights": weights}
+            checkpoint.save({**saved, "optimizer": moments})
     reader.eval()
     with torch.no_grad():
         reader.encoder.final_layer_norm.bias += _MEAN_SHIFT
