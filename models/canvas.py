@@ -57,8 +57,11 @@ class Canvas:
         if self.is_colour_matched:
             generated = match_colours(self.init_image, generated, self.strengths > 0)
         returned = resize(generated, self.box.width, self.box.height, Resampling.LANCZOS)
+        pasted = paste_back(self.picture[self.box.pixels], returned, self.weights)
+        if pasted.shape == self.picture.shape:
+            return pasted
         result = self.picture.copy()
-        result[self.box.pixels] = paste_back(result[self.box.pixels], returned, self.weights)
+        result[self.box.pixels] = pasted
         return result
 
 
@@ -114,8 +117,7 @@ def crop_box(masked: Box, margin: int, whole: Box, proportions: tuple[int, int])
     border allows, and shifted where not. If the picture is too small for the proportions, it is
     used from border to border and the model sees it stretched.
     """
-    left, right = max(0, masked.left - margin), min(whole.right, masked.right + margin)
-    top, bottom = max(0, masked.top - margin), min(whole.bottom, masked.bottom + margin)
+    left, top, right, bottom = masked.grown(margin, (whole.bottom, whole.right))
     across, down = proportions
     wanted_width = -(-(bottom - top) * across // down)  # rounded up
     wanted_height = -(-(right - left) * down // across)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-import cv2
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
@@ -69,8 +69,11 @@ _DAMAGE = (
 )
 """What Pillow's readers let through on damaged files; warnings where the process escalates them."""
 
-_PNG_HEADER_END = 33
-"""Bytes of the signature and of the IHDR chunk, which has to come first."""
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_PNG_UP = 2
+"""The filter that keeps each row as its difference from the row above (specification, 9.2): numpy
+does it at the speed of memory, and it compresses photographs about as well as the best one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +133,31 @@ def resize(
 
 
 def encode_png(image: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> bytes:
-    """A lossless PNG of `(h, w, 3)` RGB; the same input gives the same bytes.
+    """A lossless PNG of `(h, w, 3)` RGB.
+
+    The same input gives the same bytes on processors of one kind.
 
     text: keyword to value, stored as tEXt, or as iTXt where Latin-1 does not suffice. Characters
         that PNG cannot hold are replaced: NUL by U+FFFD, lone surrogates by "?".
     Raises: ValueError for a keyword outside the PNG specification's 11.3.3.2.
     """
-    # OpenCV's defaults are its fast setting: level 1, run lengths, one filter.
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    png = encoded.tobytes()
-    chunks = [_text_chunk(keyword, value) for keyword, value in (text or {}).items()]
-    return b"".join((png[:_PNG_HEADER_END], *chunks, png[_PNG_HEADER_END:]))
+    height, width, channels = image.shape
+    rows = image.reshape(height, width * channels)
+    filtered = np.empty((height, 1 + width * channels), np.uint8)
+    filtered[:, 0] = _PNG_UP
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    # Eight bits a sample, colour type RGB, and the only compression, filtering and order there are.
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"".join(
+        (
+            _PNG_SIGNATURE,
+            _chunk(b"IHDR", header),
+            *(_text_chunk(keyword, value) for keyword, value in (text or {}).items()),
+            _chunk(b"IDAT", isal_zlib.compress(filtered, 1)),
+            _chunk(b"IEND", b""),
+        )
+    )
 
 
 def _decode(data: bytes, limits: ImageLimits, field: str, background: str) -> Image.Image:

@@ -44,6 +44,15 @@ class Box(NamedTuple):
         """The index of these pixels in an array."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
+    def grown(self, margin_px: int, shape: tuple[int, ...]) -> "Box":
+        """With a margin on each side, as far as an array of this shape `(h, w)` has pixels."""
+        return Box(
+            max(0, self.left - margin_px),
+            max(0, self.top - margin_px),
+            min(shape[1], self.right + margin_px),
+            min(shape[0], self.bottom + margin_px),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
@@ -101,13 +110,18 @@ def seam_weights(repaint: NDArray[np.bool_], seam_px: int = 4) -> NDArray[np.flo
     largest depth nearby, whichever is less: the middle of a thin stroke is repainted in full.
     There is no seam along the picture's own border.
     """
-    if seam_px == 0:
-        return repaint.astype(np.float32)
-    # The outside of the picture does not count as kept, which leaves its border without a seam.
-    depth = depths(repaint)
+    weights = repaint.astype(np.float32)
+    box = bounding_box(repaint)
+    if seam_px == 0 or box is None:
+        return weights
+    # All kept pixels that matter are at most one pixel away from the box, where there are any. The
+    # outside of the picture does not count as kept, which leaves its border without a seam.
+    around = box.grown(1, repaint.shape).pixels
+    depth = depths(np.ascontiguousarray(repaint[around]))
     reach = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * seam_px + 1, 2 * seam_px + 1))
     rim = np.clip(cv2.dilate(depth, reach) / 2, 1, seam_px)
-    return np.clip(depth / rim, 0, 1).astype(np.float32, copy=False)
+    weights[around] = np.clip(depth / rim, 0, 1)
+    return weights
 
 
 def blur_reach(sigma_px: int) -> int:
@@ -137,11 +151,18 @@ def paste_back(
     Pixels of weight 0 equal the init image exactly, those of weight 1 the generated one.
     """
     result = init_image.copy()
-    cv2.copyTo(generated, (weights > 0).view(np.uint8), result)
-    seam = (weights > 0) & (weights < 1)
-    old = init_image[seam].astype(np.float32)
+    box = bounding_box(weights > 0)
+    if box is None:
+        return result
+    part = init_image[box.pixels].copy()
+    generated = np.ascontiguousarray(generated[box.pixels])
+    weights = np.ascontiguousarray(weights[box.pixels])
+    seam = np.nonzero((weights > 0) & (weights < 1))
+    old = part[seam].astype(np.float32)
     blend = old + weights[seam][:, np.newaxis] * (generated[seam] - old)
-    result[seam] = np.rint(blend).astype(np.uint8)
+    cv2.copyTo(generated, (weights > 0).view(np.uint8), part)
+    part[seam] = np.rint(blend).astype(np.uint8)
+    result[box.pixels] = part
     return result
 
 
