@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo serve test check format bench
+.PHONY: install demo serve test fuzz check format bench
 
 install: $(INSTALLED)
 
@@ -19,6 +19,9 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz_pictures --count 10000
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

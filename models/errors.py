@@ -48,7 +48,9 @@ class ImageFault(StrEnum):
     """Why bytes were not taken as a picture."""
 
     NOT_AN_IMAGE = "not_an_image"
-    """No picture at all, or one that is cut off or damaged."""
+    """No picture at all."""
+    DAMAGED = "damaged"
+    """A picture that is cut off, contradicts itself or has no pixels."""
     TOO_LARGE = "too_large"
     """More bytes, pixels or memory than allowed."""
     UNSUPPORTED = "unsupported"

@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from models.decoding import ImageLimits
 from server.auth import KeyRing
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
@@ -23,7 +24,8 @@ from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
 from server.jobs import JobStore
 from server.routes import get_services, router
-from server.services import DECODE_THREADS, STORE_THREADS, Services
+from server.sandbox import Sandbox
+from server.services import STORE_THREADS, Services
 from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
@@ -46,16 +48,17 @@ def create_app(settings: Settings) -> FastAPI:
         fetcher = Fetcher(settings.fetch)
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         sender = asyncio.create_task(WebhookSender(settings.webhook, deliveries, store).run())
-        with Waiters(store) as waiters:
+        sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
+        with Waiters(store) as waiters, sandbox:
             app.state.services = Services(
                 settings=settings,
                 keys=KeyRing(settings.auth.keys),
                 store=store,
                 storage=Storage(settings.storage_url),
                 fetcher=fetcher,
+                sandbox=sandbox,
                 waiters=waiters,
                 store_threads=anyio.CapacityLimiter(STORE_THREADS),
-                decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
             )
             yield
         sender.cancel()

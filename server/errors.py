@@ -43,6 +43,9 @@ class ImageProblem(StrEnum):
     NOT_ALLOWED = "not_allowed"
     TOO_LARGE = "too_large"
     NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED = "unsupported"
+    DAMAGED = "damaged"
+    TOO_SLOW = "too_slow"
 
 
 class ImageUnavailable(ApiError):

@@ -12,14 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from models.enhance import Enhancement
 from models.errors import InvalidInput
-from models.images import ImageLimits
 from models.params import InpaintParams
 from server.bodies import Fields, read_fields
 from server.dialects import v3
 from server.downloads import download_images
 from server.errors import InvalidRequest, JobNotFound, RouteNotFound
 from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, WorkerStatus
-from server.sandbox import DecodedPair, decode_pair
+from server.sandbox import DecodedPair
 from server.services import Services
 from server.settings import Base64Output, Settings
 
@@ -133,9 +132,7 @@ async def accept(services: Services, asked: v3.V3Request, key_id: str, base_url:
     fetch_settings = services.settings.fetch
     sources = {"init_image": asked.init_image, "mask_image": asked.mask_image}
     images = await download_images(sources, services.fetcher, fetch_settings.max_image_bytes)
-    pair = await services.in_decode_thread(
-        decode_pair, images, asked.width, asked.height, ImageLimits(fetch_settings.max_image_bytes)
-    )
+    pair = await services.sandbox.decode_pair(images, asked.width, asked.height)
     params = params_of(asked, pair)
     new = NewJob(
         dialect=v3.DIALECT,

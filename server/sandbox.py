@@ -1,21 +1,65 @@
-"""Decodes hostile bytes into the two arrays of a job, at the job's size."""
+"""Decodes hostile bytes into the two arrays of a job, in child processes with nothing to steal.
 
-import io
+`decoder.py` is the child's side. A child that crashes, or takes too long and is killed, costs its
+picture and nothing else: the next one meets a fresh child. What a child answers is checked too.
+"""
+
+import asyncio
+import contextlib
+import os
+import queue
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import ImageFault, UnreadableImage
-from models.images import ImageLimits, decode_image, decode_mask, resize_pair
+from models.decoding import ImageLimits
+from models.errors import ImageFault
 from models.params import fit_size
-from server.errors import ImageProblem, ImageUnavailable
+from server.decoder import FAULTS, PICTURE, READY, REPLY, REQUEST, Kind
+from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
+
+CHILDREN = 2
+"""Pictures decoded at a time."""
+
+WALL_S = 10
+"""A picture may take so long, in real time and in processor time, before its child is killed."""
+
+START_TIMEOUT_S = 60.0
+PICTURES_PER_CHILD = 10_000
+"""Then a fresh child takes over, so that whatever leaks cannot grow."""
+
+MAX_WAITING_BYTES = 256 * 2**20
+"""Files that may wait for a child; beyond, requests are refused."""
+
+PIPE_BYTES = 2**20
 
 PROBLEM_OF_FAULT = {
     ImageFault.NOT_AN_IMAGE: ImageProblem.NOT_AN_IMAGE,
-    ImageFault.UNSUPPORTED: ImageProblem.NOT_AN_IMAGE,
+    ImageFault.DAMAGED: ImageProblem.DAMAGED,
+    ImageFault.UNSUPPORTED: ImageProblem.UNSUPPORTED,
     ImageFault.TOO_LARGE: ImageProblem.TOO_LARGE,
 }
+
+REPOSITORY = Path(__file__).parents[1]
+PROGRAM = (
+    "import os, sys; sys.path[:] = sys.argv[5:]; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
+    "from server.decoder import main; main(*map(int, sys.argv[1:5]))"
+)
+
+STORED_SIZE = struct.Struct("<II")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,35 +70,294 @@ class DecodedPair:
     mask: NDArray[np.uint8]
 
     def to_bytes(self) -> bytes:
-        """Both as one NumPy file `(h, w, 4)`: what the worker reads."""
-        buffer = io.BytesIO()
-        np.save(buffer, np.dstack([self.init_image, self.mask]), allow_pickle=False)
-        return buffer.getvalue()
+        """What the worker reads: height and width, then the pixels of one after the other."""
+        planes = [np.ascontiguousarray(each).data for each in (self.init_image, self.mask)]
+        return b"".join([STORED_SIZE.pack(*self.mask.shape), *planes])
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "DecodedPair":
-        """What `to_bytes` wrote."""
-        stacked = np.load(io.BytesIO(content), allow_pickle=False)
-        return cls(np.ascontiguousarray(stacked[..., :3]), np.ascontiguousarray(stacked[..., 3]))
+        """What `to_bytes` wrote. Raises: ValueError for anything else."""
+        if len(content) < STORED_SIZE.size:
+            raise ValueError("no pair of pictures")
+        height, width = STORED_SIZE.unpack_from(content)
+        # A copy, because PyTorch takes only arrays that can be written to.
+        pixels = np.frombuffer(bytearray(content[STORED_SIZE.size :]), np.uint8)
+        init_image, mask = pixels[: height * width * 3], pixels[height * width * 3 :]
+        return cls(init_image.reshape(height, width, 3), mask.reshape(height, width))
 
 
-def decode_pair(
-    images: dict[str, bytes], width: int | None, height: int | None, limits: ImageLimits
-) -> DecodedPair:
-    """Decode and resize; a size that was not asked for follows the init image's.
+class DecoderEnded(Exception):
+    """The child is gone, or says what it cannot mean."""
 
-    images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all that are at fault.
+
+class Decoder:
+    """One child process, started when it is needed; for one thread at a time, but for `stop`.
+
+    The thread that decodes first must outlive the child: the kernel ends it with that thread.
     """
-    decoders = {"init_image": decode_image, "mask_image": decode_mask}
-    problems: dict[str, ImageProblem] = {}
-    decoded: dict[str, NDArray[np.uint8]] = {}
-    for name, decode in decoders.items():
+
+    def __init__(
+        self,
+        limits: ImageLimits,
+        wall_s: float = WALL_S,
+        pictures_per_child: int = PICTURES_PER_CHILD,
+        program: str = PROGRAM,
+    ) -> None:
+        self._limits = limits
+        self._wall_s = wall_s
+        self._pictures_per_child = pictures_per_child
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
+        self._is_stopped = False
+        self._pictures = 0
+        self.starts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child there is now."""
+        return None if self._process is None else self._process.pid
+
+    def decode_pair(
+        self, images: Mapping[str, bytes], width: int | None, height: int | None
+    ) -> DecodedPair:
+        """Decode and resize; a size that was not asked for follows the init image's.
+
+        images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all at fault.
+        """
+        init_image = self.decode(Kind.INIT_IMAGE, images["init_image"], width, height)
+        if not isinstance(init_image, ImageProblem):
+            height, width = init_image.shape[:2]
+        mask = self.decode(Kind.MASK_IMAGE, images["mask_image"], width, height)
+        if isinstance(init_image, ImageProblem) or isinstance(mask, ImageProblem):
+            outcomes = {"init_image": init_image, "mask_image": mask}
+            raise ImageUnavailable(
+                {name: each for name, each in outcomes.items() if isinstance(each, ImageProblem)}
+            )
+        return DecodedPair(init_image, mask)
+
+    def decode(
+        self, kind: Kind, content: bytes, width: int | None, height: int | None
+    ) -> NDArray[np.uint8] | ImageProblem:
+        """The picture at the size of a job, `(h, w, 3)` or `(h, w)`, or what is wrong with it.
+
+        Raises: ApiError when no child can be started.
+        """
+        if len(content) > self._limits.max_bytes:
+            return ImageProblem.TOO_LARGE
+        self._make_ready()
+        until = time.monotonic() + self._wall_s
         try:
-            decoded[name] = decode(images[name], limits)
-        except UnreadableImage as error:
-            problems[name] = PROBLEM_OF_FAULT[error.kind]
-    if problems:
-        raise ImageUnavailable(problems)
-    own_height, own_width = decoded["init_image"].shape[:2]
-    size = fit_size(own_width, own_height, width, height)
-    return DecodedPair(*resize_pair(decoded["init_image"], decoded["mask_image"], *size))
+            self._send(REQUEST.pack(kind, len(content), width or 0, height or 0) + content, until)
+            return self._read_reply(kind, width, height, until)
+        except (DecoderEnded, TimeoutError) as error:
+            return self._bury(is_late=isinstance(error, TimeoutError))
+        finally:
+            self._pictures += 1
+            if self._pictures >= self._pictures_per_child:
+                self._end()
+
+    def start(self) -> None:
+        """Start the child, unless there is one; it gets ready by itself."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._end()
+        if self._is_stopped:
+            raise ApiError
+        limits = self._limits
+        numbers = (limits.max_bytes, limits.max_pixels, limits.max_side, WALL_S)
+        paths = [str(REPOSITORY), *(path for path in sys.path if os.path.isabs(path))]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd="/",
+            env={},
+            start_new_session=True,  # an operator's Ctrl-C is for the server
+        )
+        self.starts += 1
+        for descriptor in self._descriptors():
+            os.set_blocking(descriptor, False)
+            widen(descriptor)
+
+    def stop(self) -> None:
+        """Kill the child and start no other; may be called from any thread."""
+        self._is_stopped = True
+        if (process := self._process) is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """After the last picture."""
+        self._is_stopped = True
+        self._end()
+
+    def _make_ready(self) -> None:
+        self.start()
+        if self._is_ready:
+            return
+        try:
+            self._is_ready = self._receive(1, time.monotonic() + START_TIMEOUT_S) == READY
+        except (DecoderEnded, TimeoutError) as error:
+            self._end()
+            raise ApiError("no picture decoder") from error
+
+    def _read_reply(
+        self, kind: Kind, width: int | None, height: int | None, until: float
+    ) -> NDArray[np.uint8] | ImageProblem:
+        outcome, *size = REPLY.unpack(self._receive(REPLY.size, until))
+        if outcome != PICTURE:
+            if outcome > len(FAULTS):
+                raise DecoderEnded
+            return PROBLEM_OF_FAULT[FAULTS[outcome - 1]]
+        # A size that fits needs no fitting: anything else is no answer to what was asked.
+        if 0 in size or fit_size(size[0], size[1], width, height) != tuple(size):
+            raise DecoderEnded
+        pixels = self._receive(size[0] * size[1] * kind.channels, until)
+        shape = (size[1], size[0], 3) if kind is Kind.INIT_IMAGE else (size[1], size[0])
+        return np.frombuffer(pixels, np.uint8).reshape(shape)
+
+    def _bury(self, *, is_late: bool) -> ImageProblem:
+        """The picture's problem, once its child has failed."""
+        exit_code = self._end()
+        if self._is_stopped:
+            raise ApiError
+        is_late = is_late or exit_code == -signal.SIGXCPU
+        logger.warning("picture decoder ended", exit_code=exit_code, is_late=is_late)
+        return ImageProblem.TOO_SLOW if is_late else ImageProblem.DAMAGED
+
+    def _end(self) -> int | None:
+        """The child's exit status, or that of being killed; None where there was none."""
+        process, self._process = self._process, None
+        self._is_ready, self._pictures = False, 0
+        if process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # One that has closed its pipe is about to end by itself, and its status tells why.
+            process.wait(0 if process.poll() is None else None)
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        return process.wait()
+
+    def _send(self, content: bytes, until: float) -> None:
+        rest = memoryview(content)
+        descriptor, _ = self._descriptors()
+        while rest:
+            wait_for(descriptor, select.POLLOUT, until)
+            try:
+                rest = rest[os.write(descriptor, rest) :]
+            except BrokenPipeError as error:
+                raise DecoderEnded from error
+
+    def _receive(self, size: int, until: float) -> bytearray:
+        content = bytearray(size)
+        rest = memoryview(content)
+        _, descriptor = self._descriptors()
+        while rest:
+            wait_for(descriptor, select.POLLIN, until)
+            received = os.readv(descriptor, [rest])
+            if not received:
+                raise DecoderEnded
+            rest = rest[received:]
+        return content
+
+    def _descriptors(self) -> tuple[int, int]:
+        """Where requests go, and where replies come from."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise DecoderEnded
+        return process.stdin.fileno(), process.stdout.fileno()
+
+
+def wait_for(descriptor: int, event: int, until: float) -> None:
+    """Until the pipe is ready or its other end closed. Raises: TimeoutError."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def widen(pipe: int) -> None:
+    """So that a picture crosses in one go. Not granted to every user; it works without."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+class Sandbox:
+    """The API process's decoders: a few children, each with a thread that waits for it.
+
+    Use as a context manager: leaving ends the children.
+    """
+
+    def __init__(
+        self,
+        limits: ImageLimits,
+        *,
+        children: int = CHILDREN,
+        wall_s: float = WALL_S,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
+    ) -> None:
+        self._decoders = [Decoder(limits, wall_s) for _ in range(children)]
+        # The last one used comes first: with little to do, one warm child does it all.
+        self._idle: queue.LifoQueue[Decoder] = queue.LifoQueue()
+        for decoder in self._decoders:
+            self._idle.put(decoder)
+        self._threads = ThreadPoolExecutor(children, thread_name_prefix="decoder")
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting = 0
+        self._waiting_bytes = 0
+
+    async def decode_pair(
+        self, images: Mapping[str, bytes], width: int | None, height: int | None
+    ) -> DecodedPair:
+        """As `Decoder.decode_pair`. A caller that is cancelled leaves its child in order.
+
+        Raises: ImageUnavailable, QueueFull, ApiError.
+        """
+        size = sum(map(len, images.values()))
+        if self._waiting_bytes + size > self._max_waiting_bytes:
+            raise QueueFull(self._waiting)
+        self._waiting += 1
+        self._waiting_bytes += size
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self._decode, images, width, height)
+        finally:
+            self._waiting -= 1
+            self._waiting_bytes -= size
+
+    def warm(self) -> None:
+        """Start a child in the background, for the first request to meet."""
+        self._threads.submit(self._start)
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in self._decoders:
+            decoder.stop()
+        self._threads.shutdown()
+        for decoder in self._decoders:
+            decoder.close()
+
+    def _decode(
+        self, images: Mapping[str, bytes], width: int | None, height: int | None
+    ) -> DecodedPair:
+        decoder = self._idle.get()
+        try:
+            return decoder.decode_pair(images, width, height)
+        finally:
+            self._idle.put(decoder)
+
+    def _start(self) -> None:
+        decoder = self._idle.get()
+        try:
+            decoder.start()
+        finally:
+            self._idle.put(decoder)

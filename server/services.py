@@ -11,6 +11,7 @@ import anyio.to_thread
 from server.auth import KeyRing
 from server.egress import Fetcher
 from server.jobs import JobStore
+from server.sandbox import Sandbox
 from server.settings import Settings
 from server.storage import Storage
 from server.waiters import Waiters
@@ -20,9 +21,6 @@ R = TypeVar("R")
 
 STORE_THREADS = 8
 """Database and file calls at a time; fewer than the connections of the database pool."""
-
-DECODE_THREADS = 2
-"""Pictures decoded at a time: each may take 100 MB while it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +32,9 @@ class Services:
     store: JobStore
     storage: Storage
     fetcher: Fetcher
+    sandbox: Sandbox
     waiters: Waiters
     store_threads: anyio.CapacityLimiter
-    decode_threads: anyio.CapacityLimiter
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
@@ -44,10 +42,3 @@ class Services:
         """Call a synchronous part without blocking the event loop."""
         call = functools.partial(function, *args, **kwargs)
         return await anyio.to_thread.run_sync(call, limiter=self.store_threads)
-
-    async def in_decode_thread(
-        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        """Call the picture decoder without blocking the event loop."""
-        call = functools.partial(function, *args, **kwargs)
-        return await anyio.to_thread.run_sync(call, limiter=self.decode_threads)

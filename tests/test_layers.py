@@ -19,7 +19,8 @@ REPOSITORY = Path(__file__).parents[1]
 MODELS = {
     "errors": "",
     "params": "errors",
-    "images": "errors",
+    "decoding": "errors",
+    "images": "",
     "masks": "images",
     "canvas": "images masks params",
     "enhance": "",
@@ -53,22 +54,23 @@ SERVER = {
     "storage": "errors",
     "egress": "errors settings",
     "downloads": "egress errors",
-    "sandbox": "errors models.errors models.images models.params",
+    "confinement": "",
+    "decoder": "confinement models.decoding models.errors models.params",
+    "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
     "deliveries": "database",
     "jobs": "database deliveries errors models.params",
     "waiters": "jobs telemetry",
     "bodies": "errors",
     "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
-    "services": "auth egress jobs settings storage waiters",
+    "services": "auth egress jobs sandbox settings storage waiters",
     "routes": "bodies dialects downloads errors jobs sandbox services settings"
-    " models.enhance models.errors models.images models.params",
+    " models.enhance models.errors models.params",
     "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
     " models.engine models.errors models.images models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
-    " telemetry"
-    " waiters webhooks",
+    "app": "auth database deliveries dialects egress errors jobs routes sandbox services settings"
+    " storage telemetry waiters webhooks models.decoding",
     "http": "settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
@@ -92,7 +94,7 @@ WEB_AND_DATABASE = {
     "uvicorn",
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
-TORCH_FREE = ("params", "images", "masks", "canvas", "errors", "enhance", "registry")
+TORCH_FREE = ("params", "decoding", "images", "masks", "canvas", "errors", "enhance", "registry")
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,47 @@
-"""Hostile bytes to the two arrays of a job."""
+"""Hostile bytes to the two arrays of a job, through real child processes."""
+
+import asyncio
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from models.decoding import ImageLimits
 from models.errors import ImageFault
-from models.images import ImageLimits
-from server.errors import ImageProblem, ImageUnavailable
-from server.sandbox import PROBLEM_OF_FAULT, DecodedPair, decode_pair
+from server import confinement
+from server.decoder import Kind
+from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
+from server.sandbox import PROBLEM_OF_FAULT, DecodedPair, Decoder, Sandbox
+from tests import hostile_pictures as hostile
 from tests.http_stub import png_bytes
+from tests.test_layers import REPOSITORY, loaded_by
 
 LIMITS = ImageLimits(max_bytes=100_000, max_pixels=2_000_000, max_side=2_000)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def pair_of(
-    init_size: tuple[int, int],
-    mask_size: tuple[int, int] = (64, 64),
-    width: int | None = None,
-    height: int | None = None,
-) -> DecodedPair:
-    images = {"init_image": png_bytes(*init_size), "mask_image": png_bytes(*mask_size)}
-    return decode_pair(images, width, height, LIMITS)
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    decoder = Decoder(LIMITS)
+    yield decoder
+    decoder.close()
+
+
+def images_of(
+    init_size: tuple[int, int], mask_size: tuple[int, int] = (64, 64)
+) -> dict[str, bytes]:
+    return {"init_image": png_bytes(*init_size), "mask_image": png_bytes(*mask_size)}
+
+
+# Pictures
 
 
 @pytest.mark.parametrize(
@@ -36,13 +58,24 @@ def pair_of(
     ],
 )
 def test_pair_has_the_size_asked_for_or_its_own(
-    own: tuple[int, int], asked: tuple[int | None, int | None], size: tuple[int, int]
+    decoder: Decoder,
+    own: tuple[int, int],
+    asked: tuple[int | None, int | None],
+    size: tuple[int, int],
 ) -> None:
-    pair = pair_of(own, (64, 64), *asked)
+    pair = decoder.decode_pair(images_of(own), *asked)
     width, height = size
     assert pair.init_image.shape == (height, width, 3)
     assert pair.mask.shape == (height, width)
     assert pair.init_image.dtype == pair.mask.dtype == np.uint8
+
+
+def test_pixels_cross_unchanged(decoder: Decoder) -> None:
+    image, mask = hostile.noise("RGB", 128), hostile.noise("L", 128)
+    images = {"init_image": hostile.saved(image), "mask_image": hostile.saved(mask)}
+    pair = decoder.decode_pair(images, None, None)
+    np.testing.assert_array_equal(pair.init_image, np.asarray(image))
+    np.testing.assert_array_equal(pair.mask, np.asarray(mask))
 
 
 @pytest.mark.parametrize(
@@ -50,8 +83,8 @@ def test_pair_has_the_size_asked_for_or_its_own(
     [
         (b"", ImageProblem.NOT_AN_IMAGE),
         (b"<html>not found</html>", ImageProblem.NOT_AN_IMAGE),
-        (b"GIF89a\x01\x00\x01\x00", ImageProblem.NOT_AN_IMAGE),
-        (png_bytes()[:60], ImageProblem.NOT_AN_IMAGE),
+        (b"GIF89a\x01\x00\x01\x00", ImageProblem.UNSUPPORTED),
+        (png_bytes()[:60], ImageProblem.DAMAGED),
         (b"x" * 100_001, ImageProblem.TOO_LARGE),
         (png_bytes(2_001, 1), ImageProblem.TOO_LARGE),
         (png_bytes(1_500, 1_500), ImageProblem.TOO_LARGE),
@@ -59,17 +92,22 @@ def test_pair_has_the_size_asked_for_or_its_own(
     ids=["empty", "html", "gif", "cut off", "bytes", "side", "pixels"],
 )
 @pytest.mark.parametrize("name", ["init_image", "mask_image"])
-def test_problem_names_the_image(name: str, content: bytes, problem: ImageProblem) -> None:
+def test_problem_names_the_image(
+    decoder: Decoder, name: str, content: bytes, problem: ImageProblem
+) -> None:
     images = dict.fromkeys(["init_image", "mask_image"], png_bytes()) | {name: content}
     with pytest.raises(ImageUnavailable) as refused:
-        decode_pair(images, None, None, LIMITS)
+        decoder.decode_pair(images, None, None)
     assert refused.value.problems == {name: problem}
 
 
-def test_both_images_at_fault_are_named() -> None:
+def test_both_images_at_fault_are_named(decoder: Decoder) -> None:
     with pytest.raises(ImageUnavailable) as refused:
-        decode_pair({"init_image": b"x", "mask_image": b"y"}, None, None, LIMITS)
-    assert set(refused.value.problems) == {"init_image", "mask_image"}
+        decoder.decode_pair({"init_image": b"x", "mask_image": b"GIF8"}, None, None)
+    assert refused.value.problems == {
+        "init_image": ImageProblem.NOT_AN_IMAGE,
+        "mask_image": ImageProblem.UNSUPPORTED,
+    }
 
 
 def test_every_fault_of_an_image_has_a_problem() -> None:
@@ -83,9 +121,367 @@ def test_pair_survives_storing() -> None:
     again = DecodedPair.from_bytes(DecodedPair(init_image, mask).to_bytes())
     np.testing.assert_array_equal(again.init_image, init_image)
     np.testing.assert_array_equal(again.mask, mask)
-    assert again.mask.flags.c_contiguous
+    for array in (again.init_image, again.mask):
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
 
 
-def test_stored_pair_is_never_unpickled() -> None:
-    with pytest.raises(ValueError, match="allow_pickle"):
-        DecodedPair.from_bytes(b"\x80\x04N.")
+def test_views_can_be_stored() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    again = DecodedPair.from_bytes(DecodedPair(pixels[..., :3], pixels[..., 3]).to_bytes())
+    np.testing.assert_array_equal(np.dstack([again.init_image, again.mask]), pixels)
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"\0"])
+def test_stored_pair_of_a_wrong_length_is_refused(change: object) -> None:
+    content = DecodedPair(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)).to_bytes()
+    assert callable(change)
+    with pytest.raises(ValueError, match="reshape"):
+        DecodedPair.from_bytes(change(content))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"\xff" * 8])
+def test_what_is_no_stored_pair_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"pair|reshape"):
+        DecodedPair.from_bytes(content)
+
+
+# What the child is, and is not
+
+
+def test_child_loads_only_what_decodes() -> None:
+    loaded = loaded_by("import server.decoder")
+    assert {"PIL", "numpy"} <= loaded
+    assert not loaded & {"asyncio", "cv2", "pydantic", "sqlalchemy", "structlog", "subprocess"} - {
+        "subprocess"  # Pillow's JPEG reader imports it
+    }
+    assert not loaded & {"fastapi", "httpx", "obstore", "torch", "starlette"}
+
+
+def test_child_needs_nothing_more_once_it_runs() -> None:
+    """Confined, it could load no module."""
+    program = """
+import sys
+import server.decoder as decoder
+from models.decoding import ImageLimits
+from tests import hostile_pictures as hostile
+files = [hostile.CORPUS[name].make() for name in hostile.CORPUS if not name.startswith("largest")]
+before = set(sys.modules)
+for content in files:
+    for kind in decoder.Kind:
+        decoder.decode(kind, content, ImageLimits(max_pixels=10**6), decoder.fit_to(0, 0))
+print(*set(sys.modules) - before)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert answer.stdout.split() == []
+
+
+@on_linux
+def test_child_has_nothing_to_steal(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder.decode_pair(images_of((64, 64)), None, None)
+    process = Path(f"/proc/{decoder.pid}")
+    assert (process / "environ").read_bytes() == b""
+    assert (process / "cwd").readlink() == Path("/")
+    assert {each.name for each in (process / "fd").iterdir()} == {"0", "1", "2"}
+    assert (process / "fd/2").readlink() == Path("/dev/null")
+
+
+@on_linux
+def test_child_is_limited(decoder: Decoder) -> None:
+    decoder.decode_pair(images_of((64, 64)), None, None)
+    process = Path(f"/proc/{decoder.pid}")
+    limits = {
+        line[:25].strip(): line[25:].split()[:2]
+        for line in (process / "limits").read_text().splitlines()
+    }
+    for name in ("Max core file size", "Max file size", "Max processes"):
+        assert limits[name] == ["0", "0"], name
+    assert limits["Max open files"] == ["3", "3"]
+    assert 540 * 2**20 < int(limits["Max address space"][1]) < 800 * 2**20
+    assert int(limits["Max cpu time"][0]) < 60
+    status = (process / "status").read_text()
+    assert "NoNewPrivs:\t1" in status
+    if platform.machine() == "x86_64":
+        assert "Seccomp:\t2" in status
+
+
+@on_linux
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter knows one machine's calls")
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open('/etc/passwd')",
+        "os.listdir('/')",
+        "os.fork()",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getppid(), 0)",
+        "socket.socket()",
+        "socket.socketpair()",
+        "os.unlink('/tmp/nothing')",
+    ],
+)
+def test_confined_process_reaches_nothing(attack: str) -> None:
+    program = f"""
+import os, socket
+from server.confinement import confine
+confine(2**28)
+try:
+    {attack}
+except OSError as error:
+    os.write(1, str(error.errno).encode())
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, timeout=60, check=True
+    )
+    # EPERM of the filter, or EMFILE of the limit: Python may look before it leaps.
+    assert answer.stdout in (b"1", b"24"), answer.stderr
+
+
+@on_linux
+def test_confined_process_runs_out_of_memory_first() -> None:
+    program = f"""
+import os
+from server.confinement import confine
+confine({2**26})
+try:
+    bytes({2**27})
+except MemoryError:
+    os.write(1, b"refused")
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, timeout=60, check=True
+    )
+    assert answer.stdout == b"refused"
+
+
+@on_linux
+def test_processor_time_is_limited_for_each_picture() -> None:
+    program = """
+from server.confinement import allow_cpu
+for _ in range(3):
+    allow_cpu(0)
+while True:
+    pass
+"""
+    answer = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60)
+    assert answer.returncode == -signal.SIGXCPU
+
+
+def test_filter_allows_no_way_out() -> None:
+    dangerous = {"open", "openat", "socket", "connect", "execve", "clone", "fork", "kill", "ptrace"}
+    assert not dangerous & set(confinement.ALLOWED_CALLS)
+
+
+# Children that fail
+
+
+def failing(*statements: str, wall_s: float = 30) -> Decoder:
+    """A decoder whose child is ready, reads a request's head, and then does this."""
+    lines = ["import os, signal, time", "os.write(1, b'R')", "os.read(0, 9)", *statements]
+    return Decoder(LIMITS, wall_s=wall_s, program="\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("statement", "problem"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", ImageProblem.DAMAGED),
+        ("os.kill(os.getpid(), signal.SIGXCPU)", ImageProblem.TOO_SLOW),
+        ("os._exit(0)", ImageProblem.DAMAGED),
+        ("raise ValueError('<BytesIO at 0x7f>')", ImageProblem.DAMAGED),
+        ("os.write(1, b'\\x63' * 5)", ImageProblem.DAMAGED),
+        ("os.write(1, b'\\0' * 5)", ImageProblem.DAMAGED),
+        ("os.write(1, b'\\0' + b'\\xff' * 4)", ImageProblem.DAMAGED),
+        ("os.write(1, b'\\0' + b'\\x41\\0' * 2)", ImageProblem.DAMAGED),
+        ("os.write(1, b'\\0' + b'\\x40\\0' * 2 + bytes(9)); os._exit(0)", ImageProblem.DAMAGED),
+    ],
+    ids=["crash", "cpu", "exit", "exception", "outcome", "empty", "huge", "unfitted", "short"],
+)
+def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProblem) -> None:
+    decoder = failing(statement)
+    try:
+        for _ in range(2):
+            assert decoder.decode(Kind.INIT_IMAGE, png_bytes(), None, None) is problem
+            assert decoder.pid is None
+        assert decoder.starts == 2
+    finally:
+        decoder.close()
+
+
+@pytest.mark.parametrize("statement", ["signal.pause()", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_child_that_hangs_is_killed(statement: str) -> None:
+    decoder = failing(statement, wall_s=0.1)
+    try:
+        # More than a pipe holds, so that sending hangs too.
+        for content in (png_bytes(), bytes(100_000)):
+            assert decoder.decode(Kind.MASK_IMAGE, content, 64, 64) is ImageProblem.TOO_SLOW
+            assert decoder.pid is None
+    finally:
+        decoder.close()
+
+
+def test_picture_that_takes_too_long_is_refused() -> None:
+    decoder = Decoder(ImageLimits(), wall_s=0.5)
+    try:
+        scans = hostile.scans((4_000, 4_000), 300)
+        assert decoder.decode(Kind.INIT_IMAGE, scans, None, None) is ImageProblem.TOO_SLOW
+        assert not isinstance(decoder.decode(Kind.INIT_IMAGE, png_bytes(), 64, 64), ImageProblem)
+    finally:
+        decoder.close()
+
+
+def test_child_that_never_gets_ready_is_the_servers_fault() -> None:
+    decoder = Decoder(LIMITS, program="raise SystemExit(1)")
+    with pytest.raises(ApiError) as told:
+        decoder.decode(Kind.INIT_IMAGE, png_bytes(), None, None)
+    assert type(told.value) is ApiError
+    decoder.close()
+
+
+def test_child_killed_between_pictures_is_replaced_unnoticed(decoder: Decoder) -> None:
+    for _ in range(2):
+        decoder.decode_pair(images_of((64, 64)), None, None)
+        assert decoder.pid is not None
+        os.kill(decoder.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, decoder.pid, os.WEXITED | os.WNOWAIT)
+    decoder.decode_pair(images_of((64, 64)), None, None)
+
+
+def test_child_is_replaced_after_its_number_of_pictures() -> None:
+    decoder = Decoder(LIMITS, pictures_per_child=4)
+    try:
+        for _ in range(5):
+            decoder.decode_pair(images_of((64, 64)), None, None)
+        assert decoder.starts == 3
+    finally:
+        decoder.close()
+
+
+@on_linux
+def test_child_ends_with_its_parent() -> None:
+    program = """
+import os, signal
+from models.decoding import ImageLimits
+from server.sandbox import Decoder
+from tests.http_stub import png_bytes
+decoder = Decoder(ImageLimits())
+decoder.decode_pair(dict.fromkeys(["init_image", "mask_image"], png_bytes()), None, None)
+# Stopped, it cannot notice by itself that nobody asks any more.
+os.kill(decoder.pid, signal.SIGSTOP)
+os.write(1, str(decoder.pid).encode())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, timeout=60
+    )
+    assert answer.returncode == -signal.SIGKILL, answer.stderr
+    wait_until_gone(int(answer.stdout))
+
+
+def wait_until_gone(pid: int) -> None:
+    """Until the kernel has ended a process that is not ours to wait for."""
+    for _ in range(1_000):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state in "ZX":
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"process {pid} lives on")
+
+
+# Many requests
+
+
+def test_requests_share_the_children() -> None:
+    async def run() -> None:
+        with Sandbox(LIMITS) as sandbox:
+            calls = [sandbox.decode_pair(images_of((side, side)), None, None) for side in SIDES]
+            pairs = await asyncio.gather(*calls)
+        assert [pair.mask.shape for pair in pairs] == [(side, side) for side in SIDES]
+
+    asyncio.run(run())
+
+
+SIDES = range(64, 1024, 16)
+
+
+def test_loop_goes_on_while_a_child_works() -> None:
+    async def run() -> None:
+        with Sandbox(LIMITS, wall_s=30) as sandbox:
+            task = asyncio.create_task(sandbox.decode_pair(images_of((900, 900)), None, None))
+            turns = 0
+            while not task.done():
+                turns += 1
+                await asyncio.sleep(0)
+        assert turns > 20
+
+    asyncio.run(run())
+
+
+def test_cancelled_request_leaves_its_child_in_order() -> None:
+    async def run() -> None:
+        with Sandbox(LIMITS, children=1) as sandbox:
+            await sandbox.decode_pair(images_of((64, 64)), None, None)
+            for side in (512, 1000, 72):
+                lost = asyncio.create_task(sandbox.decode_pair(images_of((800, 800)), None, None))
+                queued = asyncio.create_task(sandbox.decode_pair(images_of((64, 64)), None, None))
+                await asyncio.sleep(0)
+                lost.cancel()
+                queued.cancel()
+                pair = await sandbox.decode_pair(images_of((side, side)), None, None)
+                assert pair.mask.shape == (side - side % 8, side - side % 8)
+                assert lost.cancelled()
+
+    asyncio.run(run())
+
+
+def test_storm_is_refused_beyond_what_may_wait() -> None:
+    images = images_of((64, 64))
+    size = sum(map(len, images.values()))
+
+    async def run() -> None:
+        with Sandbox(LIMITS, max_waiting_bytes=10 * size) as sandbox:
+            calls = [sandbox.decode_pair(images, None, None) for _ in range(100)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert sum(isinstance(each, DecodedPair) for each in answers) == 10
+            refused = [each for each in answers if isinstance(each, QueueFull)]
+            assert len(refused) == 90
+            assert isinstance(await sandbox.decode_pair(images, None, None), DecodedPair)
+
+    asyncio.run(run())
+
+
+def test_leaving_ends_the_children() -> None:
+    async def run() -> list[int]:
+        with Sandbox(LIMITS) as sandbox:
+            calls = [sandbox.decode_pair(images_of((900, 900)), None, None) for _ in range(4)]
+            await asyncio.gather(*calls)
+            pids = [decoder.pid for decoder in sandbox._decoders if decoder.pid]
+            assert pids
+        return pids
+
+    for pid in asyncio.run(run()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_leaving_does_not_wait_for_a_child_that_hangs() -> None:
+    decoder = failing("signal.pause()", wall_s=600)
+    with ThreadPoolExecutor(1) as thread:
+        decoding = thread.submit(decoder.decode, Kind.INIT_IMAGE, png_bytes(), None, None)
+        for _ in range(1_000):
+            if decoder.pid:
+                break
+            threading.Event().wait(0.01)
+        decoder.stop()
+        with pytest.raises(ApiError):
+            decoding.result(30)
+    decoder.close()

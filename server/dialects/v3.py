@@ -291,6 +291,9 @@ IMAGE_SENTENCES = {
     ImageProblem.NOT_ALLOWED: "address is not allowed.",
     ImageProblem.TOO_LARGE: "is too large.",
     ImageProblem.NOT_AN_IMAGE: "is not a PNG, JPEG or WEBP image.",
+    ImageProblem.UNSUPPORTED: "is of an unsupported kind: send a PNG, JPEG or WEBP image.",
+    ImageProblem.DAMAGED: "is damaged or incomplete.",
+    ImageProblem.TOO_SLOW: "takes too long to decode.",
 }
 
 HTTP_STATUS: dict[type[ApiError], int] = {

@@ -1,0 +1,93 @@
+"""The child process of `sandbox.py`: bytes of one picture in, its pixels out, and again.
+
+It starts with an empty environment and knows no setting and no secret. The formats on its two pipes
+stand here. Run as `main(…)`; ends when its standard input does.
+"""
+
+import os
+import struct
+import sys
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Named here so that they are loaded now: once confined, the process can open no file.
+from PIL import ImageChops, ImagePalette, ImageSequence, MpoImagePlugin, TiffImagePlugin
+
+from models.decoding import Fit, ImageLimits, decode_image, decode_mask
+from models.errors import ImageFault, UnreadableImage
+from models.params import fit_size
+from server.confinement import allow_cpu, confine
+
+LOADED_BEFORE_CONFINEMENT = (
+    ImageChops,
+    ImagePalette,
+    ImageSequence,
+    MpoImagePlugin,
+    TiffImagePlugin,
+)
+
+MEMORY_BYTES = 540 * 2**20
+"""For one picture. A WebP of 33 megapixels takes 16 bytes a pixel."""
+
+READY = b"R"
+REQUEST = struct.Struct("<BIHH")
+"""Kind, bytes of the file, which follows, and the width and height wanted; 0 for one left open."""
+REPLY = struct.Struct("<BHH")
+"""Outcome, and for a picture its width and height; its pixels follow."""
+PICTURE = 0
+FAULTS = tuple(ImageFault)
+"""Outcome 1 is the first of these."""
+
+
+class Kind(IntEnum):
+    """What a file is read as."""
+
+    INIT_IMAGE = 0
+    MASK_IMAGE = 1
+
+    @property
+    def channels(self) -> int:
+        """Bytes of a pixel."""
+        return 3 if self is Kind.INIT_IMAGE else 1
+
+
+def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
+    """Answer requests until there are no more."""
+    limits = ImageLimits(max_bytes, max_pixels, max_side)
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    # Libraries write warnings of their own, with what the file says.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    confine(MEMORY_BYTES)
+    replies.write(READY)
+    replies.flush()
+    while len(head := requests.read(REQUEST.size)) == REQUEST.size:
+        kind, size, width, height = REQUEST.unpack(head)
+        allow_cpu(cpu_s)
+        match decode(Kind(kind), requests.read(size), limits, fit_to(width, height)):
+            case ImageFault() as fault:
+                replies.write(REPLY.pack(1 + FAULTS.index(fault), 0, 0))
+            case pixels:
+                replies.write(REPLY.pack(PICTURE, pixels.shape[1], pixels.shape[0]))
+                replies.write(np.ascontiguousarray(pixels).data)
+        replies.flush()
+
+
+def fit_to(width: int, height: int) -> Fit:
+    """The size of a job's pictures; 0 for a side that was left open."""
+    return lambda own_width, own_height: fit_size(
+        own_width, own_height, width or None, height or None
+    )
+
+
+def decode(
+    kind: Kind, content: bytes, limits: ImageLimits, fit: Fit
+) -> NDArray[np.uint8] | ImageFault:
+    """The pixels, or why there are none."""
+    read = decode_image if kind is Kind.INIT_IMAGE else decode_mask
+    try:
+        return read(content, limits, fit)
+    except UnreadableImage as error:
+        return error.kind
