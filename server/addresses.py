@@ -143,10 +143,7 @@ def checked_url(url: str) -> httpx.URL:
     What is dialled, sent as Host and verified in the certificate all come of the one value that
     this returns; nobody parses the text a second time.
     """
-    if len(url) > MAX_URL_CHARS:
-        raise Refused("URL too long")
-    if "\\" in url or any(map(is_blank_or_control, url)):
-        raise Refused("character in URL")
+    refuse_strange_text(url)
     try:
         parsed = httpx.URL(url)
         port = parsed.port
@@ -159,6 +156,23 @@ def checked_url(url: str) -> httpx.URL:
     if b"%" in parsed.raw_host or not 0 < (80 if port is None else port) < 65_536:
         raise Refused("host or port of URL")
     return parsed
+
+
+def redirected(url: httpx.URL, location: str) -> httpx.URL:
+    """Where a redirect from a URL leads. Raises: Refused."""
+    refuse_strange_text(location)
+    try:
+        return checked_url(str(url.join(location)))
+    except (httpx.InvalidURL, ValueError) as error:
+        raise Refused("redirect to no URL") from error
+
+
+def refuse_strange_text(text: str) -> None:
+    """Before it is parsed: parsers disagree on what they drop or turn round. Raises: Refused."""
+    if len(text) > MAX_URL_CHARS:
+        raise Refused("URL too long")
+    if "\\" in text or any(map(is_blank_or_control, text)):
+        raise Refused("character in URL")
 
 
 @functools.lru_cache(maxsize=256)

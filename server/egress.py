@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from server.addresses import AddressPolicy, Refused, checked_url, host_of
+from server.addresses import AddressPolicy, Refused, checked_url, host_of, redirected
 from server.door import NETWORK_ERRORS, Door
 from server.errors import ImageProblem
 from server.exchange import BodyTooLarge
@@ -92,7 +92,7 @@ class Fetcher:
             answer = await self._ask(target, caller.key_id, policy)
             if isinstance(answer, bytes):
                 return answer
-            target = checked_url(str(joined(target, answer)))
+            target = redirected(target, answer)
         raise Refused("too many redirects")
 
     async def _ask(self, url: httpx.URL, key_id: str, policy: AddressPolicy) -> bytes | str:
@@ -185,11 +185,3 @@ def conditions_of(headers: Mapping[str, str]) -> dict[str, str]:
     except (ValueError, TypeError, OverflowError):
         return {}
     return {"If-Modified-Since": headers["last-modified"]} if is_settled else {}
-
-
-def joined(base: httpx.URL, location: str) -> httpx.URL:
-    """A redirect's target. Raises: Refused."""
-    try:
-        return base.join(location)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise Refused("redirect to no URL") from error

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from server.egress import MAX_REDIRECTS, Fetcher, FetchFailed
+from server.egress import (
+    MAX_REDIRECTS,
+    Caller,
+    Fetcher,
+    FetchFailed,
+    Picture,
+    Pictures,
+    conditions_of,
+)
 from server.errors import ImageProblem
 from server.settings import FetchSettings
 from tests.http_stub import Behaviour, Stub, answering, response, running_stub
@@ -331,3 +339,109 @@ class TestRequests:
         answers = asyncio.run(run())
         assert answers[4:] == [b"picture"] * 4
         assert peak <= 2
+
+
+DATE = "Date: Sun, 22 Nov 2026 12:00:00 GMT"
+OLD = "Last-Modified: Sun, 22 Nov 2026 11:00:00 GMT"
+
+
+class ChangingHost:
+    """A picture with an ETag. Each request's `If-None-Match` is noted."""
+
+    def __init__(self) -> None:
+        self.version = 1
+        self.asked: list[str] = []
+
+    async def __call__(self, head: str, writer: asyncio.StreamWriter) -> None:
+        conditions = [line for line in head.split("\r\n") if line.lower().startswith("if-none")]
+        self.asked.append(conditions[0].partition(": ")[2] if conditions else "")
+        tag = f'"{self.version}"'
+        if self.asked[-1] == tag:
+            writer.write(response("304 Not Modified", f"ETag: {tag}"))
+        else:
+            writer.write(response("200 OK", f"ETag: {tag}", body=f"v{self.version}".encode()))
+        await writer.drain()
+
+
+class TestPicturesKept:
+    @staticmethod
+    async def fetch_all(host: ChangingHost, *callers: str | None, **limits: Any) -> list[bytes]:
+        """None instead of a caller: the picture changes."""
+
+        async def behave(_path: str, writer: asyncio.StreamWriter) -> None:
+            await host(stub.heads[-1], writer)
+
+        async with running_stub(behave) as stub:
+            fetcher = Fetcher(FetchSettings(**(LIMITS | limits)))
+            bodies = []
+            for key_id in callers:
+                if key_id is None:
+                    host.version += 1
+                else:
+                    bodies.append(await fetcher.get(f"{stub.url}/a.png", Caller(key_id)))
+            await fetcher.aclose()
+            return bodies
+
+    def test_unchanged_picture_is_not_sent_again(self) -> None:
+        host = ChangingHost()
+        assert asyncio.run(self.fetch_all(host, "k", "k", "k")) == [b"v1"] * 3
+        assert host.asked == ["", '"1"', '"1"']
+
+    def test_changed_picture_is_noticed_at_once(self) -> None:
+        host = ChangingHost()
+        bodies = asyncio.run(self.fetch_all(host, "k", "k", None, "k", "k"))
+        assert bodies == [b"v1", b"v1", b"v2", b"v2"]
+
+    def test_keys_do_not_share(self) -> None:
+        host = ChangingHost()
+        asyncio.run(self.fetch_all(host, "one", "two", "one"))
+        assert host.asked == ["", "", '"1"'], "two asks as if nobody had"
+
+    def test_nothing_is_kept_without_room(self) -> None:
+        for cache_bytes in (0, 1):
+            host = ChangingHost()
+            asyncio.run(self.fetch_all(host, "k", "k", cache_bytes=cache_bytes))
+            assert host.asked == ["", ""]
+
+    def test_host_that_says_unchanged_unasked(self) -> None:
+        assert get_from(answering(response("304 Not Modified"))) is ImageProblem.NOT_REACHABLE
+
+    def test_room_is_bounded_and_the_last_used_stay(self) -> None:
+        pictures = Pictures(100)
+        for name in "abc":
+            pictures.put(("k", name), Picture(bytes(30), {"If-None-Match": '"1"'}))
+        assert pictures.get(("k", "a"))
+        pictures.put(("k", "d"), Picture(bytes(40), {"If-None-Match": '"1"'}))
+        assert [bool(pictures.get(("k", name))) for name in "abcd"] == [True, False, True, True]
+        pictures.put(("k", "a"), Picture(bytes(101), {"If-None-Match": '"1"'}))
+        assert pictures.get(("k", "a")) is None, "and the old one is gone"
+
+    @pytest.mark.parametrize(
+        ("headers", "conditions"),
+        [
+            ({"etag": '"a"'}, {"If-None-Match": '"a"'}),
+            ({"etag": 'W/"a"'}, {}),
+            ({"etag": '"a"', "cache-control": "private, No-Store"}, {}),
+            ({"last-modified": OLD[15:], "date": DATE[6:]}, {"If-Modified-Since": OLD[15:]}),
+            ({"last-modified": DATE[6:], "date": DATE[6:]}, {}),
+            ({"last-modified": OLD[15:]}, {}),
+            ({"last-modified": "yesterday", "date": DATE[6:]}, {}),
+            ({}, {}),
+        ],
+    )
+    def test_only_sure_signs_of_change_count(
+        self, headers: dict[str, str], conditions: dict[str, str]
+    ) -> None:
+        assert conditions_of(headers) == conditions
+
+    def test_key_may_reach_what_it_alone_is_allowed(self) -> None:
+        async def run() -> tuple[object, object]:
+            async with running_stub(answering(OK)) as stub:
+                fetcher = Fetcher(FetchSettings())
+                insider = await fetcher.get(stub.url, Caller("one", [LOOPBACK]))
+                with pytest.raises(FetchFailed) as failed:
+                    await fetcher.get(stub.url, Caller("two"))
+                await fetcher.aclose()
+                return insider, failed.value.kind
+
+        assert asyncio.run(run()) == (b"picture", ImageProblem.NOT_REACHABLE)

@@ -64,7 +64,7 @@ SERVER = {
     "bodies": "errors",
     "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
     "services": "auth egress jobs settings storage waiters",
-    "routes": "bodies dialects downloads errors jobs sandbox services settings"
+    "routes": "bodies dialects downloads egress errors jobs sandbox services settings"
     " models.enhance models.errors models.images models.params",
     "webhooks": "addresses deliveries dialects door exchange jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
