@@ -20,6 +20,7 @@ from server.auth import KeyRing
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import v3
+from server.door import Door, Listener
 from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
 from server.jobs import JobStore
@@ -45,9 +46,11 @@ def create_app(settings: Settings) -> FastAPI:
         engine = open_engine(settings.sqlalchemy_url)
         migrate(engine)
         store = JobStore(engine, max_waiting=settings.queue.max_waiting)
-        fetcher = Fetcher(settings.fetch)
+        door = Door(settings.egress, Listener(settings.host, settings.port))
+        fetcher = Fetcher(settings.fetch, door)
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        sender = asyncio.create_task(WebhookSender(settings.webhook, deliveries, store).run())
+        webhooks = WebhookSender(settings.webhook, deliveries, store, door)
+        sender = asyncio.create_task(webhooks.run())
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
         with Waiters(store) as waiters, sandbox:
             app.state.services = Services(

@@ -94,6 +94,8 @@ def serve(options: argparse.Namespace) -> int:
     settings.refuse_open_server()
     configure_logging()
     listener: socket.socket = bind(settings.host, settings.port)
+    # The port that was taken for 0: the server must know where it listens, to stay out of there.
+    settings = settings.model_copy(update={"port": listener.getsockname()[1]})
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
     flags = [

@@ -4,12 +4,14 @@ import asyncio
 import base64
 import binascii
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from server.egress import Fetcher, FetchFailed
+from server.egress import ANYBODY, Caller, Fetcher, FetchFailed
 from server.errors import ImageProblem, ImageUnavailable
 
 DATA_URI = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
+OUTPUT_NAME = re.compile(r"[0-9a-f-]{36}-[0-9]\.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,52 @@ class ImageSource:
         return f"({kind}, {len(self.content)} bytes)"
 
 
+@dataclass(frozen=True, slots=True)
+class OwnOutputs:
+    """Pictures this server made. They are read where they lie: the server calls itself for nothing.
+
+    base: the URLs' beginning, up to the name. read: gives the picture of a name, None where there
+    is none.
+    """
+
+    base: str
+    read: Callable[[str], Awaitable[bytes | None]]
+
+    def name_of(self, source: ImageSource) -> str | None:
+        """The picture's name, where the source is the URL of one."""
+        text = str(source.content) if source.is_url else ""
+        name = text.removeprefix(self.base)
+        return name if name != text and OUTPUT_NAME.fullmatch(name) else None
+
+
 async def download_images(
-    sources: dict[str, ImageSource], fetcher: Fetcher, max_bytes: int
+    sources: dict[str, ImageSource],
+    fetcher: Fetcher,
+    max_bytes: int,
+    caller: Caller = ANYBODY,
+    own: OwnOutputs | None = None,
 ) -> dict[str, bytes]:
     """All images at once, by parameter name.
 
     Raises: ImageUnavailable, naming every image that cannot be had.
     """
-    results = await asyncio.gather(
-        *(load(source, fetcher, max_bytes) for source in sources.values()), return_exceptions=True
-    )
+
+    async def load(source: ImageSource) -> bytes:
+        name = own.name_of(source) if own else None
+        if own and name:
+            image = await own.read(name)
+        elif source.is_url:
+            image = await fetcher.get(str(source.content), caller)
+        else:
+            content = source.content
+            image = content if isinstance(content, bytes) else decode_base64(content)
+        if image is None:
+            raise FetchFailed(ImageProblem.NOT_REACHABLE)
+        if len(image) > max_bytes:
+            raise FetchFailed(ImageProblem.TOO_LARGE)
+        return image
+
+    results = await asyncio.gather(*map(load, sources.values()), return_exceptions=True)
     problems: dict[str, ImageProblem] = {}
     images: dict[str, bytes] = {}
     for name, result in zip(sources, results, strict=True):
@@ -57,17 +95,6 @@ async def download_images(
     if problems:
         raise ImageUnavailable(problems)
     return images
-
-
-async def load(source: ImageSource, fetcher: Fetcher, max_bytes: int) -> bytes:
-    """One image. Raises: FetchFailed."""
-    if source.is_url:
-        return await fetcher.get(str(source.content))
-    content = source.content
-    image = content if isinstance(content, bytes) else decode_base64(content)
-    if len(image) > max_bytes:
-        raise FetchFailed(ImageProblem.TOO_LARGE)
-    return image
 
 
 def decode_base64(text: str) -> bytes:

@@ -1,75 +1,33 @@
-"""The one door to addresses that users name.
+"""Images from addresses that clients name, under limits of bytes, time and places.
 
-Every connection is judged at the moment it is dialled: the name is resolved once, all answers are
-judged, and the judged address itself is dialled, so that no second look-up can lead elsewhere.
-Redirects pass through the same door, hop by hop.
+Which addresses may be reached is `addresses`' to say; `door` sees to it, anew at every redirect.
+A client is told one thing of all that goes wrong behind the door: that the image cannot be had.
+Whether an address was denied, a name unknown or a port closed would draw a map of our network; the
+log has the reason.
 """
 
 import asyncio
-import ipaddress
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+import email.utils
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
 
-import httpcore
 import httpx
 
+from server.addresses import AddressPolicy, Refused, checked_url, host_of, redirected
+from server.door import NETWORK_ERRORS, Door
 from server.errors import ImageProblem
+from server.exchange import BodyTooLarge
 from server.settings import FetchSettings, IpNetwork
+from server.slots import Slots
+from server.telemetry import get_logger
 
-IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-Resolver = Callable[[str, int], Awaitable[list[str]]]
-"""The addresses of a host and port."""
+logger = get_logger(__name__)
 
 MAX_REDIRECTS = 3
-MAX_URL_CHARS = 2_048
-LOOKUP_TIMEOUT_S = 3.0
-USER_AGENT = "inpaint-server"
-
-# Everything that is not unicast on the public internet, from the IANA special-purpose registries,
-# and Azure's platform address, which is public by its number only.
-DENIED_IPV4 = [
-    ipaddress.IPv4Network(network)
-    for network in (
-        "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 "
-        "172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 "
-        "192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 "
-        "240.0.0.0/4"
-    ).split()
-]
-# IPv6 the other way round: only global unicast is allowed, less its special parts. That leaves out
-# translated, tunnelled, local and multicast addresses without naming them.
-ALLOWED_IPV6 = ipaddress.IPv6Network("2000::/3")
-DENIED_IPV6 = [
-    ipaddress.IPv6Network(network)
-    for network in "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20".split()
-]
-
-# What a cloud machine tells about itself, credentials among it.
-METADATA = [ipaddress.ip_address(address) for address in ("169.254.169.254", "fd00:ec2::254")]
-
-
-NETWORK_ERRORS = (
-    httpx.HTTPError,
-    httpcore.NetworkError,
-    httpcore.ProtocolError,
-    httpcore.TimeoutException,
-    OSError,
-    UnicodeError,
-    TimeoutError,
-)
-"""All that can go wrong on the way to a host that the policy lets through."""
-
-
-class Refused(Exception):
-    """The policy does not let this URL or address through."""
-
-
-REFUSALS = (Refused, httpx.InvalidURL)
-"""What says no before anything is dialled; the latter comes of a redirect's target."""
+REDIRECTS = (301, 302, 303, 307, 308)
+SETTLED_S = 2.0
+"""A file younger than this may change again under the same modification time."""
 
 
 class FetchFailed(Exception):
@@ -81,202 +39,149 @@ class FetchFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class AddressPolicy:
-    """Which addresses may be dialled: public ones, and those an operator allows.
+class Caller:
+    """On whose behalf a fetch is made: places and pictures kept are told apart by it.
 
-    allow_cidrs: a metadata address is let through only by a network of that address alone.
-    allow_hosts: exact host names, in any case, whose addresses are not judged.
+    allow_cidrs, allow_hosts: what this caller may reach besides what the settings allow everybody.
     """
 
+    key_id: str = "anonymous"
     allow_cidrs: Sequence[IpNetwork] = ()
     allow_hosts: Sequence[str] = ()
 
-    def judge(self, host: str, addresses: Iterable[str]) -> str:
-        """The address to dial. Raises: Refused when any of them is not allowed."""
-        listed = list(addresses)
-        if host.lower() not in map(str.lower, self.allow_hosts):
-            for address in listed:
-                if not self.allows(ipaddress.ip_address(address.partition("%")[0])):
-                    raise Refused(address)
-        if not listed:
-            raise Refused(host)
-        return listed[0]
 
-    def allows(self, address: IpAddress) -> bool:
-        """One address by itself; an IPv4 address mapped into IPv6 is judged as IPv4."""
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            address = address.ipv4_mapped
-        named = [network for network in self.allow_cidrs if address in network]
-        if address in METADATA:
-            return any(network.num_addresses == 1 for network in named)
-        if named:
-            return True
-        if isinstance(address, ipaddress.IPv4Address):
-            return not any(address in network for network in DENIED_IPV4)
-        return address in ALLOWED_IPV6 and not any(address in each for each in DENIED_IPV6)
-
-
-async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a name. Raises: OSError, TimeoutError."""
-    loop = asyncio.get_running_loop()
-    # getaddrinfo knows no deadline of its own.
-    async with asyncio.timeout(LOOKUP_TIMEOUT_S):
-        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(answer[4][0]) for answer in answers]
-
-
-class JudgingBackend(httpcore.AsyncNetworkBackend):
-    """httpcore's network backend with the policy between resolving and dialling."""
-
-    def __init__(self, policy: AddressPolicy, resolver: Resolver = resolve) -> None:
-        self._policy = policy
-        self._resolver = resolver
-        self._dialler = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        address = self._policy.judge(host, await self._resolver(host, port))
-        return await self._dialler.connect_tcp(
-            address, port, timeout, local_address, socket_options
-        )
-
-    async def connect_unix_socket(self, *_args: Any, **_kwargs: Any) -> Any:
-        raise Refused("unix socket")
-
-    async def sleep(self, seconds: float) -> None:
-        await self._dialler.sleep(seconds)
-
-
-class JudgingTransport(httpx.AsyncBaseTransport):
-    """httpx over a connection pool whose backend judges addresses."""
-
-    def __init__(self, policy: AddressPolicy, max_connections: int) -> None:
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False),
-            max_connections=max_connections,
-            network_backend=JudgingBackend(policy),
-        )
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        url = request.url
-        response = await self._pool.handle_async_request(
-            httpcore.Request(
-                method=request.method,
-                url=httpcore.URL(
-                    scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
-                ),
-                headers=request.headers.raw,
-                content=request.stream,
-                extensions=request.extensions,
-            )
-        )
-        return httpx.Response(
-            response.status,
-            headers=response.headers,
-            stream=PoolStream(response),
-            extensions=response.extensions,
-        )
-
-    async def aclose(self) -> None:
-        await self._pool.aclose()
-
-
-class PoolStream(httpx.AsyncByteStream):
-    """A response's body that gives its connection back when closed."""
-
-    def __init__(self, response: httpcore.Response) -> None:
-        self._response = response
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._response.aiter_stream():
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self._response.aclose()
-
-
-def open_client(policy: AddressPolicy, max_connections: int, timeout_s: float) -> httpx.AsyncClient:
-    """An HTTP client that dials what the policy allows and follows no redirect.
-
-    timeout_s: of connecting, and of each single read and write.
-    """
-    return httpx.AsyncClient(
-        transport=JudgingTransport(policy, max_connections),
-        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-        # One host's cookies would go out with somebody else's request.
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-        timeout=timeout_s,
-        follow_redirects=False,
-        trust_env=False,
-    )
+ANYBODY = Caller()
 
 
 class Fetcher:
-    """Downloads images under limits of address, bytes and time."""
+    """Downloads images."""
 
-    def __init__(self, settings: FetchSettings) -> None:
+    def __init__(self, settings: FetchSettings, door: Door | None = None) -> None:
         self._settings = settings
-        policy = AddressPolicy(settings.allow_cidrs, settings.allow_hosts)
-        self._places = asyncio.Semaphore(settings.max_concurrent)
-        self._client = open_client(policy, settings.max_concurrent, settings.connect_timeout_s)
+        self._door = door or Door()
+        self._slots = Slots(settings.max_concurrent, settings.max_concurrent_per_key)
+        self._pictures = Pictures(settings.cache_bytes)
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._door.aclose()
 
-    async def get(self, url: str) -> bytes:
+    async def get(self, url: str, caller: Caller = ANYBODY) -> bytes:
         """The body behind a URL. Raises: FetchFailed."""
         try:
-            # One deadline over everything: time-outs of single reads do not stop a drip.
-            async with asyncio.timeout(self._settings.total_timeout_s), self._places:
-                return await self._get(url)
-        except REFUSALS as error:
+            target = checked_url(url)
+        except Refused as error:
+            # Of its form alone: this says nothing about any network.
             raise FetchFailed(ImageProblem.NOT_ALLOWED) from error
-        except NETWORK_ERRORS as error:
+        try:
+            # One deadline over everything: time-outs of single reads do not stop a drip.
+            async with (
+                asyncio.timeout(self._settings.total_timeout_s),
+                self._slots.taken_by(caller.key_id),
+            ):
+                return await self._follow(target, caller)
+        except BodyTooLarge as error:
+            raise FetchFailed(ImageProblem.TOO_LARGE) from error
+        except (Refused, *NETWORK_ERRORS) as error:
+            event = "fetch refused" if isinstance(error, Refused) else "fetch failed"
+            logger.info(event, detail=f"{host_of(target)}: {type(error).__name__}: {error}")
             raise FetchFailed(ImageProblem.NOT_REACHABLE) from error
 
-    async def _get(self, url: str) -> bytes:
-        target = checked_url(url)
+    async def _follow(self, target: httpx.URL, caller: Caller) -> bytes:
+        policy = self._policy_of(caller)
         for _ in range(MAX_REDIRECTS + 1):
-            async with AsyncExitStack() as stack:
-                request = self._client.build_request("GET", target)
-                response = await self._client.send(request, stream=True)
-                stack.push_async_callback(response.aclose)
-                location = response.headers.get("location")
-                if not (response.is_redirect and location):
-                    return await self._read(response)
-                target = checked_url(str(target.join(location)))
-        raise FetchFailed(ImageProblem.NOT_REACHABLE)
+            answer = await self._ask(target, caller.key_id, policy)
+            if isinstance(answer, bytes):
+                return answer
+            target = redirected(target, answer)
+        raise Refused("too many redirects")
 
-    async def _read(self, response: httpx.Response) -> bytes:
-        limit = self._settings.max_image_bytes
-        if response.status_code != 200 or response.headers.get("content-encoding"):
-            raise FetchFailed(ImageProblem.NOT_REACHABLE)
-        if int(response.headers.get("content-length") or 0) > limit:
-            raise FetchFailed(ImageProblem.TOO_LARGE)
-        body = bytearray()
-        async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > limit:
-                raise FetchFailed(ImageProblem.TOO_LARGE)
-        return bytes(body)
+    async def _ask(self, url: httpx.URL, key_id: str, policy: AddressPolicy) -> bytes | str:
+        """The picture, or where the host says it is. Raises: Refused, NETWORK_ERRORS."""
+        owner = (key_id, str(url))
+        kept = self._pictures.get(owner)
+        async with self._door.request(
+            "GET",
+            url,
+            policy,
+            headers=kept.conditions if kept else {},
+            max_body_bytes=self._settings.max_image_bytes,
+            timeout_s=self._settings.connect_timeout_s,
+        ) as answer:
+            location = answer.headers.get("location")
+            if answer.status in REDIRECTS and location:
+                return location
+            if answer.status == 304 and kept:
+                return kept.body
+            if answer.status != 200 or answer.headers.get("content-encoding"):
+                raise Refused(f"status {answer.status} or a content encoding")
+            body = await answer.read(self._settings.connect_timeout_s)
+            self._pictures.put(owner, Picture(body, conditions_of(answer.headers)))
+            return body
+
+    def _policy_of(self, caller: Caller) -> AddressPolicy:
+        settings = self._settings
+        return AddressPolicy(
+            (*settings.allow_cidrs, *caller.allow_cidrs),
+            (*settings.allow_hosts, *caller.allow_hosts),
+            settings.allow_ports,
+            self._door.nat64_prefixes,
+        )
 
 
-def checked_url(url: str) -> httpx.URL:
-    """A URL whose form leaves no room for two readings. Raises: Refused."""
-    if len(url) > MAX_URL_CHARS or any(ord(char) <= 32 or char in "\\\x7f" for char in url):
-        raise Refused(url)
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A downloaded body. conditions: headers that ask for it again only where it has changed."""
+
+    body: bytes
+    conditions: Mapping[str, str]
+
+
+class Pictures:
+    """Bodies by key and URL, the last used, up to a number of bytes.
+
+    Never given out unasked: the host says at every fetch whether its picture is still this one, so
+    a changed picture is noticed at once, an address that has since been denied stays denied, and
+    one key cannot see what another has fetched.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._pictures: OrderedDict[tuple[str, str], Picture] = OrderedDict()
+
+    def get(self, owner: tuple[str, str]) -> Picture | None:
+        """owner: key and URL."""
+        picture = self._pictures.get(owner)
+        if picture is not None:
+            self._pictures.move_to_end(owner)
+        return picture
+
+    def put(self, owner: tuple[str, str], picture: Picture) -> None:
+        """Keep a picture, unless it cannot be asked for again or is larger than all there is."""
+        old = self._pictures.pop(owner, None)
+        self._bytes -= len(old.body) if old else 0
+        if not picture.conditions or len(picture.body) > self._max_bytes:
+            return
+        self._pictures[owner] = picture
+        self._bytes += len(picture.body)
+        while self._bytes > self._max_bytes:
+            _, oldest = self._pictures.popitem(last=False)
+            self._bytes -= len(oldest.body)
+
+
+def conditions_of(headers: Mapping[str, str]) -> dict[str, str]:
+    """What a conditional request asks by; nothing where the answer gives no sure sign of change."""
+    if "no-store" in headers.get("cache-control", "").lower():
+        return {}
+    tag = headers.get("etag", "")
+    if tag and not tag.startswith("W/"):
+        return {"If-None-Match": tag}
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise Refused(url) from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
-        raise Refused(url)
-    if "%" in parsed.host or not 0 < (parsed.port or 80) < 65_536:
-        raise Refused(url)
-    return parsed
+        modified, sent = (
+            email.utils.parsedate_to_datetime(headers.get(name, ""))
+            for name in ("last-modified", "date")
+        )
+        is_settled = (sent - modified).total_seconds() >= SETTLED_S
+    except (ValueError, TypeError, OverflowError):
+        return {}
+    return {"If-Modified-Since": headers["last-modified"]} if is_settled else {}

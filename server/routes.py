@@ -1,6 +1,7 @@
 """The endpoints. Each reads with a dialect, calls the services, and writes with the dialect."""
 
 import base64
+import functools
 import re
 import time
 import uuid
@@ -15,7 +16,8 @@ from models.errors import InvalidInput
 from models.params import InpaintParams
 from server.bodies import Fields, read_fields
 from server.dialects import v3
-from server.downloads import download_images
+from server.downloads import OwnOutputs, download_images
+from server.egress import Caller
 from server.errors import InvalidRequest, JobNotFound, RouteNotFound
 from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, WorkerStatus
 from server.sandbox import DecodedPair
@@ -102,13 +104,17 @@ async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
 async def output(services: ServicesOf, name: str) -> Response:
     """A picture, or its base64 text."""
     match = OUTPUT_NAME.fullmatch(name)
-    stem, suffix = match.groups() if match else ("", "")
-    content = await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{stem}.png")
-    if content is None or not stem:
+    content = await read_output(services, f"{match[1]}.png") if match else None
+    if match is None or content is None:
         raise RouteNotFound
-    if suffix == "base64":
+    if match[2] == "base64":
         return Response(base64.b64encode(content), 200, OUTPUT_HEADERS, "text/plain")
     return Response(content, 200, OUTPUT_HEADERS, "image/png")
+
+
+async def read_output(services: Services, name: str) -> bytes | None:
+    """A finished picture, None where there is none. Raises: StorageUnavailable."""
+    return await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
 
 
 @router.get("/healthz")
@@ -131,7 +137,13 @@ async def accept(services: Services, asked: v3.V3Request, key_id: str, base_url:
     """Fetch, decode and store the images, then make the job durable."""
     fetch_settings = services.settings.fetch
     sources = {"init_image": asked.init_image, "mask_image": asked.mask_image}
-    images = await download_images(sources, services.fetcher, fetch_settings.max_image_bytes)
+    images = await download_images(
+        sources,
+        services.fetcher,
+        fetch_settings.max_image_bytes,
+        Caller(key_id),
+        OwnOutputs(f"{base_url}/{OUTPUT_FOLDER}/", functools.partial(read_output, services)),
+    )
     pair = await services.sandbox.decode_pair(images, asked.width, asked.height)
     params = params_of(asked, pair)
     new = NewJob(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
@@ -56,6 +57,21 @@ def checked_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def checked_proxy(proxy: SecretStr) -> SecretStr:
+    """`http://[user:password@]host[:port]`. Raises: ValueError."""
+    parts = urlsplit(proxy.get_secret_value())
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError("must be http://host:port")
+    return proxy
+
+
+def checked_nat64(prefix: ipaddress.IPv6Network) -> ipaddress.IPv6Network:
+    """A prefix of a length of RFC 6052. Raises: ValueError."""
+    if prefix.prefixlen not in (32, 40, 48, 56, 64, 96):
+        raise ValueError("length must be 32, 40, 48, 56, 64 or 96")
+    return prefix
+
+
 class StepsPolicy(StrEnum):
     """`vendor`: the vendor's listed values, one step less; `exact`: as asked."""
 
@@ -96,15 +112,37 @@ class SafetySettings(Section):
     force: bool = False
 
 
+Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class EgressSettings(Section):
+    """How fetches and webhooks leave.
+
+    proxy: `http://host:port` through which all of them go; it then decides where names lead.
+    nat64_prefixes: networks whose addresses are judged by the IPv4 address within.
+    """
+
+    proxy: Annotated[SecretStr, AfterValidator(checked_proxy)] | None = None
+    nat64_prefixes: ListOf[Annotated[ipaddress.IPv6Network, AfterValidator(checked_nat64)]] = ()
+
+
 class FetchSettings(Section):
-    """Where init and mask images may come from, and how much and how long."""
+    """Where init and mask images may come from, and how much and how long.
+
+    allow_ports: of public hosts, besides 80 and 443. Allowed networks and hosts may use any port.
+    max_concurrent_per_key: of the `max_concurrent`, so that one key cannot take them all.
+    cache_bytes: of pictures that are kept for a conditional request; 0 keeps none.
+    """
 
     allow_cidrs: ListOf[IpNetwork] = ()
     allow_hosts: ListOf[str] = ()
+    allow_ports: ListOf[Port] = ()
     max_image_bytes: int = 10_000_000
     connect_timeout_s: float = 5
     total_timeout_s: float = 20
-    max_concurrent: int = 16
+    max_concurrent: int = Field(default=16, ge=1)
+    max_concurrent_per_key: int = Field(default=12, ge=1)
+    cache_bytes: int = Field(default=64_000_000, ge=0)
 
 
 class WebhookSettings(Section):
@@ -115,6 +153,7 @@ class WebhookSettings(Section):
 
     allow_cidrs: ListOf[IpNetwork] = ()
     allow_hosts: ListOf[str] = ()
+    allow_ports: ListOf[Port] = ()
     secret: ListOf[Annotated[SecretStr, AfterValidator(checked_secret)]] = ()
     timeout_s: float = 15
     max_concurrent: int = 64
@@ -171,6 +210,7 @@ class Settings(BaseSettings):
     reproducible: bool = False
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
+    egress: EgressSettings = EgressSettings()
     fetch: FetchSettings = FetchSettings()
     webhook: WebhookSettings = WebhookSettings()
     storage: StorageSettings = StorageSettings()

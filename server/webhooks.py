@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import email.utils
 import functools
 import hashlib
@@ -17,9 +18,11 @@ import anyio.to_thread
 from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.addresses import AddressPolicy, Refused, checked_url
 from server.deliveries import Attempt, Delivery, DeliveryStore
 from server.dialects import v3
-from server.egress import NETWORK_ERRORS, REFUSALS, AddressPolicy, checked_url, open_client
+from server.door import NETWORK_ERRORS, Door
+from server.exchange import BodyTooLarge
 from server.jobs import JobStore
 from server.settings import WebhookSettings
 from server.telemetry import get_logger
@@ -40,15 +43,24 @@ class WebhookSender:
     """Sends what is due; run `run` as a task beside the server."""
 
     def __init__(
-        self, settings: WebhookSettings, deliveries: DeliveryStore, jobs: JobStore
+        self,
+        settings: WebhookSettings,
+        deliveries: DeliveryStore,
+        jobs: JobStore,
+        door: Door | None = None,
     ) -> None:
         self._settings = settings
         self._deliveries = deliveries
         self._jobs = jobs
         self._calls: Counter[str] = Counter()
         self._threads = anyio.CapacityLimiter(4)
-        policy = AddressPolicy(settings.allow_cidrs, settings.allow_hosts)
-        self._client = open_client(policy, settings.max_concurrent, settings.timeout_s)
+        self._door = door or Door()
+        self._policy = AddressPolicy(
+            settings.allow_cidrs,
+            settings.allow_hosts,
+            settings.allow_ports,
+            self._door.nat64_prefixes,
+        )
 
     async def run(self) -> None:
         """Until cancelled. Calls under way then are tried again after the next start."""
@@ -59,7 +71,7 @@ class WebhookSender:
                         tasks.create_task(self._deliver(delivery))
                     await asyncio.sleep(POLL_S)
         finally:
-            await self._client.aclose()
+            await self._door.aclose()
 
     async def _claim(self) -> list[Delivery]:
         places = self._settings.max_concurrent - self._calls.total()
@@ -112,7 +124,7 @@ class WebhookSender:
             headers = sign(delivery.id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
                 status, retry_after_s = await self._post(delivery.url, body, headers)
-        except REFUSALS:
+        except Refused:
             outcome = "address not allowed"
         except NETWORK_ERRORS as error:
             outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
@@ -123,22 +135,18 @@ class WebhookSender:
         self, url: str, body: bytes, headers: dict[str, str]
     ) -> tuple[int, float | None]:
         """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
-        request = self._client.build_request(
+        async with self._door.request(
             "POST",
             checked_url(url),
-            content=body,
+            self._policy,
             headers={"Content-Type": "application/json", **headers},
-        )
-        response = await self._client.send(request, stream=True)
-        try:
-            read = 0
-            async for chunk in response.aiter_raw():
-                read += len(chunk)
-                if read > MAX_REPLY_BYTES:
-                    break
-            return response.status_code, to_seconds(response.headers.get("retry-after", ""))
-        finally:
-            await response.aclose()
+            max_body_bytes=MAX_REPLY_BYTES,
+            timeout_s=self._settings.timeout_s,
+            body=body,
+        ) as answer:
+            with contextlib.suppress(BodyTooLarge):
+                await answer.read(self._settings.timeout_s)
+            return answer.status, to_seconds(answer.headers.get("retry-after", ""))
 
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = functools.partial(function, *args, **kwargs)

@@ -104,6 +104,7 @@ def running_app(settings: Settings) -> Iterator[LiveApp]:
     """The application without workers, on a free loopback port."""
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
+    settings = settings.model_copy(update={"port": port})
     server = Server(create_app(settings), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -454,8 +454,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("image", "sentence"),
         [
-            ("http://127.0.0.1:1/a.png", "The init image address is not allowed."),
-            ("http://169.254.169.254/", "The init image address is not allowed."),
+            ("http://127.0.0.1:1/a.png", "The init image could not be downloaded."),
+            ("http://169.254.169.254/", "The init image could not be downloaded."),
+            ("http://user@pictures.example/", "The init image address is not allowed."),
             ("file:///etc/passwd", "The init image is not a PNG, JPEG or WEBP image."),
             ("AAAA", "The init image is not a PNG, JPEG or WEBP image."),
             ("A" * 14_000_000, "The init image is too large."),

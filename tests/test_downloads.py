@@ -54,7 +54,7 @@ def test_each_image_may_come_another_way() -> None:
 
 def test_every_image_at_fault_is_named() -> None:
     def sources(url: str) -> dict[str, str | bytes]:
-        return {"init_image": f"{url}/a.png", "mask_image": "http://10.0.0.1/mask.png"}
+        return {"init_image": f"{url}/a.png", "mask_image": "http://user@10.0.0.1/mask.png"}
 
     assert load(sources, response("404 Not Found")) == {
         "init_image": ImageProblem.NOT_REACHABLE,

@@ -52,7 +52,11 @@ SERVER = {
     "database": "settings",
     "migrations": "database",
     "storage": "errors",
-    "egress": "errors settings",
+    "addresses": "settings",
+    "slots": "",
+    "exchange": "",
+    "door": "addresses exchange settings",
+    "egress": "addresses door errors exchange settings slots telemetry",
     "downloads": "egress errors",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
@@ -63,14 +67,14 @@ SERVER = {
     "bodies": "errors",
     "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
     "services": "auth egress jobs sandbox settings storage waiters",
-    "routes": "bodies dialects downloads errors jobs sandbox services settings"
+    "routes": "bodies dialects downloads egress errors jobs sandbox services settings"
     " models.enhance models.errors models.params",
-    "webhooks": "deliveries dialects egress jobs settings telemetry",
+    "webhooks": "addresses deliveries dialects door exchange jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
     " models.engine models.errors models.images models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors jobs routes sandbox services settings"
-    " storage telemetry waiters webhooks models.decoding",
+    "app": "auth database deliveries dialects door egress errors jobs routes sandbox services"
+    " settings storage telemetry waiters webhooks models.decoding",
     "http": "settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
@@ -206,11 +210,57 @@ def importers_of(*names: str) -> set[str]:
     }
 
 
-def test_only_egress_and_the_demo_open_connections() -> None:
-    assert importers_of("httpx", "httpcore", "requests", "urllib.request", "aiohttp") <= {
-        "egress.py",
-        "demo.py",
+# `addresses` and `egress` name httpx for its URL alone.
+READS_URLS = {"addresses.py", "egress.py"}
+OPENS_CONNECTIONS = {"door.py", "exchange.py"}
+# The demo is a client of a server of its own.
+CLIENTS = {"demo.py"}
+LISTENS = {"http.py"}
+# The type of a listening socket, and the machine's name.
+NAMES_SOCKETS = {"cli.py", "supervisor.py"}
+NETWORK_MODULES = (
+    *("aiohttp", "ftplib", "h11", "http.client", "httpcore", "httptools", "httpx", "requests"),
+    *("smtplib", "socket", "ssl", "telnetlib", "urllib.request", "urllib3", "xmlrpc.client"),
+)
+
+
+def test_only_the_door_opens_connections() -> None:
+    """What a stranger names is reached by one way: fetches and webhooks both go through it."""
+    outwards = READS_URLS | OPENS_CONNECTIONS | CLIENTS
+    assert importers_of(*NETWORK_MODULES) <= outwards | LISTENS | NAMES_SOCKETS
+    assert importers_of("httpx") <= outwards
+    assert importers_of("server.exchange") <= {"door.py", "egress.py", "webhooks.py"}
+    assert importers_of("server.door") == {"app.py", "egress.py", "webhooks.py"}
+
+
+CONNECTING = {
+    *("create_connection", "create_datagram_endpoint", "create_unix_connection"),
+    *("open_connection", "open_unix_connection", "sock_connect", "connect_tcp", "connect_unix"),
+}
+
+
+def test_only_the_door_calls_what_connects() -> None:
+    callers = {
+        path.name
+        for path in files_of("server")
+        for node in ast.walk(ast.parse(path.read_text(), str(path)))
+        if isinstance(node, ast.Attribute | ast.Name)
+        and (node.attr if isinstance(node, ast.Attribute) else node.id) in CONNECTING
     }
+    assert callers == {"door.py"}
+
+
+@pytest.mark.parametrize("name", ["egress", "webhooks"])
+def test_both_ways_out_use_the_door_and_not_the_wire(name: str) -> None:
+    """They know the words of an exchange, not how one is begun."""
+    tree = ast.parse((REPOSITORY / "server" / f"{name}.py").read_text())
+    from_exchange = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "server.exchange"
+        for alias in node.names
+    }
+    assert from_exchange <= {"BodyTooLarge"}
 
 
 def test_only_the_worker_imports_the_engine() -> None:

@@ -1,0 +1,359 @@
+"""The one door out: every connection to an address that a stranger named is opened here.
+
+A name is resolved once, all its addresses are judged, and a judged address itself is dialled, so
+that no second look-up can lead elsewhere. Connections are kept for the next request to the same
+scheme, host and port: a connection's far end cannot change, and it is judged again, by its address,
+under the policy of whoever takes it.
+"""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import httpx
+
+from server.addresses import (
+    AddressPolicy,
+    Refused,
+    host_of,
+    parse_address,
+    port_of,
+    unwrapped,
+)
+from server.exchange import BodyTooLarge, Connection, ExchangeFailed, connect_bytes, request_bytes
+from server.settings import EgressSettings
+
+Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+"""The addresses of a host and port."""
+Dialler = Callable[[str, int], Awaitable[socket.socket]]
+"""A connected socket to an address and port."""
+
+LOOKUP_TIMEOUT_S = 3.0
+LOOKUP_THREADS = 8
+DIAL_TRIES = 2
+KEPT_CONNECTIONS = 32
+KEPT_IDLE_S = 15.0
+KEPT_AGE_S = 60.0
+"""A host that moves to another address is noticed after this long."""
+UNREACHABLE_S = 2.0
+"""A host that did not answer is left alone this long: a burst of calls names the same one."""
+MAX_UNREACHABLE = 256
+
+HEADERS = {"User-Agent": "inpaint-server", "Accept": "*/*", "Accept-Encoding": "identity"}
+NETWORK_ERRORS = (ExchangeFailed, BodyTooLarge, OSError, UnicodeError)
+"""All that can go wrong on the way to a host that the policy lets through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where this server itself listens; host may be a wildcard or a name."""
+
+    host: str
+    port: int
+
+    def is_at(self, address: str, port: int) -> bool:
+        """Whether a connection to the address would end here."""
+        if port != self.port:
+            return False
+        dialled = unwrapped(parse_address(address))
+        try:
+            own = unwrapped(parse_address(self.host))
+        except Refused:
+            return is_local(str(dialled))  # a name, of which it is not known what it was bound to
+        return dialled == own or (own.is_unspecified and is_local(str(dialled)))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A connection that can be used again.
+
+    address: of its far end; behind a proxy the one in the URL, None where that has a name.
+    """
+
+    connection: Connection
+    origin: tuple[str, str, int]
+    address: str | None
+    opened_at: float
+    idle_since: float = 0
+
+    def is_usable(self, now: float) -> bool:
+        """Still open, not about to be closed from the other side, not too old."""
+        is_young = now - self.opened_at < KEPT_AGE_S and now - self.idle_since < KEPT_IDLE_S
+        return is_young and self.connection.is_idle
+
+
+class Door:
+    """Requests to judged addresses, one pool of connections for all who ask.
+
+    listener: of this server, which is never dialled. resolver, dialler: for tests.
+    """
+
+    def __init__(
+        self,
+        settings: EgressSettings | None = None,
+        listener: Listener | None = None,
+        resolver: Resolver | None = None,
+        dialler: Dialler | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        settings = settings or EgressSettings()
+        proxy = settings.proxy.get_secret_value() if settings.proxy else None
+        self._proxy = httpx.URL(proxy) if proxy else None
+        self.nat64_prefixes = settings.nat64_prefixes
+        self._listener = listener
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, "lookup")
+        self._resolver = resolver or functools.partial(resolve, self._lookups)
+        self._dialler = dialler or dial
+        self._tls = tls or default_tls()
+        self._kept: list[Kept] = []
+        self._unreachable: dict[tuple[str, int], float] = {}
+
+    async def aclose(self) -> None:
+        """Close what is kept."""
+        for kept in self._kept:
+            kept.connection.abort()
+        self._kept.clear()
+        self._lookups.shutdown(wait=False, cancel_futures=True)
+
+    @contextlib.asynccontextmanager
+    async def request(
+        self,
+        method: str,
+        url: httpx.URL,
+        policy: AddressPolicy,
+        *,
+        headers: Mapping[str, str],
+        max_body_bytes: int,
+        timeout_s: float,
+        body: bytes = b"",
+    ) -> AsyncIterator[Connection]:
+        """The connection with the answer's head read, and its body to be read or left.
+
+        url: from `checked_url`. timeout_s: of connecting, and of each silence; the deadline over
+        the whole is the caller's. Raises: Refused; one of NETWORK_ERRORS.
+        """
+        head = {**HEADERS, **headers}
+        by_proxy = self._proxy if url.scheme == "http" else None
+        if by_proxy is not None:
+            head |= proxy_headers(by_proxy)
+        request = request_bytes(method, url, head, body, whole=by_proxy is not None)
+        kept = await self._send(url, policy, request, max_body_bytes, timeout_s)
+        try:
+            yield kept.connection
+        finally:
+            self._keep(kept)
+
+    async def _send(
+        self,
+        url: httpx.URL,
+        policy: AddressPolicy,
+        request: bytes,
+        max_body_bytes: int,
+        timeout_s: float,
+    ) -> Kept:
+        kept = self._take(url, policy)
+        if kept is not None:
+            try:
+                await self._send_on(kept, request, max_body_bytes, timeout_s)
+                return kept
+            except ExchangeFailed:
+                # Closed from the other side just when the request went out. A webhook may have been
+                # read all the same; its receiver knows it by its id.
+                if kept.connection.has_answered:
+                    raise
+        kept = await self._connect(url, policy, timeout_s)
+        await self._send_on(kept, request, max_body_bytes, timeout_s)
+        return kept
+
+    async def _send_on(
+        self, kept: Kept, request: bytes, max_body_bytes: int, timeout_s: float
+    ) -> None:
+        try:
+            await kept.connection.send(request, max_body_bytes, timeout_s)
+        except BaseException:
+            kept.connection.abort()
+            raise
+
+    def _take(self, url: httpx.URL, policy: AddressPolicy) -> Kept | None:
+        """A kept connection that this policy would have opened."""
+        self._drop_unusable()
+        origin = origin_of(url)
+        for kept in reversed(self._kept):
+            if kept.origin == origin and is_judged_well(kept, policy):
+                self._kept.remove(kept)
+                return kept
+        return None
+
+    def _keep(self, kept: Kept) -> None:
+        if not kept.connection.is_idle:
+            kept.connection.abort()
+            return
+        self._kept.append(replace(kept, idle_since=time.monotonic()))
+        self._drop_unusable()
+
+    def _drop_unusable(self) -> None:
+        now = time.monotonic()
+        usable = [kept for kept in self._kept if kept.is_usable(now)][-KEPT_CONNECTIONS:]
+        if len(usable) < len(self._kept):
+            for kept in self._kept:
+                if kept not in usable:
+                    kept.connection.abort()
+            self._kept = usable
+
+    async def _connect(self, url: httpx.URL, policy: AddressPolicy, timeout_s: float) -> Kept:
+        if self._proxy is not None:
+            return await self._connect_by_proxy(self._proxy, url, policy, timeout_s)
+        host, port = host_of(url), port_of(url)
+        addresses = await self._judged(host, port, policy)
+        sock = await self._dial(host, addresses, port, timeout_s)
+        address = sock.getpeername()[0]
+        is_tls = url.scheme == "https"
+        async with asyncio.timeout(timeout_s):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                Connection,
+                sock=sock,
+                ssl=self._tls if is_tls else None,
+                server_hostname=host if is_tls else None,
+            )
+        return Kept(connection, origin_of(url), address, time.monotonic())
+
+    async def _judged(self, host: str, port: int, policy: AddressPolicy) -> list[str]:
+        """The host's addresses, none of which is denied. Raises: Refused, OSError."""
+        if self._unreachable.get((host, port), 0) > time.monotonic():
+            raise ExchangeFailed("did not answer a moment ago")
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+                found = await self._resolver(host, port)
+        except OSError:
+            self._remember_unreachable(host, port)
+            raise
+        addresses = policy.judge(host, found, port)
+        self._refuse_own(addresses, port)
+        return addresses
+
+    def _refuse_own(self, addresses: Sequence[str], port: int) -> None:
+        if self._listener is not None:
+            for address in addresses:
+                if self._listener.is_at(address, port):
+                    raise Refused("this server's own address")
+
+    async def _dial(
+        self, host: str, addresses: Sequence[str], port: int, timeout_s: float
+    ) -> socket.socket:
+        for tries, address in enumerate([*addresses, *addresses][:DIAL_TRIES], 1):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await self._dialler(address, port)
+            except OSError:
+                if tries == DIAL_TRIES:
+                    self._remember_unreachable(host, port)
+                    raise
+        raise AssertionError("judged addresses are never none")
+
+    def _remember_unreachable(self, host: str, port: int) -> None:
+        self._unreachable.pop((host, port), None)
+        self._unreachable[host, port] = time.monotonic() + UNREACHABLE_S
+        if len(self._unreachable) > MAX_UNREACHABLE:
+            self._unreachable.pop(next(iter(self._unreachable)))
+
+    async def _connect_by_proxy(
+        self, proxy: httpx.URL, url: httpx.URL, policy: AddressPolicy, timeout_s: float
+    ) -> Kept:
+        """Names are the proxy's to resolve and judge; addresses in the URL are judged here too."""
+        host, port = host_of(url), port_of(url)
+        literals = numeric_addresses(host, port)
+        if literals:
+            self._refuse_own(policy.judge(host, literals, port), port)
+        elif not policy.allows_port(host, port):
+            raise Refused(f"port {port}")
+        async with asyncio.timeout(timeout_s):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                Connection, host_of(proxy), port_of(proxy)
+            )
+        address = literals[0] if literals else None
+        kept = Kept(connection, origin_of(url), address, time.monotonic())
+        if url.scheme == "http":
+            return kept
+        await self._send_on(kept, connect_bytes(host, port, proxy_headers(proxy)), 0, timeout_s)
+        if connection.status != 200:
+            connection.abort()
+            raise ExchangeFailed(f"the proxy answers {connection.status}")
+        async with asyncio.timeout(timeout_s):
+            inner = await connection.over_tls(self._tls, host)
+        return replace(kept, connection=inner)
+
+
+def is_judged_well(kept: Kept, policy: AddressPolicy) -> bool:
+    """Whether the policy would dial the far end of a kept connection."""
+    _, host, port = kept.origin
+    if kept.address is None:
+        return policy.allows_port(host, port)
+    return policy.allows(host, parse_address(kept.address), port)
+
+
+def origin_of(url: httpx.URL) -> tuple[str, str, int]:
+    """What connections are kept by."""
+    return url.scheme, host_of(url), port_of(url)
+
+
+def proxy_headers(proxy: httpx.URL) -> dict[str, str]:
+    """What the proxy wants to know of us."""
+    if not proxy.userinfo:
+        return {}
+    user = f"{proxy.username}:{proxy.password}".encode()
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(user).decode()}"}
+
+
+async def resolve(threads: ThreadPoolExecutor, host: str, port: int) -> Sequence[str]:
+    """The addresses of a host. Raises: OSError, UnicodeError."""
+    literals = numeric_addresses(host, port)
+    if literals:
+        return literals
+    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(threads, look_up)
+    return [str(each[4][0]) for each in found]
+
+
+def numeric_addresses(host: str, port: int) -> Sequence[str]:
+    """The address a host is written as, in any form the system reads; none where it is a name."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return []
+    return [str(each[4][0]) for each in found]
+
+
+async def dial(address: str, port: int) -> socket.socket:
+    """A TCP connection. Raises: OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (address, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def is_local(address: str) -> bool:
+    """Whether an address is this machine's: only its own can be bound."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+@functools.cache
+def default_tls() -> ssl.SSLContext:
+    """Certificates are verified against the public authorities. Built once: that takes 20 ms."""
+    return httpx.create_ssl_context(trust_env=False)

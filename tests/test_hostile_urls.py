@@ -1,0 +1,237 @@
+"""The corpus of hostile URLs against the real door: nothing that is denied is ever dialled.
+
+A dialler of ours stands in for the socket: it writes down what it is asked for, and only on
+loopback does it connect. Beside it an audit hook of the interpreter watches every socket of the
+process, so that no other way out goes unseen.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+
+from server.addresses import AddressPolicy, Refused, checked_url
+from server.door import NETWORK_ERRORS, Door, dial
+from server.egress import Fetcher, FetchFailed
+from server.errors import ImageProblem
+from server.settings import EgressSettings, FetchSettings
+from tests.hostile_urls import (
+    ANSWERS,
+    DENIED,
+    HOSTILE_URLS,
+    PUBLIC,
+    bracketed,
+    resolve_by_table,
+)
+from tests.http_stub import Stub, answering, response, running_stub
+
+OK = response("200 OK", body=b"picture")
+AS_FAR_AS = (ip_network("127.0.0.0/8"), ip_network("::1"))
+
+NAMES = (*ANSWERS, "a..b", "unknown.example")
+
+strayed: list[str] = []
+
+
+def watch_sockets(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook; it cannot be taken off again, and only adds to a list."""
+    if event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        address = ipaddress.ip_address(str(arguments[1][0]).partition("%")[0])
+        if not any(address in network for network in AS_FAR_AS):
+            strayed.append(str(address))
+
+
+sys.addaudithook(watch_sockets)
+
+
+@pytest.fixture(autouse=True)
+def no_socket_leaves_this_machine() -> Iterator[None]:
+    strayed.clear()
+    yield
+    assert strayed == []
+
+
+@dataclass(slots=True)
+class Recorder:
+    """A dialler. dialled: what it was asked for."""
+
+    dialled: list[str] = field(default_factory=list)
+
+    async def __call__(self, address: str, port: int) -> socket.socket:
+        self.dialled.append(address)
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+        if any(parsed in network for network in AS_FAR_AS):
+            return await dial(address, port)
+        raise ConnectionRefusedError(address)
+
+
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """A door with a recorder, and a listener on 127.0.0.1 that must hear nothing."""
+
+    stub: Stub
+    recorder: Recorder
+    door: Door
+    fetcher: Fetcher
+
+    async def fetch(self, url: str) -> bytes | ImageProblem:
+        try:
+            return await self.fetcher.get(url.replace("PORT", str(self.stub.port)))
+        except FetchFailed as failed:
+            return failed.kind
+
+
+def trapped(try_it: Callable[[Trap], Awaitable[None]], **limits: Any) -> Trap:
+    """What a door has dialled after the attempts."""
+
+    async def run() -> Trap:
+        async with running_stub(answering(OK)) as stub:
+            recorder = Recorder()
+            door = Door(resolver=resolve_by_table, dialler=recorder)
+            fetcher = Fetcher(FetchSettings.model_validate(limits), door)
+            trap = Trap(stub, recorder, door, fetcher)
+            try:
+                await try_it(trap)
+            finally:
+                await door.aclose()
+            return trap
+
+    return asyncio.run(run())
+
+
+def test_corpus_is_large_and_of_every_class() -> None:
+    assert len(HOSTILE_URLS) >= 300
+    assert all(
+        any(address in url for url in HOSTILE_URLS) for address in DENIED if "%" not in address
+    )
+
+
+def test_no_fetch_reaches_what_is_denied() -> None:
+    async def try_all(trap: Trap) -> None:
+        for url in HOSTILE_URLS:
+            assert await trap.fetch(url) in (ImageProblem.NOT_ALLOWED, ImageProblem.NOT_REACHABLE)
+            assert (trap.recorder.dialled, trap.stub.connections) == ([], 0), url
+
+    trapped(try_all)
+
+
+def test_no_webhook_reaches_what_is_denied() -> None:
+    async def try_all(trap: Trap) -> None:
+        for url in HOSTILE_URLS:
+            with pytest.raises((Refused, *NETWORK_ERRORS)):
+                async with trap.door.request(
+                    "POST",
+                    checked_url(url.replace("PORT", str(trap.stub.port))),
+                    AddressPolicy(),
+                    headers={},
+                    max_body_bytes=1_000,
+                    timeout_s=5,
+                    body=b"{}",
+                ):
+                    raise AssertionError(url)
+            assert (trap.recorder.dialled, trap.stub.connections) == ([], 0), url
+
+    trapped(try_all)
+
+
+def test_no_redirect_reaches_what_is_denied() -> None:
+    """From a host that is allowed, on 127.0.0.2, to each of the corpus."""
+
+    async def lead_astray(path: str, writer: asyncio.StreamWriter) -> None:
+        location = targets[int(path[1:])].encode("utf-8", "replace")
+        writer.write(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
+        await writer.drain()
+
+    targets: list[str] = []
+
+    async def try_all(trap: Trap) -> None:
+        async with running_stub(lead_astray, "127.0.0.2") as outer:
+            targets.extend(url.replace("PORT", str(trap.stub.port)) for url in HOSTILE_URLS)
+            for index, target in enumerate(targets):
+                answer = await trap.fetch(f"{outer.url}/{index}")
+                assert answer is ImageProblem.NOT_REACHABLE, target
+                assert trap.stub.connections == 0, target
+        assert outer.connections >= len(targets)
+        assert set(trap.recorder.dialled) == {"127.0.0.2"}
+
+    trapped(try_all, allow_cidrs="127.0.0.2")
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_recorder_hears_of_public_addresses(address: str) -> None:
+    """The corpus would prove nothing if the recorder never heard of anything."""
+
+    async def try_it(trap: Trap) -> None:
+        await trap.fetch(f"https://{bracketed(address)}/")
+
+    dialled = {ipaddress.ip_address(each) for each in trapped(try_it).recorder.dialled}
+    assert dialled == {ipaddress.ip_address(address)}
+
+
+@pytest.mark.parametrize("name", ["private.internal", "loopback.example", "shared.example"])
+def test_named_private_host_works(name: str) -> None:
+    async def try_it(trap: Trap) -> None:
+        await trap.fetch(f"http://{name}:PORT/")
+
+    by_network = ",".join(ANSWERS[name])
+    for allowed in ({"allow_hosts": name}, {"allow_cidrs": by_network}):
+        trap = trapped(try_it, **allowed)
+        assert set(trap.recorder.dialled) == set(ANSWERS[name])
+        assert trap.stub.connections == (1 if name == "loopback.example" else 0)
+
+
+def test_name_that_flips_between_judging_and_dialling() -> None:
+    """The second answer leads to the denied listener; it is asked for only by a second fetch."""
+    answers = [["127.0.0.2"], ["127.0.0.1"], ["127.0.0.2", "127.0.0.1"]]
+    lookups = iter(answers)
+
+    async def flip(_host: str, _port: int) -> list[str]:
+        return next(lookups)
+
+    async def run() -> tuple[list[object], int, list[str]]:
+        async with running_stub(answering(OK), "127.0.0.2") as good:
+            denied = await asyncio.start_server(lambda *_: None, "127.0.0.1", good.port)
+            recorder = Recorder()
+            door = Door(resolver=flip, dialler=recorder)
+            settings = FetchSettings.model_validate({"allow_cidrs": "127.0.0.2"})
+            fetcher = Fetcher(settings, door)
+            url = f"http://flips.example:{good.port}/"
+            seen: list[object] = []
+            for _ in answers:
+                try:
+                    seen.append(await fetcher.get(url))
+                except FetchFailed as failed:
+                    seen.append(type(failed.__cause__))
+            await door.aclose()
+            denied.close()
+            return seen, good.connections, recorder.dialled
+
+    assert asyncio.run(run()) == ([b"picture", Refused, Refused], 1, ["127.0.0.2"])
+
+
+class TestBehindAProxy:
+    """The proxy resolves names; what can be judged without that still is."""
+
+    def test_bad_addresses_and_ports_do_not_reach_the_proxy(self) -> None:
+        async def run() -> int:
+            async with running_stub(answering(OK)) as proxy:
+                settings = EgressSettings.model_validate({"proxy": proxy.url})
+                door = Door(settings, resolver=resolve_by_table)
+                fetcher = Fetcher(FetchSettings(), door)
+                for url in HOSTILE_URLS:
+                    # A name on a usual port is the proxy's to judge.
+                    if url.lower().split("/")[2:3] in ([name] for name in NAMES):
+                        continue
+                    with pytest.raises(FetchFailed):
+                        await fetcher.get(url.replace("PORT", str(proxy.port)))
+                    assert proxy.connections == 0, url
+                await door.aclose()
+                return proxy.connections
+
+        assert asyncio.run(run()) == 0

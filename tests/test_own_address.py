@@ -1,0 +1,104 @@
+"""The server does not call itself: its pictures are read where they lie, the rest is refused."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.addresses import Refused
+from server.door import Door, Listener
+from server.egress import Fetcher, FetchFailed
+from server.settings import FetchSettings, Settings
+from server.storage import Storage
+from tests.http_stub import LiveApp, answering, png_bytes, response, running_app, running_stub
+from tests.test_app import BODY, post, settings_in
+
+NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"
+UNKNOWN = "a" * 64 + ".invalid"
+"""Refused by every resolver before it asks anybody: a label has at most 63 characters."""
+NOT_REACHABLE = {
+    "status": "error",
+    "message": {"init_image": ["The init image could not be downloaded."]},
+}
+
+
+def with_a_picture(folder: Path, **changes: Any) -> Settings:
+    """Settings that let loopback be fetched from, and a finished picture in the store."""
+    settings = settings_in(folder, fetch={"allow_cidrs": ["127.0.0.0/8", "::1"]}, **changes)
+    Storage(settings.storage_url).put(f"generations/{NAME}", png_bytes())
+    return settings
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
+    with running_app(with_a_picture(tmp_path_factory.mktemp("data"))) as app:
+        yield app
+
+
+def inpaint(app: LiveApp, url: str) -> Any:
+    return post(app.client, "inpaint", **(BODY | {"init_image": url}))
+
+
+def test_own_picture_is_read_from_the_store(app: LiveApp) -> None:
+    url = f"http://127.0.0.1:{app.port}/generations/{NAME}"
+    assert inpaint(app, url)["status"] == "processing"
+
+
+def test_own_picture_needs_no_way_to_the_public_address(tmp_path: Path) -> None:
+    settings = with_a_picture(tmp_path, public_url=f"https://{UNKNOWN}/sd")
+    with running_app(settings) as app:
+        url = f"https://{UNKNOWN}/sd/generations/{NAME}"
+        assert inpaint(app, url)["status"] == "processing"
+        for other in (
+            f"https://{UNKNOWN}/generations/{NAME}",
+            f"https://{UNKNOWN}/sd/generations/{NAME}?",
+            f"https://{UNKNOWN}/sd/generations/../generations/{NAME}",
+            f"https://{UNKNOWN}/sd/generations/{NAME.replace('0123', '9999')}",
+        ):
+            assert inpaint(app, other) == NOT_REACHABLE, other
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/openapi.json", "/generations/../healthz", "/"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0x7f.1", "[::ffff:127.0.0.1]", "0.0.0.0"])
+def test_own_address_is_refused_though_its_network_is_allowed(
+    host: str, path: str, app: LiveApp
+) -> None:
+    assert inpaint(app, f"http://{host}:{app.port}{path}") == NOT_REACHABLE
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "is_own"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "::ffff:127.0.0.1", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("127.0.0.1", "::1", False),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("0.0.0.0", "127.9.9.9", True),
+        ("0.0.0.0", "8.8.8.8", False),
+        ("::", "127.0.0.1", True),
+        ("::", "::1", True),
+        ("::", "2606:4700::1111", False),
+        ("localhost", "127.0.0.1", True),
+        ("localhost", "8.8.8.8", False),
+    ],
+)
+def test_where_a_listener_is(host: str, address: str, is_own: bool) -> None:
+    assert Listener(host, 8000).is_at(address, 8000) is is_own
+    assert not Listener(host, 8000).is_at(address, 8001)
+
+
+@pytest.mark.parametrize("allowed", [{"allow_cidrs": "127.0.0.0/8"}, {"allow_hosts": "localhost"}])
+def test_own_address_is_not_dialled_whatever_is_allowed(allowed: dict[str, str]) -> None:
+    async def run() -> tuple[int, object]:
+        async with running_stub(answering(response("200 OK", body=b"picture"))) as stub:
+            door = Door(listener=Listener("0.0.0.0", stub.port))
+            fetcher = Fetcher(FetchSettings.model_validate(allowed), door)
+            with pytest.raises(FetchFailed) as failed:
+                await fetcher.get(f"http://localhost:{stub.port}/")
+            await fetcher.aclose()
+            return stub.connections, type(failed.value.__cause__)
+
+    assert asyncio.run(run()) == (0, Refused)

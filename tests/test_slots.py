@@ -1,0 +1,112 @@
+"""Places that are shared out in turn."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from server.slots import Slots
+
+
+async def settle() -> None:
+    """Let every task go as far as it can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+class Crowd:
+    """Tasks that hold a place until they are let go. held: who has one, in order."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self.held: list[str] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self._leave = asyncio.Semaphore(0)
+
+    def join(self, owner: str) -> asyncio.Task[None]:
+        async def hold() -> None:
+            async with self._slots.taken_by(owner):
+                self.held.append(owner)
+                await self._leave.acquire()
+
+        self.tasks.append(asyncio.create_task(hold()))
+        return self.tasks[-1]
+
+    async def let_go(self, count: int = 1) -> None:
+        """The ones that came in first leave."""
+        for _ in range(count):
+            self._leave.release()
+        await settle()
+
+
+def test_one_owner_cannot_take_all_places() -> None:
+    async def run() -> None:
+        crowd = Crowd(Slots(4, 3))
+        for owner in ["greedy"] * 10 + ["modest"]:
+            crowd.join(owner)
+        await settle()
+        assert Counter(crowd.held) == {"greedy": 3, "modest": 1}
+        await crowd.let_go(11)
+        assert Counter(crowd.held) == {"greedy": 10, "modest": 1}
+
+    asyncio.run(run())
+
+
+def test_freed_places_go_round() -> None:
+    async def run() -> list[str]:
+        crowd = Crowd(Slots(1, 1))
+        for owner in "aaaabbc":
+            crowd.join(owner)
+        await settle()
+        await crowd.let_go(7)
+        return crowd.held
+
+    # The first takes the free place; then a is first in line, and from there on they take turns.
+    assert asyncio.run(run()) == list("aabcaba")
+
+
+def test_places_of_who_gives_up_are_free_again() -> None:
+    async def run() -> list[str]:
+        crowd = Crowd(Slots(1, 1))
+        holder, waiting = crowd.join("a"), crowd.join("a")
+        await settle()
+        waiting.cancel()
+        holder.cancel()
+        await settle()
+        crowd.join("b")
+        await settle()
+        assert [task.cancelled() for task in (holder, waiting)] == [True, True]
+        await crowd.let_go()
+        return crowd.held
+
+    assert asyncio.run(run()) == ["a", "b"]
+
+
+def test_place_handed_to_who_is_just_cancelled_is_not_lost() -> None:
+    async def run() -> list[str]:
+        crowd = Crowd(Slots(1, 1))
+        crowd.join("a")
+        unlucky = crowd.join("b")
+        await settle()
+        crowd.tasks[0].cancel()
+        await asyncio.sleep(0)  # a's place is b's now, and b has not run yet
+        unlucky.cancel()
+        await settle()
+        crowd.join("c")
+        await settle()
+        await crowd.let_go()
+        return crowd.held
+
+    assert asyncio.run(run())[-1] == "c"
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_failing_holder_gives_its_place_back(places: int) -> None:
+    async def run() -> None:
+        slots = Slots(places, places)
+        for _ in range(10):
+            with pytest.raises(ValueError, match="x"):
+                async with asyncio.timeout(5), slots.taken_by("a"):
+                    raise ValueError("x")
+
+    asyncio.run(run())
