@@ -7,7 +7,7 @@ imports the engine.
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.images import encode_png
-from models.pipeline import InpaintPipeline, Source
+from models.pipeline import InpaintPipeline, Picture, Source
 from models.registry import find_model, load_components, read_catalog
 from server.database import open_engine
 from server.errors import StorageUnavailable
@@ -244,6 +244,8 @@ class Worker:
             logger.exception("pictures not stored", job_id=job.id)
             self._fail(job, "The pictures could not be stored")
             return
+        if repaired := repaired_parts(event.pictures):
+            logger.warning("the VAE needed float32", job_id=job.id, detail=repaired)
         flagged = [picture.is_flagged for picture in event.pictures]
         is_ours = self._insist(self.store.finish, job, flagged)
         if is_ours:
@@ -275,6 +277,15 @@ class Worker:
                 seen_at=time.time(),
             ),
         )
+
+
+def repaired_parts(pictures: Sequence[Picture]) -> str:
+    """What the VAE could not do in half precision: "encode", "decode", both or nothing."""
+    parts = {
+        "encode": any(picture.is_encoded_again for picture in pictures),
+        "decode": any(picture.is_decoded_again for picture in pictures),
+    }
+    return ", ".join(name for name, is_repaired in parts.items() if is_repaired)
 
 
 def pick_device(name: str) -> torch.device:
