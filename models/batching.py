@@ -29,6 +29,7 @@ class CallKind:
     area: of one row or picture, in any one unit.
     """
 
+    model: str
     area: int
 
 
@@ -36,24 +37,26 @@ class CallKind:
 class BatchKey:
     """All that samples must have in common to share a UNet call."""
 
+    model: str
     latent_height: int
     latent_width: int
     conditioning_tokens: int
 
     @classmethod
-    def of(cls, sample: Sample) -> "BatchKey":
-        """The key of a sample."""
+    def of(cls, sample: Sample, model: str) -> "BatchKey":
+        """The key of a sample of a model."""
         height, width = sample.latents.shape[-2:]
-        return cls(height, width, sample.conditioning.shape[1])
+        return cls(model, height, width, sample.conditioning.shape[1])
 
     @property
     def kind(self) -> CallKind:
         """Without the prompt's length, which does not change the cost much."""
-        return CallKind(self.latent_height * self.latent_width)
+        return CallKind(self.model, self.latent_height * self.latent_width)
 
-    def is_of_size(self, other: "BatchKey") -> bool:
-        """True where they may be decoded in one call."""
-        return self.latent_height == other.latent_height and self.latent_width == other.latent_width
+    @property
+    def picture(self) -> tuple[str, int, int]:
+        """What samples must have in common to be decoded in one call."""
+        return self.model, self.latent_height, self.latent_width
 
 
 @dataclass(slots=True)

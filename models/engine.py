@@ -18,7 +18,8 @@ import torch
 from models.batching import BatchKey, CallBudget, CallKind, stall_s
 from models.errors import DeviceLost, EngineError, OutOfMemory
 from models.params import InpaintParams
-from models.pipeline import InpaintPipeline, Picture, Sample, Source
+from models.pipeline import Picture, Sample, Source
+from models.residency import Readiness, Residency
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +29,17 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A job as the engine sees it."""
+    """A job as the engine sees it. model: by the id that the engine's models know it by."""
 
     id: int
+    model: str
     params: InpaintParams
     source: Source
 
     @property
     def picture_kind(self) -> CallKind:
         """What decides how long the VAE works on one of its pictures."""
-        return CallKind(self.params.width * self.params.height)
+        return CallKind(self.model, self.params.width * self.params.height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Member:
     @property
     def key(self) -> BatchKey:
         """What others must share to be in one UNet call with it."""
-        return BatchKey.of(self.sample)
+        return BatchKey.of(self.sample, self.generation.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +118,13 @@ class EngineLimits:
 class InpaintEngine:
     """Runs generations step by step, many at a time."""
 
-    pipeline: InpaintPipeline
+    models: Residency
     limits: EngineLimits = EngineLimits()
     _waiting: deque[Generation] = field(default_factory=deque)
     _running: dict[int, list[Member]] = field(default_factory=dict)
     _turn: int = 0
     _may_stall: bool = True
+    _is_resting: bool = True
     _rows: CallBudget = field(init=False)
     _pictures: CallBudget = field(init=False)
 
@@ -137,8 +140,13 @@ class InpaintEngine:
 
     @property
     def is_idle(self) -> bool:
-        """True when `step` has nothing to do."""
+        """True without any generation."""
         return not self._waiting and not self._running
+
+    @property
+    def is_resting(self) -> bool:
+        """True if the last `step` found nothing to do: none is there, or models are loading."""
+        return self._is_resting
 
     def add(self, generation: Generation) -> None:
         """Queue a generation; it is prepared in a later `step`."""
@@ -158,6 +166,7 @@ class InpaintEngine:
         Raises: DeviceLost, after which the engine must not be used.
         """
         self._turn += 1
+        self._is_resting = False
         members = [member for each in self._running.values() for member in each]
         denoised = [each for each in members if each.sample.is_denoised and each.picture is None]
         runnable = [each for each in members if not each.sample.is_denoised]
@@ -166,9 +175,35 @@ class InpaintEngine:
             if denoised:
                 return self._decode(self._select_pictures(denoised, runnable))
             if self._waiting and (not runnable or not self.limits.is_reproducible):
-                return self._prepare(self._select_waiting(runnable))
+                ready, failures = self._ask_for_models()
+                prepared = self._prepare(self._select_waiting(ready, runnable)) if ready else []
+                if failures or prepared:
+                    return [*failures, *prepared]
         self._may_stall = True
+        self._is_resting = not runnable
         return self._denoise(self._select_batch(runnable)) if runnable else []
+
+    def _ask_for_models(self) -> tuple[list[Generation], list[Event]]:
+        """The waiting generations whose models are there, and the ends of those of bad ones.
+
+        Behind one whose model finds no room nobody begins, so that the running ones make room.
+        """
+        in_use = {members[0].generation.model for members in self._running.values()}
+        ready: list[Generation] = []
+        failures: list[Event] = []
+        for generation in [*self._waiting]:
+            try:
+                readiness = self.models.ask(generation.model, in_use)
+            except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
+                self._waiting = deque(each for each in self._waiting if each is not generation)
+                failures.append(self._failed(generation.id, error))
+                continue
+            if readiness is Readiness.CROWDED:
+                break
+            if readiness is Readiness.READY:
+                ready.append(generation)
+                in_use.add(generation.model)
+        return ready, failures
 
     def _select_batch(self, runnable: Sequence[Member]) -> list[Member]:
         """The next UNet call: the key, and of it the samples, that have waited for the most turns.
@@ -194,16 +229,18 @@ class InpaintEngine:
     ) -> list[Member]:
         """What to decode next: pictures of one size."""
         first = denoised[0]
-        same = [member for member in denoised if member.key.is_of_size(first.key)]
+        same = [member for member in denoised if member.key.picture == first.key.picture]
         return same[: self._pictures_per_call(first.generation, runnable)]
 
-    def _select_waiting(self, runnable: Sequence[Member]) -> list[Generation]:
-        """The generation that has waited longest, and others of its size; no longer waiting.
+    def _select_waiting(
+        self, ready: Sequence[Generation], runnable: Sequence[Member]
+    ) -> list[Generation]:
+        """The first that is ready, and others of its model and size; no longer waiting.
 
         Two encodings take about as long as one decoding, which is what was measured.
         """
-        first = self._waiting[0]
-        same = [each for each in self._waiting if each.picture_kind == first.picture_kind]
+        first = ready[0]
+        same = [each for each in ready if each.picture_kind == first.picture_kind]
         selected = same[: self._pictures_per_call(first, runnable)]
         taken = {each.id for each in selected}
         self._waiting = deque(each for each in self._waiting if each.id not in taken)
@@ -216,8 +253,10 @@ class InpaintEngine:
         return self._pictures.units_within(generation.picture_kind, patience_s)
 
     def _prepare(self, generations: Sequence[Generation]) -> list[Event]:
+        pipeline = self.models.pipeline(generations[0].model)
+
         def work(some: Sequence[Generation]) -> list[list[Sample]]:
-            return self.pipeline.prepare_together([(each.params, each.source) for each in some])
+            return pipeline.prepare_together([(each.params, each.source) for each in some])
 
         events: list[Event] = []
         shrink = partial(self._shrink_pictures, generations[0].picture_kind)
@@ -233,6 +272,7 @@ class InpaintEngine:
         """One step of a batch; one progress event for each of its generations that goes on."""
         failures: list[Event] = []
         kind = batch[0].key.kind
+        pipeline = self.models.pipeline(kind.model)
         shrink = partial(self._shrink_rows, kind)
         for member, prediction in self._attempt(batch, partial(self._predict, kind), shrink):
             if member.generation_id not in self._running:
@@ -241,7 +281,7 @@ class InpaintEngine:
             try:
                 if isinstance(prediction, Exception):
                     raise prediction
-                self.pipeline.advance(member.sample, prediction)
+                pipeline.advance(member.sample, prediction)
             except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
                 failures.append(self._failed(member.generation_id, error))
         touched = dict.fromkeys(member.generation_id for member in batch)
@@ -252,7 +292,7 @@ class InpaintEngine:
         samples = [member.sample for member in batch]
         rows = sum(sample.rows for sample in samples)
         with self._timed(self._rows, kind, rows):
-            return self.pipeline.denoise_step(samples)
+            return self.models.pipeline(kind.model).denoise_step(samples)
 
     def _shrink_rows(self, kind: CallKind, batch: Sequence[Member]) -> None:
         self._rows.shrink(kind, sum(member.sample.rows for member in batch))
@@ -262,10 +302,11 @@ class InpaintEngine:
 
     def _decode(self, members: Sequence[Member]) -> list[Event]:
         kind = members[0].generation.picture_kind
+        pipeline = self.models.pipeline(kind.model)
 
         def work(some: Sequence[Member]) -> list[Picture]:
             with self._timed(self._pictures, kind, len(some)):
-                return self.pipeline.decode([member.sample for member in some])
+                return pipeline.decode([member.sample for member in some])
 
         events: list[Event] = []
         shrink = partial(self._shrink_pictures, kind)
@@ -310,7 +351,7 @@ class InpaintEngine:
             parts = [[member] for member in batch]
             if isinstance(error, OutOfMemory):
                 shrink(batch)
-                self.pipeline.release_memory()
+                self.models.release_memory()
                 parts = halves(batch)
         return [each for part in parts for each in self._attempt(part, work, shrink)]
 
@@ -320,9 +361,10 @@ class InpaintEngine:
         if not budget.wants_measurement(kind, units):
             yield
             return
-        started_s = self.pipeline.device_time_s()
+        pipeline = self.models.pipeline(kind.model)
+        started_s = pipeline.device_time_s()
         yield
-        budget.observe(kind, units, self.pipeline.device_time_s() - started_s)
+        budget.observe(kind, units, pipeline.device_time_s() - started_s)
 
     def _retried(self, work: Callable[[], T]) -> T:
         """Work for a single sample, done once more after memory was given back.
@@ -333,7 +375,7 @@ class InpaintEngine:
             return work()
         except OutOfMemory:
             logger.warning("out of memory, trying once more")
-        self.pipeline.release_memory()
+        self.models.release_memory()
         return work()
 
     def _progress(self, generation_id: int) -> Progress:

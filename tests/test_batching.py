@@ -4,7 +4,7 @@ import pytest
 
 from models.batching import MEASUREMENTS, BatchKey, CallBudget, CallKind, stall_s
 
-KIND = CallKind(area=32 * 32)
+KIND = CallKind("model", area=32 * 32)
 
 
 def grow(budget: CallBudget, seconds_per_row: dict[int, float]) -> list[int]:
@@ -50,8 +50,10 @@ def test_sizes_are_measured_apart() -> None:
     for _ in range(MEASUREMENTS):
         budget.observe(KIND, 2, 0.02)
     assert budget.units(KIND) == 4
-    assert budget.units(CallKind(area=64 * 64)) == 2
-    assert BatchKey(32, 32, 154).kind == KIND, "prompt length does not change the cost much"
+    assert budget.units(CallKind("model", area=64 * 64)) == 2
+    assert BatchKey("model", 32, 32, 154).kind == KIND, (
+        "prompt length does not change the cost much"
+    )
 
 
 @pytest.mark.parametrize(("rows", "left"), [(8, 4), (2, 1), (1, 1)])
@@ -66,7 +68,7 @@ def test_calls_of_several_pictures_stay_below_the_most_area() -> None:
     budget = CallBudget(first=1, most=32, most_area=3 * KIND.area)
     assert grow(budget, {1: 0.010, 2: 0.007}) == [1, 2]
 
-    large = CallKind(4 * KIND.area)
+    large = CallKind("model", 4 * KIND.area)
     for _ in range(2 * MEASUREMENTS):
         budget.observe(large, 1, 0.04)
     assert budget.units(large) == 1
@@ -84,7 +86,7 @@ def test_call_beside_running_samples_is_as_large_as_they_may_wait() -> None:
 
 def test_running_samples_wait_for_two_of_their_quickest_steps() -> None:
     steps = CallBudget(first=2, most=2)
-    quick, slow = BatchKey(32, 32, 77), BatchKey(64, 64, 77)
+    quick, slow = BatchKey("model", 32, 32, 77), BatchKey("model", 64, 64, 77)
     assert stall_s(steps, []) == float("inf")
     steps.observe(quick.kind, 2, 0.010)
     assert stall_s(steps, [quick]) == pytest.approx(0.020)

@@ -18,6 +18,7 @@ from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture
 from models.params import InpaintParams, SchedulerName
 from models.pipeline import InpaintPipeline, Picture, Source
 from models.registry import Components
+from models.residency import Residency
 from tests.test_pipeline import (
     SOURCE,
     Answer,
@@ -128,6 +129,7 @@ class ToyPipeline:
             raise self.faults[verb, seed]
 
 
+MODEL = "tiny"
 FAULTS: list[Callable[[], Exception]] = [
     lambda: InvalidInput([Violation("prompt", reason="is too long")]),
     lambda: OutOfMemory("full"),
@@ -147,12 +149,13 @@ def make_engine(
         first_pictures=samples_per_call,
         is_reproducible=samples_per_call == 1,
     )
-    return InpaintEngine(cast(InpaintPipeline, pipeline), limits)
+    return InpaintEngine(Residency.of(MODEL, cast(InpaintPipeline, pipeline)), limits)
 
 
-def make_generation(generation_id: int, **changes: Any) -> Generation:
+def make_generation(generation_id: int, model: str = MODEL, **changes: Any) -> Generation:
     """Of its own seeds."""
-    return Generation(generation_id, make_params(seed=10 * generation_id, **changes), SOURCE)
+    params = make_params(seed=10 * generation_id, **changes)
+    return Generation(generation_id, model, params, SOURCE)
 
 
 def drain(engine: InpaintEngine) -> list[Event]:

@@ -37,8 +37,9 @@ MODELS = {
     "registry": "errors folders lora parts single_file",
     "safety": "images",
     "pipeline": "canvas conditioning errors params schedulers registry safety vae",
+    "residency": "errors pipeline registry",
     "batching": "pipeline",
-    "engine": "batching errors params pipeline",
+    "engine": "batching errors params pipeline residency",
     "builtin": "builtin",
 }
 """Room to the rooms of `models` it may import; each file and each folder is a room."""
@@ -64,7 +65,8 @@ SERVER = {
     " models.enhance models.errors models.images models.params",
     "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
-    " models.engine models.errors models.images models.params models.pipeline models.registry",
+    " models.engine models.errors models.images models.params models.pipeline models.registry"
+    " models.residency",
     "supervisor": "jobs telemetry",
     "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
     " telemetry"
