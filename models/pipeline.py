@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from models.canvas import Canvas, prepare_canvas
 from models.conditioning import Conditioning, create_conditioner, gather_added
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
-from models.params import InpaintParams
+from models.params import InpaintParams, SchedulerName
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
 from models.schedulers import create_scheduler, own_scheduler, run_timesteps
@@ -106,6 +106,7 @@ class Picture:
     is_flagged: the safety checker's verdict; None where it was not asked or there is none.
     is_encoded_again, is_decoded_again: the VAE's first result was unusable, this one was made with
         the VAE in float32.
+    scheduler: the one that ran.
     """
 
     seed: int
@@ -114,6 +115,7 @@ class Picture:
     is_flagged: bool | None = None
     is_encoded_again: bool = False
     is_decoded_again: bool = False
+    scheduler: SchedulerName | None = None
 
 
 class InpaintPipeline:
@@ -241,6 +243,7 @@ class InpaintPipeline:
                     verdicts[index],
                     sample.is_encoded_again,
                     decoded_again[index],
+                    SchedulerName(type(sample.scheduler).__name__),
                 )
                 for index, sample in enumerate(samples)
             ]

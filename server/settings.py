@@ -171,6 +171,7 @@ class Settings(BaseSettings):
     workers: int | None = Field(default=None, ge=0)
     max_in_flight: int = Field(default=8, ge=1)
     reproducible: bool = False
+    png_metadata: bool = False
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     fetch: FetchSettings = FetchSettings()

@@ -19,6 +19,7 @@ import transformers.utils.logging
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
+from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.images import encode_png
@@ -275,7 +276,7 @@ class Worker:
     def _finish(self, job: Job, event: Finished) -> None:
         try:
             for key, picture in zip(job.output_keys, event.pictures, strict=True):
-                self.storage.put(key, encode_png(picture.image))
+                self.storage.put(key, encode_png(picture.image, self._png_text(job, picture)))
         except StorageUnavailable:
             logger.exception("pictures not stored", job_id=job.id)
             self._fail(job, "The pictures could not be stored")
@@ -287,6 +288,14 @@ class Worker:
         if is_ours:
             self._drop_input(job)
         logger.info("job finished" if is_ours else "job finished by another", job_id=job.id)
+
+    def _png_text(self, job: Job, picture: Picture) -> dict[str, str]:
+        """What stands in the file beside the pixels."""
+        if not self.settings.png_metadata:
+            return {}
+        model = job.params.model or self.settings.model
+        caption = write_caption(job.params, picture.seed, picture.scheduler, model)
+        return {CAPTION_KEYWORD: caption}
 
     def _fail(self, job: Job, reason: str) -> None:
         if self._insist(self.store.fail, job, reason):

@@ -22,6 +22,7 @@ MODELS = {
     "images": "errors",
     "masks": "images",
     "canvas": "images masks params",
+    "captions": "params",
     "enhance": "",
     "weights": "errors",
     "families": "errors",
@@ -65,7 +66,8 @@ SERVER = {
     " models.enhance models.errors models.images models.params",
     "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
-    " models.engine models.errors models.images models.params models.pipeline models.registry"
+    " models.captions models.engine models.errors models.images models.params models.pipeline"
+    " models.registry"
     " models.residency",
     "supervisor": "jobs telemetry",
     "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
@@ -94,7 +96,7 @@ WEB_AND_DATABASE = {
     "uvicorn",
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
-TORCH_FREE = ("params", "images", "masks", "canvas", "errors", "enhance", "registry")
+TORCH_FREE = ("params", "images", "masks", "canvas", "captions", "errors", "enhance", "registry")
 
 
 @dataclass(frozen=True)
