@@ -26,11 +26,14 @@ from benchmarks.orders import Order, make_orders, mixed_steps
 from benchmarks.rivals.plain import build_pipeline, paint
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.pipeline import InpaintPipeline
+from models.residency import Residency
 
 OURS, PLAIN, BATCHED, COMPILED = "ours", "plain", "plain, batched", "plain, compiled"
 Pictures: TypeAlias = list[NDArray[np.uint8]]
 Painter: TypeAlias = Callable[[Sequence[Order]], Pictures]
 """Makes the pictures of some orders, in any order it likes; result in order of the orders."""
+
+MODEL = "benchmarked"
 
 MOST_ROUNDS = 12
 """Of the smallest case; a case of n orders has an nth of it, and two at least."""
@@ -71,13 +74,14 @@ class OurEngine:
 
     def __init__(self, folder: Path, most_in_flight: int) -> None:
         pipeline = InpaintPipeline(checkpoints.load(folder))
-        self._engine = InpaintEngine(pipeline, EngineLimits(max_generations=most_in_flight))
+        limits = EngineLimits(max_generations=most_in_flight)
+        self._engine = InpaintEngine(Residency.of(MODEL, pipeline), limits)
         self._ids = count()
 
     def __call__(self, orders: Sequence[Order]) -> Pictures:
         finished: dict[int, NDArray[np.uint8]] = {}
         for order in orders:
-            self._engine.add(Generation(next(self._ids), order.params(), order.source()))
+            self._engine.add(Generation(next(self._ids), MODEL, order.params(), order.source()))
         while not self._engine.is_idle:
             for event in self._engine.step():
                 if isinstance(event, Failed):

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 from models.canvas import prepare_canvas
 from models.params import InpaintParams
 from models.pipeline import InpaintPipeline, Picture, Sample, Source
+from models.residency import Residency
 from server.database import open_engine
 from server.jobs import JobStore
 from server.settings import load_settings
@@ -31,8 +32,11 @@ class NoopPipeline(InpaintPipeline):
         self.dtype = torch.float32
         self._safety = None
 
-    def prepare(self, params: InpaintParams, source: Source) -> list[Sample]:
+    def prepare_together(self, jobs: Sequence[tuple[InpaintParams, Source]]) -> list[list[Sample]]:
         """Samples of the right shapes and of one step."""
+        return [self._samples(params, source) for params, source in jobs]
+
+    def _samples(self, params: InpaintParams, source: Source) -> list[Sample]:
         canvas = prepare_canvas(params, source.init_image, source.mask)
         latents = torch.zeros(1, 4, params.height // 8, params.width // 8)
         return [
@@ -75,8 +79,8 @@ class NoopPipeline(InpaintPipeline):
 class NoopWorker(Worker):
     """The worker's own loop around `NoopPipeline`."""
 
-    def _load(self) -> InpaintPipeline:
-        return NoopPipeline()
+    def _open_models(self, device: torch.device) -> Residency:
+        return Residency.of(self.settings.model, NoopPipeline())
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Which samples share the next UNet call, and how many rows such a call should have.
+"""Which samples share the next call of a model, and how large such a call should be.
 
 Plain numbers in, plain numbers out: the engine asks, measures and tells.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
 
 from models.pipeline import Sample
 
@@ -11,90 +13,144 @@ MEASUREMENTS = 3
 """Calls of one size that are timed before it is compared; the quickest of them counts."""
 
 WORTHWHILE_GAIN = 1.03
-"""Twice the rows must bring this factor in rows per second; below, more rows only add latency."""
+"""Twice the units must bring this factor in units per second; below, more only add latency."""
+
+SHORTEST_S = 1e-6
+"""Below what any call takes; a clock that stood still must not make one look free."""
+
+STALL_STEPS = 2.0
+"""Denoising steps that running samples wait, at most about, for a call of the VAE between two."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallKind:
+    """What decides how long a call takes, besides its number of rows or pictures.
+
+    area: of one row or picture, in any one unit.
+    """
+
+    model: str
+    area: int
 
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
     """All that samples must have in common to share a UNet call."""
 
+    model: str
     latent_height: int
     latent_width: int
     conditioning_tokens: int
 
     @classmethod
-    def of(cls, sample: Sample) -> "BatchKey":
-        """The key of a sample."""
+    def of(cls, sample: Sample, model: str) -> "BatchKey":
+        """The key of a sample of a model."""
         height, width = sample.latents.shape[-2:]
-        return cls(height, width, sample.conditioning.shape[1])
+        return cls(model, height, width, sample.conditioning.shape[1])
 
     @property
-    def area(self) -> int:
-        """Latent pixels, which decide the cost of a row."""
-        return self.latent_height * self.latent_width
+    def kind(self) -> CallKind:
+        """Without the prompt's length, which does not change the cost much."""
+        return CallKind(self.model, self.latent_height * self.latent_width)
+
+    @property
+    def picture(self) -> tuple[str, int, int]:
+        """What samples must have in common to be decoded in one call."""
+        return self.model, self.latent_height, self.latent_width
 
 
 @dataclass(slots=True)
-class RowLimit:
-    """The rows of a call for one latent area, found by doubling while that pays.
+class CallLimit:
+    """The units (rows, pictures) of a call of one kind, found by doubling while that pays.
 
-    rows: the limit now. is_settled: True once doubling did not pay, or memory was too small.
+    units: the limit now. is_settled: True once doubling did not pay, or memory was too small.
     """
 
-    rows: int
+    units: int
     is_settled: bool = False
     _quickest_s: dict[int, float] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
 
-    def observe(self, rows: int, seconds: float, most: int) -> None:
+    def observe(self, units: int, seconds: float, most: int) -> None:
         """Take note of how long a call at the limit took; may change it. most: never go beyond."""
-        self._quickest_s[rows] = min(seconds, self._quickest_s.get(rows, seconds))
-        self._counts[rows] = self._counts.get(rows, 0) + 1
-        if self._counts[rows] < MEASUREMENTS:
+        seconds = max(seconds, SHORTEST_S)
+        self._quickest_s[units] = min(seconds, self._quickest_s.get(units, seconds))
+        self._counts[units] = self._counts.get(units, 0) + 1
+        if self._counts[units] < MEASUREMENTS:
             return
-        smaller = rows // 2
-        if smaller in self._quickest_s and not self._pays(smaller, rows):
-            self.rows, self.is_settled = smaller, True
-        elif rows * 2 <= most:
-            self.rows = rows * 2
+        smaller = units // 2
+        if smaller in self._quickest_s and not self._pays(smaller, units):
+            self.units, self.is_settled = smaller, True
+        elif units * 2 <= most:
+            self.units = units * 2
         else:
             self.is_settled = True
 
-    def shrink(self, rows: int) -> None:
-        """A call of so many rows did not fit into memory."""
-        self.rows, self.is_settled = max(1, rows // 2), True
+    def shrink(self, units: int) -> None:
+        """A call of so many units did not fit into memory."""
+        self.units, self.is_settled = max(1, units // 2), True
+
+    def unit_s(self) -> float | None:
+        """Seconds per unit of the largest call within the limit that was timed."""
+        timed = [units for units in self._quickest_s if units <= self.units]
+        return self._quickest_s[max(timed)] / max(timed) if timed else None
 
     def _pays(self, smaller: int, larger: int) -> bool:
         gain = (larger / self._quickest_s[larger]) / (smaller / self._quickest_s[smaller])
         return gain >= WORTHWHILE_GAIN
 
 
-class RowBudget:
-    """A `RowLimit` per latent area.
+class CallBudget:
+    """A `CallLimit` per kind of call.
 
-    first: rows of a call before anything was measured. most: rows that no call exceeds.
+    first: units of a call before anything was measured. most: units that no call exceeds.
+    most_area: area that no call of several units exceeds, in the unit of `CallKind.area`.
     """
 
-    def __init__(self, first: int, most: int) -> None:
-        self._first, self._most = first, most
-        self._limits: dict[int, RowLimit] = {}
+    def __init__(self, first: int, most: int, most_area: int | None = None) -> None:
+        self._first, self._most, self._most_area = first, most, most_area
+        self._limits: dict[CallKind, CallLimit] = {}
 
-    def rows(self, key: BatchKey) -> int:
-        """Rows the next call of this key may have."""
-        return self._limit(key).rows
+    def units(self, kind: CallKind) -> int:
+        """Units the next call of this kind may have."""
+        return self._limit(kind).units
 
-    def wants_measurement(self, key: BatchKey, rows: int) -> bool:
-        """Whether timing a call of so many rows would help."""
-        limit = self._limit(key)
-        return not limit.is_settled and limit.rows == rows
+    def units_within(self, kind: CallKind, seconds: float) -> int:
+        """The same for a call that may last so long, which may be for ever; 1 at least."""
+        limit = self._limit(kind)
+        unit_s = limit.unit_s() or inf  # not timed yet: nothing is known to fit
+        return max(1, int(min(seconds / unit_s, limit.units))) if isfinite(seconds) else limit.units
 
-    def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
-        """A call of so many rows took so long."""
-        self._limit(key).observe(rows, seconds, self._most)
+    def call_s(self, kind: CallKind) -> float | None:
+        """Seconds of a call at the limit, by what was timed; None before."""
+        limit = self._limit(kind)
+        unit_s = limit.unit_s()
+        return None if unit_s is None else unit_s * limit.units
 
-    def shrink(self, key: BatchKey, rows: int) -> None:
-        """A call of so many rows ran out of memory."""
-        self._limit(key).shrink(rows)
+    def wants_measurement(self, kind: CallKind, units: int) -> bool:
+        """Whether timing a call of so many units would help."""
+        limit = self._limit(kind)
+        return not limit.is_settled and limit.units == units
 
-    def _limit(self, key: BatchKey) -> RowLimit:
-        return self._limits.setdefault(key.area, RowLimit(self._first))
+    def observe(self, kind: CallKind, units: int, seconds: float) -> None:
+        """A call of so many units took so long."""
+        most = self._most
+        if self._most_area is not None:
+            most = max(1, min(most, self._most_area // kind.area))
+        self._limit(kind).observe(units, seconds, most)
+
+    def shrink(self, kind: CallKind, units: int) -> None:
+        """A call of so many units ran out of memory."""
+        self._limit(kind).shrink(units)
+
+    def _limit(self, kind: CallKind) -> CallLimit:
+        return self._limits.setdefault(kind, CallLimit(self._first))
+
+
+def stall_s(step_budget: CallBudget, running: Sequence[BatchKey]) -> float:
+    """Seconds a call of the VAE may last beside running samples: `STALL_STEPS` of their quickest.
+
+    0 while no step of theirs was timed, unlimited where none run.
+    """
+    steps_s = [step_budget.call_s(key.kind) for key in dict.fromkeys(running)]
+    return STALL_STEPS * min((each or 0.0 for each in steps_s), default=inf)

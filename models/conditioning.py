@@ -4,7 +4,7 @@ Stable Diffusion 1 and 2 have one text encoder; SDXL has two, whose states stand
 pooled embedding of the whole prompt, and numbers that describe the picture's size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.errors import ModelUnavailable
 from models.params import InpaintParams
-from models.prompts import Layer, PromptEncoder
+from models.prompts import Layer, PromptEncoder, PromptKey
 from models.registry import Components
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -35,6 +35,13 @@ class Conditioning:
 class TextConditioner(Protocol):
     """What the pipeline asks of a family."""
 
+    def remember(self, jobs: Iterable[InpaintParams]) -> None:
+        """Encode the texts of several jobs together, for the `encode` of each.
+
+        Raises: InvalidInput.
+        """
+        ...
+
     def encode(self, params: InpaintParams, height: int, width: int) -> Conditioning:
         """The conditioning of a job whose pictures have this many pixels.
 
@@ -48,6 +55,9 @@ class ClipConditioner:
 
     def __init__(self, prompts: PromptEncoder) -> None:
         self._prompts = prompts
+
+    def remember(self, jobs: Iterable[InpaintParams]) -> None:
+        self._prompts.remember([key for params in jobs for key in prompt_keys(params)])
 
     def encode(self, params: InpaintParams, height: int, width: int) -> Conditioning:
         if params.guidance_scale <= 1:
@@ -76,6 +86,11 @@ class DualClipConditioner:
         self._prompts = prompts
         self._has_zero_negative = has_zero_negative
         self._has_aesthetic_score = has_aesthetic_score
+
+    def remember(self, jobs: Iterable[InpaintParams]) -> None:
+        keys = [key for params in jobs for key in prompt_keys(params)]
+        for encoder in self._prompts:
+            encoder.remember(keys)
 
     def encode(self, params: InpaintParams, height: int, width: int) -> Conditioning:
         if params.guidance_scale <= 1:
@@ -134,6 +149,14 @@ def create_conditioner(
         has_zero_negative=components.switches.get("force_zeros_for_empty_prompt", True),
         has_aesthetic_score=components.switches.get("requires_aesthetics_score", False),
     )
+
+
+def prompt_keys(params: InpaintParams) -> list[PromptKey]:
+    """The texts a job needs encoded; of the negative prompt only if there is guidance."""
+    texts = [params.prompt]
+    if params.guidance_scale > 1:
+        texts.append(params.negative_prompt)
+    return [PromptKey(text, params.clip_skip) for text in texts]
 
 
 def check_conditions(components: Components) -> None:

@@ -1,35 +1,45 @@
 """`InpaintEngine`: which samples run next, and who hears of it. Policy only.
 
 No tensor mathematics (that is `InpaintPipeline`), no threads or I/O: the worker calls `step` in a
-loop, and each call does one bounded piece of work: prepare one generation, take one denoising step
-of a batch, or decode one picture.
+loop, and each call does one bounded piece of work: prepare some generations, take one denoising
+step of a batch, or decode some pictures.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 import torch
 
-from models.batching import BatchKey, RowBudget
+from models.batching import BatchKey, CallBudget, CallKind, stall_s
 from models.errors import DeviceLost, EngineError, OutOfMemory
 from models.params import InpaintParams
-from models.pipeline import InpaintPipeline, Picture, Sample, Source
+from models.pipeline import Picture, Sample, Source
+from models.residency import Readiness, Residency
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A job as the engine sees it."""
+    """A job as the engine sees it. model: by the id that the engine's models know it by."""
 
     id: int
+    model: str
     params: InpaintParams
     source: Source
+
+    @property
+    def picture_kind(self) -> CallKind:
+        """What decides how long the VAE works on one of its pictures."""
+        return CallKind(self.model, self.params.width * self.params.height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +78,20 @@ class Member:
     picture: once it is decoded.
     """
 
-    generation_id: int
+    generation: Generation
     sample: Sample
     last_turn: int = 0
     picture: Picture | None = None
 
     @property
+    def generation_id(self) -> int:
+        """Of its generation."""
+        return self.generation.id
+
+    @property
     def key(self) -> BatchKey:
         """What others must share to be in one UNet call with it."""
-        return BatchKey.of(self.sample)
+        return BatchKey.of(self.sample, self.generation.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +100,17 @@ class EngineLimits:
 
     first_rows, max_rows: of a UNet call before its best number of rows is known, and ever. A
         sample with guidance takes two.
-    is_reproducible: every UNet call is for one sample, so that a picture does not depend on its
-        neighbours to the last bit; otherwise it does not up to rounding.
+    first_pictures: the same for a call of the VAE.
+    max_pixels: of the pictures that one call of the VAE encodes or decodes, if more than one.
+    is_reproducible: every call of a model is for one sample, so that a picture does not depend on
+        its neighbours to the last bit; otherwise it does not up to rounding.
     """
 
     max_generations: int = 8
     first_rows: int = 2
     max_rows: int = 32
+    first_pictures: int = 1
+    max_pixels: int = 4 * 1024 * 1024
     is_reproducible: bool = False
 
 
@@ -99,16 +118,20 @@ class EngineLimits:
 class InpaintEngine:
     """Runs generations step by step, many at a time."""
 
-    pipeline: InpaintPipeline
+    models: Residency
     limits: EngineLimits = EngineLimits()
     _waiting: deque[Generation] = field(default_factory=deque)
     _running: dict[int, list[Member]] = field(default_factory=dict)
     _turn: int = 0
     _may_stall: bool = True
-    _budget: RowBudget = field(init=False)
+    _is_resting: bool = True
+    _rows: CallBudget = field(init=False)
+    _pictures: CallBudget = field(init=False)
 
     def __post_init__(self) -> None:
-        self._budget = RowBudget(self.limits.first_rows, self.limits.max_rows)
+        limits = self.limits
+        self._rows = CallBudget(limits.first_rows, limits.max_rows)
+        self._pictures = CallBudget(limits.first_pictures, limits.max_rows, limits.max_pixels)
 
     @property
     def free_places(self) -> int:
@@ -117,8 +140,13 @@ class InpaintEngine:
 
     @property
     def is_idle(self) -> bool:
-        """True when `step` has nothing to do."""
+        """True without any generation."""
         return not self._waiting and not self._running
+
+    @property
+    def is_resting(self) -> bool:
+        """True if the last `step` found nothing to do: none is there, or models are loading."""
+        return self._is_resting
 
     def add(self, generation: Generation) -> None:
         """Queue a generation; it is prepared in a later `step`."""
@@ -133,22 +161,49 @@ class InpaintEngine:
         """Do one piece of work and say what came of it.
 
         A piece of encoding or decoding stands between two denoising steps, never next to another
-        while samples run, so that running samples wait for one of them at most. An error ends the
-        generation it belongs to and no other.
+        while samples run, and is as large as lets these wait for about two steps at most. An error
+        ends the generation it belongs to and no other.
         Raises: DeviceLost, after which the engine must not be used.
         """
         self._turn += 1
+        self._is_resting = False
         members = [member for each in self._running.values() for member in each]
         denoised = [each for each in members if each.sample.is_denoised and each.picture is None]
         runnable = [each for each in members if not each.sample.is_denoised]
         if self._may_stall or not runnable:
             self._may_stall = False
             if denoised:
-                return self._decode(denoised[0])
+                return self._decode(self._select_pictures(denoised, runnable))
             if self._waiting and (not runnable or not self.limits.is_reproducible):
-                return self._prepare(self._waiting.popleft())
+                ready, failures = self._ask_for_models()
+                prepared = self._prepare(self._select_waiting(ready, runnable)) if ready else []
+                if failures or prepared:
+                    return [*failures, *prepared]
         self._may_stall = True
+        self._is_resting = not runnable
         return self._denoise(self._select_batch(runnable)) if runnable else []
+
+    def _ask_for_models(self) -> tuple[list[Generation], list[Event]]:
+        """The waiting generations whose models are there, and the ends of those of bad ones.
+
+        Behind one whose model finds no room nobody begins, so that the running ones make room.
+        """
+        in_use = {members[0].generation.model for members in self._running.values()}
+        ready: list[Generation] = []
+        failures: list[Event] = []
+        for generation in [*self._waiting]:
+            try:
+                readiness = self.models.ask(generation.model, in_use)
+            except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
+                self._waiting = deque(each for each in self._waiting if each is not generation)
+                failures.append(self._failed(generation.id, error))
+                continue
+            if readiness is Readiness.CROWDED:
+                break
+            if readiness is Readiness.READY:
+                ready.append(generation)
+                in_use.add(generation.model)
+        return ready, failures
 
     def _select_batch(self, runnable: Sequence[Member]) -> list[Member]:
         """The next UNet call: the key, and of it the samples, that have waited for the most turns.
@@ -164,83 +219,152 @@ class InpaintEngine:
         batch, rows = same[:1], same[0].sample.rows
         for member in same[1:]:
             rows += member.sample.rows
-            if rows > self._budget.rows(key):
+            if rows > self._rows.units(key.kind):
                 break
             batch.append(member)
         return batch
 
-    def _prepare(self, generation: Generation) -> list[Event]:
-        try:
-            samples = self._retried(
-                lambda: self.pipeline.prepare(generation.params, generation.source)
-            )
-        except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
-            return [self._failed(generation.id, error)]
-        self._running[generation.id] = [Member(generation.id, sample) for sample in samples]
-        return [self._progress(generation.id)]
+    def _select_pictures(
+        self, denoised: Sequence[Member], runnable: Sequence[Member]
+    ) -> list[Member]:
+        """What to decode next: pictures of one size."""
+        first = denoised[0]
+        same = [member for member in denoised if member.key.picture == first.key.picture]
+        return same[: self._pictures_per_call(first.generation, runnable)]
+
+    def _select_waiting(
+        self, ready: Sequence[Generation], runnable: Sequence[Member]
+    ) -> list[Generation]:
+        """The first that is ready, and others of its model and size; no longer waiting.
+
+        Two encodings take about as long as one decoding, which is what was measured.
+        """
+        first = ready[0]
+        same = [each for each in ready if each.picture_kind == first.picture_kind]
+        selected = same[: self._pictures_per_call(first, runnable)]
+        taken = {each.id for each in selected}
+        self._waiting = deque(each for each in self._waiting if each.id not in taken)
+        return selected
+
+    def _pictures_per_call(self, generation: Generation, runnable: Sequence[Member]) -> int:
+        if self.limits.is_reproducible:
+            return 1
+        patience_s = stall_s(self._rows, [member.key for member in runnable])
+        return self._pictures.units_within(generation.picture_kind, patience_s)
+
+    def _prepare(self, generations: Sequence[Generation]) -> list[Event]:
+        pipeline = self.models.pipeline(generations[0].model)
+
+        def work(some: Sequence[Generation]) -> list[list[Sample]]:
+            return pipeline.prepare_together([(each.params, each.source) for each in some])
+
+        events: list[Event] = []
+        shrink = partial(self._shrink_pictures, generations[0].picture_kind)
+        for generation, samples in self._attempt(generations, work, shrink):
+            if isinstance(samples, Exception):
+                events.append(self._failed(generation.id, samples))
+                continue
+            self._running[generation.id] = [Member(generation, sample) for sample in samples]
+            events.append(self._progress(generation.id))
+        return events
 
     def _denoise(self, batch: Sequence[Member]) -> list[Event]:
         """One step of a batch; one progress event for each of its generations that goes on."""
-        failures = self._advance(batch)
-        touched = dict.fromkeys(member.generation_id for member in batch)
-        return [*failures, *(self._progress(each) for each in touched if each in self._running)]
-
-    def _advance(self, batch: Sequence[Member]) -> list[Event]:
-        """Take the step; where a shared call fails, smaller ones find out whose fault it is."""
-        batch = [member for member in batch if member.generation_id in self._running]
-        if not batch:
-            return []
-        try:
-            predictions = self._predict(batch)
-        except Exception as error:  # noqa: BLE001 - as above
-            if len(batch) == 1 or isinstance(error, DeviceLost):
-                return [self._failed(batch[0].generation_id, error)]
-            return [event for part in self._split(batch, error) for event in self._advance(part)]
         failures: list[Event] = []
-        for member, prediction in zip(batch, predictions, strict=True):
+        kind = batch[0].key.kind
+        pipeline = self.models.pipeline(kind.model)
+        shrink = partial(self._shrink_rows, kind)
+        for member, prediction in self._attempt(batch, partial(self._predict, kind), shrink):
             if member.generation_id not in self._running:
                 continue  # another sample of it has failed just now
             member.last_turn = self._turn
             try:
-                self.pipeline.advance(member.sample, prediction)
-            except Exception as error:  # noqa: BLE001 - as above
-                failures += [self._failed(member.generation_id, error)]
-        return failures
+                if isinstance(prediction, Exception):
+                    raise prediction
+                pipeline.advance(member.sample, prediction)
+            except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
+                failures.append(self._failed(member.generation_id, error))
+        touched = dict.fromkeys(member.generation_id for member in batch)
+        return [*failures, *(self._progress(each) for each in touched if each in self._running)]
 
-    def _split(self, batch: Sequence[Member], error: Exception) -> list[Sequence[Member]]:
-        """What to try after a shared call failed: halves where memory was short, else singles."""
-        if not isinstance(error, OutOfMemory):
-            return [[member] for member in batch]
-        self._budget.shrink(batch[0].key, sum(member.sample.rows for member in batch))
-        self.pipeline.release_memory()
-        return halves(batch)
-
-    def _predict(self, batch: Sequence[Member]) -> list[torch.Tensor]:
+    def _predict(self, kind: CallKind, batch: Sequence[Member]) -> list[torch.Tensor]:
         """The UNet call, timed where that helps to find the best number of rows."""
         samples = [member.sample for member in batch]
-        key, rows = batch[0].key, sum(sample.rows for sample in samples)
-        is_timed = self._budget.wants_measurement(key, rows)
-        started_s = self.pipeline.device_time_s() if is_timed else 0.0
-        predictions = (
-            self.pipeline.denoise_step(samples)
-            if len(batch) > 1
-            else self._retried(lambda: self.pipeline.denoise_step(samples))
-        )
-        if is_timed:
-            self._budget.observe(key, rows, self.pipeline.device_time_s() - started_s)
-        return predictions
+        rows = sum(sample.rows for sample in samples)
+        with self._timed(self._rows, kind, rows):
+            return self.models.pipeline(kind.model).denoise_step(samples)
 
-    def _decode(self, member: Member) -> list[Event]:
-        try:
-            (member.picture,) = self._retried(lambda: self.pipeline.decode([member.sample]))
-        except Exception as error:  # noqa: BLE001 - as above
-            return [self._failed(member.generation_id, error)]
-        pictures = [each.picture for each in self._running[member.generation_id]]
+    def _shrink_rows(self, kind: CallKind, batch: Sequence[Member]) -> None:
+        self._rows.shrink(kind, sum(member.sample.rows for member in batch))
+
+    def _shrink_pictures(self, kind: CallKind, batch: Sequence[Generation | Member]) -> None:
+        self._pictures.shrink(kind, len(batch))
+
+    def _decode(self, members: Sequence[Member]) -> list[Event]:
+        kind = members[0].generation.picture_kind
+        pipeline = self.models.pipeline(kind.model)
+
+        def work(some: Sequence[Member]) -> list[Picture]:
+            with self._timed(self._pictures, kind, len(some)):
+                return pipeline.decode([member.sample for member in some])
+
+        events: list[Event] = []
+        shrink = partial(self._shrink_pictures, kind)
+        for member, picture in self._attempt(members, work, shrink):
+            if member.generation_id not in self._running:
+                continue  # as above
+            if isinstance(picture, Exception):
+                events.append(self._failed(member.generation_id, picture))
+                continue
+            member.picture = picture
+            events += self._finish(member.generation_id)
+        return events
+
+    def _finish(self, generation_id: int) -> list[Event]:
+        """Its end, if no picture is missing."""
+        pictures = [member.picture for member in self._running[generation_id]]
         finished = tuple(picture for picture in pictures if picture is not None)
         if len(finished) < len(pictures):
             return []
-        del self._running[member.generation_id]
-        return [Finished(member.generation_id, finished)]
+        del self._running[generation_id]
+        return [Finished(generation_id, finished)]
+
+    def _attempt(
+        self,
+        batch: Sequence[T],
+        work: Callable[[Sequence[T]], list[R]],
+        shrink: Callable[[Sequence[T]], None],
+    ) -> list[tuple[T, R | Exception]]:
+        """What came of each member; where a shared call fails, smaller ones find out whose fault.
+
+        work: gives one result per member. shrink: told of a batch that memory was too short for.
+        Raises: DeviceLost.
+        """
+        try:
+            results = work(batch) if len(batch) > 1 else self._retried(lambda: work(batch))
+            return [*zip(batch, results, strict=True)]
+        except DeviceLost:
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            if len(batch) == 1:
+                return [(batch[0], error)]
+            parts = [[member] for member in batch]
+            if isinstance(error, OutOfMemory):
+                shrink(batch)
+                self.models.release_memory()
+                parts = halves(batch)
+        return [each for part in parts for each in self._attempt(part, work, shrink)]
+
+    @contextmanager
+    def _timed(self, budget: CallBudget, kind: CallKind, units: int) -> Iterator[None]:
+        """Tells the budget how long a call took, where that helps to find the best size."""
+        if not budget.wants_measurement(kind, units):
+            yield
+            return
+        pipeline = self.models.pipeline(kind.model)
+        started_s = pipeline.device_time_s()
+        yield
+        budget.observe(kind, units, pipeline.device_time_s() - started_s)
 
     def _retried(self, work: Callable[[], T]) -> T:
         """Work for a single sample, done once more after memory was given back.
@@ -251,7 +375,7 @@ class InpaintEngine:
             return work()
         except OutOfMemory:
             logger.warning("out of memory, trying once more")
-        self.pipeline.release_memory()
+        self.models.release_memory()
         return work()
 
     def _progress(self, generation_id: int) -> Progress:
@@ -271,7 +395,7 @@ class InpaintEngine:
         return Failed(generation_id, error)
 
 
-def halves(batch: Sequence[Member]) -> list[Sequence[Member]]:
+def halves(batch: Sequence[T]) -> list[list[T]]:
     """A batch of two or more, cut in two."""
     middle = len(batch) // 2
-    return [batch[:middle], batch[middle:]]
+    return [[*batch[:middle]], [*batch[middle:]]]

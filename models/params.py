@@ -65,7 +65,7 @@ MAX_LCM_STEPS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InpaintParams:
-    """Everything that decides a job's pictures, besides the model, the init image and the mask.
+    """Everything that decides a job's pictures, besides the init image and the mask.
 
     width, height: pixels of the result, multiples of 8.
     samples: pictures; picture i is made with `seed + i` (modulo 2**32) and equals a job of one
@@ -75,6 +75,7 @@ class InpaintParams:
     guidance_scale: classifier-free guidance; 1 switches it off (and the negative prompt with it).
     scheduler: None takes the model's own.
     clip_skip: how many of the text encoder's last layers are skipped.
+    model: id of the model; None takes the server's own.
     safety_check: replace flagged pictures by a blank one.
 
     What the mask means; pixels are those of the picture the client gets, and it happens in this
@@ -107,6 +108,7 @@ class InpaintParams:
     strength: float = 0.7
     scheduler: SchedulerName | None = None
     clip_skip: int = 0
+    model: str | None = None
     safety_check: bool = True
     invert_mask: bool = False
     soft_mask: bool = False

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from models.canvas import Canvas, prepare_canvas
 from models.conditioning import Conditioning, create_conditioner, gather_added
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
-from models.params import InpaintParams
+from models.params import InpaintParams, SchedulerName
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
 from models.schedulers import create_scheduler, own_scheduler, run_timesteps
@@ -61,6 +61,7 @@ class Sample:
     strengths: `(1, 1, h/8, w/8)`, 0 to 1: the share of the steps that repaint each latent pixel.
         UNets of 9 channels keep what is black themselves, so it is 1 there.
     timesteps: of the whole run, host scalars, first to last.
+    is_encoded_again: see `Picture`.
     """
 
     params: InpaintParams
@@ -78,6 +79,7 @@ class Sample:
     masked_image_latents: torch.Tensor
     image_latents: torch.Tensor | None
     step_index: int = 0
+    is_encoded_again: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -102,14 +104,18 @@ class Picture:
     image: `(h, w, 3)` uint8, what the client gets: pasted back into the init image, or blank.
     generated: the decoder's picture before paste-back, at the job's size.
     is_flagged: the safety checker's verdict; None where it was not asked or there is none.
-    is_decoded_again: the VAE's first result was unusable, this one was made in float32.
+    is_encoded_again, is_decoded_again: the VAE's first result was unusable, this one was made with
+        the VAE in float32.
+    scheduler: the one that ran.
     """
 
     seed: int
     image: NDArray[np.uint8]
     generated: NDArray[np.uint8] = field(repr=False)
     is_flagged: bool | None = None
+    is_encoded_again: bool = False
     is_decoded_again: bool = False
+    scheduler: SchedulerName | None = None
 
 
 class InpaintPipeline:
@@ -149,15 +155,28 @@ class InpaintPipeline:
 
         The images are encoded once; each sample draws its own values from the VAE's distributions,
         so that sample i is what a job of one sample with seed + i would be.
-        Raises: OutOfMemory, DeviceLost.
+        Raises: InvalidInput, UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        (samples,) = self.prepare_together([(params, source)])
+        return samples
+
+    @torch.inference_mode()
+    def prepare_together(self, jobs: Sequence[tuple[InpaintParams, Source]]) -> list[list[Sample]]:
+        """The samples of several jobs, which share calls of the text encoder and of the VAE.
+
+        Those of a job equal what `prepare` makes of it alone, up to rounding.
+        Raises: as `prepare`, for any of them.
         """
         with translated_errors():
-            canvas = prepare_canvas(params, source.init_image, source.mask)
-            conditioning = self._conditioner.encode(params, *canvas.strengths.shape)
-            encoded = self._encode_images(canvas)
+            canvases = [
+                prepare_canvas(params, source.init_image, source.mask) for params, source in jobs
+            ]
+            if len(jobs) > 1:
+                self._conditioner.remember([params for params, _ in jobs])
+            encoded = self._encode_images(canvases)
             return [
-                self._start(params, canvas, params.sample_seed(index), conditioning, encoded)
-                for index in range(params.samples)
+                self._start_all(params, canvas, each)
+                for (params, _), canvas, each in zip(jobs, canvases, encoded, strict=True)
             ]
 
     @torch.inference_mode()
@@ -210,9 +229,23 @@ class InpaintPipeline:
         with translated_errors():
             latents = torch.cat([sample.latents for sample in samples])
             decoded, decoded_again = self._codec.decode(latents)  # (n, 3, h, w)
+            generated = to_pictures(decoded)
+            images = [
+                sample.canvas.put_back(each)
+                for sample, each in zip(samples, generated, strict=True)
+            ]
+            verdicts = self._judge(samples, images)
             return [
-                self._finish(*each)
-                for each in zip(samples, to_pictures(decoded), decoded_again, strict=True)
+                Picture(
+                    sample.seed,
+                    blank_like(images[index]) if verdicts[index] else images[index],
+                    generated[index],
+                    verdicts[index],
+                    sample.is_encoded_again,
+                    decoded_again[index],
+                    SchedulerName(type(sample.scheduler).__name__),
+                )
+                for index, sample in enumerate(samples)
             ]
 
     def device_time_s(self) -> float:
@@ -229,43 +262,73 @@ class InpaintPipeline:
             with translated_errors():
                 torch.cuda.empty_cache()
 
-    def _finish(
-        self, sample: Sample, generated: NDArray[np.uint8], is_decoded_again: bool
-    ) -> Picture:
-        image = sample.canvas.put_back(generated)
-        is_flagged = None
-        if sample.params.safety_check and self._safety is not None:
-            is_flagged = self._safety.is_flagged([image])[0]
-        if is_flagged:
-            image = blank_like(image)
-        return Picture(sample.seed, image, generated, is_flagged, is_decoded_again)
+    def _judge(
+        self, samples: Sequence[Sample], images: Sequence[NDArray[np.uint8]]
+    ) -> list[bool | None]:
+        """The safety checker's verdicts, in one call; None where it is not to be asked."""
+        verdicts: list[bool | None] = [None] * len(samples)
+        asked = [place for place, sample in enumerate(samples) if sample.params.safety_check]
+        if asked and self._safety is not None:
+            found = self._safety.is_flagged([images[place] for place in asked])
+            for place, is_flagged in zip(asked, found, strict=True):
+                verdicts[place] = is_flagged
+        return verdicts
 
-    def _encode_images(self, canvas: Canvas) -> "EncodedImages":
-        """The canvas in latent space; kept, as people try the same picture with other seeds."""
-        digest = canvas.digest()
-        encoded = self._encoded.pop(digest, None) or self._encode_anew(canvas)
-        self._encoded[digest] = encoded
-        if len(self._encoded) > CACHED_CANVASES:
+    def _encode_images(self, canvases: Sequence[Canvas]) -> list["EncodedImages"]:
+        """The canvases in latent space, with one call for those of a size.
+
+        Some are kept, as people try the same picture with other seeds.
+        """
+        digests = [canvas.digest() for canvas in canvases]
+        missing: dict[tuple[int, ...], dict[bytes, Canvas]] = {}
+        for digest, canvas in zip(digests, canvases, strict=True):
+            if digest not in self._encoded:
+                missing.setdefault(canvas.strengths.shape, {})[digest] = canvas
+        for same_size in missing.values():
+            encoded = self._encode_anew([*same_size.values()])
+            self._encoded |= zip(same_size, encoded, strict=True)
+        for digest in digests:
+            self._encoded.move_to_end(digest)
+        found = [self._encoded[digest] for digest in digests]
+        while len(self._encoded) > CACHED_CANVASES:
             self._encoded.popitem(last=False)
-        return encoded
+        return found
 
-    def _encode_anew(self, canvas: Canvas) -> "EncodedImages":
-        init_image = torch.from_numpy(canvas.init_image).permute(2, 0, 1)[None].to(self.device)
-        init_image = init_image.float() / 255 * 2 - 1  # (1, 3, h, w) in [-1, 1]
-        strengths = torch.from_numpy(canvas.strengths)[None, None].to(self.device)  # (1, 1, h, w)
-        masked_image = init_image * (strengths == 0)
+    def _encode_anew(self, canvases: Sequence[Canvas]) -> list["EncodedImages"]:
+        """canvases: of one size."""
+        pixels = torch.stack([torch.from_numpy(canvas.init_image) for canvas in canvases])
+        init_images = pixels.to(self.device).permute(0, 3, 1, 2)
+        init_images = init_images.float() / 255 * 2 - 1  # (n, 3, h, w) in [-1, 1]
+        strengths = torch.stack([torch.from_numpy(canvas.strengths) for canvas in canvases])
+        strengths = strengths.to(self.device)[:, None]  # (n, 1, h, w)
+        masked_images = init_images * (strengths == 0)
         # "nearest" and before the cast to half precision, as the original does.
-        size = [side // self.latent_scale for side in init_image.shape[-2:]]
+        size = [side // self.latent_scale for side in init_images.shape[-2:]]
         strengths = torch.nn.functional.interpolate(strengths.float() / 255, size=size)
-        mask = strengths > 0
+        masks = strengths > 0
         if self.channels == INPAINT_CHANNELS:
-            strengths = strengths.where(mask, 1.0)
-        return EncodedImages(
-            init_image=self._codec.encode(init_image),
-            masked_image=self._codec.encode(masked_image),
-            mask=mask.to(self.dtype),
-            strengths=strengths,
-        )
+            strengths = strengths.where(masks, 1.0)
+        init_encoded, init_again = self._codec.encode(init_images)
+        masked_encoded, masked_again = self._codec.encode(masked_images)
+        return [
+            EncodedImages(
+                init_image=init_encoded[index],
+                masked_image=masked_encoded[index],
+                mask=masks[index : index + 1].to(self.dtype),
+                strengths=strengths[index : index + 1],
+                is_encoded_again=init_again[index] or masked_again[index],
+            )
+            for index in range(len(canvases))
+        ]
+
+    def _start_all(
+        self, params: InpaintParams, canvas: Canvas, encoded: "EncodedImages"
+    ) -> list[Sample]:
+        conditioning = self._conditioner.encode(params, *canvas.strengths.shape)
+        return [
+            self._start(params, canvas, params.sample_seed(index), conditioning, encoded)
+            for index in range(params.samples)
+        ]
 
     def _start(
         self,
@@ -302,6 +365,7 @@ class InpaintPipeline:
             strengths=encoded.strengths,
             masked_image_latents=masked_image_latents,
             image_latents=image_latents if is_blended else None,
+            is_encoded_again=encoded.is_encoded_again,
         )
 
     def _draw(
@@ -333,13 +397,14 @@ class InpaintPipeline:
 class EncodedImages:
     """What all samples of a job share: the VAE's distributions and the mask at latent size.
 
-    mask, strengths: as in `Sample`.
+    mask, strengths, is_encoded_again: as in `Sample`.
     """
 
     init_image: Any
     masked_image: Any
     mask: torch.Tensor
     strengths: torch.Tensor
+    is_encoded_again: bool = False
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: torch.Generator) -> dict[str, Any]:

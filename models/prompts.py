@@ -6,17 +6,16 @@ fits into one chunk is encoded as diffusers does.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
-from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from models.errors import InvalidInput, Violation
 
@@ -30,6 +29,9 @@ MAX_WEIGHT = 100.0
 """Weights are held within ± this: higher ones leave the range of half precision."""
 
 CACHED_PROMPTS = 64
+
+CALL_CHUNKS = 32
+"""Chunks of one call of a text encoder at most."""
 
 _COMMA_WINDOW = 20
 """A full chunk is cut after its last comma if that is among this many last tokens."""
@@ -173,6 +175,24 @@ class EncodedPrompt(NamedTuple):
     pooled: Tensor | None
 
 
+class PromptKey(NamedTuple):
+    """What decides a text's states. clip_skip: as in diffusers."""
+
+    text: str
+    clip_skip: int = 0
+
+
+class _ChunkStates(NamedTuple):
+    """A text encoder's output for one chunk: the states of every layer, the last one also normed.
+
+    layers: `(1, 77, d)` each; last: `(1, 77, d)`; pooled: `(1, d)`, None without a head.
+    """
+
+    layers: Sequence[Tensor]
+    last: Tensor
+    pooled: Tensor | None
+
+
 class PromptEncoder:
     """Embeds prompts with one of a checkpoint's text encoders and remembers the last ones.
 
@@ -193,7 +213,15 @@ class PromptEncoder:
         self._dtype = dtype
         self._layer = layer
         self._comma_id = self._token_ids(",")[-1]
-        self._cached = lru_cache(maxsize=CACHED_PROMPTS)(self._encode)
+        self._cached: OrderedDict[PromptKey, EncodedPrompt] = OrderedDict()
+
+    def remember(self, keys: Iterable[PromptKey]) -> None:
+        """Encode what is not in the cache with as few calls as possible, for later `encode`s.
+
+        A text's numbers then depend on its neighbours, in the last bits.
+        Raises: InvalidInput.
+        """
+        self._recall(dict.fromkeys(keys, "prompt"), CALL_CHUNKS)
 
     def encode(self, text: str, clip_skip: int = 0, *, field: str = "prompt") -> Tensor:
         """`(1, 77 * chunks, d)`, on the encoder's device and in its dtype.
@@ -201,7 +229,7 @@ class PromptEncoder:
         clip_skip: as in diffusers; 0 is the family's own layer, 1 the one before.
         Raises: InvalidInput, naming `field` for a text of more than 32 chunks, or `clip_skip`.
         """
-        return self._cached(text, clip_skip, field).states
+        return self._encoded(text, clip_skip, field).states
 
     def pool(self, text: str, clip_skip: int = 0, *, field: str = "prompt") -> Tensor:
         """`(1, d)`: the projected embedding of the first chunk, without emphasis.
@@ -209,7 +237,7 @@ class PromptEncoder:
         clip_skip, field: as given to `encode`, whose work is in the cache; they change nothing.
         Source: A1111's `sd_hijack_clip.py`; diffusers knows one chunk only.
         """
-        pooled = self._cached(text, clip_skip, field).pooled
+        pooled = self._encoded(text, clip_skip, field).pooled
         if pooled is None:
             raise ValueError("this text encoder has no projection")
         return pooled
@@ -236,22 +264,51 @@ class PromptEncoder:
         missing_chunks = (length - states.shape[1]) // empty.shape[1]
         return torch.cat([states, *[empty] * missing_chunks], dim=1)
 
-    @torch.no_grad()
-    def _encode(self, text: str, clip_skip: int, field: str) -> EncodedPrompt:
+    def _encoded(self, text: str, clip_skip: int, field: str) -> EncodedPrompt:
+        # One by one, so that a chunk's numbers do not depend on its neighbours in a batch.
+        (found,) = self._recall({PromptKey(text, clip_skip): field}, call_chunks=1)
+        return found
+
+    def _recall(self, fields: dict[PromptKey, str], call_chunks: int) -> list[EncodedPrompt]:
+        """From the cache, into which what is missing goes first. fields: whose fault a text is."""
+        chunks = {
+            key: self._checked_chunks(key, field)
+            for key, field in fields.items()
+            if key not in self._cached
+        }
+        states = iter(self._run([chunk for each in chunks.values() for chunk in each], call_chunks))
+        for key, own in chunks.items():
+            self._cached[key] = self._join(key, own, list(islice(states, len(own))))
+        for key in fields:
+            self._cached.move_to_end(key)
+        found = [self._cached[key] for key in fields]
+        while len(self._cached) > CACHED_PROMPTS:
+            self._cached.popitem(last=False)
+        return found
+
+    def _checked_chunks(self, key: PromptKey, field: str) -> list[list[WeightedToken]]:
+        """Raises: InvalidInput."""
         layers = self._text_encoder.config.num_hidden_layers - self._layer.value
-        if not 0 <= clip_skip <= layers:
+        if not 0 <= key.clip_skip <= layers:
             raise InvalidInput([Violation("clip_skip", 0, layers)])
-        chunks = self._chunks(text)
+        chunks = self._chunks(key.text)
         if len(chunks) > MAX_CHUNKS:
             raise InvalidInput(
                 [Violation(field, reason=f"must not need more than {MAX_CHUNKS} chunks of tokens")]
             )
-        # One by one, so that a chunk's numbers do not depend on its neighbours in a batch.
-        encoded = [self._encode_chunk(chunk, clip_skip) for chunk in chunks]
-        states = torch.cat([states for states, _ in encoded], dim=1)  # (1, 77 * chunks, d)
-        pooled = encoded[0].pooled
+        return chunks
+
+    def _join(
+        self, key: PromptKey, chunks: list[list[WeightedToken]], states: list[_ChunkStates]
+    ) -> EncodedPrompt:
+        chosen = [
+            self._weighted(chunk, self._chosen_states(each, key.clip_skip))
+            for chunk, each in zip(chunks, states, strict=True)
+        ]
+        pooled = states[0].pooled
         return EncodedPrompt(
-            states.to(self._dtype), None if pooled is None else pooled.to(self._dtype)
+            torch.cat(chosen, dim=1).to(self._dtype),  # (1, 77 * chunks, d)
+            None if pooled is None else pooled.to(self._dtype),
         )
 
     def _chunks(self, text: str) -> list[list[WeightedToken]]:
@@ -276,31 +333,51 @@ class PromptEncoder:
         ).input_ids
         return ids
 
-    def _encode_chunk(self, chunk: list[WeightedToken], clip_skip: int) -> EncodedPrompt:
-        padding = CHUNK_TOKENS - len(chunk)
-        ids = [
+    @torch.no_grad()
+    def _run(self, chunks: list[list[WeightedToken]], call_chunks: int) -> list[_ChunkStates]:
+        """The text encoder's output for each chunk, so many of them to a call."""
+        found = []
+        for start in range(0, len(chunks), call_chunks):
+            ids = [self._padded_ids(chunk) for chunk in chunks[start : start + call_chunks]]
+            output = self._text_encoder(
+                torch.tensor(ids, device=self._device), output_hidden_states=True
+            )
+            pooled = output.get("text_embeds")
+            found += [
+                _ChunkStates(
+                    [layer[row : row + 1] for layer in output.hidden_states],
+                    output.last_hidden_state[row : row + 1],
+                    None if pooled is None else pooled[row : row + 1],
+                )
+                for row in range(len(ids))
+            ]
+        return found
+
+    def _padded_ids(self, chunk: list[WeightedToken]) -> list[int]:
+        """The 77 tokens the encoder reads."""
+        return [
             self._tokenizer.bos_token_id,
             *(token.id for token in chunk),
             self._tokenizer.eos_token_id,
-            *[self._tokenizer.pad_token_id] * padding,
+            *[self._tokenizer.pad_token_id] * (CHUNK_TOKENS - len(chunk)),
         ]
-        output = self._text_encoder(
-            torch.tensor([ids], device=self._device), output_hidden_states=True
-        )
-        states = self._chosen_states(output, clip_skip)
-        weights = [1.0, *(token.weight for token in chunk), 1.0, *[1.0] * padding]
-        if any(weight != 1 for weight in weights):
-            states = emphasise(states, torch.tensor(weights, device=self._device))
-        return EncodedPrompt(states, output.get("text_embeds"))
 
-    def _chosen_states(self, output: BaseModelOutputWithPooling, clip_skip: int) -> Tensor:
+    @torch.no_grad()
+    def _chosen_states(self, states: _ChunkStates, clip_skip: int) -> Tensor:
         """`(1, 77, d)`; agrees with diffusers' `encode_prompt` of the family."""
-        states: Tensor = output.last_hidden_state
         if self._layer is Layer.PENULTIMATE:
-            states = output.hidden_states[-(clip_skip + 2)]
-        elif clip_skip > 0:
-            states = self._text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-        return states
+            return states.layers[-(clip_skip + 2)]
+        if clip_skip > 0:
+            normed: Tensor = self._text_encoder.final_layer_norm(states.layers[-(clip_skip + 1)])
+            return normed
+        return states.last
+
+    def _weighted(self, chunk: list[WeightedToken], states: Tensor) -> Tensor:
+        weights = [1.0, *(token.weight for token in chunk)]
+        weights += [1.0] * (states.shape[1] - len(weights))
+        if all(weight == 1 for weight in weights):
+            return states
+        return emphasise(states, torch.tensor(weights, device=self._device))
 
 
 def emphasise(states: Tensor, weights: Tensor) -> Tensor:

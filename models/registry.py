@@ -85,6 +85,26 @@ class Components:
     text_encoder_2: Any = None
     switches: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all parameters and buffers."""
+        tensors = [
+            tensor
+            for module in self._modules()
+            for tensor in (*module.parameters(), *module.buffers())
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, device: "torch.device") -> "Components":
+        """The same, moved to a device."""
+        for module in self._modules():
+            module.to(device)
+        return self
+
+    def _modules(self) -> list[Any]:
+        parts = (self.text_encoder, self.text_encoder_2, self.vae, self.unet, self.safety_checker)
+        return [part for part in parts if part is not None]
+
 
 def read_catalog(path: Path) -> dict[str, ModelSpec]:
     """The models of a `models.toml`. Raises: ModelUnavailable for an entry with wrong keys."""

@@ -1,13 +1,14 @@
 """Pictures to latents and back with a checkpoint's VAE, whatever dtype it lives in.
 
 The VAE stays in the dtype it was loaded in (`registry.vae_dtype`). A result that cannot be right
-is decoded once more in float32 before it counts as a failure.
+is computed once more in float32 before it counts as a failure, on the way in as on the way out.
 """
 
 import copy
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from models.errors import ModelUnavailable, UnusablePicture
@@ -29,12 +30,19 @@ class LatentCodec:
         self.scale: int = 2 ** (len(vae.config.block_out_channels) - 1)
         """Picture pixels per latent pixel, along each side."""
 
-    def encode(self, images: Tensor) -> Any:
-        """The VAE's distribution over latents, from which `draw` takes a sample.
+    def encode(self, images: Tensor) -> tuple[list[Any], list[bool]]:
+        """For each image the VAE's distribution over latents, and whether it was encoded again.
 
-        images: `(n, 3, h, w)` float32 in [-1, 1].
+        images: `(n, 3, h, w)` float32 in [-1, 1]. `draw` takes a sample of a distribution.
+        Raises: UnusablePicture.
         """
-        return self._vae.encode(images.to(self._vae.dtype)).latent_dist
+        moments = self._encode_with(self._vae, images)
+        unusable = ~is_finite(moments)
+        flags: list[bool] = unusable.tolist()
+        if any(flags):
+            moments = moments.float()
+            moments[unusable] = self._encode_again(images[unusable])
+        return [DiagonalGaussianDistribution(each) for each in torch.split(moments, 1)], flags
 
     def draw(self, distribution: Any, generator: torch.Generator) -> Tensor:
         """Scaled latents `(n, 4, h/8, w/8)`."""
@@ -65,13 +73,28 @@ class LatentCodec:
             pictures[unusable] = self._decode_again(latents[unusable])
         return pictures, flags
 
-    def _decode_again(self, latents: Tensor) -> Tensor:
-        """In float32, by a copy that lives for this call: it is rare, and the memory is not."""
+    def _encode_again(self, images: Tensor) -> Tensor:
         if self._vae.dtype != torch.float32:
-            pictures = self._decode_with(copy.deepcopy(self._vae).float(), latents)
+            moments = self._encode_with(self._exact_vae(), images)
+            if is_finite(moments).all():
+                return moments
+        raise UnusablePicture("the encoder returned values that are not finite")
+
+    def _decode_again(self, latents: Tensor) -> Tensor:
+        if self._vae.dtype != torch.float32:
+            pictures = self._decode_with(self._exact_vae(), latents)
             if not is_unusable(pictures, latents).any():
                 return pictures
         raise UnusablePicture("the decoder returned values that are constant or not finite")
+
+    def _exact_vae(self) -> Any:
+        """A float32 copy that lives for one call: it is rare, and the memory is not."""
+        return copy.deepcopy(self._vae).float()
+
+    def _encode_with(self, vae: Any, images: Tensor) -> Tensor:
+        """The distributions' means and log variances, `(n, 8, h/8, w/8)`."""
+        moments: Tensor = vae.encode(images.to(vae.dtype)).latent_dist.parameters
+        return moments
 
     def _decode_with(self, vae: Any, latents: Tensor) -> Tensor:
         pictures: Tensor = vae.decode(
@@ -85,8 +108,12 @@ def is_unusable(pictures: Tensor, latents: Tensor) -> Tensor:
 
     pictures: `(n, 3, h, w)`; latents: `(n, 4, h/8, w/8)`.
     """
-    is_finite = torch.isfinite(pictures).flatten(1).all(dim=1)
-    return ~is_finite | (is_constant(pictures) & ~is_constant(latents))
+    return ~is_finite(pictures) | (is_constant(pictures) & ~is_constant(latents))
+
+
+def is_finite(tensors: Tensor) -> Tensor:
+    """`(n,)`: no NaN and no infinity in `(n, c, h, w)`."""
+    return torch.isfinite(tensors).flatten(1).all(dim=1)
 
 
 def is_constant(tensors: Tensor) -> Tensor:

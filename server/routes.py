@@ -221,6 +221,7 @@ def reading_policy(settings: Settings) -> v3.ReadingPolicy:
         steps_policy=settings.steps_policy,
         force_safety_check=settings.safety.force,
         enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
+        models=(settings.model, *settings.models),
     )
 
 

@@ -195,6 +195,8 @@ class Settings(BaseSettings):
     data_dir: Path = Path(platformdirs.user_data_dir("inpaint-server"))
     database_url: str | None = Field(default=None, repr=False)  # may hold a password
     model: str = "builtin"
+    models: ListOf[str] = ()
+    model_memory_bytes: int | None = Field(default=None, gt=0)
     models_file: Path = REPOSITORY / "configs" / "models.toml"
     devices: Annotated[ListOf[str], Field(min_length=1)] = ("auto",)
     public_url: str | None = None
@@ -208,6 +210,7 @@ class Settings(BaseSettings):
     workers: int | None = Field(default=None, ge=0)
     max_in_flight: int = Field(default=8, ge=1)
     reproducible: bool = False
+    png_metadata: bool = False
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     egress: EgressSettings = EgressSettings()

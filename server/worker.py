@@ -7,8 +7,9 @@ imports the engine.
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
@@ -18,11 +19,13 @@ import transformers.utils.logging
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
+from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.images import encode_png
-from models.pipeline import InpaintPipeline, Source
-from models.registry import find_model, load_components, read_catalog
+from models.pipeline import InpaintPipeline, Picture, Source
+from models.registry import Components, Report, find_model, load_components, read_catalog
+from models.residency import Residency
 from server.database import open_engine
 from server.errors import StorageUnavailable
 from server.jobs import Job, JobStore, WorkerStatus
@@ -51,10 +54,14 @@ INSIST_S = 60.0
 FINISH_S = 20.0
 """After being told to stop, for the jobs that run; less than the supervisor's grace."""
 
+MODEL_MEMORY_SHARE = 0.6
+"""Of a CUDA device's memory, for the loaded models; the rest is for their work."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 REASONS: dict[type[Exception], str] = {
+    ModelUnavailable: "The model cannot be loaded now",
     InvalidInput: "The prompt is longer than this model can read",
     OutOfMemory: "The picture is too large for this server's memory",
     UnusablePicture: "The model could not make this picture",
@@ -87,6 +94,7 @@ class Worker:
     _reported_at: float = 0.0
     _pause_until: float = 0.0
     _stop_by: float | None = None
+    _report_load: Report | None = None
 
     def run(self) -> None:
         """Work until told to stop; what runs then is finished, what waits is given back.
@@ -97,12 +105,18 @@ class Worker:
             max_generations=self.settings.max_in_flight,
             is_reproducible=self.settings.reproducible,
         )
-        engine = InpaintEngine(self._load(), limits)
+        device = pick_device(self.device)
+        models = self._open_models(device)
+        engine = InpaintEngine(models, limits)
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
         parent = os.getppid()
         # Encoding and storing go on beside the device's next steps.
-        with ThreadPoolExecutor(max_workers=1) as storing, self.store.change_signal() as signal:
+        with (
+            closing(models),
+            ThreadPoolExecutor(max_workers=1) as storing,
+            self.store.change_signal() as signal,
+        ):
             while self._held or not self.stopping.is_set():
                 if os.getppid() != parent:
                     logger.warning("the server that started this worker is gone")
@@ -114,7 +128,7 @@ class Worker:
                     self._claim(engine)
                 for event in engine.step():
                     self._handle(event, storing)
-                if engine.is_idle:
+                if engine.is_resting:
                     self.stopping.wait(IDLE_POLL_S)
 
     def _may_claim(self, engine: InpaintEngine) -> bool:
@@ -171,29 +185,48 @@ class Worker:
                 logger.exception("the database does not answer")
                 time.sleep(1)
 
-    def _load(self) -> InpaintPipeline:
-        spec = find_model(self.settings.model, read_catalog(self.settings.models_file))
-        device = pick_device(self.device)
-        started = time.perf_counter()
-        # `disable=None` shows the bar on a terminal only.
-        with tqdm(total=100, desc=f"loading {spec.id}", unit="%", disable=None) as bar:
+    def _open_models(self, device: torch.device) -> Residency:
+        """The models that jobs may ask for; the server's own is loaded.
 
-            def report(share: float, name: str) -> None:
-                bar.set_postfix_str(name, refresh=False)
+        Raises: ModelUnavailable.
+        """
+        models = Residency(
+            load=lambda model: self._load(model, device),
+            place=lambda components: InpaintPipeline(components.to(device)),
+            budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),
+        )
+        # `disable=None` shows the bar on a terminal only.
+        name = self.settings.model
+        with tqdm(total=100, desc=f"loading {name}", unit="%", disable=None) as bar:
+
+            def report(share: float, part: str) -> None:
+                bar.set_postfix_str(part, refresh=False)
                 bar.update(round(share * 100) - bar.n)
                 self.report("loading", f"loading model {share:.0%}")
 
             report(0.0, "files")
-            pipeline = InpaintPipeline(load_components(spec, device, pick_dtype(device), report))
-        if not pipeline.has_safety_checker and self.settings.safety.force:
+            self._report_load = report
+            models.wait_for(name)
+        self._report_load = None
+        return models
+
+    def _load(self, model: str, device: torch.device) -> Components:
+        """A checkpoint in the host's memory. Raises: ModelUnavailable."""
+        if model not in (self.settings.model, *self.settings.models):
+            raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
+        spec = find_model(model, read_catalog(self.settings.models_file))
+        started = time.perf_counter()
+        report = self._report_load or (lambda share, part: None)
+        components = load_components(spec, torch.device("cpu"), pick_dtype(device), report)
+        if components.safety_checker is None and self.settings.safety.force:
             raise ModelUnavailable(
                 f"model {spec.id!r} has no safety checker, and safety.force asks for one"
             )
-        if not pipeline.has_safety_checker:
+        if components.safety_checker is None:
             logger.warning("this model has no safety checker: nothing is checked", model=spec.id)
         seconds = round(time.perf_counter() - started, 2)
         logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
-        return pipeline
+        return components
 
     def _claim(self, engine: InpaintEngine) -> None:
         claimed = self._insist(
@@ -212,7 +245,8 @@ class Worker:
                 self._fail(job, "The stored images are gone")
                 continue
             self._held[job.id] = Held(job)
-            engine.add(Generation(job.id, job.params, source))
+            model = job.params.model or self.settings.model
+            engine.add(Generation(job.id, model, job.params, source))
 
     def _read_input(self, job: Job) -> Source | None:
         """The job's pictures, None where they are missing or damaged."""
@@ -233,22 +267,35 @@ class Worker:
             case Failed(error=error):
                 reason = REASONS.get(type(error), UNKNOWN_REASON)
                 self._fail(held.job, reason)
-                logger.warning("job failed", job_id=held.job.id, error=type(error).__name__)
+                detail = str(error) if isinstance(error, ModelUnavailable) else ""
+                logger.warning(
+                    "job failed", job_id=held.job.id, error=type(error).__name__, detail=detail
+                )
                 del self._held[held.job.id]
 
     def _finish(self, job: Job, event: Finished) -> None:
         try:
             for key, picture in zip(job.output_keys, event.pictures, strict=True):
-                self.storage.put(key, encode_png(picture.image))
+                self.storage.put(key, encode_png(picture.image, self._png_text(job, picture)))
         except StorageUnavailable:
             logger.exception("pictures not stored", job_id=job.id)
             self._fail(job, "The pictures could not be stored")
             return
+        if repaired := repaired_parts(event.pictures):
+            logger.warning("the VAE needed float32", job_id=job.id, detail=repaired)
         flagged = [picture.is_flagged for picture in event.pictures]
         is_ours = self._insist(self.store.finish, job, flagged)
         if is_ours:
             self._drop_input(job)
         logger.info("job finished" if is_ours else "job finished by another", job_id=job.id)
+
+    def _png_text(self, job: Job, picture: Picture) -> dict[str, str]:
+        """What stands in the file beside the pixels."""
+        if not self.settings.png_metadata:
+            return {}
+        model = job.params.model or self.settings.model
+        caption = write_caption(job.params, picture.seed, picture.scheduler, model)
+        return {CAPTION_KEYWORD: caption}
 
     def _fail(self, job: Job, reason: str) -> None:
         if self._insist(self.store.fail, job, reason):
@@ -277,6 +324,15 @@ class Worker:
         )
 
 
+def repaired_parts(pictures: Sequence[Picture]) -> str:
+    """What the VAE could not do in half precision: "encode", "decode", both or nothing."""
+    parts = {
+        "encode": any(picture.is_encoded_again for picture in pictures),
+        "decode": any(picture.is_decoded_again for picture in pictures),
+    }
+    return ", ".join(name for name, is_repaired in parts.items() if is_repaired)
+
+
 def pick_device(name: str) -> torch.device:
     """ "auto" is the first CUDA device where there is one, else the CPU."""
     if name != "auto":
@@ -287,6 +343,13 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """Half precision where it is fast."""
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def pick_model_memory(asked_bytes: int | None, device: torch.device) -> int | None:
+    """The budget of all loaded models: a share of a CUDA device's memory unless it was set."""
+    if asked_bytes is not None or device.type != "cuda":
+        return asked_bytes
+    return int(MODEL_MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
 def run(settings: Settings, worker_id: str, device: str, stopping: threading.Event) -> None:

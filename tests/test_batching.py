@@ -2,61 +2,94 @@
 
 import pytest
 
-from models.batching import MEASUREMENTS, BatchKey, RowBudget
+from models.batching import MEASUREMENTS, BatchKey, CallBudget, CallKind, stall_s
 
-KEY = BatchKey(latent_height=32, latent_width=32, conditioning_tokens=77)
+KIND = CallKind("model", area=32 * 32)
 
 
-def grow(budget: RowBudget, seconds_per_row: dict[int, float]) -> list[int]:
+def grow(budget: CallBudget, seconds_per_row: dict[int, float]) -> list[int]:
     """The limits that a run of full calls goes through; a row costs what is said of its number."""
     limits = []
     for _ in range(20):
-        rows = budget.rows(KEY)
+        rows = budget.units(KIND)
         if rows not in limits:
             limits.append(rows)
-        if budget.wants_measurement(KEY, rows):
-            budget.observe(KEY, rows, rows * seconds_per_row[rows])
+        if budget.wants_measurement(KIND, rows):
+            budget.observe(KIND, rows, rows * seconds_per_row[rows])
     return limits
 
 
 def test_rows_double_while_that_pays() -> None:
-    budget = RowBudget(first=2, most=32)
+    budget = CallBudget(first=2, most=32)
     assert grow(budget, {2: 0.012, 4: 0.010, 8: 0.008, 16: 0.0079}) == [2, 4, 8, 16]
-    assert budget.rows(KEY) == 8
+    assert budget.units(KIND) == 8
 
 
 def test_rows_stay_where_the_device_is_saturated() -> None:
-    budget = RowBudget(first=2, most=32)
+    budget = CallBudget(first=2, most=32)
     grow(budget, {2: 0.036, 4: 0.0355})
-    assert budget.rows(KEY) == 2
+    assert budget.units(KIND) == 2
 
 
 def test_rows_never_exceed_the_most() -> None:
-    budget = RowBudget(first=2, most=4)
+    budget = CallBudget(first=2, most=4)
     assert grow(budget, {2: 0.012, 4: 0.006}) == [2, 4]
 
 
 def test_one_slow_call_decides_nothing() -> None:
-    budget = RowBudget(first=2, most=4)
+    budget = CallBudget(first=2, most=4)
     for seconds in (0.9, 0.024, 0.8):
-        budget.observe(KEY, 2, seconds)
+        budget.observe(KIND, 2, seconds)
     for seconds in (0.7, 0.9, 0.030):
-        budget.observe(KEY, 4, seconds)
-    assert budget.rows(KEY) == 4
+        budget.observe(KIND, 4, seconds)
+    assert budget.units(KIND) == 4
 
 
 def test_sizes_are_measured_apart() -> None:
-    budget = RowBudget(first=2, most=8)
+    budget = CallBudget(first=2, most=8)
     for _ in range(MEASUREMENTS):
-        budget.observe(KEY, 2, 0.02)
-    assert budget.rows(KEY) == 4
-    assert budget.rows(BatchKey(64, 64, 77)) == 2
-    assert budget.rows(BatchKey(32, 32, 154)) == 4, "prompt length does not change the cost much"
+        budget.observe(KIND, 2, 0.02)
+    assert budget.units(KIND) == 4
+    assert budget.units(CallKind("model", area=64 * 64)) == 2
+    assert BatchKey("model", 32, 32, 154).kind == KIND, (
+        "prompt length does not change the cost much"
+    )
 
 
 @pytest.mark.parametrize(("rows", "left"), [(8, 4), (2, 1), (1, 1)])
 def test_rows_halve_for_good_when_memory_is_short(rows: int, left: int) -> None:
-    budget = RowBudget(first=8, most=32)
-    budget.shrink(KEY, rows)
-    assert budget.rows(KEY) == left
-    assert not budget.wants_measurement(KEY, left)
+    budget = CallBudget(first=8, most=32)
+    budget.shrink(KIND, rows)
+    assert budget.units(KIND) == left
+    assert not budget.wants_measurement(KIND, left)
+
+
+def test_calls_of_several_pictures_stay_below_the_most_area() -> None:
+    budget = CallBudget(first=1, most=32, most_area=3 * KIND.area)
+    assert grow(budget, {1: 0.010, 2: 0.007}) == [1, 2]
+
+    large = CallKind("model", 4 * KIND.area)
+    for _ in range(2 * MEASUREMENTS):
+        budget.observe(large, 1, 0.04)
+    assert budget.units(large) == 1
+
+
+def test_call_beside_running_samples_is_as_large_as_they_may_wait() -> None:
+    budget = CallBudget(first=1, most=8)
+    assert budget.units_within(KIND, seconds=9.0) == 1, "nothing was measured yet"
+    grow(budget, {1: 0.010, 2: 0.009, 4: 0.008, 8: 0.007})
+
+    assert budget.units_within(KIND, seconds=0.03) == 4
+    assert budget.units_within(KIND, seconds=0.001) == 1
+    assert budget.units_within(KIND, seconds=float("inf")) == 8
+
+
+def test_running_samples_wait_for_two_of_their_quickest_steps() -> None:
+    steps = CallBudget(first=2, most=2)
+    quick, slow = BatchKey("model", 32, 32, 77), BatchKey("model", 64, 64, 77)
+    assert stall_s(steps, []) == float("inf")
+    steps.observe(quick.kind, 2, 0.010)
+    assert stall_s(steps, [quick]) == pytest.approx(0.020)
+    assert stall_s(steps, [quick, slow]) == 0, "one of them was not timed yet"
+    steps.observe(slow.kind, 2, 0.050)
+    assert stall_s(steps, [slow, quick]) == pytest.approx(0.020)

@@ -18,6 +18,7 @@ from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture
 from models.params import InpaintParams, SchedulerName
 from models.pipeline import InpaintPipeline, Picture, Source
 from models.registry import Components
+from models.residency import Residency
 from tests.test_pipeline import (
     SOURCE,
     Answer,
@@ -55,12 +56,28 @@ class ToyPipeline:
 
     faults: (verb, seed) to what the verb raises for the sample of that seed.
     calls: the samples of each UNet call.
+    prepared, decoded: how many jobs and pictures each call of these verbs was for.
+    most_pictures: what memory suffices for in one call.
+    step_s, picture_s: what a UNet call takes, and a picture's decoding.
     """
 
     faults: dict[tuple[str, int], Exception] = field(default_factory=dict)
     calls: list[list[ToySample]] = field(default_factory=list)
+    prepared: list[int] = field(default_factory=list)
+    decoded: list[int] = field(default_factory=list)
+    most_pictures: int = 99
+    step_s: float = 0.0
+    picture_s: float = 0.0
+    now_s: float = 0.0
 
-    def prepare(self, params: InpaintParams, source: Source) -> list[ToySample]:
+    def prepare_together(
+        self, jobs: Sequence[tuple[InpaintParams, Source]]
+    ) -> list[list[ToySample]]:
+        self.prepared.append(len(jobs))
+        self._fail_for_many(len(jobs))
+        return [self._prepare(params) for params, _ in jobs]
+
+    def _prepare(self, params: InpaintParams) -> list[ToySample]:
         self._fail_for("prepare", params.seed)
         tokens = 77 * (1 + len(params.prompt) // 75)
         return [
@@ -76,6 +93,7 @@ class ToyPipeline:
 
     def denoise_step(self, samples: Sequence[ToySample]) -> list[int]:
         self.calls.append([*samples])
+        self.now_s += self.step_s
         for sample in samples:
             self._fail_for("denoise_step", sample.seed)
         return [sample.seed for sample in samples]
@@ -86,6 +104,10 @@ class ToyPipeline:
         sample.step_index += 1
 
     def decode(self, samples: Sequence[ToySample]) -> list[Picture]:
+        self.decoded.append(len(samples))
+        self._fail_for_many(len(samples))
+        self.now_s += self.picture_s * len(samples) ** 0.9
+        assert len({sample.latents.shape for sample in samples}) == 1
         for sample in samples:
             assert sample.is_denoised
             self._fail_for("decode", sample.seed)
@@ -93,16 +115,21 @@ class ToyPipeline:
         return [Picture(sample.seed, blank, blank) for sample in samples]
 
     def device_time_s(self) -> float:
-        return 0.0
+        return self.now_s
 
     def release_memory(self) -> None:
         """There is none."""
+
+    def _fail_for_many(self, pictures: int) -> None:
+        if pictures > self.most_pictures:
+            raise OutOfMemory("full")
 
     def _fail_for(self, verb: str, seed: int) -> None:
         if (verb, seed) in self.faults:
             raise self.faults[verb, seed]
 
 
+MODEL = "tiny"
 FAULTS: list[Callable[[], Exception]] = [
     lambda: InvalidInput([Violation("prompt", reason="is too long")]),
     lambda: OutOfMemory("full"),
@@ -119,14 +146,16 @@ def make_engine(
         max_generations=max_generations,
         first_rows=2 * samples_per_call,
         max_rows=2 * samples_per_call,
+        first_pictures=samples_per_call,
         is_reproducible=samples_per_call == 1,
     )
-    return InpaintEngine(cast(InpaintPipeline, pipeline), limits)
+    return InpaintEngine(Residency.of(MODEL, cast(InpaintPipeline, pipeline)), limits)
 
 
-def make_generation(generation_id: int, **changes: Any) -> Generation:
+def make_generation(generation_id: int, model: str = MODEL, **changes: Any) -> Generation:
     """Of its own seeds."""
-    return Generation(generation_id, make_params(seed=10 * generation_id, **changes), SOURCE)
+    params = make_params(seed=10 * generation_id, **changes)
+    return Generation(generation_id, model, params, SOURCE)
 
 
 def drain(engine: InpaintEngine) -> list[Event]:
@@ -444,6 +473,58 @@ def test_waiting_generation_joins_a_running_one() -> None:
     drain(engine)
 
     assert [len(call) for call in pipeline.calls] == [1, 1, 1, 2, 2, 1, 1, 1, 1]
+
+
+def test_waiting_generations_of_a_size_are_prepared_together() -> None:
+    pipeline = ToyPipeline()
+    engine = make_engine(pipeline, samples_per_call=4, max_generations=8)
+
+    ends = run_all(engine, *(make_generation(n, width=64 if n == 3 else 128) for n in range(7)))
+
+    assert len(ends) == 7
+    # The rest beside running samples, of which nobody knows yet how long they may wait.
+    assert pipeline.prepared == [4, 1, 1, 1]
+
+
+def test_finished_samples_of_a_size_are_decoded_together() -> None:
+    pipeline = ToyPipeline()
+    engine = make_engine(pipeline, samples_per_call=8, max_generations=8)
+
+    run_all(engine, *(make_generation(n, samples=2) for n in range(3)))
+
+    assert pipeline.decoded == [6]
+
+
+def test_reproducible_engine_shares_no_call() -> None:
+    pipeline = ToyPipeline()
+    run_all(make_engine(pipeline), *(make_generation(n, samples=2) for n in range(4)))
+
+    assert {*pipeline.prepared} == {*pipeline.decoded} == {1}
+    assert {len(call) for call in pipeline.calls} == {1}
+
+
+def test_decoding_lets_running_samples_wait_for_two_steps_at_most() -> None:
+    pipeline = ToyPipeline(step_s=1.0, picture_s=0.5)
+    engine = make_engine(pipeline, samples_per_call=16, max_generations=16)
+    quick = [make_generation(n, samples=4, num_inference_steps=2) for n in range(1, 5)]
+    run_all(engine, *quick)  # measures
+    pipeline.decoded.clear()
+
+    run_all(engine, make_generation(9, num_inference_steps=99), *quick)
+
+    assert max(pipeline.decoded) == 5  # 2.1 steps
+    assert sum(pipeline.decoded) == 17
+
+
+def test_call_of_the_vae_too_large_for_memory_is_done_in_parts() -> None:
+    pipeline = ToyPipeline(most_pictures=2)
+    engine = make_engine(pipeline, samples_per_call=8, max_generations=8)
+
+    ends = run_all(engine, *(make_generation(n) for n in range(7)))
+
+    assert all(pictures_of(end) for end in ends.values())
+    assert pipeline.prepared == [7, 3, 1, 2, 4, 2, 2]
+    assert pipeline.decoded == [2, 2, 2, 1], "what preparing them taught"
 
 
 @dataclass(frozen=True, slots=True)

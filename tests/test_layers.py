@@ -23,6 +23,7 @@ MODELS = {
     "images": "",
     "masks": "images",
     "canvas": "images masks params",
+    "captions": "params",
     "enhance": "",
     "weights": "errors",
     "families": "errors",
@@ -38,8 +39,9 @@ MODELS = {
     "registry": "errors folders lora parts single_file",
     "safety": "images",
     "pipeline": "canvas conditioning errors params schedulers registry safety vae",
+    "residency": "errors pipeline registry",
     "batching": "pipeline",
-    "engine": "batching errors params pipeline",
+    "engine": "batching errors params pipeline residency",
     "builtin": "builtin",
 }
 """Room to the rooms of `models` it may import; each file and each folder is a room."""
@@ -71,7 +73,9 @@ SERVER = {
     " models.enhance models.errors models.params",
     "webhooks": "addresses deliveries dialects door exchange jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
-    " models.engine models.errors models.images models.params models.pipeline models.registry",
+    " models.captions models.engine models.errors models.images models.params models.pipeline"
+    " models.registry"
+    " models.residency",
     "supervisor": "jobs telemetry",
     "app": "auth database deliveries dialects door egress errors jobs routes sandbox services"
     " settings storage telemetry waiters webhooks models.decoding",
@@ -98,7 +102,7 @@ WEB_AND_DATABASE = {
     "uvicorn",
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
-TORCH_FREE = ("params", "decoding", "images", "masks", "canvas", "errors", "enhance", "registry")
+TORCH_FREE = "params decoding images masks canvas captions errors enhance registry".split()
 
 
 @dataclass(frozen=True)

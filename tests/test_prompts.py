@@ -19,6 +19,7 @@ from models.prompts import (
     MAX_CHUNKS,
     MAX_WEIGHT,
     PromptEncoder,
+    PromptKey,
     WeightedText,
     WeightedToken,
     emphasise,
@@ -377,6 +378,34 @@ def test_prompts_are_remembered_and_forgotten(encoder: PromptEncoder) -> None:
     again = encoder.encode("cat")
     assert again is not first
     assert torch.equal(again, first)
+
+
+def test_texts_are_encoded_in_one_call_and_equal_themselves_alone(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel
+) -> None:
+    keys = [
+        PromptKey("a cat"),
+        PromptKey("a (dog:1.3)"),
+        PromptKey("a cat", clip_skip=1),
+        PromptKey("cat " * 80),
+    ]
+    alone = PromptEncoder(tokenizer, text_encoder, CPU, torch.float32)
+    together = PromptEncoder(tokenizer, text_encoder, CPU, torch.float32)
+    rows: list[int] = []
+    hook = text_encoder.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    together.remember(keys)
+    together.remember(keys[::-1])
+    found = [together.encode(*key) for key in keys]
+    hook.remove()
+
+    assert rows == [5]
+    for key, states in zip(keys, found, strict=True):
+        torch.testing.assert_close(states, alone.encode(*key), atol=1e-5, rtol=1e-5)
+
+
+def test_text_that_cannot_be_remembered_is_refused(encoder: PromptEncoder) -> None:
+    with pytest.raises(InvalidInput):
+        encoder.remember([PromptKey("a cat"), PromptKey("a cat", clip_skip=LAYERS + 1)])
 
 
 def test_result_has_the_asked_dtype(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:

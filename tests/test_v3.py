@@ -47,6 +47,14 @@ def errors_of(fields: dict[str, Any]) -> dict[str, list[str]]:
 
 
 class TestReading:
+    @pytest.mark.parametrize(
+        ("asked", "model"), [("other", "other"), ("midjourney", None), (None, None), (7, None)]
+    )
+    def test_only_offered_models_can_be_asked_for(self, asked: Any, model: str | None) -> None:
+        policy = replace(POLICY, models=("builtin", "other"))
+        request = read(policy, model_id=asked)
+        assert request.model == request.params(64, 64).model == model
+
     def test_required_fields_alone_give_the_defaults(self) -> None:
         request = read()
         assert 0 <= request.seed < SEED_MODULUS
@@ -63,6 +71,7 @@ class TestReading:
             strength=0.7,
             seed=request.seed,
             scheduler=None,
+            model=None,
             safety_check=True,
             wants_base64=False,
             webhook=None,

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from models.errors import ModelUnavailable, UnusablePicture
 from models.params import InpaintParams
-from models.pipeline import InpaintPipeline, Source
+from models.pipeline import InpaintPipeline, Picture, Source
 from models.registry import Components
 from models.vae import LatentCodec
 
@@ -108,25 +108,11 @@ def test_values_that_no_dtype_holds_are_unusable() -> None:
 
 
 def test_picture_tells_of_the_second_decoding(tiny_components: Components) -> None:
-    parts = {
-        name: copy.deepcopy(getattr(tiny_components, name)).half()
-        for name in ("unet", "text_encoder")
-    }
-    vae = overflowing(copy.deepcopy(tiny_components.vae)).half()
-    pipeline = InpaintPipeline(dataclasses.replace(tiny_components, vae=vae, **parts))
-    rng = np.random.default_rng(0)
-    source = Source(
-        rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), np.full((64, 64), 255, np.uint8)
-    )
-    params = InpaintParams(
-        prompt="a", seed=1, width=64, height=64, num_inference_steps=1, strength=1.0
-    )
-    (sample,) = pipeline.prepare(params, source)
-    while not sample.is_denoised:
-        pipeline.advance(sample, pipeline.denoise_step([sample])[0])
-    (picture,) = pipeline.decode([sample])
+    vae = overflowing(copy.deepcopy(tiny_components.vae))
+    picture = paint(half_precision(tiny_components, vae), random_source())
 
     assert picture.is_decoded_again
+    assert not picture.is_encoded_again
     assert picture.generated.std() > 1
 
 
@@ -136,3 +122,129 @@ def test_picture_tells_of_the_second_decoding(tiny_components: Components) -> No
 def test_shifted_latents_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ModelUnavailable, match=next(iter(config))):
         LatentCodec(small_vae(**config), torch.float32)
+
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=GENERATOR) * 2 - 1
+
+
+def overflowing_encoder(vae: Any) -> Any:
+    """A VAE whose values leave float16 in the encoder and come back."""
+    with torch.no_grad():
+        vae.encoder.conv_in.weight *= 3e5
+        vae.encoder.conv_in.bias *= 3e5
+    return vae
+
+
+@torch.inference_mode()
+def encode(vae: Any, images: torch.Tensor = IMAGES) -> tuple[list[torch.Tensor], list[bool]]:
+    """The distributions' means."""
+    distributions, encoded_again = LatentCodec(vae, vae.dtype).encode(images)
+    return [each.mean for each in distributions], encoded_again
+
+
+def test_usable_latents_are_encoded_once_and_given_singly() -> None:
+    vae = small_vae()
+    means, encoded_again = encode(vae)
+
+    assert encoded_again == [False, False]
+    torch.testing.assert_close(torch.cat(means), vae.encode(IMAGES).latent_dist.mean)
+
+
+def test_encoder_overflow_is_encoded_again_in_float32() -> None:
+    exact = overflowing_encoder(small_vae())
+    vae = copy.deepcopy(exact).half()
+    means, encoded_again = encode(vae)
+
+    assert encoded_again == [True, True]
+    torch.testing.assert_close(means, encode(exact)[0], atol=0.02, rtol=0.02)
+    assert vae.dtype == torch.float16
+
+
+def test_only_the_unusable_image_is_encoded_again() -> None:
+    vae = overflowing_encoder(small_vae()).half()
+    with torch.no_grad():
+        vae.encoder.conv_in.bias.zero_()
+    _, encoded_again = encode(vae, torch.cat([torch.zeros(1, 3, 64, 64), IMAGES[:1]]))
+
+    assert encoded_again == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_latents_that_no_dtype_holds_are_unusable(dtype: torch.dtype) -> None:
+    vae = small_vae().to(dtype)
+    with torch.no_grad():
+        vae.encoder.conv_out.bias.fill_(torch.nan)
+
+    with pytest.raises(UnusablePicture, match="encoder"):
+        encode(vae)
+
+
+def half_precision(components: Components, vae: Any) -> InpaintPipeline:
+    """The components in float16 with another VAE."""
+    parts = {
+        name: copy.deepcopy(getattr(components, name)).half() for name in ("unet", "text_encoder")
+    }
+    return InpaintPipeline(dataclasses.replace(components, vae=vae.half(), **parts))
+
+
+def paint(pipeline: InpaintPipeline, source: Source, **changes: Any) -> Picture:
+    height, width = source.mask.shape
+    params = InpaintParams(
+        prompt="a",
+        seed=1,
+        width=width,
+        height=height,
+        num_inference_steps=1,
+        **{"strength": 1.0, **changes},
+    )
+    (sample,) = pipeline.prepare(params, source)
+    while not sample.is_denoised:
+        pipeline.advance(sample, pipeline.denoise_step([sample])[0])
+    return pipeline.decode([sample])[0]
+
+
+def random_source() -> Source:
+    rng = np.random.default_rng(0)
+    return Source(
+        rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), np.full((64, 64), 255, np.uint8)
+    )
+
+
+def test_picture_tells_of_the_second_encoding_from_the_cache_too(
+    tiny_components: Components,
+) -> None:
+    vae = overflowing_encoder(copy.deepcopy(tiny_components.vae))
+    pipeline = half_precision(tiny_components, vae)
+    pictures = [paint(pipeline, random_source(), strength=0.7) for _ in range(2)]
+
+    assert [picture.is_encoded_again for picture in pictures] == [True, True]
+    assert [picture.is_decoded_again for picture in pictures] == [False, False]
+    assert pictures[0].generated.std() > 1
+    np.testing.assert_array_equal(pictures[0].image, pictures[1].image)
+
+
+def test_unusable_latents_are_not_remembered(tiny_components: Components) -> None:
+    vae = copy.deepcopy(tiny_components.vae)
+    pipeline = InpaintPipeline(dataclasses.replace(tiny_components, vae=vae))
+    bias = vae.encoder.conv_out.bias.clone()
+    vae.encoder.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(UnusablePicture):
+        paint(pipeline, random_source())
+    vae.encoder.conv_out.bias.data.copy_(bias)
+
+    assert paint(pipeline, random_source()).generated.std() > 1
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("is_half", [False, True], ids=["float32", "float16"])
+def test_picture_of_one_colour_is_kept(
+    tiny_components: Components, level: int, is_half: bool
+) -> None:
+    source = Source(np.full((64, 64, 3), level, np.uint8), np.zeros((64, 64), np.uint8))
+    pipeline = (
+        half_precision(tiny_components, copy.deepcopy(tiny_components.vae))
+        if is_half
+        else InpaintPipeline(tiny_components)
+    )
+
+    assert (paint(pipeline, source).image == level).all()

@@ -44,11 +44,12 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReadingPolicy:
-    """What of the reading an operator can set."""
+    """What of the reading an operator can set. models: those a request may ask for."""
 
     steps_policy: StepsPolicy
     force_safety_check: bool
     enhancement: Enhancement
+    models: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class V3Request:
     strength: float
     seed: int
     scheduler: SchedulerName | None
+    model: str | None
     safety_check: bool
     wants_base64: bool
     webhook: str | None
@@ -85,6 +87,7 @@ class V3Request:
             strength=self.strength,
             seed=self.seed,
             scheduler=self.scheduler,
+            model=self.model,
             safety_check=self.safety_check,
         )
 
@@ -120,6 +123,7 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         ),
         seed=reader.integer("seed", secrets.randbelow(SEED_MODULUS)) % SEED_MODULUS,
         scheduler=reader.scheduler(),
+        model=read_model(reader, policy.models),
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
         wants_base64=reader.flag("base64", default=False),
         webhook=reader.web_address("webhook"),
@@ -128,6 +132,12 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
     if reader.errors:
         raise InvalidRequest(reader.errors)
     return request
+
+
+def read_model(reader: FieldReader, models: Sequence[str]) -> str | None:
+    """The model asked for; other names are ignored, as everything V3's page does not list."""
+    name = reader.value("model_id")
+    return name if isinstance(name, str) and name in models else None
 
 
 def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
@@ -401,6 +411,7 @@ INPAINT_FIELDS = {
     "webhook": ("string", "URL that is called when the job has ended"),
     "track_id": ("string", "Given back in the webhook call"),
     "scheduler": ("string", "Noise scheduler, by its diffusers name"),
+    "model_id": ("string", "One of the models this server offers; others are ignored"),
 }
 INPAINT_OPENAPI = describe_body(
     {name: describe_field(name, *facts) for name, facts in INPAINT_FIELDS.items()},
