@@ -39,11 +39,17 @@ class DecodedPair:
 
 
 def decode_pair(
-    images: dict[str, bytes], width: int | None, height: int | None, limits: ImageLimits
+    images: dict[str, bytes],
+    width: int | None,
+    height: int | None,
+    limits: ImageLimits,
+    *,
+    keeps_own_size: bool = False,
 ) -> DecodedPair:
     """Decode and resize; a size that was not asked for follows the init image's.
 
-    images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all that are at fault.
+    images: `init_image` and `mask_image`. keeps_own_size: the mask is resized to the init image,
+    which stays as it is. Raises: ImageUnavailable, naming all that are at fault.
     """
     decoders = {"init_image": decode_image, "mask_image": decode_mask}
     problems: dict[str, ImageProblem] = {}
@@ -56,5 +62,9 @@ def decode_pair(
     if problems:
         raise ImageUnavailable(problems)
     own_height, own_width = decoded["init_image"].shape[:2]
-    size = fit_size(own_width, own_height, width, height)
+    size = (
+        (own_width, own_height)
+        if keeps_own_size
+        else fit_size(own_width, own_height, width, height)
+    )
     return DecodedPair(*resize_pair(decoded["init_image"], decoded["mask_image"], *size))

@@ -9,11 +9,13 @@ import anyio
 import anyio.to_thread
 
 from server.auth import KeyRing
+from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.jobs import JobStore
 from server.settings import Settings
 from server.storage import Storage
 from server.waiters import Waiters
+from server.webhooks import WebhookSender
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,6 +37,8 @@ class Services:
     storage: Storage
     fetcher: Fetcher
     waiters: Waiters
+    deliveries: DeliveryStore
+    webhooks: WebhookSender
     store_threads: anyio.CapacityLimiter
     decode_threads: anyio.CapacityLimiter
 

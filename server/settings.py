@@ -111,6 +111,8 @@ class WebhookSettings(Section):
     """Where webhooks may go, and how they are sent.
 
     secret: Standard Webhooks secrets `whsec_…`; several while one replaces another.
+    hold_after_failures: failures in a row after which a host is spared.
+    hold_s: for so long at first, doubled with each failure up to a quarter of an hour.
     """
 
     allow_cidrs: ListOf[IpNetwork] = ()
@@ -118,6 +120,8 @@ class WebhookSettings(Section):
     secret: ListOf[Annotated[SecretStr, AfterValidator(checked_secret)]] = ()
     timeout_s: float = 15
     max_concurrent: int = 64
+    hold_after_failures: int = Field(default=5, ge=1)
+    hold_s: float = Field(default=30, gt=0)
 
 
 class StorageSettings(Section):

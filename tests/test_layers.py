@@ -39,6 +39,7 @@ MODELS = {
     "pipeline": "canvas conditioning errors params schedulers registry safety vae",
     "batching": "pipeline",
     "engine": "batching errors params pipeline",
+    "fingerprint": "",
     "builtin": "builtin",
 }
 """Room to the rooms of `models` it may import; each file and each folder is a room."""
@@ -55,19 +56,27 @@ SERVER = {
     "downloads": "egress errors",
     "sandbox": "errors models.errors models.images models.params",
     "deliveries": "database",
-    "jobs": "database deliveries errors models.params",
+    "failures": "",
+    "receipts": "",
+    "idempotency": "database errors",
+    "jobs": "database deliveries errors failures idempotency receipts models.params",
     "waiters": "jobs telemetry",
     "bodies": "errors",
-    "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
-    "services": "auth egress jobs settings storage waiters",
-    "routes": "bodies dialects downloads errors jobs sandbox services settings"
-    " models.enhance models.errors models.images models.params",
-    "webhooks": "deliveries dialects egress jobs settings telemetry",
-    "worker": "database errors jobs sandbox settings storage telemetry"
-    " models.engine models.errors models.images models.params models.pipeline models.registry",
+    "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
+    " models.enhance models.errors models.params",
+    "circuits": "",
+    "webhooks": "circuits deliveries dialects egress jobs settings telemetry",
+    "services": "auth deliveries egress jobs settings storage waiters webhooks",
+    "intake": "downloads idempotency jobs receipts sandbox services settings"
+    " models.images models.params",
+    "routes": "bodies dialects errors intake jobs services settings models.enhance",
+    "native_routes": "bodies deliveries dialects errors intake jobs services",
+    "worker": "database errors failures jobs receipts sandbox settings storage telemetry"
+    " models.canvas models.engine models.errors models.fingerprint models.images models.masks"
+    " models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
-    " telemetry"
+    "app": "auth database deliveries dialects egress errors intake jobs native_routes routes"
+    " services settings storage telemetry"
     " waiters webhooks",
     "http": "settings",
     "cluster": "app worker settings",
@@ -92,7 +101,7 @@ WEB_AND_DATABASE = {
     "uvicorn",
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
-TORCH_FREE = ("params", "images", "masks", "canvas", "errors", "enhance", "registry")
+TORCH_FREE = ("params", "images", "masks", "canvas", "errors", "enhance", "registry", "fingerprint")
 
 
 @dataclass(frozen=True)
