@@ -22,6 +22,7 @@ from server.deliveries import DeliveryStore
 from server.dialects import native, native_problems, v3
 from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
+from server.followers import Followers
 from server.intake import get_services
 from server.jobs import JobStore
 from server.native_routes import router as native_router
@@ -50,7 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         webhooks = WebhookSender(settings.webhook, deliveries, store)
         sender = asyncio.create_task(webhooks.run())
-        with Waiters(store) as waiters:
+        with Waiters(store) as waiters, Followers(store) as followers:
             app.state.services = Services(
                 settings=settings,
                 keys=KeyRing(settings.auth.keys),
@@ -58,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
                 storage=Storage(settings.storage_url),
                 fetcher=fetcher,
                 waiters=waiters,
+                followers=followers,
                 deliveries=deliveries,
                 webhooks=webhooks,
                 store_threads=anyio.CapacityLimiter(STORE_THREADS),

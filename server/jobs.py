@@ -177,6 +177,17 @@ class QueueFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a job is, in short. position: 1 is next; None for one that does not wait."""
+
+    state: JobState
+    attempt: int
+    step: int
+    total_steps: int
+    position: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """What a worker last said of itself. state: loading, ready or failed."""
 
@@ -279,11 +290,21 @@ class JobStore:
         with read_only(self._engine) as connection:
             return [_to_job(row) for row in connection.execute(query)]
 
-    def present(self, job_ids: Sequence[int]) -> list[Job]:
-        """Those of the jobs that there are, as they stand."""
-        query = select(jobs).where(jobs.c.id.in_(job_ids))
+    def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
+        """How far those of the jobs are that there are, in one look."""
+        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, jobs.c.step, jobs.c.total_steps)
+        queue = select(jobs.c.id).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.id)
         with read_only(self._engine) as connection:
-            return [_to_job(row) for row in connection.execute(query)]
+            rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids))).all()
+            is_queued = any(row.state == JobState.QUEUED for row in rows)
+            waiting = connection.scalars(queue).all() if is_queued else []
+        positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
+        return {
+            row.id: Standing(
+                JobState(row.state), row.attempt, row.step, row.total_steps, positions.get(row.id)
+            )
+            for row in rows
+        }
 
     def receipt_of(self, job_id: int) -> Receipt | None:
         """How a finished job's pictures were made; None for all others."""

@@ -3,11 +3,14 @@
 Each endpoint reads and writes with the native dialect; errors become problems in `app.py`.
 """
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.responses import StreamingResponse
 
+from server import native_events
 from server.bodies import read_json
 from server.deliveries import DeliveryState
 from server.dialects import native, native_answers
@@ -28,6 +31,8 @@ router = APIRouter(tags=["jobs"])
 
 MAX_PAGE = 100
 REPLAYED = "Idempotency-Replayed"
+EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Proxies must pass each event on at once."""
 
 Bearer = HTTPBearer(auto_error=False, description="The API key")
 KeyHeader = APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key")
@@ -143,6 +148,36 @@ async def cancel_job(request: Request, services: ServicesOf, job: JobOf) -> JobA
     if ended.state is not JobState.CANCELLED:
         raise Conflict(ConflictKind.JOB_ENDED)
     return await tell(services, ended, base_url_of(request, services.settings))
+
+
+@router.get(
+    "/api/jobs/{job_id}/events",
+    response_class=Response,
+    responses={**native_events.describe_stream(), **declare(404)},
+)
+async def follow_job(
+    request: Request,
+    services: ServicesOf,
+    job: JobOf,
+    last_event_id: Annotated[
+        str | None, Header(description="Not needed to connect again: the present state comes first")
+    ] = None,
+) -> Response:
+    """Follow a job as server-sent events, from its present state to its end."""
+    if job.state.is_terminal and last_event_id == job.state:
+        return Response(status_code=204)  # which ends an EventSource's attempts to connect
+    base_url = base_url_of(request, services.settings)
+
+    async def tell_end() -> JobAnswer:
+        ended = await services.in_store_thread(services.store.get, job.id)
+        return await tell(services, ended or job, base_url)
+
+    async def stream() -> AsyncIterator[bytes]:
+        with services.followers.follow(job.id) as follower:
+            async for chunk in native_events.write_events(follower, tell_end):
+                yield chunk
+
+    return StreamingResponse(stream(), 200, EVENT_HEADERS, "text/event-stream")
 
 
 @router.get("/api/jobs/{job_id}/deliveries", responses=declare(404))

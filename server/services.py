@@ -11,6 +11,7 @@ import anyio.to_thread
 from server.auth import KeyRing
 from server.deliveries import DeliveryStore
 from server.egress import Fetcher
+from server.followers import Followers
 from server.jobs import JobStore
 from server.settings import Settings
 from server.storage import Storage
@@ -37,6 +38,7 @@ class Services:
     storage: Storage
     fetcher: Fetcher
     waiters: Waiters
+    followers: Followers
     deliveries: DeliveryStore
     webhooks: WebhookSender
     store_threads: anyio.CapacityLimiter

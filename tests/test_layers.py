@@ -61,21 +61,24 @@ SERVER = {
     "idempotency": "database errors",
     "jobs": "database deliveries errors failures idempotency receipts models.params",
     "waiters": "jobs telemetry",
+    "followers": "jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
     "webhooks": "circuits deliveries dialects egress jobs settings telemetry",
-    "services": "auth deliveries egress jobs settings storage waiters webhooks",
+    "services": "auth deliveries egress followers jobs settings storage waiters webhooks",
     "intake": "downloads idempotency jobs receipts sandbox services settings"
     " models.images models.params",
     "routes": "bodies dialects errors intake jobs services settings models.enhance",
-    "native_routes": "bodies deliveries dialects errors intake jobs services",
+    "native_events": "dialects followers jobs",
+    "native_routes": "native_events bodies deliveries dialects errors intake jobs services",
     "worker": "database errors failures jobs receipts sandbox settings storage telemetry"
     " models.canvas models.engine models.errors models.fingerprint models.images models.masks"
     " models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors intake jobs native_routes routes"
+    "app": "auth database deliveries dialects egress errors followers intake jobs native_routes"
+    " routes"
     " services settings storage telemetry"
     " waiters webhooks",
     "http": "settings",

@@ -40,7 +40,7 @@ def test_what_is_left_open_is_as_in_the_parameters_themselves() -> None:
 
 
 def test_every_parameter_reaches_the_job() -> None:
-    given = {
+    given: dict[str, Any] = {
         "negative_prompt": "a dog",
         "width": 640,
         "height": 320,
