@@ -30,6 +30,7 @@ from benchmarks.orders import make_orders
 from models.decoding import ImageLimits, decode_image, decode_mask
 from models.images import encode_png
 from server.database import migrate, open_engine
+from server.decoder import Wanted
 from server.jobs import JobStore, NewJob
 from server.sandbox import DecodedPair, Decoder
 from server.settings import Settings
@@ -160,7 +161,7 @@ def make_stages(scratch: Path) -> list[Stage]:
     source = order.source()
     files = {"init_image": encode_png(source.init_image), "mask_image": png_of_mask(scratch)}
     decoder = Decoder(ImageLimits())
-    pair = decoder.decode_pair(files, SIDE_PX, SIDE_PX)
+    pair = decoder.decode_pair(files, Wanted(SIDE_PX, SIDE_PX))
     png = encode_png(pair.init_image)
 
     def new_job() -> NewJob:
@@ -173,7 +174,7 @@ def make_stages(scratch: Path) -> list[Stage]:
 
     return [
         Stage(API, "decode both PNGs, in a child", lambda: decode_both(files)),
-        Stage(API, "hand both to the child", lambda: decoder.decode_pair(files, None, None)),
+        Stage(API, "hand both to the child", lambda: decoder.decode_pair(files)),
         Stage(API, "store the inputs", lambda: storage.put("inputs/1.npy", pair.to_bytes())),
         Stage(API, "job row: submit", lambda: store.submit(new_job())),
         Stage(API, "job row: look for the end", lambda: store.ended([1])),

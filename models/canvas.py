@@ -72,11 +72,7 @@ def prepare_canvas(
 
     With `only_masked` any size, otherwise `height` x `width`.
     """
-    if params.invert_mask:
-        mask_image = 255 - mask_image
-    strengths = read_strengths(mask_image, is_soft=params.soft_mask)
-    if params.mask_grow:
-        strengths = grow(strengths, params.mask_grow)
+    strengths = strengths_of(params, mask_image)
     box = choose_box(params, strengths > 0)
     part = init_image[box.pixels], strengths[box.pixels]
     size = (params.width, params.height) if params.only_masked else (box.width, box.height)
@@ -88,6 +84,25 @@ def prepare_canvas(
         weights=choose_weights(params, part[1] > 0),
         is_colour_matched=params.match_colours,
     )
+
+
+def strengths_of(params: InpaintParams, mask_image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """How much each pixel of the picture is repainted: the mask, inverted and grown as asked."""
+    if params.invert_mask:
+        mask_image = 255 - mask_image
+    strengths = read_strengths(mask_image, is_soft=params.soft_mask)
+    return grow(strengths, params.mask_grow) if params.mask_grow else strengths
+
+
+def repainted_area(params: InpaintParams, mask_image: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """True where the result may differ from the init image: the mask, and its blur's reach."""
+    repaint = strengths_of(params, mask_image) > 0
+    if not params.mask_blur:
+        return repaint
+    box = choose_box(params, repaint)
+    area = repaint.copy()
+    area[box.pixels] |= choose_weights(params, repaint[box.pixels]) > 0
+    return area
 
 
 def choose_weights(params: InpaintParams, repaint: NDArray[np.bool_]) -> NDArray[np.float32]:

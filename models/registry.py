@@ -186,6 +186,20 @@ def load_components(
     return Components(scheduler_config=scheduler, **loaded)
 
 
+def weight_files(spec: ModelSpec) -> list[Path]:
+    """Every safetensors file of a model: its parts, a borrowed safety checker, LoRA files.
+
+    Of a folder that holds several variants, all. Raises: ModelUnavailable.
+    """
+    import torch
+
+    parts = _parts(spec, torch.float32)
+    paths = {part.path for part in parts.values()}
+    paths |= {Path(lora.path).expanduser() for lora in spec.loras}
+    files = {file for path in paths for file in (path.glob("*") if path.is_dir() else [path])}
+    return sorted(file for file in files if file.suffix == ".safetensors")
+
+
 def _parts(spec: ModelSpec, dtype: "torch.dtype") -> dict[str, Part]:
     """What is to be loaded for a model, by the names of `Components`."""
     path = Path(spec.source).expanduser()

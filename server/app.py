@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,12 +20,15 @@ from models.decoding import ImageLimits
 from server.auth import KeyRing
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
-from server.dialects import v3
+from server.dialects import native, native_problems, v3
 from server.door import Door, Listener
 from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
+from server.followers import Followers
+from server.intake import get_services
 from server.jobs import JobStore
-from server.routes import get_services, router
+from server.native_routes import router as native_router
+from server.routes import router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, Services
 from server.settings import Settings
@@ -52,7 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
         webhooks = WebhookSender(settings.webhook, deliveries, store, door)
         sender = asyncio.create_task(webhooks.run())
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
-        with Waiters(store) as waiters, sandbox:
+        with Waiters(store) as waiters, Followers(store) as followers, sandbox:
             app.state.services = Services(
                 settings=settings,
                 keys=KeyRing(settings.auth.keys),
@@ -61,6 +65,9 @@ def create_app(settings: Settings) -> FastAPI:
                 fetcher=fetcher,
                 sandbox=sandbox,
                 waiters=waiters,
+                followers=followers,
+                deliveries=deliveries,
+                webhooks=webhooks,
                 store_threads=anyio.CapacityLimiter(STORE_THREADS),
             )
             yield
@@ -72,7 +79,9 @@ def create_app(settings: Settings) -> FastAPI:
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
     app = FastAPI(title="inpaint-server", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(router)
+    app.include_router(native_router)
     app.add_exception_handler(ApiError, answer_error)
+    app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
     app.add_middleware(RequestContext)
     # Outside the other, so that answers to unforeseen errors can be read by a page too.
@@ -93,6 +102,10 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
         logger.error("request failed", exc_info=error, request_id=request_id)
     seconds = known.retry_after_s
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
+    if native_problems.is_native(request.scope["path"]):
+        problem, more = native_problems.write_problem(known, request_id)
+        body = problem.model_dump(mode="json")
+        return JSONResponse(body, problem.status, headers | more, native_problems.MEDIA_TYPE)
     status = v3.write_status(known, get_services(request).settings.error_status)
     return JSONResponse(v3.write_error(known, request_id), status, headers)
 
@@ -102,8 +115,10 @@ def to_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RequestValidationError():
+            return native.refusal_of_call(error)
         case HTTPException(status_code=404 | 405):
-            return RouteNotFound()
+            return RouteNotFound((error.headers or {}).get("Allow", ""))
         case HTTPException():
             return InvalidBody()
         case DBAPIError():

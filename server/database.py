@@ -90,6 +90,32 @@ jobs = Table(
     sqlite_autoincrement=True,
 )
 Index("jobs_by_state", jobs.c.state, jobs.c.id)
+Index("jobs_by_key", jobs.c.key_id, jobs.c.id)
+
+receipts = Table(
+    "receipts",
+    metadata,
+    Column("job_id", Integer, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("receipt", JSON, nullable=False),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("body_sha256", Text, nullable=False),
+    # Deferred: the key is taken before the job's row is written.
+    Column(
+        "file_prefix",
+        Text,
+        ForeignKey("jobs.file_prefix", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        nullable=False,
+    ),
+    Column("created_at", Float, nullable=False),
+)
+Index("idempotency_keys_by_age", idempotency_keys.c.created_at)
+Index("idempotency_keys_by_job", idempotency_keys.c.file_prefix)
 
 deliveries = Table(
     "deliveries",

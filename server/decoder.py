@@ -7,6 +7,7 @@ stand here. Run as `main(…)`; ends when its standard input does.
 import os
 import struct
 import sys
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 # Named here so that they are loaded now: once confined, the process can open no file.
 from PIL import ImageChops, ImagePalette, ImageSequence, MpoImagePlugin, TiffImagePlugin
 
-from models.decoding import Fit, ImageLimits, decode_image, decode_mask
+from models.decoding import ImageLimits, decode_image, decode_mask
 from models.errors import ImageFault, UnreadableImage
 from models.params import fit_size
 from server.confinement import allow_cpu, confine
@@ -32,13 +33,17 @@ MEMORY_BYTES = 540 * 2**20
 """For one picture. A WebP of 33 megapixels takes 16 bytes a pixel."""
 
 READY = b"R"
-REQUEST = struct.Struct("<BIHH")
-"""Kind, bytes of the file, which follows, and the width and height wanted; 0 for one left open."""
+REQUEST = struct.Struct("<BIHHB")
+"""Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, and
+whether the picture may keep its own."""
 REPLY = struct.Struct("<BHH")
 """Outcome, and for a picture its width and height; its pixels follow."""
 PICTURE = 0
 FAULTS = tuple(ImageFault)
 """Outcome 1 is the first of these."""
+
+CROP_MAX_PIXELS = 2_048 * 2_048
+"""Of an init image that keeps its own size, because the model works on a part of it only."""
 
 
 class Kind(IntEnum):
@@ -53,6 +58,28 @@ class Kind(IntEnum):
         return 3 if self is Kind.INIT_IMAGE else 1
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The size a picture is decoded at: that of a job, or its own where a side is left open."""
+
+    width: int | None = None
+    height: int | None = None
+    keeps_own_size: bool = False
+
+    def fit(self, own_width: int, own_height: int) -> tuple[int, int]:
+        """Width and height, for a picture of this size."""
+        if self.keeps_own_size:
+            return self.width or own_width, self.height or own_height
+        return fit_size(own_width, own_height, self.width, self.height)
+
+
+def write_request(kind: Kind, file_bytes: int, wanted: Wanted) -> bytes:
+    """What goes before the file."""
+    return REQUEST.pack(
+        kind, file_bytes, wanted.width or 0, wanted.height or 0, wanted.keeps_own_size
+    )
+
+
 def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
     """Answer requests until there are no more."""
     limits = ImageLimits(max_bytes, max_pixels, max_side)
@@ -64,9 +91,10 @@ def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
     replies.write(READY)
     replies.flush()
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
-        kind, size, width, height = REQUEST.unpack(head)
+        kind, size, width, height, keeps_own_size = REQUEST.unpack(head)
+        wanted = Wanted(width or None, height or None, bool(keeps_own_size))
         allow_cpu(cpu_s)
-        match decode(Kind(kind), requests.read(size), limits, fit_to(width, height)):
+        match decode(Kind(kind), requests.read(size), limits, wanted):
             case ImageFault() as fault:
                 replies.write(REPLY.pack(1 + FAULTS.index(fault), 0, 0))
             case pixels:
@@ -75,19 +103,14 @@ def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
         replies.flush()
 
 
-def fit_to(width: int, height: int) -> Fit:
-    """The size of a job's pictures; 0 for a side that was left open."""
-    return lambda own_width, own_height: fit_size(
-        own_width, own_height, width or None, height or None
-    )
-
-
 def decode(
-    kind: Kind, content: bytes, limits: ImageLimits, fit: Fit
+    kind: Kind, content: bytes, limits: ImageLimits, wanted: Wanted
 ) -> NDArray[np.uint8] | ImageFault:
     """The pixels, or why there are none."""
     read = decode_image if kind is Kind.INIT_IMAGE else decode_mask
+    if kind is Kind.INIT_IMAGE and wanted.keeps_own_size:
+        limits = replace(limits, max_pixels=min(limits.max_pixels, CROP_MAX_PIXELS))
     try:
-        return read(content, limits, fit)
+        return read(content, limits, wanted.fit)
     except UnreadableImage as error:
         return error.kind

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from sqlalchemy import Connection, Engine, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, exists, func, insert, select, true, update
 
-from server.database import deliveries, delivery_attempts, read_only
+from server.database import deliveries, delivery_attempts, jobs, read_only
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """After the first try, the second, …: ten tries over about three days."""
 
 JITTER = 0.2
+MAX_AGE_S = sum(RETRY_DELAYS_S) * (1 + JITTER)
+"""After which a call to a host that always fails is given up, tries left or not."""
 MAX_RETRY_AFTER_S = 86_400.0
 
 
@@ -71,9 +73,30 @@ class Attempt:
         return self.status is not None and 200 <= self.status < 300
 
     @property
+    def is_host_failure(self) -> bool:
+        """True where the host as a whole does not work, or asks for less; not just this call."""
+        return self.status is None or self.status >= 500 or self.status == 429
+
+    @property
     def is_final(self) -> bool:
         """True where no later try can succeed: the receiver says that the address is gone."""
         return self.status == 410
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryStatus:
+    """A webhook call as an owner or operator sees it.
+
+    due_at: of the next try of a pending one. attempts: each with its number, first to last.
+    """
+
+    id: str
+    job_id: int
+    url: str
+    host: str
+    state: DeliveryState
+    due_at: float
+    attempts: tuple[tuple[int, Attempt], ...]
 
 
 class DeliveryStore:
@@ -102,11 +125,95 @@ class DeliveryStore:
 
         None to the busy hosts, and to any other no more than `per_host`.
         """
+        return self._claim(deliveries.c.host.not_in(busy_hosts), limit, per_host)
+
+    def claim_probes(self, hosts: Sequence[str]) -> list[Delivery]:
+        """One call that is due for each of the hosts that has any."""
+        return self._claim(deliveries.c.host.in_(hosts), len(hosts), per_host=1)
+
+    def give_up(self, host: str) -> int:
+        """The old calls of a host that always fails become dead; how many there were."""
+        with self._engine.begin() as connection:
+            changed = connection.execute(
+                update(deliveries)
+                .where(
+                    deliveries.c.host == host,
+                    deliveries.c.state == DeliveryState.PENDING,
+                    deliveries.c.created_at < self._clock() - MAX_AGE_S,
+                )
+                .values(state=DeliveryState.DEAD)
+            )
+        return changed.rowcount
+
+    def redeliver(self, job_id: int) -> bool:
+        """Make a job's call again at once, under the same id; False where it has none.
+
+        One that was given up gets one more try, one that is pending its next one now.
+        """
+        now = self._clock()
+        with self._engine.begin() as connection:
+            changed = connection.execute(
+                update(deliveries)
+                .where(deliveries.c.job_id == job_id)
+                .values(state=DeliveryState.PENDING, due_at=now, created_at=now)
+            )
+        return changed.rowcount > 0
+
+    def of_job(self, job_id: int) -> list[DeliveryStatus]:
+        """A job's webhook calls: one at most, and none before it has ended."""
+        return self._statuses(deliveries.c.job_id == job_id, limit=1)
+
+    def list_of(
+        self,
+        key_id: str | None,
+        *,
+        state: DeliveryState | None,
+        limit: int,
+        before_job_id: int | None = None,
+    ) -> list[DeliveryStatus]:
+        """The calls of a key's jobs, or of everybody's; newest job first."""
+        which: ColumnElement[bool] = true()
+        if key_id is not None:
+            which &= deliveries.c.job_id.in_(select(jobs.c.id).where(jobs.c.key_id == key_id))
+        if state is not None:
+            which &= deliveries.c.state == state
+        if before_job_id is not None:
+            which &= deliveries.c.job_id < before_job_id
+        return self._statuses(which, limit)
+
+    def _statuses(self, which: ColumnElement[bool], limit: int) -> list[DeliveryStatus]:
+        query = select(deliveries).where(which).order_by(deliveries.c.job_id.desc()).limit(limit)
+        with read_only(self._engine) as connection:
+            rows = connection.execute(query).all()
+            tries = connection.execute(
+                select(delivery_attempts)
+                .where(delivery_attempts.c.delivery_id.in_([row.id for row in rows]))
+                .order_by(delivery_attempts.c.attempt)
+            ).all()
+        return [
+            DeliveryStatus(
+                id=row.id,
+                job_id=row.job_id,
+                url=row.url,
+                host=row.host,
+                state=DeliveryState(row.state),
+                due_at=row.due_at,
+                attempts=tuple(
+                    (
+                        each.attempt,
+                        Attempt(each.started_at, each.duration_s, each.status, each.outcome),
+                    )
+                    for each in tries
+                    if each.delivery_id == row.id
+                ),
+            )
+            for row in rows
+        ]
+
+    def _claim(self, which: ColumnElement[bool], limit: int, per_host: int) -> list[Delivery]:
         now = self._clock()
         is_due = (
-            (deliveries.c.state == DeliveryState.PENDING)
-            & (deliveries.c.due_at <= now)
-            & deliveries.c.host.not_in(busy_hosts)
+            (deliveries.c.state == DeliveryState.PENDING) & (deliveries.c.due_at <= now) & which
         )
         # Most looks find nothing; they should not take the lock that writers need.
         with read_only(self._engine) as connection:

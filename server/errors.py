@@ -1,12 +1,14 @@
 """What a caller can be told. Facts only: wording and status codes belong to a dialect.
 
 ApiError
-├── InvalidBody         the body is in no format we read, or larger than we read
+├── InvalidBody         the body is in no format we read
+│   └── BodyTooLarge    the body is larger than we read
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
 ├── ImageUnavailable    an init or mask image that cannot be had or read
 ├── InvalidApiKey       no key, or one we do not know
 ├── QueueFull           too much is waiting already
 ├── JobNotFound         unknown id, or a job of another key
+├── Conflict            the job, or an earlier request, stands in the way
 ├── RouteNotFound       no such path
 └── StorageUnavailable  database or file store do not answer
 """
@@ -28,8 +30,12 @@ class InvalidBody(ApiError):
     """The request cannot be read at all."""
 
 
+class BodyTooLarge(InvalidBody):
+    """More bytes than the server reads of one request."""
+
+
 class InvalidRequest(ApiError):
-    """fields: for each parameter at fault the sentences that say why."""
+    """fields: for each parameter at fault why, in the words of the dialect that read it."""
 
     def __init__(self, fields: Mapping[str, Sequence[str]]) -> None:
         self.fields = {name: list(sentences) for name, sentences in fields.items()}
@@ -74,8 +80,34 @@ class JobNotFound(ApiError):
     """Also the answer for a job of somebody else's key."""
 
 
+class ConflictKind(StrEnum):
+    """What stands in the way."""
+
+    JOB_ENDED = "job_ended"
+    """It cannot be cancelled any more."""
+    NO_DELIVERY = "no_delivery"
+    """There is no webhook call to make again: the job has none, or has not ended."""
+    IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
+    """The key came before, with another body."""
+
+
+class Conflict(ApiError):
+    """kind: what stands in the way."""
+
+    def __init__(self, kind: ConflictKind) -> None:
+        self.kind = kind
+        super().__init__(kind)
+
+
 class RouteNotFound(ApiError):
-    """No such path, or not with this method."""
+    """No such path, or not with this method.
+
+    allowed: the methods the path knows, as in the header `Allow`; empty for an unknown path.
+    """
+
+    def __init__(self, allowed: str = "") -> None:
+        self.allowed = allowed
+        super().__init__(allowed)
 
 
 class StorageUnavailable(ApiError):

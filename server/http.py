@@ -45,6 +45,7 @@ class Server(uvicorn.Server):
         services = getattr(self._app.state, "services", None)
         if services is not None:
             services.waiters.release_all()
+            services.followers.release_all()
         super().handle_exit(sig, frame)
 
 

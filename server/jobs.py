@@ -32,13 +32,16 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from models.params import InpaintParams
-from server.database import ChangeSignal, jobs, read_only, workers
+from server.database import ChangeSignal, jobs, read_only, receipts, workers
 from server.deliveries import queue_delivery
-from server.errors import QueueFull
+from server.errors import QueueFull, StorageUnavailable
+from server.failures import Failure
+from server.idempotency import Idempotency, find, reserve
+from server.receipts import Receipt
 
 LEASE_S = 45.0
 MAX_ATTEMPTS = 3
-WORKER_LOST = "The worker was lost too often while making this picture"
+WORKER_LOST = Failure.WORKER_LOST.sentence
 RECENT_JOBS = 20
 """How many of the last finished jobs tell the speed."""
 
@@ -174,6 +177,17 @@ class QueueFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a job is, in short. position: 1 is next; None for one that does not wait."""
+
+    state: JobState
+    attempt: int
+    step: int
+    total_steps: int
+    position: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """What a worker last said of itself. state: loading, ready or failed."""
 
@@ -207,14 +221,26 @@ class JobStore:
         """For one thread that waits for others' commits."""
         return ChangeSignal(self._engine)
 
-    def submit(self, new: NewJob) -> Job:
+    def submit(self, new: NewJob, once: Idempotency | None = None) -> Job:
         """Make a job durable; when this returns it survives the death of every process.
 
-        Raises: QueueFull.
+        once: where it came with an idempotency key. The job of an earlier request with the same
+            key and body is given instead; its file prefix tells.
+        Raises: QueueFull, Conflict, StorageUnavailable.
         """
         with self._engine.begin() as connection:
+            if once is not None and (row := self._find_replayed(connection, new.key_id, once)):
+                return _to_job(row)
             if self._count_waiting(connection) >= self._max_waiting:
                 raise QueueFull(self._max_waiting)
+            if once is not None and not reserve(
+                connection, new.key_id, once, new.file_prefix, self._clock()
+            ):
+                # On PostgreSQL another request may have taken the key since the look above.
+                row = self._find_replayed(connection, new.key_id, once)
+                if row is None:
+                    raise StorageUnavailable  # and its job is gone again already
+                return _to_job(row)
             row = connection.execute(
                 insert(jobs)
                 .values(
@@ -233,6 +259,12 @@ class JobStore:
             ).one()
         return _to_job(row)
 
+    def replayed(self, key_id: str, once: Idempotency) -> Job | None:
+        """The job that an earlier request with this idempotency key made. Raises: Conflict."""
+        with read_only(self._engine) as connection:
+            row = self._find_replayed(connection, key_id, once)
+        return None if row is None else _to_job(row)
+
     def refuse_when_full(self) -> None:
         """Before anything is fetched for a job that `submit` would refuse. Raises: QueueFull."""
         with read_only(self._engine) as connection:
@@ -244,6 +276,42 @@ class JobStore:
         with read_only(self._engine) as connection:
             row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
         return None if row is None else _to_job(row)
+
+    def list_of(
+        self, key_id: str, *, state: JobState | None, limit: int, before_id: int | None
+    ) -> list[Job]:
+        """A key's jobs, newest first. before_id: older ones than this only."""
+        query = select(jobs).where(jobs.c.key_id == key_id)
+        if state is not None:
+            query = query.where(jobs.c.state == state)
+        if before_id is not None:
+            query = query.where(jobs.c.id < before_id)
+        query = query.order_by(jobs.c.id.desc()).limit(limit)
+        with read_only(self._engine) as connection:
+            return [_to_job(row) for row in connection.execute(query)]
+
+    def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
+        """How far those of the jobs are that there are, in one look."""
+        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, jobs.c.step, jobs.c.total_steps)
+        queue = select(jobs.c.id).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.id)
+        with read_only(self._engine) as connection:
+            rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids))).all()
+            is_queued = any(row.state == JobState.QUEUED for row in rows)
+            waiting = connection.scalars(queue).all() if is_queued else []
+        positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
+        return {
+            row.id: Standing(
+                JobState(row.state), row.attempt, row.step, row.total_steps, positions.get(row.id)
+            )
+            for row in rows
+        }
+
+    def receipt_of(self, job_id: int) -> Receipt | None:
+        """How a finished job's pictures were made; None for all others."""
+        query = select(receipts.c.receipt).where(receipts.c.job_id == job_id)
+        with read_only(self._engine) as connection:
+            values = connection.execute(query).scalar_one_or_none()
+        return None if values is None else Receipt.from_json(values)
 
     def ended(self, job_ids: Sequence[int]) -> list[Job]:
         """Those of the jobs that are in a terminal state."""
@@ -320,16 +388,24 @@ class JobStore:
                 )
             ]
 
-    def finish(self, job: Job, flagged: Sequence[bool | None]) -> bool:
+    def finish(
+        self, job: Job, flagged: Sequence[bool | None], receipt: Receipt | None = None
+    ) -> bool:
         """Running to finished, after the pictures are stored; False when no longer ours."""
         now = self._clock()
-        return self._end(
-            _is_held(job),
-            JobState.FINISHED,
-            run_s=now - (job.started_at or now),
-            flagged=list(flagged),
-            step=jobs.c.total_steps,
-        )
+        with self._engine.begin() as connection:
+            is_ours = self._end_in(
+                connection,
+                _is_held(job),
+                JobState.FINISHED,
+                run_s=now - (job.started_at or now),
+                flagged=list(flagged),
+                step=jobs.c.total_steps,
+            )
+            if is_ours and receipt is not None:
+                values = {"job_id": job.id, "receipt": receipt.to_json()}
+                connection.execute(insert(receipts).values(values))
+        return is_ours
 
     def fail(self, job: Job, error: str) -> bool:
         """Running to failed; error is for the client. False when the job is no longer ours."""
@@ -419,16 +495,31 @@ class JobStore:
     def _end(self, which: ColumnElement[bool], state: JobState, **values: Any) -> bool:
         """Bring a job to its terminal state; False where there was none to bring."""
         with self._engine.begin() as connection:
-            changed = self._change(
-                connection,
-                which,
-                state=state,
-                finished_at=self._clock(),
-                worker_id=None,
-                lease_until=None,
-                **values,
-            )
+            return self._end_in(connection, which, state, **values)
+
+    def _end_in(
+        self, connection: Connection, which: ColumnElement[bool], state: JobState, **values: Any
+    ) -> bool:
+        """`_end` as a part of a transaction."""
+        changed = self._change(
+            connection,
+            which,
+            state=state,
+            finished_at=self._clock(),
+            worker_id=None,
+            lease_until=None,
+            **values,
+        )
         return changed == 1
+
+    def _find_replayed(
+        self, connection: Connection, key_id: str, once: Idempotency
+    ) -> Row[Any] | None:
+        """Raises: Conflict."""
+        file_prefix = find(connection, key_id, once, self._clock())
+        if file_prefix is None:
+            return None
+        return connection.execute(select(jobs).where(jobs.c.file_prefix == file_prefix)).one()
 
     def _change(self, connection: Connection, which: ColumnElement[bool], **values: Any) -> int:
         """Change jobs; those that end so get their webhook call in the same transaction."""

@@ -1,10 +1,11 @@
-"""The endpoints. Each reads with a dialect, calls the services, and writes with the dialect."""
+"""The vendor's endpoints, the pictures and the probes.
+
+Each reads with the dialect, calls the services, and writes with the dialect.
+"""
 
 import base64
-import functools
 import re
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -12,15 +13,19 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from models.enhance import Enhancement
-from models.errors import InvalidInput
-from models.params import InpaintParams
 from server.bodies import Fields, read_fields
 from server.dialects import v3
-from server.downloads import OwnOutputs, download_images
-from server.egress import Caller
-from server.errors import InvalidRequest, JobNotFound, RouteNotFound
-from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, WorkerStatus
-from server.sandbox import DecodedPair
+from server.errors import JobNotFound, RouteNotFound
+from server.intake import (
+    ServicesOf,
+    accept,
+    base_url_of,
+    eta_s,
+    get_services,
+    key_id_of,
+    read_output,
+)
+from server.jobs import OUTPUT_FOLDER, Job, JobState, WorkerStatus
 from server.services import Services
 from server.settings import Base64Output, Settings
 
@@ -35,12 +40,6 @@ OUTPUT_HEADERS = {
 }
 
 
-def get_services(request: Request) -> Services:
-    """The services `create_app` built."""
-    services: Services = request.app.state.services
-    return services
-
-
 async def get_fields(request: Request) -> Fields:
     """The request's parameters, wherever they stand. Raises: InvalidBody."""
     return await read_fields(request, get_services(request).settings.max_body_bytes)
@@ -48,10 +47,9 @@ async def get_fields(request: Request) -> Fields:
 
 def get_key_id(request: Request, fields: Annotated[Fields, Depends(get_fields)]) -> str:
     """Whose request it is. Raises: InvalidApiKey."""
-    return get_services(request).keys.key_id(v3.read_key(fields, request.headers))
+    return key_id_of(request, v3.read_key(fields, request.headers))
 
 
-ServicesOf = Annotated[Services, Depends(get_services)]
 FieldsOf = Annotated[Fields, Depends(get_fields)]
 KeyId = Annotated[str, Depends(get_key_id)]
 
@@ -66,8 +64,7 @@ async def inpaint(
         return await fetch(request, services, fields, key_id)
     asked = v3.read_inpaint(fields, reading_policy(services.settings))
     base_url = base_url_of(request, services.settings)
-    await services.in_store_thread(services.store.refuse_when_full)
-    job = await accept(services, asked, key_id, base_url)
+    job, _ = await accept(services, asked, key_id, base_url)
     ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
         return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
@@ -112,11 +109,6 @@ async def output(services: ServicesOf, name: str) -> Response:
     return Response(content, 200, OUTPUT_HEADERS, "image/png")
 
 
-async def read_output(services: Services, name: str) -> bytes | None:
-    """A finished picture, None where there is none. Raises: StorageUnavailable."""
-    return await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
-
-
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
     """This process answers."""
@@ -131,49 +123,6 @@ async def readyz(services: ServicesOf) -> JSONResponse:
     is_ready, reason = readiness(workers, expected)
     status = {"status": "ok" if is_ready else "unavailable", "reason": reason}
     return JSONResponse(status, 200 if is_ready else 503)
-
-
-async def accept(services: Services, asked: v3.V3Request, key_id: str, base_url: str) -> Job:
-    """Fetch, decode and store the images, then make the job durable."""
-    fetch_settings = services.settings.fetch
-    sources = {"init_image": asked.init_image, "mask_image": asked.mask_image}
-    images = await download_images(
-        sources,
-        services.fetcher,
-        fetch_settings.max_image_bytes,
-        Caller(key_id),
-        OwnOutputs(f"{base_url}/{OUTPUT_FOLDER}/", functools.partial(read_output, services)),
-    )
-    pair = await services.sandbox.decode_pair(images, asked.width, asked.height)
-    params = params_of(asked, pair)
-    new = NewJob(
-        dialect=v3.DIALECT,
-        request=asked.record(base_url),
-        params=params,
-        key_id=key_id,
-        file_prefix=str(uuid.uuid4()),
-        work=params.work,
-        webhook=asked.webhook,
-        track_id=asked.track_id,
-    )
-    # The inputs come first: a job that can be claimed must have them.
-    await services.in_store_thread(services.storage.put, new.input_key, pair.to_bytes())
-    try:
-        return await services.in_store_thread(services.store.submit, new)
-    except Exception:
-        await services.in_store_thread(services.storage.delete, new.input_key)
-        raise
-
-
-def params_of(asked: v3.V3Request, pair: DecodedPair) -> InpaintParams:
-    """The parameters at the pictures' size. Raises: InvalidRequest."""
-    height, width = pair.mask.shape
-    try:
-        return asked.params(width, height)
-    except InvalidInput as error:
-        raise InvalidRequest(
-            {each.field: [v3.write_violation(each)] for each in error.violations}
-        ) from error
 
 
 async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
@@ -204,24 +153,13 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
     return [base64.b64encode(picture).decode() for picture in pictures if picture is not None]
 
 
-async def eta_s(services: Services, job: Job) -> float:
-    """Seconds until a job that has not ended probably will have."""
-    figures = await services.in_store_thread(services.store.figures, job.id)
-    return figures.eta_s(job)
-
-
-def base_url_of(request: Request, settings: Settings) -> str:
-    """Scheme and host the client used, or the configured public address; no slash at the end."""
-    return (settings.public_url or str(request.base_url)).rstrip("/")
-
-
 def reading_policy(settings: Settings) -> v3.ReadingPolicy:
     """What of the dialect's reading the operator decides."""
     return v3.ReadingPolicy(
         steps_policy=settings.steps_policy,
         force_safety_check=settings.safety.force,
         enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
-        models=(settings.model, *settings.models),
+        models=settings.offered_models,
     )
 
 

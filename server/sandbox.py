@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 
 from models.decoding import ImageLimits
 from models.errors import ImageFault
-from models.params import fit_size
-from server.decoder import FAULTS, PICTURE, READY, REPLY, REQUEST, Kind
+from server.decoder import FAULTS, PICTURE, READY, REPLY, Kind, Wanted, write_request
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.telemetry import get_logger
 
@@ -60,6 +59,9 @@ PROGRAM = (
 )
 
 STORED_SIZE = struct.Struct("<II")
+
+OWN = Wanted()
+"""The size of a job that asks for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +120,16 @@ class Decoder:
         """Of the child there is now."""
         return None if self._process is None else self._process.pid
 
-    def decode_pair(
-        self, images: Mapping[str, bytes], width: int | None, height: int | None
-    ) -> DecodedPair:
-        """Decode and resize; a size that was not asked for follows the init image's.
+    def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
+        """Decode and resize, the mask to the init image's size.
 
         images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all at fault.
         """
-        init_image = self.decode(Kind.INIT_IMAGE, images["init_image"], width, height)
+        init_image = self.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
         if not isinstance(init_image, ImageProblem):
             height, width = init_image.shape[:2]
-        mask = self.decode(Kind.MASK_IMAGE, images["mask_image"], width, height)
+            wanted = replace(wanted, width=width, height=height)
+        mask = self.decode(Kind.MASK_IMAGE, images["mask_image"], wanted)
         if isinstance(init_image, ImageProblem) or isinstance(mask, ImageProblem):
             outcomes = {"init_image": init_image, "mask_image": mask}
             raise ImageUnavailable(
@@ -137,9 +138,9 @@ class Decoder:
         return DecodedPair(init_image, mask)
 
     def decode(
-        self, kind: Kind, content: bytes, width: int | None, height: int | None
+        self, kind: Kind, content: bytes, wanted: Wanted = OWN
     ) -> NDArray[np.uint8] | ImageProblem:
-        """The picture at the size of a job, `(h, w, 3)` or `(h, w)`, or what is wrong with it.
+        """The picture at the wanted size, `(h, w, 3)` or `(h, w)`, or what is wrong with it.
 
         Raises: ApiError when no child can be started.
         """
@@ -148,8 +149,8 @@ class Decoder:
         self._make_ready()
         until = time.monotonic() + self._wall_s
         try:
-            self._send(REQUEST.pack(kind, len(content), width or 0, height or 0) + content, until)
-            return self._read_reply(kind, width, height, until)
+            self._send(write_request(kind, len(content), wanted) + content, until)
+            return self._read_reply(kind, wanted, until)
         except (DecoderEnded, TimeoutError) as error:
             return self._bury(is_late=isinstance(error, TimeoutError))
         finally:
@@ -203,7 +204,7 @@ class Decoder:
             raise ApiError("no picture decoder") from error
 
     def _read_reply(
-        self, kind: Kind, width: int | None, height: int | None, until: float
+        self, kind: Kind, wanted: Wanted, until: float
     ) -> NDArray[np.uint8] | ImageProblem:
         outcome, *size = REPLY.unpack(self._receive(REPLY.size, until))
         if outcome != PICTURE:
@@ -211,7 +212,7 @@ class Decoder:
                 raise DecoderEnded
             return PROBLEM_OF_FAULT[FAULTS[outcome - 1]]
         # A size that fits needs no fitting: anything else is no answer to what was asked.
-        if 0 in size or fit_size(size[0], size[1], width, height) != tuple(size):
+        if 0 in size or wanted.fit(*size) != tuple(size):
             raise DecoderEnded
         pixels = self._receive(size[0] * size[1] * kind.channels, until)
         shape = (size[1], size[0], 3) if kind is Kind.INIT_IMAGE else (size[1], size[0])
@@ -312,9 +313,7 @@ class Sandbox:
         self._waiting = 0
         self._waiting_bytes = 0
 
-    async def decode_pair(
-        self, images: Mapping[str, bytes], width: int | None, height: int | None
-    ) -> DecodedPair:
+    async def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
         """As `Decoder.decode_pair`. A caller that is cancelled leaves its child in order.
 
         Raises: ImageUnavailable, QueueFull, ApiError.
@@ -326,7 +325,7 @@ class Sandbox:
         self._waiting_bytes += size
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._decode, images, width, height)
+            return await loop.run_in_executor(self._threads, self._decode, images, wanted)
         finally:
             self._waiting -= 1
             self._waiting_bytes -= size
@@ -346,12 +345,10 @@ class Sandbox:
         for decoder in self._decoders:
             decoder.close()
 
-    def _decode(
-        self, images: Mapping[str, bytes], width: int | None, height: int | None
-    ) -> DecodedPair:
+    def _decode(self, images: Mapping[str, bytes], wanted: Wanted) -> DecodedPair:
         decoder = self._idle.get()
         try:
-            return decoder.decode_pair(images, width, height)
+            return decoder.decode_pair(images, wanted)
         finally:
             self._idle.put(decoder)
 

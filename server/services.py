@@ -9,12 +9,15 @@ import anyio
 import anyio.to_thread
 
 from server.auth import KeyRing
+from server.deliveries import DeliveryStore
 from server.egress import Fetcher
+from server.followers import Followers
 from server.jobs import JobStore
 from server.sandbox import Sandbox
 from server.settings import Settings
 from server.storage import Storage
 from server.waiters import Waiters
+from server.webhooks import WebhookSender
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +37,9 @@ class Services:
     fetcher: Fetcher
     sandbox: Sandbox
     waiters: Waiters
+    followers: Followers
+    deliveries: DeliveryStore
+    webhooks: WebhookSender
     store_threads: anyio.CapacityLimiter
 
     async def in_store_thread(

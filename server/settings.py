@@ -149,6 +149,8 @@ class WebhookSettings(Section):
     """Where webhooks may go, and how they are sent.
 
     secret: Standard Webhooks secrets `whsec_…`; several while one replaces another.
+    hold_after_failures: failures in a row after which a host is spared.
+    hold_s: for so long at first, doubled with each failure up to a quarter of an hour.
     """
 
     allow_cidrs: ListOf[IpNetwork] = ()
@@ -157,6 +159,8 @@ class WebhookSettings(Section):
     secret: ListOf[Annotated[SecretStr, AfterValidator(checked_secret)]] = ()
     timeout_s: float = 15
     max_concurrent: int = 64
+    hold_after_failures: int = Field(default=5, ge=1)
+    hold_s: float = Field(default=30, gt=0)
 
 
 class StorageSettings(Section):
@@ -249,6 +253,11 @@ class Settings(BaseSettings):
                 f"listening on {self.host} without API keys would let anybody in: set "
                 "INPAINT_AUTH__KEYS, or INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
             )
+
+    @property
+    def offered_models(self) -> list[str]:
+        """Ids that a request may ask for."""
+        return [self.model, *self.models]
 
     @property
     def worker_devices(self) -> list[str]:

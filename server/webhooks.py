@@ -1,4 +1,8 @@
-"""Webhook calls: signed, sent through the address policy, tried again until received."""
+"""Webhook calls: signed, sent through the address policy, tried again until received.
+
+A host that fails again and again is spared: its calls stay rows, and one at a time asks whether it
+is back, so that the others' calls do not wait behind its timeouts.
+"""
 
 import asyncio
 import base64
@@ -9,9 +13,10 @@ import hashlib
 import hmac
 import json
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -19,11 +24,12 @@ from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.addresses import AddressPolicy, Refused, checked_url
+from server.circuits import Circuits
 from server.deliveries import Attempt, Delivery, DeliveryStore
-from server.dialects import v3
+from server.dialects import native, native_answers, v3
 from server.door import NETWORK_ERRORS, Door
 from server.exchange import BodyTooLarge
-from server.jobs import JobStore
+from server.jobs import Job, JobStore
 from server.settings import WebhookSettings
 from server.telemetry import get_logger
 
@@ -37,6 +43,10 @@ MAX_REPLY_BYTES = 64_000
 CALLS_PER_HOST = 4
 """Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
 the others."""
+
+
+NOT_ALLOWED = "address not allowed"
+NOT_MADE = "could not be made"
 
 
 class WebhookSender:
@@ -53,6 +63,8 @@ class WebhookSender:
         self._deliveries = deliveries
         self._jobs = jobs
         self._calls: Counter[str] = Counter()
+        self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
+        self._probes: set[str] = set()
         self._threads = anyio.CapacityLimiter(4)
         self._door = door or Door()
         self._policy = AddressPolicy(
@@ -73,15 +85,37 @@ class WebhookSender:
         finally:
             await self._door.aclose()
 
+    @property
+    def held_hosts(self) -> list[str]:
+        """Hosts that always fail and are spared for now."""
+        return self._circuits.held
+
+    async def ping(self, url: str) -> tuple[str, Attempt]:
+        """A signed test event to any address that a webhook may have: its id, and how it went."""
+        message_id = f"msg_{uuid.uuid4().hex}"
+        body = {"type": "ping", "sent_at": round(time.time(), 3)}
+        return message_id, await self._send(url, message_id, body)
+
+    async def aclose(self) -> None:
+        """For a sender that only pings; `run` does it itself."""
+        await self._door.aclose()
+
     async def _claim(self) -> list[Delivery]:
         places = self._settings.max_concurrent - self._calls.total()
         busy = [host for host, calls in self._calls.items() if calls >= CALLS_PER_HOST]
         if places <= 0:
             return []
+        probes = self._circuits.due_for_probe[:places]
         try:
             claimed = await self._in_thread(
-                self._deliveries.claim_due, places, busy, CALLS_PER_HOST
+                self._deliveries.claim_due, places, [*busy, *self._circuits.held], CALLS_PER_HOST
             )
+            if probes:
+                probing = await self._in_thread(self._deliveries.claim_probes, probes)
+                for each in probing:
+                    self._circuits.begin_probe(each.host)
+                self._probes.update(each.id for each in probing)
+                claimed += probing
         except SQLAlchemyError:
             logger.exception("webhooks cannot be looked up")
             return []
@@ -92,6 +126,7 @@ class WebhookSender:
         try:
             attempt = await self._attempt(delivery)
             state = await self._in_thread(self._deliveries.record, delivery, attempt)
+            await self._judge_host(delivery.host, attempt)
             logger.info(
                 "webhook",
                 job_id=delivery.job_id,
@@ -104,7 +139,20 @@ class WebhookSender:
             # One call must not stop the others. Its claim runs out, and it is made again.
             logger.exception("webhook call failed", job_id=delivery.job_id)
         finally:
+            if delivery.id in self._probes:
+                self._probes.remove(delivery.id)
+                self._circuits.end_probe(delivery.host)
             self._calls -= Counter([delivery.host])  # drops hosts without calls
+
+    async def _judge_host(self, host: str, attempt: Attempt) -> None:
+        """Whether the host as a whole works; an address that was refused says nothing of it."""
+        if attempt.outcome in (NOT_ALLOWED, NOT_MADE):
+            return
+        if not attempt.is_host_failure:
+            self._circuits.note_success(host)
+        elif self._circuits.note_failure(host):
+            given_up = await self._in_thread(self._deliveries.give_up, host)
+            logger.warning("webhook host is held", detail=host, count=given_up)
 
     async def _attempt(self, delivery: Delivery) -> Attempt:
         started_at = time.time()
@@ -113,19 +161,24 @@ class WebhookSender:
         except Exception:
             # Counted like any other failure, or it would be tried for ever.
             logger.exception("webhook call cannot be made", job_id=delivery.job_id)
-            return Attempt(started_at, time.time() - started_at, None, "could not be made")
+            return Attempt(started_at, time.time() - started_at, None, NOT_MADE)
 
     async def _call(self, delivery: Delivery) -> Attempt:
         job = await self._in_thread(self._jobs.get, delivery.job_id)
+        body = write_body(job) if job else {}
+        return await self._send(delivery.url, delivery.id, body)
+
+    async def _send(self, url: str, message_id: str, values: dict[str, Any]) -> Attempt:
+        """One signed POST. values: the body, as JSON."""
         started_at, started = time.time(), time.perf_counter()
         status, retry_after_s, outcome = None, None, "answered"
         try:
-            body = json.dumps(v3.write_webhook(job)).encode() if job else b"{}"
-            headers = sign(delivery.id, int(started_at), body, self._settings.secret)
+            body = json.dumps(values).encode()
+            headers = sign(message_id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(delivery.url, body, headers)
+                status, retry_after_s = await self._post(url, body, headers)
         except Refused:
-            outcome = "address not allowed"
+            outcome = NOT_ALLOWED
         except NETWORK_ERRORS as error:
             outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
         duration_s = time.perf_counter() - started
@@ -151,6 +204,13 @@ class WebhookSender:
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = functools.partial(function, *args, **kwargs)
         return await anyio.to_thread.run_sync(call, limiter=self._threads)
+
+
+def write_body(job: Job) -> dict[str, Any]:
+    """A webhook speaks the language the job was asked for in."""
+    if job.dialect == native.DIALECT:
+        return native_answers.write_webhook(job)
+    return v3.write_webhook(job)
 
 
 def sign(

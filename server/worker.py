@@ -4,6 +4,10 @@ Shares job rows and stored files with the API process, and nothing else. The onl
 imports the engine.
 """
 
+import functools
+import hashlib
+import importlib.metadata
+import itertools
 import os
 import threading
 import time
@@ -13,22 +17,36 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
+import diffusers
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
+from models.canvas import repainted_area
 from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.fingerprint import weights_sha256
 from models.images import encode_png
+from models.masks import Box, measure_fidelity
 from models.pipeline import InpaintPipeline, Picture, Source
-from models.registry import Components, Report, find_model, load_components, read_catalog
+from models.registry import (
+    Components,
+    ModelSpec,
+    Report,
+    find_model,
+    load_components,
+    read_catalog,
+    weight_files,
+)
 from models.residency import Residency
 from server.database import open_engine
 from server.errors import StorageUnavailable
+from server.failures import Failure
 from server.jobs import Job, JobStore, WorkerStatus
+from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.sandbox import DecodedPair
 from server.settings import Settings
 from server.storage import Storage
@@ -60,13 +78,22 @@ MODEL_MEMORY_SHARE = 0.6
 P = ParamSpec("P")
 R = TypeVar("R")
 
-REASONS: dict[type[Exception], str] = {
-    ModelUnavailable: "The model cannot be loaded now",
-    InvalidInput: "The prompt is longer than this model can read",
-    OutOfMemory: "The picture is too large for this server's memory",
-    UnusablePicture: "The model could not make this picture",
+FAILURES: dict[type[Exception], Failure] = {
+    ModelUnavailable: Failure.MODEL_UNAVAILABLE,
+    InvalidInput: Failure.PROMPT_TOO_LONG,
+    OutOfMemory: Failure.OUT_OF_MEMORY,
+    UnusablePicture: Failure.UNUSABLE_PICTURE,
 }
-UNKNOWN_REASON = "Something went wrong while making this picture"
+
+
+@dataclass(slots=True)
+class Stages:
+    """When a job's stages began: `time.perf_counter` in seconds, 0 for those to come."""
+
+    claimed_s: float = field(default_factory=time.perf_counter)
+    prepared_s: float = 0.0
+    denoised_s: float = 0.0
+    decoded_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -74,6 +101,8 @@ class Held:
     """A job this worker has claimed. storing: once its pictures are on their way to the store."""
 
     job: Job
+    source: Source
+    stages: Stages
     step: int = 0
     total_steps: int = 0
     storing: Future[None] | None = None
@@ -95,6 +124,7 @@ class Worker:
     _pause_until: float = 0.0
     _stop_by: float | None = None
     _report_load: Report | None = None
+    _digests: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Work until told to stop; what runs then is finished, what waits is given back.
@@ -212,9 +242,10 @@ class Worker:
 
     def _load(self, model: str, device: torch.device) -> Components:
         """A checkpoint in the host's memory. Raises: ModelUnavailable."""
-        if model not in (self.settings.model, *self.settings.models):
+        if model not in self.settings.offered_models:
             raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
         spec = find_model(model, read_catalog(self.settings.models_file))
+        threading.Thread(target=self._identify, args=[model, spec], daemon=True).start()
         started = time.perf_counter()
         report = self._report_load or (lambda share, part: None)
         components = load_components(spec, torch.device("cpu"), pick_dtype(device), report)
@@ -228,11 +259,23 @@ class Worker:
         logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
         return components
 
+    def _identify(self, model: str, spec: ModelSpec) -> None:
+        """Read the weights once more for their digest, beside all else.
+
+        Takes seconds the first time, and nobody waits for it; later starts find it in the data
+        folder.
+        """
+        try:
+            self._digests[model] = weights_sha256(weight_files(spec), self.settings.data_dir)
+        except (OSError, ModelUnavailable):
+            logger.exception("weights have no digest", model=spec.id)
+
     def _claim(self, engine: InpaintEngine) -> None:
         claimed = self._insist(
             self.store.claim, self.worker_id, engine.free_places, is_idle=not self._held
         )
         for job in claimed:
+            stages = Stages()
             logger.info("job claimed", job_id=job.id)
             try:
                 source = self._read_input(job)
@@ -242,11 +285,10 @@ class Worker:
                 self._insist(self.store.release, job)
                 continue
             if source is None:
-                self._fail(job, "The stored images are gone")
+                self._fail(job, Failure.INPUT_LOST)
                 continue
-            self._held[job.id] = Held(job)
-            model = job.params.model or self.settings.model
-            engine.add(Generation(job.id, model, job.params, source))
+            self._held[job.id] = Held(job, source, stages)
+            engine.add(Generation(job.id, self._model_of(job), job.params, source))
 
     def _read_input(self, job: Job) -> Source | None:
         """The job's pictures, None where they are missing or damaged."""
@@ -262,29 +304,46 @@ class Worker:
         match event:
             case Progress(step=step, total_steps=total_steps):
                 held.step, held.total_steps = step, total_steps
+                now = time.perf_counter()
+                held.stages.prepared_s = held.stages.prepared_s or now
+                held.stages.denoised_s = now
             case Finished():
-                held.storing = storing.submit(self._finish, held.job, event)
+                held.stages.decoded_s = time.perf_counter()
+                held.storing = storing.submit(self._finish, held, event)
             case Failed(error=error):
-                reason = REASONS.get(type(error), UNKNOWN_REASON)
-                self._fail(held.job, reason)
+                self._fail(held.job, FAILURES.get(type(error), Failure.UNKNOWN))
                 detail = str(error) if isinstance(error, ModelUnavailable) else ""
                 logger.warning(
                     "job failed", job_id=held.job.id, error=type(error).__name__, detail=detail
                 )
                 del self._held[held.job.id]
 
-    def _finish(self, job: Job, event: Finished) -> None:
+    def _finish(self, held: Held, event: Finished) -> None:
+        job = held.job
+        files = [
+            encode_png(picture.image, self._png_text(job, picture)) for picture in event.pictures
+        ]
+        coverage, box, pictures = inspect_pictures(job, held.source, event.pictures, files)
+        encoded_s = time.perf_counter()
         try:
-            for key, picture in zip(job.output_keys, event.pictures, strict=True):
-                self.storage.put(key, encode_png(picture.image, self._png_text(job, picture)))
+            for key, file in zip(job.output_keys, files, strict=True):
+                self.storage.put(key, file)
         except StorageUnavailable:
             logger.exception("pictures not stored", job_id=job.id)
-            self._fail(job, "The pictures could not be stored")
+            self._fail(job, Failure.NOT_STORED)
             return
         if repaired := repaired_parts(event.pictures):
             logger.warning("the VAE needed float32", job_id=job.id, detail=repaired)
+        receipt = Receipt(
+            model=self._describe_model(job),
+            versions=versions(),
+            times=run_times(held.stages, encoded_s),
+            coverage=coverage,
+            box=box,
+            pictures=tuple(pictures),
+        )
         flagged = [picture.is_flagged for picture in event.pictures]
-        is_ours = self._insist(self.store.finish, job, flagged)
+        is_ours = self._insist(self.store.finish, job, flagged, receipt)
         if is_ours:
             self._drop_input(job)
         logger.info("job finished" if is_ours else "job finished by another", job_id=job.id)
@@ -293,12 +352,20 @@ class Worker:
         """What stands in the file beside the pixels."""
         if not self.settings.png_metadata:
             return {}
-        model = job.params.model or self.settings.model
-        caption = write_caption(job.params, picture.seed, picture.scheduler, model)
+        caption = write_caption(job.params, picture.seed, picture.scheduler, self._model_of(job))
         return {CAPTION_KEYWORD: caption}
 
-    def _fail(self, job: Job, reason: str) -> None:
-        if self._insist(self.store.fail, job, reason):
+    def _describe_model(self, job: Job) -> Model:
+        device = pick_device(self.device)
+        dtype = str(pick_dtype(device)).removeprefix("torch.")
+        model = self._model_of(job)
+        return Model(model, self._digests.get(model), device.type, dtype)
+
+    def _model_of(self, job: Job) -> str:
+        return job.params.model or self.settings.model
+
+    def _fail(self, job: Job, failure: Failure) -> None:
+        if self._insist(self.store.fail, job, failure.sentence):
             self._drop_input(job)
 
     def _drop_input(self, job: Job) -> None:
@@ -331,6 +398,50 @@ def repaired_parts(pictures: Sequence[Picture]) -> str:
         "decode": any(picture.is_decoded_again for picture in pictures),
     }
     return ", ".join(name for name, is_repaired in parts.items() if is_repaired)
+
+
+def inspect_pictures(
+    job: Job, source: Source, pictures: Sequence[Picture], files: Sequence[bytes]
+) -> tuple[float, Box | None, list[PictureReceipt]]:
+    """Coverage and box of what was repainted, and each picture's figures.
+
+    files: the pictures as PNG.
+    """
+    area = repainted_area(job.params, source.mask)
+    measured = [measure_fidelity(source.init_image, each.image, area) for each in pictures]
+    receipts = [
+        PictureReceipt(
+            sha256=hashlib.sha256(file).hexdigest(),
+            seed=picture.seed,
+            is_flagged=picture.is_flagged,
+            changed_outside=None if picture.is_flagged else fidelity.changed_outside,
+            largest_difference_outside=(
+                None if picture.is_flagged else fidelity.largest_difference_outside
+            ),
+        )
+        for picture, file, fidelity in zip(pictures, files, measured, strict=True)
+    ]
+    return measured[0].coverage, measured[0].box, receipts
+
+
+def run_times(stages: Stages, encoded_s: float) -> RunTimes:
+    """The stages' lengths; storing ends now."""
+    moments = (
+        *(stages.claimed_s, stages.prepared_s, stages.denoised_s, stages.decoded_s),
+        *(encoded_s, time.perf_counter()),
+    )
+    lengths = [round((end - start) * 1000, 1) for start, end in itertools.pairwise(moments)]
+    return RunTimes(*lengths)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of what makes the pictures."""
+    try:
+        own = importlib.metadata.version("inpaint-server")
+    except importlib.metadata.PackageNotFoundError:
+        own = "unknown"  # run from a checkout that was not installed
+    return {"server": own, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def pick_device(name: str) -> torch.device:

@@ -45,7 +45,7 @@ def fuzz(count: int, seed: int) -> Outcomes:
         for number, content in zip(range(count), mutations(seed), strict=False):
             kind = Kind(number % 2)
             began = time.perf_counter()
-            outcome = decoder.decode(kind, content, None, None)
+            outcome = decoder.decode(kind, content)
             outcomes.slowest_s = max(outcomes.slowest_s, time.perf_counter() - began)
             outcomes.counts[name_of(outcome, kind)] += 1
     finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 from PIL import Image
 
 from server.app import create_app
@@ -92,10 +93,11 @@ async def running_stub(behaviour: Behaviour, host: str = "127.0.0.1") -> AsyncIt
 
 @dataclass(frozen=True, slots=True)
 class LiveApp:
-    """Our application behind its real HTTP server. port: for raw sockets."""
+    """Our application behind its real HTTP server. port: for raw sockets; app: its inside."""
 
     client: httpx.Client
     port: int
+    app: FastAPI
     stop: Callable[[], None]
 
 
@@ -105,7 +107,8 @@ def running_app(settings: Settings) -> Iterator[LiveApp]:
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     settings = settings.model_copy(update={"port": port})
-    server = Server(create_app(settings), settings)
+    app = create_app(settings)
+    server = Server(app, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
 
@@ -114,7 +117,7 @@ def running_app(settings: Settings) -> Iterator[LiveApp]:
 
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            yield LiveApp(client, port, stop)
+            yield LiveApp(client, port, app, stop)
     finally:
         stop()
         thread.join()

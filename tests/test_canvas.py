@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.canvas import Canvas, crop_box, prepare_canvas, widen
+from models.canvas import Canvas, crop_box, prepare_canvas, repainted_area, widen
 from models.masks import Box, blur_reach, bounding_box, seam_weights
 from models.params import InpaintParams
 
@@ -319,3 +319,29 @@ def test_source_arrays_are_left_as_they_were() -> None:
 
     np.testing.assert_array_equal(picture, noise(96, 128))
     np.testing.assert_array_equal(mask, mask_of(96, 128, Box(20, 20, 60, 60)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mask_blur": 5},
+        {"mask_grow": 6},
+        {"mask_grow": -6},
+        {"invert_mask": True, "mask_blur": 3},
+        {"soft_mask": True, "mask_blur": 4},
+        {"only_masked": True, "mask_blur": 8, "only_masked_padding": 0},
+    ],
+)
+def test_repainted_area_is_all_that_may_change(changes: dict[str, Any]) -> None:
+    params = InpaintParams(prompt="", seed=0, width=128, height=128, **changes)
+    init_image = np.zeros((128, 128, 3), np.uint8)
+    mask = np.zeros((128, 128), np.uint8)
+    mask[40:90, 30:80] = 255
+    canvas = prepare_canvas(params, init_image, mask)
+    white = np.full_like(canvas.init_image, 255)
+    changed = (canvas.put_back(white) > 0).max(axis=2)
+    area = repainted_area(params, mask)
+    assert changed.any()
+    assert not changed[~area].any()
+    assert area.mean() < 1

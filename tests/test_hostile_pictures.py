@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from models.decoding import ImageLimits
-from server.decoder import Kind
+from server.decoder import Kind, Wanted
 from server.errors import ImageProblem
 from server.sandbox import Decoder
 from tests import hostile_pictures as hostile
@@ -52,7 +52,7 @@ def test_hostile_picture_is_taken_or_refused(
     gc.collect()
     before = memory_bytes("self", "VmRSS")
 
-    outcome = corpus_decoder.decode(kind, content, None, None)
+    outcome = corpus_decoder.decode(kind, content)
 
     growth = memory_bytes("self", "VmRSS") - before
     problem = outcome if isinstance(outcome, ImageProblem) else None
@@ -62,7 +62,7 @@ def test_hostile_picture_is_taken_or_refused(
     assert corpus_decoder.starts == starts
     assert corpus_decoder.pid is not None
     assert memory_bytes(corpus_decoder.pid, "VmHWM") <= MEMORY_BYTES
-    assert not isinstance(corpus_decoder.decode(kind, png_bytes(), 64, 64), ImageProblem)
+    assert not isinstance(corpus_decoder.decode(kind, png_bytes(), Wanted(64, 64)), ImageProblem)
 
 
 def test_corpus_is_large() -> None:

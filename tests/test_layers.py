@@ -42,6 +42,7 @@ MODELS = {
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
+    "fingerprint": "",
     "builtin": "builtin",
 }
 """Room to the rooms of `models` it may import; each file and each folder is a room."""
@@ -64,21 +65,30 @@ SERVER = {
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
     "deliveries": "database",
-    "jobs": "database deliveries errors models.params",
+    "failures": "",
+    "receipts": "",
+    "idempotency": "database errors",
+    "jobs": "database deliveries errors failures idempotency receipts models.params",
     "waiters": "jobs telemetry",
+    "followers": "jobs telemetry",
     "bodies": "errors",
-    "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
-    "services": "auth egress jobs sandbox settings storage waiters",
-    "routes": "bodies dialects downloads egress errors jobs sandbox services settings"
+    "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
-    "webhooks": "addresses deliveries dialects door exchange jobs settings telemetry",
-    "worker": "database errors jobs sandbox settings storage telemetry"
-    " models.captions models.engine models.errors models.images models.params models.pipeline"
-    " models.registry"
-    " models.residency",
+    "circuits": "",
+    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry",
+    "services": "auth deliveries egress followers jobs sandbox settings storage waiters webhooks",
+    "intake": "decoder downloads egress idempotency jobs receipts sandbox services settings"
+    " models.params",
+    "routes": "bodies dialects errors intake jobs services settings models.enhance",
+    "native_events": "dialects followers jobs",
+    "native_routes": "native_events bodies deliveries dialects errors intake jobs services",
+    "worker": "database errors failures jobs receipts sandbox settings storage telemetry"
+    " models.canvas models.captions models.engine models.errors models.fingerprint models.images"
+    " models.masks models.params models.pipeline models.registry models.residency",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects door egress errors jobs routes sandbox services"
-    " settings storage telemetry waiters webhooks models.decoding",
+    "app": "auth database deliveries dialects door egress errors followers intake jobs"
+    " native_routes routes sandbox services settings storage telemetry waiters webhooks"
+    " models.decoding",
     "http": "settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
@@ -102,7 +112,9 @@ WEB_AND_DATABASE = {
     "uvicorn",
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
-TORCH_FREE = "params decoding images masks canvas captions errors enhance registry".split()
+TORCH_FREE = (
+    "params decoding images masks canvas captions errors enhance registry fingerprint".split()
+)
 
 
 @dataclass(frozen=True)

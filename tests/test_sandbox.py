@@ -17,7 +17,7 @@ import pytest
 from models.decoding import ImageLimits
 from models.errors import ImageFault
 from server import confinement
-from server.decoder import Kind
+from server.decoder import Kind, Wanted
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.sandbox import PROBLEM_OF_FAULT, DecodedPair, Decoder, Sandbox
 from tests import hostile_pictures as hostile
@@ -63,7 +63,7 @@ def test_pair_has_the_size_asked_for_or_its_own(
     asked: tuple[int | None, int | None],
     size: tuple[int, int],
 ) -> None:
-    pair = decoder.decode_pair(images_of(own), *asked)
+    pair = decoder.decode_pair(images_of(own), Wanted(*asked))
     width, height = size
     assert pair.init_image.shape == (height, width, 3)
     assert pair.mask.shape == (height, width)
@@ -73,7 +73,7 @@ def test_pair_has_the_size_asked_for_or_its_own(
 def test_pixels_cross_unchanged(decoder: Decoder) -> None:
     image, mask = hostile.noise("RGB", 128), hostile.noise("L", 128)
     images = {"init_image": hostile.saved(image), "mask_image": hostile.saved(mask)}
-    pair = decoder.decode_pair(images, None, None)
+    pair = decoder.decode_pair(images)
     np.testing.assert_array_equal(pair.init_image, np.asarray(image))
     np.testing.assert_array_equal(pair.mask, np.asarray(mask))
 
@@ -97,13 +97,13 @@ def test_problem_names_the_image(
 ) -> None:
     images = dict.fromkeys(["init_image", "mask_image"], png_bytes()) | {name: content}
     with pytest.raises(ImageUnavailable) as refused:
-        decoder.decode_pair(images, None, None)
+        decoder.decode_pair(images)
     assert refused.value.problems == {name: problem}
 
 
 def test_both_images_at_fault_are_named(decoder: Decoder) -> None:
     with pytest.raises(ImageUnavailable) as refused:
-        decoder.decode_pair({"init_image": b"x", "mask_image": b"GIF8"}, None, None)
+        decoder.decode_pair({"init_image": b"x", "mask_image": b"GIF8"})
     assert refused.value.problems == {
         "init_image": ImageProblem.NOT_AN_IMAGE,
         "mask_image": ImageProblem.UNSUPPORTED,
@@ -169,7 +169,7 @@ files = [hostile.CORPUS[name].make() for name in hostile.CORPUS if not name.star
 before = set(sys.modules)
 for content in files:
     for kind in decoder.Kind:
-        decoder.decode(kind, content, ImageLimits(max_pixels=10**6), decoder.fit_to(0, 0))
+        decoder.decode(kind, content, ImageLimits(max_pixels=10**6), decoder.Wanted())
 print(*set(sys.modules) - before)
 """
     answer = subprocess.run(
@@ -185,7 +185,7 @@ print(*set(sys.modules) - before)
 
 @on_linux
 def test_child_has_nothing_to_steal(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder.decode_pair(images_of((64, 64)), None, None)
+    decoder.decode_pair(images_of((64, 64)))
     process = Path(f"/proc/{decoder.pid}")
     assert (process / "environ").read_bytes() == b""
     assert (process / "cwd").readlink() == Path("/")
@@ -195,7 +195,7 @@ def test_child_has_nothing_to_steal(decoder: Decoder, monkeypatch: pytest.Monkey
 
 @on_linux
 def test_child_is_limited(decoder: Decoder) -> None:
-    decoder.decode_pair(images_of((64, 64)), None, None)
+    decoder.decode_pair(images_of((64, 64)))
     process = Path(f"/proc/{decoder.pid}")
     limits = {
         line[:25].strip(): line[25:].split()[:2]
@@ -307,7 +307,7 @@ def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProbl
     decoder = failing(statement)
     try:
         for _ in range(2):
-            assert decoder.decode(Kind.INIT_IMAGE, png_bytes(), None, None) is problem
+            assert decoder.decode(Kind.INIT_IMAGE, png_bytes()) is problem
             assert decoder.pid is None
         assert decoder.starts == 2
     finally:
@@ -320,7 +320,7 @@ def test_child_that_hangs_is_killed(statement: str) -> None:
     try:
         # More than a pipe holds, so that sending hangs too.
         for content in (png_bytes(), bytes(100_000)):
-            assert decoder.decode(Kind.MASK_IMAGE, content, 64, 64) is ImageProblem.TOO_SLOW
+            assert decoder.decode(Kind.MASK_IMAGE, content, Wanted(64, 64)) is ImageProblem.TOO_SLOW
             assert decoder.pid is None
     finally:
         decoder.close()
@@ -330,8 +330,10 @@ def test_picture_that_takes_too_long_is_refused() -> None:
     decoder = Decoder(ImageLimits(), wall_s=0.5)
     try:
         scans = hostile.scans((4_000, 4_000), 300)
-        assert decoder.decode(Kind.INIT_IMAGE, scans, None, None) is ImageProblem.TOO_SLOW
-        assert not isinstance(decoder.decode(Kind.INIT_IMAGE, png_bytes(), 64, 64), ImageProblem)
+        assert decoder.decode(Kind.INIT_IMAGE, scans) is ImageProblem.TOO_SLOW
+        assert not isinstance(
+            decoder.decode(Kind.INIT_IMAGE, png_bytes(), Wanted(64, 64)), ImageProblem
+        )
     finally:
         decoder.close()
 
@@ -339,25 +341,25 @@ def test_picture_that_takes_too_long_is_refused() -> None:
 def test_child_that_never_gets_ready_is_the_servers_fault() -> None:
     decoder = Decoder(LIMITS, program="raise SystemExit(1)")
     with pytest.raises(ApiError) as told:
-        decoder.decode(Kind.INIT_IMAGE, png_bytes(), None, None)
+        decoder.decode(Kind.INIT_IMAGE, png_bytes())
     assert type(told.value) is ApiError
     decoder.close()
 
 
 def test_child_killed_between_pictures_is_replaced_unnoticed(decoder: Decoder) -> None:
     for _ in range(2):
-        decoder.decode_pair(images_of((64, 64)), None, None)
+        decoder.decode_pair(images_of((64, 64)))
         assert decoder.pid is not None
         os.kill(decoder.pid, signal.SIGKILL)
         os.waitid(os.P_PID, decoder.pid, os.WEXITED | os.WNOWAIT)
-    decoder.decode_pair(images_of((64, 64)), None, None)
+    decoder.decode_pair(images_of((64, 64)))
 
 
 def test_child_is_replaced_after_its_number_of_pictures() -> None:
     decoder = Decoder(LIMITS, pictures_per_child=4)
     try:
         for _ in range(5):
-            decoder.decode_pair(images_of((64, 64)), None, None)
+            decoder.decode_pair(images_of((64, 64)))
         assert decoder.starts == 3
     finally:
         decoder.close()
@@ -371,7 +373,7 @@ from models.decoding import ImageLimits
 from server.sandbox import Decoder
 from tests.http_stub import png_bytes
 decoder = Decoder(ImageLimits())
-decoder.decode_pair(dict.fromkeys(["init_image", "mask_image"], png_bytes()), None, None)
+decoder.decode_pair(dict.fromkeys(["init_image", "mask_image"], png_bytes()))
 # Stopped, it cannot notice by itself that nobody asks any more.
 os.kill(decoder.pid, signal.SIGSTOP)
 os.write(1, str(decoder.pid).encode())
@@ -403,7 +405,7 @@ def wait_until_gone(pid: int) -> None:
 def test_requests_share_the_children() -> None:
     async def run() -> None:
         with Sandbox(LIMITS) as sandbox:
-            calls = [sandbox.decode_pair(images_of((side, side)), None, None) for side in SIDES]
+            calls = [sandbox.decode_pair(images_of((side, side))) for side in SIDES]
             pairs = await asyncio.gather(*calls)
         assert [pair.mask.shape for pair in pairs] == [(side, side) for side in SIDES]
 
@@ -416,7 +418,7 @@ SIDES = range(64, 1024, 16)
 def test_loop_goes_on_while_a_child_works() -> None:
     async def run() -> None:
         with Sandbox(LIMITS, wall_s=30) as sandbox:
-            task = asyncio.create_task(sandbox.decode_pair(images_of((900, 900)), None, None))
+            task = asyncio.create_task(sandbox.decode_pair(images_of((900, 900))))
             turns = 0
             while not task.done():
                 turns += 1
@@ -429,14 +431,14 @@ def test_loop_goes_on_while_a_child_works() -> None:
 def test_cancelled_request_leaves_its_child_in_order() -> None:
     async def run() -> None:
         with Sandbox(LIMITS, children=1) as sandbox:
-            await sandbox.decode_pair(images_of((64, 64)), None, None)
+            await sandbox.decode_pair(images_of((64, 64)))
             for side in (512, 1000, 72):
-                lost = asyncio.create_task(sandbox.decode_pair(images_of((800, 800)), None, None))
-                queued = asyncio.create_task(sandbox.decode_pair(images_of((64, 64)), None, None))
+                lost = asyncio.create_task(sandbox.decode_pair(images_of((800, 800))))
+                queued = asyncio.create_task(sandbox.decode_pair(images_of((64, 64))))
                 await asyncio.sleep(0)
                 lost.cancel()
                 queued.cancel()
-                pair = await sandbox.decode_pair(images_of((side, side)), None, None)
+                pair = await sandbox.decode_pair(images_of((side, side)))
                 assert pair.mask.shape == (side - side % 8, side - side % 8)
                 assert lost.cancelled()
 
@@ -449,12 +451,12 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
 
     async def run() -> None:
         with Sandbox(LIMITS, max_waiting_bytes=10 * size) as sandbox:
-            calls = [sandbox.decode_pair(images, None, None) for _ in range(100)]
+            calls = [sandbox.decode_pair(images) for _ in range(100)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
             assert sum(isinstance(each, DecodedPair) for each in answers) == 10
             refused = [each for each in answers if isinstance(each, QueueFull)]
             assert len(refused) == 90
-            assert isinstance(await sandbox.decode_pair(images, None, None), DecodedPair)
+            assert isinstance(await sandbox.decode_pair(images), DecodedPair)
 
     asyncio.run(run())
 
@@ -462,7 +464,7 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
 def test_leaving_ends_the_children() -> None:
     async def run() -> list[int]:
         with Sandbox(LIMITS) as sandbox:
-            calls = [sandbox.decode_pair(images_of((900, 900)), None, None) for _ in range(4)]
+            calls = [sandbox.decode_pair(images_of((900, 900))) for _ in range(4)]
             await asyncio.gather(*calls)
             pids = [decoder.pid for decoder in sandbox._decoders if decoder.pid]
             assert pids
@@ -476,7 +478,7 @@ def test_leaving_ends_the_children() -> None:
 def test_leaving_does_not_wait_for_a_child_that_hangs() -> None:
     decoder = failing("signal.pause()", wall_s=600)
     with ThreadPoolExecutor(1) as thread:
-        decoding = thread.submit(decoder.decode, Kind.INIT_IMAGE, png_bytes(), None, None)
+        decoding = thread.submit(decoder.decode, Kind.INIT_IMAGE, png_bytes())
         for _ in range(1_000):
             if decoder.pid:
                 break

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.enhance import Enhancement
-from models.errors import Violation
+from models.errors import InvalidInput, Violation
 from models.params import (
     RANGES,
     SEED_MODULUS,
@@ -22,6 +22,8 @@ from server.dialects.fields import FieldReader
 from server.downloads import ImageSource
 from server.errors import (
     ApiError,
+    BodyTooLarge,
+    Conflict,
     ImageProblem,
     ImageUnavailable,
     InvalidApiKey,
@@ -73,23 +75,30 @@ class V3Request:
     wants_base64: bool
     webhook: str | None
     track_id: Any
+    dialect: str = DIALECT
+    keeps_own_size: bool = False
 
     def params(self, width: int, height: int) -> InpaintParams:
-        """The job's parameters once its size is known. Raises: models.errors.InvalidInput."""
-        return InpaintParams(
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            width=width,
-            height=height,
-            samples=self.samples,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            strength=self.strength,
-            seed=self.seed,
-            scheduler=self.scheduler,
-            model=self.model,
-            safety_check=self.safety_check,
-        )
+        """The job's parameters once its size is known. Raises: InvalidRequest."""
+        try:
+            return InpaintParams(
+                prompt=self.prompt,
+                negative_prompt=self.negative_prompt,
+                width=width,
+                height=height,
+                samples=self.samples,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                strength=self.strength,
+                seed=self.seed,
+                scheduler=self.scheduler,
+                model=self.model,
+                safety_check=self.safety_check,
+            )
+        except InvalidInput as error:
+            raise InvalidRequest(
+                {each.field: [write_violation(each)] for each in error.violations}
+            ) from error
 
     def record(self, base_url: str) -> dict[str, Any]:
         """What the answers need besides the parameters; goes into the job row."""
@@ -308,11 +317,13 @@ IMAGE_SENTENCES = {
 
 HTTP_STATUS: dict[type[ApiError], int] = {
     InvalidBody: 400,
+    BodyTooLarge: 413,
     InvalidRequest: 400,
     ImageUnavailable: 400,
     InvalidApiKey: 401,
     JobNotFound: 404,
     RouteNotFound: 404,
+    Conflict: 409,
     QueueFull: 429,
     StorageUnavailable: 503,
 }
@@ -363,6 +374,10 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
     match error:
         case InvalidApiKey():
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
+        case BodyTooLarge():
+            return "Invalid API Request", "Send a smaller body: images by URL, for instance."
+        case Conflict():
+            return "Not possible now", "Fetch the job to see how it stands."
         case InvalidBody():
             return "Invalid API Request", "Send the parameters as a JSON object."
         case RouteNotFound():

@@ -1,0 +1,317 @@
+"""Our own API, writing: a job, its webhook calls, and what the webhook itself says."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from server.deliveries import Attempt, DeliveryState, DeliveryStatus
+from server.failures import Failure
+from server.jobs import OUTPUT_FOLDER, Job, JobState
+from server.receipts import Intake, Model, Receipt
+
+
+class Progress(BaseModel):
+    """Denoising steps, over all samples; 0 of 0 before the first."""
+
+    step: int
+    total_steps: int
+
+
+class JobError(BaseModel):
+    """Why a job failed. Programs read `code`, people `message`."""
+
+    code: Failure
+    message: str
+
+
+class Output(BaseModel):
+    """A picture. All but the address is null where no receipt was kept."""
+
+    url: str
+    seed: int
+    sha256: str | None = Field(description="Of the PNG file, hexadecimal")
+    is_flagged: bool | None = Field(
+        description="The safety checker's verdict; a flagged one is blank"
+    )
+    changed_outside: int | None = Field(
+        description="Pixels outside the mask and its blur that differ from the init image"
+    )
+    largest_difference_outside: int | None = Field(description="By how much, 0 to 255")
+
+
+class JobSummary(BaseModel):
+    """A job, as a list tells of it."""
+
+    id: int
+    state: JobState
+    created_at: datetime
+    started_at: datetime | None = Field(description="Of the latest attempt")
+    finished_at: datetime | None
+    progress: Progress
+    attempts: int = Field(description="How often a worker took it; 3 at most")
+    samples: int
+    error: JobError | None
+    track_id: str | int | float | bool | None
+
+
+class Mask(BaseModel):
+    """What was repainted, the blur's reach included."""
+
+    coverage: float = Field(description="Share of the picture, 0 to 1")
+    box: tuple[int, int, int, int] | None = Field(
+        description="Left, top, right, bottom in pixels, the last two excluded"
+    )
+
+
+class Timings(BaseModel):
+    """Wall-clock milliseconds of the stages, in order; null for those not reached or not known.
+
+    Prepare, denoise and decode share the device with other jobs and include waiting for it.
+    """
+
+    fetch: float | None = Field(default=None, description="Both images, side by side")
+    decode_images: float | None = None
+    queued: float | None = Field(default=None, description="Until the latest attempt began")
+    prepare: float | None = Field(default=None, description="Input, text and VAE encoders")
+    denoise: float | None = None
+    decode: float | None = Field(
+        default=None, description="VAE decoder, paste-back, safety checker"
+    )
+    encode: float | None = Field(default=None, description="PNG files and their figures")
+    store: float | None = None
+    total: float | None = Field(default=None, description="From the request until the end")
+
+
+class Inputs(BaseModel):
+    """SHA-256 of the two files as they were received, hexadecimal."""
+
+    init_image_sha256: str
+    mask_image_sha256: str
+
+
+class ReceiptAnswer(BaseModel):
+    """What made the pictures."""
+
+    model: Model
+    versions: dict[str, str]
+    inputs: Inputs | None
+
+
+class JobAnswer(JobSummary):
+    """A job with all that is known of it."""
+
+    position: int | None = Field(description="1 is next; null for a job that does not wait")
+    eta_s: float | None = Field(description="Seconds until it probably ends; null once it has")
+    timings_ms: Timings
+    mask: Mask | None
+    outputs: list[Output]
+    params: dict[str, Any] = Field(description="As used, with everything that was left open")
+    receipt: ReceiptAnswer | None = Field(description="Of a finished job")
+
+
+class JobList(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[JobSummary]
+    next_before: int | None = Field(description="The next page's `before`; null on the last page")
+
+
+class AttemptAnswer(BaseModel):
+    """One try of a webhook call."""
+
+    attempt: int
+    started_at: datetime
+    duration_ms: int
+    status: int | None = Field(description="HTTP status; null where there was no answer")
+    outcome: str
+
+
+class DeliveryAnswer(BaseModel):
+    """A webhook call and its tries."""
+
+    webhook_id: str = Field(description="The same on every try: header `webhook-id`")
+    job_id: int
+    url: str
+    state: DeliveryState
+    is_held: bool = Field(description="The receiver's host fails, and is tried less often")
+    next_attempt_at: datetime | None
+    attempts: list[AttemptAnswer]
+
+
+class DeliveryList(BaseModel):
+    """Webhook calls, newest job first."""
+
+    deliveries: list[DeliveryAnswer]
+    next_before: int | None = Field(description="The next page's `before`; null on the last page")
+
+
+class PingAnswer(BaseModel):
+    """What came back from a receiver."""
+
+    webhook_id: str
+    is_received: bool = Field(description="The receiver answered 2xx")
+    status: int | None = Field(description="HTTP status; null where there was no answer")
+    outcome: str
+    duration_ms: int
+
+
+def moment(seconds: float | None) -> datetime | None:
+    """Seconds since the epoch as an instant."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def known_moment(seconds: float) -> datetime:
+    """The same of one that is there."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def write_summary(job: Job) -> JobSummary:
+    """A job in a list."""
+    return JobSummary(**summary_values(job))
+
+
+def summary_values(job: Job) -> dict[str, Any]:
+    """The fields of `JobSummary`."""
+    return {
+        "id": job.id,
+        "state": job.state,
+        "created_at": known_moment(job.created_at),
+        "started_at": moment(job.started_at),
+        "finished_at": moment(job.finished_at),
+        "progress": Progress(step=job.step, total_steps=job.total_steps),
+        "attempts": job.attempt,
+        "samples": job.params.samples,
+        "error": write_error(job),
+        "track_id": job.track_id,
+    }
+
+
+def write_error(job: Job) -> JobError | None:
+    """Why a job failed; None for all others."""
+    if job.error is None:
+        return None
+    return JobError(code=Failure.of(job.error), message=job.error)
+
+
+def write_job(
+    job: Job, receipt: Receipt | None, base_url: str, position: int | None, eta_s: float | None
+) -> JobAnswer:
+    """A job in full. position, eta_s: None for one that does not wait, or has ended."""
+    intake = intake_of(job)
+    return JobAnswer(
+        **summary_values(job),
+        position=position,
+        eta_s=eta_s,
+        timings_ms=write_timings(job, intake, receipt),
+        mask=Mask(coverage=receipt.coverage, box=receipt.box) if receipt else None,
+        outputs=write_outputs(job, receipt, base_url),
+        params=job.params.to_json(),
+        receipt=write_receipt(receipt, intake) if receipt else None,
+    )
+
+
+def intake_of(job: Job) -> Intake | None:
+    """None for a job of an earlier version."""
+    values = job.request.get("intake")
+    return None if values is None else Intake.from_json(values)
+
+
+def write_receipt(receipt: Receipt, intake: Intake | None) -> ReceiptAnswer:
+    """What made the pictures."""
+    inputs = None
+    if intake is not None:
+        inputs = Inputs(
+            init_image_sha256=intake.init_image_sha256, mask_image_sha256=intake.mask_image_sha256
+        )
+    return ReceiptAnswer(model=receipt.model, versions=receipt.versions, inputs=inputs)
+
+
+def write_outputs(job: Job, receipt: Receipt | None, base_url: str) -> list[Output]:
+    """The pictures of a finished job."""
+    if job.state is not JobState.FINISHED:
+        return []
+    pictures = receipt.pictures if receipt else [None] * job.params.samples
+    return [
+        Output(
+            url=f"{base_url}/{OUTPUT_FOLDER}/{name}",
+            seed=job.params.sample_seed(index),
+            sha256=picture.sha256 if picture else None,
+            is_flagged=picture.is_flagged if picture else None,
+            changed_outside=picture.changed_outside if picture else None,
+            largest_difference_outside=picture.largest_difference_outside if picture else None,
+        )
+        for index, (name, picture) in enumerate(zip(job.output_names, pictures, strict=True))
+    ]
+
+
+def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> Timings:
+    """The stages that were measured."""
+    stages: dict[str, float | None] = {}
+    taken_in_ms = 0.0
+    if intake is not None:
+        stages |= {"fetch": intake.fetch_ms, "decode_images": intake.decode_ms}
+        taken_in_ms = intake.fetch_ms + intake.decode_ms
+    if receipt is not None:
+        times = receipt.times
+        stages |= {
+            "prepare": times.prepare_ms,
+            "denoise": times.denoise_ms,
+            "decode": times.decode_ms,
+            "encode": times.encode_ms,
+            "store": times.store_ms,
+        }
+    stages["queued"] = span_ms(job.created_at, job.started_at)
+    stages["total"] = span_ms(job.created_at - taken_in_ms / 1000, job.finished_at)
+    return Timings(**stages)
+
+
+def span_ms(start: float, end: float | None) -> float | None:
+    """Milliseconds between two moments in seconds."""
+    return None if end is None else round((end - start) * 1000, 1)
+
+
+def write_webhook(job: Job) -> dict[str, Any]:
+    """The call that tells of a job's end; what else is known of it can be fetched."""
+    base_url = job.request["base_url"]
+    summary = write_summary(job).model_dump(mode="json")
+    outputs = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
+    is_finished = job.state is JobState.FINISHED
+    return {"type": f"job.{job.state}", **summary, "outputs": outputs if is_finished else []}
+
+
+def write_delivery(status: DeliveryStatus, held_hosts: Sequence[str]) -> DeliveryAnswer:
+    """A webhook call and its tries. held_hosts: those the sender spares."""
+    is_pending = status.state is DeliveryState.PENDING
+    return DeliveryAnswer(
+        webhook_id=status.id,
+        job_id=status.job_id,
+        url=status.url,
+        state=status.state,
+        is_held=is_pending and status.host in held_hosts,
+        next_attempt_at=moment(status.due_at) if is_pending else None,
+        attempts=[write_attempt(number, each) for number, each in status.attempts],
+    )
+
+
+def write_attempt(number: int, attempt: Attempt) -> AttemptAnswer:
+    """One try. number: from 1; some are missing where a sender died."""
+    return AttemptAnswer(
+        attempt=number,
+        started_at=known_moment(attempt.started_at),
+        duration_ms=round(attempt.duration_s * 1000),
+        status=attempt.status,
+        outcome=attempt.outcome,
+    )
+
+
+def write_ping(webhook_id: str, attempt: Attempt) -> PingAnswer:
+    """What came back from a receiver."""
+    return PingAnswer(
+        webhook_id=webhook_id,
+        is_received=attempt.is_success,
+        status=attempt.status,
+        outcome=attempt.outcome,
+        duration_ms=round(attempt.duration_s * 1000),
+    )

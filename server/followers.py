@@ -1,0 +1,166 @@
+"""Clients that follow jobs: one thread looks for all of them, and wakes who has news.
+
+Not a queue of events: a follower gets how its job stands now, so that one who reads slowly misses
+steps and nothing piles up.
+"""
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.jobs import JobStore, Standing
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
+
+POLL_S = 0.1
+"""Between two looks at the change signal. Workers write progress twice a second."""
+
+RETRY_S = 0.5
+"""After the database could not be read."""
+
+
+class Follower:
+    """One client's view of one job. Belongs to the event loop that made it."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        """No more will come: the job is gone, or the server stops."""
+        self._loop = asyncio.get_running_loop()
+        self._has_news = asyncio.Event()
+        self._standing: Standing | None = None
+
+    async def news(self, timeout_s: float) -> Standing | None:
+        """How the job stands, once that has changed; None after `timeout_s`, and when it is over.
+
+        The first time it is how the job stands now.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._has_news.wait()
+        except TimeoutError:
+            return None
+        self._has_news.clear()
+        return None if self.is_over else self._standing
+
+    def tell(self, standing: Standing | None) -> None:
+        """From any thread: how the job stands, or that it is over."""
+        try:
+            self._loop.call_soon_threadsafe(self._take, standing)
+        except RuntimeError:
+            return  # the loop has ended, and nobody listens
+
+    def _take(self, standing: Standing | None) -> None:
+        self._standing, self.is_over = standing, standing is None
+        self._has_news.set()
+
+
+class Followers:
+    """Use as a context manager: entering starts the thread, leaving ends every follower's view."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._followers: dict[int, set[Follower]] = defaultdict(set)
+        self._newcomers: list[tuple[int, Follower]] = []
+        # Re-entrant: SIGTERM's handler runs on the event loop's thread, maybe while it holds this.
+        self._lock = threading.RLock()
+        self._is_released = False
+        self._is_stopping = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="followers", daemon=True)
+
+    def __enter__(self) -> "Followers":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_stopping = True
+        self._wake.set()
+        self._thread.join()
+        self.release_all()
+
+    def __len__(self) -> int:
+        """How many follow any job."""
+        with self._lock:
+            return sum(map(len, self._followers.values()))
+
+    def release_all(self) -> None:
+        """It is over for all, later ones too: the server is stopping."""
+        with self._lock:
+            self._is_released = True
+            everybody = [each for group in self._followers.values() for each in group]
+        for follower in everybody:
+            follower.tell(None)
+
+    @contextmanager
+    def follow(self, job_id: int) -> Iterator[Follower]:
+        """Follow a job until the block is left."""
+        follower = Follower()
+        with self._lock:
+            self._followers[job_id].add(follower)
+            self._newcomers.append((job_id, follower))
+            if self._is_released:
+                follower.tell(None)
+        self._wake.set()
+        try:
+            yield follower
+        finally:
+            with self._lock:
+                self._followers[job_id].remove(follower)
+                if not self._followers[job_id]:
+                    del self._followers[job_id]
+
+    def _run(self) -> None:
+        signal = self._store.change_signal()
+        known: dict[int, Standing | None] = {}
+        while not self._is_stopping:
+            self._wake.clear()
+            with self._lock:
+                followed = set(self._followers)
+                newcomers, self._newcomers = self._newcomers, []
+            try:
+                stale = followed if signal.has_changed() else followed - known.keys()
+                found = self._store.standings(sorted(stale)) if stale else {}
+            except SQLAlchemyError:
+                logger.exception("followed jobs cannot be looked up")
+                with self._lock:
+                    self._newcomers = newcomers + self._newcomers
+                known = {}
+                self._wake.wait(RETRY_S)
+                continue
+            changed = {
+                each for each in stale if each not in known or known[each] != found.get(each)
+            }
+            known = {each: known[each] for each in followed - stale} | {
+                each: found.get(each) for each in stale
+            }
+            self._tell(known, changed, newcomers)
+            # Without anybody there is nothing to look for until somebody comes.
+            self._wake.wait(POLL_S if followed else None)
+        signal.close()
+
+    def _tell(
+        self,
+        known: dict[int, Standing | None],
+        changed: set[int],
+        newcomers: list[tuple[int, Follower]],
+    ) -> None:
+        with self._lock:
+            told = {each for job_id in changed for each in self._followers.get(job_id, ())}
+            of_changed = [
+                (job_id, each) for job_id in changed for each in self._followers.get(job_id, ())
+            ]
+        of_known = [(job_id, each) for job_id, each in newcomers if each not in told]
+        for job_id, follower in (*of_changed, *of_known):
+            if not self._is_released:
+                follower.tell(known.get(job_id))

@@ -1,0 +1,63 @@
+"""Requests that are sent again: a client's key names the job that its first request made.
+
+The row is written in the transaction that makes the job durable, and its primary key decides
+between requests that come at the same moment.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, select
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from server.database import idempotency_keys
+from server.errors import Conflict, ConflictKind
+
+KEPT_S = 86_400.0
+"""How long a key is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """key: the client's, unique among its own. body_sha256: of what it asked for with it."""
+
+    key: str
+    body_sha256: str
+
+
+def find(connection: Connection, key_id: str, once: Idempotency, now: float) -> str | None:
+    """File prefix of the job that an earlier request with this key made.
+
+    Raises: Conflict when that request asked for something else.
+    """
+    row = connection.execute(
+        select(idempotency_keys.c.body_sha256, idempotency_keys.c.file_prefix).where(
+            idempotency_keys.c.key_id == key_id,
+            idempotency_keys.c.key == once.key,
+            idempotency_keys.c.created_at > now - KEPT_S,
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    if row.body_sha256 != once.body_sha256:
+        raise Conflict(ConflictKind.IDEMPOTENCY_KEY_REUSED)
+    return str(row.file_prefix)
+
+
+def reserve(
+    connection: Connection, key_id: str, once: Idempotency, file_prefix: str, now: float
+) -> bool:
+    """Take the key for the job of this file prefix; False when it was taken just now."""
+    connection.execute(
+        delete(idempotency_keys).where(idempotency_keys.c.created_at <= now - KEPT_S)
+    )
+    is_sqlite = connection.dialect.name == "sqlite"
+    taking = (sqlite_insert if is_sqlite else postgresql_insert)(idempotency_keys).values(
+        key_id=key_id,
+        key=once.key,
+        body_sha256=once.body_sha256,
+        file_prefix=file_prefix,
+        created_at=now,
+    )
+    # An error instead would end the whole transaction on PostgreSQL.
+    return connection.execute(taking.on_conflict_do_nothing()).rowcount == 1

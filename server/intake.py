@@ -1,0 +1,180 @@
+"""The way from a request to a durable job, which all dialects share.
+
+Fetch the two images, decode them at the job's size, store them, submit. What the request was
+written in is no matter here: a dialect hands in what it understood as an `AskedJob`.
+"""
+
+import functools
+import hashlib
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Request
+
+from models.params import InpaintParams
+from server.decoder import Wanted
+from server.downloads import ImageSource, OwnOutputs, download_images
+from server.egress import Caller
+from server.idempotency import Idempotency
+from server.jobs import OUTPUT_FOLDER, Job, NewJob
+from server.receipts import Intake
+from server.sandbox import DecodedPair
+from server.services import Services
+from server.settings import Settings
+
+
+class AskedJob(Protocol):
+    """What a dialect understood of a request for pictures."""
+
+    @property
+    def dialect(self) -> str:
+        """Whose words the answers and the webhook are written in."""
+
+    @property
+    def init_image(self) -> ImageSource: ...
+    @property
+    def mask_image(self) -> ImageSource: ...
+
+    @property
+    def width(self) -> int | None:
+        """None where the init image decides; likewise the height."""
+
+    @property
+    def height(self) -> int | None: ...
+    @property
+    def webhook(self) -> str | None: ...
+    @property
+    def track_id(self) -> Any: ...
+
+    @property
+    def keeps_own_size(self) -> bool:
+        """The init image is not resized: width and height are the model's canvas."""
+
+    def params(self, width: int, height: int) -> InpaintParams:
+        """The job's parameters once its size is known. Raises: InvalidRequest."""
+
+    def record(self, base_url: str) -> dict[str, Any]:
+        """What the dialect's answers need besides the parameters, JSON values."""
+
+
+def get_services(request: Request) -> Services:
+    """The services `create_app` built."""
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesOf = Annotated[Services, Depends(get_services)]
+
+
+def key_id_of(request: Request, key: str | None) -> str:
+    """Whose request it is, from the key a dialect found in it. Raises: InvalidApiKey."""
+    return get_services(request).keys.key_id(key)
+
+
+def base_url_of(request: Request, settings: Settings) -> str:
+    """Scheme and host the client used, or the configured public address; no slash at the end."""
+    return (settings.public_url or str(request.base_url)).rstrip("/")
+
+
+async def accept(
+    services: Services,
+    asked: AskedJob,
+    key_id: str,
+    base_url: str,
+    once: Idempotency | None = None,
+) -> tuple[Job, bool]:
+    """Make a job of a request, or find the one that an earlier request with its key made.
+
+    True with the job where it is a new one.
+    Raises: QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
+    """
+    if once is not None:
+        earlier = await services.in_store_thread(services.store.replayed, key_id, once)
+        if earlier is not None:
+            return earlier, False
+    await services.in_store_thread(services.store.refuse_when_full)
+    pair, intake = await take_in(services, asked, key_id, base_url)
+    height, width = pair.mask.shape
+    params = asked.params(*canvas_size(asked, width, height))
+    new = NewJob(
+        dialect=asked.dialect,
+        request=asked.record(base_url) | {"intake": intake.to_json()},
+        params=params,
+        key_id=key_id,
+        file_prefix=str(uuid.uuid4()),
+        work=params.work,
+        webhook=asked.webhook,
+        track_id=asked.track_id,
+    )
+    job = await submit(services, new, pair, once)
+    return job, job.file_prefix == new.file_prefix
+
+
+async def take_in(
+    services: Services, asked: AskedJob, key_id: str, base_url: str
+) -> tuple[DecodedPair, Intake]:
+    """Both images as arrays, and how that went. Raises: ImageUnavailable."""
+    max_bytes = services.settings.fetch.max_image_bytes
+    sources = {"init_image": asked.init_image, "mask_image": asked.mask_image}
+    started = time.perf_counter()
+    images = await download_images(
+        sources,
+        services.fetcher,
+        max_bytes,
+        Caller(key_id),
+        OwnOutputs(f"{base_url}/{OUTPUT_FOLDER}/", functools.partial(read_output, services)),
+    )
+    fetched = time.perf_counter()
+    wanted = (
+        Wanted(keeps_own_size=True) if asked.keeps_own_size else Wanted(asked.width, asked.height)
+    )
+    pair = await services.sandbox.decode_pair(images, wanted)
+    decoded = time.perf_counter()
+    digests = await services.in_store_thread(sha256_of, images)
+    return pair, Intake(
+        fetch_ms=round((fetched - started) * 1000, 1),
+        decode_ms=round((decoded - fetched) * 1000, 1),
+        init_image_sha256=digests["init_image"],
+        mask_image_sha256=digests["mask_image"],
+    )
+
+
+async def read_output(services: Services, name: str) -> bytes | None:
+    """A finished picture, None where there is none. Raises: StorageUnavailable."""
+    return await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
+
+
+def sha256_of(images: Mapping[str, bytes]) -> dict[str, str]:
+    """Hexadecimal digests by the same names."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
+
+
+def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:
+    """The model's width and height, for a picture of this size."""
+    if not asked.keeps_own_size:
+        return width, height
+    return asked.width or 512, asked.height or 512
+
+
+async def submit(
+    services: Services, new: NewJob, pair: DecodedPair, once: Idempotency | None
+) -> Job:
+    """Store the input, then the row. Raises: QueueFull, Conflict, StorageUnavailable."""
+    # The inputs come first: a job that can be claimed must have them.
+    await services.in_store_thread(services.storage.put, new.input_key, pair.to_bytes())
+    try:
+        job = await services.in_store_thread(services.store.submit, new, once)
+    except Exception:
+        await services.in_store_thread(services.storage.delete, new.input_key)
+        raise
+    if job.file_prefix != new.file_prefix:
+        await services.in_store_thread(services.storage.delete, new.input_key)
+    return job
+
+
+async def eta_s(services: Services, job: Job) -> float:
+    """Seconds until a job that has not ended probably will have."""
+    figures = await services.in_store_thread(services.store.figures, job.id)
+    return figures.eta_s(job)

@@ -1,0 +1,87 @@
+"""A job as server-sent events: what a client is told, and when the stream ends."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from pydantic import BaseModel
+
+from server.dialects.native_answers import JobAnswer
+from server.followers import Follower
+from server.jobs import JobState, Standing
+
+HEARTBEAT_S = 15.0
+"""Between two comments on a stream without news; proxies cut silent connections."""
+
+
+class Queued(BaseModel):
+    """The job waits. position: 1 is next."""
+
+    position: int | None
+
+
+class Started(BaseModel):
+    """A worker has the job. attempt: 1 unless earlier workers were lost."""
+
+    attempt: int
+
+
+class Step(BaseModel):
+    """Denoising steps done and to do, over all samples."""
+
+    step: int
+    total_steps: int
+
+
+async def write_events(
+    follower: Follower, tell: Callable[[], Awaitable[JobAnswer]], heartbeat_s: float = HEARTBEAT_S
+) -> AsyncIterator[bytes]:
+    """The present state, then each change until the job has ended, or the server stops.
+
+    tell: the job in full, for the last event.
+    """
+    last: Standing | None = None
+    while not follower.is_over:
+        now = await follower.news(heartbeat_s)
+        if now is None:
+            yield KEEPALIVE_COMMENT
+            continue
+        for name, data in events_between(last, now):
+            yield write_event(name, data, f"{now.attempt}-{now.step}-{name}")
+        last = now
+        if now.state.is_terminal:
+            yield write_event(now.state, await tell(), now.state)
+            return
+
+
+def events_between(last: Standing | None, now: Standing) -> Iterator[tuple[str, BaseModel]]:
+    """The events that lead from what was told last to what is; none of a job that has ended."""
+    if now.state is JobState.QUEUED:
+        yield "queued", Queued(position=now.position)
+    if now.state is not JobState.RUNNING:
+        return
+    is_told = last is not None and last.state is JobState.RUNNING and last.attempt == now.attempt
+    if not is_told:
+        yield "started", Started(attempt=now.attempt)
+    if now.total_steps:
+        yield "step", Step(step=now.step, total_steps=now.total_steps)
+
+
+def write_event(name: str, data: BaseModel, event_id: str) -> bytes:
+    """One event; its data is one line of JSON."""
+    return format_sse_event(data_str=data.model_dump_json(), event=name, id=event_id)
+
+
+def describe_stream() -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's word of the stream."""
+    text = (
+        "Events queued, started and step, then one named after the final state, with the job. "
+        "A connection begins with the present state."
+    )
+    return {
+        200: {
+            "description": text,
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        204: {"description": "The final state was received before: do not connect again"},
+    }

@@ -1,0 +1,251 @@
+"""Our own API under `/api/jobs`: make pictures, follow and cancel jobs, look after webhooks.
+
+Each endpoint reads and writes with the native dialect; errors become problems in `app.py`.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.responses import StreamingResponse
+
+from server import native_events
+from server.bodies import read_json
+from server.deliveries import DeliveryState
+from server.dialects import native, native_answers
+from server.dialects.native_answers import (
+    DeliveryAnswer,
+    DeliveryList,
+    JobAnswer,
+    JobList,
+    PingAnswer,
+)
+from server.dialects.native_problems import declare
+from server.errors import Conflict, ConflictKind, JobNotFound
+from server.intake import ServicesOf, accept, base_url_of, key_id_of
+from server.jobs import Job, JobState
+from server.services import Services
+
+router = APIRouter(tags=["jobs"])
+
+MAX_PAGE = 100
+REPLAYED = "Idempotency-Replayed"
+EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Proxies must pass each event on at once."""
+
+Bearer = HTTPBearer(auto_error=False, description="The API key")
+KeyHeader = APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key")
+
+
+def get_key_id(
+    request: Request,
+    _bearer: Annotated[HTTPAuthorizationCredentials | None, Security(Bearer)],
+    _key: Annotated[str | None, Security(KeyHeader)],
+) -> str:
+    """Whose request it is; the two schemes are named for OpenAPI. Raises: InvalidApiKey."""
+    return key_id_of(request, native.read_key(request.headers))
+
+
+KeyId = Annotated[str, Depends(get_key_id)]
+JobId = Annotated[int, Path(ge=1, le=2**63 - 1)]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Entries of a page")]
+Before = Annotated[
+    int | None, Query(ge=1, le=2**63 - 1, description="Jobs with smaller ids only: the next page")
+]
+
+
+def describe_body(model: Any) -> dict[str, Any]:
+    """OpenAPI's description of a body that is read under our own limits."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
+    """The job of the path. Raises: JobNotFound, for another key's too."""
+    job = await services.in_store_thread(services.store.get, job_id)
+    if job is None or job.key_id != key_id:
+        raise JobNotFound
+    return job
+
+
+JobOf = Annotated[Job, Depends(get_job)]
+
+
+@router.post(
+    "/api/jobs",
+    status_code=202,
+    response_model=JobAnswer,
+    response_description="Accepted and durable",
+    responses={
+        200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
+        **declare(400, 413, 422),
+    },
+    openapi_extra=describe_body(native.JobRequest),
+)
+async def create_job(
+    request: Request,
+    response: Response,
+    services: ServicesOf,
+    key_id: KeyId,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            description="1 to 255 visible ASCII characters. For 24 hours the same key with the "
+            "same body gives the same job, with another body an error"
+        ),
+    ] = None,
+) -> JobAnswer:
+    """Repaint the white part of a mask in an image."""
+    body = await read_json(request, services.settings.max_body_bytes)
+    settings = services.settings
+    asked = native.read_job(
+        body, force_safety_check=settings.safety.force, models=settings.offered_models
+    )
+    once = native.read_idempotency(idempotency_key, asked.request)
+    base_url = base_url_of(request, settings)
+    job, is_new = await accept(services, asked, key_id, base_url, once)
+    if not is_new:
+        response.status_code = 200
+        response.headers[REPLAYED] = "true"
+    response.headers["Location"] = f"{base_url}/api/jobs/{job.id}"
+    return await tell(services, job, base_url)
+
+
+@router.get("/api/jobs", responses=declare(422))
+async def list_jobs(
+    services: ServicesOf,
+    key_id: KeyId,
+    state: Annotated[JobState | None, Query(description="Of this state only")] = None,
+    limit: Limit = 20,
+    before: Before = None,
+) -> JobList:
+    """The key's own jobs, newest first."""
+    jobs = await services.in_store_thread(
+        services.store.list_of, key_id, state=state, limit=limit, before_id=before
+    )
+    return JobList(
+        jobs=[native_answers.write_summary(job) for job in jobs],
+        next_before=jobs[-1].id if len(jobs) == limit else None,
+    )
+
+
+@router.get("/api/jobs/{job_id}", responses=declare(404))
+async def read_job(request: Request, services: ServicesOf, job: JobOf) -> JobAnswer:
+    """A job: how far it is, what came of it, and how it was made."""
+    return await tell(services, job, base_url_of(request, services.settings))
+
+
+@router.post("/api/jobs/{job_id}/cancel", responses=declare(404, 409))
+async def cancel_job(request: Request, services: ServicesOf, job: JobOf) -> JobAnswer:
+    """Take a queued or running job back; cancelling it again changes nothing.
+
+    A running one leaves the device between two steps, within a second.
+    """
+    is_changed = await services.in_store_thread(services.store.cancel, job.id)
+    if is_changed:
+        await services.in_store_thread(services.storage.delete, job.input_key)
+    ended = await services.in_store_thread(services.store.get, job.id)
+    if ended is None:
+        raise JobNotFound
+    if ended.state is not JobState.CANCELLED:
+        raise Conflict(ConflictKind.JOB_ENDED)
+    return await tell(services, ended, base_url_of(request, services.settings))
+
+
+@router.get(
+    "/api/jobs/{job_id}/events",
+    response_class=Response,
+    responses={**native_events.describe_stream(), **declare(404)},
+)
+async def follow_job(
+    request: Request,
+    services: ServicesOf,
+    job: JobOf,
+    last_event_id: Annotated[
+        str | None, Header(description="Not needed to connect again: the present state comes first")
+    ] = None,
+) -> Response:
+    """Follow a job as server-sent events, from its present state to its end."""
+    if job.state.is_terminal and last_event_id == job.state:
+        return Response(status_code=204)  # which ends an EventSource's attempts to connect
+    base_url = base_url_of(request, services.settings)
+
+    async def tell_end() -> JobAnswer:
+        ended = await services.in_store_thread(services.store.get, job.id)
+        return await tell(services, ended or job, base_url)
+
+    async def stream() -> AsyncIterator[bytes]:
+        with services.followers.follow(job.id) as follower:
+            async for chunk in native_events.write_events(follower, tell_end):
+                yield chunk
+
+    return StreamingResponse(stream(), 200, EVENT_HEADERS, "text/event-stream")
+
+
+@router.get("/api/jobs/{job_id}/deliveries", responses=declare(404))
+async def list_deliveries_of_job(services: ServicesOf, job: JobOf) -> DeliveryList:
+    """The job's webhook call and its tries; none before the job has ended."""
+    return await tell_deliveries(services, job)
+
+
+@router.post(
+    "/api/jobs/{job_id}/deliveries/redeliver", status_code=202, responses=declare(404, 409)
+)
+async def redeliver(services: ServicesOf, job: JobOf) -> DeliveryList:
+    """Make the job's webhook call again now, delivered or given up, with the same `webhook-id`."""
+    if not await services.in_store_thread(services.deliveries.redeliver, job.id):
+        raise Conflict(ConflictKind.NO_DELIVERY)
+    return await tell_deliveries(services, job)
+
+
+@router.get("/api/deliveries", responses=declare(422))
+async def list_deliveries(
+    services: ServicesOf,
+    key_id: KeyId,
+    state: Annotated[DeliveryState | None, Query(description="Such as dead: given up")] = None,
+    limit: Limit = 20,
+    before: Before = None,
+) -> DeliveryList:
+    """The webhook calls of the key's jobs, newest job first."""
+    statuses = await services.in_store_thread(
+        services.deliveries.list_of, key_id, state=state, limit=limit, before_job_id=before
+    )
+    return DeliveryList(
+        deliveries=[
+            native_answers.write_delivery(each, services.webhooks.held_hosts) for each in statuses
+        ],
+        next_before=statuses[-1].job_id if len(statuses) == limit else None,
+    )
+
+
+@router.post(
+    "/api/webhooks/ping",
+    responses=declare(400, 413, 422),
+    openapi_extra=describe_body(native.PingRequest),
+)
+async def ping(request: Request, services: ServicesOf, _key_id: KeyId) -> PingAnswer:
+    """Send a signed test event to a URL, as a webhook would be sent, and tell what came back."""
+    body = await read_json(request, services.settings.max_body_bytes)
+    url = native.read_ping(body)
+    return native_answers.write_ping(*await services.webhooks.ping(url))
+
+
+async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
+    """A job with what has to be looked up for its state."""
+    receipt = position = eta_s = None
+    if job.state is JobState.FINISHED:
+        receipt = await services.in_store_thread(services.store.receipt_of, job.id)
+    elif not job.state.is_terminal:
+        figures = await services.in_store_thread(services.store.figures, job.id)
+        position = figures.waiting + 1 if job.state is JobState.QUEUED else None
+        eta_s = figures.eta_s(job)
+    return native_answers.write_job(job, receipt, base_url, position, eta_s)
+
+
+async def tell_deliveries(services: Services, job: Job) -> DeliveryList:
+    """A job's webhook calls."""
+    statuses = await services.in_store_thread(services.deliveries.of_job, job.id)
+    held = services.webhooks.held_hosts
+    answers: list[DeliveryAnswer] = [native_answers.write_delivery(each, held) for each in statuses]
+    return DeliveryList(deliveries=answers, next_before=None)

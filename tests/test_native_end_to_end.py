@@ -1,0 +1,148 @@
+"""The native API with a real worker and the built-in model: receipts, progress, cancelling."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.processes import ServerProcess, serving
+from tests.test_native_events import events_of
+
+SIDE = 256
+INIT = Image.effect_noise((SIDE, SIDE), 60).convert("RGB")
+MASK = Image.new("L", (SIDE, SIDE), 0)
+ImageDraw.Draw(MASK).rectangle((64, 64, 191, 191), fill=255)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+INIT_PNG, MASK_PNG = png(INIT), png(MASK)
+BODY: dict[str, Any] = {
+    "prompt": "a red circle",
+    "init_image": base64.b64encode(INIT_PNG).decode(),
+    "mask_image": base64.b64encode(MASK_PNG).decode(),
+    "strength": 1.0,
+    "num_inference_steps": 4,
+    "safety_check": False,
+    "seed": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serving(tmp_path_factory.mktemp("server")) as process:
+        yield process
+
+
+def create(server: ServerProcess, **changes: Any) -> dict[str, Any]:
+    answer = server.client.post("/api/jobs", json=BODY | changes)
+    assert answer.status_code == 202, answer.text
+    job: dict[str, Any] = answer.json()
+    return job
+
+
+def follow(server: ServerProcess, job_id: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    with server.client.stream("GET", f"/api/jobs/{job_id}/events") as answer:
+        yield from events_of(answer.iter_lines())
+
+
+def finished(server: ServerProcess, **changes: Any) -> dict[str, Any]:
+    """A job that was followed to its end."""
+    *_, (name, job) = follow(server, create(server, **changes)["id"])
+    assert name == "finished", job
+    return job
+
+
+def pixels(answer: httpx.Response) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB"))
+
+
+def test_events_of_a_real_run_and_its_receipt(server: ServerProcess) -> None:
+    events = [*follow(server, create(server, samples=2)["id"])]
+    names = [name for name, _ in events]
+    assert names[-1] == "finished"
+    assert {*names} <= {"queued", "started", "step", "finished"}
+    steps = [told["step"] for name, told in events if name == "step"]
+    assert steps == sorted(steps)
+    job = events[-1][1]
+    assert job["progress"] == {"step": 8, "total_steps": 8}
+    stages = ("fetch", "decode_images", "queued", "prepare", "denoise", "decode", "encode", "store")
+    times = [job["timings_ms"][name] for name in stages]
+    assert all(time >= 0 for time in times)
+    assert sum(times) <= job["timings_ms"]["total"] + 1
+    model = job["receipt"]["model"]
+    assert (model["id"], model["device"], model["dtype"]) == ("builtin", "cpu", "float32")
+    assert len(model["weights_sha256"]) == 64
+    assert job["receipt"]["versions"].keys() == {"server", "torch", "diffusers"}
+    assert job["receipt"]["inputs"] == {
+        "init_image_sha256": hashlib.sha256(INIT_PNG).hexdigest(),
+        "mask_image_sha256": hashlib.sha256(MASK_PNG).hexdigest(),
+    }
+    assert [output["seed"] for output in job["outputs"]] == [7, 8]
+
+
+def test_receipt_agrees_with_what_is_delivered(server: ServerProcess) -> None:
+    job = finished(server)
+    (output,) = job["outputs"]
+    file = server.client.get(output["url"])
+    assert hashlib.sha256(file.content).hexdigest() == output["sha256"]
+    changed = (pixels(file) != np.asarray(INIT)).any(axis=2)
+    inside = np.asarray(MASK) > 0
+    assert changed[inside].mean() > 0.5, "it was repainted"
+    assert not changed[~inside].any()
+    assert (output["changed_outside"], output["largest_difference_outside"]) == (0, 0)
+    assert job["mask"] == {"coverage": 0.25, "box": [64, 64, 192, 192]}
+
+
+def test_controls_of_the_mask_are_told_of(server: ServerProcess) -> None:
+    job = finished(server, invert_mask=True, mask_blur=4)
+    file = server.client.get(job["outputs"][0]["url"])
+    changed = (pixels(file) != np.asarray(INIT)).any(axis=2)
+    reach = 10  # 2.5 times the blur
+    assert not changed[64 + reach : 192 - reach, 64 + reach : 192 - reach].any()
+    assert job["outputs"][0]["changed_outside"] == 0, "the blur's reach is no outside"
+    assert 0.75 < job["mask"]["coverage"] < 0.9
+
+
+def test_masked_part_alone_keeps_the_pictures_own_size(server: ServerProcess) -> None:
+    wide = INIT.resize((611, 333))
+    mask = MASK.resize((611, 333))
+    job = finished(
+        server,
+        init_image=base64.b64encode(png(wide)).decode(),
+        mask_image=base64.b64encode(png(mask)).decode(),
+        only_masked=True,
+        width=256,
+        height=256,
+    )
+    picture = pixels(server.client.get(job["outputs"][0]["url"]))
+    assert picture.shape == (333, 611, 3)
+    assert job["outputs"][0]["changed_outside"] == 0
+
+
+def test_same_key_same_picture_other_seed_other_picture(server: ServerProcess) -> None:
+    first, again = finished(server), finished(server)
+    other = finished(server, seed=8)
+    digests = [job["outputs"][0]["sha256"] for job in (first, again, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_running_job_is_cancelled_and_the_worker_goes_on(server: ServerProcess) -> None:
+    job_id = create(server, num_inference_steps=150, samples=4)["id"]
+    events = follow(server, job_id)
+    assert any(name == "step" for name, _ in events)
+    answer = server.client.post(f"/api/jobs/{job_id}/cancel")
+    assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
+    assert [name for name, _ in follow(server, job_id)] == ["cancelled"]
+    assert server.wait_for("job was taken away")["job_id"] == job_id
+    assert finished(server)["state"] == "finished"

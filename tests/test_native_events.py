@@ -1,0 +1,282 @@
+"""Following jobs: who is told what, that nothing stays behind, and that it ends."""
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from sqlalchemy import Engine, text
+
+from server import native_events
+from server.database import open_engine
+from server.dialects.native_answers import JobAnswer
+from server.followers import Followers
+from server.jobs import JobState, JobStore, Standing
+from tests.http_stub import LiveApp, running_app
+from tests.test_app import settings_in, store_of
+from tests.test_jobs import new_job
+from tests.test_native_routes import BODY, claim
+
+LONG_S = 20
+R = TypeVar("R")
+Event = tuple[str, dict[str, Any]]
+
+
+@pytest.fixture
+def store(engine: Engine) -> JobStore:
+    return JobStore(engine)
+
+
+def run_with(store: JobStore, body: Callable[[Followers], Awaitable[R]]) -> R:
+    """Run `body` on an event loop beside followers; it must end well before `LONG_S`."""
+
+    async def run() -> R:
+        with Followers(store) as followers:
+            async with asyncio.timeout(LONG_S / 2):
+                return await body(followers)
+
+    return asyncio.run(run())
+
+
+class TestFollowers:
+    def test_present_state_comes_first_then_each_change(self, store: JobStore) -> None:
+        store.submit(new_job())
+        job = store.submit(new_job())
+
+        async def body(followers: Followers) -> list[Standing | None]:
+            with followers.follow(job.id) as follower:
+                seen = [await follower.news(LONG_S)]
+                held = {each.id: each for each in await asyncio.to_thread(store.claim, "w", 2)}
+                seen.append(await follower.news(LONG_S))
+                await asyncio.to_thread(store.beat, held[job.id], 3, 14)
+                seen.append(await follower.news(LONG_S))
+                await asyncio.to_thread(store.cancel, job.id)
+                seen.append(await follower.news(LONG_S))
+            return seen
+
+        assert run_with(store, body) == [
+            Standing(JobState.QUEUED, 0, 0, 0, position=2),
+            Standing(JobState.RUNNING, 1, 0, 0, None),
+            Standing(JobState.RUNNING, 1, 3, 14, None),
+            Standing(JobState.CANCELLED, 1, 3, 14, None),
+        ]
+
+    def test_latecomer_and_others_get_the_present_state(self, store: JobStore) -> None:
+        ids = [store.submit(new_job()).id for _ in range(3)]
+
+        async def body(followers: Followers) -> list[int | None]:
+            seen = []
+            with ExitStack() as stack:
+                for job_id in [*ids, *ids]:
+                    follower = stack.enter_context(followers.follow(job_id))
+                    standing = await follower.news(LONG_S)
+                    assert standing is not None
+                    seen.append(standing.position)
+            return seen
+
+        assert run_with(store, body) == [1, 2, 3, 1, 2, 3]
+
+    def test_nobody_is_told_without_a_change_of_its_job(self, store: JobStore) -> None:
+        first, second = store.submit(new_job()).id, store.submit(new_job()).id
+
+        async def body(followers: Followers) -> Standing | None:
+            with followers.follow(first) as idle, followers.follow(second) as busy:
+                assert await idle.news(LONG_S)
+                assert await busy.news(LONG_S)
+                await asyncio.to_thread(store.cancel, second)
+                assert await busy.news(LONG_S)
+                return await idle.news(0)
+
+        assert run_with(store, body) is None
+
+    def test_stopping_ends_every_view_and_later_ones(self, store: JobStore) -> None:
+        job_id = store.submit(new_job()).id
+
+        async def body(followers: Followers) -> list[bool]:
+            with followers.follow(job_id) as early:
+                await early.news(LONG_S)
+                followers.release_all()
+                assert await early.news(LONG_S) is None
+                with followers.follow(job_id) as late:
+                    assert await late.news(LONG_S) is None
+                    return [early.is_over, late.is_over]
+
+        assert run_with(store, body) == [True, True]
+
+    def test_job_that_is_gone_ends_the_view(self, store: JobStore) -> None:
+        async def body(followers: Followers) -> bool:
+            with followers.follow(999) as follower:
+                assert await follower.news(LONG_S) is None
+                return follower.is_over
+
+        assert run_with(store, body)
+
+    def test_nothing_stays_behind(self, store: JobStore) -> None:
+        job_id = store.submit(new_job()).id
+
+        async def body(followers: Followers) -> int:
+            with followers.follow(job_id), followers.follow(job_id):
+                assert len(followers) == 2
+            return len(followers)
+
+        assert run_with(store, body) == 0
+
+    def test_database_that_comes_back_is_looked_at_again(self, store: JobStore, url: str) -> None:
+        job_id = store.submit(new_job()).id
+        other = open_engine(url)
+
+        def rename(old: str, new: str) -> None:
+            with other.begin() as connection:
+                connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))
+
+        async def body(followers: Followers) -> Standing | None:
+            await asyncio.to_thread(rename, "jobs", "away")
+            with followers.follow(job_id) as follower:
+                assert await follower.news(0.3) is None
+                await asyncio.to_thread(rename, "away", "jobs")
+                return await follower.news(LONG_S)
+
+        assert run_with(store, body) is not None
+        other.dispose()
+
+
+def test_skipped_states_are_made_up_for() -> None:
+    queued = Standing(JobState.QUEUED, 0, 0, 0, 1)
+    late = Standing(JobState.RUNNING, 1, 5, 14, None)
+    again = Standing(JobState.RUNNING, 2, 0, 0, None)
+
+    def names(last: Standing | None, now: Standing) -> list[str]:
+        return [name for name, _ in native_events.events_between(last, now)]
+
+    assert names(None, late) == ["started", "step"]
+    assert names(queued, late) == ["started", "step"]
+    assert names(late, late) == ["step"]
+    assert names(late, again) == ["started"], "another worker has it"
+    assert names(late, queued) == ["queued"]
+    assert names(late, Standing(JobState.FAILED, 1, 5, 14, None)) == []
+
+
+def test_silence_is_filled_with_comments(store: JobStore) -> None:
+    job_id = store.submit(new_job()).id
+
+    async def never() -> JobAnswer:
+        raise AssertionError("the job has not ended")
+
+    async def body(followers: Followers) -> list[bytes]:
+        with followers.follow(job_id) as follower:
+            events = native_events.write_events(follower, never, heartbeat_s=0.05)
+            return [await anext(events) for _ in range(3)]
+
+    first, *rest = run_with(store, body)
+    assert first.startswith(b"event: queued\n")
+    assert [chunk[:1] for chunk in rest] == [b":", b":"]
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[LiveApp]:
+    with running_app(settings_in(tmp_path)) as app:
+        yield app
+
+
+@pytest.fixture
+def live_store(tmp_path: Path) -> Iterator[JobStore]:
+    with store_of(settings_in(tmp_path)) as store:
+        yield store
+
+
+@contextmanager
+def following(app: LiveApp, job_id: int) -> Iterator[Iterator[Event]]:
+    """A job's events, one by one as they come."""
+    path = f"/api/jobs/{job_id}/events"
+    with app.client.stream("GET", path, timeout=LONG_S) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        yield events_of(answer.iter_lines())
+
+
+def events_of(lines: Iterator[str]) -> Iterator[Event]:
+    name = ""
+    for line in lines:
+        key, _, value = line.partition(": ")
+        if key == "event":
+            name = value
+        elif key == "data":
+            yield name, json.loads(value)
+
+
+def create(app: LiveApp) -> int:
+    return int(app.client.post("/api/jobs", json=BODY).json()["id"])
+
+
+class TestStream:
+    def test_whole_life(self, app: LiveApp, live_store: JobStore) -> None:
+        job_id = create(app)
+        with following(app, job_id) as events:
+            assert next(events) == ("queued", {"position": 1})
+            job = claim(live_store, job_id)
+            assert next(events) == ("started", {"attempt": 1})
+            live_store.beat(job, 7, 14)
+            assert next(events) == ("step", {"step": 7, "total_steps": 14})
+            live_store.finish(job, [False, False])
+            name, told = next(events)
+            assert (name, told["state"], len(told["outputs"])) == ("finished", "finished", 2)
+            assert [*events] == [], "the stream ends with the job"
+
+    @pytest.mark.parametrize("state", ["failed", "cancelled"])
+    def test_other_ends(self, state: str, app: LiveApp, live_store: JobStore) -> None:
+        job = claim(live_store, create(app))
+        with following(app, job.id) as events:
+            assert next(events) == ("started", {"attempt": 1})
+            if state == "failed":
+                live_store.fail(job, "No")
+            else:
+                live_store.cancel(job.id)
+            assert [name for name, _ in events] == [state]
+
+    def test_coming_back(self, app: LiveApp, live_store: JobStore) -> None:
+        job = claim(live_store, create(app))
+        live_store.beat(job, 7, 14)
+        with following(app, job.id) as events:
+            assert next(events)[0] == "started"
+            assert next(events) == ("step", {"step": 7, "total_steps": 14})
+        live_store.cancel(job.id)
+        with following(app, job.id) as events:
+            assert [name for name, _ in events] == ["cancelled"]
+        path = f"/api/jobs/{job.id}/events"
+        assert app.client.get(path, headers={"Last-Event-ID": "cancelled"}).status_code == 204
+
+    def test_clients_that_go_away_leave_nothing(self, app: LiveApp, live_store: JobStore) -> None:
+        job_id = create(app)
+        followers: Followers = app.app.state.services.followers
+        head = f"GET /api/jobs/{job_id}/events HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+        clients = [socket.create_connection(("127.0.0.1", app.port), LONG_S) for _ in range(200)]
+        for client in clients:
+            client.sendall(head)
+        for client in clients:
+            received = b""
+            while b"queued" not in received:
+                received += client.recv(4_096)
+        assert len(followers) == 200
+        for client in clients:
+            client.close()
+        with following(app, job_id) as events:
+            assert next(events)[0] == "queued"
+            for _ in range(2_000):  # each a round trip; the server notices on its own loop
+                if len(followers) == 1:
+                    break
+                app.client.get("/healthz")
+            assert len(followers) == 1
+
+    def test_stopping_server_ends_streams(self, app: LiveApp) -> None:
+        with following(app, create(app)) as events:
+            assert next(events)[0] == "queued"
+            app.stop()
+            assert [*events] == []
+
+    def test_unknown_job(self, app: LiveApp) -> None:
+        answer = app.client.get("/api/jobs/999/events")
+        assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")

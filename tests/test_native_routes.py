@@ -1,0 +1,437 @@
+"""The native API behind the real HTTP server, without a worker: the tests do its work."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import update
+
+from server.database import idempotency_keys, open_engine
+from server.failures import Failure
+from server.jobs import MAX_ATTEMPTS, Job, JobStore
+from server.receipts import Model, PictureReceipt, Receipt, RunTimes
+from server.settings import Settings
+from server.storage import Storage
+from tests.http_stub import LiveApp, png_bytes, running_app
+from tests.test_app import post, settings_in, store_of
+
+PICTURE = png_bytes()
+IMAGE = base64.b64encode(PICTURE).decode()
+BODY: dict[str, Any] = {
+    "prompt": "a cat",
+    "init_image": IMAGE,
+    "mask_image": IMAGE,
+    "seed": 5,
+    "samples": 2,
+    "track_id": 7,
+}
+OUTPUT = png_bytes(shade=200)
+RECEIPT = Receipt(
+    model=Model("builtin", "ab" * 32, "cpu", "float32"),
+    versions={"server": "1", "torch": "2", "diffusers": "3"},
+    times=RunTimes(10.0, 20.0, 30.0, 40.0, 50.0),
+    coverage=0.25,
+    box=(0, 0, 32, 32),
+    pictures=(
+        PictureReceipt("cd" * 32, 5, False, 0, 0),
+        PictureReceipt("ef" * 32, 6, True, None, None),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return settings_in(tmp_path_factory.mktemp("data"), auth={"keys": ["one", "two"]})
+
+
+@pytest.fixture(scope="module")
+def app(settings: Settings) -> Iterator[LiveApp]:
+    """A server with two keys."""
+    with running_app(settings) as app:
+        yield app
+
+
+@pytest.fixture
+def client(app: LiveApp) -> Iterator[httpx.Client]:
+    """Of the first key."""
+    with client_of(app, "one") as client:
+        yield client
+
+
+@pytest.fixture
+def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
+    with store_of(settings) as store:
+        yield store
+
+
+def client_of(app: LiveApp, key: str) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=app.client.base_url, headers=headers, trust_env=False, timeout=60)
+
+
+def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
+    answer = client.post("/api/jobs", json=BODY | changes)
+    assert answer.status_code == 202, answer.text
+    job: dict[str, Any] = answer.json()
+    return job
+
+
+def claim(store: JobStore, job_id: int) -> Job:
+    """The job, held by a worker; those before it are held too."""
+    while True:
+        for job in store.claim("test", 10):
+            if job.id == job_id:
+                return job
+
+
+def read(client: httpx.Client, job_id: int) -> dict[str, Any]:
+    answer = client.get(f"/api/jobs/{job_id}")
+    assert answer.status_code == 200, answer.text
+    job: dict[str, Any] = answer.json()
+    return job
+
+
+def problem_of(answer: httpx.Response) -> tuple[int, str]:
+    """Status and code, after a look at the form."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == answer.status_code
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    return answer.status_code, problem["code"]
+
+
+class TestLifeOfAJob:
+    def test_accepted(self, client: httpx.Client, settings: Settings) -> None:
+        answer = client.post("/api/jobs", json=BODY)
+        job = answer.json()
+        assert answer.status_code == 202
+        assert answer.headers["location"] == f"{client.base_url}/api/jobs/{job['id']}"
+        assert (job["state"], job["attempts"], job["error"]) == ("queued", 0, None)
+        assert job["position"] >= 1
+        assert job["eta_s"] > 0
+        assert job["progress"] == {"step": 0, "total_steps": 0}
+        assert (job["outputs"], job["receipt"], job["mask"]) == ([], None, None)
+        assert job["params"]["num_inference_steps"] == 20, "what was left open is told"
+        assert (job["params"]["width"], job["params"]["seed"]) == (64, 5)
+        assert (job["track_id"], job["samples"]) == (7, 2)
+        assert job["timings_ms"]["fetch"] >= 0
+        assert job["timings_ms"]["decode_images"] > 0
+        assert job["timings_ms"]["queued"] is None
+
+    def test_running_with_progress(self, client: httpx.Client, store: JobStore) -> None:
+        job = claim(store, create(client)["id"])
+        store.beat(job, 3, 14)
+        told = read(client, job.id)
+        assert (told["state"], told["position"], told["attempts"]) == ("running", None, 1)
+        assert told["progress"] == {"step": 3, "total_steps": 14}
+        assert told["eta_s"] > 0
+        assert told["timings_ms"]["queued"] >= 0
+
+    def test_finished_with_receipt(
+        self, client: httpx.Client, store: JobStore, settings: Settings
+    ) -> None:
+        job = claim(store, create(client)["id"])
+        for key in job.output_keys:
+            Storage(settings.storage_url).put(key, OUTPUT)
+        store.finish(job, [False, True], RECEIPT)
+        told = read(client, job.id)
+        assert (told["state"], told["position"], told["eta_s"]) == ("finished", None, None)
+        assert told["mask"] == {"coverage": 0.25, "box": [0, 0, 32, 32]}
+        assert told["receipt"] == {
+            "model": {
+                "id": "builtin",
+                "weights_sha256": "ab" * 32,
+                "device": "cpu",
+                "dtype": "float32",
+            },
+            "versions": RECEIPT.versions,
+            "inputs": {
+                "init_image_sha256": hashlib.sha256(PICTURE).hexdigest(),
+                "mask_image_sha256": hashlib.sha256(PICTURE).hexdigest(),
+            },
+        }
+        first, second = told["outputs"]
+        assert (first["sha256"], first["seed"], first["changed_outside"]) == ("cd" * 32, 5, 0)
+        assert (second["is_flagged"], second["seed"], second["changed_outside"]) == (True, 6, None)
+        assert client.get(first["url"]).content == OUTPUT
+        stages = [told["timings_ms"][name] for name in ("prepare", "denoise", "decode")]
+        assert stages == [10.0, 20.0, 30.0]
+        assert told["timings_ms"]["total"] > 0
+
+    def test_failed_and_lost_are_told_apart(self, client: httpx.Client, store: JobStore) -> None:
+        failed = claim(store, create(client)["id"])
+        store.fail(failed, Failure.OUT_OF_MEMORY.sentence)
+        assert read(client, failed.id)["error"]["code"] == "out_of_memory"
+        lost = create(client)["id"]
+        for _ in range(MAX_ATTEMPTS):
+            claim(store, lost)
+            store.requeue_of("test")
+        told = read(client, lost)
+        assert (told["state"], told["attempts"]) == ("failed", MAX_ATTEMPTS)
+        assert told["error"] == {
+            "code": "worker_lost",
+            "message": "The worker was lost too often while making this picture",
+        }
+
+    def test_job_of_the_vendors_path_is_told_too(
+        self, client: httpx.Client, store: JobStore
+    ) -> None:
+        fields = {key: BODY[key] for key in ("prompt", "init_image", "mask_image")}
+        job_id = post(client, "inpaint", **fields)["id"]
+        store.finish(claim(store, job_id), [False])
+        told = read(client, job_id)
+        assert (told["state"], told["receipt"], len(told["outputs"])) == ("finished", None, 1)
+
+    def test_only_masked_keeps_the_pictures_size(
+        self, client: httpx.Client, settings: Settings, store: JobStore
+    ) -> None:
+        image = base64.b64encode(png_bytes(1_203, 77)).decode()
+        job_id = create(client, init_image=image, only_masked=True)["id"]
+        job = store.get(job_id)
+        assert job is not None
+        assert (job.params.width, job.params.height) == (512, 512)
+        stored = Storage(settings.storage_url).get(job.input_key)
+        assert stored is not None
+        assert len(stored) > 1_203 * 77 * 4
+
+
+class TestList:
+    def test_pages_of_ones_own_jobs(self, app: LiveApp, store: JobStore) -> None:
+        with client_of(app, "one") as one, client_of(app, "two") as two:
+            mine = [create(two)["id"] for _ in range(5)]
+            create(one)
+            first = two.get("/api/jobs", params={"limit": 2}).json()
+            assert [job["id"] for job in first["jobs"]] == mine[:2:-1]
+            rest = two.get("/api/jobs", params={"limit": 5, "before": first["next_before"]}).json()
+            assert [job["id"] for job in rest["jobs"]] == mine[2::-1]
+            assert rest["next_before"] is None
+            store.cancel(mine[1])
+            some = two.get("/api/jobs", params={"state": "cancelled"}).json()["jobs"]
+            assert [(job["id"], job["state"]) for job in some] == [(mine[1], "cancelled")]
+
+    @pytest.mark.parametrize(
+        ("name", "value", "code"),
+        [
+            ("state", "lost", "not_a_choice"),
+            ("limit", "0", "out_of_range"),
+            ("limit", "101", "out_of_range"),
+            ("limit", "x", "wrong_type"),
+            ("before", "-1", "out_of_range"),
+        ],
+    )
+    def test_query_at_fault(self, name: str, value: str, code: str, client: httpx.Client) -> None:
+        answer = client.get("/api/jobs", params={name: value})
+        assert problem_of(answer) == (422, "invalid_fields")
+        assert [(each["field"], each["code"]) for each in answer.json()["errors"]] == [(name, code)]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("job_id", ["999999", "0", "x", "-1", "1.5", "9" * 30, "%00", "١"])
+    def test_unknown_job(self, job_id: str, client: httpx.Client) -> None:
+        assert problem_of(client.get(f"/api/jobs/{job_id}")) == (404, "job_not_found")
+        cancel = client.post(f"/api/jobs/{job_id}/cancel")
+        assert problem_of(cancel) == (404, "job_not_found")
+
+    def test_somebody_elses_job_is_unknown(self, client: httpx.Client, app: LiveApp) -> None:
+        job_id = create(client)["id"]
+        with client_of(app, "two") as other:
+            for answer in (
+                other.get(f"/api/jobs/{job_id}"),
+                other.post(f"/api/jobs/{job_id}/cancel"),
+                other.get(f"/api/jobs/{job_id}/deliveries"),
+                other.post(f"/api/jobs/{job_id}/deliveries/redeliver"),
+            ):
+                assert problem_of(answer) == (404, "job_not_found")
+        assert read(client, job_id)["state"] == "queued"
+
+    @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer x"}, {"X-API-Key": "x"}])
+    def test_key(self, headers: dict[str, str], app: LiveApp) -> None:
+        for path in ("/api/jobs", "/api/jobs/1", "/api/deliveries"):
+            answer = app.client.get(path, headers=headers)
+            assert problem_of(answer) == (401, "invalid_api_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        answer = app.client.post("/api/jobs", json=BODY | {"key": "one"}, headers=headers)
+        assert problem_of(answer) == (401, "invalid_api_key")
+
+    def test_key_in_its_own_header(self, app: LiveApp) -> None:
+        assert app.client.get("/api/jobs", headers={"X-API-Key": "one"}).status_code == 200
+
+    def test_fields(self, client: httpx.Client) -> None:
+        answer = client.post("/api/jobs", json={"prompt": 1, "init_image": "x", "extra": 1})
+        assert problem_of(answer) == (422, "invalid_fields")
+        assert answer.json()["errors"] == [
+            {"field": "prompt", "code": "wrong_type", "message": "has the wrong JSON type"},
+            {"field": "mask_image", "code": "required", "message": "is required"},
+            {"field": "extra", "code": "unknown_field", "message": "is no field of this call"},
+        ]
+
+    @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"a":1}' * 30_000])
+    def test_body(self, content: str, client: httpx.Client) -> None:
+        assert problem_of(client.post("/api/jobs", content=content)) == (400, "invalid_body")
+
+    def test_image(self, client: httpx.Client) -> None:
+        for image, code in (("http://127.0.0.1:1/a.png", "not_allowed"), ("AAAA", "not_an_image")):
+            changes = {"init_image": image, "mask_image": image}
+            answer = client.post("/api/jobs", json=BODY | changes)
+            assert problem_of(answer) == (422, "image_unavailable")
+            fields = [(each["field"], each["code"]) for each in answer.json()["errors"]]
+            assert fields == [("init_image", code), ("mask_image", code)]
+
+    def test_path_and_method(self, client: httpx.Client) -> None:
+        assert problem_of(client.get("/api/jobs/1/nothing")) == (404, "not_found")
+        answer = client.put("/api/jobs")
+        assert problem_of(answer) == (405, "method_not_allowed")
+        assert answer.headers["allow"]
+
+    def test_size_and_full_queue(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, max_body_bytes=1_000, queue={"max_waiting": 0})
+        with running_app(settings) as app:
+            answer = app.client.post("/api/jobs", content=b"x" * 1_001)
+            assert problem_of(answer) == (413, "body_too_large")
+            small = {"prompt": "", "init_image": "AAAA", "mask_image": "AAAA"}
+            answer = app.client.post("/api/jobs", json=small)
+            assert problem_of(answer) == (429, "queue_full")
+            assert answer.headers["retry-after"] == "30"
+            assert answer.json()["retry_after_s"] == 30
+
+    def test_our_own_faults_tell_nothing(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path)
+        with running_app(settings) as app:
+            job_id = app.client.post("/api/jobs", json=BODY).json()["id"]
+            engine = open_engine(settings.sqlalchemy_url)
+            with engine.begin() as connection:
+                connection.exec_driver_sql("ALTER TABLE jobs RENAME TO canary")
+            engine.dispose()
+            answer = app.client.get(f"/api/jobs/{job_id}")
+            assert problem_of(answer) == (503, "storage_unavailable")
+            assert "canary" not in answer.text
+
+
+class TestIdempotency:
+    def test_replay(self, client: httpx.Client, store: JobStore) -> None:
+        headers = {"Idempotency-Key": "replay"}
+        body = {name: value for name, value in BODY.items() if name != "seed"}
+        first = client.post("/api/jobs", json=body, headers=headers)
+        assert first.status_code == 202
+        assert "idempotency-replayed" not in first.headers
+        again = client.post("/api/jobs", content=json.dumps(body, indent=1), headers=headers)
+        assert (again.status_code, again.headers["idempotency-replayed"]) == (200, "true")
+        assert again.headers["location"] == first.headers["location"]
+        assert again.json()["params"] == first.json()["params"], "the seed that was drawn too"
+        store.cancel(first.json()["id"])
+        third = client.post("/api/jobs", json=body, headers=headers)
+        assert (third.status_code, third.json()["state"]) == (200, "cancelled")
+
+    def test_other_body(self, client: httpx.Client) -> None:
+        headers = {"Idempotency-Key": "other-body"}
+        client.post("/api/jobs", json=BODY, headers=headers)
+        answer = client.post("/api/jobs", json=BODY | {"seed": 6}, headers=headers)
+        assert problem_of(answer) == (422, "idempotency_key_reused")
+
+    def test_keys_of_two_owners_are_apart(self, client: httpx.Client, app: LiveApp) -> None:
+        headers = {"Idempotency-Key": "shared"}
+        mine = client.post("/api/jobs", json=BODY, headers=headers).json()
+        with client_of(app, "two") as other:
+            theirs = other.post("/api/jobs", json=BODY | {"seed": 9}, headers=headers)
+        assert theirs.status_code == 202
+        assert theirs.json()["id"] != mine["id"]
+
+    def test_bad_key(self, client: httpx.Client) -> None:
+        answer = client.post("/api/jobs", json=BODY, headers={"Idempotency-Key": "two words"})
+        assert problem_of(answer) == (422, "invalid_fields")
+        assert answer.json()["errors"][0]["field"] == "Idempotency-Key"
+
+    def test_forgotten_after_a_day(self, client: httpx.Client, settings: Settings) -> None:
+        headers = {"Idempotency-Key": "old"}
+        first = client.post("/api/jobs", json=BODY, headers=headers).json()
+        engine = open_engine(settings.sqlalchemy_url)
+        with engine.begin() as connection:
+            created_at = idempotency_keys.c.created_at
+            connection.execute(update(idempotency_keys).values(created_at=created_at - 86_401))
+        engine.dispose()
+        second = client.post("/api/jobs", json=BODY | {"seed": 9}, headers=headers)
+        assert second.status_code == 202
+        assert second.json()["id"] != first["id"]
+
+    def test_replay_passes_a_full_queue(self, tmp_path: Path) -> None:
+        with running_app(settings_in(tmp_path, queue={"max_waiting": 1})) as app:
+            headers = {"Idempotency-Key": "full"}
+            first = app.client.post("/api/jobs", json=BODY, headers=headers)
+            again = app.client.post("/api/jobs", json=BODY, headers=headers)
+            assert (first.status_code, again.status_code) == (202, 200)
+
+    def test_refused_request_leaves_its_key_free(self, client: httpx.Client) -> None:
+        headers = {"Idempotency-Key": "refused"}
+        refused = client.post("/api/jobs", json=BODY | {"mask_image": "AAAA"}, headers=headers)
+        assert refused.status_code == 422
+        assert client.post("/api/jobs", json=BODY, headers=headers).status_code == 202
+
+    def test_hundred_at_once_are_one_job(
+        self, client: httpx.Client, app: LiveApp, settings: Settings
+    ) -> None:
+        ready = threading.Barrier(20)
+
+        def send(_index: int) -> list[tuple[int, int]]:
+            with client_of(app, "one") as own:
+                ready.wait(30)
+                answers = [
+                    own.post("/api/jobs", json=BODY, headers={"Idempotency-Key": "hundred"})
+                    for _ in range(5)
+                ]
+            return [(each.status_code, each.json()["id"]) for each in answers]
+
+        inputs = Path(settings.data_dir, "files", "inputs")
+        before = len([*inputs.iterdir()])
+        with ThreadPoolExecutor(20) as threads:
+            answers = [each for some in threads.map(send, range(20)) for each in some]
+        assert len({job_id for _, job_id in answers}) == 1
+        assert sorted(status for status, _ in answers) == [200] * 99 + [202]
+        assert len([*inputs.iterdir()]) == before + 1, "the others' inputs are gone"
+
+
+class TestCancel:
+    def test_queued_and_running_and_again(self, client: httpx.Client, store: JobStore) -> None:
+        queued = create(client)["id"]
+        running = claim(store, create(client)["id"])
+        for job_id in (queued, running.id):
+            for _ in range(2):
+                answer = client.post(f"/api/jobs/{job_id}/cancel")
+                assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
+        assert store.beat_all([(running, 1, 2)]) == [running], "its worker is told"
+
+    def test_input_is_dropped(
+        self, client: httpx.Client, store: JobStore, settings: Settings
+    ) -> None:
+        job_id = create(client)["id"]
+        client.post(f"/api/jobs/{job_id}/cancel")
+        job = store.get(job_id)
+        assert job is not None
+        assert Storage(settings.storage_url).get(job.input_key) is None
+
+    def test_ended_job(self, client: httpx.Client, store: JobStore) -> None:
+        job = claim(store, create(client)["id"])
+        store.finish(job, [False, False])
+        assert problem_of(client.post(f"/api/jobs/{job.id}/cancel")) == (409, "job_ended")
+        assert read(client, job.id)["state"] == "finished"
+
+
+def test_description_names_every_answer(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    declared = {
+        (path, method): {*call["responses"]}
+        for path, methods in paths.items()
+        if path.startswith(("/api/jobs", "/api/deliveries", "/api/webhooks"))
+        for method, call in methods.items()
+    }
+    always = {"401", "429", "500", "503", "default"}
+    assert declared[("/api/jobs", "post")] == {"200", "202", "400", "413", "422"} | always
+    assert declared[("/api/jobs", "get")] == {"200", "422"} | always
+    assert declared[("/api/jobs/{job_id}", "get")] == {"200", "404"} | always
+    assert declared[("/api/jobs/{job_id}/cancel", "post")] == {"200", "404", "409"} | always
