@@ -50,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         sender = asyncio.create_task(WebhookSender(settings.webhook, deliveries, store).run())
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
         with Waiters(store) as waiters, sandbox:
+            sandbox.warm()
             app.state.services = Services(
                 settings=settings,
                 keys=KeyRing(settings.auth.keys),
