@@ -57,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         sender = asyncio.create_task(webhooks.run())
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
         with Waiters(store) as waiters, Followers(store) as followers, sandbox:
+            sandbox.warm()
             app.state.services = Services(
                 settings=settings,
                 keys=KeyRing(settings.auth.keys),

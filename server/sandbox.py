@@ -37,6 +37,9 @@ WALL_S = 10
 """A picture may take so long, in real time and in processor time, before its child is killed."""
 
 START_TIMEOUT_S = 60.0
+EXIT_TIMEOUT_S = 1.0
+"""From a closed pipe, or from nonsense, to SIGKILL."""
+
 PICTURES_PER_CHILD = 10_000
 """Then a fresh child takes over, so that whatever leaks cannot grow."""
 
@@ -90,6 +93,10 @@ class DecodedPair:
 
 class DecoderEnded(Exception):
     """The child is gone, or says what it cannot mean."""
+
+
+class ChildKilled(Exception):
+    """By SIGKILL, and not by us."""
 
 
 class Decoder:
@@ -146,17 +153,15 @@ class Decoder:
         """
         if len(content) > self._limits.max_bytes:
             return ImageProblem.TOO_LARGE
-        self._make_ready()
-        until = time.monotonic() + self._wall_s
         try:
-            self._send(write_request(kind, len(content), wanted) + content, until)
-            return self._read_reply(kind, wanted, until)
-        except (DecoderEnded, TimeoutError) as error:
-            return self._bury(is_late=isinstance(error, TimeoutError))
-        finally:
-            self._pictures += 1
-            if self._pictures >= self._pictures_per_child:
-                self._end()
+            return self._ask(kind, content, wanted)
+        except ChildKilled:
+            # By somebody else, who cannot be told from a picture that takes the host's last memory.
+            # Asked again, the first one succeeds and the second one is refused.
+            try:
+                return self._ask(kind, content, wanted)
+            except ChildKilled:
+                return ImageProblem.DAMAGED
 
     def start(self) -> None:
         """Start the child, unless there is one; it gets ready by itself."""
@@ -193,6 +198,19 @@ class Decoder:
         self._is_stopped = True
         self._end()
 
+    def _ask(self, kind: Kind, content: bytes, wanted: Wanted) -> NDArray[np.uint8] | ImageProblem:
+        self._make_ready()
+        until = time.monotonic() + self._wall_s
+        try:
+            self._send(write_request(kind, len(content), wanted) + content, until)
+            return self._read_reply(kind, wanted, until)
+        except (DecoderEnded, TimeoutError) as error:
+            return self._bury(is_late=isinstance(error, TimeoutError))
+        finally:
+            self._pictures += 1
+            if self._pictures >= self._pictures_per_child:
+                self._end()
+
     def _make_ready(self) -> None:
         self.start()
         if self._is_ready:
@@ -219,23 +237,28 @@ class Decoder:
         return np.frombuffer(pixels, np.uint8).reshape(shape)
 
     def _bury(self, *, is_late: bool) -> ImageProblem:
-        """The picture's problem, once its child has failed."""
-        exit_code = self._end()
+        """The picture's problem, once its child has failed. Raises: ChildKilled."""
+        exit_code = self._end(may_finish=not is_late)
         if self._is_stopped:
             raise ApiError
         is_late = is_late or exit_code == -signal.SIGXCPU
         logger.warning("picture decoder ended", exit_code=exit_code, is_late=is_late)
+        if exit_code == -signal.SIGKILL and not is_late:
+            raise ChildKilled
         return ImageProblem.TOO_SLOW if is_late else ImageProblem.DAMAGED
 
-    def _end(self) -> int | None:
-        """The child's exit status, or that of being killed; None where there was none."""
+    def _end(self, *, may_finish: bool = False) -> int | None:
+        """The child's exit status, or that of being killed; None where there was none.
+
+        may_finish: a child that is about to end by itself is let, for its status tells why.
+        """
         process, self._process = self._process, None
         self._is_ready, self._pictures = False, 0
         if process is None:
             return None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            # One that has closed its pipe is about to end by itself, and its status tells why.
-            process.wait(0 if process.poll() is None else None)
+        if may_finish:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(EXIT_TIMEOUT_S)
         process.kill()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
@@ -331,7 +354,7 @@ class Sandbox:
             self._waiting_bytes -= size
 
     def warm(self) -> None:
-        """Start a child in the background, for the first request to meet."""
+        """Start a child in the background for the first request; others start when it is busy."""
         self._threads.submit(self._start)
 
     def __enter__(self) -> "Sandbox":

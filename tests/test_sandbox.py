@@ -294,6 +294,7 @@ def failing(*statements: str, wall_s: float = 30) -> Decoder:
         ("os.kill(os.getpid(), signal.SIGSEGV)", ImageProblem.DAMAGED),
         ("os.kill(os.getpid(), signal.SIGXCPU)", ImageProblem.TOO_SLOW),
         ("os._exit(0)", ImageProblem.DAMAGED),
+        ("os.kill(os.getpid(), signal.SIGABRT)", ImageProblem.DAMAGED),
         ("raise ValueError('<BytesIO at 0x7f>')", ImageProblem.DAMAGED),
         ("os.write(1, b'\\x63' * 5)", ImageProblem.DAMAGED),
         ("os.write(1, b'\\0' * 5)", ImageProblem.DAMAGED),
@@ -301,7 +302,18 @@ def failing(*statements: str, wall_s: float = 30) -> Decoder:
         ("os.write(1, b'\\0' + b'\\x41\\0' * 2)", ImageProblem.DAMAGED),
         ("os.write(1, b'\\0' + b'\\x40\\0' * 2 + bytes(9)); os._exit(0)", ImageProblem.DAMAGED),
     ],
-    ids=["crash", "cpu", "exit", "exception", "outcome", "empty", "huge", "unfitted", "short"],
+    ids=[
+        "crash",
+        "cpu",
+        "exit",
+        "abort",
+        "exception",
+        "outcome",
+        "empty",
+        "huge",
+        "unfitted",
+        "short",
+    ],
 )
 def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProblem) -> None:
     decoder = failing(statement)
@@ -312,6 +324,13 @@ def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProbl
         assert decoder.starts == 2
     finally:
         decoder.close()
+
+
+def test_picture_whose_child_is_killed_is_tried_twice() -> None:
+    decoder = failing("os.kill(os.getpid(), signal.SIGKILL)")
+    assert decoder.decode(Kind.INIT_IMAGE, png_bytes()) is ImageProblem.DAMAGED
+    assert decoder.starts == 2
+    decoder.close()
 
 
 @pytest.mark.parametrize("statement", ["signal.pause()", "os.kill(os.getpid(), signal.SIGSTOP)"])
@@ -351,7 +370,6 @@ def test_child_killed_between_pictures_is_replaced_unnoticed(decoder: Decoder) -
         decoder.decode_pair(images_of((64, 64)))
         assert decoder.pid is not None
         os.kill(decoder.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, decoder.pid, os.WEXITED | os.WNOWAIT)
     decoder.decode_pair(images_of((64, 64)))
 
 
