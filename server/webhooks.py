@@ -55,6 +55,7 @@ class WebhookSender:
         self._calls: Counter[str] = Counter()
         self._threads = anyio.CapacityLimiter(4)
         self._door = door or Door()
+        self._is_own_door = door is None
         self._policy = AddressPolicy(
             settings.allow_cidrs,
             settings.allow_hosts,
@@ -71,7 +72,8 @@ class WebhookSender:
                         tasks.create_task(self._deliver(delivery))
                     await asyncio.sleep(POLL_S)
         finally:
-            await self._door.aclose()
+            if self._is_own_door:
+                await self._door.aclose()
 
     async def _claim(self) -> list[Delivery]:
         places = self._settings.max_concurrent - self._calls.total()
