@@ -74,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         sender.cancel()
         await asyncio.wait([sender])
-        await fetcher.aclose()
+        await door.aclose()
         engine.dispose()
 
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.

@@ -54,16 +54,22 @@ ANYBODY = Caller()
 
 
 class Fetcher:
-    """Downloads images."""
+    """Downloads images.
+
+    door: shared with others, and closed by whoever opened it; without one the fetcher has its own.
+    """
 
     def __init__(self, settings: FetchSettings, door: Door | None = None) -> None:
         self._settings = settings
         self._door = door or Door()
+        self._is_own_door = door is None
         self._slots = Slots(settings.max_concurrent, settings.max_concurrent_per_key)
         self._pictures = Pictures(settings.cache_bytes)
 
     async def aclose(self) -> None:
-        await self._door.aclose()
+        """Close the door if it is the fetcher's own."""
+        if self._is_own_door:
+            await self._door.aclose()
 
     async def get(self, url: str, caller: Caller = ANYBODY) -> bytes:
         """The body behind a URL. Raises: FetchFailed."""

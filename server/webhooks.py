@@ -67,6 +67,7 @@ class WebhookSender:
         self._probes: set[str] = set()
         self._threads = anyio.CapacityLimiter(4)
         self._door = door or Door()
+        self._is_own_door = door is None
         self._policy = AddressPolicy(
             settings.allow_cidrs,
             settings.allow_hosts,
@@ -83,7 +84,8 @@ class WebhookSender:
                         tasks.create_task(self._deliver(delivery))
                     await asyncio.sleep(POLL_S)
         finally:
-            await self._door.aclose()
+            if self._is_own_door:
+                await self._door.aclose()
 
     @property
     def held_hosts(self) -> list[str]:

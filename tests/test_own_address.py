@@ -98,7 +98,7 @@ def test_own_address_is_not_dialled_whatever_is_allowed(allowed: dict[str, str])
             fetcher = Fetcher(FetchSettings.model_validate(allowed), door)
             with pytest.raises(FetchFailed) as failed:
                 await fetcher.get(f"http://localhost:{stub.port}/")
-            await fetcher.aclose()
+            await door.aclose()
             return stub.connections, type(failed.value.__cause__)
 
     assert asyncio.run(run()) == (0, Refused)

@@ -162,6 +162,9 @@ def test_settings_cannot_be_changed() -> None:
         ("AUTH__ALLOW_ANONYMOUS", "true", True),
         ("FETCH__ALLOW_CIDRS", "127.0.0.0/8", (ip_network("127.0.0.0/8"),)),
         ("FETCH__ALLOW_HOSTS", "nas.local,nas", ("nas.local", "nas")),
+        ("FETCH__ALLOW_PORTS", "8080,8443", (8080, 8443)),
+        ("WEBHOOK__ALLOW_PORTS", "8080", (8080,)),
+        ("EGRESS__NAT64_PREFIXES", "64:ff9b::/96", (ip_network("64:ff9b::/96"),)),
         ("STORAGE__URL", "s3://bucket/prefix", "s3://bucket/prefix"),
     ],
 )
@@ -175,12 +178,26 @@ def test_operators_name(name: str, text: str, value: object, environment: Enviro
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("PORT", "70000"), ("HOLD_S", "-1"), ("STEPS_POLICY", "most"), ("FETCH__ALLOW_CIDRS", "10/8")],
+    [
+        *[("PORT", "70000"), ("HOLD_S", "-1"), ("STEPS_POLICY", "most")],
+        *[
+            ("FETCH__ALLOW_CIDRS", "10/8"),
+            ("FETCH__ALLOW_PORTS", "0"),
+            ("FETCH__CACHE_BYTES", "-1"),
+        ],
+        *[("EGRESS__NAT64_PREFIXES", text) for text in ("64:ff9b::/97", "10.0.0.0/8")],
+        *[("EGRESS__PROXY", text) for text in ("socks5://p:1", "https://p", "http://", "p:3128")],
+    ],
 )
 def test_wrong_value_is_refused(name: str, text: str, environment: Environment) -> None:
     environment(**{name: text})
     with pytest.raises(ValidationError, match=re.escape(name.lower().replace("__", "."))):
         load_settings()
+
+
+def test_password_of_the_proxy_is_not_shown(environment: Environment) -> None:
+    environment(EGRESS__PROXY="http://me:canary@proxy.example:3128")
+    assert "canary" not in repr(load_settings())
 
 
 def test_database_and_files_lie_in_the_data_folder(tmp_path: Path) -> None:
