@@ -46,6 +46,63 @@ NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
 
 
+class WebhookCaller:
+    """Makes the calls, signed and through the address policy. Use as an async context manager."""
+
+    def __init__(self, settings: WebhookSettings) -> None:
+        self._settings = settings
+        policy = AddressPolicy(settings.allow_cidrs, settings.allow_hosts)
+        self._client = open_client(policy, settings.max_concurrent, settings.timeout_s)
+
+    async def __aenter__(self) -> "WebhookCaller":
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self._client.aclose()
+
+    async def ping(self, url: str) -> tuple[str, Attempt]:
+        """A test event to any address that a webhook may have: its id, and how it went."""
+        message_id = f"msg_{uuid.uuid4().hex}"
+        return message_id, await self.send(url, message_id, {"type": "ping"})
+
+    async def send(self, url: str, message_id: str, values: dict[str, Any]) -> Attempt:
+        """One signed POST, and how it went. values: the body, as JSON."""
+        started_at, started = time.time(), time.perf_counter()
+        status, retry_after_s, outcome = None, None, "answered"
+        try:
+            body = json.dumps(values).encode()
+            headers = sign(message_id, int(started_at), body, self._settings.secret)
+            async with asyncio.timeout(self._settings.timeout_s):
+                status, retry_after_s = await self._post(url, body, headers)
+        except REFUSALS:
+            outcome = NOT_ALLOWED
+        except NETWORK_ERRORS as error:
+            outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
+        duration_s = time.perf_counter() - started
+        return Attempt(started_at, duration_s, status, outcome, retry_after_s)
+
+    async def _post(
+        self, url: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, float | None]:
+        """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
+        request = self._client.build_request(
+            "POST",
+            checked_url(url),
+            content=body,
+            headers={"Content-Type": "application/json", **headers},
+        )
+        response = await self._client.send(request, stream=True)
+        try:
+            read = 0
+            async for chunk in response.aiter_raw():
+                read += len(chunk)
+                if read > MAX_REPLY_BYTES:
+                    break
+            return response.status_code, to_seconds(response.headers.get("retry-after", ""))
+        finally:
+            await response.aclose()
+
+
 class WebhookSender:
     """Sends what is due; run `run` as a task beside the server."""
 
@@ -53,40 +110,30 @@ class WebhookSender:
         self, settings: WebhookSettings, deliveries: DeliveryStore, jobs: JobStore
     ) -> None:
         self._settings = settings
+        self._caller = WebhookCaller(settings)
         self._deliveries = deliveries
         self._jobs = jobs
         self._calls: Counter[str] = Counter()
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
         self._threads = anyio.CapacityLimiter(4)
-        policy = AddressPolicy(settings.allow_cidrs, settings.allow_hosts)
-        self._client = open_client(policy, settings.max_concurrent, settings.timeout_s)
 
     async def run(self) -> None:
         """Until cancelled. Calls under way then are tried again after the next start."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                while True:
-                    for delivery in await self._claim():
-                        tasks.create_task(self._deliver(delivery))
-                    await asyncio.sleep(POLL_S)
-        finally:
-            await self._client.aclose()
+        async with self._caller, asyncio.TaskGroup() as tasks:
+            while True:
+                for delivery in await self._claim():
+                    tasks.create_task(self._deliver(delivery))
+                await asyncio.sleep(POLL_S)
+
+    async def ping(self, url: str) -> tuple[str, Attempt]:
+        """As `WebhookCaller.ping`, beside the calls that are due."""
+        return await self._caller.ping(url)
 
     @property
     def held_hosts(self) -> list[str]:
         """Hosts that always fail and are spared for now."""
         return self._circuits.held
-
-    async def ping(self, url: str) -> tuple[str, Attempt]:
-        """A signed test event to any address that a webhook may have: its id, and how it went."""
-        message_id = f"msg_{uuid.uuid4().hex}"
-        body = {"type": "ping", "sent_at": round(time.time(), 3)}
-        return message_id, await self._send(url, message_id, body)
-
-    async def aclose(self) -> None:
-        """For a sender that only pings; `run` does it itself."""
-        await self._client.aclose()
 
     async def _claim(self) -> list[Delivery]:
         places = self._settings.max_concurrent - self._calls.total()
@@ -154,44 +201,7 @@ class WebhookSender:
     async def _call(self, delivery: Delivery) -> Attempt:
         job = await self._in_thread(self._jobs.get, delivery.job_id)
         body = write_body(job) if job else {}
-        return await self._send(delivery.url, delivery.id, body)
-
-    async def _send(self, url: str, message_id: str, values: dict[str, Any]) -> Attempt:
-        """One signed POST. values: the body, as JSON."""
-        started_at, started = time.time(), time.perf_counter()
-        status, retry_after_s, outcome = None, None, "answered"
-        try:
-            body = json.dumps(values).encode()
-            headers = sign(message_id, int(started_at), body, self._settings.secret)
-            async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(url, body, headers)
-        except REFUSALS:
-            outcome = NOT_ALLOWED
-        except NETWORK_ERRORS as error:
-            outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
-        duration_s = time.perf_counter() - started
-        return Attempt(started_at, duration_s, status, outcome, retry_after_s)
-
-    async def _post(
-        self, url: str, body: bytes, headers: dict[str, str]
-    ) -> tuple[int, float | None]:
-        """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
-        request = self._client.build_request(
-            "POST",
-            checked_url(url),
-            content=body,
-            headers={"Content-Type": "application/json", **headers},
-        )
-        response = await self._client.send(request, stream=True)
-        try:
-            read = 0
-            async for chunk in response.aiter_raw():
-                read += len(chunk)
-                if read > MAX_REPLY_BYTES:
-                    break
-            return response.status_code, to_seconds(response.headers.get("retry-after", ""))
-        finally:
-            await response.aclose()
+        return await self._caller.send(delivery.url, delivery.id, body)
 
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = functools.partial(function, *args, **kwargs)

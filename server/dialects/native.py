@@ -142,7 +142,7 @@ def plain(name: str, text: str, **more: Any) -> Any:
 
 # In place, as a description of a body outside of FastAPI's own has nowhere to refer to.
 Scheduler = Annotated[SchedulerName, WithJsonSchema({"type": "string", "enum": [*SchedulerName]})]
-WebAddress = Annotated[str, AfterValidator(web_address)]
+WebAddress = Annotated[str, Field(max_length=MAX_URL_CHARS), AfterValidator(web_address)]
 TrackText = Annotated[str, Field(max_length=MAX_TRACK_ID_CHARS)]
 
 
@@ -191,7 +191,7 @@ class JobRequest(BaseModel):
     only_masked_padding: int = ranged("only_masked_padding", "Pixels around it that it sees too")
     mask_blur: int = ranged("mask_blur", "Pixels of the Gaussian that softens the mask's edge")
     match_colours: bool = plain("match_colours", "Shift new colours towards the kept ones around")
-    webhook: Annotated[WebAddress, Field(max_length=MAX_URL_CHARS)] | None = Field(
+    webhook: WebAddress | None = Field(
         default=None, description="URL that is called when the job has ended"
     )
     track_id: TrackText | int | float | bool | None = Field(
@@ -210,7 +210,7 @@ class PingRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
-    url: Annotated[WebAddress, Field(max_length=MAX_URL_CHARS)]
+    url: WebAddress
 
 
 PARAMETERS = DEFAULTS.keys() & JobRequest.model_fields.keys() - {"width", "height", "seed"}
