@@ -141,8 +141,19 @@ def plain(name: str, text: str, **more: Any) -> Any:
 
 
 # In place, as a description of a body outside of FastAPI's own has nowhere to refer to.
-Scheduler = Annotated[SchedulerName, WithJsonSchema({"type": "string", "enum": [*SchedulerName]})]
-WebAddress = Annotated[str, Field(max_length=MAX_URL_CHARS), AfterValidator(web_address)]
+Scheduler = Annotated[
+    SchedulerName,
+    Field(strict=False),
+    WithJsonSchema({"type": "string", "enum": [str(name) for name in SchedulerName]}),
+]
+WebAddress = Annotated[
+    str,
+    Field(
+        max_length=MAX_URL_CHARS,
+        json_schema_extra={"format": "uri", "pattern": "^https?://[A-Za-z0-9]"},
+    ),
+    AfterValidator(web_address),
+]
 TrackText = Annotated[str, Field(max_length=MAX_TRACK_ID_CHARS)]
 
 
@@ -177,9 +188,7 @@ class JobRequest(BaseModel):
     seed: int | None = Field(
         default=None, ge=0, le=SEED_MODULUS - 1, description="Random where null, and told"
     )
-    scheduler: Scheduler | None = plain(
-        "scheduler", "Noise scheduler; the model's own where null", strict=False
-    )
+    scheduler: Scheduler | None = plain("scheduler", "Noise scheduler; the model's own where null")
     clip_skip: int = ranged("clip_skip", "Last layers of the text encoder to skip")
     safety_check: bool = plain("safety_check", "Replace flagged pictures by blank ones")
     invert_mask: bool = plain("invert_mask", "Black is repainted, white is kept")
