@@ -1,4 +1,4 @@
-"""The command line: `inpaint-server serve | worker | demo | migrate | models`.
+"""The command line: `inpaint-server serve | worker | demo | migrate | models | webhooks`.
 
 Imports stand inside each command, so that `--help` is quick and the API process has no torch.
 """
@@ -71,6 +71,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     each = commands.add_parser("models", parents=[shared], help="list the models of models.toml")
     each.set_defaults(run=models)
+
+    each = commands.add_parser("webhooks", help="look after webhook calls")
+    actions = each.add_subparsers(required=True, metavar="ACTION")
+    each = actions.add_parser("list", parents=[shared], help="list calls, dead ones by default")
+    each.add_argument(
+        "--state", choices=("pending", "delivered", "dead", "all"), default="dead", help="(dead)"
+    )
+    each.add_argument("--limit", type=int, default=100, metavar="N", help="newest N (100)")
+    each.set_defaults(run=list_webhooks)
+    each = actions.add_parser("redeliver", parents=[shared], help="make calls again, same ids")
+    each.add_argument("job_ids", type=int, nargs="+", metavar="JOB", help="ids of their jobs")
+    each.set_defaults(run=redeliver_webhooks)
+    each = actions.add_parser("ping", parents=[shared], help="send a signed test event")
+    each.add_argument("url", metavar="URL")
+    each.set_defaults(run=ping_webhook)
     return parser.parse_args(arguments)
 
 
@@ -160,6 +175,53 @@ def models(options: argparse.Namespace) -> int:
     for spec in read_catalog(settings_of(options).models_file).values():
         print(f"{spec.id}\t{spec.source}")  # noqa: T201 - the command's output
     return 0
+
+
+def list_webhooks(options: argparse.Namespace) -> int:
+    """Print a line per call: job, state, tries, last outcome, address."""
+    from server.database import open_engine
+    from server.deliveries import DeliveryState, DeliveryStore
+
+    store = DeliveryStore(open_engine(settings_of(options).sqlalchemy_url))
+    state = None if options.state == "all" else DeliveryState(options.state)
+    for each in store.list_of(None, state=state, limit=options.limit):
+        last = each.attempts[-1][1] if each.attempts else None
+        outcome = "not tried" if last is None else f"{last.status or ''} {last.outcome}".strip()
+        print(each.job_id, each.state, len(each.attempts), outcome, each.url, sep="\t")  # noqa: T201
+    return 0
+
+
+def redeliver_webhooks(options: argparse.Namespace) -> int:
+    """Mark calls as due; a running server makes them within a second. 1 where a job has none."""
+    from server.database import open_engine
+    from server.deliveries import DeliveryStore
+
+    store = DeliveryStore(open_engine(settings_of(options).sqlalchemy_url))
+    without = [job_id for job_id in options.job_ids if not store.redeliver(job_id)]
+    for job_id in without:
+        print(f"error: job {job_id} has no webhook call", file=sys.stderr)  # noqa: T201
+    return 1 if without else 0
+
+
+def ping_webhook(options: argparse.Namespace) -> int:
+    """Send a test event under the server's own settings; 0 where the receiver took it."""
+    import asyncio
+
+    from server.door import Door, Listener
+    from server.webhooks import WebhookCaller
+
+    settings = settings_of(options)
+
+    async def ping() -> int:
+        door = Door(settings.egress, Listener(settings.host, settings.port))
+        try:
+            message_id, attempt = await WebhookCaller(settings.webhook, door).ping(options.url)
+        finally:
+            await door.aclose()
+        print(message_id, attempt.status or "-", attempt.outcome, sep="\t")  # noqa: T201
+        return 0 if attempt.is_success else 1
+
+    return asyncio.run(ping())
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ async def create_job(
         str | None,
         Header(
             description="1 to 255 visible ASCII characters. For 24 hours the same key with the "
-            "same body gives the same job, with another body an error"
+            "same body gives the same job, with another body an error",
+            json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
         ),
     ] = None,
 ) -> JobAnswer:

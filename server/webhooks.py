@@ -49,6 +49,66 @@ NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
 
 
+class WebhookCaller:
+    """Makes the calls, signed and through the address policy. Use as an async context manager."""
+
+    def __init__(self, settings: WebhookSettings, door: Door | None = None) -> None:
+        self._settings = settings
+        self._is_own_door = door is None
+        self._door = door or Door()
+        self._policy = AddressPolicy(
+            settings.allow_cidrs,
+            settings.allow_hosts,
+            settings.allow_ports,
+            self._door.nat64_prefixes,
+        )
+
+    async def __aenter__(self) -> "WebhookCaller":
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        if self._is_own_door:
+            await self._door.aclose()
+
+    async def ping(self, url: str) -> tuple[str, Attempt]:
+        """A test event to any address that a webhook may have: its id, and how it went."""
+        message_id = f"msg_{uuid.uuid4().hex}"
+        return message_id, await self.send(url, message_id, {"type": "ping"})
+
+    async def send(self, url: str, message_id: str, values: dict[str, Any]) -> Attempt:
+        """One signed POST, and how it went. values: the body, as JSON."""
+        started_at, started = time.time(), time.perf_counter()
+        status, retry_after_s, outcome = None, None, "answered"
+        try:
+            body = json.dumps(values).encode()
+            headers = sign(message_id, int(started_at), body, self._settings.secret)
+            async with asyncio.timeout(self._settings.timeout_s):
+                status, retry_after_s = await self._post(url, body, headers)
+        except Refused:
+            outcome = NOT_ALLOWED
+        except NETWORK_ERRORS as error:
+            outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
+        duration_s = time.perf_counter() - started
+        return Attempt(started_at, duration_s, status, outcome, retry_after_s)
+
+    async def _post(
+        self, url: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, float | None]:
+        """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
+        async with self._door.request(
+            "POST",
+            checked_url(url),
+            self._policy,
+            headers={"Content-Type": "application/json", **headers},
+            max_body_bytes=MAX_REPLY_BYTES,
+            timeout_s=self._settings.timeout_s,
+            body=body,
+        ) as answer:
+            with contextlib.suppress(BodyTooLarge):
+                await answer.read(self._settings.timeout_s)
+            return answer.status, to_seconds(answer.headers.get("retry-after", ""))
+
+
 class WebhookSender:
     """Sends what is due; run `run` as a task beside the server."""
 
@@ -60,47 +120,30 @@ class WebhookSender:
         door: Door | None = None,
     ) -> None:
         self._settings = settings
+        self._caller = WebhookCaller(settings, door)
         self._deliveries = deliveries
         self._jobs = jobs
         self._calls: Counter[str] = Counter()
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
         self._threads = anyio.CapacityLimiter(4)
-        self._door = door or Door()
-        self._is_own_door = door is None
-        self._policy = AddressPolicy(
-            settings.allow_cidrs,
-            settings.allow_hosts,
-            settings.allow_ports,
-            self._door.nat64_prefixes,
-        )
 
     async def run(self) -> None:
         """Until cancelled. Calls under way then are tried again after the next start."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                while True:
-                    for delivery in await self._claim():
-                        tasks.create_task(self._deliver(delivery))
-                    await asyncio.sleep(POLL_S)
-        finally:
-            if self._is_own_door:
-                await self._door.aclose()
+        async with self._caller, asyncio.TaskGroup() as tasks:
+            while True:
+                for delivery in await self._claim():
+                    tasks.create_task(self._deliver(delivery))
+                await asyncio.sleep(POLL_S)
+
+    async def ping(self, url: str) -> tuple[str, Attempt]:
+        """As `WebhookCaller.ping`, beside the calls that are due."""
+        return await self._caller.ping(url)
 
     @property
     def held_hosts(self) -> list[str]:
         """Hosts that always fail and are spared for now."""
         return self._circuits.held
-
-    async def ping(self, url: str) -> tuple[str, Attempt]:
-        """A signed test event to any address that a webhook may have: its id, and how it went."""
-        message_id = f"msg_{uuid.uuid4().hex}"
-        body = {"type": "ping", "sent_at": round(time.time(), 3)}
-        return message_id, await self._send(url, message_id, body)
-
-    async def aclose(self) -> None:
-        """For a sender that only pings; `run` does it itself."""
-        await self._door.aclose()
 
     async def _claim(self) -> list[Delivery]:
         places = self._settings.max_concurrent - self._calls.total()
@@ -168,40 +211,7 @@ class WebhookSender:
     async def _call(self, delivery: Delivery) -> Attempt:
         job = await self._in_thread(self._jobs.get, delivery.job_id)
         body = write_body(job) if job else {}
-        return await self._send(delivery.url, delivery.id, body)
-
-    async def _send(self, url: str, message_id: str, values: dict[str, Any]) -> Attempt:
-        """One signed POST. values: the body, as JSON."""
-        started_at, started = time.time(), time.perf_counter()
-        status, retry_after_s, outcome = None, None, "answered"
-        try:
-            body = json.dumps(values).encode()
-            headers = sign(message_id, int(started_at), body, self._settings.secret)
-            async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(url, body, headers)
-        except Refused:
-            outcome = NOT_ALLOWED
-        except NETWORK_ERRORS as error:
-            outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
-        duration_s = time.perf_counter() - started
-        return Attempt(started_at, duration_s, status, outcome, retry_after_s)
-
-    async def _post(
-        self, url: str, body: bytes, headers: dict[str, str]
-    ) -> tuple[int, float | None]:
-        """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
-        async with self._door.request(
-            "POST",
-            checked_url(url),
-            self._policy,
-            headers={"Content-Type": "application/json", **headers},
-            max_body_bytes=MAX_REPLY_BYTES,
-            timeout_s=self._settings.timeout_s,
-            body=body,
-        ) as answer:
-            with contextlib.suppress(BodyTooLarge):
-                await answer.read(self._settings.timeout_s)
-            return answer.status, to_seconds(answer.headers.get("retry-after", ""))
+        return await self._caller.send(delivery.url, delivery.id, body)
 
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = functools.partial(function, *args, **kwargs)

@@ -92,7 +92,8 @@ SERVER = {
     "http": "settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
-    "cli": "app cluster database demo http jobs settings supervisor telemetry worker"
+    "cli": "door app cluster database deliveries demo http jobs settings supervisor telemetry webhooks"
+    " worker"
     " models.errors models.registry",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""

@@ -102,6 +102,7 @@ def test_ends_of_each_range(name: str) -> None:
         ("scheduler", "Euler", FieldProblem.NOT_A_CHOICE),
         ("webhook", "ftp://x/hook", FieldProblem.NOT_A_URL),
         ("webhook", "/hook", FieldProblem.NOT_A_URL),
+        ("webhook", "http://x/" + "a" * 2_048, FieldProblem.TOO_LONG),
         ("track_id", ["x"], FieldProblem.WRONG_TYPE),
         ("track_id", "x" * 1_025, FieldProblem.TOO_LONG),
         ("steps", 20, FieldProblem.UNKNOWN),

@@ -422,6 +422,12 @@ class TestCancel:
         assert read(client, job.id)["state"] == "finished"
 
 
+@pytest.mark.parametrize("path", ["/api/jobs", "/api/webhooks/ping"])
+def test_description_of_a_body_stands_by_itself(path: str, client: httpx.Client) -> None:
+    call = client.get("/openapi.json").json()["paths"][path]["post"]
+    assert "$ref" not in json.dumps(call["requestBody"])
+
+
 def test_description_names_every_answer(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     declared = {

@@ -18,12 +18,15 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 from standardwebhooks import Webhook
+from svix.webhooks import Webhook as SvixWebhook
+from svix.webhooks import WebhookVerificationError
 
 from models.params import InpaintParams
-from server.deliveries import RETRY_DELAYS_S, Attempt, DeliveryState, DeliveryStore
+from server.deliveries import MAX_AGE_S, RETRY_DELAYS_S, Attempt, DeliveryState, DeliveryStore
+from server.failures import Failure
 from server.jobs import MAX_ATTEMPTS, Job, JobStore, NewJob
 from server.settings import WebhookSettings
-from server.webhooks import WebhookSender, sign, to_seconds
+from server.webhooks import WebhookCaller, WebhookSender, sign, to_seconds
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
 WAIT_S = 20
@@ -54,11 +57,11 @@ def deliveries(engine: Engine, clock: Clock) -> DeliveryStore:
     return DeliveryStore(engine, clock=clock, jitter=random.Random(0))
 
 
-def submit(jobs: JobStore, webhook: str | None, track_id: Any = 7) -> Job:
+def submit(jobs: JobStore, webhook: str | None, track_id: Any = 7, dialect: str = "v3") -> Job:
     """A job that a worker holds."""
     jobs.submit(
         NewJob(
-            dialect="v3",
+            dialect=dialect,
             request={
                 "init_image": "http://pictures.example/init.png",
                 "mask_image": "http://pictures.example/mask.png",
@@ -208,6 +211,9 @@ def test_signature_verifies_with_both_secrets_of_a_rotation() -> None:
     headers = sign("msg_1", now, body, [SecretStr(secret) for secret in secrets])
     for secret in secrets:
         assert Webhook(secret).verify(body, headers) == {"track_id": 7}
+        SvixWebhook(secret).verify(body, headers)
+    with pytest.raises(WebhookVerificationError):
+        SvixWebhook(secrets[0]).verify(body + b" ", headers)
     assert "webhook-signature" not in sign("msg_1", now, body, [])
 
 
@@ -315,3 +321,203 @@ def test_slow_receiver_is_given_up_and_others_are_served(
         (attempt,) = asyncio.run(send_until(settings, deliveries, jobs, late, 1))
         assert (attempt.status, attempt.outcome) == (None, "no answer")
         assert calls.qsize() == 1
+
+
+@pytest.mark.parametrize("end", ["finished", "failed", "cancelled"])
+def test_native_job_speaks_its_own_language(
+    end: str, jobs: JobStore, deliveries: DeliveryStore
+) -> None:
+    with receiver() as (url, calls):
+        job = submit(jobs, url, dialect="native")
+        if end == "finished":
+            jobs.finish(job, [False, False])
+        elif end == "failed":
+            jobs.fail(job, Failure.OUT_OF_MEMORY.sentence)
+        else:
+            jobs.cancel(job.id)
+        asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 1))
+        _, body = calls.get(timeout=WAIT_S)
+    assert (body["type"], body["state"], body["id"]) == (f"job.{end}", end, job.id)
+    assert body["track_id"] == 7
+    urls = [f"http://inpaint.example/generations/{name}" for name in job.output_names]
+    assert body["outputs"] == (urls if end == "finished" else [])
+    assert (body["error"] or {}).get("code") == ("out_of_memory" if end == "failed" else None)
+
+
+class TestRedelivery:
+    def test_same_id_again(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
+        with receiver() as (url, calls):
+            jobs.finish(job := submit(jobs, url), [False, False])
+            asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 1))
+            assert deliveries.redeliver(job.id)
+            asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 2))
+            (first, one), (second, other) = (calls.get(timeout=WAIT_S) for _ in range(2))
+        assert first["webhook-id"] == second["webhook-id"]
+        assert one == other
+        (status,) = deliveries.of_job(job.id)
+        assert status.state is DeliveryState.DELIVERED
+        assert [number for number, _ in status.attempts] == [1, 2]
+
+    def test_dead_letter_gets_one_more_try(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
+        jobs.finish(job := submit(jobs, "http://receiver.example"), [])
+        (due,) = deliveries.claim_due(1)
+        deliveries.record(due, answer(410))
+        dead = deliveries.list_of("somebody", state=DeliveryState.DEAD, limit=10)
+        assert [each.job_id for each in dead] == [job.id]
+        assert deliveries.redeliver(job.id)
+        assert deliveries.list_of("somebody", state=DeliveryState.DEAD, limit=10) == []
+        (again,) = deliveries.claim_due(1)
+        assert (again.id, again.attempt) == (due.id, 2)
+
+    def test_job_without_a_call(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
+        jobs.finish(silent := submit(jobs, None), [])
+        live = submit(jobs, "http://receiver.example")
+        assert not deliveries.redeliver(silent.id)
+        assert not deliveries.redeliver(live.id)
+
+    def test_lists_are_of_a_key_and_paged(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
+        ids = []
+        for _ in range(3):
+            jobs.finish(job := submit(jobs, "http://receiver.example"), [])
+            ids.append(job.id)
+
+        def listed(key_id: str | None, limit: int, before: int | None = None) -> list[int]:
+            found = deliveries.list_of(key_id, state=None, limit=limit, before_job_id=before)
+            return [each.job_id for each in found]
+
+        assert listed("somebody", 2) == ids[:0:-1]
+        assert listed("somebody", 2, ids[1]) == ids[:1]
+        assert listed(None, 9) == ids[::-1]
+        assert listed("another", 9) == []
+
+
+class TestHeldHost:
+    """The receiver's host fails again and again."""
+
+    SETTINGS = WebhookSettings.model_validate(
+        {"allow_cidrs": "127.0.0.0/8", "hold_after_failures": 2, "hold_s": 0.05}
+    )
+
+    def test_its_calls_wait_others_pass_and_nothing_is_lost(
+        self, jobs: JobStore, deliveries: DeliveryStore
+    ) -> None:
+        settings = self.SETTINGS.model_copy(update={"hold_s": 600.0})
+        with receiver(503, 503) as (bad, bad_calls), receiver() as (good, good_calls):
+            failing = [submit(jobs, bad) for _ in range(2)]
+            for job in failing:
+                jobs.finish(job, [])
+
+            async def body() -> list[str]:
+                sender = WebhookSender(settings, deliveries, jobs)
+                task = asyncio.create_task(sender.run())
+                async with asyncio.timeout(WAIT_S):
+                    while not sender.held_hosts:  # noqa: ASYNC110 - its own affair
+                        await asyncio.sleep(0.01)
+                    waiting = submit(jobs, bad)
+                    jobs.finish(waiting, [])
+                    passing = submit(jobs, good)
+                    jobs.finish(passing, [])
+                    while not deliveries.attempts(passing.id):  # noqa: ASYNC110 - as above
+                        await asyncio.sleep(0.01)
+                held = sender.held_hosts
+                task.cancel()
+                await asyncio.wait([task])
+                (status,) = deliveries.of_job(waiting.id)
+                assert (status.state, status.attempts) == (DeliveryState.PENDING, ())
+                return held
+
+            held = asyncio.run(body())
+            assert [bad.endswith(f"{host}/hook") for host in held] == [True]
+            assert (bad_calls.qsize(), good_calls.qsize()) == (2, 1)
+
+    def test_one_call_asks_and_the_rest_follow_once_it_is_answered(
+        self, jobs: JobStore, deliveries: DeliveryStore
+    ) -> None:
+        def count(state: DeliveryState) -> int:
+            return len(deliveries.list_of(None, state=state, limit=20))
+
+        # The first four go out together, the fifth asks.
+        with receiver(*[500] * 5) as (url, _calls):
+            for job in [submit(jobs, url) for _ in range(9)]:
+                jobs.finish(job, [])
+
+            async def body() -> None:
+                sender = WebhookSender(self.SETTINGS, deliveries, jobs)
+                task = asyncio.create_task(sender.run())
+                async with asyncio.timeout(WAIT_S):
+                    while not sender.held_hosts:  # noqa: ASYNC110 - its own affair
+                        await asyncio.sleep(0.01)
+                    while (  # noqa: ASYNC110 - as above
+                        count(DeliveryState.DELIVERED) < 4 or sender.held_hosts
+                    ):
+                        await asyncio.sleep(0.01)
+                task.cancel()
+                await asyncio.wait([task])
+
+            asyncio.run(body())
+        assert count(DeliveryState.PENDING) == 5, "those that failed wait for their schedule"
+
+    @pytest.mark.parametrize("status", [400, 404, 410])
+    def test_host_that_answers_is_no_failing_host(
+        self, status: int, jobs: JobStore, deliveries: DeliveryStore
+    ) -> None:
+        with receiver(*[status] * 6) as (url, _calls):
+            for job in (submit(jobs, url) for _ in range(6)):
+                jobs.finish(job, [])
+
+            async def body() -> list[str]:
+                sender = WebhookSender(self.SETTINGS, deliveries, jobs)
+                task = asyncio.create_task(sender.run())
+                async with asyncio.timeout(WAIT_S):
+                    while not all(  # noqa: ASYNC110 - as above
+                        each.attempts for each in deliveries.list_of(None, state=None, limit=9)
+                    ):
+                        await asyncio.sleep(0.01)
+                task.cancel()
+                await asyncio.wait([task])
+                return sender.held_hosts
+
+            assert asyncio.run(body()) == []
+
+    def test_old_calls_are_given_up_and_listed(
+        self, jobs: JobStore, deliveries: DeliveryStore, clock: Clock
+    ) -> None:
+        jobs.finish(old := submit(jobs, "http://receiver.example"), [])
+        jobs.finish(other := submit(jobs, "http://other.example"), [])
+        clock.now_s += MAX_AGE_S + 1
+        jobs.finish(young := submit(jobs, "http://receiver.example"), [])
+        assert deliveries.give_up("receiver.example") == 1
+        states = {each.job_id: each.state for each in deliveries.list_of(None, state=None, limit=9)}
+        assert states == {
+            old.id: DeliveryState.DEAD,
+            other.id: DeliveryState.PENDING,
+            young.id: DeliveryState.PENDING,
+        }
+
+
+def ping(url: str, settings: WebhookSettings) -> tuple[str, Attempt]:
+    """Without a table of calls: a ping is kept nowhere."""
+
+    async def send() -> tuple[str, Attempt]:
+        async with WebhookCaller(settings) as caller:
+            return await caller.ping(url)
+
+    return asyncio.run(send())
+
+
+def test_ping_is_signed_and_tells_what_came_back() -> None:
+    secret = "whsec_" + "A" * 32
+    settings = LOOPBACK.model_copy(update={"secret": (SecretStr(secret),)})
+    with receiver(418) as (url, calls):
+        message_id, attempt = ping(url, settings)
+        headers, body = calls.get(timeout=WAIT_S)
+    assert (attempt.status, attempt.outcome, attempt.is_success) == (418, "answered", False)
+    assert (headers["webhook-id"], body["type"]) == (message_id, "ping")
+    SvixWebhook(secret).verify(json.dumps(body).encode(), headers)
+
+
+def test_ping_keeps_to_the_address_policy() -> None:
+    with receiver() as (url, calls):
+        _, attempt = ping(url, WebhookSettings())
+        assert (attempt.status, attempt.outcome) == (None, "address not allowed")
+        assert calls.empty()

@@ -141,8 +141,19 @@ def plain(name: str, text: str, **more: Any) -> Any:
 
 
 # In place, as a description of a body outside of FastAPI's own has nowhere to refer to.
-Scheduler = Annotated[SchedulerName, WithJsonSchema({"type": "string", "enum": [*SchedulerName]})]
-WebAddress = Annotated[str, AfterValidator(web_address)]
+Scheduler = Annotated[
+    SchedulerName,
+    Field(strict=False),
+    WithJsonSchema({"type": "string", "enum": [str(name) for name in SchedulerName]}),
+]
+WebAddress = Annotated[
+    str,
+    Field(
+        max_length=MAX_URL_CHARS,
+        json_schema_extra={"format": "uri", "pattern": "^https?://[A-Za-z0-9]"},
+    ),
+    AfterValidator(web_address),
+]
 TrackText = Annotated[str, Field(max_length=MAX_TRACK_ID_CHARS)]
 
 
@@ -177,9 +188,7 @@ class JobRequest(BaseModel):
     seed: int | None = Field(
         default=None, ge=0, le=SEED_MODULUS - 1, description="Random where null, and told"
     )
-    scheduler: Scheduler | None = plain(
-        "scheduler", "Noise scheduler; the model's own where null", strict=False
-    )
+    scheduler: Scheduler | None = plain("scheduler", "Noise scheduler; the model's own where null")
     model: str | None = plain(
         "model", "One of the models this server offers; its own where null", max_length=255
     )
@@ -194,7 +203,7 @@ class JobRequest(BaseModel):
     only_masked_padding: int = ranged("only_masked_padding", "Pixels around it that it sees too")
     mask_blur: int = ranged("mask_blur", "Pixels of the Gaussian that softens the mask's edge")
     match_colours: bool = plain("match_colours", "Shift new colours towards the kept ones around")
-    webhook: Annotated[WebAddress, Field(max_length=MAX_URL_CHARS)] | None = Field(
+    webhook: WebAddress | None = Field(
         default=None, description="URL that is called when the job has ended"
     )
     track_id: TrackText | int | float | bool | None = Field(
@@ -213,7 +222,7 @@ class PingRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
-    url: Annotated[WebAddress, Field(max_length=MAX_URL_CHARS)]
+    url: WebAddress
 
 
 PARAMETERS = DEFAULTS.keys() & JobRequest.model_fields.keys() - {"width", "height", "seed"}

@@ -1,0 +1,188 @@
+"""Webhook calls as their owner and the operator meet them: over HTTP and on the command line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+from svix.webhooks import Webhook
+
+from server.cli import main
+from server.database import open_engine
+from server.deliveries import DeliveryStore
+from server.jobs import JobStore
+from server.settings import Settings
+from tests.http_stub import LiveApp, running_app
+from tests.test_app import settings_in, store_of
+from tests.test_native_routes import claim, client_of, create, problem_of
+from tests.test_webhooks import WAIT_S, answer, receiver
+
+SECRET = "whsec_" + "A" * 32
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    webhook = {"allow_cidrs": "127.0.0.0/8", "secret": [SecretStr(SECRET)]}
+    return settings_in(tmp_path, auth={"keys": ["one", "two"]}, webhook=webhook)
+
+
+@pytest.fixture
+def app(settings: Settings) -> Iterator[LiveApp]:
+    with running_app(settings) as app:
+        yield app
+
+
+@pytest.fixture
+def client(app: LiveApp) -> Iterator[httpx.Client]:
+    with client_of(app, "one") as client:
+        yield client
+
+
+@pytest.fixture
+def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
+    with store_of(settings) as store:
+        yield store
+
+
+def finished_job(client: httpx.Client, store: JobStore, webhook: str | None) -> int:
+    job = claim(store, create(client, webhook=webhook)["id"])
+    store.finish(job, [False, False])
+    return job.id
+
+
+def deliveries_of(client: httpx.Client, job_id: int, attempts: int) -> dict[str, Any]:
+    """The job's call, once it was tried so often."""
+    for _ in range(3_000):  # each a round trip; the row is all there is to see
+        listed = client.get(f"/api/jobs/{job_id}/deliveries").json()["deliveries"]
+        if listed and len(listed[0]["attempts"]) == attempts:
+            call: dict[str, Any] = listed[0]
+            return call
+    raise AssertionError(listed)
+
+
+def test_call_is_told_of_and_made_again(client: httpx.Client, store: JobStore) -> None:
+    with receiver(500) as (url, calls):
+        job_id = finished_job(client, store, url)
+        call = deliveries_of(client, job_id, 1)
+        assert (call["job_id"], call["url"], call["state"]) == (job_id, url, "pending")
+        assert call["next_attempt_at"] is not None
+        assert call["is_held"] is False
+        (attempt,) = call["attempts"]
+        assert (attempt["attempt"], attempt["status"], attempt["outcome"]) == (1, 500, "answered")
+        assert attempt["duration_ms"] >= 0
+        again = client.post(f"/api/jobs/{job_id}/deliveries/redeliver")
+        assert (again.status_code, again.json()["deliveries"][0]["state"]) == (202, "pending")
+        call = deliveries_of(client, job_id, 2)
+        assert (call["state"], call["next_attempt_at"]) == ("delivered", None)
+        ids = {calls.get(timeout=WAIT_S)[0]["webhook-id"] for _ in range(2)}
+    assert ids == {call["webhook_id"]}
+
+
+def test_no_call_to_make_again(client: httpx.Client, store: JobStore) -> None:
+    silent = finished_job(client, store, None)
+    live = create(client, webhook="http://127.0.0.1:1/hook")["id"]
+    for job_id in (silent, live):
+        assert client.get(f"/api/jobs/{job_id}/deliveries").json()["deliveries"] == []
+        refused = client.post(f"/api/jobs/{job_id}/deliveries/redeliver")
+        assert problem_of(refused) == (409, "no_delivery")
+
+
+def test_dead_letters_are_listed_for_their_owner(
+    client: httpx.Client, app: LiveApp, store: JobStore
+) -> None:
+    with receiver(410) as (url, _calls):
+        job_id = finished_job(client, store, url)
+        deliveries_of(client, job_id, 1)
+    listed = client.get("/api/deliveries", params={"state": "dead"}).json()
+    assert [call["job_id"] for call in listed["deliveries"]] == [job_id]
+    assert listed["next_before"] is None
+    assert client.get("/api/deliveries", params={"state": "pending"}).json()["deliveries"] == []
+    page = client.get("/api/deliveries", params={"limit": 1}).json()
+    assert page["next_before"] == job_id
+    with client_of(app, "two") as other:
+        assert other.get("/api/deliveries").json()["deliveries"] == []
+    assert problem_of(client.get("/api/deliveries?state=lost")) == (422, "invalid_fields")
+
+
+def test_ping(client: httpx.Client) -> None:
+    with receiver(204, 302) as (url, calls):
+        told = client.post("/api/webhooks/ping", json={"url": url}).json()
+        moved = client.post("/api/webhooks/ping", json={"url": url}).json()
+        headers, body = calls.get(timeout=WAIT_S)
+    assert (told["is_received"], told["status"], told["outcome"]) == (True, 204, "answered")
+    assert headers["webhook-id"] == told["webhook_id"]
+    Webhook(SECRET).verify('{"type": "ping"}', headers)
+    assert body == {"type": "ping"}
+    assert (moved["is_received"], moved["status"]) == (False, 302)
+
+
+@pytest.mark.parametrize(
+    ("url", "outcome"),
+    [
+        ("http://169.254.169.254/latest", "address not allowed"),
+        ("http://10.0.0.1/", "address not allowed"),
+        ("http://user:secret@127.0.0.1/", "address not allowed"),
+        ("http://127.0.0.1:1/", "not reachable"),
+    ],
+)
+def test_ping_tells_no_more_than_a_webhook_would(
+    url: str, outcome: str, client: httpx.Client
+) -> None:
+    told = client.post("/api/webhooks/ping", json={"url": url}).json()
+    assert (told["is_received"], told["status"], told["outcome"]) == (False, None, outcome)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({}, "required"),
+        ({"url": "x"}, "not_a_url"),
+        ({"url": "http://x/" + "a" * 2_048}, "too_long"),
+        ({"url": "http://x/", "key": "one"}, "unknown_field"),
+    ],
+)
+def test_ping_of_no_url(body: dict[str, str], code: str, client: httpx.Client) -> None:
+    refused = client.post("/api/webhooks/ping", json=body)
+    assert problem_of(refused) == (422, "invalid_fields")
+    assert [each["code"] for each in refused.json()["errors"]] == [code]
+
+
+class TestCommandLine:
+    def test_list_and_redeliver(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("INPAINT_DATA_DIR", str(tmp_path))
+        settings = settings_in(tmp_path)
+        with running_app(settings) as app:
+            job_id = create(app.client, webhook="http://127.0.0.1:1/hook")["id"]
+        with store_of(settings) as store:
+            store.cancel(job_id)
+        engine = open_engine(settings.sqlalchemy_url)
+        deliveries = DeliveryStore(engine)
+        (due,) = deliveries.claim_due(1)
+        deliveries.record(due, answer(410))
+        assert main(["webhooks", "list"]) == 0
+        line = f"{job_id}\tdead\t1\t410 answered\thttp://127.0.0.1:1/hook\n"
+        assert capsys.readouterr().out == line
+        assert main(["webhooks", "redeliver", str(job_id)]) == 0
+        assert main(["webhooks", "list"]) == 0
+        assert capsys.readouterr().out == ""
+        assert main(["webhooks", "list", "--state", "pending"]) == 0
+        assert capsys.readouterr().out.startswith(f"{job_id}\tpending\t1\t")
+        assert main(["webhooks", "redeliver", "999"]) == 1
+        assert capsys.readouterr().err == "error: job 999 has no webhook call\n"
+        engine.dispose()
+
+    def test_ping(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("INPAINT_WEBHOOK__ALLOW_CIDRS", "127.0.0.0/8")
+        with receiver(200, 500) as (url, calls):
+            assert main(["webhooks", "ping", url]) == 0
+            assert main(["webhooks", "ping", url]) == 1
+            headers, _ = calls.get(timeout=WAIT_S)
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == f"{headers['webhook-id']}\t200\tanswered"
+        assert second.endswith("\t500\tanswered")
