@@ -13,6 +13,8 @@ from benchmarks.checkpoints import COSTS, PEAK_TFLOPS
 from benchmarks.measure import Deadline, median_ratio, percentile, rotated, run_in_turns
 from benchmarks.orders import example_image, make_orders, mixed_steps
 from benchmarks.serving import ScenarioMaker, make_scenarios
+from benchmarks.soak import Fate, growth_of, make_calls, parts_of
+from benchmarks.soak import run as soak
 
 BENCHMARKS = Path(measure.__file__).parent
 
@@ -152,3 +154,28 @@ def test_engine_benchmark_needs_no_web_and_no_database() -> None:
 
     assert "models" in needed
     assert not needed & {"server", "tests", "fastapi", "httpx", "psutil", "sqlalchemy", "uvicorn"}
+
+
+def test_soak_has_every_fate_and_size_and_is_the_same_again() -> None:
+    calls = make_calls(2_000)
+
+    assert calls == make_calls(2_000)
+    assert {call.fate for call in calls} == set(Fate)
+    assert sum(call.fate is Fate.CANCEL for call in calls) == pytest.approx(100, rel=0.3)
+    assert len({(call.width, call.height) for call in calls}) == 4
+
+
+def test_growth_is_measured_after_the_first_part() -> None:
+    values = [10] * 10 + [100] * 80 + [103] * 10
+
+    assert parts_of(values) == [10.0, *[100.0] * 8, 103.0]
+    assert growth_of(parts_of(values)) == pytest.approx(0.03)
+    assert growth_of(parts_of([5])) == 0.0
+
+
+def test_small_soak_loses_no_call_and_no_job(tmp_path: Path) -> None:
+    findings = soak(30, tmp_path)
+
+    assert [fault for fault in findings["faults"] if "grew" not in fault] == []
+    assert sum(findings["answers"].values()) == sum(findings["jobs"].values()) == 30
+    assert findings["jobs"]["failed"] == findings["fates"][Fate.FAILURE] > 0

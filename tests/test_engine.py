@@ -1,5 +1,6 @@
 """Who runs next and who hears of it: every generation gets one end, and disturbs no other."""
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -330,6 +331,63 @@ def test_sizes_do_not_mix(tiny_pipeline: InpaintPipeline) -> None:
 
     assert pictures_of(ends[1])[0].image.shape == (64, 136, 3)
     assert pictures_of(ends[2])[0].image.shape == (64, 72, 3)
+
+
+JOBS = st.fixed_dictionaries(
+    {
+        "prompt": st.sampled_from(["a red circle", "a (blue:1.3) star", "many words " * 10]),
+        "guidance_scale": st.sampled_from([1.0, 5.0]),
+        "strength": st.sampled_from([0.6, 1.0]),
+        "scheduler": st.sampled_from(
+            [None, SchedulerName.EULER_ANCESTRAL, SchedulerName.DPM_MULTISTEP]
+        ),
+        "width": st.sampled_from([72, 136]),
+        "num_inference_steps": st.integers(1, 3),
+        "samples": st.integers(1, 2),
+    }
+)
+ARRIVALS = st.lists(st.tuples(JOBS, st.integers(0, 4), st.booleans()), min_size=2, max_size=5)
+"""Jobs, how many turns of the engine pass before the next comes, and who is then cancelled."""
+
+
+@pytest.fixture(scope="module")
+def paint_alone(tiny_components: Components) -> Callable[[InpaintParams], NDArray[np.uint8]]:
+    """One sample without neighbours; remembered, as many examples ask for the same."""
+    pipeline = InpaintPipeline(tiny_components)
+    return functools.cache(
+        lambda params: generated(pipeline, params, make_source(params.width, params.height))
+    )
+
+
+@settings(max_examples=6)
+@given(arrivals=ARRIVALS)
+@pytest.mark.parametrize("is_reproducible", [True, False], ids=["reproducible", "shared"])
+def test_picture_does_not_depend_on_what_else_runs(
+    tiny_components: Components,
+    paint_alone: Callable[[InpaintParams], NDArray[np.uint8]],
+    is_reproducible: bool,
+    arrivals: list[tuple[dict[str, Any], int, bool]],
+) -> None:
+    limits = EngineLimits(first_rows=8, first_pictures=4, is_reproducible=is_reproducible)
+    engine = InpaintEngine(Residency.of(MODEL, InpaintPipeline(tiny_components)), limits)
+    events: list[Event] = []
+    jobs: dict[int, InpaintParams] = {}
+    for number, (changes, turns, is_cancelled) in enumerate(arrivals):
+        params = make_params(**{**changes, "seed": number % 2})
+        jobs[number] = params
+        engine.add(Generation(number, MODEL, params, make_source(params.width, params.height)))
+        for _ in range(turns):
+            events += engine.step()
+        if is_cancelled:
+            engine.cancel(number)
+    events += drain(engine)
+
+    for end in (event for event in events if not isinstance(event, Progress)):
+        for picture in pictures_of(end):
+            one = replace(jobs[end.generation_id], samples=1, seed=picture.seed)
+            apart = difference(picture.generated, paint_alone(one))
+            assert apart.max() <= (0 if is_reproducible else 2)
+            assert np.count_nonzero(apart > 1) <= apart.size / 1000
 
 
 # --- policy, with the toy -----------------------------------------------------------------------
