@@ -26,7 +26,8 @@ from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from models.params import InpaintParams
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
-from models.schedulers import create_scheduler, own_scheduler, run_timesteps
+from models.schedulers import create_scheduler, noised, own_scheduler, run_timesteps
+from models.uploads import host_tables, upload
 from models.vae import LatentCodec
 
 INPAINT_CHANNELS = 9
@@ -169,11 +170,14 @@ class InpaintPipeline:
         """
         with translated_errors():
             rows = [self._unet_rows(sample) for sample in samples]
-            timesteps = [sample.timesteps[sample.step_index].float() for sample in samples]
-            counts = torch.tensor([sample.rows for sample in samples])
+            timesteps = [
+                timestep
+                for sample in samples
+                for timestep in [float(sample.timesteps[sample.step_index])] * sample.rows
+            ]
             predictions = self._unet(
                 torch.cat(rows),  # (rows, 4 or 9, h/8, w/8)
-                torch.stack(timesteps).repeat_interleave(counts).to(self.device),
+                upload(torch.tensor(timesteps), self.device),
                 encoder_hidden_states=torch.cat([sample.conditioning for sample in samples]),
                 return_dict=False,
                 **gather_added([sample.added_conditions for sample in samples]),
@@ -191,7 +195,7 @@ class InpaintPipeline:
         prediction: `(1, 4, h/8, w/8)` from `denoise_step`.
         Raises: OutOfMemory, DeviceLost.
         """
-        with translated_errors():
+        with translated_errors(), host_tables(self.device):
             timestep = sample.timesteps[sample.step_index]
             sample.latents = sample.scheduler.step(
                 prediction, timestep, sample.latents, return_dict=False, **sample.step_arguments
@@ -282,10 +286,10 @@ class InpaintPipeline:
         image_latents, noise, masked_image_latents = self._draw(params, encoded, generator)
         latents = noise * scheduler.init_noise_sigma
         if image_latents is not None:
-            noised = scheduler.add_noise(image_latents, noise, timesteps[0][None])
+            begun = noised(scheduler, image_latents, noise, timesteps[0])
             # At full strength white starts from noise alone, and grey at its own time.
             is_late = (encoded.strengths > 0) & (encoded.strengths < 1)
-            latents = noised if params.strength < 1 else torch.where(is_late, noised, latents)
+            latents = begun if params.strength < 1 else torch.where(is_late, begun, latents)
         is_blended = self.channels != INPAINT_CHANNELS or params.soft_mask
         return Sample(
             params=params,
@@ -369,7 +373,7 @@ def blend_outside(sample: Sample, image_latents: torch.Tensor) -> torch.Tensor:
     kept = image_latents
     if not sample.is_denoised:
         next_timestep = sample.timesteps[sample.step_index]
-        kept = sample.scheduler.add_noise(kept, sample.noise, next_timestep[None])
+        kept = noised(sample.scheduler, kept, sample.noise, next_timestep)
     threshold = 1 - sample.step_index / sample.total_steps
     is_repainted = (sample.strengths > 0) & (sample.strengths >= threshold)
     return torch.where(is_repainted, sample.latents, kept)
