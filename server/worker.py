@@ -4,6 +4,7 @@ Shares job rows and stored files with the API process, and nothing else. The onl
 imports the engine.
 """
 
+import functools
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ import transformers.utils.logging
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
+from models.acceleration import Acceleration, accelerated
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.images import encode_png
@@ -27,7 +29,7 @@ from server.database import open_engine
 from server.errors import StorageUnavailable
 from server.jobs import Job, JobStore, WorkerStatus
 from server.sandbox import DecodedPair
-from server.settings import Settings
+from server.settings import DtypeName, Settings
 from server.storage import Storage
 from server.telemetry import get_logger
 
@@ -184,7 +186,11 @@ class Worker:
                 self.report("loading", f"loading model {share:.0%}")
 
             report(0.0, "files")
-            pipeline = InpaintPipeline(load_components(spec, device, pick_dtype(device), report))
+            dtype = pick_dtype(device, self.settings.dtype)
+            pipeline = InpaintPipeline(
+                load_components(spec, device, dtype, report),
+                functools.partial(accelerated, acceleration=self._acceleration()),
+            )
         if not pipeline.has_safety_checker and self.settings.safety.force:
             raise ModelUnavailable(
                 f"model {spec.id!r} has no safety checker, and safety.force asks for one"
@@ -194,6 +200,15 @@ class Worker:
         seconds = round(time.perf_counter() - started, 2)
         logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
         return pipeline
+
+    def _acceleration(self) -> Acceleration:
+        if self.settings.compile:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.compiled_dir))
+        return Acceleration(
+            graph_memory_share=self.settings.graph_memory_share,
+            is_compiled=self.settings.compile,
+            is_reproducible=self.settings.reproducible,
+        )
 
     def _claim(self, engine: InpaintEngine) -> None:
         claimed = self._insist(
@@ -284,9 +299,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """Half precision where it is fast."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.dtype:
+    """ "auto" is half precision where that is fast."""
+    if name is DtypeName.AUTO:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtypes = {
+        DtypeName.FLOAT16: torch.float16,
+        DtypeName.BFLOAT16: torch.bfloat16,
+        DtypeName.FLOAT32: torch.float32,
+    }
+    return dtypes[name]
 
 
 def run(settings: Settings, worker_id: str, device: str, stopping: threading.Event) -> None:

@@ -37,7 +37,9 @@ MODELS = {
     "uploads": "",
     "unet": "uploads",
     "graphs": "unet",
-    "acceleration": "graphs unet",
+    "attention": "unet",
+    "compiling": "unet",
+    "acceleration": "attention compiling graphs unet",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
     "pipeline": "acceleration canvas conditioning errors params schedulers registry safety unet"
@@ -69,7 +71,8 @@ SERVER = {
     " models.enhance models.errors models.images models.params",
     "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
-    " models.engine models.errors models.images models.params models.pipeline models.registry",
+    " models.acceleration models.engine models.errors models.images models.params models.pipeline"
+    " models.registry",
     "supervisor": "jobs telemetry",
     "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
     " telemetry"
