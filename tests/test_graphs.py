@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.acceleration import Acceleration, accelerated
 from models.families import Family
 from models.graphs import LAUNCH_BOUND_AREA, ROW_BUCKETS, GraphedUNet, GraphLimits
 from models.params import SchedulerName
@@ -352,3 +353,10 @@ def test_large_calls_are_not_recorded(components: Components, recorder: HostReco
 
     assert recorder.attempts == 1
     assert recorder.recordings[0].inputs.latents.shape[-1] == side
+
+
+def test_calls_on_a_cpu_are_plain(components: Components) -> None:
+    """Neither recorded nor measured, nor copied more often than before."""
+    unet = accelerated(components.unet, Acceleration(is_compiled=True))
+
+    assert unet == GatheredUNet(EagerUNet(components.unet))
