@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,11 +25,13 @@ from numpy.typing import NDArray
 from benchmarks import checkpoints, measure, report
 from benchmarks.orders import Order, make_orders, mixed_steps
 from benchmarks.rivals.plain import build_pipeline, paint
+from models.acceleration import USUAL, Acceleration, accelerated
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.pipeline import InpaintPipeline
 from models.residency import Residency
 
 OURS, PLAIN, BATCHED, COMPILED = "ours", "plain", "plain, batched", "plain, compiled"
+OURS_EAGER = "ours, eager"
 Pictures: TypeAlias = list[NDArray[np.uint8]]
 Painter: TypeAlias = Callable[[Sequence[Order]], Pictures]
 """Makes the pictures of some orders, in any order it likes; result in order of the orders."""
@@ -72,8 +75,12 @@ class EngineCase:
 class OurEngine:
     """`InpaintEngine` as a worker uses it; it keeps what it learns about batches."""
 
-    def __init__(self, folder: Path, most_in_flight: int) -> None:
-        pipeline = InpaintPipeline(checkpoints.load(folder))
+    def __init__(
+        self, folder: Path, most_in_flight: int, acceleration: Acceleration = USUAL
+    ) -> None:
+        pipeline = InpaintPipeline(
+            checkpoints.load(folder), partial(accelerated, acceleration=acceleration)
+        )
         limits = EngineLimits(max_generations=most_in_flight)
         self._engine = InpaintEngine(Residency.of(MODEL, pipeline), limits)
         self._ids = count()
@@ -119,6 +126,10 @@ def make_painters(folder: Path, most_in_flight: int, *, with_compiled: bool) -> 
         PLAIN: paint_singly(pipeline),
         BATCHED: paint_grouped(pipeline),
     }
+    if checkpoints.default_device().type == "cuda":
+        # What CUDA graphs and the choice of attention kernels bring; a CPU has neither.
+        eager = Acceleration(graph_memory_share=0, is_reproducible=True)
+        painters[OURS_EAGER] = OurEngine(folder, most_in_flight, eager)
     if with_compiled:
         compiled = build_pipeline(checkpoints.load(folder))
         compiled.unet = torch.compile(compiled.unet, fullgraph=True, dynamic=False)
@@ -146,7 +157,7 @@ def warm_up(painters: dict[str, Painter], case: EngineCase) -> float:
     ours, plain = painters[OURS](orders)[0], painters[PLAIN](orders[:1])[0]
     for name, painter in painters.items():
         if name not in (OURS, PLAIN):
-            timed(painter, orders if name == BATCHED else orders[:1])
+            timed(painter, orders if name in (BATCHED, OURS_EAGER) else orders[:1])
     error = float(np.mean((ours.astype(np.float64) - plain) ** 2))
     return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))
 

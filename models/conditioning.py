@@ -6,7 +6,7 @@ pooled embedding of the whole prompt, and numbers that describe the picture's si
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -188,15 +188,6 @@ def check_embedding_width(components: Components) -> None:
             f"the UNet takes {config['projection_class_embeddings_input_dim']} added numbers, but "
             f"requires_aesthetics_score = {has_score} in model_index.json makes {width}"
         )
-
-
-def gather_added(conditionings: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """The keyword of a UNet call for the added conditions of all its rows; empty without any."""
-    names = conditionings[0]
-    if not names:
-        return {}
-    rows = {name: torch.cat([each[name] for each in conditionings]) for name in names}
-    return {"added_cond_kwargs": rows}
 
 
 def side_by_side(states: Sequence[Tensor]) -> Tensor:

@@ -61,3 +61,19 @@ def run_timesteps(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     return list(scheduler.timesteps[begin:])
+
+
+def noised(
+    scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Latents with the noise of a timestep: the scheduler's own `add_noise`, bit for bit.
+
+    latents, noise: `(1, 4, h/8, w/8)` on any device. timestep: host scalar.
+    The two factors are asked for on the host, as `add_noise` moves tables to where its arguments
+    are and then makes every later step wait for the device.
+    """
+    one, nothing = torch.eye(2, dtype=latents.dtype).view(2, 1, 2, 1, 1)
+    factors = scheduler.add_noise(one, nothing, timestep[None])  # (1, 2, 1, 1)
+    kept, added = factors.flatten()
+    result: torch.Tensor = kept * latents + added * noise
+    return result

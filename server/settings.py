@@ -16,7 +16,15 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -91,6 +99,15 @@ class ErrorStatus(StrEnum):
 
     LEGACY = "legacy"
     HTTP = "http"
+
+
+class DtypeName(StrEnum):
+    """Numbers of the model; `auto`: float16 on CUDA, float32 elsewhere."""
+
+    AUTO = "auto"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
 
 
 class Section(BaseModel):
@@ -215,6 +232,9 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(default=8, ge=1)
     reproducible: bool = False
     png_metadata: bool = False
+    dtype: DtypeName = DtypeName.AUTO
+    graph_memory_share: float = Field(default=0.1, ge=0, le=0.9)
+    compile: bool = False
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     egress: EgressSettings = EgressSettings()
@@ -246,6 +266,15 @@ class Settings(BaseSettings):
             sources.append(TomlConfigSettingsSource(settings_cls, file))
         return tuple(sources)
 
+    @model_validator(mode="after")
+    def _refuse_what_contradicts(self) -> "Settings":
+        if self.compile and self.reproducible:
+            raise ValueError(
+                "compile and reproducible exclude each other: compiled code replaces plain code "
+                "while the server runs, and differs in the last bits"
+            )
+        return self
+
     def refuse_open_server(self) -> None:
         """Before listening. Raises: ValueError when anybody could call from elsewhere."""
         if not (self.auth.keys or self.auth.allow_anonymous or is_loopback(self.host)):
@@ -269,6 +298,11 @@ class Settings(BaseSettings):
     def sqlalchemy_url(self) -> str:
         """The database; SQLite in the data folder by default."""
         return self.database_url or f"sqlite:///{self.data_dir / 'inpaint.db'}"
+
+    @property
+    def compiled_dir(self) -> Path:
+        """Where compiled code is found again after a restart."""
+        return self.data_dir / "compiled"
 
     @property
     def storage_url(self) -> str:

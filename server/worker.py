@@ -24,6 +24,7 @@ import transformers.utils.logging
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
+from models.acceleration import Acceleration, accelerated
 from models.canvas import repainted_area
 from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
@@ -48,7 +49,7 @@ from server.failures import Failure
 from server.jobs import Job, JobStore, WorkerStatus
 from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.sandbox import DecodedPair
-from server.settings import Settings
+from server.settings import DtypeName, Settings
 from server.storage import Storage
 from server.telemetry import get_logger
 
@@ -222,7 +223,7 @@ class Worker:
         """
         models = Residency(
             load=lambda model: self._load(model, device),
-            place=lambda components: InpaintPipeline(components.to(device)),
+            place=self._place_on(device),
             budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),
         )
         # `disable=None` shows the bar on a terminal only.
@@ -248,7 +249,7 @@ class Worker:
         threading.Thread(target=self._identify, args=[model, spec], daemon=True).start()
         started = time.perf_counter()
         report = self._report_load or (lambda share, part: None)
-        components = load_components(spec, torch.device("cpu"), pick_dtype(device), report)
+        components = load_components(spec, torch.device("cpu"), self._dtype(device), report)
         if components.safety_checker is None and self.settings.safety.force:
             raise ModelUnavailable(
                 f"model {spec.id!r} has no safety checker, and safety.force asks for one"
@@ -269,6 +270,22 @@ class Worker:
             self._digests[model] = weights_sha256(weight_files(spec), self.settings.data_dir)
         except (OSError, ModelUnavailable):
             logger.exception("weights have no digest", model=spec.id)
+
+    def _place_on(self, device: torch.device) -> Callable[[Components], InpaintPipeline]:
+        call_batches = functools.partial(accelerated, acceleration=self._acceleration())
+        return lambda components: InpaintPipeline(components.to(device), call_batches)
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        return pick_dtype(device, self.settings.dtype)
+
+    def _acceleration(self) -> Acceleration:
+        if self.settings.compile:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.compiled_dir))
+        return Acceleration(
+            graph_memory_share=self.settings.graph_memory_share,
+            is_compiled=self.settings.compile,
+            is_reproducible=self.settings.reproducible,
+        )
 
     def _claim(self, engine: InpaintEngine) -> None:
         claimed = self._insist(
@@ -357,7 +374,7 @@ class Worker:
 
     def _describe_model(self, job: Job) -> Model:
         device = pick_device(self.device)
-        dtype = str(pick_dtype(device)).removeprefix("torch.")
+        dtype = str(self._dtype(device)).removeprefix("torch.")
         model = self._model_of(job)
         return Model(model, self._digests.get(model), device.type, dtype)
 
@@ -451,9 +468,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """Half precision where it is fast."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.dtype:
+    """ "auto" is half precision where that is fast."""
+    if name is DtypeName.AUTO:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtypes = {
+        DtypeName.FLOAT16: torch.float16,
+        DtypeName.BFLOAT16: torch.bfloat16,
+        DtypeName.FLOAT32: torch.float32,
+    }
+    return dtypes[name]
 
 
 def pick_model_memory(asked_bytes: int | None, device: torch.device) -> int | None:

@@ -210,3 +210,18 @@ def test_shipped_settings_files_load() -> None:
     for file in REPOSITORY.glob("configs/*.toml"):
         if file.name != "models.toml":  # a catalogue of models
             load_settings(file)
+
+
+def test_compiled_and_reproducible_exclude_each_other(environment: Environment) -> None:
+    environment(COMPILE="true", REPRODUCIBLE="true")
+    with pytest.raises(ValidationError, match="exclude each other"):
+        load_settings()
+
+
+@pytest.mark.parametrize(("name", "value"), [("DTYPE", "int8"), ("GRAPH_MEMORY_SHARE", "1.5")])
+def test_unknown_dtype_and_too_much_memory_are_refused(
+    name: str, value: str, environment: Environment
+) -> None:
+    environment(**{name: value})
+    with pytest.raises(ValidationError):
+        load_settings()
