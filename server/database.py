@@ -5,13 +5,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import psycopg
 import pysqlite3.dbapi2 as sqlite
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import (
     JSON,
+    BigInteger,
     CheckConstraint,
     Column,
     Connection,
@@ -29,12 +31,29 @@ from sqlalchemy import (
     event,
     make_url,
 )
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import PoolProxiedConnection
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
 
+POSTGRESQL = "postgresql+psycopg"
+CONNECT_TIMEOUT_S = 5
+CHANNEL = "inpaint_changes"
+"""Where PostgreSQL tells listeners of every commit."""
+
+LOOK_ANYWAY_S = 1.0
+"""A connection may be dead without anybody knowing: PostgreSQL's silence is believed no longer."""
+
+MIGRATION_LOCK = 0x1_4E_9A_14
+"""An advisory lock's number: any, but the same for all processes of this server."""
+
 metadata = MetaData()
+
+# Float is double precision in both databases. JSON rather than JSONB: it keeps a text as it came,
+# and takes the escaped NUL that a prompt may hold.
+Id = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER numbers rows in SQLite
 
 
 class JsonScalar(TypeDecorator[Any]):
@@ -57,7 +76,7 @@ class JsonScalar(TypeDecorator[Any]):
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("state", Text, nullable=False),
     Column("key_id", Text, nullable=False),
     Column("dialect", Text, nullable=False),
@@ -95,7 +114,7 @@ deliveries = Table(
     "deliveries",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("job_id", Integer, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("url", Text, nullable=False),
     Column("host", Text, nullable=False),
     Column("state", Text, nullable=False),
@@ -136,8 +155,28 @@ def open_engine(url: str) -> Engine:
 
     Its errors name no parameters: prompts are among them, and errors are logged.
     """
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    if make_url(url).get_backend_name() == "sqlite":
+        return _open_sqlite(url)
+    return _open_postgresql(url)
+
+
+def _open_postgresql(url: str) -> Engine:
+    engine = create_engine(
+        make_url(url).set(drivername=POSTGRESQL),
+        connect_args={"connect_timeout": CONNECT_TIMEOUT_S},
+        pool_pre_ping=True,
+        hide_parameters=True,
+    )
+    event.listen(engine, "commit", _notify)
+    return engine
+
+
+def _notify(connection: Connection) -> None:
+    # Part of the transaction: listeners hear of it when, and only if, it is committed.
+    connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
+
+
+def _open_sqlite(url: str) -> Engine:
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
@@ -190,10 +229,15 @@ def read_only(engine: Engine) -> Iterator[Connection]:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the schema to this version; does nothing where it is."""
+    """Bring the schema to this version; does nothing where it is.
+
+    Processes that migrate at once do it one after the other.
+    """
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with engine.begin() as connection:
+        if engine.dialect.name != "sqlite":  # there the transaction itself is the lock
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
@@ -201,27 +245,22 @@ def migrate(engine: Engine) -> None:
 class ChangeSignal:
     """Tells whether anybody else has committed since the last look, without a lock or a query.
 
-    SQLite: `PRAGMA data_version` of a connection of its own. Elsewhere every look says yes.
-    Belongs to one thread.
+    A look costs microseconds and may say yes for nothing. Belongs to one thread.
     """
 
     def __init__(self, engine: Engine) -> None:
-        # The driver's own connection: a look happens a hundred times a second.
-        self._connection = engine.raw_connection() if engine.dialect.name == "sqlite" else None
-        self._version: int | None = None
+        is_sqlite = engine.dialect.name == "sqlite"
+        self._watch: Watch = DataVersion(engine) if is_sqlite else Notifications(engine)
 
     def has_changed(self) -> bool:
-        if self._connection is None:
-            return True
+        """Also yes where the database fails: who looks closer meets the error where it is
+        handled.
+        """
         try:
-            cursor = self._connection.cursor()
-            cursor.execute("PRAGMA data_version")
-            (version,) = cursor.fetchone() or (None,)
-            cursor.close()
-        except sqlite.Error:
-            return True  # whoever looks closer now meets the error where it is handled
-        is_new, self._version = version != self._version, version
-        return is_new
+            return self._watch.look()
+        except (SQLAlchemyError, sqlite.Error, psycopg.Error):
+            self._watch.close()
+            return True
 
     def __enter__(self) -> "ChangeSignal":
         return self
@@ -231,5 +270,72 @@ class ChangeSignal:
 
     def close(self) -> None:
         """Give the connection back."""
+        self._watch.close()
+
+
+class Watch(Protocol):
+    """How one kind of database tells of others' commits."""
+
+    def look(self) -> bool:
+        """Whether there were any since the last look; connects where it is not connected."""
+
+    def close(self) -> None:
+        """The next look connects anew, and says yes."""
+
+
+class DataVersion:
+    """SQLite counts others' commits for each connection: `PRAGMA data_version`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: PoolProxiedConnection | None = None
+        self._version: int | None = None
+
+    def look(self) -> bool:
+        # The driver's own connection: a look happens a hundred times a second.
+        self._connection = self._connection or self._engine.raw_connection()
+        cursor = self._connection.cursor()
+        cursor.execute("PRAGMA data_version")
+        (version,) = cursor.fetchone() or (None,)
+        cursor.close()
+        is_new, self._version = version != self._version, version
+        return is_new
+
+    def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+        self._connection = self._version = None
+
+
+class Notifications:
+    """PostgreSQL sends `_notify`'s word to who listens."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: psycopg.Connection[Any] | None = None
+        self._said_yes_at = 0.0
+
+    def look(self) -> bool:
+        if self._connection is None:
+            self._connection = self._listen()
+            is_new = True
+        else:
+            is_new = bool([*self._connection.notifies(timeout=0)])
+        now = time.monotonic()
+        if is_new or now - self._said_yes_at > LOOK_ANYWAY_S:
+            self._said_yes_at = now
+            return True
+        return False
+
+    def _listen(self) -> psycopg.Connection[Any]:
+        # Not of the pool, which would reset it: a listening connection is never between two uses.
+        args, options = self._engine.dialect.create_connect_args(self._engine.url)
+        options["connect_timeout"] = CONNECT_TIMEOUT_S
+        connection = psycopg.connect(*args, autocommit=True, **options)
+        connection.execute(f"LISTEN {CHANNEL}")
+        return connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None

@@ -48,6 +48,9 @@ GUESSED_SPEED = 1_000_000.0
 WORKER_SEEN_S = 30.0
 """A worker not heard of for so long is not counted."""
 
+SUBMIT_LOCK = 0x1_4E_9A_15
+"""An advisory lock's number: any, but the same for all processes of this server."""
+
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
 
@@ -213,6 +216,7 @@ class JobStore:
         Raises: QueueFull.
         """
         with self._engine.begin() as connection:
+            self._lock_queue(connection)
             if self._count_waiting(connection) >= self._max_waiting:
                 raise QueueFull(self._max_waiting)
             row = connection.execute(
@@ -442,6 +446,12 @@ class JobStore:
             if row.webhook is not None and JobState(row.state).is_terminal:
                 queue_delivery(connection, row.id, row.webhook, self._clock())
         return len(rows)
+
+    @staticmethod
+    def _lock_queue(connection: Connection) -> None:
+        """Nobody else submits until the transaction's end: what was counted stays true."""
+        if connection.dialect.name != "sqlite":  # there every write transaction is alone
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
 
     @staticmethod
     def _count_waiting(connection: Connection) -> int:

@@ -451,8 +451,9 @@ def test_acknowledged_jobs_survive_kill_9(
         ids += [int(line) for line in writer.stdout if line.endswith("\n")]
     assert len(ids) >= acknowledged
     assert {job_id for job_id in ids if store.get(job_id) is None} == set()
-    with engine.connect() as connection:
-        assert connection.execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
+            assert connection.execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
 
 
 class History(RuleBasedStateMachine):

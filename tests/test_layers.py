@@ -83,6 +83,7 @@ WEB_AND_DATABASE = {
     "httpcore",
     "httpx",
     "obstore",
+    "psycopg",
     "pydantic",
     "pydantic_settings",
     "pysqlite3",
