@@ -23,7 +23,7 @@ from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
 from server.jobs import JobStore
 from server.routes import get_services, router
-from server.services import DECODE_THREADS, STORE_THREADS, Services
+from server.services import DECODE_THREADS, STORE_THREADS, SUBMIT_THREADS, Services
 from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
@@ -42,7 +42,11 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = open_engine(settings.sqlalchemy_url)
         migrate(engine)
-        store = JobStore(engine, max_waiting=settings.queue.max_waiting)
+        store = JobStore(
+            engine,
+            max_waiting=settings.queue.max_waiting,
+            max_waiting_per_key=settings.queue.max_waiting_per_key,
+        )
         fetcher = Fetcher(settings.fetch)
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         sender = asyncio.create_task(WebhookSender(settings.webhook, deliveries, store).run())
@@ -55,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
                 fetcher=fetcher,
                 waiters=waiters,
                 store_threads=anyio.CapacityLimiter(STORE_THREADS),
+                submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
                 decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
             )
             yield

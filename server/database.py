@@ -1,5 +1,6 @@
 """Tables, connections and transactions, for SQLite and PostgreSQL alike."""
 
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -34,6 +35,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
+
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
@@ -45,6 +50,12 @@ CHANNEL = "inpaint_changes"
 
 LOOK_ANYWAY_S = 1.0
 """A connection may be dead without anybody knowing: PostgreSQL's silence is believed no longer."""
+
+SqliteVersion = tuple[int, int, int]
+
+SOUND_WAL: SqliteVersion = (3, 51, 3)
+SOUND_BACKPORTS: dict[tuple[int, int], SqliteVersion] = {(3, 44): (3, 44, 6), (3, 50): (3, 50, 7)}
+"""SQLite versions without the WAL-reset bug: the first one, and those of two older lines."""
 
 MIGRATION_LOCK = 0x1_4E_9A_14
 """An advisory lock's number: any, but the same for all processes of this server."""
@@ -84,6 +95,8 @@ jobs = Table(
     Column("params", JSON, nullable=False),
     Column("file_prefix", Text, nullable=False, unique=True),
     Column("work", Float, nullable=False),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("turn", BigInteger, nullable=False, server_default="0"),
     Column("webhook", Text),
     Column("track_id", JsonScalar),
     Column("created_at", Float, nullable=False),
@@ -109,6 +122,11 @@ jobs = Table(
     sqlite_autoincrement=True,
 )
 Index("jobs_by_state", jobs.c.state, jobs.c.id)
+# What `turns.py` asks: who is next, and where a new job comes in.
+Index("jobs_in_order", jobs.c.state, jobs.c.priority.desc(), jobs.c.turn, jobs.c.id)
+Index("jobs_of_key", jobs.c.key_id, jobs.c.state)
+Index("jobs_by_turn", jobs.c.priority, jobs.c.turn)
+Index("jobs_by_turn_of_key", jobs.c.key_id, jobs.c.priority, jobs.c.turn)
 
 deliveries = Table(
     "deliveries",
@@ -150,13 +168,13 @@ workers = Table(
 )
 
 
-def open_engine(url: str) -> Engine:
+def open_engine(url: str, sqlite_version: SqliteVersion = sqlite.sqlite_version_info) -> Engine:
     """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing.
 
     Its errors name no parameters: prompts are among them, and errors are logged.
     """
     if make_url(url).get_backend_name() == "sqlite":
-        return _open_sqlite(url)
+        return _open_sqlite(url, sqlite_version)
     return _open_postgresql(url)
 
 
@@ -176,39 +194,52 @@ def _notify(connection: Connection) -> None:
     connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
 
-def _open_sqlite(url: str) -> Engine:
+def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
-    # Python's own sqlite3 may carry a SQLite older than 3.51.3, whose WAL can lose commits when
-    # there are several connections; the pysqlite3 wheel brings a newer one.
     engine = create_engine(
         url, module=sqlite, connect_args={"isolation_level": None}, hide_parameters=True
     )
-    event.listen(engine, "connect", _set_pragmas)
+    journal_mode = "WAL"
+    if not has_sound_wal(version):
+        # API and workers are several processes, so no pool can hold the only connection. With a
+        # rollback journal the lock of the file lets one connection write at a time.
+        journal_mode = "DELETE"
+        logger.warning(
+            "this SQLite can lose commits in WAL mode: using its slower rollback journal",
+            version=".".join(map(str, version)),
+        )
+    event.listen(engine, "connect", functools.partial(_set_pragmas, journal_mode))
     event.listen(engine, "begin", _begin_immediate)
     return engine
 
 
-def _set_pragmas(connection: sqlite.Connection, _record: object) -> None:
-    # The timeout comes first: switching to WAL already needs the lock.
+def has_sound_wal(version: SqliteVersion) -> bool:
+    """False where several connections in WAL mode can lose committed transactions."""
+    repaired = SOUND_BACKPORTS.get(version[:2], SOUND_WAL)
+    return version >= repaired
+
+
+def _set_pragmas(journal_mode: str, connection: sqlite.Connection, _record: object) -> None:
+    # The timeout comes first: switching the journal already needs the lock.
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-    _switch_to_wal(connection)
+    _switch_journal(connection, journal_mode)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def _switch_to_wal(connection: sqlite.Connection) -> None:
-    """Does nothing for a database that is in WAL mode, which the file remembers."""
+def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
+    """Does nothing for a database that is in this mode, which the file remembers."""
     # For this switch alone SQLite does not wait: two processes that open a new file together would
     # find it locked, in spite of the timeout.
     for _ in range(BUSY_TIMEOUT_MS // SWITCH_PAUSE_MS):
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA journal_mode = {mode}")
             return
         except sqlite.OperationalError:
             time.sleep(SWITCH_PAUSE_MS / 1000)
-    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA journal_mode = {mode}")
 
 
 def _begin_immediate(connection: Connection) -> None:

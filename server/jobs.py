@@ -9,6 +9,7 @@ A claim gives a lease and an attempt number. The attempt number is the fencing t
 `finish` and `fail` name it, and have no effect once the job was given to somebody else.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from sqlalchemy import (
     Connection,
     Engine,
     Row,
-    Select,
     case,
     func,
     insert,
@@ -32,9 +32,11 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from models.params import InpaintParams
+from server.commits import GroupCommit
 from server.database import ChangeSignal, jobs, read_only, workers
 from server.deliveries import queue_delivery
 from server.errors import QueueFull
+from server.turns import IS_WAITING, ORDER, Arrival, Place, goes_before, look_at
 
 LEASE_S = 45.0
 MAX_ATTEMPTS = 3
@@ -50,6 +52,9 @@ WORKER_SEEN_S = 30.0
 
 SUBMIT_LOCK = 0x1_4E_9A_15
 """An advisory lock's number: any, but the same for all processes of this server."""
+
+INSERT = insert(jobs).returning(jobs)
+"""Built once: every accepted job needs it."""
 
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
@@ -76,11 +81,23 @@ class JobState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class QueueShare:
+    """What a key may have of the queue.
+
+    max_waiting: its jobs that may wait at a time; None means the store's limit per key.
+    priority: jobs of a higher one go first.
+    """
+
+    max_waiting: int | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NewJob:
     """What a dialect hands in.
 
     request: what the dialect needs to write its answers later, JSON values.
-    key_id: whose job it is.
+    key_id: whose job it is. share: what that key may have of the queue.
     file_prefix: uuid4; names the job's files.
     work: size of the job in pixel steps, for estimates of time.
     track_id: any JSON scalar, given back as it came.
@@ -94,6 +111,7 @@ class NewJob:
     work: float
     webhook: str | None = None
     track_id: Any = None
+    share: QueueShare = QueueShare()
 
     @property
     def input_key(self) -> str:
@@ -105,6 +123,7 @@ class NewJob:
 class Job:
     """A row, as read.
 
+    priority, turn: its place among waiting jobs, see `turns.py`.
     attempt: how often it was claimed; the fencing token of the present claim.
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
     run_s: seconds from claim to finish.
@@ -131,6 +150,8 @@ class Job:
     run_s: float | None
     flagged: list[bool | None] | None = field(repr=False)
     error: str | None
+    priority: int = 0
+    turn: int = 0
 
     @property
     def input_key(self) -> str:
@@ -196,15 +217,23 @@ def input_key_of(file_prefix: str) -> str:
 class JobStore:
     """All access to job rows. Synchronous; safe to call from several threads and processes.
 
-    clock: seconds since the epoch.
+    max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
+    says otherwise. clock: seconds since the epoch.
     """
 
     def __init__(
-        self, engine: Engine, *, max_waiting: int = 1_000, clock: Callable[[], float] = time.time
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 1_000,
+        max_waiting_per_key: int = 100,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
         self._max_waiting = max_waiting
+        self._max_waiting_per_key = max_waiting_per_key
         self._clock = clock
+        self._commits = GroupCommit(engine)
 
     def change_signal(self) -> ChangeSignal:
         """For one thread that waits for others' commits."""
@@ -215,33 +244,39 @@ class JobStore:
 
         Raises: QueueFull.
         """
-        with self._engine.begin() as connection:
-            self._lock_queue(connection)
-            if self._count_waiting(connection) >= self._max_waiting:
-                raise QueueFull(self._max_waiting)
-            row = connection.execute(
-                insert(jobs)
-                .values(
-                    state=JobState.QUEUED,
-                    key_id=new.key_id,
-                    dialect=new.dialect,
-                    request=new.request,
-                    params=new.params.to_json(),
-                    file_prefix=new.file_prefix,
-                    work=new.work,
-                    webhook=new.webhook,
-                    track_id=new.track_id,
-                    created_at=self._clock(),
-                )
-                .returning(jobs)
-            ).one()
-        return _to_job(row)
+        return self._commits.run(functools.partial(self._insert, new))
 
-    def refuse_when_full(self) -> None:
+    def _insert(self, new: NewJob, connection: Connection) -> Job:
+        self._lock_queue(connection)
+        arrival = look_at(connection, new.key_id, new.share.priority)
+        self._refuse_when_full_at(arrival, new.share)
+        values = {
+            "state": JobState.QUEUED,
+            "key_id": new.key_id,
+            "dialect": new.dialect,
+            "request": new.request,
+            "params": new.params.to_json(),
+            "file_prefix": new.file_prefix,
+            "work": new.work,
+            "priority": new.share.priority,
+            "turn": arrival.turn,
+            "webhook": new.webhook,
+            "track_id": new.track_id,
+            "created_at": self._clock(),
+        }
+        return _to_job(connection.execute(INSERT, values).one())
+
+    def refuse_when_full(self, key_id: str, share: QueueShare = QueueShare()) -> None:
         """Before anything is fetched for a job that `submit` would refuse. Raises: QueueFull."""
         with read_only(self._engine) as connection:
-            if self._count_waiting(connection) >= self._max_waiting:
-                raise QueueFull(self._max_waiting)
+            self._refuse_when_full_at(look_at(connection, key_id, share.priority), share)
+
+    def _refuse_when_full_at(self, arrival: Arrival, share: QueueShare) -> None:
+        if arrival.waiting >= self._max_waiting:
+            raise QueueFull(self._max_waiting)
+        limit = self._max_waiting_per_key if share.max_waiting is None else share.max_waiting
+        if arrival.waiting_of_key >= limit:
+            raise QueueFull(limit)
 
     def get(self, job_id: int) -> Job | None:
         """The job, None where there is none."""
@@ -257,22 +292,22 @@ class JobStore:
             return [_to_job(row) for row in connection.execute(query)]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
-        """Take up to `limit` queued jobs, oldest first, each with a new attempt number.
+        """Take up to `limit` queued jobs, first to last, each with a new attempt number.
 
         A job whose worker was lost may be what killed it: it is given out alone, and only to a
         worker without any other, so that it cannot take neighbours down.
         is_idle: whether the worker holds no job.
         """
         now = self._clock()
-        oldest = (
+        first = (
             select(jobs.c.id, jobs.c.attempt)
-            .where(jobs.c.state == JobState.QUEUED)
-            .order_by(jobs.c.id)
+            .where(IS_WAITING)
+            .order_by(*ORDER)
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
         with self._engine.begin() as connection:
-            chosen = _claimable(connection.execute(oldest).all(), is_idle)
+            chosen = _claimable(connection.execute(first).all(), is_idle)
             if not chosen:
                 return []
             rows = connection.execute(
@@ -287,7 +322,7 @@ class JobStore:
                 )
                 .returning(jobs)
             ).all()
-        return sorted((_to_job(row) for row in rows), key=lambda job: job.id)
+        return sorted((_to_job(row) for row in rows), key=lambda job: chosen.index(job.id))
 
     def release(self, job: Job) -> bool:
         """Running to queued through no fault of the job: the attempt does not count."""
@@ -352,10 +387,20 @@ class JobStore:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
 
+    def position(self, job_id: int) -> int | None:
+        """How many waiting jobs go before this one; None for a job that does not wait."""
+        with read_only(self._engine) as connection:
+            place = self._place(connection, job_id)
+            if place is None:
+                return None
+            query = select(func.count()).where(IS_WAITING, goes_before(place))
+            return int(connection.execute(query).scalar_one())
+
     def figures(self, before_id: int | None = None) -> QueueFigures:
-        """The queue as a whole, or as the job `before_id` sees it in front of itself."""
-        is_live = jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING])
-        in_front = is_live if before_id is None else is_live & (jobs.c.id < before_id)
+        """The queue as a whole, or as the job `before_id` sees it in front of itself.
+
+        A job that comes later may yet go before it, when it is the turn of its key.
+        """
         left = jobs.c.work * (
             1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
         )
@@ -366,9 +411,25 @@ class JobStore:
                     func.count().filter(jobs.c.state == JobState.QUEUED),
                     func.count().filter(jobs.c.state == JobState.RUNNING),
                     func.coalesce(func.sum(left), 0.0),
-                ).where(in_front)
+                ).where(self._in_front(connection, before_id))
             ).one()
         return QueueFigures(waiting, running, ahead, speed)
+
+    def _in_front(self, connection: Connection, before_id: int | None) -> ColumnElement[bool]:
+        is_running = jobs.c.state == JobState.RUNNING
+        if before_id is None:
+            return is_running | IS_WAITING
+        place = self._place(connection, before_id)
+        if place is None:  # it runs itself, beside those that began before it
+            return is_running & (jobs.c.id < before_id)
+        return is_running | IS_WAITING & goes_before(place)
+
+    @staticmethod
+    def _place(connection: Connection, job_id: int) -> Place | None:
+        """Where a waiting job stands, None for any other."""
+        query = select(jobs.c.priority, jobs.c.turn, jobs.c.id)
+        row = connection.execute(query.where(jobs.c.id == job_id, IS_WAITING)).one_or_none()
+        return None if row is None else Place(*row)
 
     def report_worker(self, status: WorkerStatus) -> None:
         """Write a worker's word of itself, in place of its earlier one."""
@@ -452,11 +513,6 @@ class JobStore:
         """Nobody else submits until the transaction's end: what was counted stays true."""
         if connection.dialect.name != "sqlite":  # there every write transaction is alone
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
-
-    @staticmethod
-    def _count_waiting(connection: Connection) -> int:
-        query: Select[int] = select(func.count()).where(jobs.c.state == JobState.QUEUED)
-        return int(connection.execute(query).scalar_one())
 
 
 def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:

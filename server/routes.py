@@ -65,7 +65,7 @@ async def inpaint(
         return await fetch(request, services, fields, key_id)
     asked = v3.read_inpaint(fields, reading_policy(services.settings))
     base_url = base_url_of(request, services.settings)
-    await services.in_store_thread(services.store.refuse_when_full)
+    await services.in_store_thread(services.store.refuse_when_full, key_id)
     job = await accept(services, asked, key_id, base_url)
     ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
@@ -150,7 +150,7 @@ async def accept(services: Services, asked: v3.V3Request, key_id: str, base_url:
     # The inputs come first: a job that can be claimed must have them.
     await services.in_store_thread(services.storage.put, new.input_key, pair.to_bytes())
     try:
-        return await services.in_store_thread(services.store.submit, new)
+        return await services.in_submit_thread(services.store.submit, new)
     except Exception:
         await services.in_store_thread(services.storage.delete, new.input_key)
         raise

@@ -21,6 +21,10 @@ R = TypeVar("R")
 STORE_THREADS = 8
 """Database and file calls at a time; fewer than the connections of the database pool."""
 
+SUBMIT_THREADS = 64
+"""Jobs that may wait for the disk at a time. They share commits and one connection, so that many
+cost little and each makes the others' share cheaper."""
+
 DECODE_THREADS = 2
 """Pictures decoded at a time: each may take 100 MB while it is."""
 
@@ -36,6 +40,7 @@ class Services:
     fetcher: Fetcher
     waiters: Waiters
     store_threads: anyio.CapacityLimiter
+    submit_threads: anyio.CapacityLimiter
     decode_threads: anyio.CapacityLimiter
 
     async def in_store_thread(
@@ -44,6 +49,13 @@ class Services:
         """Call a synchronous part without blocking the event loop."""
         call = functools.partial(function, *args, **kwargs)
         return await anyio.to_thread.run_sync(call, limiter=self.store_threads)
+
+    async def in_submit_thread(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Call what waits for a shared commit without blocking the event loop."""
+        call = functools.partial(function, *args, **kwargs)
+        return await anyio.to_thread.run_sync(call, limiter=self.submit_threads)
 
     async def in_decode_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs

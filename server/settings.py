@@ -127,9 +127,10 @@ class StorageSettings(Section):
 
 
 class QueueSettings(Section):
-    """max_waiting: jobs that may wait before new ones are refused."""
+    """Jobs that may wait before new ones are refused: in all, and of one key."""
 
     max_waiting: int = 1_000
+    max_waiting_per_key: int = 100
 
 
 class EnhanceSettings(Section):

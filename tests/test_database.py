@@ -13,7 +13,15 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Engine, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from server.database import ChangeSignal, metadata, migrate, open_engine, read_only
+from server.database import (
+    ChangeSignal,
+    SqliteVersion,
+    has_sound_wal,
+    metadata,
+    migrate,
+    open_engine,
+    read_only,
+)
 from tests.postgres import PostgresServer
 
 REPORT = text(
@@ -137,6 +145,43 @@ def test_sqlite_is_without_the_wal_reset_bug(sqlite_engine: Engine) -> None:
     with read_only(sqlite_engine) as connection:
         version: str = connection.execute(text("SELECT sqlite_version()")).scalar_one()
     assert tuple(map(int, version.split("."))) >= (3, 51, 3)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_sound"),
+    [
+        ((3, 40, 1), False),
+        ((3, 44, 5), False),
+        ((3, 44, 6), True),
+        ((3, 45, 0), False),
+        ((3, 50, 6), False),
+        ((3, 50, 7), True),
+        ((3, 51, 2), False),
+        ((3, 51, 3), True),
+        ((3, 53, 0), True),
+        ((4, 0, 0), True),
+    ],
+)
+def test_sqlite_with_the_wal_reset_bug_is_known(version: SqliteVersion, is_sound: bool) -> None:
+    assert has_sound_wal(version) is is_sound
+
+
+def test_old_sqlite_leaves_wal_with_a_warning(
+    sqlite_engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for a file that a newer one has used."""
+    report(sqlite_engine, "before")
+    sqlite_engine.dispose()
+    old = open_engine(str(sqlite_engine.url), sqlite_version=(3, 40, 1))
+    assert "can lose commits" in caplog.text
+    assert pragma(old, "journal_mode") == "delete"
+    report(old, "after")
+    with ChangeSignal(old) as signal:
+        assert [signal.has_changed(), signal.has_changed()] == [True, False]
+        report(old, "seen")
+        assert signal.has_changed()
+    assert pragma(old, "integrity_check") == "ok"
+    old.dispose()
 
 
 def test_readers_do_not_wait_for_a_writer(engine: Engine) -> None:

@@ -88,7 +88,9 @@ def test_submitted_job_comes_back_as_it_went_in(store: JobStore) -> None:
     new = new_job(webhook="http://x/hook", track_id="t")
     job = store.submit(new)
     assert get(store, job.id) == job
-    assert asdict(new).items() <= asdict(job).items()
+    kept = asdict(new)
+    assert kept.pop("share") == {"max_waiting": None, "priority": 0}
+    assert kept.items() <= asdict(job).items()
     assert (job.state, job.attempt, job.created_at) == (JobState.QUEUED, 0, 1_000.0)
 
 
@@ -236,13 +238,13 @@ def test_ended_lists_the_ended_ones_of_those_asked_for(store: JobStore) -> None:
 def test_queue_has_an_end(engine: Engine) -> None:
     store = JobStore(engine, max_waiting=2)
     store.submit(new_job())
-    store.refuse_when_full()
+    store.refuse_when_full("somebody")
     store.submit(new_job())
     with pytest.raises(QueueFull) as refused:
         store.submit(new_job())
     assert refused.value.limit == 2
     with pytest.raises(QueueFull):
-        store.refuse_when_full()
+        store.refuse_when_full("somebody")
     claim_one(store)  # a running job waits no longer
     store.submit(new_job())
 

@@ -1,4 +1,4 @@
-"""Ids of 64 bits on PostgreSQL."""
+"""Turns and priorities of waiting jobs; ids of 64 bits on PostgreSQL."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,9 +12,19 @@ def upgrade() -> None:
         op.alter_column("jobs", "id", type_=sa.BigInteger())
         op.alter_column("deliveries", "job_id", type_=sa.BigInteger())
         op.execute("ALTER SEQUENCE jobs_id_seq AS bigint")
+    op.add_column("jobs", sa.Column("priority", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("jobs", sa.Column("turn", sa.BigInteger(), server_default="0", nullable=False))
+    op.create_index("jobs_in_order", "jobs", ["state", sa.text("priority DESC"), "turn", "id"])
+    op.create_index("jobs_of_key", "jobs", ["key_id", "state"])
+    op.create_index("jobs_by_turn", "jobs", ["priority", "turn"])
+    op.create_index("jobs_by_turn_of_key", "jobs", ["key_id", "priority", "turn"])
 
 
 def downgrade() -> None:
+    for name in ("jobs_by_turn_of_key", "jobs_by_turn", "jobs_of_key", "jobs_in_order"):
+        op.drop_index(name, "jobs")
+    op.drop_column("jobs", "turn")
+    op.drop_column("jobs", "priority")
     if op.get_context().dialect.name == "postgresql":
         op.execute("ALTER SEQUENCE jobs_id_seq AS integer")
         op.alter_column("deliveries", "job_id", type_=sa.Integer())
