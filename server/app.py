@@ -1,6 +1,5 @@
 """`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
 
-import asyncio
 import re
 import time
 import uuid
@@ -16,14 +15,22 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import KeyRing
+from server.background import Background
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import v3
 from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
+from server.janitor import Janitor
 from server.jobs import JobStore
 from server.routes import get_services, router
-from server.services import DECODE_THREADS, STORE_THREADS, SUBMIT_THREADS, Services
+from server.services import (
+    DECODE_THREADS,
+    STORE_THREADS,
+    SUBMIT_THREADS,
+    WEBHOOKS,
+    Services,
+)
 from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
@@ -48,23 +55,27 @@ def create_app(settings: Settings) -> FastAPI:
             max_waiting_per_key=settings.queue.max_waiting_per_key,
         )
         fetcher = Fetcher(settings.fetch)
+        storage = Storage(settings.storage_url)
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        sender = asyncio.create_task(WebhookSender(settings.webhook, deliveries, store).run())
-        with Waiters(store) as waiters:
-            app.state.services = Services(
-                settings=settings,
-                keys=KeyRing(settings.auth.keys),
-                store=store,
-                storage=Storage(settings.storage_url),
-                fetcher=fetcher,
-                waiters=waiters,
-                store_threads=anyio.CapacityLimiter(STORE_THREADS),
-                submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
-                decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
+        async with Background() as background:
+            background.start(
+                WEBHOOKS, lambda: WebhookSender(settings.webhook, deliveries, store).run()
             )
-            yield
-        sender.cancel()
-        await asyncio.wait([sender])
+            background.start("janitor", Janitor(engine, storage, settings.retention).run)
+            with Waiters(store) as waiters:
+                app.state.services = Services(
+                    settings=settings,
+                    keys=KeyRing(settings.auth.keys),
+                    store=store,
+                    storage=storage,
+                    fetcher=fetcher,
+                    waiters=waiters,
+                    background=background,
+                    store_threads=anyio.CapacityLimiter(STORE_THREADS),
+                    submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
+                    decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
+                )
+                yield
         await fetcher.aclose()
         engine.dispose()
 

@@ -31,6 +31,7 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
+    text,
 )
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
@@ -110,6 +111,7 @@ jobs = Table(
     Column("run_s", Float),
     Column("flagged", JSON),
     Column("error", Text),
+    Column("expired_at", Float),
     CheckConstraint(
         "state IN ('queued', 'running', 'finished', 'failed', 'cancelled')", name="state_known"
     ),
@@ -127,6 +129,16 @@ Index("jobs_in_order", jobs.c.state, jobs.c.priority.desc(), jobs.c.turn, jobs.c
 Index("jobs_of_key", jobs.c.key_id, jobs.c.state)
 Index("jobs_by_turn", jobs.c.priority, jobs.c.turn)
 Index("jobs_by_turn_of_key", jobs.c.key_id, jobs.c.priority, jobs.c.turn)
+# What `janitor.py` asks: which pictures and which rows are old.
+UNEXPIRED = text("expired_at IS NULL")
+Index(
+    "jobs_unexpired",
+    jobs.c.state,
+    jobs.c.finished_at,
+    sqlite_where=UNEXPIRED,
+    postgresql_where=UNEXPIRED,
+)
+Index("jobs_by_end", jobs.c.finished_at)
 
 deliveries = Table(
     "deliveries",

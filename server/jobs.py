@@ -53,6 +53,9 @@ WORKER_SEEN_S = 30.0
 SUBMIT_LOCK = 0x1_4E_9A_15
 """An advisory lock's number: any, but the same for all processes of this server."""
 
+INPUT_FOLDER = "inputs"
+"""First part of the storage key of a job's init image and mask."""
+
 INSERT = insert(jobs).returning(jobs)
 """Built once: every accepted job needs it."""
 
@@ -128,6 +131,7 @@ class Job:
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
     run_s: seconds from claim to finish.
     flagged: the safety checker's verdict per picture; None for a job that is not finished.
+    expired_at: when the pictures of a finished job were removed; None while they are there.
     """
 
     id: int
@@ -152,6 +156,7 @@ class Job:
     error: str | None
     priority: int = 0
     turn: int = 0
+    expired_at: float | None = None
 
     @property
     def input_key(self) -> str:
@@ -161,12 +166,12 @@ class Job:
     @property
     def output_names(self) -> list[str]:
         """File names of the pictures, in sample order."""
-        return [f"{self.file_prefix}-{index}.png" for index in range(self.params.samples)]
+        return output_names_of(self.file_prefix, self.params.samples)
 
     @property
     def output_keys(self) -> list[str]:
         """Storage keys of the pictures, in sample order."""
-        return [f"{OUTPUT_FOLDER}/{name}" for name in self.output_names]
+        return output_keys_of(self.file_prefix, self.params.samples)
 
     @property
     def work_left(self) -> float:
@@ -211,7 +216,17 @@ class WorkerStatus:
 
 def input_key_of(file_prefix: str) -> str:
     """Storage key of a job's init image and mask."""
-    return f"inputs/{file_prefix}.npy"
+    return f"{INPUT_FOLDER}/{file_prefix}.npy"
+
+
+def output_names_of(file_prefix: str, samples: int) -> list[str]:
+    """File names of a job's pictures, in sample order."""
+    return [f"{file_prefix}-{index}.png" for index in range(samples)]
+
+
+def output_keys_of(file_prefix: str, samples: int) -> list[str]:
+    """Storage keys of a job's pictures, in sample order."""
+    return [f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples)]
 
 
 class JobStore:
@@ -449,6 +464,13 @@ class JobStore:
         query = select(workers).where(workers.c.seen_at > self._clock() - WORKER_SEEN_S)
         with read_only(self._engine) as connection:
             return [WorkerStatus(**row._mapping) for row in connection.execute(query)]
+
+    def worker(self, worker_id: str) -> WorkerStatus | None:
+        """A worker's last word, however old; None before its first."""
+        query = select(workers).where(workers.c.id == worker_id)
+        with read_only(self._engine) as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else WorkerStatus(**row._mapping)
 
     def _speed(self, connection: Connection) -> float:
         """Pixel steps per second of the last finished jobs, or a guess before there are any."""

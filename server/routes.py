@@ -20,7 +20,7 @@ from server.downloads import download_images
 from server.errors import InvalidRequest, JobNotFound, RouteNotFound
 from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, WorkerStatus
 from server.sandbox import DecodedPair, decode_pair
-from server.services import Services
+from server.services import WEBHOOKS, Services
 from server.settings import Base64Output, Settings
 
 router = APIRouter()
@@ -123,7 +123,7 @@ async def readyz(services: ServicesOf) -> JSONResponse:
     """Whether a request made now would be worked on; the reason where not."""
     expected = len(services.settings.worker_devices)
     workers = await services.in_store_thread(services.store.workers_seen)
-    is_ready, reason = readiness(workers, expected)
+    is_ready, reason = readiness(workers, expected, services.background.failing())
     status = {"status": "ok" if is_ready else "unavailable", "reason": reason}
     return JSONResponse(status, 200 if is_ready else 503)
 
@@ -215,9 +215,16 @@ def reading_policy(settings: Settings) -> v3.ReadingPolicy:
     )
 
 
-def readiness(workers: Sequence[WorkerStatus], expected: int) -> tuple[bool, str]:
-    """Whether any worker takes jobs, and how things stand in words for an operator."""
+def readiness(
+    workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str]
+) -> tuple[bool, str]:
+    """Whether a job would be made and told of, and how things stand in words for an operator.
+
+    failing: background tasks that have failed lately.
+    """
     ready = [worker for worker in workers if worker.state == "ready"]
     others = [f"{worker.id}: {worker.detail}" for worker in workers if worker.state != "ready"]
     total = max(expected, len(workers))
-    return bool(ready), "; ".join([f"{len(ready)}/{total} workers ready", *others])
+    failures = [f"{name} failed lately" for name in failing]
+    is_ready = bool(ready) and WEBHOOKS not in failing
+    return is_ready, "; ".join([f"{len(ready)}/{total} workers ready", *others, *failures])

@@ -9,6 +9,7 @@ import anyio
 import anyio.to_thread
 
 from server.auth import KeyRing
+from server.background import Background
 from server.egress import Fetcher
 from server.jobs import JobStore
 from server.settings import Settings
@@ -17,6 +18,9 @@ from server.waiters import Waiters
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+WEBHOOKS = "webhooks"
+"""Name of the background task without which a server is not ready."""
 
 STORE_THREADS = 8
 """Database and file calls at a time; fewer than the connections of the database pool."""
@@ -39,6 +43,7 @@ class Services:
     storage: Storage
     fetcher: Fetcher
     waiters: Waiters
+    background: Background
     store_threads: anyio.CapacityLimiter
     submit_threads: anyio.CapacityLimiter
     decode_threads: anyio.CapacityLimiter

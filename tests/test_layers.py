@@ -59,18 +59,19 @@ SERVER = {
     "turns": "database",
     "jobs": "commits database deliveries errors turns models.params",
     "waiters": "jobs telemetry",
+    "janitor": "database deliveries errors jobs settings storage telemetry",
+    "background": "telemetry",
     "bodies": "errors",
     "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
-    "services": "auth egress jobs settings storage waiters",
+    "services": "auth background egress jobs settings storage waiters",
     "routes": "bodies dialects downloads errors jobs sandbox services settings"
     " models.enhance models.errors models.images models.params",
     "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
     " models.engine models.errors models.images models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
-    " telemetry"
-    " waiters webhooks",
+    "app": "auth background database deliveries dialects egress errors janitor jobs routes services"
+    " settings storage telemetry waiters webhooks",
     "http": "settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",

@@ -1,10 +1,12 @@
-"""Turns and priorities of waiting jobs; ids of 64 bits on PostgreSQL."""
+"""Turns and priorities of waiting jobs, expiry of ended ones; ids of 64 bits on PostgreSQL."""
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0003"
 down_revision = "0002"
+
+UNEXPIRED = sa.text("expired_at IS NULL")
 
 
 def upgrade() -> None:
@@ -18,9 +20,21 @@ def upgrade() -> None:
     op.create_index("jobs_of_key", "jobs", ["key_id", "state"])
     op.create_index("jobs_by_turn", "jobs", ["priority", "turn"])
     op.create_index("jobs_by_turn_of_key", "jobs", ["key_id", "priority", "turn"])
+    op.add_column("jobs", sa.Column("expired_at", sa.Float(), nullable=True))
+    op.create_index(
+        "jobs_unexpired",
+        "jobs",
+        ["state", "finished_at"],
+        sqlite_where=UNEXPIRED,
+        postgresql_where=UNEXPIRED,
+    )
+    op.create_index("jobs_by_end", "jobs", ["finished_at"])
 
 
 def downgrade() -> None:
+    op.drop_index("jobs_by_end", "jobs")
+    op.drop_index("jobs_unexpired", "jobs")
+    op.drop_column("jobs", "expired_at")
     for name in ("jobs_by_turn_of_key", "jobs_by_turn", "jobs_of_key", "jobs_in_order"):
         op.drop_index(name, "jobs")
     op.drop_column("jobs", "turn")
