@@ -1,6 +1,5 @@
 """`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
 
-import asyncio
 import re
 import time
 import uuid
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.decoding import ImageLimits
 from server.auth import KeyRing
+from server.background import Background
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import native, native_problems, v3
@@ -26,11 +26,12 @@ from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
 from server.followers import Followers
 from server.intake import get_services
+from server.janitor import Janitor
 from server.jobs import JobStore
 from server.native_routes import router as native_router
 from server.routes import router
 from server.sandbox import Sandbox
-from server.services import STORE_THREADS, Services
+from server.services import STORE_THREADS, SUBMIT_THREADS, WEBHOOKS, Services
 from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
@@ -49,31 +50,37 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = open_engine(settings.sqlalchemy_url)
         migrate(engine)
-        store = JobStore(engine, max_waiting=settings.queue.max_waiting)
+        store = JobStore(
+            engine,
+            max_waiting=settings.queue.max_waiting,
+            max_waiting_per_key=settings.queue.max_waiting_per_key,
+        )
+        storage = Storage(settings.storage_url)
         door = Door(settings.egress, Listener(settings.host, settings.port))
-        fetcher = Fetcher(settings.fetch, door)
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         webhooks = WebhookSender(settings.webhook, deliveries, store, door)
-        sender = asyncio.create_task(webhooks.run())
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
-        with Waiters(store) as waiters, Followers(store) as followers, sandbox:
-            sandbox.warm()
-            app.state.services = Services(
-                settings=settings,
-                keys=KeyRing(settings.auth.keys),
-                store=store,
-                storage=Storage(settings.storage_url),
-                fetcher=fetcher,
-                sandbox=sandbox,
-                waiters=waiters,
-                followers=followers,
-                deliveries=deliveries,
-                webhooks=webhooks,
-                store_threads=anyio.CapacityLimiter(STORE_THREADS),
-            )
-            yield
-        sender.cancel()
-        await asyncio.wait([sender])
+        async with Background() as background:
+            background.start(WEBHOOKS, webhooks.run)
+            background.start("janitor", Janitor(engine, storage, settings.retention).run)
+            with Waiters(store) as waiters, Followers(store) as followers, sandbox:
+                sandbox.warm()
+                app.state.services = Services(
+                    settings=settings,
+                    keys=KeyRing(settings.auth.keys),
+                    store=store,
+                    storage=storage,
+                    fetcher=Fetcher(settings.fetch, door),
+                    sandbox=sandbox,
+                    waiters=waiters,
+                    followers=followers,
+                    deliveries=deliveries,
+                    webhooks=webhooks,
+                    background=background,
+                    store_threads=anyio.CapacityLimiter(STORE_THREADS),
+                    submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
+                )
+                yield
         await door.aclose()
         engine.dispose()
 

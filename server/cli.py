@@ -120,7 +120,9 @@ def serve(options: argparse.Namespace) -> int:
         for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
     server = Server(create_app(settings), settings)
-    with Supervisor(settings.worker_devices, flags, JobStore(engine)):
+    store = JobStore(engine)
+    stall_s = settings.worker_stall_s
+    with Supervisor(settings.worker_devices, flags, store, stall_s=stall_s):
         host, port = listener.getsockname()[:2]
         get_logger(__name__).info("listening", url=f"http://{host}:{port}")
         server.run_until_stopped(listener)

@@ -1,17 +1,20 @@
 """Tables, connections and transactions, for SQLite and PostgreSQL alike."""
 
+import functools
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import psycopg
 import pysqlite3.dbapi2 as sqlite
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import (
     JSON,
+    BigInteger,
     CheckConstraint,
     Column,
     Connection,
@@ -28,13 +31,41 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
+    text,
 )
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import PoolProxiedConnection
+
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
 
+POSTGRESQL = "postgresql+psycopg"
+CONNECT_TIMEOUT_S = 5
+CHANNEL = "inpaint_changes"
+"""Where PostgreSQL tells listeners of every commit."""
+
+LOOK_ANYWAY_S = 1.0
+"""A connection may be dead without anybody knowing: PostgreSQL's silence is believed no longer."""
+
+SqliteVersion = tuple[int, int, int]
+
+SOUND_WAL: SqliteVersion = (3, 51, 3)
+SOUND_BACKPORTS: dict[tuple[int, int], SqliteVersion] = {(3, 44): (3, 44, 6), (3, 50): (3, 50, 7)}
+"""SQLite versions without the WAL-reset bug: the first one, and those of two older lines."""
+
+MIGRATION_LOCK = 0x1_4E_9A_14
+"""An advisory lock's number: any, but the same for all processes of this server."""
+
 metadata = MetaData()
+
+# Float is double precision in both databases. JSON rather than JSONB: it keeps a text as it came,
+# and takes the escaped NUL that a prompt may hold.
+Id = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER numbers rows in SQLite
 
 
 class JsonScalar(TypeDecorator[Any]):
@@ -57,7 +88,7 @@ class JsonScalar(TypeDecorator[Any]):
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("state", Text, nullable=False),
     Column("key_id", Text, nullable=False),
     Column("dialect", Text, nullable=False),
@@ -65,6 +96,8 @@ jobs = Table(
     Column("params", JSON, nullable=False),
     Column("file_prefix", Text, nullable=False, unique=True),
     Column("work", Float, nullable=False),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("turn", BigInteger, nullable=False, server_default="0"),
     Column("webhook", Text),
     Column("track_id", JsonScalar),
     Column("created_at", Float, nullable=False),
@@ -78,6 +111,7 @@ jobs = Table(
     Column("run_s", Float),
     Column("flagged", JSON),
     Column("error", Text),
+    Column("expired_at", Float),
     CheckConstraint(
         "state IN ('queued', 'running', 'finished', 'failed', 'cancelled')", name="state_known"
     ),
@@ -91,11 +125,26 @@ jobs = Table(
 )
 Index("jobs_by_state", jobs.c.state, jobs.c.id)
 Index("jobs_by_key", jobs.c.key_id, jobs.c.id)
+# What `turns.py` asks: who is next, and where a new job comes in.
+Index("jobs_in_order", jobs.c.state, jobs.c.priority.desc(), jobs.c.turn, jobs.c.id)
+Index("jobs_of_key", jobs.c.key_id, jobs.c.state)
+Index("jobs_by_turn", jobs.c.priority, jobs.c.turn)
+Index("jobs_by_turn_of_key", jobs.c.key_id, jobs.c.priority, jobs.c.turn)
+# What `janitor.py` asks: which pictures and which rows are old.
+UNEXPIRED = text("expired_at IS NULL")
+Index(
+    "jobs_unexpired",
+    jobs.c.state,
+    jobs.c.finished_at,
+    sqlite_where=UNEXPIRED,
+    postgresql_where=UNEXPIRED,
+)
+Index("jobs_by_end", jobs.c.finished_at)
 
 receipts = Table(
     "receipts",
     metadata,
-    Column("job_id", Integer, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("job_id", Id, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("receipt", JSON, nullable=False),
 )
 
@@ -121,7 +170,7 @@ deliveries = Table(
     "deliveries",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("job_id", Integer, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("url", Text, nullable=False),
     Column("host", Text, nullable=False),
     Column("state", Text, nullable=False),
@@ -157,45 +206,78 @@ workers = Table(
 )
 
 
-def open_engine(url: str) -> Engine:
+def open_engine(url: str, sqlite_version: SqliteVersion = sqlite.sqlite_version_info) -> Engine:
     """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing.
 
     Its errors name no parameters: prompts are among them, and errors are logged.
     """
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    if make_url(url).get_backend_name() == "sqlite":
+        return _open_sqlite(url, sqlite_version)
+    return _open_postgresql(url)
+
+
+def _open_postgresql(url: str) -> Engine:
+    engine = create_engine(
+        make_url(url).set(drivername=POSTGRESQL),
+        connect_args={"connect_timeout": CONNECT_TIMEOUT_S},
+        pool_pre_ping=True,
+        hide_parameters=True,
+    )
+    event.listen(engine, "commit", _notify)
+    return engine
+
+
+def _notify(connection: Connection) -> None:
+    # Part of the transaction: listeners hear of it when, and only if, it is committed.
+    connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
+
+
+def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
-    # Python's own sqlite3 may carry a SQLite older than 3.51.3, whose WAL can lose commits when
-    # there are several connections; the pysqlite3 wheel brings a newer one.
     engine = create_engine(
         url, module=sqlite, connect_args={"isolation_level": None}, hide_parameters=True
     )
-    event.listen(engine, "connect", _set_pragmas)
+    journal_mode = "WAL"
+    if not has_sound_wal(version):
+        # API and workers are several processes, so no pool can hold the only connection. With a
+        # rollback journal the lock of the file lets one connection write at a time.
+        journal_mode = "DELETE"
+        logger.warning(
+            "this SQLite can lose commits in WAL mode: using its slower rollback journal",
+            version=".".join(map(str, version)),
+        )
+    event.listen(engine, "connect", functools.partial(_set_pragmas, journal_mode))
     event.listen(engine, "begin", _begin_immediate)
     return engine
 
 
-def _set_pragmas(connection: sqlite.Connection, _record: object) -> None:
-    # The timeout comes first: switching to WAL already needs the lock.
+def has_sound_wal(version: SqliteVersion) -> bool:
+    """False where several connections in WAL mode can lose committed transactions."""
+    repaired = SOUND_BACKPORTS.get(version[:2], SOUND_WAL)
+    return version >= repaired
+
+
+def _set_pragmas(journal_mode: str, connection: sqlite.Connection, _record: object) -> None:
+    # The timeout comes first: switching the journal already needs the lock.
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-    _switch_to_wal(connection)
+    _switch_journal(connection, journal_mode)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def _switch_to_wal(connection: sqlite.Connection) -> None:
-    """Does nothing for a database that is in WAL mode, which the file remembers."""
+def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
+    """Does nothing for a database that is in this mode, which the file remembers."""
     # For this switch alone SQLite does not wait: two processes that open a new file together would
     # find it locked, in spite of the timeout.
     for _ in range(BUSY_TIMEOUT_MS // SWITCH_PAUSE_MS):
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA journal_mode = {mode}")
             return
         except sqlite.OperationalError:
             time.sleep(SWITCH_PAUSE_MS / 1000)
-    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA journal_mode = {mode}")
 
 
 def _begin_immediate(connection: Connection) -> None:
@@ -216,10 +298,15 @@ def read_only(engine: Engine) -> Iterator[Connection]:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the schema to this version; does nothing where it is."""
+    """Bring the schema to this version; does nothing where it is.
+
+    Processes that migrate at once do it one after the other.
+    """
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with engine.begin() as connection:
+        if engine.dialect.name != "sqlite":  # there the transaction itself is the lock
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
@@ -227,27 +314,22 @@ def migrate(engine: Engine) -> None:
 class ChangeSignal:
     """Tells whether anybody else has committed since the last look, without a lock or a query.
 
-    SQLite: `PRAGMA data_version` of a connection of its own. Elsewhere every look says yes.
-    Belongs to one thread.
+    A look costs microseconds and may say yes for nothing. Belongs to one thread.
     """
 
     def __init__(self, engine: Engine) -> None:
-        # The driver's own connection: a look happens a hundred times a second.
-        self._connection = engine.raw_connection() if engine.dialect.name == "sqlite" else None
-        self._version: int | None = None
+        is_sqlite = engine.dialect.name == "sqlite"
+        self._watch: Watch = DataVersion(engine) if is_sqlite else Notifications(engine)
 
     def has_changed(self) -> bool:
-        if self._connection is None:
-            return True
+        """Also yes where the database fails: who looks closer meets the error where it is
+        handled.
+        """
         try:
-            cursor = self._connection.cursor()
-            cursor.execute("PRAGMA data_version")
-            (version,) = cursor.fetchone() or (None,)
-            cursor.close()
-        except sqlite.Error:
-            return True  # whoever looks closer now meets the error where it is handled
-        is_new, self._version = version != self._version, version
-        return is_new
+            return self._watch.look()
+        except (SQLAlchemyError, sqlite.Error, psycopg.Error):
+            self._watch.close()
+            return True
 
     def __enter__(self) -> "ChangeSignal":
         return self
@@ -257,5 +339,72 @@ class ChangeSignal:
 
     def close(self) -> None:
         """Give the connection back."""
+        self._watch.close()
+
+
+class Watch(Protocol):
+    """How one kind of database tells of others' commits."""
+
+    def look(self) -> bool:
+        """Whether there were any since the last look; connects where it is not connected."""
+
+    def close(self) -> None:
+        """The next look connects anew, and says yes."""
+
+
+class DataVersion:
+    """SQLite counts others' commits for each connection: `PRAGMA data_version`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: PoolProxiedConnection | None = None
+        self._version: int | None = None
+
+    def look(self) -> bool:
+        # The driver's own connection: a look happens a hundred times a second.
+        self._connection = self._connection or self._engine.raw_connection()
+        cursor = self._connection.cursor()
+        cursor.execute("PRAGMA data_version")
+        (version,) = cursor.fetchone() or (None,)
+        cursor.close()
+        is_new, self._version = version != self._version, version
+        return is_new
+
+    def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+        self._connection = self._version = None
+
+
+class Notifications:
+    """PostgreSQL sends `_notify`'s word to who listens."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: psycopg.Connection[Any] | None = None
+        self._said_yes_at = 0.0
+
+    def look(self) -> bool:
+        if self._connection is None:
+            self._connection = self._listen()
+            is_new = True
+        else:
+            is_new = bool([*self._connection.notifies(timeout=0)])
+        now = time.monotonic()
+        if is_new or now - self._said_yes_at > LOOK_ANYWAY_S:
+            self._said_yes_at = now
+            return True
+        return False
+
+    def _listen(self) -> psycopg.Connection[Any]:
+        # Not of the pool, which would reset it: a listening connection is never between two uses.
+        args, options = self._engine.dialect.create_connect_args(self._engine.url)
+        options["connect_timeout"] = CONNECT_TIMEOUT_S
+        connection = psycopg.connect(*args, autocommit=True, **options)
+        connection.execute(f"LISTEN {CHANNEL}")
+        return connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None

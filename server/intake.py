@@ -94,7 +94,7 @@ async def accept(
         earlier = await services.in_store_thread(services.store.replayed, key_id, once)
         if earlier is not None:
             return earlier, False
-    await services.in_store_thread(services.store.refuse_when_full)
+    await services.in_store_thread(services.store.refuse_when_full, key_id)
     pair, intake = await take_in(services, asked, key_id, base_url)
     height, width = pair.mask.shape
     params = asked.params(*canvas_size(asked, width, height))
@@ -165,7 +165,7 @@ async def submit(
     # The inputs come first: a job that can be claimed must have them.
     await services.in_store_thread(services.storage.put, new.input_key, pair.to_bytes())
     try:
-        job = await services.in_store_thread(services.store.submit, new, once)
+        job = await services.in_submit_thread(services.store.submit, new, once)
     except Exception:
         await services.in_store_thread(services.storage.delete, new.input_key)
         raise

@@ -9,6 +9,7 @@ A claim gives a lease and an attempt number. The attempt number is the fencing t
 `finish` and `fail` name it, and have no effect once the job was given to somebody else.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from sqlalchemy import (
     Connection,
     Engine,
     Row,
-    Select,
     case,
     func,
     insert,
@@ -32,12 +32,14 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from models.params import InpaintParams
+from server.commits import GroupCommit
 from server.database import ChangeSignal, jobs, read_only, receipts, workers
 from server.deliveries import queue_delivery
 from server.errors import QueueFull, StorageUnavailable
 from server.failures import Failure
 from server.idempotency import Idempotency, find, reserve
 from server.receipts import Receipt
+from server.turns import IS_WAITING, ORDER, Arrival, Place, goes_before, look_at
 
 LEASE_S = 45.0
 MAX_ATTEMPTS = 3
@@ -50,6 +52,15 @@ GUESSED_SPEED = 1_000_000.0
 
 WORKER_SEEN_S = 30.0
 """A worker not heard of for so long is not counted."""
+
+SUBMIT_LOCK = 0x1_4E_9A_15
+"""An advisory lock's number: any, but the same for all processes of this server."""
+
+INPUT_FOLDER = "inputs"
+"""First part of the storage key of a job's init image and mask."""
+
+INSERT = insert(jobs).returning(jobs)
+"""Built once: every accepted job needs it."""
 
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
@@ -76,11 +87,23 @@ class JobState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class QueueShare:
+    """What a key may have of the queue.
+
+    max_waiting: its jobs that may wait at a time; None means the store's limit per key.
+    priority: jobs of a higher one go first.
+    """
+
+    max_waiting: int | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NewJob:
     """What a dialect hands in.
 
     request: what the dialect needs to write its answers later, JSON values.
-    key_id: whose job it is.
+    key_id: whose job it is. share: what that key may have of the queue.
     file_prefix: uuid4; names the job's files.
     work: size of the job in pixel steps, for estimates of time.
     track_id: any JSON scalar, given back as it came.
@@ -94,6 +117,7 @@ class NewJob:
     work: float
     webhook: str | None = None
     track_id: Any = None
+    share: QueueShare = QueueShare()
 
     @property
     def input_key(self) -> str:
@@ -105,10 +129,12 @@ class NewJob:
 class Job:
     """A row, as read.
 
+    priority, turn: its place among waiting jobs, see `turns.py`.
     attempt: how often it was claimed; the fencing token of the present claim.
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
     run_s: seconds from claim to finish.
     flagged: the safety checker's verdict per picture; None for a job that is not finished.
+    expired_at: when the pictures of a finished job were removed; None while they are there.
     """
 
     id: int
@@ -131,6 +157,9 @@ class Job:
     run_s: float | None
     flagged: list[bool | None] | None = field(repr=False)
     error: str | None
+    priority: int = 0
+    turn: int = 0
+    expired_at: float | None = None
 
     @property
     def input_key(self) -> str:
@@ -140,12 +169,12 @@ class Job:
     @property
     def output_names(self) -> list[str]:
         """File names of the pictures, in sample order."""
-        return [f"{self.file_prefix}-{index}.png" for index in range(self.params.samples)]
+        return output_names_of(self.file_prefix, self.params.samples)
 
     @property
     def output_keys(self) -> list[str]:
         """Storage keys of the pictures, in sample order."""
-        return [f"{OUTPUT_FOLDER}/{name}" for name in self.output_names]
+        return output_keys_of(self.file_prefix, self.params.samples)
 
     @property
     def work_left(self) -> float:
@@ -201,21 +230,39 @@ class WorkerStatus:
 
 def input_key_of(file_prefix: str) -> str:
     """Storage key of a job's init image and mask."""
-    return f"inputs/{file_prefix}.npy"
+    return f"{INPUT_FOLDER}/{file_prefix}.npy"
+
+
+def output_names_of(file_prefix: str, samples: int) -> list[str]:
+    """File names of a job's pictures, in sample order."""
+    return [f"{file_prefix}-{index}.png" for index in range(samples)]
+
+
+def output_keys_of(file_prefix: str, samples: int) -> list[str]:
+    """Storage keys of a job's pictures, in sample order."""
+    return [f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples)]
 
 
 class JobStore:
     """All access to job rows. Synchronous; safe to call from several threads and processes.
 
-    clock: seconds since the epoch.
+    max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
+    says otherwise. clock: seconds since the epoch.
     """
 
     def __init__(
-        self, engine: Engine, *, max_waiting: int = 1_000, clock: Callable[[], float] = time.time
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 1_000,
+        max_waiting_per_key: int = 100,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
         self._max_waiting = max_waiting
+        self._max_waiting_per_key = max_waiting_per_key
         self._clock = clock
+        self._commits = GroupCommit(engine)
 
     def change_signal(self) -> ChangeSignal:
         """For one thread that waits for others' commits."""
@@ -228,36 +275,37 @@ class JobStore:
             key and body is given instead; its file prefix tells.
         Raises: QueueFull, Conflict, StorageUnavailable.
         """
-        with self._engine.begin() as connection:
-            if once is not None and (row := self._find_replayed(connection, new.key_id, once)):
-                return _to_job(row)
-            if self._count_waiting(connection) >= self._max_waiting:
-                raise QueueFull(self._max_waiting)
-            if once is not None and not reserve(
-                connection, new.key_id, once, new.file_prefix, self._clock()
-            ):
-                # On PostgreSQL another request may have taken the key since the look above.
-                row = self._find_replayed(connection, new.key_id, once)
-                if row is None:
-                    raise StorageUnavailable  # and its job is gone again already
-                return _to_job(row)
-            row = connection.execute(
-                insert(jobs)
-                .values(
-                    state=JobState.QUEUED,
-                    key_id=new.key_id,
-                    dialect=new.dialect,
-                    request=new.request,
-                    params=new.params.to_json(),
-                    file_prefix=new.file_prefix,
-                    work=new.work,
-                    webhook=new.webhook,
-                    track_id=new.track_id,
-                    created_at=self._clock(),
-                )
-                .returning(jobs)
-            ).one()
-        return _to_job(row)
+        return self._commits.run(functools.partial(self._insert, new, once))
+
+    def _insert(self, new: NewJob, once: Idempotency | None, connection: Connection) -> Job:
+        if once is not None and (row := self._find_replayed(connection, new.key_id, once)):
+            return _to_job(row)
+        self._lock_queue(connection)
+        arrival = look_at(connection, new.key_id, new.share.priority)
+        self._refuse_when_full_at(arrival, new.share)
+        if once is not None and not reserve(
+            connection, new.key_id, once, new.file_prefix, self._clock()
+        ):
+            # On PostgreSQL another request may have taken the key since the look above.
+            row = self._find_replayed(connection, new.key_id, once)
+            if row is None:
+                raise StorageUnavailable  # and its job is gone again already
+            return _to_job(row)
+        values = {
+            "state": JobState.QUEUED,
+            "key_id": new.key_id,
+            "dialect": new.dialect,
+            "request": new.request,
+            "params": new.params.to_json(),
+            "file_prefix": new.file_prefix,
+            "work": new.work,
+            "priority": new.share.priority,
+            "turn": arrival.turn,
+            "webhook": new.webhook,
+            "track_id": new.track_id,
+            "created_at": self._clock(),
+        }
+        return _to_job(connection.execute(INSERT, values).one())
 
     def replayed(self, key_id: str, once: Idempotency) -> Job | None:
         """The job that an earlier request with this idempotency key made. Raises: Conflict."""
@@ -265,11 +313,17 @@ class JobStore:
             row = self._find_replayed(connection, key_id, once)
         return None if row is None else _to_job(row)
 
-    def refuse_when_full(self) -> None:
+    def refuse_when_full(self, key_id: str, share: QueueShare = QueueShare()) -> None:
         """Before anything is fetched for a job that `submit` would refuse. Raises: QueueFull."""
         with read_only(self._engine) as connection:
-            if self._count_waiting(connection) >= self._max_waiting:
-                raise QueueFull(self._max_waiting)
+            self._refuse_when_full_at(look_at(connection, key_id, share.priority), share)
+
+    def _refuse_when_full_at(self, arrival: Arrival, share: QueueShare) -> None:
+        if arrival.waiting >= self._max_waiting:
+            raise QueueFull(self._max_waiting)
+        limit = self._max_waiting_per_key if share.max_waiting is None else share.max_waiting
+        if arrival.waiting_of_key >= limit:
+            raise QueueFull(limit)
 
     def get(self, job_id: int) -> Job | None:
         """The job, None where there is none."""
@@ -293,7 +347,7 @@ class JobStore:
     def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
         """How far those of the jobs are that there are, in one look."""
         columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, jobs.c.step, jobs.c.total_steps)
-        queue = select(jobs.c.id).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.id)
+        queue = select(jobs.c.id).where(IS_WAITING).order_by(*ORDER)
         with read_only(self._engine) as connection:
             rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids))).all()
             is_queued = any(row.state == JobState.QUEUED for row in rows)
@@ -321,22 +375,22 @@ class JobStore:
             return [_to_job(row) for row in connection.execute(query)]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
-        """Take up to `limit` queued jobs, oldest first, each with a new attempt number.
+        """Take up to `limit` queued jobs, first to last, each with a new attempt number.
 
         A job whose worker was lost may be what killed it: it is given out alone, and only to a
         worker without any other, so that it cannot take neighbours down.
         is_idle: whether the worker holds no job.
         """
         now = self._clock()
-        oldest = (
+        first = (
             select(jobs.c.id, jobs.c.attempt)
-            .where(jobs.c.state == JobState.QUEUED)
-            .order_by(jobs.c.id)
+            .where(IS_WAITING)
+            .order_by(*ORDER)
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
         with self._engine.begin() as connection:
-            chosen = _claimable(connection.execute(oldest).all(), is_idle)
+            chosen = _claimable(connection.execute(first).all(), is_idle)
             if not chosen:
                 return []
             rows = connection.execute(
@@ -351,7 +405,7 @@ class JobStore:
                 )
                 .returning(jobs)
             ).all()
-        return sorted((_to_job(row) for row in rows), key=lambda job: job.id)
+        return sorted((_to_job(row) for row in rows), key=lambda job: chosen.index(job.id))
 
     def release(self, job: Job) -> bool:
         """Running to queued through no fault of the job: the attempt does not count."""
@@ -424,10 +478,20 @@ class JobStore:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
 
+    def position(self, job_id: int) -> int | None:
+        """How many waiting jobs go before this one; None for a job that does not wait."""
+        with read_only(self._engine) as connection:
+            place = self._place(connection, job_id)
+            if place is None:
+                return None
+            query = select(func.count()).where(IS_WAITING, goes_before(place))
+            return int(connection.execute(query).scalar_one())
+
     def figures(self, before_id: int | None = None) -> QueueFigures:
-        """The queue as a whole, or as the job `before_id` sees it in front of itself."""
-        is_live = jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING])
-        in_front = is_live if before_id is None else is_live & (jobs.c.id < before_id)
+        """The queue as a whole, or as the job `before_id` sees it in front of itself.
+
+        A job that comes later may yet go before it, when it is the turn of its key.
+        """
         left = jobs.c.work * (
             1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
         )
@@ -438,9 +502,25 @@ class JobStore:
                     func.count().filter(jobs.c.state == JobState.QUEUED),
                     func.count().filter(jobs.c.state == JobState.RUNNING),
                     func.coalesce(func.sum(left), 0.0),
-                ).where(in_front)
+                ).where(self._in_front(connection, before_id))
             ).one()
         return QueueFigures(waiting, running, ahead, speed)
+
+    def _in_front(self, connection: Connection, before_id: int | None) -> ColumnElement[bool]:
+        is_running = jobs.c.state == JobState.RUNNING
+        if before_id is None:
+            return is_running | IS_WAITING
+        place = self._place(connection, before_id)
+        if place is None:  # it runs itself, beside those that began before it
+            return is_running & (jobs.c.id < before_id)
+        return is_running | IS_WAITING & goes_before(place)
+
+    @staticmethod
+    def _place(connection: Connection, job_id: int) -> Place | None:
+        """Where a waiting job stands, None for any other."""
+        query = select(jobs.c.priority, jobs.c.turn, jobs.c.id)
+        row = connection.execute(query.where(jobs.c.id == job_id, IS_WAITING)).one_or_none()
+        return None if row is None else Place(*row)
 
     def report_worker(self, status: WorkerStatus) -> None:
         """Write a worker's word of itself, in place of its earlier one."""
@@ -460,6 +540,13 @@ class JobStore:
         query = select(workers).where(workers.c.seen_at > self._clock() - WORKER_SEEN_S)
         with read_only(self._engine) as connection:
             return [WorkerStatus(**row._mapping) for row in connection.execute(query)]
+
+    def worker(self, worker_id: str) -> WorkerStatus | None:
+        """A worker's last word, however old; None before its first."""
+        query = select(workers).where(workers.c.id == worker_id)
+        with read_only(self._engine) as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else WorkerStatus(**row._mapping)
 
     def _speed(self, connection: Connection) -> float:
         """Pixel steps per second of the last finished jobs, or a guess before there are any."""
@@ -535,9 +622,10 @@ class JobStore:
         return len(rows)
 
     @staticmethod
-    def _count_waiting(connection: Connection) -> int:
-        query: Select[int] = select(func.count()).where(jobs.c.state == JobState.QUEUED)
-        return int(connection.execute(query).scalar_one())
+    def _lock_queue(connection: Connection) -> None:
+        """Nobody else submits until the transaction's end: what was counted stays true."""
+        if connection.dialect.name != "sqlite":  # there every write transaction is alone
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
 
 
 def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:

@@ -26,7 +26,7 @@ from server.intake import (
     read_output,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState, WorkerStatus
-from server.services import Services
+from server.services import WEBHOOKS, Services
 from server.settings import Base64Output, Settings
 
 router = APIRouter()
@@ -120,7 +120,7 @@ async def readyz(services: ServicesOf) -> JSONResponse:
     """Whether a request made now would be worked on; the reason where not."""
     expected = len(services.settings.worker_devices)
     workers = await services.in_store_thread(services.store.workers_seen)
-    is_ready, reason = readiness(workers, expected)
+    is_ready, reason = readiness(workers, expected, services.background.failing())
     status = {"status": "ok" if is_ready else "unavailable", "reason": reason}
     return JSONResponse(status, 200 if is_ready else 503)
 
@@ -130,7 +130,7 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
     job = await services.in_store_thread(services.store.get, job_id)
     if job is None or job.key_id != key_id:
         raise JobNotFound
-    if job.state is JobState.FINISHED:
+    if job.state is JobState.FINISHED and job.expired_at is None:
         base_url = base_url_of(request, services.settings)
         return JSONResponse(v3.write_fetch_success(job, await outputs(services, job, base_url)))
     if job.state.is_terminal:
@@ -163,9 +163,16 @@ def reading_policy(settings: Settings) -> v3.ReadingPolicy:
     )
 
 
-def readiness(workers: Sequence[WorkerStatus], expected: int) -> tuple[bool, str]:
-    """Whether any worker takes jobs, and how things stand in words for an operator."""
+def readiness(
+    workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str]
+) -> tuple[bool, str]:
+    """Whether a job would be made and told of, and how things stand in words for an operator.
+
+    failing: background tasks that have failed lately.
+    """
     ready = [worker for worker in workers if worker.state == "ready"]
     others = [f"{worker.id}: {worker.detail}" for worker in workers if worker.state != "ready"]
     total = max(expected, len(workers))
-    return bool(ready), "; ".join([f"{len(ready)}/{total} workers ready", *others])
+    failures = [f"{name} failed lately" for name in failing]
+    is_ready = bool(ready) and WEBHOOKS not in failing
+    return is_ready, "; ".join([f"{len(ready)}/{total} workers ready", *others, *failures])

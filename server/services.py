@@ -9,6 +9,7 @@ import anyio
 import anyio.to_thread
 
 from server.auth import KeyRing
+from server.background import Background
 from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.followers import Followers
@@ -22,8 +23,15 @@ from server.webhooks import WebhookSender
 P = ParamSpec("P")
 R = TypeVar("R")
 
+WEBHOOKS = "webhooks"
+"""Name of the background task without which a server is not ready."""
+
 STORE_THREADS = 8
 """Database and file calls at a time; fewer than the connections of the database pool."""
+
+SUBMIT_THREADS = 64
+"""Jobs that may wait for the disk at a time. They share commits and one connection, so that many
+cost little and each makes the others' share cheaper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,9 @@ class Services:
     followers: Followers
     deliveries: DeliveryStore
     webhooks: WebhookSender
+    background: Background
     store_threads: anyio.CapacityLimiter
+    submit_threads: anyio.CapacityLimiter
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
@@ -48,3 +58,10 @@ class Services:
         """Call a synchronous part without blocking the event loop."""
         call = functools.partial(function, *args, **kwargs)
         return await anyio.to_thread.run_sync(call, limiter=self.store_threads)
+
+    async def in_submit_thread(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Call what waits for a shared commit without blocking the event loop."""
+        call = functools.partial(function, *args, **kwargs)
+        return await anyio.to_thread.run_sync(call, limiter=self.submit_threads)

@@ -187,9 +187,21 @@ class StorageSettings(Section):
 
 
 class QueueSettings(Section):
-    """max_waiting: jobs that may wait before new ones are refused."""
+    """Jobs that may wait before new ones are refused: in all, and of one key."""
 
     max_waiting: int = 1_000
+    max_waiting_per_key: int = 100
+
+
+class RetentionSettings(Section):
+    """Hours from a job's end until its pictures, its inputs and its row are removed.
+
+    Inputs of a job that ended well are removed at once by its worker.
+    """
+
+    outputs_h: Annotated[float, Field(gt=0)] = 24 * 7
+    inputs_h: Annotated[float, Field(ge=0)] = 1
+    rows_h: Annotated[float, Field(gt=0)] = 24 * 30
 
 
 class EnhanceSettings(Section):
@@ -229,6 +241,7 @@ class Settings(BaseSettings):
     cors_origins: ListOf[str] = ("*",)
     forwarded_allow_ips: ListOf[str] = ("127.0.0.1",)
     workers: int | None = Field(default=None, ge=0)
+    worker_stall_s: float = Field(default=120, ge=10)
     max_in_flight: int = Field(default=8, ge=1)
     reproducible: bool = False
     png_metadata: bool = False
@@ -242,6 +255,7 @@ class Settings(BaseSettings):
     webhook: WebhookSettings = WebhookSettings()
     storage: StorageSettings = StorageSettings()
     queue: QueueSettings = QueueSettings()
+    retention: RetentionSettings = RetentionSettings()
     enhance: EnhanceSettings = EnhanceSettings()
 
     @classmethod

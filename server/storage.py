@@ -1,9 +1,20 @@
-"""Where pictures and inputs lie: a local folder or an object store, behind four calls."""
+"""Where pictures and inputs lie: a local folder or an object store, behind five calls."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from server.errors import StorageUnavailable
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """key: as given to `put`. changed_at: seconds since the epoch, by the store's clock."""
+
+    key: str
+    changed_at: float
 
 
 class Storage:
@@ -42,3 +53,16 @@ class Storage:
             return
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot delete {key}") from error
+
+    def list(self, folder: str, batch: int = 500) -> Iterator[list[StoredFile]]:
+        """All files under a folder, in any order, up to `batch` at a time.
+
+        A missing folder is empty. Raises: StorageUnavailable.
+        """
+        try:
+            for chunk in self._store.list(folder, chunk_size=batch):
+                yield [
+                    StoredFile(each["path"], each["last_modified"].timestamp()) for each in chunk
+                ]
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot list {folder}") from error

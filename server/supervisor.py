@@ -7,16 +7,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.jobs import JobStore
+from server.jobs import JobStore, WorkerStatus
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
 
+POLL_S = 0.05
 FIRST_DELAY_S = 1.0
 LAST_DELAY_S = 30.0
 STEADY_S = 60.0
@@ -25,12 +26,63 @@ STEADY_S = 60.0
 GRACE_S = 30.0
 """From SIGTERM to SIGKILL."""
 
+STALL_S = 120.0
+"""A ready worker that says nothing for so long hangs: it speaks between two steps."""
+
+WATCHES_PER_STALL = 20
+"""How often a worker's last word is read, in that time."""
+
+WORKER_COMMAND = (sys.executable, "-m", "server.cli", "worker")
+
+
+class Watch:
+    """Tells whether a worker that was ready has fallen silent.
+
+    Compares the worker's word with its earlier one, by this process's own steady clock: a clock
+    that jumps cannot make a worker look dead, nor can a database that is away.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        worker_id: str,
+        stall_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._stall_s = stall_s
+        self._clock = clock
+        self._word: WorkerStatus | None = None
+        self._has_looked = self._has_spoken = False
+        self._look_again_at = self._heard_at = clock()
+
+    def has_stalled(self) -> bool:
+        """False while it loads: that may take minutes without a word."""
+        now = self._clock()
+        if now < self._look_again_at:
+            return False
+        self._look_again_at = now + self._stall_s / WATCHES_PER_STALL
+        try:
+            word = self._store.worker(self._worker_id)
+        except SQLAlchemyError:
+            self._heard_at = now  # the worker could not have spoken
+            return False
+        if not self._has_looked:
+            # May be the word of an earlier life.
+            self._has_looked, self._word = True, word
+        elif word != self._word:
+            self._word, self._heard_at, self._has_spoken = word, now, True
+        is_ready = word is not None and word.state == "ready"
+        return is_ready and self._has_spoken and now - self._heard_at > self._stall_s
+
 
 class Supervisor:
     """Use as a context manager: entering starts the workers, leaving stops them.
 
     devices: one worker each. flags: for the worker command, besides its id and device.
-    delays_s: before a worker is started again, the first and the longest.
+    stall_s: see `STALL_S`. delays_s: before a worker is started again, the first and the longest.
+    command: what a worker is.
     """
 
     def __init__(
@@ -39,14 +91,18 @@ class Supervisor:
         flags: Sequence[str],
         store: JobStore,
         delays_s: tuple[float, float] = (FIRST_DELAY_S, LAST_DELAY_S),
+        stall_s: float = STALL_S,
+        command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self._store = store
+        self._stall_s = stall_s
+        self._command = [*command, *flags]
         self._first_delay_s, self._last_delay_s = delays_s
         self._is_stopping = threading.Event()
         self._keepers = [
             threading.Thread(
                 target=self._keep,
-                args=(f"{socket.gethostname()}-{secrets.token_hex(3)}-{index}", device, flags),
+                args=(f"{socket.gethostname()}-{secrets.token_hex(3)}-{index}", device),
                 name=f"keeper-{index}",
             )
             for index, device in enumerate(devices)
@@ -67,18 +123,12 @@ class Supervisor:
         for keeper in self._keepers:
             keeper.join()
 
-    def _keep(self, worker_id: str, device: str, flags: Sequence[str]) -> None:
+    def _keep(self, worker_id: str, device: str) -> None:
         """One worker's life after life."""
-        command = [sys.executable, "-m", "server.cli", "worker", *flags]
         delay_s = self._first_delay_s
         while not self._is_stopping.is_set():
             started = time.monotonic()
-            # A group of its own: Ctrl-C is for the server, which tells its workers in its own time.
-            process = subprocess.Popen(
-                [*command, "--worker-id", worker_id, "--device", device], process_group=0
-            )
-            logger.info("worker started", worker_id=worker_id, pid=process.pid, device=device)
-            exit_code = self._wait(process)
+            exit_code = self._live(worker_id, device)
             self._take_back(worker_id)
             if self._is_stopping.is_set():
                 return
@@ -87,6 +137,18 @@ class Supervisor:
             logger.error("worker ended", worker_id=worker_id, exit_code=exit_code, delay_s=delay_s)
             self._is_stopping.wait(delay_s)
             delay_s = min(delay_s * 2, self._last_delay_s)
+
+    def _live(self, worker_id: str, device: str) -> int | None:
+        """One life, from start to exit status; None where there was no room for a process."""
+        # A group of its own: Ctrl-C is for the server, which tells its workers in its own time.
+        command = [*self._command, "--worker-id", worker_id, "--device", device]
+        try:
+            process = subprocess.Popen(command, process_group=0)
+        except OSError:
+            logger.exception("worker cannot be started", worker_id=worker_id)
+            return None
+        logger.info("worker started", worker_id=worker_id, pid=process.pid, device=device)
+        return self._wait(process, worker_id)
 
     def _take_back(self, worker_id: str) -> None:
         """Queue the jobs of a worker that has ended; where that fails, their leases run out."""
@@ -97,11 +159,16 @@ class Supervisor:
         except SQLAlchemyError:
             logger.exception("jobs not taken back", worker_id=worker_id)
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        """Until the process ends, by itself or because we are stopping."""
-        while not self._is_stopping.wait(0.05):
+    def _wait(self, process: subprocess.Popen[bytes], worker_id: str) -> int:
+        """Until the process ends: by itself, because it hangs, or because we are stopping."""
+        watch = Watch(self._store, worker_id, self._stall_s)
+        while not self._is_stopping.wait(POLL_S):
             if process.poll() is not None:
                 return process.returncode
+            if watch.has_stalled():
+                logger.error("worker hangs", worker_id=worker_id, pid=process.pid)
+                process.kill()  # it would not hear anything gentler
+                return process.wait()
         process.send_signal(signal.SIGTERM)
         try:
             return process.wait(GRACE_S)

@@ -18,6 +18,7 @@ from models.pipeline import InpaintPipeline
 from models.registry import Components, ModelSpec, load_components
 from server.database import migrate, open_engine
 from server.settings import ENV_PREFIX
+from tests.postgres import PostgresServer, find_binaries, running_postgres
 from tests.tiny import save_tiny_checkpoint
 
 # structlog's own default draws tracebacks with every local variable, which takes seconds.
@@ -57,16 +58,42 @@ def tiny_pipeline(tiny_components: Components) -> InpaintPipeline:
     return InpaintPipeline(tiny_components)
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    """Of a database of the test's own."""
-    return f"sqlite:///{tmp_path}/inpaint.db"
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL for the whole run. Without one a desk skips, and CI fails."""
+    binaries = find_binaries()
+    if binaries is None and os.environ.get("CI") == "true":
+        pytest.fail("CI needs PostgreSQL: its programs are not installed")
+    if binaries is None:
+        pytest.skip("PostgreSQL's programs are not installed")
+    with running_postgres(binaries) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Of a database of the test's own, with its tables; once of each kind."""
+    if request.param == "sqlite":
+        yield migrated_sqlite(tmp_path)
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    name = server.create_migrated()
+    yield str(server.url(name))
+    server.drop(name)
+
+
+def migrated_sqlite(folder: Path) -> str:
+    """The URL of a new SQLite file with our tables."""
+    url = f"sqlite:///{folder}/inpaint.db"
+    engine = open_engine(url)
+    migrate(engine)
+    engine.dispose()
+    return url
 
 
 @pytest.fixture
 def engine(url: str) -> Iterator[Engine]:
-    """That database, with its tables."""
+    """That database's."""
     engine = open_engine(url)
-    migrate(engine)
     yield engine
     engine.dispose()

@@ -1,29 +1,58 @@
-"""Schema, migrations, connections and the change signal, on real SQLite files."""
+"""Schema, migrations, connections and the change signal, on real SQLite files and PostgreSQL."""
 
 import multiprocessing
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, inspect, make_url, text
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import Engine, inspect, text
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from server.database import ChangeSignal, metadata, migrate, open_engine, read_only
+from server.database import (
+    ChangeSignal,
+    SqliteVersion,
+    has_sound_wal,
+    metadata,
+    migrate,
+    open_engine,
+    read_only,
+)
+from tests.postgres import PostgresServer
 
 REPORT = text(
     "INSERT INTO workers VALUES (:id, 'cpu', 'builtin', 'ready', 'ready', 0)"
 )  # the smallest write there is
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    engine = open_engine(f"sqlite:///{tmp_path}/new/folder/inpaint.db")
-    migrate(engine)
+@contextmanager
+def opened(url: str) -> Iterator[Engine]:
+    engine = open_engine(url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
+    with opened(f"sqlite:///{tmp_path}/new/folder/inpaint.db") as engine:
+        migrate(engine)
+        yield engine
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Of a database without tables."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/empty.db"
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    name = server.create_database()
+    yield str(server.url(name))
+    server.drop(name)
 
 
 def pragma(engine: Engine, name: str) -> Any:
@@ -33,30 +62,32 @@ def pragma(engine: Engine, name: str) -> Any:
 
 def test_migrations_lead_to_the_tables_of_the_code(engine: Engine) -> None:
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
 
 
-def test_migrations_lead_to_the_constraints_of_the_code(engine: Engine, tmp_path: Path) -> None:
-    """Alembic's comparison leaves out CHECK constraints and AUTOINCREMENT."""
+def test_migrations_lead_to_the_constraints_of_the_code(engine: Engine, empty_url: str) -> None:
+    """Alembic's comparison leaves out CHECK constraints."""
 
-    def definitions(of: Engine) -> set[tuple[str, frozenset[str]]]:
-        query = text("SELECT name, sql FROM sqlite_master WHERE name IN ('jobs', 'workers')")
-        with of.connect() as connection:
-            return {
-                (name, frozenset(line.strip(" \t,") for line in sql.splitlines()))
-                for name, sql in connection.execute(query)
-            }
+    def checks(of: Engine) -> set[tuple[str, str, str]]:
+        look = inspect(of)
+        return {
+            (table, str(check["name"]), " ".join(check["sqltext"].split()))
+            for table in metadata.tables
+            for check in look.get_check_constraints(table)
+        }
 
-    other = open_engine(f"sqlite:///{tmp_path}/other.db")
-    metadata.create_all(other)
-    assert definitions(engine) == definitions(other)
-    other.dispose()
+    with opened(empty_url) as other:
+        metadata.create_all(other)
+        if other.dialect.name == engine.dialect.name:
+            assert checks(engine) == checks(other)
+        assert {check[:2] for check in checks(engine)} == {check[:2] for check in checks(other)}
 
 
-def test_schema_compiles_for_postgresql() -> None:
-    dialect = make_url("postgresql+psycopg://").get_dialect()()
-    for table in metadata.sorted_tables:
-        assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=dialect))
+def test_sqlite_never_gives_an_id_twice(sqlite_engine: Engine) -> None:
+    with read_only(sqlite_engine) as connection:
+        query = text("SELECT sql FROM sqlite_master WHERE name = 'jobs'")
+        assert re.search(r"id INTEGER NOT NULL.*AUTOINCREMENT", str(connection.scalar(query)), re.S)
 
 
 def test_migrating_twice_changes_nothing(engine: Engine) -> None:
@@ -68,39 +99,89 @@ def test_migrating_twice_changes_nothing(engine: Engine) -> None:
 
 
 def _migrate_in_process(url: str, start: Any) -> None:
-    engine = open_engine(url)
-    start.wait()
-    migrate(engine)
-    engine.dispose()
+    with opened(url) as engine:
+        start.wait()
+        migrate(engine)
 
 
-def test_processes_may_migrate_at_once(tmp_path: Path) -> None:
+def test_processes_may_migrate_at_once(empty_url: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     start = spawn.Barrier(2)
-    url = f"sqlite:///{tmp_path}/inpaint.db"
-    processes = [spawn.Process(target=_migrate_in_process, args=(url, start)) for _ in range(2)]
+    processes = [
+        spawn.Process(target=_migrate_in_process, args=(empty_url, start)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    engine = open_engine(url)
-    assert {"jobs", "workers"} <= set(inspect(engine).get_table_names())
-    engine.dispose()
+    with opened(empty_url) as engine:
+        assert {"jobs", "workers"} <= set(inspect(engine).get_table_names())
+
+
+@pytest.mark.postgres
+def test_shorter_postgresql_url_means_the_same_driver(postgres_server: PostgresServer) -> None:
+    urls = [
+        postgres_server.url("postgres").set(drivername=name)
+        for name in ("postgresql", "postgresql+psycopg")
+    ]
+    for url in urls:
+        with opened(url.render_as_string()) as engine, engine.connect() as connection:
+            assert engine.dialect.driver == "psycopg"
+            assert connection.scalar(text("SELECT 1")) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 10_000)],
 )
-def test_connections_are_durable_and_patient(name: str, value: object, engine: Engine) -> None:
-    assert pragma(engine, name) == value
+def test_connections_are_durable_and_patient(
+    name: str, value: object, sqlite_engine: Engine
+) -> None:
+    assert pragma(sqlite_engine, name) == value
 
 
-def test_sqlite_is_without_the_wal_reset_bug(engine: Engine) -> None:
-    with read_only(engine) as connection:
+def test_sqlite_is_without_the_wal_reset_bug(sqlite_engine: Engine) -> None:
+    with read_only(sqlite_engine) as connection:
         version: str = connection.execute(text("SELECT sqlite_version()")).scalar_one()
     assert tuple(map(int, version.split("."))) >= (3, 51, 3)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_sound"),
+    [
+        ((3, 40, 1), False),
+        ((3, 44, 5), False),
+        ((3, 44, 6), True),
+        ((3, 45, 0), False),
+        ((3, 50, 6), False),
+        ((3, 50, 7), True),
+        ((3, 51, 2), False),
+        ((3, 51, 3), True),
+        ((3, 53, 0), True),
+        ((4, 0, 0), True),
+    ],
+)
+def test_sqlite_with_the_wal_reset_bug_is_known(version: SqliteVersion, is_sound: bool) -> None:
+    assert has_sound_wal(version) is is_sound
+
+
+def test_old_sqlite_leaves_wal_with_a_warning(
+    sqlite_engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for a file that a newer one has used."""
+    report(sqlite_engine, "before")
+    sqlite_engine.dispose()
+    old = open_engine(str(sqlite_engine.url), sqlite_version=(3, 40, 1))
+    assert "can lose commits" in caplog.text
+    assert pragma(old, "journal_mode") == "delete"
+    report(old, "after")
+    with ChangeSignal(old) as signal:
+        assert [signal.has_changed(), signal.has_changed()] == [True, False]
+        report(old, "seen")
+        assert signal.has_changed()
+    assert pragma(old, "integrity_check") == "ok"
+    old.dispose()
 
 
 def test_readers_do_not_wait_for_a_writer(engine: Engine) -> None:
@@ -110,9 +191,9 @@ def test_readers_do_not_wait_for_a_writer(engine: Engine) -> None:
             assert reader.execute(text("SELECT count(*) FROM workers")).scalar_one() == 0
 
 
-def test_write_transactions_take_the_lock_at_their_start(engine: Engine, tmp_path: Path) -> None:
-    impatient = open_engine(str(engine.url))
-    with engine.begin(), impatient.connect().execution_options(is_read_only=True) as other:
+def test_write_transactions_take_the_lock_at_their_start(sqlite_engine: Engine) -> None:
+    impatient = open_engine(str(sqlite_engine.url))
+    with sqlite_engine.begin(), impatient.connect().execution_options(is_read_only=True) as other:
         other.execute(text("PRAGMA busy_timeout = 0"))
         other.rollback()
         with pytest.raises(OperationalError, match="locked"):
@@ -121,28 +202,62 @@ def test_write_transactions_take_the_lock_at_their_start(engine: Engine, tmp_pat
 
 
 def test_errors_do_not_show_parameters(engine: Engine) -> None:
-    with engine.connect() as connection, pytest.raises(OperationalError) as failed:
-        connection.execute(text("SELECT :prompt FROM nowhere"), {"prompt": "canary"})
+    query = text("SELECT nothing FROM workers WHERE id = :prompt")
+    with engine.connect() as connection, pytest.raises(DBAPIError) as failed:
+        connection.execute(query, {"prompt": "canary"})
     assert "canary" not in str(failed.value)
+
+
+def report(engine: Engine, worker_id: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(REPORT, {"id": worker_id})
 
 
 class TestChangeSignal:
     def test_first_look_says_yes(self, engine: Engine) -> None:
-        signal = ChangeSignal(engine)
-        assert [signal.has_changed(), signal.has_changed()] == [True, False]
-        signal.close()
+        with ChangeSignal(engine) as signal:
+            assert [signal.has_changed(), signal.has_changed()] == [True, False]
 
     def test_a_commit_of_another_connection_is_seen_once(self, engine: Engine) -> None:
-        signal = ChangeSignal(engine)
-        signal.has_changed()
-        with engine.begin() as connection:
-            connection.execute(REPORT, {"id": "new"})
+        with ChangeSignal(engine) as signal:
+            signal.has_changed()
+            with engine.begin() as connection:
+                connection.execute(REPORT, {"id": "new"})
+                assert not signal.has_changed()
+            assert [signal.has_changed(), signal.has_changed()] == [True, False]
+
+    def test_what_is_rolled_back_is_not_seen(self, engine: Engine) -> None:
+        with ChangeSignal(engine) as signal:
+            signal.has_changed()
+            with engine.connect() as connection:
+                connection.execute(REPORT, {"id": "new"})
             assert not signal.has_changed()
-        assert [signal.has_changed(), signal.has_changed()] == [True, False]
-        signal.close()
 
     def test_looking_works_while_a_writer_holds_the_lock(self, engine: Engine) -> None:
-        signal = ChangeSignal(engine)
-        with engine.begin():
+        with ChangeSignal(engine) as signal, engine.begin():
             assert signal.has_changed()
-        signal.close()
+
+    def test_closed_signal_looks_anew(self, engine: Engine) -> None:
+        with ChangeSignal(engine) as signal:
+            signal.has_changed()
+            signal.close()
+            assert [signal.has_changed(), signal.has_changed()] == [True, False]
+
+    @pytest.mark.postgres
+    def test_lost_connection_says_yes_and_comes_back(self, postgres_server: PostgresServer) -> None:
+        name = postgres_server.create_migrated()
+        with opened(str(postgres_server.url(name))) as engine, ChangeSignal(engine) as signal:
+            signal.has_changed()
+            assert not signal.has_changed()
+            kill = text(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            with engine.connect() as connection:
+                connection.execute(kill)
+            # The loss, which may show at the second look, and the first of the new connection.
+            looks = [signal.has_changed() for _ in range(4)]
+            assert looks[-3:] in ([True, True, False], [True, False, False])
+            report(engine, "after")
+            assert signal.has_changed()
+        postgres_server.drop(name)

@@ -59,7 +59,7 @@ SERVER = {
     "errors": "",
     "telemetry": "",
     "auth": "errors database",
-    "database": "settings",
+    "database": "settings telemetry",
     "migrations": "database",
     "storage": "errors",
     "addresses": "settings",
@@ -75,7 +75,11 @@ SERVER = {
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
-    "jobs": "database deliveries errors failures idempotency receipts models.params",
+    "commits": "",
+    "turns": "database",
+    "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
+    "janitor": "database deliveries errors jobs settings storage telemetry",
+    "background": "telemetry",
     "waiters": "jobs telemetry",
     "followers": "jobs telemetry",
     "bodies": "errors",
@@ -83,7 +87,8 @@ SERVER = {
     " models.enhance models.errors models.params",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry",
-    "services": "auth deliveries egress followers jobs sandbox settings storage waiters webhooks",
+    "services": "auth background deliveries egress followers jobs sandbox settings storage waiters"
+    " webhooks",
     "intake": "decoder downloads egress idempotency jobs receipts sandbox services settings"
     " models.params",
     "routes": "bodies dialects errors intake jobs services settings models.enhance",
@@ -94,15 +99,14 @@ SERVER = {
     " models.fingerprint models.images"
     " models.masks models.params models.pipeline models.registry models.residency",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects door egress errors followers intake jobs"
-    " native_routes routes sandbox services settings storage telemetry waiters webhooks"
-    " models.decoding",
+    "app": "auth background database deliveries dialects door egress errors followers"
+    " intake janitor jobs native_routes routes sandbox services settings storage telemetry"
+    " waiters webhooks models.decoding",
     "http": "settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
-    "cli": "door app cluster database deliveries demo http jobs settings supervisor telemetry webhooks"
-    " worker"
-    " models.errors models.registry",
+    "cli": "app cluster database deliveries demo door http jobs settings supervisor telemetry"
+    " webhooks worker models.errors models.registry",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 
@@ -112,6 +116,7 @@ WEB_AND_DATABASE = {
     "httpcore",
     "httpx",
     "obstore",
+    "psycopg",
     "pydantic",
     "pydantic_settings",
     "pysqlite3",

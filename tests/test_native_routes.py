@@ -277,7 +277,12 @@ class TestRefusals:
         assert problem_of(client.post("/api/jobs", content=content)) == (400, "invalid_body")
 
     def test_image(self, client: httpx.Client) -> None:
-        for image, code in (("http://127.0.0.1:1/a.png", "not_allowed"), ("AAAA", "not_an_image")):
+        cases = {
+            "http://127.0.0.1:1/a.png": "not_reachable",
+            "http://user@example.org/a.png": "not_allowed",
+            "AAAA": "not_an_image",
+        }
+        for image, code in cases.items():
             changes = {"init_image": image, "mask_image": image}
             answer = client.post("/api/jobs", json=BODY | changes)
             assert problem_of(answer) == (422, "image_unavailable")

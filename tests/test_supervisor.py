@@ -1,19 +1,32 @@
 """Workers are started, started again, and their jobs taken back, whatever the database says."""
 
+import asyncio
+import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from server.jobs import JobStore
-from server.supervisor import Supervisor
+from server.jobs import WORKER_LOST, Job, JobState, JobStore
+from server.supervisor import Supervisor, Watch
+from server.waiters import Waiters
+from tests.conftest import migrated_sqlite
+from tests.odd_worker import BAD_PREFIX
+from tests.test_jobs import Clock, new_job, status
 
 WAIT_S = 60
 BROKEN = ["--config", "no-such-file.toml"]
 """Flags that end a worker at once."""
 AT_ONCE = (0.01, 0.01)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """One kind of database is enough here: these tests start processes."""
+    return migrated_sqlite(tmp_path)
 
 
 class CountingStore(JobStore):
@@ -47,3 +60,116 @@ def test_each_device_has_a_worker_of_its_own(engine: Engine, tmp_path: Path) -> 
         assert store.is_enough.wait(WAIT_S)
     names = {keeper.name for keeper in running._keepers}
     assert len(names) == 2
+
+
+def odd_worker(url: str, manner: str) -> Sequence[str]:
+    return (sys.executable, "-m", "tests.odd_worker", url, manner)
+
+
+def ended(store: JobStore, job_ids: Sequence[int]) -> list[Job]:
+    """The jobs, once all have ended."""
+
+    async def wait() -> list[Job | None]:
+        with Waiters(store) as waiters:
+            return await asyncio.gather(*(waiters.wait(job_id, WAIT_S) for job_id in job_ids))
+
+    jobs = [job for job in asyncio.run(wait()) if job is not None]
+    assert len(jobs) == len(job_ids), "a job did not end"
+    return jobs
+
+
+def test_worker_that_hangs_is_killed_and_its_job_made_by_the_next(engine: Engine, url: str) -> None:
+    store = JobStore(engine)
+    job_id = store.submit(new_job()).id
+    with Supervisor(["cpu"], [], store, AT_ONCE, 1.0, odd_worker(url, "hang")):
+        (job,) = ended(store, [job_id])
+    assert (job.state, job.attempt) == (JobState.FINISHED, 2)
+
+
+def test_job_that_kills_its_workers_is_set_aside_and_the_others_are_made(
+    engine: Engine, url: str
+) -> None:
+    store = JobStore(engine)
+    ids = [store.submit(new_job()).id for _ in range(2)]
+    bad = store.submit(new_job(file_prefix=BAD_PREFIX)).id
+    ids += [store.submit(new_job()).id for _ in range(2)]
+    with Supervisor(["cpu"], [], store, AT_ONCE, command=odd_worker(url, "crash")):
+        jobs = {job.id: job for job in ended(store, [*ids, bad])}
+    assert (jobs[bad].state, jobs[bad].error) == (JobState.FAILED, WORKER_LOST)
+    assert {jobs[job_id].state for job_id in ids} == {JobState.FINISHED}
+
+
+def test_worker_that_cannot_be_started_is_tried_again(engine: Engine) -> None:
+    store = CountingStore(engine, failures=0, enough=3)
+    with Supervisor(["cpu"], [], store, AT_ONCE, command=("/no/such/program",)):
+        assert store.is_enough.wait(WAIT_S)
+
+
+class TestWatch:
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def store(self, engine: Engine) -> JobStore:
+        return JobStore(engine)
+
+    @pytest.fixture
+    def watch(self, store: JobStore, clock: Clock) -> Watch:
+        watch = Watch(store, "w", 10, clock)
+        assert not watch.has_stalled()
+        return watch
+
+    def say(self, store: JobStore, state: str, seen_at: float) -> None:
+        store.report_worker(status("w", seen_at, state))
+
+    def test_silent_worker_has_stalled(self, store: JobStore, clock: Clock, watch: Watch) -> None:
+        for second in range(3):
+            clock.now += 9
+            self.say(store, "ready", second)
+            assert not watch.has_stalled(), "it speaks"
+        clock.now += 9
+        assert not watch.has_stalled()
+        clock.now += 2
+        assert watch.has_stalled()
+
+    def test_loading_may_take_long(self, store: JobStore, clock: Clock, watch: Watch) -> None:
+        self.say(store, "loading", 0)
+        for _ in range(3):
+            clock.now += 1_000
+            assert not watch.has_stalled()
+
+    def test_word_of_an_earlier_life_does_not_count(self, store: JobStore, clock: Clock) -> None:
+        self.say(store, "ready", 0)
+        watch = Watch(store, "w", 10, clock)
+        for _ in range(3):
+            assert not watch.has_stalled()
+            clock.now += 1_000
+
+    def test_jump_of_the_workers_clock_is_a_word_like_any(
+        self, store: JobStore, clock: Clock, watch: Watch
+    ) -> None:
+        for seen_at in (1e9, 1.0, 1e9):
+            clock.now += 9
+            self.say(store, "ready", seen_at)
+            assert not watch.has_stalled()
+
+    def test_time_without_a_database_does_not_count(
+        self, store: JobStore, engine: Engine, clock: Clock, watch: Watch
+    ) -> None:
+        clock.now += 1
+        self.say(store, "ready", 0)
+        assert not watch.has_stalled()
+        rename(engine, "workers", "gone")
+        clock.now += 1_000
+        assert not watch.has_stalled()
+        rename(engine, "gone", "workers")
+        clock.now += 9
+        assert not watch.has_stalled()
+        clock.now += 2
+        assert watch.has_stalled()
+
+
+def rename(engine: Engine, old: str, new: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))

@@ -49,6 +49,7 @@ class JobSummary(BaseModel):
     created_at: datetime
     started_at: datetime | None = Field(description="Of the latest attempt")
     finished_at: datetime | None
+    expired_at: datetime | None = Field(description="When its pictures were removed, if they were")
     progress: Progress
     attempts: int = Field(description="How often a worker took it; 3 at most")
     samples: int
@@ -180,6 +181,7 @@ def summary_values(job: Job) -> dict[str, Any]:
         "created_at": known_moment(job.created_at),
         "started_at": moment(job.started_at),
         "finished_at": moment(job.finished_at),
+        "expired_at": moment(job.expired_at),
         "progress": Progress(step=job.step, total_steps=job.total_steps),
         "attempts": job.attempt,
         "samples": job.params.samples,
@@ -229,8 +231,8 @@ def write_receipt(receipt: Receipt, intake: Intake | None) -> ReceiptAnswer:
 
 
 def write_outputs(job: Job, receipt: Receipt | None, base_url: str) -> list[Output]:
-    """The pictures of a finished job."""
-    if job.state is not JobState.FINISHED:
+    """The pictures of a finished job; none once they have expired."""
+    if job.state is not JobState.FINISHED or job.expired_at is not None:
         return []
     pictures = receipt.pictures if receipt else [None] * job.params.samples
     return [

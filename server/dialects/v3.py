@@ -271,8 +271,9 @@ def write_fetch_processing(job: Job, eta_s: float) -> Body:
 
 
 def write_failed(job: Job) -> Body:
-    """A job that ended without pictures."""
-    message = f"Failed, Try Again. {job.error or 'The job was cancelled'}"
+    """A job that ended without pictures, or whose pictures have been removed since."""
+    reason = "The job was cancelled" if job.expired_at is None else "The pictures have expired"
+    message = f"Failed, Try Again. {job.error or reason}"
     return {
         "status": "failed",
         "id": job.id,

@@ -1,0 +1,47 @@
+"""Workers that hang or crash, for the supervisor: our store, no engine.
+
+Usage: python -m tests.odd_worker URL hang|crash --worker-id ID --device DEVICE
+"""
+
+import argparse
+import os
+import signal
+import time
+
+from server.database import ChangeSignal, open_engine
+from server.jobs import JobStore, WorkerStatus
+
+BAD_PREFIX = "bad"
+"""Jobs whose files are named so kill a worker that crashes."""
+
+
+def main() -> None:
+    """Claim one job after another, and do to it what is asked for."""
+    parser = argparse.ArgumentParser()
+    for name in ("url", "manner"):
+        parser.add_argument(name)
+    for name in ("--worker-id", "--device"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    engine = open_engine(options.url)
+    store = JobStore(engine)
+    report(store, options.worker_id, "loading")
+    report(store, options.worker_id, "ready")
+    with ChangeSignal(engine) as changes:
+        while True:
+            for job in store.claim(options.worker_id, 1) if changes.has_changed() else []:
+                if options.manner == "hang" and job.attempt == 1:
+                    signal.pause()
+                if options.manner == "crash" and job.file_prefix.startswith(BAD_PREFIX):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                store.finish(job, [False])
+            time.sleep(0.01)
+
+
+def report(store: JobStore, worker_id: str, state: str) -> None:
+    """As a worker does."""
+    store.report_worker(WorkerStatus(worker_id, "cpu", "builtin", state, state, time.time()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Old pictures, rows and files are removed, and nothing that anybody still needs."""
+
+import asyncio
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, func, insert, select
+
+from server.database import deliveries, jobs
+from server.deliveries import Attempt, DeliveryStore
+from server.errors import StorageUnavailable
+from server.janitor import HOUR_S, ORPHAN_S, Janitor, Removed
+from server.jobs import Job, JobState, JobStore
+from server.settings import RetentionSettings
+from server.storage import Storage
+from tests.test_jobs import ROW, Clock, claim_one, get, new_job, state_of
+
+SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, rows_h=100)
+DELIVERED = Attempt(0.0, 0.1, 200, "answered")
+
+
+@dataclass
+class House:
+    """A store, its files and who tidies them, on one clock."""
+
+    store: JobStore
+    storage: Storage
+    janitor: Janitor
+    clock: Clock
+    folder: Path
+
+    def pass_hours(self, hours: float) -> None:
+        self.clock.now += hours * HOUR_S
+
+    def put(self, key: str) -> None:
+        """A file as old as the clock says."""
+        self.storage.put(key, b"content")
+        os.utime(self.folder / key, (self.clock.now, self.clock.now))
+
+    def submit(self, webhook: str | None = None) -> Job:
+        """A waiting job with its inputs."""
+        job = self.store.submit(new_job(file_prefix=str(uuid.uuid4()), webhook=webhook))
+        self.put(job.input_key)
+        return job
+
+    def finish(self, webhook: str | None = None) -> Job:
+        """A finished job with its pictures, whose worker removed the inputs."""
+        self.submit(webhook)
+        job = claim_one(self.store)
+        for key in job.output_keys:
+            self.put(key)
+        self.store.finish(job, [False, False])
+        self.storage.delete(job.input_key)
+        return job
+
+    def files(self) -> set[str]:
+        return {
+            path.relative_to(self.folder).as_posix()
+            for path in self.folder.rglob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture
+def house(engine: Engine, tmp_path: Path) -> House:
+    clock = Clock()
+    clock.now = time.time()
+    folder = tmp_path / "files"
+    storage = Storage(folder.as_uri())
+    store = JobStore(engine, clock=clock)
+    return House(store, storage, Janitor(engine, storage, SETTINGS, clock), clock, folder)
+
+
+def test_pictures_expire_and_the_row_says_so(house: House) -> None:
+    job = house.finish()
+    house.pass_hours(9.9)
+    assert house.janitor.tidy() == Removed()
+    assert house.files() == {*job.output_keys}
+    house.pass_hours(0.2)
+    assert house.janitor.tidy() == Removed(outputs=1)
+    assert house.files() == set()
+    expired = get(house.store, job.id)
+    assert (expired.state, expired.expired_at) == (JobState.FINISHED, house.clock.now)
+    assert house.janitor.tidy() == Removed()
+
+
+def test_rows_are_removed_last(house: House) -> None:
+    job = house.finish()
+    house.pass_hours(99)
+    house.janitor.tidy()
+    assert house.store.get(job.id) is not None
+    house.pass_hours(2)
+    assert house.janitor.tidy() == Removed(rows=1)
+    assert house.store.get(job.id) is None
+    assert house.submit().id > job.id, "its number is not given again"
+
+
+@pytest.mark.parametrize("verb", ["fail", "cancel"])
+def test_row_of_a_job_without_pictures_is_removed_too(verb: str, house: House) -> None:
+    house.submit()
+    job = claim_one(house.store)
+    ends = {
+        "fail": lambda: house.store.fail(job, "x"),
+        "cancel": lambda: house.store.cancel(job.id),
+    }
+    assert ends[verb]()
+    house.pass_hours(101)
+    assert house.janitor.tidy() == Removed(rows=1)
+
+
+def test_live_jobs_stay_however_old(house: House) -> None:
+    running, waiting = house.submit(), house.submit()
+    claim_one(house.store)
+    house.pass_hours(10_000)
+    assert house.janitor.tidy() == house.janitor.sweep() == Removed()
+    assert house.files() == {running.input_key, waiting.input_key}
+    assert state_of(house.store, running.id) is JobState.RUNNING
+
+
+def test_job_with_a_pending_webhook_stays_whole(house: House, engine: Engine) -> None:
+    job = house.finish(webhook="http://x/hook")
+    house.pass_hours(1_000)
+    assert house.janitor.tidy() == house.janitor.sweep() == Removed()
+    assert house.files() == {*job.output_keys}
+    sender = DeliveryStore(engine, clock=house.clock)
+    (delivery,) = sender.claim_due(1)
+    sender.record(delivery, DELIVERED)
+    assert house.janitor.tidy() == Removed(outputs=1, rows=1)
+    with engine.connect() as connection:
+        count = select(func.count()).select_from(deliveries)
+        assert connection.scalar(count) == 0, "its history goes with it"
+
+
+@pytest.mark.parametrize("verb", ["fail", "cancel", "lose"])
+def test_inputs_left_behind_are_removed(verb: str, house: House) -> None:
+    """A cancelled or lost job has no worker that would."""
+    job = house.submit()
+    if verb == "lose":
+        for _ in range(3):
+            claim_one(house.store)
+            house.store.requeue_of("w")
+    elif verb == "cancel":
+        house.store.cancel(job.id)
+    else:
+        house.store.fail(claim_one(house.store), "reason")
+    house.pass_hours(0.9)
+    assert house.janitor.sweep() == Removed()
+    house.pass_hours(0.2)
+    assert house.janitor.sweep() == Removed(files=1)
+    assert house.files() == set()
+
+
+def test_files_without_a_row_are_removed_after_a_day(house: House) -> None:
+    orphans = {
+        "inputs/" + str(uuid.uuid4()) + ".npy",
+        "generations/" + str(uuid.uuid4()) + "-0.png",
+    }
+    for key in orphans:
+        house.put(key)
+    house.clock.now += ORPHAN_S - 1
+    young = "inputs/" + str(uuid.uuid4()) + ".npy"
+    house.put(young)
+    assert house.janitor.sweep() == Removed()
+    house.clock.now += 2
+    assert house.janitor.sweep() == Removed(files=2)
+    assert house.files() == {young}
+
+
+def test_pictures_of_a_job_that_was_cancelled_meanwhile_are_removed(house: House) -> None:
+    house.submit()
+    job = claim_one(house.store)
+    house.store.cancel(job.id)
+    house.storage.delete(job.input_key)
+    for key in job.output_keys:
+        house.put(key)
+    assert house.janitor.sweep() == Removed()
+    house.clock.now += ORPHAN_S + 1
+    assert house.janitor.sweep() == Removed(files=2)
+
+
+def test_pictures_stored_after_their_expiry_are_removed(house: House) -> None:
+    job = house.finish()
+    house.pass_hours(11)
+    house.janitor.tidy()
+    house.put(job.output_keys[0])
+    assert house.janitor.sweep() == Removed(files=1)
+
+
+def test_many_rows_go_in_batches(house: House, engine: Engine) -> None:
+    ended = {"state": "finished", "finished_at": 0.0, "params": {"samples": 1}}
+    rows = [ROW | ended | {"file_prefix": str(uuid.uuid4())} for _ in range(35)]
+    with engine.begin() as connection:
+        connection.execute(insert(jobs), rows)
+    for row in rows:
+        house.put(f"generations/{row['file_prefix']}-0.png")
+    small = Janitor(engine, house.storage, SETTINGS, house.clock, batch=10)
+    assert small.tidy() == Removed(outputs=35, rows=35)
+    assert house.files() == set()
+
+
+def test_missing_folders_are_empty(house: House) -> None:
+    assert house.janitor.sweep() == Removed()
+
+
+class BrokenStorage(Storage):
+    """One that cannot delete until it is repaired."""
+
+    is_broken = True
+
+    def delete(self, key: str) -> None:
+        if self.is_broken:
+            raise StorageUnavailable("cannot delete")
+        super().delete(key)
+
+
+def test_store_that_fails_is_asked_again(house: House, engine: Engine) -> None:
+    job = house.finish()
+    house.pass_hours(11)
+    storage = BrokenStorage(house.folder.as_uri())
+    broken = Janitor(engine, storage, SETTINGS, house.clock)
+    with pytest.raises(StorageUnavailable):
+        broken.tidy()
+    assert get(house.store, job.id).expired_at is None, "its pictures are still there"
+    storage.is_broken = False
+    assert broken.tidy() == Removed(outputs=1)
+
+
+def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -> None:
+    house.finish()
+    house.pass_hours(11)
+    storage = BrokenStorage(house.folder.as_uri())
+    task_janitor = Janitor(engine, storage, SETTINGS, house.clock)
+
+    async def run() -> bool:
+        task = asyncio.create_task(task_janitor.run())
+        done, _ = await asyncio.wait([task], timeout=0.5)
+        task.cancel()
+        await asyncio.wait([task])
+        return bool(done)
+
+    assert not asyncio.run(run())
+    assert len(house.files()) == 2
