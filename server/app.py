@@ -9,19 +9,20 @@ from contextlib import asynccontextmanager
 
 import anyio
 from fastapi import FastAPI, Request
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.auth import KeyRing
+from server.auth import REFRESH_S, KeyRing
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import v3
 from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
 from server.jobs import JobStore
+from server.keys import KeyStore
 from server.routes import get_services, router
 from server.services import DECODE_THREADS, STORE_THREADS, Services
 from server.settings import Settings
@@ -45,11 +46,12 @@ def create_app(settings: Settings) -> FastAPI:
         store = JobStore(engine, max_waiting=settings.queue.max_waiting)
         fetcher = Fetcher(settings.fetch)
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
+        keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         sender = asyncio.create_task(WebhookSender(settings.webhook, deliveries, store).run())
         with Waiters(store) as waiters:
-            app.state.services = Services(
+            services = app.state.services = Services(
                 settings=settings,
-                keys=KeyRing(settings.auth.keys),
+                keys=keys,
                 store=store,
                 storage=Storage(settings.storage_url),
                 fetcher=fetcher,
@@ -57,9 +59,12 @@ def create_app(settings: Settings) -> FastAPI:
                 store_threads=anyio.CapacityLimiter(STORE_THREADS),
                 decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
             )
+            refreshing = asyncio.create_task(keep_fresh(services))
             yield
-        sender.cancel()
-        await asyncio.wait([sender])
+        tasks = [sender, refreshing]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         await fetcher.aclose()
         engine.dispose()
 
@@ -77,6 +82,16 @@ def create_app(settings: Settings) -> FastAPI:
         allow_headers=["*"],
     )
     return app
+
+
+async def keep_fresh(services: Services) -> None:
+    """Read the keys again and again; where that fails, the last reading goes on counting."""
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        try:
+            await services.in_store_thread(services.keys.refresh)
+        except (OSError, ValueError, SQLAlchemyError):
+            logger.exception("keys not read")
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:

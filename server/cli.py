@@ -1,9 +1,10 @@
-"""The command line: `inpaint-server serve | worker | demo | migrate | models`.
+"""The command line: `inpaint-server serve | worker | demo | migrate | models | keys`.
 
 Imports stand inside each command, so that `--help` is quick and the API process has no torch.
 """
 
 import argparse
+import ipaddress
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,60 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     each = commands.add_parser("models", parents=[shared], help="list the models of models.toml")
     each.set_defaults(run=models)
+
+    each = commands.add_parser("keys", help="make, list and end API keys")
+    add_keys_commands(each.add_subparsers(required=True, metavar="COMMAND"), shared)
     return parser.parse_args(arguments)
+
+
+def add_keys_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", shared: argparse.ArgumentParser
+) -> None:
+    """The commands below `keys`."""
+    each = commands.add_parser("create", parents=[shared], help="make a key and show it once")
+    each.add_argument("name", help="who or what holds it")
+    each.add_argument("--expires-in", type=seconds_of, metavar="TIME", help="such as 90d or 12h")
+    each.add_argument("--requests-per-minute", type=int, metavar="N", help="API calls it may make")
+    each.add_argument("--max-waiting", type=int, metavar="N", help="its jobs that may wait")
+    each.add_argument("--priority", type=int, default=0, metavar="N", help="higher goes first")
+    each.add_argument(
+        "--fetch-network",
+        type=ipaddress.ip_network,
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="private network its images may come from; may be repeated",
+    )
+    each.add_argument(
+        "--force-safety-checker", action="store_true", help="its pictures are always checked"
+    )
+    each.set_defaults(run=keys, verb="create")
+
+    each = commands.add_parser("list", parents=[shared], help="all keys, without the keys")
+    each.set_defaults(run=keys, verb="list")
+
+    each = commands.add_parser("revoke", parents=[shared], help="end a holder's keys at once")
+    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
+    each.set_defaults(run=keys, verb="revoke")
+
+    each = commands.add_parser("rotate", parents=[shared], help="make a holder's next key")
+    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
+    each.add_argument(
+        "--overlap",
+        type=seconds_of,
+        default=86_400.0,
+        metavar="TIME",
+        help="how long the present key goes on (24h)",
+    )
+    each.set_defaults(run=keys, verb="rotate")
+
+
+def seconds_of(text: str) -> float:
+    """90d, 12h, 30m or 45s. Raises: ValueError."""
+    units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
+    if text[-1:] not in units:
+        raise ValueError(f"{text!r} has no unit")
+    return int(text[:-1]) * units[text[-1]]
 
 
 def settings_of(options: argparse.Namespace, *names: str) -> Settings:
@@ -83,19 +137,23 @@ def settings_of(options: argparse.Namespace, *names: str) -> Settings:
 def serve(options: argparse.Namespace) -> int:
     """Listen, migrate, start the workers, answer until SIGTERM or SIGINT."""
     from server.app import create_app
+    from server.auth import read_keys_file
     from server.database import migrate as migrate_tables
     from server.database import open_engine
     from server.http import Server, bind
     from server.jobs import JobStore
+    from server.keys import KeyStore
     from server.supervisor import Supervisor
     from server.telemetry import configure_logging, get_logger
 
     settings = settings_of(options, "host", "port", "devices", "workers")
-    settings.refuse_open_server()
     configure_logging()
-    listener: socket.socket = bind(settings.host, settings.port)
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
+    settings.refuse_open_server(KeyStore(engine).has_keys())
+    if settings.auth.keys_file is not None:
+        read_keys_file(settings.auth.keys_file)
+    listener: socket.socket = bind(settings.host, settings.port)
     flags = [
         word
         for name in SHARED_FLAGS
@@ -149,6 +207,13 @@ def migrate(options: argparse.Namespace) -> int:
 
     migrate_tables(open_engine(settings_of(options).sqlalchemy_url))
     return 0
+
+
+def keys(options: argparse.Namespace) -> int:
+    """Make, list or end API keys in the database."""
+    from server.key_commands import run
+
+    return run(options, settings_of(options))
 
 
 def models(options: argparse.Namespace) -> int:

@@ -5,7 +5,9 @@ ApiError
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
 ├── ImageUnavailable    an init or mask image that cannot be had or read
 ├── InvalidApiKey       no key, or one we do not know
+├── RateLimited         this key, or this address, calls too often
 ├── QueueFull           too much is waiting already
+├── ServerBusy          more connections than the server takes
 ├── JobNotFound         unknown id, or a job of another key
 ├── RouteNotFound       no such path
 └── StorageUnavailable  database or file store do not answer
@@ -57,6 +59,15 @@ class InvalidApiKey(ApiError):
     """No key was given, or one this server does not know."""
 
 
+class RateLimited(ApiError):
+    """limit: calls per minute of the key; None where an address sent too many wrong keys."""
+
+    def __init__(self, retry_after_s: int, limit: int | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        self.limit = limit
+        super().__init__(f"again in {retry_after_s} s")
+
+
 class QueueFull(ApiError):
     """limit: jobs that may wait at a time."""
 
@@ -65,6 +76,12 @@ class QueueFull(ApiError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"{limit} jobs are waiting")
+
+
+class ServerBusy(ApiError):
+    """Nothing was read of the request."""
+
+    retry_after_s = 5
 
 
 class JobNotFound(ApiError):

@@ -14,6 +14,7 @@ from models.enhance import Enhancement
 from models.errors import InvalidInput
 from models.images import ImageLimits
 from models.params import InpaintParams
+from server.auth import Caller
 from server.bodies import Fields, read_fields
 from server.dialects import v3
 from server.downloads import download_images
@@ -40,17 +41,28 @@ def get_services(request: Request) -> Services:
     return services
 
 
+async def provide_services(request: Request) -> Services:
+    """`get_services` as a dependency: FastAPI sends one that is not async through a thread."""
+    return get_services(request)
+
+
 async def get_fields(request: Request) -> Fields:
     """The request's parameters, wherever they stand. Raises: InvalidBody."""
     return await read_fields(request, get_services(request).settings.max_body_bytes)
 
 
-def get_key_id(request: Request, fields: Annotated[Fields, Depends(get_fields)]) -> str:
-    """Whose request it is. Raises: InvalidApiKey."""
-    return get_services(request).keys.key_id(v3.read_key(fields, request.headers))
+async def get_caller(request: Request, fields: Annotated[Fields, Depends(get_fields)]) -> Caller:
+    """Who calls, and what they may do. Raises: InvalidApiKey, RateLimited."""
+    address = request.client.host if request.client else ""
+    return get_services(request).keys.admit(v3.read_key(fields, request.headers), address)
 
 
-ServicesOf = Annotated[Services, Depends(get_services)]
+async def get_key_id(caller: Annotated[Caller, Depends(get_caller)]) -> str:
+    """Whose request it is."""
+    return caller.key_id
+
+
+ServicesOf = Annotated[Services, Depends(provide_services)]
 FieldsOf = Annotated[Fields, Depends(get_fields)]
 KeyId = Annotated[str, Depends(get_key_id)]
 

@@ -84,10 +84,15 @@ class Section(BaseModel):
 
 
 class AuthSettings(Section):
-    """keys: plain keys; empty means nobody is asked for one, which only loopback allows."""
+    """Keys besides those of the database; without any only loopback is served.
+
+    keys: plain keys. keys_file: a file of them, one a line.
+    """
 
     keys: ListOf[Annotated[SecretStr, Field(min_length=1)]] = ()
+    keys_file: Path | None = None
     allow_anonymous: bool = False
+    wrong_keys_per_minute: int = Field(default=20, ge=1)
 
 
 class SafetySettings(Section):
@@ -199,13 +204,23 @@ class Settings(BaseSettings):
             sources.append(TomlConfigSettingsSource(settings_cls, file))
         return tuple(sources)
 
-    def refuse_open_server(self) -> None:
-        """Before listening. Raises: ValueError when anybody could call from elsewhere."""
-        if not (self.auth.keys or self.auth.allow_anonymous or is_loopback(self.host)):
+    def refuse_open_server(self, has_stored_keys: bool = False) -> None:
+        """Before listening. Raises: ValueError when anybody could call from elsewhere.
+
+        has_stored_keys: whether the database has keys.
+        """
+        has_keys = has_stored_keys or self.auth.keys or self.auth.keys_file is not None
+        if not (has_keys or self.may_be_open):
             raise ValueError(
-                f"listening on {self.host} without API keys would let anybody in: set "
-                "INPAINT_AUTH__KEYS, or INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
+                f"listening on {self.host} without API keys would let anybody in: make one with "
+                "`inpaint-server keys create`, set INPAINT_AUTH__KEYS, or "
+                "INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
             )
+
+    @property
+    def may_be_open(self) -> bool:
+        """Whether the server may serve everybody while it has no keys."""
+        return self.auth.allow_anonymous or is_loopback(self.host)
 
     @property
     def worker_devices(self) -> list[str]:

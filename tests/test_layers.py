@@ -47,7 +47,10 @@ SERVER = {
     "settings": "models.enhance",
     "errors": "",
     "telemetry": "",
-    "auth": "errors database",
+    "limits": "",
+    "keys": "database",
+    "key_commands": "database keys settings",
+    "auth": "errors keys limits settings",
     "database": "settings",
     "migrations": "database",
     "storage": "errors",
@@ -60,20 +63,19 @@ SERVER = {
     "bodies": "errors",
     "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
     "services": "auth egress jobs settings storage waiters",
-    "routes": "bodies dialects downloads errors jobs sandbox services settings"
+    "routes": "auth bodies dialects downloads errors jobs sandbox services settings"
     " models.enhance models.errors models.images models.params",
     "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
     " models.engine models.errors models.images models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors jobs routes services settings storage"
-    " telemetry"
-    " waiters webhooks",
+    "app": "auth database deliveries dialects egress errors jobs keys routes services settings"
+    " storage telemetry waiters webhooks",
     "http": "settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
-    "cli": "app cluster database demo http jobs settings supervisor telemetry worker"
-    " models.errors models.registry",
+    "cli": "app auth cluster database demo http jobs key_commands keys settings supervisor"
+    " telemetry worker models.errors models.registry",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 
