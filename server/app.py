@@ -1,19 +1,16 @@
 """`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
 
 import asyncio
-import re
-import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import REFRESH_S, KeyRing
 from server.database import migrate, open_engine
@@ -23,6 +20,7 @@ from server.egress import Fetcher
 from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
 from server.jobs import JobStore
 from server.keys import KeyStore
+from server.middleware import ErrorAnswers, RequestContext
 from server.routes import get_services, router
 from server.services import DECODE_THREADS, STORE_THREADS, Services
 from server.settings import Settings
@@ -32,8 +30,6 @@ from server.waiters import Waiters
 from server.webhooks import WebhookSender
 
 logger = get_logger(__name__)
-
-PROBES = ("/healthz", "/readyz")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -73,14 +69,16 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(router)
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
-    app.add_middleware(RequestContext)
-    # Outside the other, so that answers to unforeseen errors can be read by a page too.
+    app.add_exception_handler(RequestValidationError, answer_error)
+    # The last one added is the outermost.
+    app.add_middleware(ErrorAnswers, settings.allowed_hosts, answer_error)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
         allow_headers=["*"],
     )
+    app.add_middleware(RequestContext)
     return app
 
 
@@ -99,7 +97,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     request_id = request.scope.get("request_id", "")
     known = to_api_error(error)
     if type(known) in (ApiError, StorageUnavailable):
-        logger.error("request failed", exc_info=error, request_id=request_id)
+        logger.error("request failed", exc_info=error)
     seconds = known.retry_after_s
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
     status = v3.write_status(known, get_services(request).settings.error_status)
@@ -113,59 +111,8 @@ def to_api_error(error: Exception) -> ApiError:
             return error
         case HTTPException(status_code=404 | 405):
             return RouteNotFound()
-        case HTTPException():
+        case HTTPException() | RequestValidationError():
             return InvalidBody()
         case DBAPIError():
             return StorageUnavailable()
     return ApiError()
-
-
-class RequestContext:
-    """ASGI middleware: a request id, a forgiving path, an answer to any error, one log line."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = uuid.uuid4().hex
-        scope["request_id"] = request_id
-        scope["path"] = normal_path(scope["path"])
-        started = time.perf_counter()
-        status: int | None = None
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                ]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            if status is not None:
-                raise
-            answer = await answer_error(Request(scope), error)
-            await answer(scope, receive, send_with_id)
-        finally:
-            # Probes come every few seconds and would drown the rest.
-            log = logger.debug if scope["path"] in PROBES else logger.info
-            log(
-                "request",
-                request_id=request_id,
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                duration_ms=round((time.perf_counter() - started) * 1000, 1),
-            )
-
-
-def normal_path(path: str) -> str:
-    """One slash between parts and none at the end: clients join URLs carelessly."""
-    return re.sub(r"/{2,}", "/", path).rstrip("/") or "/"

@@ -140,7 +140,7 @@ def serve(options: argparse.Namespace) -> int:
     from server.auth import read_keys_file
     from server.database import migrate as migrate_tables
     from server.database import open_engine
-    from server.http import Server, bind
+    from server.http import Server, bind, raise_open_file_limit
     from server.jobs import JobStore
     from server.keys import KeyStore
     from server.supervisor import Supervisor
@@ -148,6 +148,7 @@ def serve(options: argparse.Namespace) -> int:
 
     settings = settings_of(options, "host", "port", "devices", "workers")
     configure_logging()
+    raise_open_file_limit()
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
     settings.refuse_open_server(KeyStore(engine).has_keys())

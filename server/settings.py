@@ -131,6 +131,22 @@ class StorageSettings(Section):
     url: str | None = None
 
 
+class HttpSettings(Section):
+    """What one client may take of the server's time and room. Times are in seconds.
+
+    head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
+    a client that takes nothing of its answer. max_buffered_bytes: of all bodies in memory.
+    """
+
+    head_timeout_s: float = Field(default=10, gt=0)
+    body_timeout_s: float = Field(default=60, gt=0)
+    send_timeout_s: float = Field(default=30, gt=0)
+    keep_alive_s: int = Field(default=5, ge=1)
+    max_connections: int = Field(default=8_000, ge=1)
+    max_connections_per_address: int = Field(default=512, ge=1)
+    max_buffered_bytes: int = Field(default=512_000_000, ge=1)
+
+
 class QueueSettings(Section):
     """max_waiting: jobs that may wait before new ones are refused."""
 
@@ -174,6 +190,8 @@ class Settings(BaseSettings):
     workers: int | None = Field(default=None, ge=0)
     max_in_flight: int = Field(default=8, ge=1)
     reproducible: bool = False
+    allowed_hosts: ListOf[str] = ()
+    http: HttpSettings = HttpSettings()
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     fetch: FetchSettings = FetchSettings()

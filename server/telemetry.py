@@ -31,6 +31,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     JSON, or aligned text where a person looks on.
     """
     shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,

@@ -69,9 +69,11 @@ SERVER = {
     "worker": "database errors jobs sandbox settings storage telemetry"
     " models.engine models.errors models.images models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors jobs keys routes services settings"
-    " storage telemetry waiters webhooks",
-    "http": "settings",
+    "app": "auth database deliveries dialects egress errors jobs keys middleware routes"
+    " services settings storage telemetry waiters webhooks",
+    "middleware": "errors telemetry",
+    "connections": "auth settings",
+    "http": "connections settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
     "cli": "app auth cluster database demo http jobs key_commands keys settings supervisor"
