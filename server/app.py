@@ -17,9 +17,10 @@ from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import v3
 from server.egress import Fetcher
-from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
+from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.jobs import JobStore
 from server.keys import KeyStore
+from server.metrics import Metrics, StoredFigures
 from server.middleware import ErrorAnswers, RequestContext
 from server.routes import get_services, router
 from server.services import DECODE_THREADS, STORE_THREADS, Services
@@ -35,11 +36,14 @@ logger = get_logger(__name__)
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its parts are built when it starts, in `app.state.services`."""
 
+    metrics = Metrics()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = open_engine(settings.sqlalchemy_url)
         migrate(engine)
         store = JobStore(engine, max_waiting=settings.queue.max_waiting)
+        metrics.registry.register(StoredFigures(engine, store))
         fetcher = Fetcher(settings.fetch)
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
@@ -52,6 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
                 storage=Storage(settings.storage_url),
                 fetcher=fetcher,
                 waiters=waiters,
+                metrics=metrics,
                 store_threads=anyio.CapacityLimiter(STORE_THREADS),
                 decode_threads=anyio.CapacityLimiter(DECODE_THREADS),
             )
@@ -78,7 +83,8 @@ def create_app(settings: Settings) -> FastAPI:
         allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
         allow_headers=["*"],
     )
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, metrics)
+    app.state.metrics = metrics
     return app
 
 
@@ -98,10 +104,19 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     known = to_api_error(error)
     if type(known) in (ApiError, StorageUnavailable):
         logger.error("request failed", exc_info=error)
+    count(get_services(request).metrics, known)
     seconds = known.retry_after_s
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
     status = v3.write_status(known, get_services(request).settings.error_status)
     return JSONResponse(v3.write_error(known, request_id), status, headers)
+
+
+def count(metrics: Metrics, error: ApiError) -> None:
+    """Note a refusal, by class, and what was wrong with images."""
+    metrics.refusals.labels(type(error).__name__).inc()
+    if isinstance(error, ImageUnavailable):
+        for problem in error.problems.values():
+            metrics.image_problems.labels(problem).inc()
 
 
 def to_api_error(error: Exception) -> ApiError:

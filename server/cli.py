@@ -161,11 +161,17 @@ def serve(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None
         for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
-    server = Server(create_app(settings), settings)
+    admin = None
+    if settings.admin.port is not None:
+        admin = bind(settings.admin.host, settings.admin.port)
+    admin_port = None if admin is None else admin.getsockname()[1]
+    server = Server(create_app(settings), settings, admin_port)
+    listeners = {"listening": listener} | ({"admin listening": admin} if admin else {})
     with Supervisor(settings.worker_devices, flags, JobStore(engine)):
-        host, port = listener.getsockname()[:2]
-        get_logger(__name__).info("listening", url=f"http://{host}:{port}")
-        server.run_until_stopped(listener)
+        for event, each in listeners.items():
+            host, port = each.getsockname()[:2]
+            get_logger(__name__).info(event, url=f"http://{host}:{port}")
+        server.run_until_stopped(*listeners.values())
     return 0
 
 

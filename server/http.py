@@ -7,7 +7,9 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
+from server.admin import ByPort, create_admin_app
 from server.connections import Gate, GuardedConfig
 from server.settings import Settings
 
@@ -20,19 +22,24 @@ OWN_FILES = 256
 
 
 class Server(uvicorn.Server):
-    """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop."""
+    """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop.
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    admin_port: connections to it get the admin application.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings, admin_port: int | None = None) -> None:
         self._app = app
         self.gate = Gate(
             settings.http,
             min(settings.http.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
             settings.forwarded_allow_ips,
         )
-        app.state.gate = self.gate
+        served: ASGIApp = app
+        if admin_port is not None:
+            served = ByPort(app, create_admin_app(app, self.gate), admin_port)
         super().__init__(
             GuardedConfig(
-                app,
+                served,
                 self.gate,
                 settings.http,
                 settings.max_body_bytes,

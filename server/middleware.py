@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from server.errors import InvalidBody, ServerBusy
+from server.metrics import UNKNOWN_ROUTE, Metrics
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
@@ -39,8 +40,9 @@ ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 class RequestContext:
     """Outermost: nothing is answered without an id, the headers and a log line."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,6 +67,10 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
+            duration_s = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+            self._metrics.requests.labels(route, str(status or 0)).inc()
+            self._metrics.latency.labels(route).observe(duration_s)
             # Probes come every few seconds and would drown the rest.
             log = logger.debug if scope["path"] in PROBES else logger.info
             log(
@@ -72,7 +78,7 @@ class RequestContext:
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
-                duration_ms=round((time.perf_counter() - started) * 1000, 1),
+                duration_ms=round(duration_s * 1000, 1),
             )
 
 

@@ -10,7 +10,9 @@ import anyio.to_thread
 
 from server.auth import KeyRing
 from server.egress import Fetcher
+from server.errors import ApiError
 from server.jobs import JobStore
+from server.metrics import Metrics
 from server.settings import Settings
 from server.storage import Storage
 from server.waiters import Waiters
@@ -35,6 +37,7 @@ class Services:
     storage: Storage
     fetcher: Fetcher
     waiters: Waiters
+    metrics: Metrics
     store_threads: anyio.CapacityLimiter
     decode_threads: anyio.CapacityLimiter
 
@@ -50,4 +53,10 @@ class Services:
     ) -> R:
         """Call the picture decoder without blocking the event loop."""
         call = functools.partial(function, *args, **kwargs)
-        return await anyio.to_thread.run_sync(call, limiter=self.decode_threads)
+        try:
+            decoded = await anyio.to_thread.run_sync(call, limiter=self.decode_threads)
+        except ApiError:
+            self.metrics.decodes.labels("refused").inc()
+            raise
+        self.metrics.decodes.labels("decoded").inc()
+        return decoded

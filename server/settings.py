@@ -147,6 +147,13 @@ class HttpSettings(Section):
     max_buffered_bytes: int = Field(default=512_000_000, ge=1)
 
 
+class AdminSettings(Section):
+    """The port for figures and details; it asks for no key. port: None means there is none."""
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, ge=0, le=65535)
+
+
 class QueueSettings(Section):
     """max_waiting: jobs that may wait before new ones are refused."""
 
@@ -192,6 +199,7 @@ class Settings(BaseSettings):
     reproducible: bool = False
     allowed_hosts: ListOf[str] = ()
     http: HttpSettings = HttpSettings()
+    admin: AdminSettings = AdminSettings()
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     fetch: FetchSettings = FetchSettings()

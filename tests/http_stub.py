@@ -92,10 +92,12 @@ async def running_stub(behaviour: Behaviour, host: str = "127.0.0.1") -> AsyncIt
 
 @dataclass(frozen=True, slots=True)
 class LiveApp:
-    """Our application behind its real HTTP server. port: for raw sockets."""
+    """Our application behind its real HTTP server. port, admin_port: for raw sockets."""
 
     client: httpx.Client
     port: int
+    admin_port: int
+    server: Server
     stop: Callable[[], None]
 
 
@@ -103,9 +105,10 @@ class LiveApp:
 def running_app(settings: Settings) -> Iterator[LiveApp]:
     """The application without workers, on a free loopback port."""
     listener = bind("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    server = Server(create_app(settings), settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    admin = bind("127.0.0.1", 0)
+    port, admin_port = (each.getsockname()[1] for each in (listener, admin))
+    server = Server(create_app(settings), settings, admin_port)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener, admin]})
     thread.start()
 
     def stop() -> None:
@@ -113,7 +116,7 @@ def running_app(settings: Settings) -> Iterator[LiveApp]:
 
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            yield LiveApp(client, port, stop)
+            yield LiveApp(client, port, admin_port, server, stop)
     finally:
         stop()
         thread.join()

@@ -62,18 +62,20 @@ SERVER = {
     "waiters": "jobs telemetry",
     "bodies": "errors",
     "dialects": "downloads errors jobs settings models.enhance models.errors models.params",
-    "services": "auth egress jobs settings storage waiters",
+    "services": "auth egress errors jobs metrics settings storage waiters",
     "routes": "auth bodies dialects downloads errors jobs sandbox services settings"
     " models.enhance models.errors models.images models.params",
     "webhooks": "deliveries dialects egress jobs settings telemetry",
     "worker": "database errors jobs sandbox settings storage telemetry"
     " models.engine models.errors models.images models.params models.pipeline models.registry",
     "supervisor": "jobs telemetry",
-    "app": "auth database deliveries dialects egress errors jobs keys middleware routes"
+    "app": "auth database deliveries dialects egress errors jobs keys metrics middleware routes"
     " services settings storage telemetry waiters webhooks",
-    "middleware": "errors telemetry",
+    "metrics": "database jobs",
+    "middleware": "errors metrics telemetry",
+    "admin": "connections metrics routes services",
     "connections": "auth settings",
-    "http": "connections settings",
+    "http": "admin connections settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
     "cli": "app auth cluster database demo http jobs key_commands keys settings supervisor"
