@@ -147,13 +147,13 @@ def serve(options: argparse.Namespace) -> int:
     from server.telemetry import configure_logging, get_logger
 
     settings = settings_of(options, "host", "port", "devices", "workers")
-    configure_logging()
+    keys_file = settings.auth.keys_file
+    file_keys = [] if keys_file is None else read_keys_file(keys_file)
+    configure_logging(secrets=[*settings.secrets, *file_keys])
     raise_open_file_limit()
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
     settings.refuse_open_server(KeyStore(engine).has_keys())
-    if settings.auth.keys_file is not None:
-        read_keys_file(settings.auth.keys_file)
     listener: socket.socket = bind(settings.host, settings.port)
     flags = [
         word
@@ -187,7 +187,7 @@ def work(options: argparse.Namespace) -> int:
     from server import worker
     from server.telemetry import configure_logging, get_logger
 
-    configure_logging()
+    configure_logging(secrets=settings.secrets)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
@@ -242,6 +243,12 @@ class Settings(BaseSettings):
                 "`inpaint-server keys create`, set INPAINT_AUTH__KEYS, or "
                 "INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
             )
+
+    @property
+    def secrets(self) -> list[str]:
+        """The texts that no log line may hold."""
+        known = [each.get_secret_value() for each in (*self.auth.keys, *self.webhook.secret)]
+        return [*known, urlsplit(self.sqlalchemy_url).password or ""]
 
     @property
     def may_be_open(self) -> bool:
