@@ -395,7 +395,8 @@ def describe_field(name: str, kind: str, text: str) -> Body:
     limits: Body = {}
     if name in RANGES and name not in ("width", "height", "seed"):
         limits = {"minimum": RANGES[name].minimum, "maximum": RANGES[name].maximum}
-    return {"type": [kind, "string", "null"], "description": text, **limits}
+    kinds = sorted({kind, "string"})
+    return {"type": [*kinds, "null"], "description": text, **limits}
 
 
 INPAINT_FIELDS = {
