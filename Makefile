@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo serve test fuzz check format bench
+.PHONY: install demo serve test fuzz fuzz-api check format bench
 
 install: $(INSTALLED)
 
@@ -36,3 +36,6 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine --out out/bench
 	$(BIN)/python -m benchmarks.serving --out out/bench
 	$(BIN)/python -m benchmarks.host --out out/bench
+
+fuzz-api: $(INSTALLED)
+	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/test_api_fuzz.py

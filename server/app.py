@@ -1,33 +1,33 @@
 """`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
 
-import re
-import time
-import uuid
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.decoding import ImageLimits
-from server.auth import KeyRing
+from server.auth import REFRESH_S, KeyRing
 from server.background import Background
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import native, native_problems, v3
 from server.door import Door, Listener
 from server.egress import Fetcher
-from server.errors import ApiError, InvalidBody, RouteNotFound, StorageUnavailable
+from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.followers import Followers
 from server.intake import get_services
 from server.janitor import Janitor
 from server.jobs import JobStore
+from server.keys import KeyStore
+from server.metrics import Metrics, StoredFigures
+from server.middleware import ErrorAnswers, RequestContext
 from server.native_routes import router as native_router
 from server.routes import router
 from server.sandbox import Sandbox
@@ -40,11 +40,11 @@ from server.webhooks import WebhookSender
 
 logger = get_logger(__name__)
 
-PROBES = ("/healthz", "/readyz")
-
 
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its parts are built when it starts, in `app.state.services`."""
+
+    metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +55,8 @@ def create_app(settings: Settings) -> FastAPI:
             max_waiting=settings.queue.max_waiting,
             max_waiting_per_key=settings.queue.max_waiting_per_key,
         )
+        metrics.registry.register(StoredFigures(engine, store))
+        keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
         door = Door(settings.egress, Listener(settings.host, settings.port))
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
@@ -65,9 +67,9 @@ def create_app(settings: Settings) -> FastAPI:
             background.start("janitor", Janitor(engine, storage, settings.retention).run)
             with Waiters(store) as waiters, Followers(store) as followers, sandbox:
                 sandbox.warm()
-                app.state.services = Services(
+                services = app.state.services = Services(
                     settings=settings,
-                    keys=KeyRing(settings.auth.keys),
+                    keys=keys,
                     store=store,
                     storage=storage,
                     fetcher=Fetcher(settings.fetch, door),
@@ -77,9 +79,11 @@ def create_app(settings: Settings) -> FastAPI:
                     deliveries=deliveries,
                     webhooks=webhooks,
                     background=background,
+                    metrics=metrics,
                     store_threads=anyio.CapacityLimiter(STORE_THREADS),
                     submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
                 )
+                background.start("keys", lambda: keep_fresh(services))
                 yield
         await door.aclose()
         engine.dispose()
@@ -91,15 +95,27 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
-    app.add_middleware(RequestContext)
-    # Outside the other, so that answers to unforeseen errors can be read by a page too.
+    # The last one added is the outermost.
+    app.add_middleware(ErrorAnswers, settings.allowed_hosts, answer_error)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
         allow_headers=["*"],
     )
+    app.add_middleware(RequestContext, metrics)
+    app.state.metrics = metrics
     return app
+
+
+async def keep_fresh(services: Services) -> None:
+    """Read the keys again and again; where that fails, the last reading goes on counting."""
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        try:
+            await services.in_store_thread(services.keys.refresh)
+        except (OSError, ValueError, SQLAlchemyError):
+            logger.exception("keys not read")
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
@@ -107,7 +123,8 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     request_id = request.scope.get("request_id", "")
     known = to_api_error(error)
     if type(known) in (ApiError, StorageUnavailable):
-        logger.error("request failed", exc_info=error, request_id=request_id)
+        logger.error("request failed", exc_info=error)
+    count(get_services(request).metrics, known)
     seconds = known.retry_after_s
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
     if native_problems.is_native(request.scope["path"]):
@@ -116,6 +133,14 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(body, problem.status, headers | more, native_problems.MEDIA_TYPE)
     status = v3.write_status(known, get_services(request).settings.error_status)
     return JSONResponse(v3.write_error(known, request_id), status, headers)
+
+
+def count(metrics: Metrics, error: ApiError) -> None:
+    """Note a refusal, by class, and what was wrong with images."""
+    metrics.refusals.labels(type(error).__name__).inc()
+    if isinstance(error, ImageUnavailable):
+        for problem in error.problems.values():
+            metrics.image_problems.labels(problem).inc()
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -132,54 +157,3 @@ def to_api_error(error: Exception) -> ApiError:
         case DBAPIError():
             return StorageUnavailable()
     return ApiError()
-
-
-class RequestContext:
-    """ASGI middleware: a request id, a forgiving path, an answer to any error, one log line."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = uuid.uuid4().hex
-        scope["request_id"] = request_id
-        scope["path"] = normal_path(scope["path"])
-        started = time.perf_counter()
-        status: int | None = None
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                ]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            if status is not None:
-                raise
-            answer = await answer_error(Request(scope), error)
-            await answer(scope, receive, send_with_id)
-        finally:
-            # Probes come every few seconds and would drown the rest.
-            log = logger.debug if scope["path"] in PROBES else logger.info
-            log(
-                "request",
-                request_id=request_id,
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                duration_ms=round((time.perf_counter() - started) * 1000, 1),
-            )
-
-
-def normal_path(path: str) -> str:
-    """One slash between parts and none at the end: clients join URLs carelessly."""
-    return re.sub(r"/{2,}", "/", path).rstrip("/") or "/"

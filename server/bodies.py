@@ -21,6 +21,9 @@ MAX_MARKS = 20_000
 """Quotes, brackets or commas of a JSON body: far more than any request has, and few enough that
 nobody can keep the parser, and with it all others, busy."""
 
+MAX_DEPTH = 8
+"""Of lists and objects inside each other; requests are flat."""
+
 MAX_PART_BYTES = 32_000_000
 TRAILING_COMMA = re.compile(r'("[^"\\]*+(?:\\.[^"\\]*+)*+"?)|,(?=\s*[}\]])', re.DOTALL)
 """A string, kept as it is, or a comma before a closing bracket.
@@ -97,7 +100,7 @@ def parse_json(body: bytes) -> Fields:
             fields = json.loads(bare, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidBody from error
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or len(fields) > MAX_FIELDS or is_deeper(fields, MAX_DEPTH):
         raise InvalidBody
     return fields
 
@@ -106,6 +109,16 @@ def refuse_many_marks(body: bytes) -> None:
     """Raises: InvalidBody."""
     if any(body.count(mark) > MAX_MARKS for mark in (b'"', b"[", b"{", b",", b":")):
         raise InvalidBody
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether a JSON value has more than `depth` lists and objects inside each other."""
+    inner = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
+    if inner is None:
+        return False
+    return depth == 0 or any(is_deeper(each, depth - 1) for each in inner)
 
 
 def refuse_constant(name: str) -> None:

@@ -1,9 +1,10 @@
-"""The command line: `inpaint-server serve | worker | demo | migrate | models | webhooks`.
+"""The command line: `inpaint-server serve | worker | demo | migrate | models | webhooks | keys`.
 
 Imports stand inside each command, so that `--help` is quick and the API process has no torch.
 """
 
 import argparse
+import ipaddress
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,60 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each = actions.add_parser("ping", parents=[shared], help="send a signed test event")
     each.add_argument("url", metavar="URL")
     each.set_defaults(run=ping_webhook)
+
+    each = commands.add_parser("keys", help="make, list and end API keys")
+    add_keys_commands(each.add_subparsers(required=True, metavar="COMMAND"), shared)
     return parser.parse_args(arguments)
+
+
+def add_keys_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", shared: argparse.ArgumentParser
+) -> None:
+    """The commands below `keys`."""
+    each = commands.add_parser("create", parents=[shared], help="make a key and show it once")
+    each.add_argument("name", help="who or what holds it")
+    each.add_argument("--expires-in", type=seconds_of, metavar="TIME", help="such as 90d or 12h")
+    each.add_argument("--requests-per-minute", type=int, metavar="N", help="API calls it may make")
+    each.add_argument("--max-waiting", type=int, metavar="N", help="its jobs that may wait")
+    each.add_argument("--priority", type=int, default=0, metavar="N", help="higher goes first")
+    each.add_argument(
+        "--fetch-network",
+        type=ipaddress.ip_network,
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="private network its images may come from; may be repeated",
+    )
+    each.add_argument(
+        "--force-safety-checker", action="store_true", help="its pictures are always checked"
+    )
+    each.set_defaults(run=keys, verb="create")
+
+    each = commands.add_parser("list", parents=[shared], help="all keys, without the keys")
+    each.set_defaults(run=keys, verb="list")
+
+    each = commands.add_parser("revoke", parents=[shared], help="end a holder's keys at once")
+    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
+    each.set_defaults(run=keys, verb="revoke")
+
+    each = commands.add_parser("rotate", parents=[shared], help="make a holder's next key")
+    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
+    each.add_argument(
+        "--overlap",
+        type=seconds_of,
+        default=86_400.0,
+        metavar="TIME",
+        help="how long the present key goes on (24h)",
+    )
+    each.set_defaults(run=keys, verb="rotate")
+
+
+def seconds_of(text: str) -> float:
+    """90d, 12h, 30m or 45s. Raises: ValueError."""
+    units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
+    if text[-1:] not in units:
+        raise ValueError(f"{text!r} has no unit")
+    return int(text[:-1]) * units[text[-1]]
 
 
 def settings_of(options: argparse.Namespace, *names: str) -> Settings:
@@ -98,34 +152,45 @@ def settings_of(options: argparse.Namespace, *names: str) -> Settings:
 def serve(options: argparse.Namespace) -> int:
     """Listen, migrate, start the workers, answer until SIGTERM or SIGINT."""
     from server.app import create_app
+    from server.auth import read_keys_file
     from server.database import migrate as migrate_tables
     from server.database import open_engine
-    from server.http import Server, bind
+    from server.http import Server, bind, raise_open_file_limit
     from server.jobs import JobStore
+    from server.keys import KeyStore
     from server.supervisor import Supervisor
     from server.telemetry import configure_logging, get_logger
 
     settings = settings_of(options, "host", "port", "devices", "workers")
-    settings.refuse_open_server()
-    configure_logging()
-    listener: socket.socket = bind(settings.host, settings.port)
-    # The port that was taken for 0: the server must know where it listens, to stay out of there.
-    settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+    keys_file = settings.auth.keys_file
+    file_keys = [] if keys_file is None else read_keys_file(keys_file)
+    configure_logging(secrets=[*settings.secrets, *file_keys])
+    raise_open_file_limit()
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
+    settings.refuse_open_server(KeyStore(engine).has_keys())
+    listener: socket.socket = bind(settings.host, settings.port)
     flags = [
         word
         for name in SHARED_FLAGS
         if getattr(options, name) is not None
         for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
-    server = Server(create_app(settings), settings)
+    # The port that was taken for 0: the server must know where it listens, to stay out of there.
+    settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+    admin = None
+    if settings.admin.port is not None:
+        admin = bind(settings.admin.host, settings.admin.port)
+    admin_port = None if admin is None else admin.getsockname()[1]
+    server = Server(create_app(settings), settings, admin_port)
+    listeners = {"listening": listener} | ({"admin listening": admin} if admin else {})
     store = JobStore(engine)
     stall_s = settings.worker_stall_s
     with Supervisor(settings.worker_devices, flags, store, stall_s=stall_s):
-        host, port = listener.getsockname()[:2]
-        get_logger(__name__).info("listening", url=f"http://{host}:{port}")
-        server.run_until_stopped(listener)
+        for event, each in listeners.items():
+            host, port = each.getsockname()[:2]
+            get_logger(__name__).info(event, url=f"http://{host}:{port}")
+        server.run_until_stopped(*listeners.values())
     return 0
 
 
@@ -141,7 +206,7 @@ def work(options: argparse.Namespace) -> int:
     from server import worker
     from server.telemetry import configure_logging, get_logger
 
-    configure_logging()
+    configure_logging(secrets=settings.secrets)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -168,6 +233,13 @@ def migrate(options: argparse.Namespace) -> int:
 
     migrate_tables(open_engine(settings_of(options).sqlalchemy_url))
     return 0
+
+
+def keys(options: argparse.Namespace) -> int:
+    """Make, list or end API keys in the database."""
+    from server.key_commands import run
+
+    return run(options, settings_of(options))
 
 
 def models(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from alembic.config import Config
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Connection,
@@ -203,6 +204,23 @@ workers = Table(
     Column("detail", Text, nullable=False),
     Column("seen_at", Float, nullable=False),
     CheckConstraint("state IN ('loading', 'ready', 'failed')", name="state_known"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("digest", Text, primary_key=True),
+    Column("key_id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+    Column("requests_per_minute", Integer),
+    Column("max_waiting", Integer),
+    Column("priority", Integer, nullable=False),
+    Column("fetch_networks", JSON, nullable=False),
+    Column("force_safety_checker", Boolean, nullable=False),
 )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from server.egress import ANYBODY, Caller, Fetcher, FetchFailed
+from server.egress import ANYBODY, Fetcher, FetchFailed, FetchRights
 from server.errors import ImageProblem, ImageUnavailable
 
 DATA_URI = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
@@ -59,7 +59,7 @@ async def download_images(
     sources: dict[str, ImageSource],
     fetcher: Fetcher,
     max_bytes: int,
-    caller: Caller = ANYBODY,
+    rights: FetchRights = ANYBODY,
     own: OwnOutputs | None = None,
 ) -> dict[str, bytes]:
     """All images at once, by parameter name.
@@ -72,7 +72,7 @@ async def download_images(
         if own and name:
             image = await own.read(name)
         elif source.is_url:
-            image = await fetcher.get(str(source.content), caller)
+            image = await fetcher.get(str(source.content), rights)
         else:
             content = source.content
             image = content if isinstance(content, bytes) else decode_base64(content)

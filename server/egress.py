@@ -39,7 +39,7 @@ class FetchFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class FetchRights:
     """On whose behalf a fetch is made: places and pictures kept are told apart by it.
 
     allow_cidrs, allow_hosts: what this caller may reach besides what the settings allow everybody.
@@ -50,7 +50,7 @@ class Caller:
     allow_hosts: Sequence[str] = ()
 
 
-ANYBODY = Caller()
+ANYBODY = FetchRights()
 
 
 class Fetcher:
@@ -71,7 +71,7 @@ class Fetcher:
         if self._is_own_door:
             await self._door.aclose()
 
-    async def get(self, url: str, caller: Caller = ANYBODY) -> bytes:
+    async def get(self, url: str, rights: FetchRights = ANYBODY) -> bytes:
         """The body behind a URL. Raises: FetchFailed."""
         try:
             target = checked_url(url)
@@ -82,9 +82,9 @@ class Fetcher:
             # One deadline over everything: time-outs of single reads do not stop a drip.
             async with (
                 asyncio.timeout(self._settings.total_timeout_s),
-                self._slots.taken_by(caller.key_id),
+                self._slots.taken_by(rights.key_id),
             ):
-                return await self._follow(target, caller)
+                return await self._follow(target, rights)
         except BodyTooLarge as error:
             raise FetchFailed(ImageProblem.TOO_LARGE) from error
         except (Refused, *NETWORK_ERRORS) as error:
@@ -92,10 +92,10 @@ class Fetcher:
             logger.info(event, detail=f"{host_of(target)}: {type(error).__name__}: {error}")
             raise FetchFailed(ImageProblem.NOT_REACHABLE) from error
 
-    async def _follow(self, target: httpx.URL, caller: Caller) -> bytes:
-        policy = self._policy_of(caller)
+    async def _follow(self, target: httpx.URL, rights: FetchRights) -> bytes:
+        policy = self._policy_of(rights)
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._ask(target, caller.key_id, policy)
+            answer = await self._ask(target, rights.key_id, policy)
             if isinstance(answer, bytes):
                 return answer
             target = redirected(target, answer)
@@ -124,11 +124,11 @@ class Fetcher:
             self._pictures.put(owner, Picture(body, conditions_of(answer.headers)))
             return body
 
-    def _policy_of(self, caller: Caller) -> AddressPolicy:
+    def _policy_of(self, rights: FetchRights) -> AddressPolicy:
         settings = self._settings
         return AddressPolicy(
-            (*settings.allow_cidrs, *caller.allow_cidrs),
-            (*settings.allow_hosts, *caller.allow_hosts),
+            (*settings.allow_cidrs, *rights.allow_cidrs),
+            (*settings.allow_hosts, *rights.allow_hosts),
             settings.allow_ports,
             self._door.nat64_prefixes,
         )

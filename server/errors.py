@@ -6,7 +6,9 @@ ApiError
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
 ├── ImageUnavailable    an init or mask image that cannot be had or read
 ├── InvalidApiKey       no key, or one we do not know
+├── RateLimited         this key, or this address, calls too often
 ├── QueueFull           too much is waiting already
+├── ServerBusy          more connections than the server takes
 ├── JobNotFound         unknown id, or a job of another key
 ├── Conflict            the job, or an earlier request, stands in the way
 ├── RouteNotFound       no such path
@@ -66,6 +68,15 @@ class InvalidApiKey(ApiError):
     """No key was given, or one this server does not know."""
 
 
+class RateLimited(ApiError):
+    """limit: calls per minute of the key; None where an address sent too many wrong keys."""
+
+    def __init__(self, retry_after_s: int, limit: int | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        self.limit = limit
+        super().__init__(f"again in {retry_after_s} s")
+
+
 class QueueFull(ApiError):
     """limit: jobs that may wait at a time."""
 
@@ -74,6 +85,12 @@ class QueueFull(ApiError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"{limit} jobs are waiting")
+
+
+class ServerBusy(ApiError):
+    """Nothing was read of the request."""
+
+    retry_after_s = 5
 
 
 class JobNotFound(ApiError):

@@ -1,28 +1,49 @@
-"""The HTTP server around the application: listening socket, limits, and an orderly end."""
+"""The HTTP server around the application: listening sockets, limits, and an orderly end."""
 
+import resource
 import signal
 import socket
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
+from server.admin import ByPort, create_admin_app
+from server.connections import Gate, GuardedConfig
 from server.settings import Settings
 
 BACKLOG = 2_048
 GRACE_S = 30
 """From SIGTERM until connections that are still open are cut."""
 
+OWN_FILES = 256
+"""File descriptors kept for the database, pictures, downloads and webhooks."""
+
 
 class Server(uvicorn.Server):
-    """uvicorn, made to let waiting clients go when it is told to stop."""
+    """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop.
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    admin_port: connections to it get the admin application.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings, admin_port: int | None = None) -> None:
         self._app = app
+        self.gate = Gate(
+            settings.http,
+            min(settings.http.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
+            settings.forwarded_allow_ips,
+        )
+        served: ASGIApp = app
+        if admin_port is not None:
+            served = ByPort(app, create_admin_app(app, self.gate), admin_port)
         super().__init__(
-            uvicorn.Config(
-                app,
-                http="httptools",
+            GuardedConfig(
+                served,
+                self.gate,
+                settings.http,
+                settings.max_body_bytes,
+                ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
@@ -32,13 +53,13 @@ class Server(uvicorn.Server):
             )
         )
 
-    def run_until_stopped(self, listener: socket.socket) -> None:
+    def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
         # uvicorn raises the signal again once it is done, for handlers that stood before its own;
         # with the default ones the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        self.run(sockets=[listener])
+        self.run(sockets=list(listeners))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Held requests get their "processing" answer now: uvicorn waits for them to end."""
@@ -57,3 +78,14 @@ def bind(host: str, port: int) -> socket.socket:
     listener.bind((host, port))
     listener.listen(BACKLOG)
     return listener
+
+
+def open_file_limit() -> int:
+    """Files and sockets this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def raise_open_file_limit() -> None:
+    """As far as the system lets us: shells allow 1,024, and a waiting client is one each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -14,11 +14,13 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends, Request
 
 from models.params import InpaintParams
+from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
-from server.egress import Caller
+from server.egress import FetchRights
+from server.errors import ApiError
 from server.idempotency import Idempotency
-from server.jobs import OUTPUT_FOLDER, Job, NewJob
+from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
 from server.receipts import Intake
 from server.sandbox import DecodedPair
 from server.services import Services
@@ -65,12 +67,18 @@ def get_services(request: Request) -> Services:
     return services
 
 
-ServicesOf = Annotated[Services, Depends(get_services)]
+async def provide_services(request: Request) -> Services:
+    """`get_services` as a dependency: FastAPI sends one that is not async through a thread."""
+    return get_services(request)
 
 
-def key_id_of(request: Request, key: str | None) -> str:
-    """Whose request it is, from the key a dialect found in it. Raises: InvalidApiKey."""
-    return get_services(request).keys.key_id(key)
+ServicesOf = Annotated[Services, Depends(provide_services)]
+
+
+def admit(request: Request, key: str | None) -> Caller:
+    """Who calls, by the key a dialect found. Raises: InvalidApiKey, RateLimited."""
+    address = request.client.host if request.client else ""
+    return get_services(request).keys.admit(key, address)
 
 
 def base_url_of(request: Request, settings: Settings) -> str:
@@ -81,7 +89,7 @@ def base_url_of(request: Request, settings: Settings) -> str:
 async def accept(
     services: Services,
     asked: AskedJob,
-    key_id: str,
+    caller: Caller,
     base_url: str,
     once: Idempotency | None = None,
 ) -> tuple[Job, bool]:
@@ -91,18 +99,20 @@ async def accept(
     Raises: QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
     if once is not None:
-        earlier = await services.in_store_thread(services.store.replayed, key_id, once)
+        earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
             return earlier, False
-    await services.in_store_thread(services.store.refuse_when_full, key_id)
-    pair, intake = await take_in(services, asked, key_id, base_url)
+    share = QueueShare(caller.limits.max_waiting, caller.limits.priority)
+    await services.in_store_thread(services.store.refuse_when_full, caller.key_id, share)
+    pair, intake = await take_in(services, asked, caller, base_url)
     height, width = pair.mask.shape
     params = asked.params(*canvas_size(asked, width, height))
     new = NewJob(
         dialect=asked.dialect,
         request=asked.record(base_url) | {"intake": intake.to_json()},
         params=params,
-        key_id=key_id,
+        key_id=caller.key_id,
+        share=share,
         file_prefix=str(uuid.uuid4()),
         work=params.work,
         webhook=asked.webhook,
@@ -113,7 +123,7 @@ async def accept(
 
 
 async def take_in(
-    services: Services, asked: AskedJob, key_id: str, base_url: str
+    services: Services, asked: AskedJob, caller: Caller, base_url: str
 ) -> tuple[DecodedPair, Intake]:
     """Both images as arrays, and how that went. Raises: ImageUnavailable."""
     max_bytes = services.settings.fetch.max_image_bytes
@@ -123,14 +133,19 @@ async def take_in(
         sources,
         services.fetcher,
         max_bytes,
-        Caller(key_id),
+        FetchRights(caller.key_id, caller.fetch_networks),
         OwnOutputs(f"{base_url}/{OUTPUT_FOLDER}/", functools.partial(read_output, services)),
     )
     fetched = time.perf_counter()
     wanted = (
         Wanted(keeps_own_size=True) if asked.keeps_own_size else Wanted(asked.width, asked.height)
     )
-    pair = await services.sandbox.decode_pair(images, wanted)
+    try:
+        pair = await services.sandbox.decode_pair(images, wanted)
+    except ApiError:
+        services.metrics.decodes.labels("refused").inc()
+        raise
+    services.metrics.decodes.labels("decoded").inc()
     decoded = time.perf_counter()
     digests = await services.in_store_thread(sha256_of, images)
     return pair, Intake(

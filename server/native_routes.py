@@ -11,6 +11,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from starlette.responses import StreamingResponse
 
 from server import native_events
+from server.auth import Caller
 from server.bodies import read_json
 from server.deliveries import DeliveryState
 from server.dialects import native, native_answers
@@ -23,7 +24,7 @@ from server.dialects.native_answers import (
 )
 from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound
-from server.intake import ServicesOf, accept, base_url_of, key_id_of
+from server.intake import ServicesOf, accept, admit, base_url_of
 from server.jobs import Job, JobState
 from server.services import Services
 
@@ -38,13 +39,21 @@ Bearer = HTTPBearer(auto_error=False, description="The API key")
 KeyHeader = APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key")
 
 
-def get_key_id(
+async def get_caller(
     request: Request,
     _bearer: Annotated[HTTPAuthorizationCredentials | None, Security(Bearer)],
     _key: Annotated[str | None, Security(KeyHeader)],
-) -> str:
-    """Whose request it is; the two schemes are named for OpenAPI. Raises: InvalidApiKey."""
-    return key_id_of(request, native.read_key(request.headers))
+) -> Caller:
+    """Who calls; the two schemes are named for OpenAPI. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, native.read_key(request.headers))
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_key_id(caller: CallerOf) -> str:
+    """Whose request it is."""
+    return caller.key_id
 
 
 KeyId = Annotated[str, Depends(get_key_id)]
@@ -87,7 +96,7 @@ async def create_job(
     request: Request,
     response: Response,
     services: ServicesOf,
-    key_id: KeyId,
+    caller: CallerOf,
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -101,11 +110,13 @@ async def create_job(
     body = await read_json(request, services.settings.max_body_bytes)
     settings = services.settings
     asked = native.read_job(
-        body, force_safety_check=settings.safety.force, models=settings.offered_models
+        body,
+        force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
+        models=settings.offered_models,
     )
     once = native.read_idempotency(idempotency_key, asked.request)
     base_url = base_url_of(request, settings)
-    job, is_new = await accept(services, asked, key_id, base_url, once)
+    job, is_new = await accept(services, asked, caller, base_url, once)
     if not is_new:
         response.status_code = 200
         response.headers[REPLAYED] = "true"

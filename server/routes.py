@@ -13,16 +13,17 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from models.enhance import Enhancement
+from server.auth import Caller
 from server.bodies import Fields, read_fields
 from server.dialects import v3
 from server.errors import JobNotFound, RouteNotFound
 from server.intake import (
     ServicesOf,
     accept,
+    admit,
     base_url_of,
     eta_s,
     get_services,
-    key_id_of,
     read_output,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState, WorkerStatus
@@ -45,26 +46,32 @@ async def get_fields(request: Request) -> Fields:
     return await read_fields(request, get_services(request).settings.max_body_bytes)
 
 
-def get_key_id(request: Request, fields: Annotated[Fields, Depends(get_fields)]) -> str:
-    """Whose request it is. Raises: InvalidApiKey."""
-    return key_id_of(request, v3.read_key(fields, request.headers))
+async def get_caller(request: Request, fields: Annotated[Fields, Depends(get_fields)]) -> Caller:
+    """Who calls, and what they may do. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, v3.read_key(fields, request.headers))
 
 
+async def get_key_id(caller: Annotated[Caller, Depends(get_caller)]) -> str:
+    """Whose request it is."""
+    return caller.key_id
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
 FieldsOf = Annotated[Fields, Depends(get_fields)]
 KeyId = Annotated[str, Depends(get_key_id)]
 
 
 @router.post("/api/v3/inpaint", openapi_extra=v3.INPAINT_OPENAPI)
 async def inpaint(
-    request: Request, services: ServicesOf, fields: FieldsOf, key_id: KeyId
+    request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
 ) -> JSONResponse:
     """Repaint the white part of a mask in an image."""
     hold_until = time.monotonic() + services.settings.hold_s
     if v3.is_fetch(fields):
-        return await fetch(request, services, fields, key_id)
-    asked = v3.read_inpaint(fields, reading_policy(services.settings))
+        return await fetch(request, services, fields, caller.key_id)
+    asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
-    job, _ = await accept(services, asked, key_id, base_url)
+    job, _ = await accept(services, asked, caller, base_url)
     ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
         return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
@@ -153,11 +160,11 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
     return [base64.b64encode(picture).decode() for picture in pictures if picture is not None]
 
 
-def reading_policy(settings: Settings) -> v3.ReadingPolicy:
-    """What of the dialect's reading the operator decides."""
+def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:
+    """What of the dialect's reading the operator decides, for this caller."""
     return v3.ReadingPolicy(
         steps_policy=settings.steps_policy,
-        force_safety_check=settings.safety.force,
+        force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
         enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
         models=settings.offered_models,
     )

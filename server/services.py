@@ -14,6 +14,7 @@ from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.followers import Followers
 from server.jobs import JobStore
+from server.metrics import Metrics
 from server.sandbox import Sandbox
 from server.settings import Settings
 from server.storage import Storage
@@ -49,6 +50,7 @@ class Services:
     deliveries: DeliveryStore
     webhooks: WebhookSender
     background: Background
+    metrics: Metrics
     store_threads: anyio.CapacityLimiter
     submit_threads: anyio.CapacityLimiter
 

@@ -117,10 +117,15 @@ class Section(BaseModel):
 
 
 class AuthSettings(Section):
-    """keys: plain keys; empty means nobody is asked for one, which only loopback allows."""
+    """Keys besides those of the database; without any only loopback is served.
+
+    keys: plain keys. keys_file: a file of them, one a line.
+    """
 
     keys: ListOf[Annotated[SecretStr, Field(min_length=1)]] = ()
+    keys_file: Path | None = None
     allow_anonymous: bool = False
+    wrong_keys_per_minute: int = Field(default=20, ge=1)
 
 
 class SafetySettings(Section):
@@ -186,6 +191,29 @@ class StorageSettings(Section):
     url: str | None = None
 
 
+class HttpSettings(Section):
+    """What one client may take of the server's time and room. Times are in seconds.
+
+    head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
+    a client that takes nothing of its answer. max_buffered_bytes: of all bodies in memory.
+    """
+
+    head_timeout_s: float = Field(default=10, gt=0)
+    body_timeout_s: float = Field(default=60, gt=0)
+    send_timeout_s: float = Field(default=30, gt=0)
+    keep_alive_s: int = Field(default=5, ge=1)
+    max_connections: int = Field(default=8_000, ge=1)
+    max_connections_per_address: int = Field(default=512, ge=1)
+    max_buffered_bytes: int = Field(default=512_000_000, ge=1)
+
+
+class AdminSettings(Section):
+    """The port for figures and details; it asks for no key. port: None means there is none."""
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, ge=0, le=65535)
+
+
 class QueueSettings(Section):
     """Jobs that may wait before new ones are refused: in all, and of one key."""
 
@@ -248,6 +276,9 @@ class Settings(BaseSettings):
     dtype: DtypeName = DtypeName.AUTO
     graph_memory_share: float = Field(default=0.1, ge=0, le=0.9)
     compile: bool = False
+    allowed_hosts: ListOf[str] = ()
+    http: HttpSettings = HttpSettings()
+    admin: AdminSettings = AdminSettings()
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
     egress: EgressSettings = EgressSettings()
@@ -289,18 +320,34 @@ class Settings(BaseSettings):
             )
         return self
 
-    def refuse_open_server(self) -> None:
-        """Before listening. Raises: ValueError when anybody could call from elsewhere."""
-        if not (self.auth.keys or self.auth.allow_anonymous or is_loopback(self.host)):
+    def refuse_open_server(self, has_stored_keys: bool = False) -> None:
+        """Before listening. Raises: ValueError when anybody could call from elsewhere.
+
+        has_stored_keys: whether the database has keys.
+        """
+        has_keys = has_stored_keys or self.auth.keys or self.auth.keys_file is not None
+        if not (has_keys or self.may_be_open):
             raise ValueError(
-                f"listening on {self.host} without API keys would let anybody in: set "
-                "INPAINT_AUTH__KEYS, or INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
+                f"listening on {self.host} without API keys would let anybody in: make one with "
+                "`inpaint-server keys create`, set INPAINT_AUTH__KEYS, or "
+                "INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
             )
 
     @property
     def offered_models(self) -> list[str]:
         """Ids that a request may ask for."""
         return [self.model, *self.models]
+
+    @property
+    def secrets(self) -> list[str]:
+        """The texts that no log line may hold."""
+        known = [each.get_secret_value() for each in (*self.auth.keys, *self.webhook.secret)]
+        return [*known, urlsplit(self.sqlalchemy_url).password or ""]
+
+    @property
+    def may_be_open(self) -> bool:
+        """Whether the server may serve everybody while it has no keys."""
+        return self.auth.allow_anonymous or is_loopback(self.host)
 
     @property
     def worker_devices(self) -> list[str]:

@@ -1,12 +1,14 @@
 """Logs: one structured line per event on standard error, from a closed list of fields.
 
 Prompts, keys, image bytes and bodies are in none of them: a field that is not listed here is left
-out, so that nothing secret can slip in with a careless call.
+out, and what looks like a secret is taken out of those that are, so that neither a careless call
+nor a library's exception can tell one.
 """
 
 import logging
+import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import structlog
@@ -25,16 +27,61 @@ def keep_listed_fields(
     return {name: value for name, value in event.items() if name in FIELDS or name[0] == "_"}
 
 
-def configure_logging(level: int = logging.INFO) -> None:
+MAX_FIELD_CHARS = 16_000
+"""Of one field: a traceback fits, a body does not."""
+
+MIN_SECRET_CHARS = 6
+OUR_OWN = ("timestamp", "level", "method", "request_id")
+"""Fields that hold nothing of anybody else's."""
+
+SHAPES = [
+    (re.compile(r"\b(https?|wss?)://[^\s/@\"'<>]*@"), r"\1://(user)@"),
+    (re.compile(r"(?<=[\w/])\?[^\s\"'<>)\]]+"), "?(query)"),
+    (re.compile(r"\bwhsec_[\w+/=-]*"), "(webhook secret)"),
+    (re.compile(r"\bsd_[\w-]{8,}"), "(key)"),
+    (re.compile(r"(?i)\b(bearer|basic) [\w.~+/=-]+"), r"\1 (credentials)"),
+    (re.compile(r"[A-Za-z0-9+/_=-]{200,}"), "(base64)"),
+]
+"""What secrets look like, and what stands in their place: userinfo and query of URLs, our own keys
+and webhook secrets, credentials, long base64."""
+
+
+class Redaction:
+    """structlog processor. secrets: texts that are taken out whatever they look like."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        # The longest first: one may be the head of another. A very short one stands in any line.
+        found = sorted({each for each in secrets if len(each) >= MIN_SECRET_CHARS}, key=len)[::-1]
+        self._secrets = re.compile("|".join(map(re.escape, found)) or "(?!)")
+
+    def __call__(
+        self, _logger: Any, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        return {
+            name: self.clean(value) if isinstance(value, str) and name not in OUR_OWN else value
+            for name, value in event.items()
+        }
+
+    def clean(self, text: str) -> str:
+        """The text without secrets."""
+        text = self._secrets.sub("(secret)", text[:MAX_FIELD_CHARS])
+        for shape, stand_in in SHAPES:
+            text = shape.sub(stand_in, text)
+        return text
+
+
+def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) -> None:
     """Send our log lines and those of the libraries to standard error.
 
-    JSON, or aligned text where a person looks on.
+    JSON, or aligned text where a person looks on. secrets: texts that no line may hold.
     """
     shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
         keep_listed_fields,
+        Redaction(secrets),
     ]
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer()

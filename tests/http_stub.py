@@ -93,11 +93,16 @@ async def running_stub(behaviour: Behaviour, host: str = "127.0.0.1") -> AsyncIt
 
 @dataclass(frozen=True, slots=True)
 class LiveApp:
-    """Our application behind its real HTTP server. port: for raw sockets; app: its inside."""
+    """Our application behind its real HTTP server. port, admin_port: for raw sockets.
+
+    app: its inside.
+    """
 
     client: httpx.Client
     port: int
+    admin_port: int
     app: FastAPI
+    server: Server
     stop: Callable[[], None]
 
 
@@ -105,11 +110,12 @@ class LiveApp:
 def running_app(settings: Settings) -> Iterator[LiveApp]:
     """The application without workers, on a free loopback port."""
     listener = bind("127.0.0.1", 0)
-    port = listener.getsockname()[1]
+    admin = bind("127.0.0.1", 0)
+    port, admin_port = (each.getsockname()[1] for each in (listener, admin))
     settings = settings.model_copy(update={"port": port})
     app = create_app(settings)
-    server = Server(app, settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    server = Server(app, settings, admin_port)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener, admin]})
     thread.start()
 
     def stop() -> None:
@@ -117,7 +123,7 @@ def running_app(settings: Settings) -> Iterator[LiveApp]:
 
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            yield LiveApp(client, port, app, stop)
+            yield LiveApp(client, port, admin_port, app, server, stop)
     finally:
         stop()
         thread.join()

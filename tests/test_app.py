@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from server.database import open_engine
+from server.database import migrate, open_engine
 from server.jobs import Job, JobStore, WorkerStatus
+from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings
 from server.storage import Storage
 from tests.http_stub import LiveApp, png_bytes, running_app
@@ -432,6 +434,55 @@ class TestKeys:
         assert post(locked, f"fetch/{job_id}", key="two") == NOT_FOUND
         assert post(locked, "fetch", key="two", request_id=job_id) == NOT_FOUND
         assert post(locked, "inpaint", key="two", request_id=job_id) == NOT_FOUND
+
+
+class TestStoredKeys:
+    """A running server and `inpaint-server keys` beside it."""
+
+    @pytest.fixture
+    def keys(self, tmp_path: Path) -> Iterator[KeyStore]:
+        engine = open_engine(settings_in(tmp_path).sqlalchemy_url)
+        migrate(engine)
+        yield KeyStore(engine)
+        engine.dispose()
+
+    def test_making_and_revoking_counts_within_seconds(
+        self, keys: KeyStore, tmp_path: Path
+    ) -> None:
+        def ask_until(expected: str, client: httpx.Client, key: str) -> None:
+            limit = time.monotonic() + 30
+            while post(client, "system_load", key=key)["status"] != expected:
+                assert time.monotonic() < limit
+
+        with running_app(settings_in(tmp_path)) as app:
+            client = app.client
+            assert post(client, "system_load")["status"] == "ok"
+            key, row = keys.create("team")
+            ask_until("error", client, "")  # no longer open
+            ask_until("ok", client, key)
+            keys.revoke(row.key_id)
+            ask_until("error", client, key)
+            assert post(client, "system_load", key=key) == post(client, "system_load", key="x")
+
+    def test_calls_over_the_limit(self, keys: KeyStore, tmp_path: Path) -> None:
+        key, _ = keys.create("team", KeyLimits(requests_per_minute=2))
+        with running_app(settings_in(tmp_path)) as app:
+            answers = [app.client.post("/api/v3/system_load", headers={"key": key}) for _ in "abc"]
+        assert [answer.json()["status"] for answer in answers] == ["ok", "ok", "error"]
+        refused = answers[2].json()
+        assert list(refused) == ["status", "message", "tips", "retry_after"]
+        assert refused["message"] == "Rate limit exceeded. Maximum 2 requests per minute allowed."
+        assert answers[2].headers["retry-after"] == str(refused["retry_after"])
+        assert 25 <= refused["retry_after"] <= 30
+
+    def test_guessing_is_slowed_down(self, keys: KeyStore, tmp_path: Path) -> None:
+        keys.create("team")
+        with running_app(settings_in(tmp_path, auth={"wrong_keys_per_minute": 2})) as app:
+            messages = [
+                post(app.client, "system_load", key=f"guess {n}")["message"] for n in range(3)
+            ]
+        assert messages[:2] == ["Invalid Api Key"] * 2
+        assert messages[2] == "Rate limit exceeded. Too many wrong keys came from this address."
 
 
 class TestErrors:

@@ -108,6 +108,23 @@ def test_trailing_commas_are_forgiven_outside_of_strings(text: str, fields: Fiel
     assert read(text) == fields
 
 
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a": ', "}")])
+def test_depth_is_limited(opening: str, closing: str) -> None:
+    def body(depth: int) -> str:
+        return '{"a": ' + opening * (depth - 1) + "1" + closing * (depth - 1) + "}"
+
+    assert read(body(8))
+    for depth in (9, 500, 19_000):
+        with pytest.raises(InvalidBody):
+            read(body(depth))
+
+
+def test_number_of_fields_is_limited() -> None:
+    assert len(read(json.dumps(dict.fromkeys(map(str, range(200)), 1)))) == 200
+    with pytest.raises(InvalidBody):
+        read(json.dumps(dict.fromkeys(map(str, range(201)), 1)))
+
+
 @pytest.mark.parametrize(
     "body",
     [

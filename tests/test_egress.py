@@ -12,9 +12,9 @@ import pytest
 
 from server.egress import (
     MAX_REDIRECTS,
-    Caller,
     Fetcher,
     FetchFailed,
+    FetchRights,
     Picture,
     Pictures,
     conditions_of,
@@ -378,7 +378,7 @@ class TestPicturesKept:
                 if key_id is None:
                     host.version += 1
                 else:
-                    bodies.append(await fetcher.get(f"{stub.url}/a.png", Caller(key_id)))
+                    bodies.append(await fetcher.get(f"{stub.url}/a.png", FetchRights(key_id)))
             await fetcher.aclose()
             return bodies
 
@@ -438,9 +438,9 @@ class TestPicturesKept:
         async def run() -> tuple[object, object]:
             async with running_stub(answering(OK)) as stub:
                 fetcher = Fetcher(FetchSettings())
-                insider = await fetcher.get(stub.url, Caller("one", [LOOPBACK]))
+                insider = await fetcher.get(stub.url, FetchRights("one", [LOOPBACK]))
                 with pytest.raises(FetchFailed) as failed:
-                    await fetcher.get(stub.url, Caller("two"))
+                    await fetcher.get(stub.url, FetchRights("two"))
                 await fetcher.aclose()
                 return insider, failed.value.kind
 

@@ -58,7 +58,10 @@ SERVER = {
     "settings": "models.enhance",
     "errors": "",
     "telemetry": "",
-    "auth": "errors database",
+    "limits": "",
+    "keys": "database",
+    "key_commands": "database keys settings",
+    "auth": "errors keys limits settings",
     "database": "settings telemetry",
     "migrations": "database",
     "storage": "errors",
@@ -87,26 +90,30 @@ SERVER = {
     " models.enhance models.errors models.params",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry",
-    "services": "auth background deliveries egress followers jobs sandbox settings storage waiters"
-    " webhooks",
-    "intake": "decoder downloads egress idempotency jobs receipts sandbox services settings"
+    "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
+    " waiters webhooks",
+    "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services settings"
     " models.params",
-    "routes": "bodies dialects errors intake jobs services settings models.enhance",
+    "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
-    "native_routes": "native_events bodies deliveries dialects errors intake jobs services",
+    "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
     "worker": "database errors failures jobs receipts sandbox settings storage telemetry"
     " models.acceleration models.canvas models.captions models.engine models.errors"
     " models.fingerprint models.images"
     " models.masks models.params models.pipeline models.registry models.residency",
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
-    " intake janitor jobs native_routes routes sandbox services settings storage telemetry"
-    " waiters webhooks models.decoding",
-    "http": "settings",
+    " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
+    " settings storage telemetry waiters webhooks models.decoding",
+    "metrics": "database jobs",
+    "middleware": "errors metrics telemetry",
+    "admin": "connections intake metrics routes services",
+    "connections": "auth settings",
+    "http": "admin connections settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
-    "cli": "app cluster database deliveries demo door http jobs settings supervisor telemetry"
-    " webhooks worker models.errors models.registry",
+    "cli": "app auth cluster database deliveries demo door http jobs key_commands keys settings"
+    " supervisor telemetry webhooks worker models.errors models.registry",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 
@@ -245,7 +252,7 @@ READS_URLS = {"addresses.py", "egress.py"}
 OPENS_CONNECTIONS = {"door.py", "exchange.py"}
 # The demo is a client of a server of its own.
 CLIENTS = {"demo.py"}
-LISTENS = {"http.py"}
+LISTENS = {"connections.py", "http.py"}
 # The type of a listening socket, and the machine's name.
 NAMES_SOCKETS = {"cli.py", "supervisor.py"}
 NETWORK_MODULES = (

@@ -246,3 +246,9 @@ def test_method_that_a_path_does_not_know() -> None:
 )
 def test_whose_errors_are_problems(path: str, is_ours: bool) -> None:
     assert native_problems.is_native(path) is is_ours
+
+
+@pytest.mark.parametrize("problem", ImageProblem)
+def test_every_image_problem_has_a_sentence(problem: ImageProblem) -> None:
+    written, _ = native_problems.write_problem(ImageUnavailable({"mask_image": problem}), "")
+    assert [(each.field, each.code) for each in written.errors] == [("mask_image", problem.value)]

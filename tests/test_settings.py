@@ -91,13 +91,19 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-box"])
-def test_open_server_beyond_loopback_is_refused(host: str, environment: Environment) -> None:
+def test_open_server_beyond_loopback_is_refused(
+    host: str, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="without API keys would let anybody in"):
         load_settings(host=host).refuse_open_server()
     environment(AUTH__ALLOW_ANONYMOUS="true")
     load_settings(host=host).refuse_open_server()
     environment(AUTH__ALLOW_ANONYMOUS="false", AUTH__KEYS="long-random-key")
     load_settings(host=host).refuse_open_server()
+    environment(AUTH__KEYS="", AUTH__KEYS_FILE="/run/secrets/keys")
+    load_settings(host=host).refuse_open_server()
+    monkeypatch.delenv("INPAINT_AUTH__KEYS_FILE")
+    load_settings(host=host).refuse_open_server(has_stored_keys=True)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost"])

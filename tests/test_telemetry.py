@@ -9,7 +9,7 @@ PREPARE = """
 import logging
 from server.telemetry import configure_logging, get_logger
 logger = get_logger("server.test")
-configure_logging()
+configure_logging(secrets=["configured-canary", "k"])
 """
 
 
@@ -56,3 +56,32 @@ logging.getLogger("uvicorn.error").debug("quiet")
 def test_line_breaks_of_strangers_stay_inside_the_line() -> None:
     (line,) = lines_of("""logger.info("request", path="/a\\n{\\"event\\": \\"forged\\"}")""")
     assert line["event"] == "request"
+
+
+def test_what_looks_like_a_secret_is_taken_out() -> None:
+    (line, trace) = lines_of("""
+logger.info("sent", url="https://user:canary@h.example/a.png?sig=canary&x=1", path="/a?key=canary",
+            detail="a whsec_canary/canary= and sd_canarycanary and Bearer canary " + "canary" * 40,
+            error="configured-canary", reason="unlisted")
+try:
+    raise ValueError("GET https://h.example/a?token=canary failed for sd_canarycanary")
+except ValueError:
+    logger.exception("not fetched")
+""")
+    assert line["url"] == "https://(user)@h.example/a.png?(query)"
+    assert line["path"] == "/a?(query)"
+    assert line["detail"] == "a (webhook secret) and (key) and Bearer (credentials) (base64)"
+    assert line["error"] == "(secret)"
+    assert "GET https://h.example/a?(query) failed for (key)" in trace["exception"]
+    assert "canary" not in str([line, trace])
+
+
+def test_ordinary_lines_stay_as_they_are() -> None:
+    text = "worker h-1a2b3c-0 took job 7, asked why? http://127.0.0.1:8000 /generations/x-0.png"
+    (line,) = lines_of(f"""logger.info({text!r}, detail="k", path={"/a" * 90!r})""")
+    assert (line["event"], line["detail"], line["path"]) == (text, "k", "/a" * 90)
+
+
+def test_one_field_does_not_fill_the_disk() -> None:
+    (line,) = lines_of("""logger.info("x", detail="a " * 1_000_000)""")
+    assert len(line["detail"]) == 16_000

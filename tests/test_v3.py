@@ -24,6 +24,7 @@ from server.errors import (
     InvalidRequest,
     JobNotFound,
     QueueFull,
+    RateLimited,
     RouteNotFound,
     StorageUnavailable,
 )
@@ -473,6 +474,7 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
     ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
     QueueFull: QueueFull(5),
+    RateLimited: RateLimited(30, 60),
 }
 
 

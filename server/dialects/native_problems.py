@@ -18,7 +18,9 @@ from server.errors import (
     InvalidRequest,
     JobNotFound,
     QueueFull,
+    RateLimited,
     RouteNotFound,
+    ServerBusy,
     StorageUnavailable,
 )
 
@@ -56,6 +58,8 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     JobNotFound: (404, "job_not_found", "There is no such job of this key"),
     RouteNotFound: (404, "not_found", "There is no such path"),
     QueueFull: (429, "queue_full", "Too many jobs are waiting"),
+    RateLimited: (429, "rate_limited", "Too many calls, or wrong keys, in a minute"),
+    ServerBusy: (503, "server_busy", "The server has no room for the request now"),
     StorageUnavailable: (503, "storage_unavailable", "The server cannot store requests now"),
     ApiError: (500, "internal_error", "Something went wrong on the server"),
 }
@@ -76,7 +80,10 @@ IMAGE_SENTENCES = {
     ImageProblem.NOT_REACHABLE: "could not be downloaded",
     ImageProblem.NOT_ALLOWED: "is at an address that is not allowed",
     ImageProblem.TOO_LARGE: "is too large",
-    ImageProblem.NOT_AN_IMAGE: "is no PNG, JPEG or WEBP picture",
+    ImageProblem.NOT_AN_IMAGE: "is no picture",
+    ImageProblem.UNSUPPORTED: "is in a format other than PNG, JPEG and WEBP, or an unusual form",
+    ImageProblem.DAMAGED: "is damaged or incomplete",
+    ImageProblem.TOO_SLOW: "takes too long to decode",
 }
 
 

@@ -31,7 +31,9 @@ from server.errors import (
     InvalidRequest,
     JobNotFound,
     QueueFull,
+    RateLimited,
     RouteNotFound,
+    ServerBusy,
     StorageUnavailable,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState
@@ -326,6 +328,8 @@ HTTP_STATUS: dict[type[ApiError], int] = {
     RouteNotFound: 404,
     Conflict: 409,
     QueueFull: 429,
+    RateLimited: 429,
+    ServerBusy: 503,
     StorageUnavailable: 503,
 }
 
@@ -366,6 +370,18 @@ def write_error(error: ApiError, request_id: str) -> Body:
                 "tips": "Wait for earlier requests to finish, then try again.",
                 "retry_after": seconds,
             }
+        case RateLimited(limit=limit, retry_after_s=seconds):
+            reason = (
+                "Too many wrong keys came from this address."
+                if limit is None
+                else f"Maximum {limit} requests per minute allowed."
+            )
+            return {
+                "status": "error",
+                "message": f"Rate limit exceeded. {reason}",
+                "tips": "Wait for the seconds of retry_after, then try again.",
+                "retry_after": seconds,
+            }
     message, tip = write_plain_error(error, request_id)
     return {"status": "error", "message": message, "tip": tip}
 
@@ -383,6 +399,8 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return "Invalid API Request", "Send the parameters as a JSON object."
         case RouteNotFound():
             return "Not found", "Pictures are made at POST /api/v3/inpaint."
+        case ServerBusy():
+            return "The server is busy", "Try again in a few seconds."
         case StorageUnavailable():
             return "The server cannot store requests now", "Try again in a few seconds."
     return "Something went wrong on the server", f"Name {request_id} when asking its operator."
@@ -406,7 +424,8 @@ def describe_field(name: str, kind: str, text: str) -> Body:
     limits: Body = {}
     if name in RANGES and name not in ("width", "height", "seed"):
         limits = {"minimum": RANGES[name].minimum, "maximum": RANGES[name].maximum}
-    return {"type": [kind, "string", "null"], "description": text, **limits}
+    kinds = sorted({kind, "string"})
+    return {"type": [*kinds, "null"], "description": text, **limits}
 
 
 INPAINT_FIELDS = {

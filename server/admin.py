@@ -1,0 +1,82 @@
+"""The second port: figures for Prometheus and the state of things for an operator.
+
+It asks for no key, so it listens on loopback unless told otherwise, and tells nothing of any
+client. One process serves both ports; a connection's own port decides, which nobody can forge.
+"""
+
+from dataclasses import asdict
+from importlib.metadata import version
+
+from prometheus_client import Gauge
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.connections import Gate
+from server.metrics import CONTENT_TYPE
+from server.routes import readiness
+from server.services import Services
+
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+class ByPort:
+    """ASGI: the admin application for connections to its port, the main one for all else."""
+
+    def __init__(self, app: ASGIApp, admin_app: ASGIApp, admin_port: int) -> None:
+        self._app = app
+        self._admin_app = admin_app
+        self._admin_port = admin_port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_admin = scope["type"] == "http" and scope["server"][1] == self._admin_port
+        await (self._admin_app if is_admin else self._app)(scope, receive, send)
+
+
+def create_admin_app(main: Starlette, gate: Gate) -> Starlette:
+    """The application of the second port. main: whose services it tells of, once it has started."""
+
+    def services() -> Services:
+        found: Services = main.state.services
+        return found
+
+    async def metrics(_request: Request) -> Response:
+        content = await services().in_store_thread(services().metrics.text)
+        return Response(content, headers={**HEADERS, "Content-Type": CONTENT_TYPE})
+
+    async def healthz(_request: Request) -> Response:
+        return JSONResponse({"status": "ok"}, headers=HEADERS)
+
+    async def readyz(_request: Request) -> Response:
+        store = services().store
+        workers = await services().in_store_thread(store.workers_seen)
+        queue = await services().in_store_thread(store.figures)
+        is_ready, reason = readiness(
+            workers, len(services().settings.worker_devices), services().background.failing()
+        )
+        details = {
+            "status": "ok" if is_ready else "unavailable",
+            "reason": reason,
+            "version": version("inpaint-server"),
+            "workers": [asdict(worker) for worker in workers],
+            "queue": {
+                "waiting": queue.waiting,
+                "running": queue.running,
+                "wait_s": round(queue.wait_s, 1),
+            },
+            "connections": {"open": gate.open_count, "cut": gate.cut_count},
+        }
+        return JSONResponse(details, 200 if is_ready else 503, HEADERS)
+
+    registry = main.state.metrics.registry
+    Gauge("inpaint_connections", "Open connections", registry=registry).set_function(
+        lambda: gate.open_count
+    )
+    Gauge(
+        "inpaint_connections_cut", "Closed for want of room since the start", registry=registry
+    ).set_function(lambda: gate.cut_count)
+    return Starlette(
+        routes=[Route(f"/{each.__name__}", each) for each in (metrics, healthz, readyz)]
+    )

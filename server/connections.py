@@ -1,0 +1,326 @@
+"""Clients that are slow, many, or silent: deadlines and limits for every connection.
+
+uvicorn waits for ever for the end of a head or a body. `GuardedProtocol` does not, and `Gate` keeps
+room for others: when connections run out, the one that has waited longest with no whole request is
+closed. A request that has come in whole is never cut, but for shutdown.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import struct
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.auth import network_of
+from server.settings import HttpSettings
+
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 65_536
+"""Request line and headers. A query string may hold two prompts, but no picture."""
+
+MAX_PIPELINED = 16
+"""Requests sent ahead on one connection."""
+
+RESERVE = 64
+"""Connections beyond the limit, taken only to answer probes and to say that the server is busy."""
+
+MIN_SEND_RATE = 1_024
+"""Bytes per second a client must take of its answer."""
+
+
+class Connection(Protocol):
+    """What the gate knows of a connection. address: of the client, or of its network."""
+
+    address: str
+    body_bytes: int
+
+    def cut(self) -> None:
+        """Close at once."""
+
+
+Waiting = OrderedDict[Connection, None]
+
+
+class Gate:
+    """The open connections of a server: how many, whose, and which one goes when room is needed.
+
+    max_connections: at a time, all together. trusted: proxies, behind which there are many clients.
+    Belongs to the event loop.
+    """
+
+    def __init__(
+        self, settings: HttpSettings, max_connections: int, trusted: Sequence[str] = ()
+    ) -> None:
+        self._max_connections = max_connections
+        self._max_per_address = settings.max_connections_per_address
+        self._max_body_bytes = settings.max_buffered_bytes
+        self._trusted = trusted
+        self._counts: Counter[str] = Counter()
+        self._open: set[Connection] = set()
+        self._waiting: Waiting = OrderedDict()
+        self._waiting_of: defaultdict[str, Waiting] = defaultdict(OrderedDict)
+        self._body_bytes = 0
+        self.cut_count = 0
+        """Connections closed to make room, or refused for want of it."""
+
+    @property
+    def open_count(self) -> int:
+        """Connections."""
+        return len(self._open)
+
+    @property
+    def is_busy(self) -> bool:
+        """True where no further request can be taken up, because all room is used by requests."""
+        working = len(self._open) - len(self._waiting)
+        return working >= self._max_connections or self._body_bytes >= self._max_body_bytes
+
+    def enter(self, connection: Connection) -> bool:
+        """A new connection; False when there is no room even for a refusal."""
+        address = connection.address
+        if self._counts[address] >= self._max_per_address and not is_trusted(
+            address, self._trusted
+        ):
+            if not self._cut_oldest(self._waiting_of.get(address)):
+                self.cut_count += 1
+                return False
+        is_full = len(self._open) >= self._max_connections
+        if is_full and not self._cut_oldest(self._waiting):
+            if len(self._open) >= self._max_connections + RESERVE:
+                self.cut_count += 1
+                return False
+        self._open.add(connection)
+        self._counts[address] += 1
+        self.wait(connection)
+        return True
+
+    def wait(self, connection: Connection) -> None:
+        """The connection has no whole request: it may be closed, from now on the youngest."""
+        if connection in self._open:
+            self._forget_body(connection)
+            self._waiting[connection] = self._waiting_of[connection.address][connection] = None
+
+    def work(self, connection: Connection) -> None:
+        """The connection has sent a whole request."""
+        self._waiting.pop(connection, None)
+        of_address = self._waiting_of.get(connection.address)
+        if of_address is not None:
+            of_address.pop(connection, None)
+            if not of_address:
+                del self._waiting_of[connection.address]
+
+    def take(self, connection: Connection, size: int) -> None:
+        """Bytes of a body came in. Where all are too much, the oldest unfinished one goes."""
+        if connection not in self._open:
+            return
+        connection.body_bytes += size
+        self._body_bytes += size
+        while self._body_bytes > self._max_body_bytes:
+            oldest = next((each for each in self._waiting if each.body_bytes), None)
+            if oldest is None:
+                return
+            self._cut(oldest)
+
+    def leave(self, connection: Connection) -> None:
+        """A connection has ended; does nothing the second time."""
+        if connection not in self._open:
+            return
+        self._open.remove(connection)
+        self.work(connection)
+        self._forget_body(connection)
+        self._counts[connection.address] -= 1
+        if not self._counts[connection.address]:
+            del self._counts[connection.address]
+
+    def _forget_body(self, connection: Connection) -> None:
+        self._body_bytes -= connection.body_bytes
+        connection.body_bytes = 0
+
+    def _cut_oldest(self, waiting: Waiting | None) -> bool:
+        if not waiting:
+            return False
+        self._cut(next(iter(waiting)))
+        return True
+
+    def _cut(self, connection: Connection) -> None:
+        # The transport tells of its end later only; its place is free now.
+        self.leave(connection)
+        self.cut_count += 1
+        connection.cut()
+
+
+def is_trusted(address: str, trusted: Sequence[str]) -> bool:
+    """Whether an address is one of the proxies, named by address, network or `*`."""
+    if "*" in trusted or address in trusted:
+        return True
+    try:
+        ip = ipaddress.ip_network(address)
+    except ValueError:
+        return False
+    networks = [each for each in trusted if "/" in each]
+    return any(
+        ip.version == network.version and ip.subnet_of(network)  # type: ignore[arg-type]
+        for network in map(ipaddress.ip_network, networks)
+    )
+
+
+class GuardedConfig(uvicorn.Config):
+    """uvicorn's configuration with what `GuardedProtocol` needs besides."""
+
+    def __init__(
+        self, app: Any, gate: Gate, limits: HttpSettings, max_body_bytes: int, **options: Any
+    ) -> None:
+        self.gate = gate
+        self.limits = limits
+        self.max_body_bytes = max_body_bytes
+        super().__init__(
+            app, http=GuardedProtocol, timeout_keep_alive=limits.keep_alive_s, **options
+        )
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection, with a deadline for whatever the client has to do next.
+
+    new, or bytes after a pause ──head_timeout_s──> head ──body_timeout_s──> whole request
+    answer written ──keep_alive_s──> closed;  answer not taken ──send_timeout_s──> closed
+    """
+
+    def __init__(self, config: GuardedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.address = ""
+        self.body_bytes = 0
+        self._gate = config.gate
+        self._limits = config.limits
+        # Twice: a chunked body has a few bytes around each chunk.
+        self._max_wire_bytes = 2 * config.max_body_bytes + MAX_HEAD_BYTES
+        self._deadline: asyncio.TimerHandle | None = None
+        self._send_deadline: asyncio.TimerHandle | None = None
+        self._unsent = 0
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._received = 0
+        """Whole requests so far."""
+        self._answered = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.address = network_of(self.client[0]) if self.client else ""
+        if self._gate.enter(self):
+            self._expect_within(self._limits.head_timeout_s)
+        else:
+            self.cut()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        self._clear_send_deadline()
+        self._gate.leave(self)
+        super().connection_lost(exc)
+
+    def cut(self) -> None:
+        """Close at once, with whatever was not sent."""
+        self._clear_deadline()
+        # With a reset: else the kernel would go on offering what it holds of the answer.
+        connection = self.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        was_in_head, received = self._is_in_head, self._received
+        if not was_in_head:
+            self._gate.take(self, len(data))
+        elif self._deadline is None and self._received == self._answered:
+            self._expect_within(self._limits.head_timeout_s)
+        super().data_received(data)
+        if was_in_head and self._is_in_head and received == self._received:
+            # The parser keeps a header to itself until it is whole.
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("Invalid HTTP request received.")
+        elif self.body_bytes > self._max_wire_bytes:
+            self.cut()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            raise ValueError("too many headers")  # the parser stops, and uvicorn answers 400
+
+    def on_headers_complete(self) -> None:
+        head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if head > MAX_HEAD_BYTES or len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too much")
+        self._is_in_head = False
+        if self._received == self._answered:
+            self._expect_within(self._limits.body_timeout_s)
+        self.scope["extensions"] = {"inpaint.busy": {}} if self._gate.is_busy else {}
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._received += 1
+        self._clear_deadline()
+        if self._received > self._answered:
+            self._gate.work(self)
+        else:  # answered before it was whole; uvicorn has no timer now
+            self._expect_within(self._limits.head_timeout_s)
+
+    def on_response_complete(self) -> None:
+        self._answered += 1
+        if self._received <= self._answered:
+            self._gate.wait(self)
+        if not self._is_in_head and self._deadline is None:
+            self._expect_within(self._limits.body_timeout_s)
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self._watch_sending()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_sending()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        self._watch_sending()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_sending()
+
+    def _expect_within(self, seconds: float) -> None:
+        self._clear_deadline()
+        self._deadline = self.loop.call_later(seconds, self.cut)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _watch_sending(self) -> None:
+        if self._send_deadline is None:
+            self._unsent = self.transport.get_write_buffer_size()
+            self._send_deadline = self.loop.call_later(
+                self._limits.send_timeout_s, self._judge_sending
+            )
+
+    def _judge_sending(self) -> None:
+        """Cut a client that took too little of its answer since the last look."""
+        self._send_deadline = None
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent:
+            return
+        if self._unsent - unsent < MIN_SEND_RATE * self._limits.send_timeout_s:
+            self.cut()
+        else:
+            self._watch_sending()
+
+    def _clear_send_deadline(self) -> None:
+        if self._send_deadline is not None:
+            self._send_deadline.cancel()
+            self._send_deadline = None

@@ -1,0 +1,59 @@
+"""Token buckets: how often somebody may do something, in bounded memory."""
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MAX_NAMES = 10_000
+"""Buckets kept at a time, about 2 MB; past that the one used longest ago starts full again."""
+
+
+@dataclass(slots=True)
+class Bucket:
+    """tokens: left at `filled_at`, a monotonic time in seconds."""
+
+    tokens: float
+    filled_at: float
+
+
+class TokenBuckets:
+    """A bucket per name. Each holds a minute's worth of tokens and refills steadily.
+
+    Belongs to one thread. clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, max_names: int = MAX_NAMES
+    ) -> None:
+        self._clock = clock
+        self._max_names = max_names
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    def take(self, name: str, per_minute: int) -> int | None:
+        """Take a token; None where there was one, else the seconds until there will be."""
+        wait_s = self.wait_s(name, per_minute)
+        if wait_s is None:
+            self._buckets[name].tokens -= 1
+        return wait_s
+
+    def wait_s(self, name: str, per_minute: int) -> int | None:
+        """What `take` would say, without taking."""
+        bucket = self._fill(name, per_minute)
+        if bucket.tokens >= 1:
+            return None
+        return max(1, math.ceil((1 - bucket.tokens) * 60 / per_minute))
+
+    def _fill(self, name: str, per_minute: int) -> Bucket:
+        """The bucket as it is now."""
+        now = self._clock()
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            bucket = self._buckets[name] = Bucket(per_minute, now)
+            if len(self._buckets) > self._max_names:
+                self._buckets.popitem(last=False)
+        refilled = bucket.tokens + (now - bucket.filled_at) * per_minute / 60
+        bucket.tokens, bucket.filled_at = min(per_minute, refilled), now
+        self._buckets.move_to_end(name)
+        return bucket

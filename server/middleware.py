@@ -1,0 +1,159 @@
+"""What every request passes before and after its endpoint, as plain ASGI middleware.
+
+RequestContext   id, forgiving path, headers of every answer, one log line
+CORSMiddleware   Starlette's; outside of the next, so that pages can read errors too
+ErrorAnswers     Host header and free room; any exception becomes an answer
+"""
+
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars, clear_contextvars
+
+from server.errors import InvalidBody, ServerBusy
+from server.metrics import UNKNOWN_ROUTE, Metrics
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
+
+PROBES = ("/healthz", "/readyz")
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
+"""Of a client's own id that is taken over into answers and log lines."""
+
+HOST = re.compile(r"(?P<name>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?")
+
+ANSWER_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+)
+"""Where the endpoint has not set its own."""
+
+ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
+
+
+class RequestContext:
+    """Outermost: nothing is answered without an id, the headers and a log line."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = request_id_of(scope)
+        scope["request_id"] = request_id
+        scope["path"] = normal_path(scope["path"])
+        # A task of uvicorn's may serve several requests of one connection.
+        clear_contextvars()
+        bind_contextvars(request_id=request_id)
+        started = time.perf_counter()
+        status: int | None = None
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = with_answer_headers(message["headers"], request_id)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            duration_s = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+            self._metrics.requests.labels(route, str(status or 0)).inc()
+            self._metrics.latency.labels(route).observe(duration_s)
+            # Probes come every few seconds and would drown the rest.
+            log = logger.debug if scope["path"] in PROBES else logger.info
+            log(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                duration_ms=round(duration_s * 1000, 1),
+            )
+
+
+class ErrorAnswers:
+    """Innermost: refuses what no endpoint should see, and answers what none foresaw.
+
+    allowed_hosts: names the Host header may have, `*.name` for all below one; empty means any.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str], answer: ErrorAnswer) -> None:
+        self._app = app
+        self._allowed_hosts = [host.lower() for host in allowed_hosts]
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def send_noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            if scope["path"] not in PROBES:
+                self._refuse(scope)
+            await self._app(scope, receive, send_noting)
+        except Exception as error:
+            if has_begun:
+                raise
+            answer = await self._answer(Request(scope), error)
+            await answer(scope, receive, send)
+
+    def _refuse(self, scope: Scope) -> None:
+        """Raises: ServerBusy, InvalidBody."""
+        if "inpaint.busy" in scope.get("extensions", ()):
+            raise ServerBusy
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) > 1 or not all(is_allowed(host, self._allowed_hosts) for host in hosts):
+            raise InvalidBody
+
+
+def is_allowed(host: bytes, allowed: Sequence[str]) -> bool:
+    """Whether a Host header is well formed, and one of these names where there are any.
+
+    URLs in answers are made of it.
+    """
+    match = HOST.fullmatch(host.decode("latin-1").lower())
+    if match is None:
+        return False
+    name = match["name"]
+    return not allowed or any(
+        name == each or (each.startswith("*.") and name.endswith(each[1:])) for each in allowed
+    )
+
+
+def request_id_of(scope: Scope) -> str:
+    """The client's own id where it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            return str(value.decode())
+    return uuid.uuid4().hex
+
+
+def with_answer_headers(
+    headers: Sequence[tuple[bytes, bytes]], request_id: str
+) -> list[tuple[bytes, bytes]]:
+    """An answer's headers, with those that every answer has."""
+    names = {name for name, _ in headers}
+    missing = [header for header in ANSWER_HEADERS if header[0] not in names]
+    return [*headers, *missing, (b"x-request-id", request_id.encode())]
+
+
+def normal_path(path: str) -> str:
+    """One slash between parts and none at the end: clients join URLs carelessly."""
+    return re.sub(r"/{2,}", "/", path).rstrip("/") or "/"

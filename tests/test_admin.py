@@ -1,0 +1,112 @@
+"""The second port: what it tells, to whom, and what never becomes a label."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import text
+
+from server.database import open_engine
+from server.settings import Settings
+from tests.http_stub import LiveApp, running_app
+from tests.test_app import BODY, finish, post, seen_in_the_future, settings_in, store_of, submit
+from tests.test_jobs import status
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return settings_in(tmp_path, workers=1)
+
+
+@pytest.fixture
+def app(settings: Settings) -> Iterator[LiveApp]:
+    with running_app(settings) as app:
+        yield app
+
+
+@pytest.fixture
+def admin(app: LiveApp) -> Iterator[httpx.Client]:
+    """A client of the second port."""
+    url = f"http://127.0.0.1:{app.admin_port}"
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        yield client
+
+
+def figures_of(admin: httpx.Client) -> dict[str, float]:
+    """Every sample as `name{label="value"}`."""
+    answer = admin.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return {
+        sample.name + "".join(f"{{{v}}}" for v in sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
+    finish(settings, submit(app.client))
+    submit(app.client, webhook="http://receiver.example/")
+    post(app.client, "inpaint", **(BODY | {"init_image": "http://127.0.0.1:1/"}))
+    post(app.client, "inpaint", **(BODY | {"init_image": "AAAA"}))
+    app.client.post("/canary-path")
+    with store_of(settings) as store:
+        store.cancel(2)
+        store.report_worker(seen_in_the_future(status("w", 0)))
+
+    figures = figures_of(admin)
+
+    expected = {
+        "inpaint_requests_total{/api/v3/inpaint}{200}": 4,
+        "inpaint_requests_total{unknown}{404}": 1,
+        "inpaint_request_seconds_count{/api/v3/inpaint}": 4,
+        "inpaint_refusals_total{ImageUnavailable}": 2,
+        "inpaint_refusals_total{RouteNotFound}": 1,
+        "inpaint_image_problems_total{not_reachable}": 1,
+        "inpaint_image_problems_total{not_an_image}": 1,
+        "inpaint_decodes_total{decoded}": 2,
+        "inpaint_decodes_total{refused}": 1,
+        "inpaint_jobs{finished}": 1,
+        "inpaint_jobs{cancelled}": 1,
+        "inpaint_jobs{queued}": 0,
+        "inpaint_workers{ready}": 1,
+        "inpaint_workers{failed}": 0,
+        "inpaint_database_up": 1,
+    }
+    assert {name: figures.get(name) for name in expected} == expected
+    assert sum(v for n, v in figures.items() if n.startswith("inpaint_webhooks{")) == 1
+    assert figures["inpaint_connections"] >= 1
+    assert "canary" not in str(figures)
+
+
+def test_figures_without_a_database(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
+    app.client.get("/healthz")
+    engine = open_engine(settings.sqlalchemy_url)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs RENAME TO away"))
+    engine.dispose()
+    figures = figures_of(admin)
+    assert figures["inpaint_database_up"] == 0
+    assert figures["inpaint_requests_total{/healthz}{200}"] == 1
+
+
+def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
+    answer = admin.get("/readyz")
+    assert (answer.status_code, answer.json()["reason"]) == (503, "0/1 workers ready")
+    with store_of(settings) as store:
+        store.report_worker(seen_in_the_future(status("w", 0)))
+    submit(app.client)
+    details = admin.get("/readyz").json()
+    assert details["status"] == "ok"
+    assert details["workers"][0]["id"] == "w"
+    assert (details["queue"]["waiting"], details["queue"]["running"]) == (1, 0)
+    assert details["connections"]["open"] >= 1
+    assert admin.get("/healthz").json() == {"status": "ok"}
+
+
+def test_ports_do_not_mix(app: LiveApp, admin: httpx.Client) -> None:
+    host = {"host": f"127.0.0.1:{app.admin_port}"}
+    assert app.client.get("/metrics", headers=host).status_code == 404
+    for method, path in (("POST", "/api/v3/inpaint"), ("GET", "/openapi.json"), ("GET", "/docs")):
+        assert admin.request(method, path).status_code == 404

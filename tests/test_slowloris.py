@@ -1,0 +1,124 @@
+"""Thousands of clients that say half a word, and hundreds that walk away."""
+
+import json
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.http_stub import LiveApp, running_app
+from tests.processes import ServerProcess
+from tests.test_app import BODY, settings_in, store_of
+
+SOCKETS = 2_000
+CLIENTS = 300
+LIMIT_S = 120.0
+HALVES = (
+    b"",
+    b"POST /api/v3/inpaint HTTP/1.1\r\nHost: h\r\n",
+    b"POST /api/v3/inpaint HTTP/1.1\r\nHost: h\r\nContent-Length: 5000\r\n\r\n{",
+)
+
+
+@pytest.fixture(autouse=True)
+def _many_files() -> Iterator[None]:
+    """As many open files as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def hanging(port: int) -> Iterator[list[socket.socket]]:
+    """Connections that have sent nothing, half a head, or half a body."""
+    with ExitStack() as stack:
+        sockets = []
+        for number in range(SOCKETS):
+            each = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            each.sendall(HALVES[number % len(HALVES)])
+            sockets.append(each)
+        yield sockets
+
+
+@pytest.mark.parametrize("max_connections", [8_000, 500], ids=["room", "no room"])
+def test_server_answers_while_thousands_hang(max_connections: int, tmp_path: Path) -> None:
+    environment = {
+        "INPAINT_HTTP__MAX_CONNECTIONS": str(max_connections),
+        "INPAINT_HTTP__HEAD_TIMEOUT_S": "600",
+        "INPAINT_HTTP__BODY_TIMEOUT_S": "600",
+        "INPAINT_HOLD_S": "0",
+        "INPAINT_ADMIN__PORT": "0",
+    }
+    server = ServerProcess(tmp_path, environment, "--workers", "0")
+    admin = server.wait_for("admin listening")["url"]
+    try:
+        with server.client, hanging(httpx.URL(server.url).port or 0):
+            for _ in range(5):
+                # Each on a connection of its own, as a health check comes.
+                with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+                    assert client.get("/healthz").json() == {"status": "ok"}
+                    assert client.post("/api/v3/system_load").json()["status"] == "ok"
+                    assert (
+                        client.post("/api/v3/inpaint", json=BODY).json()["status"] == "processing"
+                    )
+            connections = httpx.get(f"{admin}/readyz", timeout=60, trust_env=False).json()[
+                "connections"
+            ]
+        if max_connections > SOCKETS:
+            assert connections["cut"] == 0
+            assert connections["open"] > SOCKETS
+        else:
+            assert connections["cut"] >= SOCKETS - max_connections
+            assert connections["open"] <= max_connections
+    finally:
+        assert server.stop() == 0
+
+
+def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, hold_s=5, queue={"max_waiting": CLIENTS + 10})
+    body = json.dumps(BODY).encode()
+    request = b"POST /api/v3/inpaint HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with running_app(settings) as app, store_of(settings) as store:
+        app.client.get("/healthz", headers={"connection": "close"})
+        wait_until(lambda: app.server.gate.open_count == 0)
+        before = left_in(app)
+        with ExitStack() as stack:
+            for _ in range(CLIENTS):
+                each = stack.enter_context(socket.create_connection(("127.0.0.1", app.port)))
+                each.sendall(request + body)
+            wait_until(lambda: store.figures().waiting == CLIENTS)
+        wait_until(lambda: left_in(app) == before)
+        assert app.client.post("/api/v3/fetch/1").json()["status"] == "processing"
+        assert store.figures().waiting == CLIENTS
+
+
+def left_in(app: LiveApp) -> tuple[int, ...]:
+    """Connections, running requests, waiters, sockets open in this process."""
+    state = app.server.server_state
+    sockets = [name for name in map(link_of, os.listdir("/proc/self/fd")) if "socket:" in name]
+    waiting = app.server._app.state.services.waiters._futures
+    return app.server.gate.open_count, len(state.tasks), len(waiting), len(sockets)
+
+
+def link_of(number: str) -> str:
+    """What a file descriptor of this process is; the one of the listing itself is gone already."""
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")
+    except FileNotFoundError:
+        return ""
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Look now and then, leaving the interpreter to the server; fails after two minutes."""
+    limit, never = time.monotonic() + LIMIT_S, threading.Event()
+    while not is_so():
+        assert time.monotonic() < limit
+        never.wait(0.1)
