@@ -136,8 +136,13 @@ class Job:
 
     @property
     def output_names(self) -> list[str]:
-        """File names of the pictures, in sample order."""
-        return [f"{self.file_prefix}-{index}.png" for index in range(self.params.samples)]
+        """File names of the pictures, in sample order.
+
+        Every attempt has its own: one that was given up may still write, and must not change what
+        its successor has finished.
+        """
+        suffix = f"-{self.attempt}" if self.attempt > 1 else ""
+        return [f"{self.file_prefix}-{index}{suffix}.png" for index in range(self.params.samples)]
 
     @property
     def output_keys(self) -> list[str]:
