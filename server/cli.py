@@ -4,6 +4,7 @@ Imports stand inside each command, so that `--help` is quick and the API process
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each.add_argument(
         "--workers", type=int, metavar="N", help="worker processes in all; 0 for none"
     )
+    each.add_argument(
+        "--worker-command", metavar="COMMAND", help="what starts a worker; default: this program"
+    )
     each.set_defaults(run=serve)
 
     each = commands.add_parser("worker", parents=[shared], help="make pictures for a server")
@@ -87,7 +91,7 @@ def serve(options: argparse.Namespace) -> int:
     from server.database import open_engine
     from server.http import Server, bind
     from server.jobs import JobStore
-    from server.supervisor import Supervisor
+    from server.supervisor import WORKER_COMMAND, Supervisor
     from server.telemetry import configure_logging, get_logger
 
     settings = settings_of(options, "host", "port", "devices", "workers")
@@ -102,8 +106,9 @@ def serve(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None
         for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
+    command = shlex.split(options.worker_command or "") or WORKER_COMMAND
     server = Server(create_app(settings), settings)
-    with Supervisor(settings.worker_devices, flags, JobStore(engine)):
+    with Supervisor(settings.worker_devices, flags, JobStore(engine), command=command):
         host, port = listener.getsockname()[:2]
         get_logger(__name__).info("listening", url=f"http://{host}:{port}")
         server.run_until_stopped(listener)

@@ -25,12 +25,15 @@ STEADY_S = 60.0
 GRACE_S = 30.0
 """From SIGTERM to SIGKILL."""
 
+WORKER_COMMAND = (sys.executable, "-m", "server.cli", "worker")
+
 
 class Supervisor:
     """Use as a context manager: entering starts the workers, leaving stops them.
 
     devices: one worker each. flags: for the worker command, besides its id and device.
     delays_s: before a worker is started again, the first and the longest.
+    command: what starts a worker; gets the flags, `--worker-id` and `--device`.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class Supervisor:
         flags: Sequence[str],
         store: JobStore,
         delays_s: tuple[float, float] = (FIRST_DELAY_S, LAST_DELAY_S),
+        command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self._store = store
         self._first_delay_s, self._last_delay_s = delays_s
+        self._command = command
         self._is_stopping = threading.Event()
         self._keepers = [
             threading.Thread(
@@ -69,7 +74,7 @@ class Supervisor:
 
     def _keep(self, worker_id: str, device: str, flags: Sequence[str]) -> None:
         """One worker's life after life."""
-        command = [sys.executable, "-m", "server.cli", "worker", *flags]
+        command = [*self._command, *flags]
         delay_s = self._first_delay_s
         while not self._is_stopping.is_set():
             started = time.monotonic()
