@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo serve test check format bench
+.PHONY: install demo serve test check format bench chaos
 
 install: $(INSTALLED)
 
@@ -33,3 +33,6 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine --out out/bench
 	$(BIN)/python -m benchmarks.serving --out out/bench
 	$(BIN)/python -m benchmarks.host --out out/bench
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos --out out/chaos
