@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from sqlalchemy import text
 from server.database import open_engine, read_only
 from tests.chaos.scripts import LEDGER
 from tests.chaos.site import Broken, Site
+
+GRACE_S = 5.0
+"""A file may be so old before its row is written."""
 
 LIVE = {"queued", "running"}
 TERMINAL = {"finished", "failed", "cancelled"}
@@ -35,11 +39,17 @@ class Oracle:
 
     def check(self) -> str:
         """A line of what was looked at. Raises: Broken, with everything that is wrong."""
-        rows = self._rows("SELECT id, state, webhook, file_prefix FROM jobs")
-        deliveries = self._rows("SELECT job_id, state FROM deliveries")
+        # Before the rows are read: an id is answered after its row is written.
+        accepted = self.site.accepted_ids()
+        # One statement, so that jobs and calls are of one moment while workers go on.
+        joined = self._rows(
+            "SELECT jobs.id, jobs.state, jobs.webhook, jobs.file_prefix, deliveries.state AS call"
+            " FROM jobs LEFT JOIN deliveries ON deliveries.job_id = jobs.id ORDER BY jobs.id"
+        )
+        rows = [*{row["id"]: row for row in joined}.values()]
         wrong = [
-            *self._lost(rows),
-            *self._silent(rows, deliveries),
+            *self._lost(rows, accepted),
+            *self._silent(joined),
             *self._finished_twice(),
             *self._changed(rows),
             *self._stray(rows),
@@ -52,7 +62,8 @@ class Oracle:
     def states(self) -> Counter[str]:
         """How many of the accepted jobs are in which state."""
         rows = self._rows("SELECT id, state FROM jobs")
-        return Counter(row["state"] for row in rows if row["id"] in self.site.accepted)
+        accepted = self.site.accepted_ids()
+        return Counter(row["state"] for row in rows if row["id"] in accepted)
 
     def ids(self) -> list[int]:
         """Of all jobs, whether their id was answered or not."""
@@ -71,22 +82,25 @@ class Oracle:
         finally:
             engine.dispose()
 
-    def _lost(self, rows: list[dict[str, Any]]) -> list[str]:
+    def _lost(self, rows: list[dict[str, Any]], accepted: set[int]) -> list[str]:
         """Every id ever answered is in exactly one known state."""
         states = {row["id"]: row["state"] for row in rows}
-        wrong = [f"job {each} is lost" for each in self.site.accepted if each not in states]
+        wrong = [f"job {each} is lost" for each in accepted if each not in states]
         unknown = set(states.values()) - LIVE - TERMINAL
         return wrong + [f"unknown state {each}" for each in unknown]
 
-    def _silent(self, rows: list[dict[str, Any]], deliveries: list[dict[str, Any]]) -> list[str]:
-        """Every ended job that asked for a webhook has exactly one call, delivered or to come."""
+    def _silent(self, joined: list[dict[str, Any]]) -> list[str]:
+        """Every ended job that asked for a webhook has exactly one call, delivered or to come.
+
+        joined: a row for each call, and one for each job without.
+        """
         allowed = {"pending", "delivered"} | ({"dead"} if self.may_die else set())
-        calls: dict[int, list[str]] = {}
-        for each in deliveries:
-            calls.setdefault(each["job_id"], []).append(each["state"])
+        calls: dict[int, list[str]] = {row["id"]: [] for row in joined}
+        for row in joined:
+            calls[row["id"]] += [row["call"]] if row["call"] else []
         wrong = []
-        for row in rows:
-            states = calls.get(row["id"], [])
+        for row in joined:
+            states = calls[row["id"]]
             wanted = 1 if row["webhook"] is not None and row["state"] in TERMINAL else 0
             if len(states) != wanted or not set(states) <= allowed:
                 wrong.append(f"job {row['id']} ({row['state']}) has the webhook calls {states}")
@@ -94,39 +108,39 @@ class Oracle:
 
     def _finished_twice(self) -> list[str]:
         """No finish succeeded twice, and what the winner stored is what lies there."""
-        path = self.site.marks / LEDGER
-        notes = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
-        wins = Counter(each["job_id"] for each in notes if each["is_ours"])
+        wins = Counter(each["job_id"] for each in self._finishes() if each["is_ours"])
         return [f"job {job} was finished {count} times" for job, count in wins.items() if count > 1]
 
     def _changed(self, rows: list[dict[str, Any]]) -> list[str]:
         """Finished jobs have their pictures, and these never change again."""
-        won = self._winning_digests()
+        won = {each["job_id"]: each["digest"] for each in self._finishes() if each["is_ours"]}
         wrong = []
         for row in rows:
             if row["state"] != "finished":
                 continue
-            found = sorted(self._folder("generations").glob(f"{row['file_prefix']}*"))
+            found = self._pictures(row["file_prefix"])
             if not found:
                 wrong.append(f"job {row['id']} is finished without a picture")
-            for path in found:
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                if self.digests.setdefault(path.name, digest) != digest:
-                    wrong.append(f"{path.name} has changed since it was finished")
-            if found and won.get(row["id"], self.digests[found[0].name]) not in {
-                self.digests[path.name] for path in found
-            }:
+            for name, digest in found.items():
+                if self.digests.setdefault(name, digest) != digest:
+                    wrong.append(f"{name} has changed since it was finished")
+            if found and won.get(row["id"], min(found.values())) not in found.values():
                 wrong.append(f"job {row['id']}: the picture is not the one of the first finish")
         return wrong
 
-    def _winning_digests(self) -> dict[int, str]:
+    def _pictures(self, file_prefix: str) -> dict[str, str]:
+        """Digests of a job's pictures by name, those of attempts that were given up among them."""
+        found = {}
+        for path in self._folder("generations").glob(f"{file_prefix}*"):
+            with suppress(FileNotFoundError):  # a late worker takes its own away again
+                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
+
+    def _finishes(self) -> list[dict[str, Any]]:
+        """The ledger of the backends; a line that is cut off was its writer's last."""
         path = self.site.marks / LEDGER
-        notes = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
-        return {each["job_id"]: each["digest"] for each in notes if each["is_ours"]}
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def _stray(self, rows: list[dict[str, Any]]) -> list[str]:
         """No more files without a row than the faults of this run explain."""
@@ -135,10 +149,17 @@ class Oracle:
             path.name
             for folder in ("generations", "inputs")
             for path in self._folder(folder).glob("*")
-            # One just written may get its row in a moment.
-            if path.name[:36] not in known and time.time() - path.stat().st_mtime > 1
+            if path.name[:36] not in known and age_s(path) > GRACE_S
         ]
         return [f"files without a row: {strays}"] if len(strays) > self.orphans else []
 
     def _folder(self, name: str) -> Path:
         return (self.files or self.site.data_dir / "files") / name
+
+
+def age_s(path: Path) -> float:
+    """Seconds since a file was written; 0 for one that is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -272,6 +272,11 @@ class Site:
                 with self._lock:
                     self.accepted[job_id] = webhook
 
+    def accepted_ids(self) -> set[int]:
+        """Every id answered so far."""
+        with self._lock:
+            return {*self.accepted}
+
     def accept(self, script: Script | None = None, **changes: Any) -> int:
         """Ask for a picture that must be accepted; its id. Raises: Broken."""
         answer = self.submit(script, **changes)
