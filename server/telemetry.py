@@ -6,7 +6,8 @@ out, so that nothing secret can slip in with a careless call.
 
 import logging
 import sys
-from collections.abc import MutableMapping
+import time
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
@@ -23,6 +24,26 @@ def keep_listed_fields(
 ) -> MutableMapping[str, Any]:
     """structlog processor: drop what `FIELDS` does not name."""
     return {name: value for name, value in event.items() if name in FIELDS or name[0] == "_"}
+
+
+class Repeats(logging.Filter):
+    """Drops a line that says the same as the last one, for a second.
+
+    With no file descriptor left asyncio tells of each connection it cannot take, thousands of times
+    a second; writing that would take the time of the requests that are still served.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._last, self._until = "", 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message, now = record.getMessage(), self._clock()
+        if message == self._last and now < self._until:
+            return False
+        self._last, self._until = message, now + 1
+        return True
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -53,6 +74,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     root.setLevel(level)
     for chatty in ("httpx", "httpcore", "alembic", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").filters[:] = [Repeats()]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,

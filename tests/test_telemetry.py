@@ -56,3 +56,27 @@ logging.getLogger("uvicorn.error").debug("quiet")
 def test_line_breaks_of_strangers_stay_inside_the_line() -> None:
     (line,) = lines_of("""logger.info("request", path="/a\\n{\\"event\\": \\"forged\\"}")""")
     assert line["event"] == "request"
+
+
+def test_asyncio_repeats_itself_once_a_second_at_most() -> None:
+    lines = lines_of("""
+from server.telemetry import Repeats
+asyncio = logging.getLogger("asyncio")
+now = 100.0
+asyncio.filters[:] = [Repeats(lambda: now)]
+for _ in range(5_000):
+    asyncio.error("out of system resource")
+asyncio.error("something else")
+now += 2
+asyncio.error("something else")
+""")
+    assert [line["event"] for line in lines] == [
+        "out of system resource",
+        "something else",
+        "something else",
+    ]
+    (line,) = lines_of("""
+for _ in range(2):
+    logging.getLogger("asyncio").error("at the same time")
+""")
+    assert line["event"] == "at the same time"
