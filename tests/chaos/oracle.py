@@ -40,7 +40,7 @@ class Oracle:
     def check(self) -> str:
         """A line of what was looked at. Raises: Broken, with everything that is wrong."""
         # Before the rows are read: an id is answered after its row is written.
-        accepted = self.site.accepted_ids()
+        accepted, asked_at = self.site.accepted_ids(), time.time()
         # One statement, so that jobs and calls are of one moment while workers go on.
         joined = self._rows(
             "SELECT jobs.id, jobs.state, jobs.webhook, jobs.file_prefix, deliveries.state AS call"
@@ -52,7 +52,7 @@ class Oracle:
             *self._silent(joined),
             *self._finished_twice(),
             *self._changed(rows),
-            *self._stray(rows),
+            *self._stray(rows, asked_at - GRACE_S),
         ]
         if wrong:
             raise Broken("; ".join(wrong))
@@ -142,14 +142,14 @@ class Oracle:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def _stray(self, rows: list[dict[str, Any]]) -> list[str]:
-        """No more files without a row than the faults of this run explain."""
+    def _stray(self, rows: list[dict[str, Any]], before: float) -> list[str]:
+        """No more files from before that time without a row than the faults of this run explain."""
         known = {row["file_prefix"] for row in rows}
         strays = [
             path.name
             for folder in ("generations", "inputs")
             for path in self._folder(folder).glob("*")
-            if path.name[:36] not in known and age_s(path) > GRACE_S
+            if path.name[:36] not in known and written_at(path) < before
         ]
         return [f"files without a row: {strays}"] if len(strays) > self.orphans else []
 
@@ -157,9 +157,9 @@ class Oracle:
         return (self.files or self.site.data_dir / "files") / name
 
 
-def age_s(path: Path) -> float:
-    """Seconds since a file was written; 0 for one that is gone."""
+def written_at(path: Path) -> float:
+    """When a file was written, seconds since the epoch; never for one that is gone."""
     try:
-        return time.time() - path.stat().st_mtime
+        return path.stat().st_mtime
     except FileNotFoundError:
-        return 0.0
+        return float("inf")
