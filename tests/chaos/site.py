@@ -26,7 +26,7 @@ from tests.chaos.shifted_clock import FILE_VARIABLE, shift
 from tests.http_stub import png_bytes
 
 REPOSITORY = Path(__file__).parents[2]
-START_S = 60.0
+START_S = 120.0
 POLL_S = 0.05
 
 BACKEND = (sys.executable, "-m", "tests.chaos.backend")
@@ -297,7 +297,7 @@ class Site:
         except (httpx.HTTPError, ValueError):
             return ""
 
-    def ended(self, *job_ids: int, within_s: float = 30.0, status: str = "success") -> float:
+    def ended(self, *job_ids: int, within_s: float = 60.0, status: str = "success") -> float:
         """Wait for the jobs to end, all with this status; the seconds. Raises: Broken."""
         took = until(
             lambda: all(self.status(each) in ("success", "failed") for each in job_ids),
@@ -309,7 +309,7 @@ class Site:
             expect(body["status"] == status, f"job {each} is not {status}: {body.get('message')}")
         return took
 
-    def claimed(self, job_id: int, within_s: float = 30.0) -> None:
+    def claimed(self, job_id: int, within_s: float = 60.0) -> None:
         """Wait until a worker has said that it took the job."""
         until(
             lambda: any(each["job_id"] == job_id for each in self.log_events("job claimed")),
