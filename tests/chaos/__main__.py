@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in numbers:
         outcomes.append(try_fault(FAULTS[number], options.patience))
         print(outcomes[-1].line, flush=True)
-    write(outcomes, options.out)
+    write(outcomes, options.out, "rounds" if options.rounds else "chaos")
     return int(any(each.verdict == FAILS for each in outcomes))
 
 

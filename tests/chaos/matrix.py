@@ -113,10 +113,10 @@ def last_lines(log: Path, count: int = 20) -> str:
     return "\n".join(f"    {line[:300]}" for line in lines)
 
 
-def write(outcomes: Sequence[Outcome], out: Path) -> None:
-    """`chaos.json` and `chaos.md`."""
+def write(outcomes: Sequence[Outcome], out: Path, name: str) -> None:
+    """`name`.json for programs and `name`.md for people."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "chaos.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
+    (out / f"{name}.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
     rows = [
         [
             f"{each.number} {each.title}",
@@ -129,4 +129,4 @@ def write(outcomes: Sequence[Outcome], out: Path) -> None:
         for each in outcomes
     ]
     head = ["fault", "verdict", "recovery s", "promised s", "trial s", "looked at"]
-    (out / "chaos.md").write_text(f"# Faults\n\n{table(head, rows)}")
+    (out / f"{name}.md").write_text(f"# Faults\n\n{table(head, rows)}")

@@ -36,6 +36,7 @@ class Oracle:
     may_die: bool = False
     orphans: int = 0
     files: Path | None = None
+    _read: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def check(self) -> str:
         """A line of what was looked at. Raises: Broken, with everything that is wrong."""
@@ -114,11 +115,12 @@ class Oracle:
     def _changed(self, rows: list[dict[str, Any]]) -> list[str]:
         """Finished jobs have their pictures, and these never change again."""
         won = {each["job_id"]: each["digest"] for each in self._finishes() if each["is_ours"]}
+        pictures = self._pictures()
         wrong = []
         for row in rows:
             if row["state"] != "finished":
                 continue
-            found = self._pictures(row["file_prefix"])
+            found = pictures.get(row["file_prefix"], {})
             if not found:
                 wrong.append(f"job {row['id']} is finished without a picture")
             for name, digest in found.items():
@@ -128,12 +130,18 @@ class Oracle:
                 wrong.append(f"job {row['id']}: the picture is not the one of the first finish")
         return wrong
 
-    def _pictures(self, file_prefix: str) -> dict[str, str]:
-        """Digests of a job's pictures by name, those of attempts that were given up among them."""
-        found = {}
-        for path in self._folder("generations").glob(f"{file_prefix}*"):
+    def _pictures(self) -> dict[str, dict[str, str]]:
+        """By file prefix: digests by name, of attempts that were given up too."""
+        found: dict[str, dict[str, str]] = {}
+        for path in self._folder("generations").glob("*"):
             with suppress(FileNotFoundError):  # a late worker takes its own away again
-                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                written_ns = path.stat().st_mtime_ns
+                # Thousands of pictures in a long run: only what was written anew is read again.
+                known_ns, digest = self._read.get(path.name, (0, ""))
+                if written_ns != known_ns:
+                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    self._read[path.name] = written_ns, digest
+                found.setdefault(path.name[:36], {})[path.name] = digest
         return found
 
     def _finishes(self) -> list[dict[str, Any]]:
