@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import server.supervisor
 from server.jobs import LEASE_S
+from server.settings import Settings
 from tests.chaos.clients import asking
 from tests.chaos.matrix import Found, fault
 from tests.chaos.oracle import Oracle
@@ -80,8 +80,9 @@ def picture_of(site: Site, job_id: int) -> bytes:
 @fault("F3", "worker hangs", within_s=LEASE_S + 15)
 def worker_hangs(room: Path) -> Found:
     """Stopped, and hung in C: the only worker is killed, or else another one takes the job."""
-    kills_stalled = any("stall" in name.lower() for name in vars(server.supervisor))
-    with running_site(room, workers=1 if kills_stalled else 3) as site:
+    kills_stalled = "worker_stall_s" in Settings.model_fields
+    environment = {"INPAINT_WORKER_STALL_S": "10"} if kills_stalled else {}
+    with running_site(room, environment, workers=1 if kills_stalled else 3) as site:
         oracle = Oracle(site)
         kinds = (FaultKind.STOP, FaultKind.HANG)
         took_s = 0.0
