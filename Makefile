@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo serve test fuzz fuzz-api check format bench
+.PHONY: install demo serve test fuzz fuzz-api check format bench chaos
 
 install: $(INSTALLED)
 
@@ -39,3 +39,6 @@ bench: $(INSTALLED)
 
 fuzz-api: $(INSTALLED)
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/test_api_fuzz.py
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos --out out/chaos

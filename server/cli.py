@@ -5,6 +5,7 @@ Imports stand inside each command, so that `--help` is quick and the API process
 
 import argparse
 import ipaddress
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each.add_argument("--devices", help="comma-separated, such as cuda:0,cuda:1 or cpu")
     each.add_argument(
         "--workers", type=int, metavar="N", help="worker processes in all; 0 for none"
+    )
+    each.add_argument(
+        "--worker-command", metavar="COMMAND", help="what starts a worker; default: this program"
     )
     each.set_defaults(run=serve)
 
@@ -158,7 +162,7 @@ def serve(options: argparse.Namespace) -> int:
     from server.http import Server, bind, raise_open_file_limit
     from server.jobs import JobStore
     from server.keys import KeyStore
-    from server.supervisor import Supervisor
+    from server.supervisor import WORKER_COMMAND, Supervisor
     from server.telemetry import configure_logging, get_logger
 
     settings = settings_of(options, "host", "port", "devices", "workers")
@@ -186,7 +190,8 @@ def serve(options: argparse.Namespace) -> int:
     listeners = {"listening": listener} | ({"admin listening": admin} if admin else {})
     store = JobStore(engine)
     stall_s = settings.worker_stall_s
-    with Supervisor(settings.worker_devices, flags, store, stall_s=stall_s):
+    command = shlex.split(options.worker_command or "") or WORKER_COMMAND
+    with Supervisor(settings.worker_devices, flags, store, stall_s=stall_s, command=command):
         for event, each in listeners.items():
             host, port = each.getsockname()[:2]
             get_logger(__name__).info(event, url=f"http://{host}:{port}")

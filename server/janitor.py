@@ -122,7 +122,12 @@ class Janitor:
 
     def _expire_batch(self) -> int:
         due = (
-            select(jobs.c.id, jobs.c.file_prefix, jobs.c.params["samples"].as_integer())
+            select(
+                jobs.c.id,
+                jobs.c.file_prefix,
+                jobs.c.params["samples"].as_integer(),
+                jobs.c.attempt,
+            )
             .where(
                 jobs.c.state == JobState.FINISHED,
                 jobs.c.expired_at.is_(None),
@@ -135,8 +140,8 @@ class Janitor:
         with read_only(self._engine) as connection:
             rows = connection.execute(due).all()
         # The files come first: where the row says expired, there are none.
-        for _, file_prefix, samples in rows:
-            for key in output_keys_of(file_prefix, samples):
+        for _, *files in rows:
+            for key in output_keys_of(*files):
                 self._storage.delete(key)
         ids = [job_id for job_id, *_ in rows]
         with self._engine.begin() as connection:

@@ -169,12 +169,12 @@ class Job:
     @property
     def output_names(self) -> list[str]:
         """File names of the pictures, in sample order."""
-        return output_names_of(self.file_prefix, self.params.samples)
+        return output_names_of(self.file_prefix, self.params.samples, self.attempt)
 
     @property
     def output_keys(self) -> list[str]:
         """Storage keys of the pictures, in sample order."""
-        return output_keys_of(self.file_prefix, self.params.samples)
+        return output_keys_of(self.file_prefix, self.params.samples, self.attempt)
 
     @property
     def work_left(self) -> float:
@@ -233,14 +233,19 @@ def input_key_of(file_prefix: str) -> str:
     return f"{INPUT_FOLDER}/{file_prefix}.npy"
 
 
-def output_names_of(file_prefix: str, samples: int) -> list[str]:
-    """File names of a job's pictures, in sample order."""
-    return [f"{file_prefix}-{index}.png" for index in range(samples)]
+def output_names_of(file_prefix: str, samples: int, attempt: int) -> list[str]:
+    """File names of a job's pictures, in sample order.
+
+    Every attempt has its own: one that was given up may still write, and must not change what its
+    successor has finished.
+    """
+    suffix = f"-{attempt}" if attempt > 1 else ""
+    return [f"{file_prefix}-{index}{suffix}.png" for index in range(samples)]
 
 
-def output_keys_of(file_prefix: str, samples: int) -> list[str]:
+def output_keys_of(file_prefix: str, samples: int, attempt: int) -> list[str]:
     """Storage keys of a job's pictures, in sample order."""
-    return [f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples)]
+    return [f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, attempt)]
 
 
 class JobStore:

@@ -32,7 +32,7 @@ from server.settings import Base64Output, Settings
 
 router = APIRouter()
 
-OUTPUT_NAME = re.compile(r"([0-9a-f-]{36}-[0-9])\.(png|base64)")
+OUTPUT_NAME = re.compile(r"([0-9a-f-]{36}-[0-9](?:-[0-9]+)?)\.(png|base64)")
 OUTPUT_HEADERS = {
     "Cache-Control": "public, max-age=86400, immutable",
     "Content-Security-Policy": "default-src 'none'; sandbox",

@@ -82,7 +82,7 @@ class Supervisor:
 
     devices: one worker each. flags: for the worker command, besides its id and device.
     stall_s: see `STALL_S`. delays_s: before a worker is started again, the first and the longest.
-    command: what a worker is.
+    command: what starts a worker; gets the flags, `--worker-id` and `--device`.
     """
 
     def __init__(

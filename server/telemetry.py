@@ -8,7 +8,8 @@ nor a library's exception can tell one.
 import logging
 import re
 import sys
-from collections.abc import Iterable, MutableMapping
+import time
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import structlog
@@ -70,6 +71,26 @@ class Redaction:
         return text
 
 
+class Repeats(logging.Filter):
+    """Drops a line that says the same as the last one, for a second.
+
+    With no file descriptor left asyncio tells of each connection it cannot take, thousands of times
+    a second; writing that would take the time of the requests that are still served.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._last, self._until = "", 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message, now = record.getMessage(), self._clock()
+        if message == self._last and now < self._until:
+            return False
+        self._last, self._until = message, now + 1
+        return True
+
+
 def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) -> None:
     """Send our log lines and those of the libraries to standard error.
 
@@ -100,6 +121,7 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
     root.setLevel(level)
     for chatty in ("httpx", "httpcore", "alembic", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").filters[:] = [Repeats()]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,

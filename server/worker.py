@@ -46,7 +46,7 @@ from models.residency import Residency
 from server.database import open_engine
 from server.errors import StorageUnavailable
 from server.failures import Failure
-from server.jobs import Job, JobStore, WorkerStatus
+from server.jobs import Job, JobState, JobStore, WorkerStatus
 from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.sandbox import DecodedPair
 from server.settings import DtypeName, Settings
@@ -363,6 +363,8 @@ class Worker:
         is_ours = self._insist(self.store.finish, job, flagged, receipt)
         if is_ours:
             self._drop_input(job)
+        else:
+            self._drop_late_pictures(job)
         logger.info("job finished" if is_ours else "job finished by another", job_id=job.id)
 
     def _png_text(self, job: Job, picture: Picture) -> dict[str, str]:
@@ -384,6 +386,18 @@ class Worker:
     def _fail(self, job: Job, failure: Failure) -> None:
         if self._insist(self.store.fail, job, failure.sentence):
             self._drop_input(job)
+
+    def _drop_late_pictures(self, job: Job) -> None:
+        """Of a job that has ended otherwise in the meantime; nothing names them."""
+        now = self._insist(self.store.get, job.id)
+        # The finish may have been ours, and only its answer lost with the database's connection.
+        if now and now.state is JobState.FINISHED and now.attempt == job.attempt:
+            return
+        try:
+            for key in job.output_keys:
+                self.storage.delete(key)
+        except StorageUnavailable:
+            logger.warning("late pictures not deleted", job_id=job.id)
 
     def _drop_input(self, job: Job) -> None:
         """An ended job is never made again; its input is a megabyte that nobody reads."""

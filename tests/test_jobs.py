@@ -210,6 +210,17 @@ def test_late_worker_has_no_say(store: JobStore) -> None:
     assert store.finish(new, [False, False])
 
 
+def test_each_attempt_has_files_of_its_own(store: JobStore, clock: Clock) -> None:
+    store.submit(new_job(file_prefix="abc"))
+    late = claim_one(store, "late")
+    clock.now += LEASE_S + 1
+    store.requeue_expired()
+
+    quick = claim_one(store, "quick")
+    assert quick.output_keys == ["generations/abc-0-2.png", "generations/abc-1-2.png"]
+    assert not {*quick.output_keys} & {*late.output_keys}
+
+
 def test_third_lost_attempt_fails_the_job(store: JobStore) -> None:
     job_id = store.submit(new_job()).id
     for attempt in range(1, MAX_ATTEMPTS + 1):

@@ -18,6 +18,7 @@ from server.errors import (
     InvalidBody,
     InvalidRequest,
     QueueFull,
+    RateLimited,
     RouteNotFound,
 )
 
@@ -184,6 +185,7 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     ImageUnavailable: ImageUnavailable({"init_image": ImageProblem.TOO_LARGE}),
     Conflict: Conflict(ConflictKind.JOB_ENDED),
     QueueFull: QueueFull(5),
+    RateLimited: RateLimited(9),
 }
 
 

@@ -85,3 +85,27 @@ def test_ordinary_lines_stay_as_they_are() -> None:
 def test_one_field_does_not_fill_the_disk() -> None:
     (line,) = lines_of("""logger.info("x", detail="a " * 1_000_000)""")
     assert len(line["detail"]) == 16_000
+
+
+def test_asyncio_repeats_itself_once_a_second_at_most() -> None:
+    lines = lines_of("""
+from server.telemetry import Repeats
+asyncio = logging.getLogger("asyncio")
+now = 100.0
+asyncio.filters[:] = [Repeats(lambda: now)]
+for _ in range(5_000):
+    asyncio.error("out of system resource")
+asyncio.error("something else")
+now += 2
+asyncio.error("something else")
+""")
+    assert [line["event"] for line in lines] == [
+        "out of system resource",
+        "something else",
+        "something else",
+    ]
+    (line,) = lines_of("""
+for _ in range(2):
+    logging.getLogger("asyncio").error("at the same time")
+""")
+    assert line["event"] == "at the same time"

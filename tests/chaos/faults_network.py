@@ -1,0 +1,381 @@
+"""Faults of those who call us and of those we call, and of the limits between."""
+
+import functools
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from server.database import open_engine
+from tests.chaos.clients import side_by_side
+from tests.chaos.faults_processes import drain
+from tests.chaos.hosts import running_host
+from tests.chaos.matrix import Found, NotCovered, fault
+from tests.chaos.oracle import Oracle
+from tests.chaos.scripts import FaultKind, Script, Stage
+from tests.chaos.site import (
+    INLINE_IMAGE,
+    INLINE_MASK,
+    Site,
+    expect,
+    outside_world,
+    running_site,
+    until,
+)
+
+FETCH_S = 5.0
+RETRIED_MODES = ("500", "301", "404", "silent", "drip", "half", "reset", "429")
+IMAGE_MODES = (
+    *("silent", "drip", "endless", "lying", "reset", "page", "404", "loop", "inward", "half"),
+)
+WAITERS = 200
+HALF_REQUESTS = 300
+
+
+@fault("F8", "webhook receivers of every kind", within_s=10)
+def receivers(room: Path) -> Found:
+    """Received, tried again, or given up, as the answer says; nobody waits for a slow one."""
+    with ExitStack() as stack:
+        thread, host = stack.enter_context(outside_world())
+        slow_host = stack.enter_context(running_host(thread))
+        deaf = stack.enter_context(deaf_port())
+        site = Site(room, host)
+        stack.callback(site.close)
+        site.start()
+        oracle = Oracle(site, may_die=True)
+        # More than may be called at a time for one receiver, before everybody else.
+        for number in range(8):
+            site.accept(webhook=f"{slow_host.url}/silent/{number}")
+        urls = {mode: f"{host.url}/{mode}/hook" for mode in (*RETRIED_MODES, "410", "huge", "ok")}
+        urls |= {"deaf": f"http://127.0.0.1:{deaf}/", "once500": f"{host.url}/once500/hook"}
+        jobs = {mode: site.accept(webhook=url) for mode, url in urls.items()}
+        site.ended(*jobs.values())
+        ended = time.time()
+        until(lambda: bool(host.calls_for(jobs["ok"])), 5, "a quick receiver is called")
+        waited_s = host.calls_for(jobs["ok"])[0].at - ended
+        expect(waited_s < 2, f"a quick receiver waited {waited_s:.1f} s behind a slow one")
+        recovery_s = until(
+            lambda: delivery(site, jobs["once500"])["state"] == "delivered", 15, "delivered later"
+        )
+        until(lambda: all(tries(site, each) for each in jobs.values()), 20, "all were tried")
+        for mode in (*RETRIED_MODES, "deaf"):
+            row = delivery(site, jobs[mode])
+            expect(row["state"] == "pending", f"{mode}: {row['state']}")
+        expect(delivery(site, jobs["429"])["due_at"] > time.time() + 3_000, "Retry-After ignored")
+        expect(delivery(site, jobs["410"])["state"] == "dead", "410 does not stop the calls")
+        for mode in ("ok", "huge"):
+            expect(delivery(site, jobs[mode])["state"] == "delivered", f"{mode} not delivered")
+        expect(not any("redirected" in call.path for call in host.calls), "followed a redirect")
+        ids = {call.webhook_id for call in host.calls_for(jobs["once500"])}
+        expect(len(ids) == 1, f"one webhook, the ids {ids}")
+        return Found(f"{len(jobs)} kinds of receivers; {oracle.check()}", recovery_s)
+
+
+@contextmanager
+def deaf_port() -> Iterator[int]:
+    """A port whose backlog is full: connecting to it hangs."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def rows(site: Site, query: str) -> list[dict[str, Any]]:
+    """Of the site's database."""
+    engine = open_engine(site.database_url)
+    try:
+        with engine.connect() as connection:
+            return [dict(row._mapping) for row in connection.execute(text(query))]
+    finally:
+        engine.dispose()
+
+
+def delivery(site: Site, job_id: int) -> dict[str, Any]:
+    """The webhook call of a job."""
+    (row,) = rows(site, f"SELECT * FROM deliveries WHERE job_id = {int(job_id)}")
+    return row
+
+
+def tries(site: Site, job_id: int) -> int:
+    """How often the webhook of a job was tried, to the end of each try."""
+    query = (
+        "SELECT count(*) AS n FROM delivery_attempts JOIN deliveries ON deliveries.id = delivery_id"
+        f" WHERE job_id = {int(job_id)}"
+    )
+    return int(rows(site, query)[0]["n"])
+
+
+@fault("F9", "image hosts of every kind", within_s=20)
+def image_hosts(room: Path) -> Found:
+    """Each ends in a sentence within the time of a download; no job is made of it."""
+    with running_site(room, {"INPAINT_FETCH__TOTAL_TIMEOUT_S": str(FETCH_S)}) as site:
+        oracle = Oracle(site)
+
+        def ask(mode: str) -> tuple[str, float, dict[str, Any]]:
+            started = time.monotonic()
+            answer = site.submit(init_image=f"{site.host.url}/{mode}")
+            return mode, time.monotonic() - started, answer.json()
+
+        answers = side_by_side([functools.partial(ask, mode) for mode in IMAGE_MODES])
+        sentences = set()
+        for mode, took_s, body in answers:
+            expect(body["status"] == "error", f"{mode}: {body}")
+            expect(took_s < FETCH_S + 5, f"{mode} took {took_s:.1f} s")
+            sentences |= set(body["message"]["init_image"])
+        expect(not site.accepted, "a job was made of a picture that cannot be had")
+        good = site.accept(init_image=f"{site.host.url}/image")
+        site.ended(good)
+        slowest_s = max(took_s for _, took_s, _ in answers)
+        detail = f"{len(answers)} kinds, {len(sentences)} sentences; {oracle.check()}"
+        return Found(detail, slowest_s)
+
+
+@fault("F10", "out of memory")
+def out_of_memory(room: Path) -> Found:
+    """Once: made all the same. Always: this job fails, and says why; its neighbours are made."""
+    with running_site(room) as site:
+        oracle = Oracle(site)
+        stages = (Stage.PREPARED, Stage.HALF, Stage.DECODED)
+        kind = FaultKind.OUT_OF_MEMORY
+        once = [site.accept(Script(tag=f"once-{at}", fault=kind, at=at)) for at in stages]
+        always = [
+            site.accept(Script(tag=f"always-{at}", fault=kind, at=at, times=0)) for at in stages
+        ]
+        calm = [site.accept(Script(tag=f"calm{n}")) for n in range(3)]
+        site.ended(*once, *calm)
+        site.ended(*always, status="failed")
+        expect("memory" in site.fetch(always[0])["message"], "the reason is not told")
+        expect({oracle.row(each)["attempt"] for each in once} == {1}, "a process was lost")
+        gap = "no metric counts them"
+        return Found(f"once and always at {len(stages)} stages; {oracle.check()}", None, (gap,))
+
+
+@fault("F12", "NaN or black picture")
+def unusable_picture(room: Path) -> Found:
+    """Failed with a reason, never a success; nor does an unforeseen error go further."""
+    with running_site(room) as site:
+        oracle = Oracle(site)
+        black = site.accept(Script(tag="black", fault=FaultKind.UNUSABLE, at=Stage.DECODED))
+        odd = site.accept(Script(tag="odd", fault=FaultKind.ERROR, at=Stage.HALF))
+        calm = site.accept(Script(tag="calm"))
+        site.ended(black, odd, status="failed")
+        site.ended(calm)
+        expect("could not make" in site.fetch(black)["message"], "the reason is not told")
+        expect("asked for" not in site.fetch(odd)["message"], "an exception's text went out")
+        detail = "the worker's side; finding NaN and the second try in float32: tests/test_vae.py"
+        return Found(f"{detail}; {oracle.check()}")
+
+
+@fault("F14", "the same request twice")
+def sent_twice(room: Path) -> Found:
+    """With an idempotency key one job, without it two."""
+    times = 20
+    with running_site(room) as site:
+        oracle = Oracle(site)
+        plain = side_by_side([lambda: site.accept(Script(tag="twice")) for _ in range(times)])
+        expect(len(set(plain)) == times, "requests without a key share a job")
+        body = {
+            "prompt": "twice",
+            "init_image": INLINE_IMAGE,
+            "mask_image": INLINE_MASK,
+            "enhance_prompt": "no",
+        }
+
+        def send() -> Any:
+            headers = {"Idempotency-Key": "the-same"}
+            url = f"{site.url}/api/v3/inpaint"
+            answer = site.client.post(url, json=body, headers=headers)
+            site.note(answer, None)
+            return answer.json()["id"]
+
+        keyed = set(side_by_side([send] * times))
+        gaps = () if len(keyed) == 1 else ("idempotency key",)
+        return Found(f"{times} in parallel; {drain(site, oracle)}", None, gaps)
+
+
+@fault("F16", "clients go away while they wait", within_s=10)
+def clients_leave(room: Path) -> Found:
+    """Their jobs go on, and nothing of the connections stays."""
+    with running_site(room, {"INPAINT_HOLD_S": "120"}) as site:
+        oracle = Oracle(site)
+        descriptors = Path(f"/proc/{site.pid}/fd")
+        port = int(site.url.rpartition(":")[2])
+        before = len([*descriptors.iterdir()])
+        blocking = Script(tag="blocking", step_s=0.5, fault=FaultKind.NONE)
+        with ExitStack() as stack:
+            for number in range(WAITERS):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                connection.sendall(request_bytes(blocking if number == 0 else Script(), number))
+            until(lambda: len(oracle.ids()) == WAITERS, 60, "all are accepted")
+            held = len([*descriptors.iterdir()])
+        expect(held >= before + WAITERS / 2, f"the connections were not held: {before} → {held}")
+        left_s = until(
+            lambda: len([*descriptors.iterdir()]) < before + 20, 30, "the connections are gone"
+        )
+        site.accepted.update(dict.fromkeys(oracle.ids()))
+        return Found(f"{WAITERS} waiters left; {drain(site, oracle)}", left_s)
+
+
+def request_bytes(script: Script, seed: int) -> bytes:
+    """A request for a picture, as it goes over the line."""
+    fields = {
+        "prompt": str(script),
+        "init_image": INLINE_IMAGE,
+        "mask_image": INLINE_MASK,
+        "num_inference_steps": 4,
+        "enhance_prompt": "no",
+        "seed": seed,
+    }
+    content = json.dumps(fields).encode()
+    head = f"POST /api/v3/inpaint HTTP/1.1\r\nHost: us\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+@fault("F18", "queue full")
+def queue_full(room: Path) -> Found:
+    """Refused before anything is fetched, with a time to come back."""
+    limit = 5
+    with outside_world() as (_thread, host):
+        site = Site(room, host, {"INPAINT_QUEUE__MAX_WAITING": str(limit)})
+        try:
+            site.start(workers=0, is_ready=False)
+            oracle = Oracle(site)
+            answers = side_by_side([lambda: site.submit(Script(tag="one"))] * 60)
+            statuses = [answer.status_code for answer in answers]
+            expect(statuses.count(200) == limit, f"{statuses.count(200)} of {limit} were taken")
+            expect(set(statuses) == {200, 429}, f"answers were {set(statuses)}")
+            refusal = next(answer for answer in answers if answer.status_code == 429)
+            expect(int(refusal.headers.get("retry-after", 0)) > 0, "no Retry-After")
+            words = f"Maximum {limit} queued requests allowed"
+            expect(words in refusal.json()["message"], f"worded as {refusal.json()}")
+            late = site.submit(init_image=f"{host.url}/image")
+            expect(late.status_code == 429 and host.gets == 0, "fetched for a refused request")
+            return Found(f"60 in parallel, {limit} taken, the rest told 429; {oracle.check()}")
+        finally:
+            site.close()
+
+
+@fault("F20", "clients that never end their request")
+def slow_clients(room: Path) -> Found:
+    """Probes are answered beside hundreds of half requests, which are cut in time."""
+    with running_site(room) as site:
+        port = int(site.url.rpartition(":")[2])
+        half = b"POST /api/v3/inpaint HTTP/1.1\r\nHost: us\r\nContent-Length: 1000\r\n"
+        with ExitStack() as stack:
+            connections = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                for _ in range(HALF_REQUESTS)
+            ]
+            for connection in connections:
+                connection.sendall(half)
+            started = time.monotonic()
+            expect(site.client.get(f"{site.url}/healthz").status_code == 200, "no longer healthy")
+            probe_s = time.monotonic() - started
+            expect(probe_s < 1, f"a probe took {probe_s:.1f} s")
+            job = site.accept(Script(tag="beside"))
+            site.ended(job)
+            gaps: tuple[str, ...] = ()
+            try:
+                until(lambda: is_closed(connections[0]), 30, "they are cut")
+            except AssertionError:
+                gaps = ("half requests are not cut within 30 s; no cap on connections",)
+        return Found(f"{HALF_REQUESTS} half requests, a probe in {probe_s:.2f} s", None, gaps)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has hung up, or has answered before it does."""
+    connection.setblocking(False)
+    try:
+        connection.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@fault("F21", "death of a Ray replica, proxy or head")
+def ray_dies(_room: Path) -> Found:
+    """Raises: NotCovered."""
+    raise NotCovered("server/cluster.py does not exist yet")
+
+
+@fault("F25", "too few file descriptors, too little memory", within_s=10)
+def limits(room: Path) -> Found:
+    """Refuses what does not fit, and recovers."""
+    with running_site(room) as site:
+        oracle = Oracle(site, orphans=20)
+        port = int(site.url.rpartition(":")[2])
+        used = max(int(each.name) for each in Path(f"/proc/{site.pid}/fd").iterdir())
+        resource.prlimit(site.pid, resource.RLIMIT_NOFILE, (used + 20, used + 20))
+        with ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            time.sleep(1)
+        descriptors_s = until(lambda: accepts(site), 15, "takes jobs again after 60 connections")
+        pages = int(Path(f"/proc/{site.pid}/statm").read_text().split()[0])
+        room_bytes = pages * os.sysconf("SC_PAGE_SIZE") + 20_000_000
+        resource.prlimit(site.pid, resource.RLIMIT_AS, (room_bytes, resource.RLIM_INFINITY))
+        answer = site.submit(Script(tag="large"), padding="x" * 25_000_000)
+        resource.prlimit(site.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        memory_s = until(lambda: accepts(site), 15, "takes jobs again after a lack of memory")
+        expect(answer.status_code >= 500, f"25 MB in 20 MB of memory: {answer.status_code}")
+        told = f"25 MB in 20 MB of memory: {answer.status_code}; {drain(site, oracle)}"
+        shortages = sum("out of system resource" in each["event"] for each in site.log_events())
+        gap = f"no cap on connections: {shortages} log lines told of too few descriptors"
+        return Found(told, max(descriptors_s, memory_s), (gap,) if shortages > 100 else ())
+
+
+def accepts(site: Site) -> bool:
+    """Whether a job is taken now."""
+    try:
+        return site.submit(Script(tag="accepts")).status_code == 200
+    except OSError:
+        return False
+
+
+@fault("F28", "secrets in logs")
+def secrets_in_logs(room: Path) -> Found:
+    """Canaries sent in every place a secret may stand are in no log, and keys in no table."""
+    key, other = "canary-key-91f2", "canary-wrong-7b3e"
+    signature, prompt = "canary-signature-c0de", "canary-prompt-5eed"
+    environment = {"INPAINT_AUTH__KEYS": key, "INPAINT_FETCH__TOTAL_TIMEOUT_S": "2"}
+    with running_site(room, environment) as site:
+        oracle = Oracle(site)
+        script = Script(tag=prompt, fault=FaultKind.ERROR, at=Stage.HALF)
+        signed = f"{site.host.url}/image?X-Signature={signature}"
+        hook = f"{site.host.url}/500/{signature}"
+        job = site.accept(script, key=key, init_image=signed, webhook=hook)
+        for change in (
+            {"key": other},
+            {"key": key, "init_image": f"{site.host.url}/silent?X-Signature={signature}"},
+            {"key": key, "init_image": f"http://127.0.0.1:1/{signature}"},
+            {"key": key, "webhook": f"gopher://{signature}"},
+        ):
+            site.submit(script, **change)
+        answer = site.client.post(f"{site.url}/api/v3/fetch/{job}", json={"key": key})
+        expect(answer.status_code == 200, "the job cannot be fetched with its key")
+        until(lambda: bool(site.host.calls), 20, "the webhook is tried")
+        site.stop()
+        log = site.log_path.read_text()
+        image = INLINE_MASK[20:60]
+        canaries = {"key": key, "wrong key": other, "signed URL": signature, "prompt": prompt}
+        for name, canary in {**canaries, "image": image}.items():
+            expect(canary not in log, f"the {name} stands in the log")
+        tables = b"".join(path.read_bytes() for path in site.data_dir.glob("inpaint.db*"))
+        for name, canary in {"key": key, "wrong key": other, "image": image}.items():
+            expect(canary.encode() not in tables, f"the {name} stands in the database")
+        expect(prompt.encode() in tables, "the canaries did not come by")
+        return Found(f"5 canaries, {len(log.splitlines())} log lines; {oracle.check()}")

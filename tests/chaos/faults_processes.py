@@ -1,0 +1,261 @@
+"""Faults of processes: killed, stopped, hung, told to end."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from server.jobs import LEASE_S
+from server.settings import Settings
+from tests.chaos.clients import asking
+from tests.chaos.matrix import Found, fault
+from tests.chaos.oracle import Oracle
+from tests.chaos.scripts import FaultKind, Script, Stage
+from tests.chaos.site import (
+    SHIFTED_COMMAND_LINE,
+    Site,
+    expect,
+    running_site,
+    signal_process,
+    until,
+)
+
+KILLS = 3
+THREE_DAYS_S = 3 * 86_400
+STAGES = [stage for stage in Stage if stage is not Stage.NONE]
+DRAINED_S = 60.0
+"""For what is left in the queue after a fault."""
+
+
+def drain(site: Site, oracle: Oracle, within_s: float = DRAINED_S) -> str:
+    """Every accepted job ends; what the oracle says then."""
+    until(lambda: not oracle.states().keys() & {"queued", "running"}, within_s, "all jobs end")
+    return oracle.check()
+
+
+@fault("F1", "kill -9 of the API", within_s=5)
+def kill_api(room: Path) -> Found:
+    """Clients keep asking while the process is killed and started again."""
+    with running_site(room) as site:
+        oracle = Oracle(site, orphans=KILLS)
+        slowest_s = 0.0
+        for _ in range(KILLS):
+            with asking(site, webhook=f"{site.host.url}/ok/hook"):
+                before = len(site.accepted)
+                until(lambda: len(site.accepted) > before + 2, 20, "jobs are accepted")  # noqa: B023
+                site.kill()
+                slowest_s = max(slowest_s, site.start())
+                oracle.check()
+        return Found(f"{KILLS} kills; {drain(site, oracle)}", slowest_s)
+
+
+@fault("F2", "kill -9 of a worker at every stage", within_s=5)
+def kill_worker(room: Path) -> Found:
+    """The worker kills itself where the prompt says; another makes the same picture."""
+    with running_site(room, workers=4) as site:
+        oracle = Oracle(site)
+        calm = site.accept()
+        site.ended(calm)
+        wanted = picture_of(site, calm)
+        slowest_s = 0.0
+        for stage in STAGES:
+            script = Script(tag=f"kill-{stage}", fault=FaultKind.EXIT, at=stage)
+            job = site.accept(script, webhook=f"{site.host.url}/ok/{stage}")
+            slowest_s = max(slowest_s, site.ended(job))
+            expect(picture_of(site, job) == wanted, f"another picture after a kill when {stage}")
+            attempt = oracle.row(job)["attempt"]
+            expect(attempt == (1 if stage is Stage.COMMITTED else 2), f"{stage}: try {attempt}")
+            oracle.check()
+        return Found(f"{len(STAGES)} stages, same pictures; {oracle.check()}", slowest_s)
+
+
+def picture_of(site: Site, job_id: int) -> bytes:
+    """The first picture of a finished job, as a client gets it."""
+    answer = site.client.get(site.fetch(job_id)["output"][0])
+    expect(answer.status_code == 200, f"job {job_id}: dead link")
+    return answer.content
+
+
+@fault("F3", "worker hangs", within_s=LEASE_S + 15)
+def worker_hangs(room: Path) -> Found:
+    """Stopped, and hung in C: the only worker is killed, or else another one takes the job."""
+    kills_stalled = "worker_stall_s" in Settings.model_fields
+    environment = {"INPAINT_WORKER_STALL_S": "10"} if kills_stalled else {}
+    with running_site(room, environment, workers=1 if kills_stalled else 3) as site:
+        oracle = Oracle(site)
+        kinds = (FaultKind.STOP, FaultKind.HANG)
+        took_s = 0.0
+        for kind in kinds:
+            job = site.accept(Script(tag=kind, fault=kind, at=Stage.HALF))
+            took_s = max(took_s, site.ended(job, within_s=LEASE_S + 30))
+        gaps = () if kills_stalled else ("a stalled worker is not killed; its lease runs out",)
+        return Found(f"stopped and hung in C; {oracle.check()}", took_s, gaps)
+
+
+@fault("F4", "poison job")
+def poison(room: Path) -> Found:
+    """It kills each worker that takes it; those beside it are made."""
+    with running_site(room, workers=2) as site:
+        oracle = Oracle(site)
+        others = [site.accept(Script(tag=f"before{n}", step_s=0.05)) for n in range(3)]
+        bad = site.accept(
+            Script(tag="poison", fault=FaultKind.EXIT, at=Stage.HALF, times=0),
+            webhook=f"{site.host.url}/ok/poison",
+        )
+        others += [site.accept(Script(tag=f"after{n}", step_s=0.05)) for n in range(3)]
+        took_s = site.ended(bad, within_s=60, status="failed")
+        site.ended(*others, within_s=60)
+        expect("lost too often" in site.fetch(bad)["message"], "the reason is not told")
+        expect(oracle.row(bad)["attempt"] == 3, "not three tries")
+        until(lambda: bool(site.host.calls_for(bad)), 10, "the webhook tells of the failure")
+        return Found(f"failed after 3 tries, 6 others made; {oracle.check()}", took_s)
+
+
+@fault("F11", "device error that stays", within_s=10)
+def device_lost(room: Path) -> Found:
+    """The process ends, another is started, the jobs go on."""
+    with running_site(room) as site:
+        oracle = Oracle(site)
+        beside = site.accept(Script(tag="beside", step_s=0.1), num_inference_steps=10)
+        job = site.accept(
+            Script(tag="lost", fault=FaultKind.DEVICE_LOST, at=Stage.HALF, step_s=0.05)
+        )
+        until(lambda: site.readiness() == 503, 10, "readiness says that no worker is there")
+        reason = site.client.get(f"{site.url}/readyz").json()["reason"]
+        expect("0/1" in reason, f"readiness does not count workers: {reason}")
+        took_s = site.ended(job, beside)
+        expect(site.readiness() == 200, "not ready again")
+        return Found(f"readiness said {reason!r}; {oracle.check()}", took_s)
+
+
+@fault("F13", "the clock jumps three days, both ways")
+def clock_jumps(room: Path) -> Found:
+    """Running jobs are not taken for lost, and nothing is sent twice."""
+    with running_site(room, workers=2, launch=SHIFTED_COMMAND_LINE) as site:
+        oracle = Oracle(site)
+        tries: list[int] = []
+        for shift_s in (THREE_DAYS_S, -THREE_DAYS_S, 0):
+            jobs = [
+                site.accept(
+                    Script(tag=f"{shift_s}-{n}", step_s=0.2),
+                    webhook=f"{site.host.url}/ok/{shift_s}-{n}",
+                    num_inference_steps=30,
+                )
+                for n in range(4)
+            ]
+            site.claimed(jobs[-1])
+            site.shift_clock(shift_s)
+            site.ended(*jobs, within_s=60)
+            tries += [oracle.row(each)["attempt"] for each in jobs]
+            drained = drain(site, oracle)
+            for each in jobs:
+                until(lambda: bool(site.host.calls_for(each)), 10, "webhooks go out")  # noqa: B023
+        calls = [len(site.host.calls_for(each)) for each in site.accepted]
+        expect(set(calls) == {1}, f"webhooks were called {calls} times")
+        expect(max(tries) <= 2, f"jobs needed {tries} tries")
+        repeated = sum(each > 1 for each in tries)
+        gaps = (f"{repeated} of {len(tries)} running jobs lost their lease",) if repeated else ()
+        return Found(f"{len(tries)} running jobs over 3 jumps; {drained}", None, gaps)
+
+
+@fault("F15", "late result of a worker given up", within_s=15)
+def late_result(room: Path) -> Found:
+    """Stopped with a picture in hand; when it goes on, another has finished the job differently."""
+    # Both on the thread that also writes to the database: a process that is stopped inside a write
+    # transaction would hold SQLite's lock, which is another fault.
+    stages = (Stage.DECODED, Stage.HALF)
+    with running_site(room, workers=2, launch=SHIFTED_COMMAND_LINE) as site:
+        oracle = Oracle(site)
+        slowest_s = max(lateness_s(site, oracle, stage) for stage in stages)
+        return Found(f"late when {' and '.join(stages)}; {oracle.check()}", slowest_s)
+
+
+def lateness_s(site: Site, oracle: Oracle, stage: Stage) -> float:
+    """Stop a worker, let another finish, let it go on; seconds until the other had finished.
+
+    Needs a shifted clock, on which the lease runs out at once. Raises: Broken.
+    """
+    job = site.accept(Script(f"late-{stage}", 0.0, FaultKind.STOP, stage, unrepeatable=True))
+    until(lambda: bool(stopped_workers(site)), 20, "the worker stands still")
+    (pid,) = stopped_workers(site)
+    site.shift_clock(LEASE_S + 1)
+    took_s = site.ended(job)
+    before = picture_of(site, job)
+    oracle.check()
+    signal_process(pid, signal.SIGCONT)
+    until(
+        # Either it learns of it, or the supervisor did not wait for it.
+        lambda: has_learnt(site, job) or pid not in site.worker_pids(),
+        20,
+        "the late worker learns of it",
+    )
+    expect(picture_of(site, job) == before, f"the late worker changed the picture ({stage})")
+    files = [*(site.data_dir / "files" / "generations").glob(f"{oracle.row(job)['file_prefix']}*")]
+    expect(len(files) == 1, f"the late worker left {len(files)} pictures ({stage})")
+    oracle.check()
+    site.shift_clock(0)
+    return took_s
+
+
+def has_learnt(site: Site, job_id: int) -> bool:
+    """Whether a worker has said that a job is no longer its own."""
+    said = [*site.log_events("job finished by another"), *site.log_events("job was taken away")]
+    return any(each["job_id"] == job_id for each in said)
+
+
+def stopped_workers(site: Site) -> list[int]:
+    """Those that stand still after a SIGSTOP."""
+    states = {
+        pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        for pid in site.worker_pids()
+    }
+    return [pid for pid, state in states.items() if state == "T"]
+
+
+@fault("F17", "SIGTERM during a batch", within_s=30)
+def told_to_end(room: Path) -> Found:
+    """Waiting clients get their id; short jobs are finished, long ones given back."""
+    # One job for each worker: in a shared batch the slower one would hold up the other.
+    environment = {"INPAINT_HOLD_S": "60", "INPAINT_MAX_IN_FLIGHT": "1"}
+    with running_site(room, environment, workers=2) as site:
+        oracle = Oracle(site)
+        answers: list[dict[str, Any]] = []
+
+        def ask(step_s: float) -> None:
+            script = Script(tag=f"held-{step_s}", step_s=step_s)
+            answers.append(site.submit(script, num_inference_steps=30).json())
+
+        clients = [threading.Thread(target=ask, args=(step_s,)) for step_s in (0.1, 2.0)]
+        for client in clients:
+            client.start()
+        until(lambda: [oracle.row(n)["step"] > 0 for n in oracle.ids()] == [True] * 2, 20, "begun")
+        started = time.monotonic()
+        status = site.stop()
+        took_s = time.monotonic() - started
+        for client in clients:
+            client.join()
+        expect(status == 0, f"exit status {status}")
+        told = [answer["status"] for answer in answers]
+        expect(told == ["processing"] * 2 and len(site.accepted) == 2, f"clients were told {told}")
+        states = dict(oracle.states())
+        expect(states == {"finished": 1, "queued": 1}, f"at the end: {states}")
+        return Found(f"clients were told, jobs {states}; {oracle.check()}", took_s)
+
+
+@fault("F23", "everything is killed at once", within_s=LEASE_S + 20)
+def power_loss(room: Path) -> Found:
+    """As far as a process can tell, the machine went down."""
+    with running_site(room, workers=2) as site:
+        oracle = Oracle(site, orphans=2)
+        jobs = [
+            site.accept(Script(tag=f"power{n}", step_s=0.3), webhook=f"{site.host.url}/ok/{n}")
+            for n in range(6)
+        ]
+        site.claimed(jobs[0])
+        site.kill_everything()
+        started = time.monotonic()
+        ready_s = site.start(workers=2)
+        site.ended(*jobs, within_s=LEASE_S + 40)
+        took_s = time.monotonic() - started
+        return Found(f"ready in {ready_s:.1f} s; {oracle.check()}", took_s)

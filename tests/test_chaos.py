@@ -1,0 +1,146 @@
+"""A few faults of `make chaos`, one server for all: what a release must never forget."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from server.jobs import LEASE_S
+from tests.chaos.faults_network import delivery, tries
+from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers
+from tests.chaos.faults_storage import refuses_and_heals_without_room
+from tests.chaos.light_libraries import STOOD_IN
+from tests.chaos.oracle import Oracle
+from tests.chaos.scripts import LEDGER, FaultKind, Script, Stage
+from tests.chaos.site import SHIFTED_COMMAND_LINE, Broken, Site, running_site, signal_process, until
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server with two workers around the fake backend."""
+    room = tmp_path_factory.mktemp("site")
+    with running_site(room, workers=2, launch=SHIFTED_COMMAND_LINE) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def oracle_of_site(site: Site) -> Oracle:
+    """One for all tests: it remembers every picture."""
+    return Oracle(site)
+
+
+@pytest.fixture
+def oracle(oracle_of_site: Oracle) -> Iterator[Oracle]:
+    """Asked once more after each test."""
+    yield oracle_of_site
+    oracle_of_site.check()
+
+
+def test_worker_killed_in_the_middle_changes_nothing(site: Site, oracle: Oracle) -> None:
+    calm = site.accept(Script(tag="calm"))
+    killed = site.accept(Script(tag="killed", fault=FaultKind.EXIT, at=Stage.HALF))
+
+    site.ended(calm, killed)
+
+    assert picture_of(site, killed) == picture_of(site, calm)
+    assert oracle.row(killed)["attempt"] == 2
+
+
+def test_late_result_does_not_replace_the_first(site: Site, oracle: Oracle) -> None:
+    lateness_s(site, oracle, Stage.DECODED)
+
+
+def test_accepted_job_survives_the_death_of_the_api(site: Site, oracle: Oracle) -> None:
+    job = site.accept(Script(tag="survives", step_s=0.2), webhook=f"{site.host.url}/ok/survives")
+    site.kill()
+    oracle.check()
+
+    site.start(workers=2)
+
+    site.ended(job)
+    until(lambda: bool(site.host.calls_for(job)), 30, "the webhook is called")
+
+
+def test_poison_job_is_set_aside_and_its_neighbours_are_made(site: Site, oracle: Oracle) -> None:
+    before = site.accept(Script(tag="before", step_s=0.05))
+    poison = site.accept(Script(tag="poison", fault=FaultKind.EXIT, at=Stage.HALF, times=0))
+    after = site.accept(Script(tag="after", step_s=0.05))
+
+    site.ended(before, after)
+    site.ended(poison, status="failed")
+
+    assert "lost too often" in site.fetch(poison)["message"]
+    assert oracle.row(poison)["attempt"] == 3
+
+
+def test_webhook_is_tried_again_after_an_error(site: Site, oracle: Oracle) -> None:
+    job = site.accept(Script(tag="hook"), webhook=f"{site.host.url}/once500/hook")
+    until(lambda: tries(site, job) == 1, 30, "the first try")
+
+    site.shift_clock(10)
+
+    until(lambda: delivery(site, job)["state"] == "delivered", 30, "the second try")
+    site.shift_clock(0)
+    first, second = site.host.calls_for(job)
+    assert first.webhook_id == second.webhook_id
+
+
+def test_disk_without_room_is_refused_and_heals(site: Site, oracle: Oracle) -> None:
+    told, _ = refuses_and_heals_without_room(site)
+
+    assert "503" in told
+
+
+def test_job_of_a_hung_worker_is_made_by_another(site: Site, oracle: Oracle) -> None:
+    job = site.accept(Script(tag="hung", fault=FaultKind.STOP, at=Stage.HALF))
+    until(lambda: bool(stopped_workers(site)), 60, "the worker stands still")
+
+    site.shift_clock(LEASE_S + 1)
+
+    site.ended(job)
+    for pid in stopped_workers(site):
+        signal_process(pid, signal.SIGCONT)
+    site.shift_clock(0)
+
+
+def test_oracle_notices_what_is_wrong(site: Site) -> None:
+    """Each of its questions has an answer that it does not accept."""
+    oracle = Oracle(site)
+    job = site.accept(webhook=f"{site.host.url}/ok/oracle")
+    site.ended(job)
+    oracle.check()
+    pictures = site.data_dir / "files" / "generations"
+    picture = pictures / f"{oracle.row(job)['file_prefix']}-0.png"
+    content, stray = picture.read_bytes(), pictures / "stray.png"
+
+    site.accepted[10**9] = None
+    with pytest.raises(Broken, match="job 1000000000 is lost"):
+        oracle.check()
+    del site.accepted[10**9]
+    picture.write_bytes(b"other bytes")
+    with pytest.raises(Broken, match="has changed since it was finished"):
+        oracle.check()
+    with pytest.raises(Broken, match="not the one of the first finish"):
+        Oracle(site).check()
+    picture.rename(stray)
+    os.utime(stray, (0, 0))
+    with pytest.raises(Broken, match="without a picture; files without a row"):
+        oracle.check()
+    stray.unlink()
+    picture.write_bytes(content)
+    ledger = site.marks / LEDGER
+    written = ledger.read_text()
+    ledger.write_text(written + written)
+    with pytest.raises(Broken, match=f"job {job} was finished 2 times"):
+        oracle.check()
+    ledger.write_text(written)
+    oracle.check()
+
+
+def test_stand_ins_are_for_the_worker_alone() -> None:
+    """The tests beside this one need the true libraries."""
+    import torch
+
+    assert "torch" in STOOD_IN
+    assert torch.tensor([1.5]).sum().item() == 1.5
