@@ -2,8 +2,8 @@
 
 The fake engine backend computes nothing, but `server.worker` and `models.engine` import torch,
 diffusers and transformers by name. Installed first, this gives them names without anything behind:
-a name in capitals is an empty class (an exception where it says so), any other may be called, used
-as a decorator and read from.
+a name with a capital is an empty class (an exception where it says so), any other may be called,
+used as a decorator and read from.
 """
 
 import importlib.abc
@@ -29,6 +29,13 @@ class Nothing:
         return Nothing()
 
 
+class StandInClass(type):
+    """An empty class that has every name, as enumerations need it."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return _stand_in(name)
+
+
 class StandIn(ModuleType):
     """A module that has every name."""
 
@@ -47,7 +54,7 @@ def _stand_in(name: str) -> Any:
         raise AttributeError(name)
     if not name[0].isupper():
         return Nothing()
-    return type(name, (RuntimeError,) if name.endswith("Error") else (), {})
+    return StandInClass(name, (RuntimeError,) if name.endswith("Error") else (), {})
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
