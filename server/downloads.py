@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from server.egress import ANYBODY, Fetcher, FetchFailed, FetchRights
 from server.errors import ImageProblem, ImageUnavailable
+from server.jobs import OUTPUT_STEM
 
 DATA_URI = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
-OUTPUT_NAME = re.compile(r"[0-9a-f-]{36}-[0-9]\.png")
+OUTPUT_NAME = re.compile(rf"{OUTPUT_STEM}\.png")
 
 
 @dataclass(frozen=True, slots=True)

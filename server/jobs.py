@@ -65,6 +65,9 @@ INSERT = insert(jobs).returning(jobs)
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
 
+OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]+)?"
+"""What `output_names_of` makes, as a regular expression, without the suffix."""
+
 
 class JobState(StrEnum):
     """Where a job is."""

@@ -26,13 +26,13 @@ from server.intake import (
     get_services,
     read_output,
 )
-from server.jobs import OUTPUT_FOLDER, Job, JobState, WorkerStatus
+from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState, WorkerStatus
 from server.services import WEBHOOKS, Services
 from server.settings import Base64Output, Settings
 
 router = APIRouter()
 
-OUTPUT_NAME = re.compile(r"([0-9a-f-]{36}-[0-9](?:-[0-9]+)?)\.(png|base64)")
+OUTPUT_NAME = re.compile(rf"({OUTPUT_STEM})\.(png|base64)")
 OUTPUT_HEADERS = {
     "Cache-Control": "public, max-age=86400, immutable",
     "Content-Security-Policy": "default-src 'none'; sandbox",

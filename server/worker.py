@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
-import diffusers
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
@@ -468,11 +467,17 @@ def run_times(stages: Stages, encoded_s: float) -> RunTimes:
 @functools.cache
 def versions() -> dict[str, str]:
     """Of what makes the pictures."""
-    try:
-        own = importlib.metadata.version("inpaint-server")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"  # run from a checkout that was not installed
-    return {"server": own, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    found = {}
+    for name, distribution in (
+        ("server", "inpaint-server"),
+        ("torch", "torch"),
+        ("diffusers", "diffusers"),
+    ):
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"  # run from a checkout that was not installed
+    return found
 
 
 def pick_device(name: str) -> torch.device:

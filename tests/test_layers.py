@@ -70,7 +70,7 @@ SERVER = {
     "exchange": "",
     "door": "addresses exchange settings",
     "egress": "addresses door errors exchange settings slots telemetry",
-    "downloads": "egress errors",
+    "downloads": "egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors telemetry models.decoding models.errors models.params",

@@ -31,6 +31,7 @@ from models.pipeline import InpaintPipeline, Picture, Sample, Source  # noqa: E4
 from models.residency import Residency  # noqa: E402
 from server.cli import main  # noqa: E402
 from server.jobs import Job, JobStore  # noqa: E402
+from server.receipts import Model  # noqa: E402
 from server.storage import Storage  # noqa: E402
 from server.worker import Worker  # noqa: E402
 from tests.chaos.scripts import FOLDER_VARIABLE, LEDGER, FaultKind, Script, Stage  # noqa: E402
@@ -130,6 +131,9 @@ class ScriptedWorker(Worker):
 
     def _open_models(self, device: Any) -> Residency:
         return Residency.of(self.settings.model, ScriptedPipeline())
+
+    def _describe_model(self, job: Job) -> Model:
+        return Model("scripted", None, "cpu", "float32")
 
 
 class ScriptedStore(JobStore):
