@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 START_TIMEOUT_S = 120.0
+LOG_ENDED = "log ended"
 HOLD_S = 110
 """Longer than any test's job takes on a busy machine."""
 
@@ -53,6 +54,8 @@ class ServerProcess:
                 raise AssertionError(f"no {event!r} in the log:\n" + "".join(self.log)) from None
             if line["event"] == event:
                 return line
+            if line["event"] == LOG_ENDED:
+                raise AssertionError(f"no {event!r} before the end:\n" + "".join(self.log))
 
     @property
     def pid(self) -> int:
@@ -88,7 +91,7 @@ class ServerProcess:
             self.log.append(line)
             if line.startswith("{"):
                 self._events.put(json.loads(line))
-        self._events.put({"event": "log ended"})
+        self._events.put({"event": LOG_ENDED})
 
 
 @contextmanager
