@@ -12,7 +12,7 @@ A claim gives a lease and an attempt number. The attempt number is the fencing t
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -21,7 +21,9 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Executable,
     Row,
+    bindparam,
     case,
     func,
     insert,
@@ -58,9 +60,6 @@ SUBMIT_LOCK = 0x1_4E_9A_15
 
 INPUT_FOLDER = "inputs"
 """First part of the storage key of a job's init image and mask."""
-
-INSERT = insert(jobs).returning(jobs)
-"""Built once: every accepted job needs it."""
 
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
@@ -99,6 +98,76 @@ class QueueShare:
 
     max_waiting: int | None = None
     priority: int = 0
+
+
+# What every job needs is built once: building costs more than running.
+INSERT = insert(jobs).returning(jobs)
+GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
+ENDED = select(jobs).where(
+    jobs.c.id.in_(bindparam("job_ids", expanding=True)),
+    jobs.c.state.in_([state for state in JobState if state.is_terminal]),
+)
+FIRST = (
+    select(jobs.c.id, jobs.c.attempt)
+    .where(IS_WAITING)
+    .order_by(*ORDER)
+    .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True)
+)
+CLAIM = (
+    update(jobs)
+    .where(
+        jobs.c.id.in_(bindparam("chosen", expanding=True)),
+        jobs.c.state == JobState.QUEUED,
+    )
+    .values(
+        state=JobState.RUNNING,
+        worker_id=bindparam("claimed_by"),
+        lease_until=bindparam("leased_until"),
+        started_at=bindparam("now"),
+        attempt=jobs.c.attempt + 1,
+    )
+    .returning(jobs)
+)
+
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.webhook)
+"""What `JobStore._run` asks of each job that it changes."""
+
+
+def is_held(job_id: Any, attempt: Any) -> ColumnElement[bool]:
+    """The job runs and this claim of it is still the present one."""
+    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.attempt == attempt)
+    return is_claim & (jobs.c.state == JobState.RUNNING)
+
+
+HELD = is_held(bindparam("held_id"), bindparam("held_attempt"))
+"""With parameters; `_held` gives them."""
+
+BEAT = (
+    update(jobs)
+    .where(HELD)
+    .values(
+        lease_until=bindparam("until"),
+        step=bindparam("done"),
+        total_steps=bindparam("in_all"),
+    )
+    .returning(*CHANGED)
+)
+FINISH = (
+    update(jobs)
+    .where(HELD)
+    .values(
+        state=JobState.FINISHED,
+        finished_at=bindparam("now"),
+        worker_id=None,
+        lease_until=None,
+        run_s=bindparam("took_s"),
+        flagged=bindparam("verdicts", type_=jobs.c.flagged.type),
+        step=jobs.c.total_steps,
+    )
+    .returning(*CHANGED)
+)
+KEEP = insert(receipts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +405,7 @@ class JobStore:
     def get(self, job_id: int) -> Job | None:
         """The job, None where there is none."""
         with read_only(self._engine) as connection:
-            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+            row = connection.execute(GET, {"job_id": job_id}).one_or_none()
         return None if row is None else _to_job(row)
 
     def list_of(
@@ -377,10 +446,9 @@ class JobStore:
 
     def ended(self, job_ids: Sequence[int]) -> list[Job]:
         """Those of the jobs that are in a terminal state."""
-        terminal = [state for state in JobState if state.is_terminal]
-        query = select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(terminal))
         with read_only(self._engine) as connection:
-            return [_to_job(row) for row in connection.execute(query)]
+            found = connection.execute(ENDED, {"job_ids": job_ids})
+            return [_to_job(row) for row in found]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
         """Take up to `limit` queued jobs, first to last, each with a new attempt number.
@@ -390,29 +458,18 @@ class JobStore:
         is_idle: whether the worker holds no job.
         """
         now = self._clock()
-        first = (
-            select(jobs.c.id, jobs.c.attempt)
-            .where(IS_WAITING)
-            .order_by(*ORDER)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
         with self._engine.begin() as connection:
-            chosen = _claimable(connection.execute(first).all(), is_idle)
+            waiting = connection.execute(FIRST, {"limit": limit}).all()
+            chosen = _claimable(waiting, is_idle)
             if not chosen:
                 return []
-            rows = connection.execute(
-                update(jobs)
-                .where(jobs.c.id.in_(chosen), jobs.c.state == JobState.QUEUED)
-                .values(
-                    state=JobState.RUNNING,
-                    worker_id=worker_id,
-                    lease_until=now + LEASE_S,
-                    started_at=now,
-                    attempt=jobs.c.attempt + 1,
-                )
-                .returning(jobs)
-            ).all()
+            values = {
+                "chosen": chosen,
+                "claimed_by": worker_id,
+                "leased_until": now + LEASE_S,
+                "now": now,
+            }
+            rows = connection.execute(CLAIM, values).all()
         return sorted((_to_job(row) for row in rows), key=lambda job: chosen.index(job.id))
 
     def release(self, job: Job) -> bool:
@@ -420,7 +477,7 @@ class JobStore:
         with self._engine.begin() as connection:
             changed = self._change(
                 connection,
-                _is_held(job),
+                is_held(job.id, job.attempt),
                 state=JobState.QUEUED,
                 attempt=jobs.c.attempt - 1,
                 worker_id=None,
@@ -441,12 +498,10 @@ class JobStore:
             return [
                 job
                 for job, step, total_steps in held
-                if not self._change(
+                if not self._run(
                     connection,
-                    _is_held(job),
-                    lease_until=lease_until,
-                    step=step,
-                    total_steps=total_steps,
+                    BEAT,
+                    {**_held(job), "until": lease_until, "done": step, "in_all": total_steps},
                 )
             ]
 
@@ -456,22 +511,15 @@ class JobStore:
         """Running to finished, after the pictures are stored; False when no longer ours."""
         now = self._clock()
         with self._engine.begin() as connection:
-            is_ours = self._end_in(
-                connection,
-                _is_held(job),
-                JobState.FINISHED,
-                run_s=now - (job.started_at or now),
-                flagged=list(flagged),
-                step=jobs.c.total_steps,
-            )
+            values = {"now": now, "took_s": now - (job.started_at or now), "verdicts": [*flagged]}
+            is_ours = self._run(connection, FINISH, {**_held(job), **values}) == 1
             if is_ours and receipt is not None:
-                values = {"job_id": job.id, "receipt": receipt.to_json()}
-                connection.execute(insert(receipts).values(values))
+                connection.execute(KEEP, {"job_id": job.id, "receipt": receipt.to_json()})
         return is_ours
 
     def fail(self, job: Job, error: str) -> bool:
         """Running to failed; error is for the client. False when the job is no longer ours."""
-        return self._end(_is_held(job), JobState.FAILED, error=error)
+        return self._end(is_held(job.id, job.attempt), JobState.FAILED, error=error)
 
     def cancel(self, job_id: int) -> bool:
         """Queued or running to cancelled; False when it had ended already."""
@@ -590,21 +638,15 @@ class JobStore:
     def _end(self, which: ColumnElement[bool], state: JobState, **values: Any) -> bool:
         """Bring a job to its terminal state; False where there was none to bring."""
         with self._engine.begin() as connection:
-            return self._end_in(connection, which, state, **values)
-
-    def _end_in(
-        self, connection: Connection, which: ColumnElement[bool], state: JobState, **values: Any
-    ) -> bool:
-        """`_end` as a part of a transaction."""
-        changed = self._change(
-            connection,
-            which,
-            state=state,
-            finished_at=self._clock(),
-            worker_id=None,
-            lease_until=None,
-            **values,
-        )
+            changed = self._change(
+                connection,
+                which,
+                state=state,
+                finished_at=self._clock(),
+                worker_id=None,
+                lease_until=None,
+                **values,
+            )
         return changed == 1
 
     def _find_replayed(
@@ -617,13 +659,17 @@ class JobStore:
         return connection.execute(select(jobs).where(jobs.c.file_prefix == file_prefix)).one()
 
     def _change(self, connection: Connection, which: ColumnElement[bool], **values: Any) -> int:
-        """Change jobs; those that end so get their webhook call in the same transaction."""
-        rows = connection.execute(
-            update(jobs)
-            .where(which)
-            .values(values)
-            .returning(jobs.c.id, jobs.c.state, jobs.c.webhook)
-        ).all()
+        """`_run` for a change that is not made all the time."""
+        return self._run(connection, update(jobs).where(which).values(values).returning(*CHANGED))
+
+    def _run(
+        self, connection: Connection, change: Executable, values: Mapping[str, Any] | None = None
+    ) -> int:
+        """Change jobs; those that end so get their webhook call in the same transaction.
+
+        change: gives back `CHANGED` of each. The result is how many there were.
+        """
+        rows = connection.execute(change, values).all()
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
                 queue_delivery(connection, row.id, row.webhook, self._clock())
@@ -643,11 +689,9 @@ def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:
     return [row.id for row in itertools.takewhile(lambda row: row.attempt == 0, queued)]
 
 
-def _is_held(job: Job) -> ColumnElement[bool]:
-    """The job runs and the caller's claim of it is still the present one."""
-    return (
-        (jobs.c.id == job.id) & (jobs.c.state == JobState.RUNNING) & (jobs.c.attempt == job.attempt)
-    )
+def _held(job: Job) -> dict[str, int]:
+    """The parameters of `HELD`."""
+    return {"held_id": job.id, "held_attempt": job.attempt}
 
 
 def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
