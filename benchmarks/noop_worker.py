@@ -24,6 +24,9 @@ from server.telemetry import configure_logging
 from server.worker import Worker
 
 
+SCHEDULER = DDIMScheduler()
+
+
 class NoopPipeline(InpaintPipeline):
     """The verbs of the real one without weights; pictures are still pasted back."""
 
@@ -44,7 +47,7 @@ class NoopPipeline(InpaintPipeline):
                 params=params,
                 canvas=canvas,
                 seed=params.sample_seed(index),
-                scheduler=DDIMScheduler(),
+                scheduler=SCHEDULER,
                 step_arguments={},
                 timesteps=[torch.tensor(0)],
                 conditioning=torch.zeros(2, 77, 1),
