@@ -23,7 +23,6 @@ from server.storage import Storage
 from server.telemetry import configure_logging
 from server.worker import Worker
 
-
 SCHEDULER = DDIMScheduler()
 
 
