@@ -83,7 +83,8 @@ def test_server_answers_while_thousands_hang(max_connections: int, tmp_path: Pat
 
 
 def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path, hold_s=5, queue={"max_waiting": CLIENTS + 10})
+    room = {"max_waiting": CLIENTS + 10, "max_waiting_per_key": CLIENTS + 10}
+    settings = settings_in(tmp_path, hold_s=5, queue=room)
     body = json.dumps(BODY).encode()
     request = b"POST /api/v3/inpaint HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body)
     with running_app(settings) as app, store_of(settings) as store:
