@@ -81,7 +81,7 @@ class NoopPipeline(InpaintPipeline):
 class NoopWorker(Worker):
     """The worker's own loop around `NoopPipeline`."""
 
-    def _open_models(self, device: torch.device) -> Residency:
+    def _open_models(self) -> Residency:
         return Residency.of(self.settings.model, NoopPipeline())
 
 

@@ -4,51 +4,34 @@ Shares job rows and stored files with the API process, and nothing else. The onl
 imports the engine.
 """
 
-import functools
-import hashlib
-import importlib.metadata
-import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 import diffusers.utils.logging
-import torch
 import transformers.utils.logging
 from sqlalchemy.exc import SQLAlchemyError
-from tqdm import tqdm
 
-from models.acceleration import Acceleration, accelerated
-from models.canvas import repainted_area
 from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
-from models.fingerprint import weights_sha256
 from models.images import encode_png
-from models.masks import Box, measure_fidelity
-from models.pipeline import InpaintPipeline, Picture, Source
-from models.registry import (
-    Components,
-    ModelSpec,
-    Report,
-    find_model,
-    load_components,
-    read_catalog,
-    weight_files,
-)
+from models.pipeline import Picture, Source
 from models.residency import Residency
+from server.checkpoints import Checkpoints
 from server.database import open_engine
 from server.errors import StorageUnavailable
 from server.failures import Failure
+from server.inspection import Stages, inspect_pictures, repaired_parts, run_times, versions
 from server.jobs import Job, JobState, JobStore, WorkerStatus
-from server.receipts import Model, PictureReceipt, Receipt, RunTimes
+from server.receipts import Model, Receipt
 from server.sandbox import DecodedPair
-from server.settings import DtypeName, Settings
+from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
 
@@ -72,9 +55,6 @@ INSIST_S = 60.0
 FINISH_S = 20.0
 """After being told to stop, for the jobs that run; less than the supervisor's grace."""
 
-MODEL_MEMORY_SHARE = 0.6
-"""Of a CUDA device's memory, for the loaded models; the rest is for their work."""
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -84,16 +64,6 @@ FAILURES: dict[type[Exception], Failure] = {
     OutOfMemory: Failure.OUT_OF_MEMORY,
     UnusablePicture: Failure.UNUSABLE_PICTURE,
 }
-
-
-@dataclass(slots=True)
-class Stages:
-    """When a job's stages began: `time.perf_counter` in seconds, 0 for those to come."""
-
-    claimed_s: float = field(default_factory=time.perf_counter)
-    prepared_s: float = 0.0
-    denoised_s: float = 0.0
-    decoded_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -123,8 +93,10 @@ class Worker:
     _reported_at: float = 0.0
     _pause_until: float = 0.0
     _stop_by: float | None = None
-    _report_load: Report | None = None
-    _digests: dict[str, str] = field(default_factory=dict)
+    _checkpoints: Checkpoints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._checkpoints = Checkpoints(self.settings, self.device)
 
     def run(self) -> None:
         """Work until told to stop; what runs then is finished, what waits is given back.
@@ -135,8 +107,7 @@ class Worker:
             max_generations=self.settings.max_in_flight,
             is_reproducible=self.settings.reproducible,
         )
-        device = pick_device(self.device)
-        models = self._open_models(device)
+        models = self._open_models()
         engine = InpaintEngine(models, limits)
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
@@ -215,76 +186,9 @@ class Worker:
                 logger.exception("the database does not answer")
                 time.sleep(1)
 
-    def _open_models(self, device: torch.device) -> Residency:
-        """The models that jobs may ask for; the server's own is loaded.
-
-        Raises: ModelUnavailable.
-        """
-        models = Residency(
-            load=lambda model: self._load(model, device),
-            place=self._place_on(device),
-            budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),
-        )
-        # `disable=None` shows the bar on a terminal only.
-        name = self.settings.model
-        with tqdm(total=100, desc=f"loading {name}", unit="%", disable=None) as bar:
-
-            def report(share: float, part: str) -> None:
-                bar.set_postfix_str(part, refresh=False)
-                bar.update(round(share * 100) - bar.n)
-                self.report("loading", f"loading model {share:.0%}")
-
-            report(0.0, "files")
-            self._report_load = report
-            models.wait_for(name)
-        self._report_load = None
-        return models
-
-    def _load(self, model: str, device: torch.device) -> Components:
-        """A checkpoint in the host's memory. Raises: ModelUnavailable."""
-        if model not in self.settings.offered_models:
-            raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
-        spec = find_model(model, read_catalog(self.settings.models_file))
-        threading.Thread(target=self._identify, args=[model, spec], daemon=True).start()
-        started = time.perf_counter()
-        report = self._report_load or (lambda share, part: None)
-        components = load_components(spec, torch.device("cpu"), self._dtype(device), report)
-        if components.safety_checker is None and self.settings.safety.force:
-            raise ModelUnavailable(
-                f"model {spec.id!r} has no safety checker, and safety.force asks for one"
-            )
-        if components.safety_checker is None:
-            logger.warning("this model has no safety checker: nothing is checked", model=spec.id)
-        seconds = round(time.perf_counter() - started, 2)
-        logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
-        return components
-
-    def _identify(self, model: str, spec: ModelSpec) -> None:
-        """Read the weights once more for their digest, beside all else.
-
-        Takes seconds the first time, and nobody waits for it; later starts find it in the data
-        folder.
-        """
-        try:
-            self._digests[model] = weights_sha256(weight_files(spec), self.settings.data_dir)
-        except (OSError, ModelUnavailable):
-            logger.exception("weights have no digest", model=spec.id)
-
-    def _place_on(self, device: torch.device) -> Callable[[Components], InpaintPipeline]:
-        call_batches = functools.partial(accelerated, acceleration=self._acceleration())
-        return lambda components: InpaintPipeline(components.to(device), call_batches)
-
-    def _dtype(self, device: torch.device) -> torch.dtype:
-        return pick_dtype(device, self.settings.dtype)
-
-    def _acceleration(self) -> Acceleration:
-        if self.settings.compile:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.compiled_dir))
-        return Acceleration(
-            graph_memory_share=self.settings.graph_memory_share,
-            is_compiled=self.settings.compile,
-            is_reproducible=self.settings.reproducible,
-        )
+    def _open_models(self) -> Residency:
+        """The models that jobs may ask for. Raises: ModelUnavailable."""
+        return self._checkpoints.open(lambda detail: self.report("loading", detail))
 
     def _claim(self, engine: InpaintEngine) -> None:
         claimed = self._insist(
@@ -374,10 +278,7 @@ class Worker:
         return {CAPTION_KEYWORD: caption}
 
     def _describe_model(self, job: Job) -> Model:
-        device = pick_device(self.device)
-        dtype = str(self._dtype(device)).removeprefix("torch.")
-        model = self._model_of(job)
-        return Model(model, self._digests.get(model), device.type, dtype)
+        return self._checkpoints.describe(self._model_of(job))
 
     def _model_of(self, job: Job) -> str:
         return job.params.model or self.settings.model
@@ -419,91 +320,6 @@ class Worker:
                 seen_at=time.time(),
             ),
         )
-
-
-def repaired_parts(pictures: Sequence[Picture]) -> str:
-    """What the VAE could not do in half precision: "encode", "decode", both or nothing."""
-    parts = {
-        "encode": any(picture.is_encoded_again for picture in pictures),
-        "decode": any(picture.is_decoded_again for picture in pictures),
-    }
-    return ", ".join(name for name, is_repaired in parts.items() if is_repaired)
-
-
-def inspect_pictures(
-    job: Job, source: Source, pictures: Sequence[Picture], files: Sequence[bytes]
-) -> tuple[float, Box | None, list[PictureReceipt]]:
-    """Coverage and box of what was repainted, and each picture's figures.
-
-    files: the pictures as PNG.
-    """
-    area = repainted_area(job.params, source.mask)
-    measured = [measure_fidelity(source.init_image, each.image, area) for each in pictures]
-    receipts = [
-        PictureReceipt(
-            sha256=hashlib.sha256(file).hexdigest(),
-            seed=picture.seed,
-            is_flagged=picture.is_flagged,
-            changed_outside=None if picture.is_flagged else fidelity.changed_outside,
-            largest_difference_outside=(
-                None if picture.is_flagged else fidelity.largest_difference_outside
-            ),
-        )
-        for picture, file, fidelity in zip(pictures, files, measured, strict=True)
-    ]
-    return measured[0].coverage, measured[0].box, receipts
-
-
-def run_times(stages: Stages, encoded_s: float) -> RunTimes:
-    """The stages' lengths; storing ends now."""
-    moments = (
-        *(stages.claimed_s, stages.prepared_s, stages.denoised_s, stages.decoded_s),
-        *(encoded_s, time.perf_counter()),
-    )
-    lengths = [round((end - start) * 1000, 1) for start, end in itertools.pairwise(moments)]
-    return RunTimes(*lengths)
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of what makes the pictures."""
-    found = {}
-    for name, distribution in (
-        ("server", "inpaint-server"),
-        ("torch", "torch"),
-        ("diffusers", "diffusers"),
-    ):
-        try:
-            found[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"  # run from a checkout that was not installed
-    return found
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device where there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.dtype:
-    """ "auto" is half precision where that is fast."""
-    if name is DtypeName.AUTO:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    dtypes = {
-        DtypeName.FLOAT16: torch.float16,
-        DtypeName.BFLOAT16: torch.bfloat16,
-        DtypeName.FLOAT32: torch.float32,
-    }
-    return dtypes[name]
-
-
-def pick_model_memory(asked_bytes: int | None, device: torch.device) -> int | None:
-    """The budget of all loaded models: a share of a CUDA device's memory unless it was set."""
-    if asked_bytes is not None or device.type != "cuda":
-        return asked_bytes
-    return int(MODEL_MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
 def run(settings: Settings, worker_id: str, device: str, stopping: threading.Event) -> None:

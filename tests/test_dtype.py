@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from server.checkpoints import pick_dtype
 from server.settings import DtypeName
-from server.worker import pick_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 

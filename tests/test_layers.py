@@ -97,10 +97,13 @@ SERVER = {
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
-    "worker": "database errors failures jobs receipts sandbox settings storage telemetry"
-    " models.acceleration models.canvas models.captions models.engine models.errors"
-    " models.fingerprint models.images"
-    " models.masks models.params models.pipeline models.registry models.residency",
+    "checkpoints": "receipts settings telemetry"
+    " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
+    " models.residency",
+    "inspection": "jobs receipts models.canvas models.masks models.pipeline",
+    "worker": "checkpoints database errors failures inspection jobs receipts sandbox settings"
+    " storage telemetry"
+    " models.captions models.engine models.errors models.images models.pipeline models.residency",
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
@@ -300,12 +303,18 @@ def test_both_ways_out_use_the_door_and_not_the_wire(name: str) -> None:
     assert from_exchange <= {"BodyTooLarge"}
 
 
+WORKER = {"worker.py", "checkpoints.py", "inspection.py"}
+"""What runs in the worker's process alone."""
+
+
 def test_only_the_worker_imports_the_engine() -> None:
-    assert importers_of("models.engine", "models.pipeline") == {"worker.py"}
+    assert importers_of("models.engine") == {"worker.py"}
+    assert importers_of("models.pipeline") <= WORKER
+    assert importers_of("server.checkpoints", "server.inspection") == {"worker.py"}
 
 
 def test_only_the_worker_imports_torch() -> None:
-    assert importers_of(*HEAVY - {"ray"}) <= {"worker.py"}
+    assert importers_of(*HEAVY - {"ray"}) <= WORKER
 
 
 def test_only_the_cluster_imports_ray() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.pipeline import Picture
-from server.worker import repaired_parts
+from server.inspection import repaired_parts
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
 

@@ -129,7 +129,7 @@ class ScriptedPipeline(InpaintPipeline):
 class ScriptedWorker(Worker):
     """The worker's own loop around `ScriptedPipeline`."""
 
-    def _open_models(self, device: Any) -> Residency:
+    def _open_models(self) -> Residency:
         return Residency.of(self.settings.model, ScriptedPipeline())
 
     def _describe_model(self, job: Job) -> Model:

@@ -1,0 +1,148 @@
+"""The checkpoints of the settings on one device: how they are read, placed and told of."""
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from models.acceleration import Acceleration, accelerated
+from models.errors import ModelUnavailable
+from models.fingerprint import weights_sha256
+from models.pipeline import InpaintPipeline
+from models.registry import (
+    Components,
+    ModelSpec,
+    Report,
+    find_model,
+    load_components,
+    read_catalog,
+    weight_files,
+)
+from models.residency import Residency
+from server.receipts import Model
+from server.settings import DtypeName, Settings
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
+
+MODEL_MEMORY_SHARE = 0.6
+"""Of a CUDA device's memory, for the loaded models; the rest is for their work."""
+
+
+@dataclass(slots=True)
+class Checkpoints:
+    """What jobs may ask for. device_name: "auto" or torch's."""
+
+    settings: Settings
+    device_name: str
+    _digests: dict[str, str] = field(default_factory=dict)
+    _report_load: Report | None = None
+
+    def open(self, say: Callable[[str], None]) -> Residency:
+        """The models that jobs may ask for; the server's own is loaded.
+
+        say: told how far that is. Raises: ModelUnavailable.
+        """
+        device = pick_device(self.device_name)
+        models = Residency(
+            load=lambda model: self._load(model, device),
+            place=self._place_on(device),
+            budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),
+        )
+        # `disable=None` shows the bar on a terminal only.
+        name = self.settings.model
+        with tqdm(total=100, desc=f"loading {name}", unit="%", disable=None) as bar:
+
+            def report(share: float, part: str) -> None:
+                bar.set_postfix_str(part, refresh=False)
+                bar.update(round(share * 100) - bar.n)
+                say(f"loading model {share:.0%}")
+
+            report(0.0, "files")
+            self._report_load = report
+            models.wait_for(name)
+        self._report_load = None
+        return models
+
+    def _load(self, model: str, device: torch.device) -> Components:
+        """A checkpoint in the host's memory. Raises: ModelUnavailable."""
+        if model not in self.settings.offered_models:
+            raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
+        spec = find_model(model, read_catalog(self.settings.models_file))
+        threading.Thread(target=self._identify, args=[model, spec], daemon=True).start()
+        started = time.perf_counter()
+        report = self._report_load or (lambda share, part: None)
+        components = load_components(spec, torch.device("cpu"), self._dtype(device), report)
+        if components.safety_checker is None and self.settings.safety.force:
+            raise ModelUnavailable(
+                f"model {spec.id!r} has no safety checker, and safety.force asks for one"
+            )
+        if components.safety_checker is None:
+            logger.warning("this model has no safety checker: nothing is checked", model=spec.id)
+        seconds = round(time.perf_counter() - started, 2)
+        logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
+        return components
+
+    def _identify(self, model: str, spec: ModelSpec) -> None:
+        """Read the weights once more for their digest, beside all else.
+
+        Takes seconds the first time, and nobody waits for it; later starts find it in the data
+        folder.
+        """
+        try:
+            self._digests[model] = weights_sha256(weight_files(spec), self.settings.data_dir)
+        except (OSError, ModelUnavailable):
+            logger.exception("weights have no digest", model=spec.id)
+
+    def _place_on(self, device: torch.device) -> Callable[[Components], InpaintPipeline]:
+        call_batches = functools.partial(accelerated, acceleration=self._acceleration())
+        return lambda components: InpaintPipeline(components.to(device), call_batches)
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        return pick_dtype(device, self.settings.dtype)
+
+    def _acceleration(self) -> Acceleration:
+        if self.settings.compile:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.compiled_dir))
+        return Acceleration(
+            graph_memory_share=self.settings.graph_memory_share,
+            is_compiled=self.settings.compile,
+            is_reproducible=self.settings.reproducible,
+        )
+
+    def describe(self, model: str) -> Model:
+        """A model, for a receipt."""
+        device = pick_device(self.device_name)
+        dtype = str(self._dtype(device)).removeprefix("torch.")
+        return Model(model, self._digests.get(model), device.type, dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.dtype:
+    """ "auto" is half precision where that is fast."""
+    if name is DtypeName.AUTO:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtypes = {
+        DtypeName.FLOAT16: torch.float16,
+        DtypeName.BFLOAT16: torch.bfloat16,
+        DtypeName.FLOAT32: torch.float32,
+    }
+    return dtypes[name]
+
+
+def pick_model_memory(asked_bytes: int | None, device: torch.device) -> int | None:
+    """The budget of all loaded models: a share of a CUDA device's memory unless it was set."""
+    if asked_bytes is not None or device.type != "cuda":
+        return asked_bytes
+    return int(MODEL_MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
