@@ -62,6 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each = commands.add_parser("worker", parents=[shared], help="make pictures for a server")
     each.add_argument("--worker-id", default="worker", help="unique name of this worker")
     each.add_argument("--device", default="auto", help="cuda:0, cpu; auto takes what there is")
+    each.add_argument(
+        "--parent", type=int, metavar="PID", help="end when this process is no longer the parent"
+    )
     each.set_defaults(run=work)
 
     each = commands.add_parser("demo", help="make one picture through the API and save it")
@@ -216,7 +219,7 @@ def work(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        worker.run(settings, options.worker_id, options.device, stopping)
+        worker.run(settings, options.worker_id, options.device, stopping, options.parent)
     except EngineError as error:
         get_logger(__name__).error("worker cannot go on", detail=str(error))
         return 1

@@ -1,5 +1,6 @@
 """Starts one worker process per device, restarts it, and hands its jobs back at once."""
 
+import os
 import secrets
 import signal
 import socket
@@ -82,7 +83,7 @@ class Supervisor:
 
     devices: one worker each. flags: for the worker command, besides its id and device.
     stall_s: see `STALL_S`. delays_s: before a worker is started again, the first and the longest.
-    command: what starts a worker; gets the flags, `--worker-id` and `--device`.
+    command: what starts a worker; gets the flags, `--parent`, `--worker-id` and `--device`.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Supervisor:
     ) -> None:
         self._store = store
         self._stall_s = stall_s
-        self._command = [*command, *flags]
+        # Told and not asked for: a worker takes seconds to start, and we may be gone by then.
+        self._command = [*command, *flags, "--parent", str(os.getpid())]
         self._first_delay_s, self._last_delay_s = delays_s
         self._is_stopping = threading.Event()
         self._keepers = [

@@ -80,7 +80,7 @@ class Held:
 
 @dataclass(slots=True)
 class Worker:
-    """One engine's loop over the job table."""
+    """One engine's loop over the job table. parent: of which process it must be the child."""
 
     worker_id: str
     device: str
@@ -88,6 +88,7 @@ class Worker:
     store: JobStore
     storage: Storage
     stopping: threading.Event
+    parent: int | None = None
     _held: dict[int, Held] = field(default_factory=dict)
     _beaten_at: float = 0.0
     _reported_at: float = 0.0
@@ -111,7 +112,6 @@ class Worker:
         engine = InpaintEngine(models, limits)
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
-        parent = os.getppid()
         # Encoding and storing go on beside the device's next steps.
         with (
             closing(models),
@@ -119,7 +119,7 @@ class Worker:
             self.store.change_signal() as signal,
         ):
             while self._held or not self.stopping.is_set():
-                if os.getppid() != parent:
+                if self.parent not in (None, os.getppid()):
                     logger.warning("the server that started this worker is gone")
                     return
                 self._keep_up(engine)
@@ -322,7 +322,13 @@ class Worker:
         )
 
 
-def run(settings: Settings, worker_id: str, device: str, stopping: threading.Event) -> None:
+def run(
+    settings: Settings,
+    worker_id: str,
+    device: str,
+    stopping: threading.Event,
+    parent: int | None = None,
+) -> None:
     """Open what a worker needs and run it.
 
     Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
@@ -332,7 +338,8 @@ def run(settings: Settings, worker_id: str, device: str, stopping: threading.Eve
         library.set_verbosity_error()
     engine = open_engine(settings.sqlalchemy_url)
     store = JobStore(engine)
-    worker = Worker(worker_id, device, settings, store, Storage(settings.storage_url), stopping)
+    storage = Storage(settings.storage_url)
+    worker = Worker(worker_id, device, settings, store, storage, stopping, parent)
     is_explained = False
     try:
         worker.run()

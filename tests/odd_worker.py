@@ -1,6 +1,6 @@
 """Workers that hang or crash, for the supervisor: our store, no engine.
 
-Usage: python -m tests.odd_worker URL hang|crash --worker-id ID --device DEVICE
+Usage: python -m tests.odd_worker URL hang|crash --worker-id ID --device DEVICE --parent PID
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("url", "manner"):
         parser.add_argument(name)
-    for name in ("--worker-id", "--device"):
+    for name in ("--worker-id", "--device", "--parent"):
         parser.add_argument(name)
     options = parser.parse_args()
     engine = open_engine(options.url)
