@@ -332,12 +332,16 @@ def migrate(engine: Engine) -> None:
 class ChangeSignal:
     """Tells whether anybody else has committed since the last look, without a lock or a query.
 
-    A look costs microseconds and may say yes for nothing. Belongs to one thread.
+    A look costs microseconds and may say yes for nothing. With SQLite it sees every commit that has
+    returned; PostgreSQL's word of one comes some milliseconds later. Belongs to one thread.
+    look_anyway_s: see `LOOK_ANYWAY_S`.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, look_anyway_s: float = LOOK_ANYWAY_S) -> None:
         is_sqlite = engine.dialect.name == "sqlite"
-        self._watch: Watch = DataVersion(engine) if is_sqlite else Notifications(engine)
+        self._watch: Watch = (
+            DataVersion(engine) if is_sqlite else Notifications(engine, look_anyway_s)
+        )
 
     def has_changed(self) -> bool:
         """Also yes where the database fails: who looks closer meets the error where it is
@@ -397,8 +401,9 @@ class DataVersion:
 class Notifications:
     """PostgreSQL sends `_notify`'s word to who listens."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, look_anyway_s: float) -> None:
         self._engine = engine
+        self._look_anyway_s = look_anyway_s
         self._connection: psycopg.Connection[Any] | None = None
         self._said_yes_at = 0.0
 
@@ -409,7 +414,7 @@ class Notifications:
         else:
             is_new = bool([*self._connection.notifies(timeout=0)])
         now = time.monotonic()
-        if is_new or now - self._said_yes_at > LOOK_ANYWAY_S:
+        if is_new or now - self._said_yes_at >= self._look_anyway_s:
             self._said_yes_at = now
             return True
         return False
