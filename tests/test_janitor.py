@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -207,12 +208,17 @@ def test_missing_folders_are_empty(house: House) -> None:
 
 
 class BrokenStorage(Storage):
-    """One that cannot delete until it is repaired."""
+    """One that cannot delete until it is repaired. refused: released at each try."""
 
     is_broken = True
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.refused = threading.Semaphore(0)
+
     def delete(self, key: str) -> None:
         if self.is_broken:
+            self.refused.release()
             raise StorageUnavailable("cannot delete")
         super().delete(key)
 
@@ -231,16 +237,18 @@ def test_store_that_fails_is_asked_again(house: House, engine: Engine) -> None:
 
 def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -> None:
     house.finish()
-    house.pass_hours(11)
+    house.put(f"generations/{uuid.uuid4()}-0.png")
+    house.pass_hours(25)
     storage = BrokenStorage(house.folder.as_uri())
     task_janitor = Janitor(engine, storage, SETTINGS, house.clock)
 
     async def run() -> bool:
         task = asyncio.create_task(task_janitor.run())
-        done, _ = await asyncio.wait([task], timeout=0.5)
+        # The look at the rows is refused, and the one at the files is made all the same.
+        tries = [await asyncio.to_thread(storage.refused.acquire, timeout=20) for _ in range(2)]
         task.cancel()
         await asyncio.wait([task])
-        return bool(done)
+        return task.cancelled() and all(tries)
 
-    assert not asyncio.run(run())
-    assert len(house.files()) == 2
+    assert asyncio.run(run())
+    assert len(house.files()) == 3
