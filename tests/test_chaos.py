@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.jobs import LEASE_S
 from tests.chaos.faults_network import delivery, tries
-from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers
+from tests.chaos.faults_processes import expire_lease, lateness_s, picture_of, stopped_workers
 from tests.chaos.faults_storage import refuses_and_heals_without_room
 from tests.chaos.light_libraries import STOOD_IN
 from tests.chaos.oracle import Oracle
@@ -96,12 +95,11 @@ def test_job_of_a_hung_worker_is_made_by_another(site: Site, oracle: Oracle) -> 
     job = site.accept(Script(tag="hung", fault=FaultKind.STOP, at=Stage.HALF))
     until(lambda: bool(stopped_workers(site)), 60, "the worker stands still")
 
-    site.shift_clock(LEASE_S + 1)
+    expire_lease(site, job)
 
     site.ended(job)
     for pid in stopped_workers(site):
         signal_process(pid, signal.SIGCONT)
-    site.shift_clock(0)
 
 
 def test_oracle_notices_what_is_wrong(site: Site) -> None:

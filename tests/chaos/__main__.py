@@ -1,6 +1,6 @@
 """`python -m tests.chaos --out DIR`: try every fault, or those of `--only`, or rounds of kills.
 
-Exits 1 when a fault is not borne.
+Exits 1 when a fault is not borne, or the whole matrix takes longer than promised.
 """
 
 import argparse
@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos import faults_network, faults_processes, faults_storage  # noqa: F401 - they fill the matrix
-from tests.chaos.matrix import FAILS, FAULTS, Fault, try_fault, write
+from tests.chaos.matrix import FAILS, FAULTS, Fault, total_line, total_s, try_fault, write
 from tests.chaos.rounds import kill_in_rounds
+
+BOUND_S = 15 * 60.0
+"""Promised for the whole matrix on two cores."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -44,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes.append(try_fault(FAULTS[number], options.patience))
         print(outcomes[-1].line, flush=True)
     write(outcomes, options.out, "rounds" if options.rounds else "chaos")
-    return int(any(each.verdict == FAILS for each in outcomes))
+    print(total_line(outcomes), flush=True)
+    bound_s = BOUND_S * options.patience
+    is_too_long = not chosen and total_s(outcomes) > bound_s
+    if is_too_long:
+        print(f"the matrix must take no more than {bound_s:g} s", flush=True)
+    return int(is_too_long or any(each.verdict == FAILS for each in outcomes))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import threading  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -34,7 +35,14 @@ from server.jobs import Job, JobStore  # noqa: E402
 from server.receipts import Model  # noqa: E402
 from server.storage import Storage  # noqa: E402
 from server.worker import Worker  # noqa: E402
-from tests.chaos.scripts import FOLDER_VARIABLE, LEDGER, FaultKind, Script, Stage  # noqa: E402
+from tests.chaos.scripts import (  # noqa: E402
+    FOLDER_VARIABLE,
+    HUNG_LOAD,
+    LEDGER,
+    FaultKind,
+    Script,
+    Stage,
+)
 
 
 def strike(prompt: str, stage: Stage) -> None:
@@ -49,6 +57,8 @@ def strike(prompt: str, stage: Stage) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case FaultKind.HANG:
             ctypes.PyDLL(None).pause()
+        case FaultKind.WAIT:
+            threading.Event().wait()
         case FaultKind.OUT_OF_MEMORY:
             raise OutOfMemory("asked for")
         case FaultKind.UNUSABLE:
@@ -130,6 +140,11 @@ class ScriptedWorker(Worker):
     """The worker's own loop around `ScriptedPipeline`."""
 
     def _open_models(self) -> Residency:
+        hung = Path(os.environ[FOLDER_VARIABLE]) / HUNG_LOAD
+        if hung.exists():
+            self.report("loading", "model weights")
+            hung.unlink()
+            threading.Event().wait()
         return Residency.of(self.settings.model, ScriptedPipeline())
 
     def _describe_model(self, job: Job) -> Model:
