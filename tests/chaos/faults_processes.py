@@ -103,7 +103,7 @@ HANGS = {
 }
 
 
-@fault("F3", "worker hangs", within_s=LEASE_S + 15)
+@fault("F3", "worker hangs", within_s=LEASE_S + 15, is_patient=True)
 def worker_hangs(room: Path) -> Found:
     """Every worker there is hangs, each in its own way; then one that loads its model."""
     environment = {"INPAINT_WORKER_STALL_S": str(STALL_S), "INPAINT_MAX_IN_FLIGHT": "1"}
@@ -323,7 +323,7 @@ def told_to_end(room: Path) -> Found:
         return Found(injected, checked, took_s)
 
 
-@fault("F23", "everything is killed at once", within_s=LEASE_S + 20)
+@fault("F23", "everything is killed at once", within_s=LEASE_S + 20, is_patient=True)
 def power_loss(room: Path) -> Found:
     """As far as a process can tell, the machine went down."""
     with running_site(room, workers=2) as site:

@@ -47,9 +47,9 @@ class LoopThread:
         self._thread.join()
         self.loop.close()
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
+    def call(self, work: Coroutine[Any, Any, T], within_s: float = 30) -> T:
         """Run on the loop, and wait for the result."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(within_s)
 
 
 async def _cancel_others() -> None:
@@ -71,10 +71,15 @@ class Call:
 
 @dataclass(slots=True)
 class Host:
-    """A running stub. calls: every POST, in order. gets: how many GET requests there were."""
+    """A running stub. calls: every POST, in order. gets: how many GET requests there were.
+
+    most_at_once: requests under way at one time.
+    """
 
     port: int = 0
     gets: int = 0
+    under_way: int = 0
+    most_at_once: int = 0
     calls: list[Call] = field(default_factory=list)
 
     @property
@@ -92,6 +97,8 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
     host = Host()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host.under_way += 1
+        host.most_at_once = max(host.most_at_once, host.under_way)
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             method, path, _ = head.split(" ", 2)
@@ -111,6 +118,7 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client has gone, or all is over
         finally:
+            host.under_way -= 1
             writer.close()
 
     server = thread.call(asyncio.start_server(serve, "127.0.0.1", 0))
@@ -118,10 +126,10 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
     try:
         yield host
     finally:
-        thread.call(_close(server))
+        thread.call(close_server(server))
 
 
-async def _close(server: asyncio.Server) -> None:
+async def close_server(server: asyncio.Server) -> None:
     server.close()
 
 
@@ -155,7 +163,7 @@ async def _behave(mode: str, tries: int, host: Host, writer: asyncio.StreamWrite
         case "half":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
         case "reset":
-            _reset(writer)
+            reset_connection(writer)
         case "silent":
             await asyncio.sleep(3600)
         case "drip":
@@ -175,7 +183,7 @@ async def _repeat(writer: asyncio.StreamWriter, chunk: bytes, pause_s: float) ->
         await asyncio.sleep(pause_s)
 
 
-def _reset(writer: asyncio.StreamWriter) -> None:
+def reset_connection(writer: asyncio.StreamWriter) -> None:
     """Close with RST instead of FIN."""
     connection: socket.socket = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -214,7 +222,7 @@ class TcpProxy:
     async def reset(self) -> None:
         """End all connections with RST."""
         for writer in self._writers:
-            _reset(writer)
+            reset_connection(writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._open.wait()
@@ -259,4 +267,4 @@ def running_proxy(
     try:
         yield proxy
     finally:
-        thread.call(_close(server))
+        thread.call(close_server(server))

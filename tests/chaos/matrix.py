@@ -39,12 +39,14 @@ class Fault:
     """number: of the matrix, such as F1. within_s: the longest recovery; None for no promise.
 
     strike: breaks things in a folder of its own, and looks. Raises: Broken, NotCovered.
+    is_patient: it mostly waits, and is tried beside the others.
     """
 
     number: str
     title: str
     within_s: float | None
     strike: Callable[[Path], Found]
+    is_patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,12 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    number: str, title: str, within_s: float | None = None
+    number: str, title: str, within_s: float | None = None, *, is_patient: bool = False
 ) -> Callable[[Callable[[Path], Found]], Callable[[Path], Found]]:
     """Decorator: put a function into the matrix."""
 
     def register(strike: Callable[[Path], Found]) -> Callable[[Path], Found]:
-        FAULTS[number] = Fault(number, title, within_s, strike)
+        FAULTS[number] = Fault(number, title, within_s, strike, is_patient)
         return strike
 
     return register
@@ -130,10 +132,11 @@ def last_lines(room: Path, count: int = 20) -> str:
     return told
 
 
-def write(outcomes: Sequence[Outcome], out: Path, name: str) -> None:
+def write(outcomes: Sequence[Outcome], total_s: float, out: Path, name: str) -> None:
     """`name`.json for programs and `name`.md for people."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
+    values = {"total_s": round(total_s, 1), "faults": [asdict(each) for each in outcomes]}
+    (out / f"{name}.json").write_text(json.dumps(values, indent=1))
     rows = [
         [
             f"{each.number} {each.title}",
@@ -148,16 +151,13 @@ def write(outcomes: Sequence[Outcome], out: Path, name: str) -> None:
     ]
     head = ["fault", "verdict", "injected", "checked", "recovery", "gaps", "trial s"]
     told = [[str(cell).replace("|", "/") for cell in row] for row in rows]
-    (out / f"{name}.md").write_text(f"# Faults\n\n{table(head, told)}\n\n{total_line(outcomes)}\n")
+    (out / f"{name}.md").write_text(
+        f"# Faults\n\n{table(head, told)}\n\n{total_line(outcomes, total_s)}\n"
+    )
 
 
-def total_s(outcomes: Sequence[Outcome]) -> float:
-    """Of all trials."""
-    return sum(each.took_s for each in outcomes)
-
-
-def total_line(outcomes: Sequence[Outcome]) -> str:
+def total_line(outcomes: Sequence[Outcome], total_s: float) -> str:
     """How many of which verdict, and how long it all took."""
     verdicts = Counter(each.verdict for each in outcomes)
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    return f"{told}; {total_s(outcomes):.0f} s in all"
+    return f"{told}; {total_s:.0f} s in all"

@@ -13,6 +13,7 @@ import httpx
 from sqlalchemy import text
 
 from server.database import open_engine, read_only
+from tests.chaos.bucket import Bucket
 from tests.chaos.scripts import LEDGER
 from tests.chaos.site import Broken, Site, expect
 
@@ -30,7 +31,7 @@ class Oracle:
     served: of the pictures a client got, in order, at the first look after the job was finished.
     may_die: whether a webhook may have been given up. orphans: files without a row that the faults
     of this run explain, such as an upload whose process was killed before its row was written.
-    files: where pictures lie, None for the data folder's.
+    files: where pictures lie, None for the data folder's. bucket: instead of a folder.
     """
 
     site: Site
@@ -38,6 +39,7 @@ class Oracle:
     may_die: bool = False
     orphans: int = 0
     files: Path | None = None
+    bucket: Bucket | None = None
     served: dict[int, list[str]] = field(default_factory=dict)
     _read: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -185,6 +187,12 @@ class Oracle:
     def _pictures(self) -> dict[str, dict[str, str]]:
         """By file prefix: digests by name, of attempts that were given up too."""
         found: dict[str, dict[str, str]] = {}
+        if self.bucket is not None:
+            for key, content in [*self.bucket.files.items()]:
+                name = key.rpartition("/")[2]
+                if key.startswith("generations/"):
+                    digest = hashlib.sha256(content).hexdigest()
+                    found.setdefault(name[:36], {})[name] = digest
         for path in self._folder("generations").glob("*"):
             with suppress(FileNotFoundError):  # a late worker takes its own away again
                 written_ns = path.stat().st_mtime_ns
@@ -204,6 +212,7 @@ class Oracle:
 
     def _stray(self, rows: list[dict[str, Any]], before: float) -> list[str]:
         """No more files from before that time without a row than the faults of this run explain."""
+        # A bucket has no time of its own here: it may hold files of uploads that go on.
         known = {row["file_prefix"] for row in rows}
         strays = [
             path.name

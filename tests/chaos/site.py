@@ -92,6 +92,8 @@ def launch_program(*program: str, under: Sequence[str] = ()) -> Launch:
 
 
 COMMAND_LINE = launch_program("server.cli")
+PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+"""Before a command: what is mounted for it later is mounted for it alone."""
 SHIFTED_COMMAND_LINE = launch_program("tests.chaos.shifted_clock")
 """The same under a clock that `Site.shift_clock` moves."""
 
@@ -249,7 +251,13 @@ class Site:
 
     def submit(self, script: Script | None = None, **changes: Any) -> httpx.Response:
         """Ask for a picture; an id in the answer is noted down."""
-        body = {
+        answer = self.client.post(f"{self.url}/api/v3/inpaint", json=self.body(script, **changes))
+        self.note(answer, changes.get("webhook"))
+        return answer
+
+    def body(self, script: Script | None = None, **changes: Any) -> dict[str, Any]:
+        """What `submit` asks for."""
+        return {
             "prompt": str(script or Script()),
             "init_image": INLINE_IMAGE,
             "mask_image": INLINE_MASK,
@@ -262,9 +270,6 @@ class Site:
             "seed": 7,
             **changes,
         }
-        answer = self.client.post(f"{self.url}/api/v3/inpaint", json=body)
-        self.note(answer, changes.get("webhook"))
-        return answer
 
     def note(self, answer: httpx.Response, webhook: str | None) -> None:
         """Remember the id of an answer, if it has one."""
