@@ -40,6 +40,8 @@ IMAGE_MODES = (
     *("silent", "drip", "endless", "lying", "reset", "page", "404", "loop", "inward", "half"),
 )
 WAITERS = 1_000
+MADE = 50
+"""So many of their jobs are waited for; all would take minutes."""
 SUBMITS = 10_000
 HALF_REQUESTS = 5_000
 CLIENTS_PER_ADDRESS = 250
@@ -276,12 +278,15 @@ def clients_leave(room: Path) -> Found:
             lambda: len([*descriptors.iterdir()]) < before + 20, 30, "the connections are gone"
         )
         site.accepted.update(dict.fromkeys(oracle.ids()))
-        told = drain(site, oracle, 120)
+        until(lambda: oracle.states()["finished"] >= MADE, 60, f"{MADE} of their jobs are made")
         expect(site.readiness() == 200, "not ready after they have left")
         after = len([*descriptors.iterdir()])
         expect(after < before + 20, f"descriptors stay: {before} → {after}")
-        checked = f"{held - before} held at once, all jobs made, descriptors {before} → {after}"
-        return Found(f"{waiters} waiting clients hang up", f"{checked}; {told}", left_s)
+        checked = (
+            f"{held - before} held at once, descriptors {before} → {after}, jobs go on; "
+            f"{oracle.last_check()}"
+        )
+        return Found(f"{waiters} waiting clients hang up", checked, left_s)
 
 
 def request_bytes(script: Script, seed: int) -> bytes:

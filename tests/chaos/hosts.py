@@ -114,7 +114,10 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
                 tries = sum(call.path == path for call in host.calls)
                 body = json.loads(content) if content else None
                 host.calls.append(Call(path, headers.get("webhook-id", ""), body, time.time()))
-            await _behave(path.partition("?")[0].split("/")[1], tries, host, writer)
+            mode = path.partition("?")[0].split("/")[1]
+            if mode == "silent":
+                await reader.read()  # until the client has gone
+            await _behave(mode, tries, host, writer)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client has gone, or all is over
         finally:
@@ -164,8 +167,6 @@ async def _behave(mode: str, tries: int, host: Host, writer: asyncio.StreamWrite
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
         case "reset":
             reset_connection(writer)
-        case "silent":
-            await asyncio.sleep(3600)
         case "drip":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n")
             await _repeat(writer, b"x", DRIP_S)
