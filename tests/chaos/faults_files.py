@@ -50,7 +50,9 @@ def model_damaged(room: Path) -> Found:
             told.append(f"{name}: {reason}")
             gaps += [f"{name}: {gap}"] if gap else []
     injected = f"the UNet's file {', '.join(DAMAGES)}"
-    return Found(injected, f"503 with a reason, jobs wait; {'; '.join(told)}", None, tuple(gaps))
+    return Found(
+        injected, f"503, the log says why, jobs wait; {'; '.join(told)}", None, tuple(gaps)
+    )
 
 
 def start_with(model: Path, host: Host, *, sees_restart: bool) -> tuple[str, str]:
@@ -68,6 +70,7 @@ def start_with(model: Path, host: Host, *, sees_restart: bool) -> tuple[str, str
             return "not noticed", "the server starts with it"
         answer = site.client.get(f"{site.url}/readyz")
         expect(answer.status_code == 503, "ready without a model")
+        expect(str(model) not in answer.text, "readiness tells strangers of paths")
         detail = " ".join(each["detail"] for each in site.log_events("worker cannot go on"))
         expect("unet" in detail, f"the log does not name the file: {detail!r}")
         job = site.accept(Script(tag="waits"))
@@ -77,7 +80,8 @@ def start_with(model: Path, host: Host, *, sees_restart: bool) -> tuple[str, str
             expect(delays == sorted(set(delays)), f"restarted after {delays}: no backing off")
         expect(site.status(job) == "processing", "an accepted job does not wait")
         Oracle(site).check()
-        return str(answer.json()["reason"]).replace(str(model), "…"), ""
+        reason = site.log_events("worker cannot go on")[0]["detail"]
+        return str(reason).replace(str(model), "…"), ""
     finally:
         site.close()
 
