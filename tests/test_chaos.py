@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.faults_network import delivery, tries
-from tests.chaos.faults_processes import expire_lease, lateness_s, picture_of, stopped_workers
+from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers, take_away
 from tests.chaos.faults_storage import without_room
 from tests.chaos.light_libraries import STOOD_IN
 from tests.chaos.oracle import Oracle
@@ -47,7 +47,7 @@ def test_worker_killed_in_the_middle_changes_nothing(site: Site, oracle: Oracle)
 
 
 def test_late_result_does_not_replace_the_first(site: Site, oracle: Oracle) -> None:
-    lateness_s(site, oracle, Stage.DECODED)
+    lateness_s(site, oracle, Stage.DECODED, take_away)
 
 
 def test_accepted_job_survives_the_death_of_the_api(site: Site, oracle: Oracle) -> None:
@@ -93,7 +93,7 @@ def test_job_of_a_hung_worker_is_made_by_another(site: Site, oracle: Oracle) -> 
     job = site.accept(Script(tag="hung", fault=FaultKind.STOP, at=Stage.HALF))
     until(lambda: bool(stopped_workers(site)), 60, "the worker stands still")
 
-    expire_lease(site, job)
+    take_away(site, job)
 
     site.ended(job)
     for pid in stopped_workers(site):
