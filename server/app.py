@@ -33,6 +33,7 @@ from server.routes import router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, SUBMIT_THREADS, WEBHOOKS, Services
 from server.settings import Settings
+from server.silence import LOOK_S
 from server.storage import Storage
 from server.telemetry import get_logger
 from server.waiters import Waiters
@@ -84,6 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
                     submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
                 )
                 background.start("keys", lambda: keep_fresh(services))
+                background.start("watch", lambda: watch_workers(services))
                 yield
         await door.aclose()
         engine.dispose()
@@ -116,6 +118,20 @@ async def keep_fresh(services: Services) -> None:
             await services.in_store_thread(services.keys.refresh)
         except (OSError, ValueError, SQLAlchemyError):
             logger.exception("keys not read")
+
+
+async def watch_workers(services: Services) -> None:
+    """Give back the jobs of workers that have fallen silent, and forget the long dead ones.
+
+    Workers do the first too, but none may be up.
+    """
+    while True:
+        try:
+            await services.in_store_thread(services.store.requeue_expired)
+            await services.in_store_thread(services.store.forget_silent_workers)
+        except SQLAlchemyError:
+            logger.exception("workers cannot be watched")
+        await asyncio.sleep(LOOK_S)
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:

@@ -126,7 +126,7 @@ class Janitor:
                 jobs.c.id,
                 jobs.c.file_prefix,
                 jobs.c.params["samples"].as_integer(),
-                jobs.c.attempt,
+                jobs.c.claim,
             )
             .where(
                 jobs.c.state == JobState.FINISHED,

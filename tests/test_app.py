@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from sqlalchemy import text
 
 from server.database import migrate, open_engine
-from server.jobs import Job, JobStore, WorkerStatus
+from server.jobs import START_S, Job, JobStore, WorkerStatus
 from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings
 from server.storage import Storage
@@ -597,17 +598,19 @@ class TestHealth:
                 (status("v", 0, "failed"), 200, "1/2 workers ready; v: failed"),
             ]:
                 if worker is not None:
-                    store.report_worker(seen_in_the_future(worker))
+                    store.report_worker(seen_now(worker))
                 answer = app.client.get("/readyz")
                 assert (answer.status_code, answer.json()["reason"]) == (code, reason)
 
     def test_load_is_told_in_integers(self, tmp_path: Path) -> None:
-        with running_app(settings_in(tmp_path)) as app:
-            assert post(app.client, "system_load") == {
-                "queue_num": 0,
-                "queue_time": 0,
-                "status": "ok",
-            }
+        settings = settings_in(tmp_path)
+        with running_app(settings) as app, store_of(settings) as store:
+            nothing = {"queue_num": 0, "status": "ok"}
+            load = post(app.client, "system_load")
+            assert load == {**nothing, "queue_time": START_S}, "nobody works yet"
+            assert isinstance(load["queue_time"], int)
+            store.report_worker(seen_now(status("w", 0)))
+            assert post(app.client, "system_load") == {**nothing, "queue_time": 0}
             submit(app.client)
             load = post(app.client, "system_load")
         assert load["queue_num"] == 1
@@ -615,9 +618,9 @@ class TestHealth:
         assert load["queue_time"] > 0
 
 
-def seen_in_the_future(worker: WorkerStatus) -> WorkerStatus:
+def seen_now(worker: WorkerStatus) -> WorkerStatus:
     """Heard of lately at whatever time the test runs."""
-    return WorkerStatus(worker.id, worker.device, worker.model, worker.state, worker.detail, 1e12)
+    return replace(worker, seen_at=time.time())
 
 
 def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(

@@ -80,7 +80,9 @@ SERVER = {
     "idempotency": "database errors",
     "commits": "",
     "turns": "database",
-    "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
+    "silence": "",
+    "jobs": "commits database deliveries errors failures idempotency receipts silence turns"
+    " models.params",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "waiters": "jobs telemetry",
@@ -107,7 +109,7 @@ SERVER = {
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings storage telemetry waiters webhooks models.decoding",
+    " settings silence storage telemetry waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
     "admin": "connections intake metrics routes services",
