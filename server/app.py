@@ -8,6 +8,7 @@ import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
@@ -170,6 +171,6 @@ def to_api_error(error: Exception) -> ApiError:
             return RouteNotFound((error.headers or {}).get("Allow", ""))
         case HTTPException():
             return InvalidBody()
-        case DBAPIError():
+        case DBAPIError() | PoolTimeout():
             return StorageUnavailable()
     return ApiError()
