@@ -85,8 +85,8 @@ SERVER = {
     " models.params",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
-    "waiters": "jobs telemetry",
-    "followers": "jobs telemetry",
+    "waiters": "database jobs telemetry",
+    "followers": "database jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
