@@ -42,7 +42,7 @@ from models.params import InpaintParams
 from server.commits import GroupCommit
 from server.database import ChangeSignal, jobs, read_only, receipts, workers
 from server.deliveries import queue_delivery
-from server.errors import QueueFull, StorageUnavailable
+from server.errors import ApiError, QueueFull, StorageUnavailable
 from server.failures import Failure
 from server.idempotency import Idempotency, find, reserve
 from server.receipts import Receipt
@@ -360,7 +360,8 @@ class JobStore:
         self._max_waiting = max_waiting
         self._max_waiting_per_key = max_waiting_per_key
         self._clock = clock
-        self._commits = GroupCommit(engine)
+        # What `_insert` raises of ours it raises before it writes.
+        self._commits = GroupCommit(engine, refusals=(ApiError,))
         self._claims = Silence[tuple[int, int]](steady_clock)
         self._workers = Silence[str](steady_clock)
 
