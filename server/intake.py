@@ -9,6 +9,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -18,7 +19,7 @@ from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
 from server.egress import FetchRights
-from server.errors import ApiError
+from server.errors import ApiError, JobNotFound
 from server.idempotency import Idempotency
 from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
 from server.receipts import Intake
@@ -154,6 +155,26 @@ async def take_in(
         init_image_sha256=digests["init_image"],
         mask_image_sha256=digests["mask_image"],
     )
+
+
+async def find_job(services: Services, job_id: int, key_id: str) -> Job:
+    """A job of this key. Raises: JobNotFound, for another key's too; StorageUnavailable."""
+    job = await services.in_store_thread(look_up, services, job_id)
+    if job is None or job.key_id != key_id:
+        raise JobNotFound
+    return job
+
+
+def look_up(services: Services, job_id: int) -> Job | None:
+    """A job; one whose pictures are gone, by whatever hand, is as good as expired.
+
+    Its row is left alone: the disk may just not be there, and come back with all pictures.
+    """
+    job = services.store.get(job_id)
+    if job is None or not job.has_pictures:
+        return job
+    is_whole = all(services.storage.has(key) for key in job.output_keys)
+    return job if is_whole else replace(job, expired_at=time.time())
 
 
 async def read_output(services: Services, name: str) -> bytes | None:

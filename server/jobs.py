@@ -267,6 +267,11 @@ class Job:
         return output_keys_of(self.file_prefix, self.params.samples, self.claim)
 
     @property
+    def has_pictures(self) -> bool:
+        """It is finished, and its pictures were not removed since."""
+        return self.state is JobState.FINISHED and self.expired_at is None
+
+    @property
     def work_left(self) -> float:
         """Pixel steps still to do."""
         return self.work * (1 - self.step / max(self.total_steps, 1))

@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy import text
 
 from server.database import migrate, open_engine
+from server.janitor import HOUR_S, Janitor
 from server.jobs import START_S, Job, JobStore, WorkerStatus
 from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings
@@ -116,6 +117,14 @@ def finish(settings: Settings, job_id: int) -> Job:
                     return job
 
 
+def expire(settings: Settings, now: float) -> None:
+    """What the janitor does when the clock says `now`."""
+    engine = open_engine(settings.sqlalchemy_url)
+    janitor = Janitor(engine, Storage(settings.storage_url), settings.retention, clock=lambda: now)
+    assert janitor.tidy().outputs == 1
+    engine.dispose()
+
+
 def request_raw(port: int, target: str, method: str = "POST") -> bytes:
     """An answer to a request line that no HTTP library would write."""
     head = (
@@ -193,6 +202,32 @@ class TestLifeOfAJob:
         finish(settings, job_id)
         text = base64.b64encode(PICTURE).decode()
         assert post(client, f"fetch/{job_id}")["output"] == [text, text]
+
+    @pytest.mark.parametrize("base64", ["yes", "no"])
+    @pytest.mark.parametrize("way", ["expired", "removed by hand"])
+    def test_pictures_that_are_gone(self, way: str, base64: str, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path)
+        storage = Storage(settings.storage_url)
+        with running_app(settings) as app:
+            job = finish(settings, submit(app.client, base64=base64))
+            assert post(app.client, f"fetch/{job.id}")["status"] == "success"
+            if way == "expired":
+                later = time.time() + (settings.retention.outputs_h + 1) * HOUR_S
+                expire(settings, later)
+            else:
+                storage.delete(job.output_keys[0])
+            gone = post(app.client, f"fetch/{job.id}")
+            told = app.client.get(f"/api/jobs/{job.id}").json()
+            sentence = "Failed, Try Again. The pictures are no longer there"
+        assert gone == {
+            "status": "failed",
+            "id": job.id,
+            "message": sentence,
+            "messege": sentence,
+            "output": "",
+        }
+        assert (told["state"], told["outputs"]) == ("finished", [])
+        assert told["expired_at"] is not None
 
     def test_base64_as_links(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, base64_output="link")
