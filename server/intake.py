@@ -21,11 +21,12 @@ from server.downloads import ImageSource, OwnOutputs, download_images
 from server.egress import FetchRights
 from server.errors import ApiError, JobNotFound
 from server.idempotency import Idempotency
-from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
+from server.jobs import OUTPUT_FOLDER, Job, JobStore, NewJob, QueueShare
 from server.receipts import Intake
 from server.sandbox import DecodedPair
 from server.services import Services
 from server.settings import Settings
+from server.storage import Storage
 
 
 class AskedJob(Protocol):
@@ -119,7 +120,7 @@ async def accept(
         webhook=asked.webhook,
         track_id=asked.track_id,
     )
-    job = await services.in_submit_thread(submit, services, new, pair, once)
+    job = await services.in_submit_thread(submit, services.store, services.storage, new, pair, once)
     return job, job.file_prefix == new.file_prefix
 
 
@@ -194,17 +195,21 @@ def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:
     return asked.width or 512, asked.height or 512
 
 
-def submit(services: Services, new: NewJob, pair: DecodedPair, once: Idempotency | None) -> Job:
+def submit(
+    store: JobStore, storage: Storage, new: NewJob, pair: DecodedPair, once: Idempotency | None
+) -> Job:
     """Store the input, then the row. Raises: QueueFull, Conflict, StorageUnavailable."""
     # The inputs come first: a job that can be claimed must have them.
-    services.storage.put(new.input_key, pair.to_bytes())
+    storage.put(new.input_key, pair.to_bytes())
     try:
-        job = services.store.submit(new, once)
-    except Exception:
-        services.storage.delete(new.input_key)
+        job = store.submit(new, once)
+    except ApiError:  # refused for certain
+        # Not after any other: the commit may have taken effect, and only its answer be lost. Where
+        # it did not, the janitor finds a file without a row.
+        storage.delete(new.input_key)
         raise
     if job.file_prefix != new.file_prefix:
-        services.storage.delete(new.input_key)
+        storage.delete(new.input_key)
     return job
 
 

@@ -95,7 +95,7 @@ SERVER = {
     "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
     " waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings models.params",
+    " settings storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
