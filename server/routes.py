@@ -148,7 +148,7 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
 async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
     """The finished pictures as the client asked for them: URLs, or base64 texts."""
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    if not job.request["wants_base64"]:
+    if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
         return urls
     if services.settings.base64_output is Base64Output.LINK:
         return [url.removesuffix(".png") + ".base64" for url in urls]
