@@ -523,12 +523,13 @@ async def wait_together(site: Site, requests: Iterator[bytes], count: int) -> di
     """So many held calls at a time; then all their jobs end with one commit."""
     process = psutil.Process(site.server.pid)
     before = memory_of(process)
-    wires = [await Wire.open(site.url) for _ in range(count)]
-    asking = []
-    for first in range(0, count, WAVE):
-        wave = wires[first : first + WAVE]
+    wires: list[Wire] = []
+    asking: list[asyncio.Future[Message]] = []
+    while len(asking) < count:
+        wave = [await Wire.open(site.url) for _ in range(min(WAVE, count - len(asking)))]
+        wires += wave
         asking += [asyncio.ensure_future(wire.ask(next(requests))) for wire in wave]
-        await until_waiting(site.engine, len(asking))
+        await until_waiting(site.engine, asking)
     await asyncio.sleep(1.0)
     held = memory_of(process)
     await asyncio.to_thread(end_waiting, site.engine)
@@ -557,14 +558,16 @@ def memory_of(process: Any) -> dict[str, float]:
     return {"rss": memory.rss / MIB, "pss": memory.pss / MIB}
 
 
-async def until_waiting(engine: Engine, count: int) -> None:
-    """Until so many jobs wait. Raises: TimeoutError."""
+async def until_waiting(engine: Engine, asking: Sequence[asyncio.Future[Message]]) -> None:
+    """Until the jobs of all calls wait. Raises: TimeoutError; RuntimeError for an early answer."""
     query = select(func.count()).where(jobs.c.state == JobState.QUEUED)
     async with asyncio.timeout(ANSWER_TIMEOUT_S):
         while True:
             with read_only(engine) as connection:
-                if connection.execute(query).scalar_one() >= count:
+                if connection.execute(query).scalar_one() >= len(asking):
                     return
+            if early := [each for each in asking if each.done()]:
+                raise RuntimeError(f"answered before its job has ended: {early[0].result()}")
             await asyncio.sleep(0.02)
 
 
