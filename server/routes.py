@@ -150,7 +150,7 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
     Raises: StorageUnavailable, also where one was removed at this moment.
     """
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    if not job.request["wants_base64"]:
+    if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
         return urls
     if services.settings.base64_output is Base64Output.LINK:
         return [url.removesuffix(".png") + ".base64" for url in urls]
