@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from tests.chaos.bucket import Bucket, running_bucket
 from tests.chaos.faults_processes import drain, picture_of
@@ -28,8 +27,11 @@ from tests.chaos.site import (
 TMPFS_BYTES = 4_000_000
 NOT_READY_S = 45.0
 """From the last sign of life of a worker to 503, and a bit."""
+KEPT = "a store is away, the job's end waits"
+"""What a worker logs then."""
+
 KEPT_S = 8.0
-"""The file store is away for so long after the picture is made."""
+"""The file store is away for so long after that."""
 
 
 @contextmanager
@@ -226,7 +228,7 @@ def store_full(room: Path) -> Found:
         expect(bucket.tries > 0, "the bucket was not asked")
         injected = (
             f"a full disk, and a bucket that resets every request, for {KEPT_S:g} s and more after "
-            "the last step"
+            "the picture was refused"
         )
         checked = (
             "submits told 503 with Retry-After, the job stays processing, then is a success of its "
@@ -262,7 +264,7 @@ def stored_later(
     site.claimed(job)
     with broken:
         refused(site)
-        until(lambda: is_painted(oracle.row(job)), 30, "the steps are done")
+        until(lambda: bool(site.log_events(KEPT)), 60, "a worker says that it keeps a picture")
         give_up_at = time.monotonic() + KEPT_S
         while time.monotonic() < give_up_at:
             status = site.fetch(job)
@@ -273,8 +275,3 @@ def stored_later(
     after = site.accept(Script(tag="after"))
     site.ended(after)
     return took_s, oracle.last_check()
-
-
-def is_painted(row: dict[str, Any]) -> bool:
-    """Whether all steps of a job are done."""
-    return bool(row["step"] == row["total_steps"] > 0)
