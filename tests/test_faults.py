@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pytest
@@ -33,7 +32,6 @@ from server.janitor import ORPHAN_S, Janitor
 from server.jobs import MAX_ATTEMPTS, Job, JobState, JobStore
 from server.receipts import Model
 from server.sandbox import DecodedPair
-from server.services import Services
 from server.settings import RetentionSettings, Settings, WebhookSettings
 from server.storage import Storage, StoredFile
 from server.webhooks import WebhookSender
@@ -350,12 +348,11 @@ def run_with_files(engine: Engine, storage: Storage, data_dir: Path) -> list[int
     """Submit jobs, as the intake does, and have a worker make them; the ids."""
     stopping = threading.Event()
     store = LastJobStops(engine, stopping)
-    services = cast(Services, SimpleNamespace(store=store, storage=storage))
 
     def submit() -> Job:
         params = InpaintParams(prompt="", seed=7, width=64, height=64, num_inference_steps=2)
         new = new_job(file_prefix=str(uuid.uuid4()), params=params)
-        return intake.submit(services, new, PAIR, None)
+        return intake.submit(store, storage, new, PAIR, None)
 
     accepted = [insist_on_files(submit).id for _ in range(STORED_JOBS)]
     PlainWorker("w", "cpu", Settings(data_dir=data_dir), store, storage, stopping).run()
