@@ -1,6 +1,7 @@
 """The list of faults, how one is tried, and how the whole is told."""
 
 import json
+import os
 import tempfile
 import time
 import traceback
@@ -54,7 +55,7 @@ class Outcome:
     """A line of the report.
 
     found: None where the fault was not borne or not tried; trouble says why, or that it took too
-    long. took_s: the whole trial.
+    long. log: the end of the servers' logs of one that was not borne. took_s: the whole trial.
     """
 
     number: str
@@ -62,6 +63,7 @@ class Outcome:
     verdict: str
     found: Found | None
     trouble: str
+    log: str
     within_s: float | None
     took_s: float
 
@@ -82,7 +84,7 @@ class Outcome:
         if self.found is not None:
             parts += [f"injected: {self.found.injected}", f"checked: {self.found.checked}"]
             parts += [self.recovery, *(f"GAP: {gap}" for gap in self.found.gaps)]
-        return " | ".join(filter(None, [*parts, f"{self.took_s:.0f} s"]))
+        return " | ".join(filter(None, [*parts, f"{self.took_s:.0f} s"])) + self.log
 
 
 FAULTS: dict[str, Fault] = {}
@@ -104,7 +106,7 @@ def fault(
 def try_fault(each: Fault, patience: float = 1.0) -> Outcome:
     """Strike, and judge. patience: recovery may take so many times as long as promised."""
     started = time.monotonic()
-    found, trouble = None, ""
+    found, trouble, log = None, "", ""
     with tempfile.TemporaryDirectory(prefix=f"chaos-{each.number}-") as room:
         try:
             found = each.strike(Path(room))
@@ -118,9 +120,10 @@ def try_fault(each: Fault, patience: float = 1.0) -> Outcome:
             verdict, trouble = FAILS, str(broken)
         except Exception as error:  # noqa: BLE001 - a broken trial must not hide the others
             verdict, trouble = FAILS, "".join(traceback.format_exception(error)[-3:]).strip()
-        logs = last_lines(Path(room)) if verdict == FAILS else ""
+        if verdict == FAILS and found is None:
+            log = last_lines(Path(room))
     took_s = round(time.monotonic() - started, 1)
-    return Outcome(each.number, each.title, verdict, found, trouble + logs, each.within_s, took_s)
+    return Outcome(each.number, each.title, verdict, found, trouble, log, each.within_s, took_s)
 
 
 def last_lines(room: Path, count: int = 20) -> str:
@@ -142,7 +145,7 @@ def write(outcomes: Sequence[Outcome], total_s: float, out: Path, name: str) -> 
             f"{each.number} {each.title}",
             each.verdict,
             each.found.injected if each.found else "",
-            each.found.checked if each.found else each.trouble.partition("\n")[0],
+            "; ".join(filter(None, [each.trouble, each.found.checked if each.found else ""])),
             each.recovery,
             "; ".join(each.found.gaps) if each.found else "",
             each.took_s,
@@ -150,14 +153,15 @@ def write(outcomes: Sequence[Outcome], total_s: float, out: Path, name: str) -> 
         for each in outcomes
     ]
     head = ["fault", "verdict", "injected", "checked", "recovery", "gaps", "trial s"]
-    told = [[str(cell).replace("|", "/") for cell in row] for row in rows]
+    told = [[" ".join(str(cell).replace("|", "/").split()) for cell in row] for row in rows]
     (out / f"{name}.md").write_text(
         f"# Faults\n\n{table(head, told)}\n\n{total_line(outcomes, total_s)}\n"
     )
 
 
 def total_line(outcomes: Sequence[Outcome], total_s: float) -> str:
-    """How many of which verdict, and how long it all took."""
+    """How many of which verdict, how long it all took, and how busy the machine was."""
     verdicts = Counter(each.verdict for each in outcomes)
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    return f"{told}; {total_s:.0f} s in all"
+    busy, cores = os.getloadavg()[2], os.cpu_count()
+    return f"{told}; {total_s:.0f} s in all, load {busy:.1f} on {cores} cores"
