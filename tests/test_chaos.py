@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 
 from server.database import open_engine
-from tests.chaos.faults_network import delivery, tries
+from tests.chaos.faults_network import delivery, refused_in_parallel, tries, waiters_leave
 from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers, take_away
 from tests.chaos.faults_storage import without_room
 from tests.chaos.light_libraries import STOOD_IN
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import LEDGER, FaultKind, Script, Stage
-from tests.chaos.site import SHIFTED_COMMAND_LINE, Broken, Site, running_site, signal_process, until
+from tests.chaos.site import (
+    SHIFTED_COMMAND_LINE,
+    Broken,
+    Site,
+    outside_world,
+    running_site,
+    signal_process,
+    until,
+)
 from tests.test_supervisor import rename
 
 
@@ -171,6 +179,15 @@ def test_job_of_a_hung_worker_is_made_by_another(site: Site, oracle: Oracle) -> 
         signal_process(pid, signal.SIGCONT)
 
 
+def test_clients_that_leave_while_they_wait_take_nothing_along(tmp_path: Path) -> None:
+    waiters_leave(tmp_path, waiters=40, made=10)
+
+
+def test_no_more_are_taken_than_there_is_room_for(tmp_path: Path) -> None:
+    with outside_world() as (thread, host):
+        refused_in_parallel(tmp_path, thread, host, submits=200)
+
+
 def test_oracle_notices_what_is_wrong(site: Site) -> None:
     """Each of its questions has an answer that it does not accept."""
     oracle = Oracle(site)
@@ -189,6 +206,8 @@ def test_oracle_notices_what_is_wrong(site: Site) -> None:
     with pytest.raises(Broken, match="has changed since it was finished"):
         oracle.check()
     with pytest.raises(Broken, match="not the one of the first finish"):
+        Oracle(site).check()
+    with pytest.raises(Broken, match="not served as it was first finished"):
         Oracle(site).check()
     picture.rename(stray)
     os.utime(stray, (0, 0))

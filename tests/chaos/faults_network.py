@@ -259,7 +259,11 @@ def allow_sockets(count: int) -> int:
 @fault("F16", "clients go away while they wait", within_s=10)
 def clients_leave(room: Path) -> Found:
     """Their jobs go on, and nothing of the connections stays."""
-    waiters = allow_sockets(WAITERS)
+    return waiters_leave(room, allow_sockets(WAITERS), MADE)
+
+
+def waiters_leave(room: Path, waiters: int, made: int) -> Found:
+    """So many clients hang up; so many of their jobs are waited for. Raises: Broken."""
     settings = {"INPAINT_HOLD_S": "120", "INPAINT_QUEUE__MAX_WAITING_PER_KEY": str(2 * waiters)}
     settings["INPAINT_QUEUE__MAX_WAITING"] = str(2 * waiters)
     with running_site(room, settings) as site:
@@ -278,7 +282,7 @@ def clients_leave(room: Path) -> Found:
             lambda: len([*descriptors.iterdir()]) < before + 20, 30, "the connections are gone"
         )
         site.accepted.update(dict.fromkeys(oracle.ids()))
-        until(lambda: oracle.states()["finished"] >= MADE, 60, f"{MADE} of their jobs are made")
+        until(lambda: oracle.states()["finished"] >= made, 60, f"{made} of their jobs are made")
         expect(site.readiness() == 200, "not ready after they have left")
         after = len([*descriptors.iterdir()])
         expect(after < before + 20, f"descriptors stay: {before} → {after}")
