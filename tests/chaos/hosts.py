@@ -71,15 +71,10 @@ class Call:
 
 @dataclass(slots=True)
 class Host:
-    """A running stub. calls: every POST, in order. gets: how many GET requests there were.
-
-    most_at_once: requests under way at one time.
-    """
+    """A running stub. calls: every POST, in order. gets: how many GET requests there were."""
 
     port: int = 0
     gets: int = 0
-    under_way: int = 0
-    most_at_once: int = 0
     calls: list[Call] = field(default_factory=list)
 
     @property
@@ -97,8 +92,6 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
     host = Host()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host.under_way += 1
-        host.most_at_once = max(host.most_at_once, host.under_way)
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             method, path, _ = head.split(" ", 2)
@@ -121,7 +114,6 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client has gone, or all is over
         finally:
-            host.under_way -= 1
             writer.close()
 
     server = thread.call(asyncio.start_server(serve, "127.0.0.1", 0))
