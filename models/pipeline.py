@@ -26,7 +26,7 @@ from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from models.params import InpaintParams, SchedulerName
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
-from models.schedulers import create_scheduler, noised, own_scheduler, run_timesteps
+from models.schedulers import SchedulerSource, noised, run_timesteps
 from models.unet import BatchedUNet, UNetRows
 from models.uploads import host_tables
 from models.vae import LatentCodec
@@ -129,7 +129,7 @@ class InpaintPipeline:
         vae = components.vae.to(memory_format=torch.channels_last)
         unet = components.unet.to(memory_format=torch.channels_last)
         self._unet = call_batches(unet)
-        self._scheduler_config = components.scheduler_config
+        self._schedulers = SchedulerSource(components.scheduler_config)
         self.device: torch.device = components.unet.device
         self.dtype: torch.dtype = components.unet.dtype
         self.channels: int = components.unet.config.in_channels
@@ -140,7 +140,6 @@ class InpaintPipeline:
         self._codec = LatentCodec(vae, self.dtype)
         self._encoder = CanvasEncoder(self._codec, self.channels, self.device, self.dtype)
         self.latent_scale: int = self._codec.scale
-        own_scheduler(components.scheduler_config)  # an unknown one stops the start, not a job
         self._conditioner = create_conditioner(components, self.device, self.dtype)
         self._safety = (
             SafetyChecker(components.safety_checker, components.feature_extractor)
@@ -288,7 +287,7 @@ class InpaintPipeline:
         conditioning: Conditioning,
         encoded: EncodedCanvas,
     ) -> Sample:
-        scheduler = create_scheduler(params.scheduler, self._scheduler_config)
+        scheduler = self._schedulers.new(params.scheduler)
         timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
         # A generator on the host gives the same numbers on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -373,6 +372,7 @@ def to_pictures(decoded: torch.Tensor) -> NDArray[np.uint8]:
 
 
 DEVICE_LIBRARIES = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "cuBLAS error")
+NO_MEMORY = ("ALLOC_FAILED", "out of memory")
 
 
 @contextmanager
@@ -386,6 +386,8 @@ def translated_errors() -> Iterator[None]:
         raise DeviceLost(str(error)) from error
     except RuntimeError as error:
         # The libraries under torch have no class of their own.
-        if any(name in str(error) for name in DEVICE_LIBRARIES):
-            raise DeviceLost(str(error)) from error
-        raise
+        if not any(name in str(error) for name in DEVICE_LIBRARIES):
+            raise
+        if any(word in str(error) for word in NO_MEMORY):
+            raise OutOfMemory("a library of the device has too little free memory") from error
+        raise DeviceLost(str(error)) from error
