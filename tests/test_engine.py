@@ -28,6 +28,7 @@ from tests.test_pipeline import (
     generated,
     make_params,
     make_source,
+    reference,
     with_fault,
 )
 
@@ -390,6 +391,27 @@ def test_picture_does_not_depend_on_what_else_runs(
             apart = difference(picture.generated, paint_alone(one))
             assert apart.max() <= (0 if is_reproducible else 2)
             assert np.count_nonzero(apart > 1) <= apart.size / 1000
+
+
+def test_pictures_made_together_are_those_of_diffusers(tiny_components: Components) -> None:
+    jobs = [
+        make_params(seed=3, num_inference_steps=5),
+        make_params(seed=4, scheduler=SchedulerName.EULER_ANCESTRAL, guidance_scale=1.0),
+        make_params(seed=5, scheduler=SchedulerName.DPM_MULTISTEP, strength=0.6, prompt="a star"),
+        make_params(seed=6, scheduler=SchedulerName.LCM, num_inference_steps=3),
+    ]
+    pipeline = InpaintPipeline(tiny_components)
+    engine = InpaintEngine(
+        Residency.of(MODEL, pipeline), EngineLimits(first_rows=8, first_pictures=4)
+    )
+
+    ends = run_all(engine, *(Generation(n, MODEL, job, SOURCE) for n, job in enumerate(jobs)))
+
+    for number, params in enumerate(jobs):
+        (picture,) = pictures_of(ends[number])
+        apart = difference(picture.generated, reference(tiny_components, params))
+        assert apart.max() <= 2
+        assert np.count_nonzero(apart > 1) <= apart.size / 1000
 
 
 # --- policy, with the toy -----------------------------------------------------------------------
