@@ -1,0 +1,151 @@
+"""Only known releases and known files are installed."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.supply.locks import DEVELOPMENT, LOCKS, REPOSITORY, RUNTIME, TOOLS, pins, read_lock
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+OWN = "inpaint-server"
+BROUGHT_BY_VENV = {"pip"}
+START_UP_HOOKS = {
+    "distutils-precedence.pth",
+    f"__editable__.inpaint_server-{PROJECT['project']['version']}.pth",
+}
+"""setuptools' and our own; code of any other would run at every start of Python."""
+
+
+def installed() -> list[Distribution]:
+    return list(distributions(path=[each for each in sys.path if "site-packages" in each]))
+
+
+# --- the locks ---
+
+
+@pytest.mark.parametrize("lock", sorted(path.name for path in LOCKS.iterdir()))
+def test_every_line_is_one_version_held_by_sha256(lock: str) -> None:
+    assert read_lock(LOCKS / lock)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "idna==3.20",
+        "idna>=3.20 --hash=sha256:" + "0" * 64,
+        "idna==3.* --hash=sha256:" + "0" * 64,
+        "idna --hash=sha256:" + "0" * 64,
+        "idna==3.20 --hash=sha256:" + "0" * 63,
+        "idna==3.20 --hash=md5:" + "0" * 32,
+        "--index-url https://index.example/simple",
+        "--extra-index-url https://index.example/simple",
+        "--find-links https://index.example",
+        "--trusted-host index.example",
+    ],
+)
+def test_anything_else_is_no_lock(line: str, tmp_path: Path) -> None:
+    lock = tmp_path / "lock.txt"
+    lock.write_text(f"{line}\n")
+
+    with pytest.raises(ValueError, match="not held by SHA-256|not one exact version"):
+        read_lock(lock)
+
+
+@pytest.mark.parametrize("lock", sorted(path.name for path in LOCKS.iterdir()))
+def test_no_lock_names_an_address(lock: str) -> None:
+    assert "://" not in (LOCKS / lock).read_text()
+
+
+def test_each_name_has_one_version() -> None:
+    versions: dict[str, set[str]] = {}
+    for pin in pins(*RUNTIME, "torch-cpu", *DEVELOPMENT, *TOOLS):
+        versions.setdefault(pin.name, set()).add(pin.release)
+
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "locks"),
+    [
+        (PROJECT["project"]["dependencies"], RUNTIME),
+        (PROJECT["build-system"]["requires"], RUNTIME),
+        (PROJECT["project"]["optional-dependencies"]["dev"], RUNTIME + DEVELOPMENT),
+        (PROJECT["dependency-groups"]["tools"], TOOLS),
+    ],
+    ids=["dependencies", "build-system", "dev", "tools"],
+)
+def test_locks_hold_what_the_project_asks_for(wanted: list[str], locks: Sequence[str]) -> None:
+    locked = {pin.name: pin.version for pin in pins(*locks)}
+
+    for each in map(Requirement, wanted):
+        assert each.specifier.contains(locked[canonicalize_name(each.name)]), each
+
+
+def test_what_is_installed_is_what_is_locked() -> None:
+    locked = {(pin.name, pin.version) for pin in pins(*RUNTIME, "torch-cpu", *DEVELOPMENT)}
+
+    found = {(canonicalize_name(each.name), each.version) for each in installed()}
+    strange = {each for each in found - locked if each[0] not in BROUGHT_BY_VENV | {OWN}}
+
+    assert strange == set(), "make install takes what is locked; make lock locks what is asked for"
+
+
+def test_nothing_installed_runs_at_start_up() -> None:
+    folders = [Path(each) for each in sys.path if each.endswith("site-packages")]
+
+    hooks = {path.name for folder in folders for path in folder.glob("*.pth")}
+
+    assert hooks <= START_UP_HOOKS
+
+
+# --- the installing ---
+
+
+def pip_installs(text: str) -> list[list[str]]:
+    """The words of each `pip install` of a Dockerfile or of what make would run."""
+    commands = re.split(r"\n|&&", text.replace("\\\n", " "))
+    return [shlex.split(each) for each in commands if re.search(r"\bpip install\b", each)]
+
+
+def made(*targets: str) -> str:
+    """What make would run for the targets in a checkout without an environment."""
+    dry = ["make", "--dry-run", "--always-make", "TORCH=torch-cpu", *targets]
+    return subprocess.run(dry, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("where", ["Dockerfile", "make"])
+def test_only_locked_wheels_and_our_own_code_are_installed(where: str) -> None:
+    text = (REPOSITORY / where).read_text() if where == "Dockerfile" else made("install", "lock")
+
+    installs = pip_installs(text)
+
+    assert len(installs) == {"Dockerfile": 2, "make": 3}[where]
+    for words in installs:
+        if "--editable" in words:
+            assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(words)
+            assert words[-2:] == ["--editable", "."]
+        else:
+            assert {"--require-hashes", "--only-binary"} <= set(words)
+            assert words[words.index("--only-binary") + 1] == ":all:"
+            arguments = words[words.index(":all:") + 1 :]
+            assert set(arguments[::2]) == {"--requirement"}
+            assert all(each.startswith("configs/locks/") for each in arguments[1::2])
+
+
+def test_image_gets_the_runtime_locks_alone() -> None:
+    words = shlex.split((REPOSITORY / "Dockerfile").read_text().replace("\\\n", " "), comments=True)
+    read = [words[at + 1] for at, word in enumerate(words) if word == "--requirement"]
+    start = words.index("configs/locks/runtime.txt")
+
+    assert read == [f"configs/locks/{lock}.txt" for lock in RUNTIME]
+    assert words[start - 1 : start + 3] == ["COPY", *read, "configs/locks/"]
+    assert "!configs" in (REPOSITORY / ".dockerignore").read_text().splitlines()
