@@ -1,4 +1,4 @@
-"""Only known releases and known files are installed."""
+"""Only known releases and known files are installed, nothing is passed as audited that was not."""
 
 import re
 import shlex
@@ -13,7 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.supply.locks import DEVELOPMENT, LOCKS, REPOSITORY, RUNTIME, TOOLS, pins, read_lock
+from tests.supply.audit import CLEAN, HOLES, NOT_AUDITED, Findings, audit, main, report
+from tests.supply.locks import DEVELOPMENT, LOCKS, REPOSITORY, RUNTIME, TOOLS, Pin, pins, read_lock
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 OWN = "inpaint-server"
@@ -124,7 +125,7 @@ def made(*targets: str) -> str:
 
 @pytest.mark.parametrize("where", ["Dockerfile", "make"])
 def test_only_locked_wheels_and_our_own_code_are_installed(where: str) -> None:
-    text = (REPOSITORY / where).read_text() if where == "Dockerfile" else made("install", "lock")
+    text = (REPOSITORY / where).read_text() if where == "Dockerfile" else made("audit", "lock")
 
     installs = pip_installs(text)
 
@@ -149,3 +150,88 @@ def test_image_gets_the_runtime_locks_alone() -> None:
     assert read == [f"configs/locks/{lock}.txt" for lock in RUNTIME]
     assert words[start - 1 : start + 3] == ["COPY", *read, "configs/locks/"]
     assert "!configs" in (REPOSITORY / ".dockerignore").read_text().splitlines()
+
+
+# --- the audit ---
+
+LOCKED = [Pin("idna", "3.20", ("1" * 64,)), Pin("pillow", "13.0.0", ("2" * 64,))]
+FAKE = Path(__file__).with_name("fake_pip_audit.py")
+
+
+def audited(mode: str) -> Findings:
+    return audit([sys.executable, str(FAKE), mode], LOCKED, limit_s=60)
+
+
+def test_answers_without_holes_are_clean() -> None:
+    found = audited("clean")
+
+    assert not found.holes
+    assert not found.unaudited
+
+
+def test_holes_are_named() -> None:
+    found = audited("vulnerable")
+
+    assert found.holes == {"pillow==13.0.0": ["PYSEC-2026-1"]}
+    assert not found.unaudited
+
+
+@pytest.mark.parametrize("mode", ["unknown", "refused", "blind"])
+def test_silence_of_the_service_is_no_audit(mode: str) -> None:
+    found = audited(mode)
+
+    assert found.unaudited == ["idna==3.20", "pillow==13.0.0"]
+    assert found.complaint
+
+
+@pytest.mark.parametrize("mode", ["partial", "forgetful"])
+def test_release_without_answer_is_named(mode: str) -> None:
+    assert audited(mode).unaudited == ["pillow==13.0.0"]
+
+
+def test_hole_counts_beside_releases_without_answer() -> None:
+    found = audited("vulnerable-partial")
+
+    assert found.holes == {"pillow==13.0.0": ["PYSEC-2026-1"]}
+    assert found.unaudited == ["idna==3.20"]
+
+
+def test_audit_that_hangs_or_is_missing_is_no_audit() -> None:
+    hanging = audit([sys.executable, str(FAKE), "hanging"], LOCKED, limit_s=0.5)
+    missing = audit(["./no-pip-audit"], LOCKED, limit_s=0.5)
+
+    assert (hanging.complaint, len(hanging.unaudited)) == ("no answer within 0.5 s", 2)
+    assert (missing.complaint, len(missing.unaudited)) == ("there is no ./no-pip-audit", 2)
+
+
+def test_local_label_is_not_asked_for() -> None:
+    assert Pin("torch", "2.13.0+cpu", ()).release == "torch==2.13.0"
+
+
+@pytest.mark.parametrize(
+    ("mode", "strict", "tolerant"),
+    [
+        ("clean", CLEAN, CLEAN),
+        ("vulnerable", HOLES, HOLES),
+        ("vulnerable-partial", HOLES, HOLES),
+        ("partial", NOT_AUDITED, NOT_AUDITED),
+        ("unknown", NOT_AUDITED, CLEAN),
+        ("refused", NOT_AUDITED, CLEAN),
+        ("blind", NOT_AUDITED, CLEAN),
+    ],
+)
+def test_status_tells_holes_from_silence(mode: str, strict: int, tolerant: int) -> None:
+    found = audited(mode)
+
+    assert report(found, len(LOCKED), tolerate_unreachable=False) == strict
+    assert report(found, len(LOCKED), tolerate_unreachable=True) == tolerant
+
+
+def test_tolerated_silence_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    command = shlex.join([sys.executable, str(FAKE), "unknown"])
+
+    assert main(["--command", command, "--tolerate-unreachable"]) == CLEAN
+
+    said = capsys.readouterr().out
+    assert said.startswith("NOTHING WAS AUDITED")
+    assert "No known vulnerabilities" not in said
