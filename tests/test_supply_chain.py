@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 from tests.supply.audit import CLEAN, HOLES, NOT_AUDITED, Findings, audit, main, report
 from tests.supply.locks import DEVELOPMENT, LOCKS, REPOSITORY, RUNTIME, TOOLS, Pin, pins, read_lock
+from tests.supply.sbom import runtime_part
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 OWN = "inpaint-server"
@@ -235,3 +236,29 @@ def test_tolerated_silence_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.startswith("NOTHING WAS AUDITED")
     assert "No known vulnerabilities" not in said
+
+
+# --- the bill of materials ---
+
+
+def test_bill_of_materials_is_of_the_runtime() -> None:
+    bill = {
+        "metadata": {"component": {"bom-ref": "root"}},
+        "components": [
+            {"bom-ref": "SQLAlchemy==2.1.9", "name": "SQLAlchemy"},
+            {"bom-ref": "mypy==2.4.1", "name": "mypy"},
+        ],
+        "dependencies": [
+            {"ref": "root", "dependsOn": ["SQLAlchemy==2.1.9", "mypy==2.4.1"]},
+            {"ref": "SQLAlchemy==2.1.9", "dependsOn": ["mypy==2.4.1"]},
+            {"ref": "mypy==2.4.1"},
+        ],
+    }
+
+    part = runtime_part(bill, {"sqlalchemy"})
+
+    assert [each["name"] for each in part["components"]] == ["SQLAlchemy"]
+    assert part["dependencies"] == [
+        {"ref": "root", "dependsOn": ["SQLAlchemy==2.1.9"]},
+        {"ref": "SQLAlchemy==2.1.9", "dependsOn": []},
+    ]
