@@ -14,7 +14,7 @@ CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
 TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
 	&& echo torch-cpu || echo torch)
 
-.PHONY: install demo serve test fuzz fuzz-api check format bench chaos lock audit sbom
+.PHONY: install demo serve test fuzz fuzz-api check format bench chaos lock audit sbom licences
 
 install: $(INSTALLED)
 
@@ -71,6 +71,9 @@ audit: $(INSTALLED) $(TOOLS_INSTALLED)
 
 sbom: $(INSTALLED) $(TOOLS_INSTALLED)
 	$(BIN)/python -m tests.supply.sbom --out out/sbom.json
+
+licences: $(INSTALLED)
+	$(BIN)/python -m tests.supply.licences
 
 # Renews the locks after a change of pyproject.toml from what has been out for AGE; pins stay as far as
 # they fit. UPGRADE=--upgrade raises all, UPGRADE='--upgrade-package NAME' one; AGE='0 days' lets in a

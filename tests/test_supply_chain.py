@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.supply import licences
 from tests.supply.audit import CLEAN, HOLES, NOT_AUDITED, Findings, audit, main, report
 from tests.supply.locks import DEVELOPMENT, LOCKS, REPOSITORY, RUNTIME, TOOLS, Pin, pins, read_lock
 from tests.supply.sbom import runtime_part
@@ -238,7 +239,26 @@ def test_tolerated_silence_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No known vulnerabilities" not in said
 
 
-# --- the bill of materials ---
+# --- licences and the bill of materials ---
+
+
+def test_licences_are_known_and_accepted() -> None:
+    assert licences.refused() == {}
+
+
+def test_page_of_licences_is_current() -> None:
+    assert licences.PAGE.read_text() == licences.page(), "make licences"
+
+
+def test_exceptions_are_of_what_is_locked() -> None:
+    locked = {pin.name for pin in pins(*RUNTIME, *DEVELOPMENT)}
+
+    assert licences.EXCUSED.keys() | licences.RECORDED.keys() <= locked
+
+
+@pytest.mark.parametrize("licence", ["", "GPL-3.0-only", "MIT AND AGPL-3.0-only", "MIT OR GPL-2.0"])
+def test_other_licences_are_refused(licence: str) -> None:
+    assert not licences.is_accepted(licence)
 
 
 def test_bill_of_materials_is_of_the_runtime() -> None:
