@@ -265,7 +265,8 @@ def test_bill_of_materials_is_of_the_runtime() -> None:
     bill = {
         "metadata": {"component": {"bom-ref": "root"}},
         "components": [
-            {"bom-ref": "SQLAlchemy==2.1.9", "name": "SQLAlchemy"},
+            {"bom-ref": "SQLAlchemy==2.1.9", "name": "SQLAlchemy", "licenses": []},
+            {"bom-ref": "pysqlite3==0.6.1", "name": "pysqlite3"},
             {"bom-ref": "mypy==2.4.1", "name": "mypy"},
         ],
         "dependencies": [
@@ -275,9 +276,12 @@ def test_bill_of_materials_is_of_the_runtime() -> None:
         ],
     }
 
-    part = runtime_part(bill, {"sqlalchemy"})
+    part = runtime_part(bill, {"sqlalchemy", "pysqlite3"})
 
-    assert [each["name"] for each in part["components"]] == ["SQLAlchemy"]
+    assert [(each["name"], each["licenses"]) for each in part["components"]] == [
+        ("SQLAlchemy", []),
+        ("pysqlite3", [{"license": {"name": "Zlib"}}]),
+    ]
     assert part["dependencies"] == [
         {"ref": "root", "dependsOn": ["SQLAlchemy==2.1.9"]},
         {"ref": "SQLAlchemy==2.1.9", "dependsOn": []},

@@ -14,6 +14,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from tests.supply.licences import licence_of
 from tests.supply.locks import REPOSITORY, RUNTIME, pins
 
 _VALIDATE = """
@@ -26,8 +27,15 @@ sys.exit(repr(error) if error else 0)
 
 
 def runtime_part(bill: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The bill with the components of these canonical names and the dependencies among them."""
-    components = [each for each in bill["components"] if canonicalize_name(each["name"]) in names]
+    """The bill with the components of these canonical names and the dependencies among them.
+
+    A component whose metadata cyclonedx-py cannot read a licence from gets that of `licence_of`.
+    """
+    components = [
+        {"licenses": [{"license": {"name": licence_of(name)}}], **each}
+        for each in bill["components"]
+        if (name := canonicalize_name(each["name"])) in names
+    ]
     kept = {each["bom-ref"] for each in components} | {bill["metadata"]["component"]["bom-ref"]}
     dependencies = [
         {**each, "dependsOn": [ref for ref in each.get("dependsOn", ()) if ref in kept]}
