@@ -100,10 +100,14 @@ SERVER = {
     "checkpoints": "receipts settings telemetry"
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",
+    "endings": "errors failures jobs telemetry",
+    "results": "endings errors failures inspection jobs receipts storage telemetry"
+    " models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database errors failures inspection jobs receipts sandbox settings"
-    " storage telemetry"
-    " models.captions models.engine models.errors models.images models.pipeline models.residency",
+    "worker": "checkpoints database endings errors failures inspection jobs receipts results"
+    " sandbox settings storage telemetry"
+    " models.captions models.engine models.errors models.pipeline models.residency",
+    "devices": "telemetry",
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
@@ -112,11 +116,11 @@ SERVER = {
     "middleware": "errors metrics telemetry",
     "admin": "connections intake metrics routes services",
     "connections": "auth settings",
-    "http": "admin connections settings",
+    "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
-    "cli": "app auth cluster database deliveries demo door http jobs key_commands keys settings"
-    " supervisor telemetry webhooks worker models.errors models.registry",
+    "cli": "app auth cluster database deliveries demo devices door http jobs key_commands keys"
+    " settings supervisor telemetry webhooks worker models.errors models.registry",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 
@@ -303,14 +307,15 @@ def test_both_ways_out_use_the_door_and_not_the_wire(name: str) -> None:
     assert from_exchange <= {"BodyTooLarge"}
 
 
-WORKER = {"worker.py", "checkpoints.py", "inspection.py"}
+WORKER = {"worker.py", "checkpoints.py", "inspection.py", "results.py"}
 """What runs in the worker's process alone."""
 
 
 def test_only_the_worker_imports_the_engine() -> None:
     assert importers_of("models.engine") == {"worker.py"}
     assert importers_of("models.pipeline") <= WORKER
-    assert importers_of("server.checkpoints", "server.inspection") == {"worker.py"}
+    assert importers_of("server.checkpoints", "server.results") == {"worker.py"}
+    assert importers_of("server.inspection") == {"results.py", "worker.py"}
 
 
 def test_only_the_worker_imports_torch() -> None:
