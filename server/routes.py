@@ -72,6 +72,9 @@ async def inpaint(
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
     job, _ = await accept(services, asked, caller, base_url)
+    # Inline pictures: thousands of calls may be held. FastAPI keeps what it gave us till the end.
+    fields.clear()
+    del asked
     ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
         return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
@@ -150,7 +153,7 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
 async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
     """The finished pictures as the client asked for them: URLs, or base64 texts."""
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    if not job.request["wants_base64"]:
+    if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
         return urls
     if services.settings.base64_output is Base64Output.LINK:
         return [url.removesuffix(".png") + ".base64" for url in urls]

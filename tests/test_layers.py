@@ -74,7 +74,7 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
-    "deliveries": "database",
+    "deliveries": "commits database",
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
@@ -83,15 +83,17 @@ SERVER = {
     "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
+    "threads": "",
     "waiters": "jobs telemetry",
     "followers": "jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry",
+    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry"
+    " threads",
     "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
-    " waiters webhooks",
+    " threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
     " settings models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
@@ -111,7 +113,7 @@ SERVER = {
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings storage telemetry waiters webhooks models.decoding",
+    " settings storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
     "admin": "connections intake metrics routes services",
