@@ -73,6 +73,9 @@ async def inpaint(
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
     job, _ = await accept(services, asked, caller, base_url)
+    # Inline pictures: thousands of calls may be held. FastAPI keeps what it gave us till the end.
+    fields.clear()
+    del asked
     ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
         return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))

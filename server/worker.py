@@ -62,9 +62,12 @@ HANG_S = 90.0
 FINISH_S = 20.0
 """After being told to stop, for the jobs that run; less than the supervisor's grace."""
 
+IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
+"""Jobs made side by side where the settings do not say: at two rows each they fill a GPU's largest
+UNet call, while more than a CPU is busy with only makes all of them late."""
+
 FAILURES: dict[type[Exception], Failure] = {
     ModelUnavailable: Failure.MODEL_UNAVAILABLE,
-    InvalidInput: Failure.PROMPT_TOO_LONG,
     OutOfMemory: Failure.OUT_OF_MEMORY,
     UnusablePicture: Failure.UNUSABLE_PICTURE,
 }
@@ -99,11 +102,14 @@ class Worker:
     _requeue_at: float = 0.0
     _may_be_waiting: bool = True
     _stop_by: float | None = None
+    _max_in_flight: int = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
     _stores: Stores = field(init=False)
     _endings: Endings = field(init=False)
 
     def __post_init__(self) -> None:
+        usual = IN_FLIGHT_ON_CPU if self.device == "cpu" else IN_FLIGHT_ON_GPU
+        self._max_in_flight = self.settings.max_in_flight or usual
         self._checkpoints = Checkpoints(self.settings, self.device)
         self._stores = Stores(self.store, self.storage)
         self._endings = Endings(self._stores.steps_to_fail)
@@ -114,7 +120,7 @@ class Worker:
         Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
         """
         limits = EngineLimits(
-            max_generations=self.settings.max_in_flight,
+            max_generations=self._max_in_flight,
             is_reproducible=self.settings.reproducible,
         )
         models = self._open_models()
@@ -159,7 +165,7 @@ class Worker:
         is_alone = any(held.job.attempt > 1 for held in self._held.values())
         if is_alone or self._is_stuck() or time.monotonic() < self._claim_at:
             return 0
-        return min(engine.free_places, self.settings.max_in_flight - len(self._endings))
+        return min(engine.free_places, self._max_in_flight - len(self._endings))
 
     def _wind_up(self, engine: InpaintEngine) -> None:
         """While stopping: give back the jobs that have not begun."""
@@ -270,7 +276,7 @@ class Worker:
                 held.stages.decoded_s = time.perf_counter()
                 self._endings.begin(held.job, self._result(held, event).steps)
             case Failed(error=error):
-                self._endings.fail(held.job, FAILURES.get(type(error), Failure.UNKNOWN))
+                self._endings.fail(held.job, failure_of(error))
                 detail = str(error) if isinstance(error, ModelUnavailable) else ""
                 logger.warning(
                     "job failed", job_id=held.job.id, error=type(error).__name__, detail=detail
@@ -321,6 +327,15 @@ class Worker:
                 seen_at=time.time(),
             )
         )
+
+
+def failure_of(error: Exception) -> Failure:
+    """What a client is told of an engine's error."""
+    if isinstance(error, InvalidInput):
+        fields = {violation.field for violation in error.violations}
+        is_skip = "clip_skip" in fields
+        return Failure.CLIP_SKIP_TOO_LARGE if is_skip else Failure.PROMPT_TOO_LONG
+    return FAILURES.get(type(error), Failure.UNKNOWN)
 
 
 def run(

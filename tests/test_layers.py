@@ -74,7 +74,7 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
-    "deliveries": "database",
+    "deliveries": "commits database",
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
