@@ -263,10 +263,15 @@ def upgrade(room: Path) -> Found:
                 url = f"sqlite:///{folder}/inpaint.db"
                 if name != SQLITE:
                     url = str(running.url(running.create_database()))
-                write_old_schema(url, version, old_rows)
-                start_both(folder, host, url, [row["id"] for row in old_rows])
+                # Its lease has to run out: once for each database.
+                live = old_rows if version == old_versions()[-1] else old_rows[:1]
+                write_old_schema(url, version, live)
+                start_both(folder, host, url, [row["id"] for row in live])
         injected = f"two nodes started at once on each of {', '.join(old_versions())}"
-        checked = "both are ready, a queued and a running job of then are made, and a new one"
+        checked = (
+            "both are ready, a job queued then is made, and a new one; of the last version one that "
+            "was running too"
+        )
         return Found(f"{injected}, in {' and '.join(databases)}", checked, None, gaps)
 
 
