@@ -269,8 +269,8 @@ def upgrade(room: Path) -> Found:
                 start_both(folder, host, url, [row["id"] for row in live])
         injected = f"two nodes started at once on each of {', '.join(old_versions())}"
         checked = (
-            "both are ready, a job queued then is made, and a new one; of the last version one that "
-            "was running too"
+            "both are ready, a job queued then is made, and a new one; of the last version one "
+            "that was running too"
         )
         return Found(f"{injected}, in {' and '.join(databases)}", checked, None, gaps)
 
