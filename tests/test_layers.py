@@ -80,12 +80,14 @@ SERVER = {
     "idempotency": "database errors",
     "commits": "",
     "turns": "database",
-    "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
+    "silence": "",
+    "jobs": "commits database deliveries errors failures idempotency receipts silence turns"
+    " models.params",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "threads": "",
-    "waiters": "jobs telemetry",
-    "followers": "jobs telemetry",
+    "waiters": "database jobs telemetry",
+    "followers": "database jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
@@ -95,7 +97,7 @@ SERVER = {
     "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
     " threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings models.params",
+    " settings storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
@@ -113,7 +115,7 @@ SERVER = {
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings storage telemetry threads waiters webhooks models.decoding",
+    " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
     "admin": "connections intake metrics routes services",

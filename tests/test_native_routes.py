@@ -181,11 +181,13 @@ class TestLifeOfAJob:
         }
 
     def test_job_of_the_vendors_path_is_told_too(
-        self, client: httpx.Client, store: JobStore
+        self, client: httpx.Client, store: JobStore, settings: Settings
     ) -> None:
         fields = {key: BODY[key] for key in ("prompt", "init_image", "mask_image")}
         job_id = post(client, "inpaint", **fields)["id"]
-        store.finish(claim(store, job_id), [False])
+        job = claim(store, job_id)
+        Storage(settings.storage_url).put(job.output_keys[0], OUTPUT)
+        store.finish(job, [False])
         told = read(client, job_id)
         assert (told["state"], told["receipt"], len(told["outputs"])) == ("finished", None, 1)
 
