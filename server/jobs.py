@@ -175,7 +175,7 @@ BEFORE_WAITING = sum_up(IS_RUNNING | IS_WAITING & GOES_BEFORE)
 BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
 """A running job runs beside those that began before it."""
 
-CHANGED = (jobs.c.id, jobs.c.state, jobs.c.webhook)
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
 
 
@@ -740,7 +740,7 @@ class JobStore:
         rows = connection.execute(change, values).all()
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
-                queue_delivery(connection, row.id, row.webhook, self._clock())
+                queue_delivery(connection, row.id, row.key_id, row.webhook, self._clock())
         return len(rows)
 
     @staticmethod
