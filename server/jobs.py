@@ -150,7 +150,6 @@ CLAIM = (
 PLACE = select(jobs.c.priority, jobs.c.turn, jobs.c.id).where(
     jobs.c.id == bindparam("job_id"), IS_WAITING
 )
-POSITION = select(func.count()).where(IS_WAITING, GOES_BEFORE)
 RECENT = (
     select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
     .where(jobs.c.state == JobState.FINISHED)
@@ -176,7 +175,7 @@ BEFORE_WAITING = sum_up(IS_RUNNING | IS_WAITING & GOES_BEFORE)
 BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
 """A running job runs beside those that began before it."""
 
-CHANGED = (jobs.c.id, jobs.c.state, jobs.c.webhook)
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
 
 
@@ -601,14 +600,6 @@ class JobStore:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
 
-    def position(self, job_id: int) -> int | None:
-        """How many waiting jobs go before this one; None for a job that does not wait."""
-        with read_only(self._engine) as connection:
-            place = self._place(connection, job_id)
-            if place is None:
-                return None
-            return int(connection.execute(POSITION, place.to_parameters()).scalar_one())
-
     def figures(self, before_id: int | None = None) -> QueueFigures:
         """The queue as a whole, or as the job `before_id` sees it in front of itself.
 
@@ -749,7 +740,7 @@ class JobStore:
         rows = connection.execute(change, values).all()
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
-                queue_delivery(connection, row.id, row.webhook, self._clock())
+                queue_delivery(connection, row.id, row.key_id, row.webhook, self._clock())
         return len(rows)
 
     @staticmethod
