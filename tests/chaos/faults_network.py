@@ -148,7 +148,8 @@ def most_at_once(site: Site, host: Host) -> int:
     spans = [
         (row["started_at"], row["started_at"] + row["duration_s"]) for row in rows(site, query)
     ]
-    return max(sum(begin <= start < end for begin, end in spans) for start, _ in spans)
+    counts = [sum(begin <= start < end for begin, end in spans) for start, _ in spans]
+    return max(counts)
 
 
 @fault("F9", "image hosts of every kind", within_s=20)
