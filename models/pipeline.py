@@ -25,6 +25,7 @@ from models.canvas import Canvas, prepare_canvas
 from models.conditioning import Conditioning, create_conditioner
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from models.params import InpaintParams, SchedulerName
+from models.previews import Colours, estimate_clean, fit_colours, paint
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
 from models.schedulers import create_scheduler, noised, own_scheduler, run_timesteps
@@ -37,6 +38,9 @@ INPAINT_CHANNELS = 9
 
 CACHED_CANVASES = 16
 """Encoded pictures kept at a time, about 150 kB each at 512×512."""
+
+PREVIEW_SIDE_PX = 128
+"""Of a preview, at most: what latents have of the largest picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class Sample:
         UNets of 9 channels keep what is black themselves, so it is 1 there.
     timesteps: of the whole run, host scalars, first to last.
     is_encoded_again: see `Picture`.
+    model_input, prediction: `(1, 4, h/8, w/8)`, the latents that the last UNet call was given and
+        what it answered, for previews; None before the first step.
     """
 
     params: InpaintParams
@@ -83,6 +89,8 @@ class Sample:
     image_latents: torch.Tensor | None
     step_index: int = 0
     is_encoded_again: bool = False
+    model_input: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
 
     @property
     def total_steps(self) -> int:
@@ -137,6 +145,7 @@ class InpaintPipeline:
         unet = components.unet.to(memory_format=torch.channels_last)
         self._unet = call_batches(unet)
         self._encoded: OrderedDict[bytes, EncodedImages] = OrderedDict()
+        self._colours: Colours | None = None
         self._scheduler_config = components.scheduler_config
         self.device: torch.device = components.unet.device
         self.dtype: torch.dtype = components.unet.dtype
@@ -219,6 +228,7 @@ class InpaintPipeline:
                 prediction, timestep, sample.latents, return_dict=False, **sample.step_arguments
             )[0]
             sample.step_index += 1
+            sample.prediction = prediction
             if sample.image_latents is not None:
                 sample.latents = blend_outside(sample, sample.image_latents)
 
@@ -251,6 +261,29 @@ class InpaintPipeline:
                 for index, sample in enumerate(samples)
             ]
 
+    @torch.inference_mode()
+    def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
+        """What the picture would be if the sample's last prediction were right, in small.
+
+        `(h/8, w/8, 3)`, no side longer than `PREVIEW_SIDE_PX`; None before the first step. Blank
+        where the safety checker flags it. Changes nothing, and waits for the device.
+        Raises: UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        if sample.model_input is None or sample.prediction is None:
+            return None
+        with translated_errors():
+            if self._colours is None:
+                self._colours = fit_colours(self._encode_picture)
+            timestep = float(sample.timesteps[sample.step_index - 1])
+            latents = estimate_clean(
+                sample.scheduler, timestep, sample.model_input, sample.prediction
+            )
+            image = sample.canvas.put_back_small(
+                paint(latents, self._colours), self.latent_scale, PREVIEW_SIDE_PX
+            )
+            (verdict,) = self._judge([sample], [image])
+        return blank_like(image) if verdict else image
+
     def device_time_s(self) -> float:
         """A clock for timing device work: waits until all that was started is done."""
         if self.device.type == "cuda":
@@ -265,6 +298,11 @@ class InpaintPipeline:
         if self.device.type == "cuda":
             with translated_errors():
                 torch.cuda.empty_cache()
+
+    def _encode_picture(self, picture: NDArray[np.uint8]) -> torch.Tensor:
+        """The most probable latents `(1, 4, h/8, w/8)` of `(h, w, 3)`."""
+        (distribution,), _ = self._codec.encode(self._to_images([picture]))
+        return self._codec.middle(distribution)
 
     def _judge(
         self, samples: Sequence[Sample], images: Sequence[NDArray[np.uint8]]
@@ -300,9 +338,7 @@ class InpaintPipeline:
 
     def _encode_anew(self, canvases: Sequence[Canvas]) -> list["EncodedImages"]:
         """canvases: of one size."""
-        pixels = torch.stack([torch.from_numpy(canvas.init_image) for canvas in canvases])
-        init_images = pixels.to(self.device).permute(0, 3, 1, 2)
-        init_images = init_images.float() / 255 * 2 - 1  # (n, 3, h, w) in [-1, 1]
+        init_images = self._to_images([canvas.init_image for canvas in canvases])
         strengths = torch.stack([torch.from_numpy(canvas.strengths) for canvas in canvases])
         strengths = strengths.to(self.device)[:, None]  # (n, 1, h, w)
         masked_images = init_images * (strengths == 0)
@@ -324,6 +360,11 @@ class InpaintPipeline:
             )
             for index in range(len(canvases))
         ]
+
+    def _to_images(self, pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+        """Pictures `(h, w, 3)` of one size as `(n, 3, h, w)` float32 in [-1, 1]."""
+        pixels = torch.stack([torch.from_numpy(picture) for picture in pictures])
+        return pixels.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
     def _start_all(
         self, params: InpaintParams, canvas: Canvas, encoded: "EncodedImages"
@@ -393,6 +434,7 @@ class InpaintPipeline:
         timestep = sample.timesteps[sample.step_index]
         with host_tables(self.device):
             model_input = sample.scheduler.scale_model_input(sample.latents, timestep)
+        sample.model_input = model_input
         if self.channels == INPAINT_CHANNELS:
             model_input = torch.cat([model_input, sample.mask, sample.masked_image_latents], dim=1)
         return UNetRows(

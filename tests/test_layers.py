@@ -35,6 +35,7 @@ MODELS = {
     "prompts": "errors",
     "vae": "errors",
     "conditioning": "errors params prompts registry",
+    "previews": "images",
     "schedulers": "errors params",
     "uploads": "",
     "unet": "uploads",
@@ -44,8 +45,8 @@ MODELS = {
     "acceleration": "attention compiling graphs unet",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
-    "pipeline": "acceleration canvas conditioning errors params schedulers registry safety unet"
-    " uploads vae",
+    "pipeline": "acceleration canvas conditioning errors params previews schedulers registry safety"
+    " unet uploads vae",
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
