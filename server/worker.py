@@ -28,7 +28,8 @@ from server.database import open_engine
 from server.errors import StorageUnavailable
 from server.failures import Failure
 from server.inspection import Stages, inspect_pictures, repaired_parts, run_times, versions
-from server.jobs import Job, JobState, JobStore, WorkerStatus
+from server.jobs import Beat, Job, JobState, JobStore, WorkerStatus
+from server.previews import PreviewFiles
 from server.receipts import Model, Receipt
 from server.sandbox import DecodedPair
 from server.settings import Settings
@@ -95,6 +96,7 @@ class Worker:
     _pause_until: float = 0.0
     _stop_by: float | None = None
     _checkpoints: Checkpoints = field(init=False)
+    _previews: PreviewFiles = field(init=False)
 
     def __post_init__(self) -> None:
         self._checkpoints = Checkpoints(self.settings, self.device)
@@ -118,6 +120,7 @@ class Worker:
             ThreadPoolExecutor(max_workers=1) as storing,
             self.store.change_signal() as signal,
         ):
+            self._previews = PreviewFiles(self.storage, storing)
             while self._held or not self.stopping.is_set():
                 if self.parent not in (None, os.getppid()):
                     logger.warning("the server that started this worker is gone")
@@ -145,7 +148,7 @@ class Worker:
             if held.storing is None and (held.total_steps == 0 or now > self._stop_by):
                 engine.cancel(held.job.id)
                 self._insist(self.store.release, held.job)
-                del self._held[held.job.id]
+                self._let_go(held.job)
 
     def _keep_up(self, engine: InpaintEngine) -> None:
         """What is due from time to time: leases, signs of life, jobs of the dead, stored jobs."""
@@ -153,7 +156,7 @@ class Worker:
         for held in [*self._held.values()]:
             if held.storing is not None and held.storing.done():
                 held.storing.result()
-                del self._held[held.job.id]
+                self._let_go(held.job)
         if self._held and now - self._beaten_at > BEAT_S:
             self._beaten_at = now
             self._beat(engine)
@@ -162,14 +165,34 @@ class Worker:
             self.report("ready", "ready")
 
     def _beat(self, engine: InpaintEngine) -> None:
-        """Renew the leases; forget the jobs that were cancelled or given to another."""
-        progress = [(held.job, held.step, held.total_steps) for held in self._held.values()]
-        for job in self._insist(self.store.beat_all, progress):
+        """Renew the leases, show what has changed; forget the jobs that were cancelled or given to
+        another.
+        """
+        self._make_previews(engine)
+        beats = [
+            Beat(held.job, held.step, held.total_steps, self._previews.step_of(held.job))
+            for held in self._held.values()
+        ]
+        for job in self._insist(self.store.beat_all, beats):
             # One that is being stored may just have finished.
             if self._held[job.id].storing is None:
                 logger.warning("job was taken away", job_id=job.id)
                 engine.cancel(job.id)
-                del self._held[job.id]
+                self._let_go(job)
+
+    def _make_previews(self, engine: InpaintEngine) -> None:
+        """Of the jobs that asked for them; the device is waited for, which only they cost."""
+        for held in self._held.values():
+            if self._previews.is_due(held.job, held.step):
+                picture = engine.preview(held.job.id)
+                if picture is not None:
+                    self._previews.store(held.job, held.step, picture)
+        self._previews.settle()
+
+    def _let_go(self, job: Job) -> None:
+        """A job that has ended, or is somebody else's from now on."""
+        del self._held[job.id]
+        self._previews.drop(job)
 
     def _insist(self, change: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """A call of the store, made again while the database does not answer.
@@ -236,7 +259,7 @@ class Worker:
                 logger.warning(
                     "job failed", job_id=held.job.id, error=type(error).__name__, detail=detail
                 )
-                del self._held[held.job.id]
+                self._let_go(held.job)
 
     def _finish(self, held: Held, event: Finished) -> None:
         job = held.job

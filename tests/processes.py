@@ -25,6 +25,7 @@ class ServerProcess:
     """`inpaint-server serve` on a free port, followed through its log."""
 
     def __init__(self, data_dir: Path, environment: Mapping[str, str], *flags: str) -> None:
+        self.data_dir = data_dir
         command = [sys.executable, "-m", "server.cli", "serve", "--port", "0"]
         self._process = subprocess.Popen(
             [*command, "--data-dir", str(data_dir), *flags],

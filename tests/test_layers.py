@@ -82,6 +82,7 @@ SERVER = {
     "commits": "",
     "turns": "database",
     "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
+    "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "waiters": "jobs telemetry",
@@ -102,8 +103,8 @@ SERVER = {
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database errors failures inspection jobs receipts sandbox settings"
-    " storage telemetry"
+    "worker": "checkpoints database errors failures inspection jobs previews receipts sandbox"
+    " settings storage telemetry"
     " models.captions models.engine models.errors models.images models.pipeline models.residency",
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
