@@ -36,6 +36,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine --out out/bench
 	$(BIN)/python -m benchmarks.serving --out out/bench
 	$(BIN)/python -m benchmarks.host --out out/bench
+	$(BIN)/python -m benchmarks.load --out out/bench
 
 fuzz-api: $(INSTALLED)
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/test_api_fuzz.py

@@ -125,12 +125,7 @@ class Janitor:
 
     def _expire_batch(self) -> int:
         due = (
-            select(
-                jobs.c.id,
-                jobs.c.file_prefix,
-                jobs.c.params["samples"].as_integer(),
-                jobs.c.attempt,
-            )
+            select(jobs.c.id)
             .where(
                 jobs.c.state == JobState.FINISHED,
                 jobs.c.expired_at.is_(None),
@@ -140,17 +135,19 @@ class Janitor:
             .order_by(jobs.c.finished_at)
             .limit(self._batch)
         )
-        with read_only(self._engine) as connection:
-            rows = connection.execute(due).all()
-        # The files come first: where the row says expired, there are none.
-        for _, *files in rows:
+        expire = (
+            update(jobs)
+            .where(jobs.c.id.in_(due), jobs.c.expired_at.is_(None))
+            .values(expired_at=self._clock())
+            .returning(jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.claim)
+        )
+        # The rows come first: a webhook that is asked for meanwhile must not name pictures that are
+        # about to go. What is left of them when a removal fails is found by the next sweep.
+        with self._engine.begin() as connection:
+            rows = connection.execute(expire).all()
+        for files in rows:
             for key in output_keys_of(*files):
                 self._storage.delete(key)
-        ids = [job_id for job_id, *_ in rows]
-        with self._engine.begin() as connection:
-            connection.execute(
-                update(jobs).where(jobs.c.id.in_(ids)).values(expired_at=self._clock())
-            )
         return len(rows)
 
     def _delete_batch(self) -> int:

@@ -24,7 +24,7 @@ from server.dialects.native_answers import (
 )
 from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
-from server.intake import ServicesOf, accept, admit, base_url_of
+from server.intake import ServicesOf, accept, admit, base_url_of, find_job
 from server.jobs import Job, JobState
 from server.services import Services
 
@@ -72,10 +72,7 @@ def describe_body(model: Any) -> dict[str, Any]:
 
 async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
     """The job of the path. Raises: JobNotFound, for another key's too."""
-    job = await services.in_store_thread(services.store.get, job_id)
-    if job is None or job.key_id != key_id:
-        raise JobNotFound
-    return job
+    return await find_job(services, job_id, key_id)
 
 
 JobOf = Annotated[Job, Depends(get_job)]

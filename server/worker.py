@@ -314,7 +314,7 @@ class Worker:
         """Of a job that has ended otherwise in the meantime; nothing names them."""
         now = self._insist(self.store.get, job.id)
         # The finish may have been ours, and only its answer lost with the database's connection.
-        if now and now.state is JobState.FINISHED and now.attempt == job.attempt:
+        if now and now.state is JobState.FINISHED and now.claim == job.claim:
             return
         try:
             for key in job.output_keys:

@@ -4,14 +4,17 @@ import asyncio
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, insert, select
 
 from server.database import deliveries, jobs
 from server.deliveries import Attempt, DeliveryStore
+from server.dialects import v3
 from server.errors import StorageUnavailable
 from server.janitor import HOUR_S, ORPHAN_S, Janitor, Removed
 from server.jobs import Job, JobState, JobStore
@@ -243,9 +246,42 @@ def test_store_that_fails_is_asked_again(house: House, engine: Engine) -> None:
     broken = Janitor(engine, storage, SETTINGS, house.clock)
     with pytest.raises(StorageUnavailable):
         broken.tidy()
-    assert get(house.store, job.id).expired_at is None, "its pictures are still there"
+    assert get(house.store, job.id).expired_at is not None
+    assert house.files() == {*job.output_keys}
     storage.is_broken = False
-    assert broken.tidy() == Removed(outputs=1)
+    assert broken.tidy() == Removed()
+    assert broken.sweep() == Removed(files=2)
+
+
+class HastyStorage(Storage):
+    """One whose first removal meets a webhook that is made again."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def delete(self, key: str) -> None:
+        if self.meanwhile is not None:
+            act, self.meanwhile = self.meanwhile, None
+            act()
+        super().delete(key)
+
+
+def test_webhook_made_again_during_expiry_names_no_pictures(house: House, engine: Engine) -> None:
+    job = house.finish(webhook="http://x/hook")
+    sender = DeliveryStore(engine, clock=house.clock)
+    (delivery,) = sender.claim_due(1)
+    sender.record(delivery, DELIVERED)
+    house.pass_hours(11)
+    storage = HastyStorage(house.folder.as_uri())
+    told: list[dict[str, Any]] = []
+
+    def make_again() -> None:
+        assert sender.redeliver(job.id)
+        told.append(v3.write_webhook(get(house.store, job.id)))
+
+    storage.meanwhile = make_again
+    assert Janitor(engine, storage, SETTINGS, house.clock).tidy() == Removed(outputs=1)
+    assert [(each["status"], each.get("output")) for each in told] == [("failed", None)]
+    assert house.files() == set()
 
 
 def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -> None:

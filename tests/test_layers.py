@@ -81,21 +81,25 @@ SERVER = {
     "idempotency": "database errors",
     "commits": "",
     "turns": "database",
-    "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
+    "silence": "",
+    "jobs": "commits database deliveries errors failures idempotency receipts silence turns"
+    " models.params",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
-    "waiters": "jobs telemetry",
-    "followers": "jobs telemetry",
+    "threads": "",
+    "waiters": "database jobs telemetry",
+    "followers": "database jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry",
+    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry"
+    " threads",
     "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
-    " waiters webhooks",
+    " threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings models.params",
+    " settings storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
@@ -109,7 +113,7 @@ SERVER = {
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings storage telemetry waiters webhooks models.decoding",
+    " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
     "admin": "connections intake metrics routes services",

@@ -22,6 +22,7 @@ from tests.http_stub import LiveApp, running_app
 from tests.test_app import settings_in, store_of
 from tests.test_jobs import new_job
 from tests.test_native_routes import BODY, claim
+from tests.test_waiters import statements_fail
 
 LONG_S = 20
 R = TypeVar("R")
@@ -108,6 +109,30 @@ class TestFollowers:
                     return [early.is_over, late.is_over]
 
         assert run_with(store, body) == [True, True]
+
+    def test_what_was_looked_up_before_the_end_does_not_undo_it(self, store: JobStore) -> None:
+        job_id = store.submit(new_job()).id
+
+        async def body(followers: Followers) -> list[Standing | None]:
+            with followers.follow(job_id) as follower:
+                standing = await follower.news(LONG_S)
+                followers.release_all()
+                follower.tell(standing)
+                await asyncio.sleep(0)
+                assert follower.is_over
+                return [standing, await follower.news(LONG_S)]
+
+        assert run_with(store, body)[1] is None
+
+    def test_any_error_of_a_look_is_survived(self, store: JobStore, engine: Engine) -> None:
+        job_id = store.submit(new_job()).id
+
+        async def body(followers: Followers) -> Standing | None:
+            with followers.follow(job_id) as follower:
+                return await follower.news(LONG_S)
+
+        with statements_fail(engine, 2):
+            assert run_with(store, body) is not None
 
     def test_job_that_is_gone_ends_the_view(self, store: JobStore) -> None:
         async def body(followers: Followers) -> bool:

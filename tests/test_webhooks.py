@@ -96,17 +96,14 @@ def test_call_is_written_with_the_end_of_the_job(jobs: JobStore, deliveries: Del
     assert deliveries.claim_due(10) == [], "nobody else makes a call that is claimed"
 
 
-def test_every_way_to_end_makes_one_call(
-    jobs: JobStore, deliveries: DeliveryStore, clock: Clock
-) -> None:
+def test_every_way_to_end_makes_one_call(jobs: JobStore, deliveries: DeliveryStore) -> None:
     failed, cancelled = submit(jobs, "http://a.example"), submit(jobs, "http://b.example")
     jobs.fail(failed, "no")
     jobs.fail(failed, "no")
     jobs.cancel(cancelled.id)
     lost = submit(jobs, "http://c.example")
     for _ in range(MAX_ATTEMPTS):
-        clock.now_s += 100
-        jobs.requeue_expired()
+        jobs.requeue_of("worker")
         jobs.claim("worker", 1)
     submit(jobs, None)
     ids = [each.job_id for each in deliveries.claim_due(10)]

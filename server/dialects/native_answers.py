@@ -232,7 +232,7 @@ def write_receipt(receipt: Receipt, intake: Intake | None) -> ReceiptAnswer:
 
 def write_outputs(job: Job, receipt: Receipt | None, base_url: str) -> list[Output]:
     """The pictures of a finished job; none once they have expired."""
-    if job.state is not JobState.FINISHED or job.expired_at is not None:
+    if not job.has_pictures:
         return []
     pictures = receipt.pictures if receipt else [None] * job.params.samples
     return [
