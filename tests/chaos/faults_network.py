@@ -148,7 +148,7 @@ def most_at_once(site: Site, host: Host) -> int:
     spans = [
         (row["started_at"], row["started_at"] + row["duration_s"]) for row in rows(site, query)
     ]
-    counts = [sum(begin <= start < end for begin, end in spans) for start, _ in spans]
+    counts = [sum(int(begin <= start < end) for begin, end in spans) for start, _ in spans]
     return max(counts)
 
 
