@@ -11,6 +11,7 @@ Due times are compared with a `SharedClock`. A call that was never tried is due 
 one that is due later than any schedule says was written by a clock that has jumped, and is due now.
 """
 
+import functools
 import random
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,9 +20,11 @@ from enum import StrEnum
 from urllib.parse import urlsplit
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Connection,
     Engine,
+    bindparam,
     case,
     exists,
     func,
@@ -32,6 +35,7 @@ from sqlalchemy import (
 )
 
 from server.clocks import SharedClock
+from server.commits import GroupCommit
 from server.database import deliveries, delivery_attempts, jobs, read_only
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -58,6 +62,19 @@ class DeliveryState(StrEnum):
     """The receiver answered 2xx."""
     DEAD = "dead"
     """Given up: the receiver is gone for good, or the schedule is used up."""
+
+
+# What every call needs is built once: building costs more than running.
+NOTE = insert(delivery_attempts)
+FOLLOW = (
+    update(deliveries)
+    .where(
+        deliveries.c.id == bindparam("held_id"),
+        deliveries.c.attempt == bindparam("held_attempt"),
+        (deliveries.c.state == DeliveryState.PENDING) | bindparam("is_received", type_=Boolean()),
+    )
+    .values(state=bindparam("becomes"), due_at=bindparam("due"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +155,7 @@ class DeliveryStore:
         self._lease_s = lease_s
         self._clock = clock or SharedClock(engine)
         self._jitter = jitter or random.Random()
+        self._commits = GroupCommit(engine)
 
     def claim_due(
         self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
@@ -291,23 +309,29 @@ class DeliveryStore:
         Nothing follows for a call that was claimed anew since. One that was given up since stays
         so, unless it was received after all.
         """
+        return self._commits.run(functools.partial(self._record, delivery, attempt))
+
+    def _record(
+        self, delivery: Delivery, attempt: Attempt, connection: Connection
+    ) -> DeliveryState:
         state = self._state_after(delivery, attempt)
-        is_held = (deliveries.c.id == delivery.id) & (deliveries.c.attempt == delivery.attempt)
-        if not attempt.is_success:
-            is_held &= deliveries.c.state == DeliveryState.PENDING
-        due_at = self._clock() + self._delay_s(delivery, attempt)
-        with self._engine.begin() as connection:
-            connection.execute(
-                insert(delivery_attempts).values(
-                    delivery_id=delivery.id,
-                    attempt=delivery.attempt,
-                    started_at=attempt.started_at,
-                    duration_s=attempt.duration_s,
-                    status=attempt.status,
-                    outcome=attempt.outcome,
-                )
-            )
-            connection.execute(update(deliveries).where(is_held).values(state=state, due_at=due_at))
+        tried = {
+            "delivery_id": delivery.id,
+            "attempt": delivery.attempt,
+            "started_at": attempt.started_at,
+            "duration_s": attempt.duration_s,
+            "status": attempt.status,
+            "outcome": attempt.outcome,
+        }
+        follows = {
+            "held_id": delivery.id,
+            "held_attempt": delivery.attempt,
+            "is_received": attempt.is_success,
+            "becomes": state,
+            "due": self._clock() + self._delay_s(delivery, attempt),
+        }
+        connection.execute(NOTE, tried)
+        connection.execute(FOLLOW, follows)
         return state
 
     def _state_after(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:

@@ -34,7 +34,12 @@ from server.threads import Threads
 logger = get_logger(__name__)
 
 POLL_S = 0.25
-THREADS = 4
+BUSY_POLL_S = 0.02
+"""Between two looks while calls are found or end: more may be due than had room."""
+
+THREADS = 32
+"""Most of them wait for a commit that they share."""
+
 MAX_REPLY_BYTES = 64_000
 CALLS_PER_HOST = 4
 """Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
@@ -122,6 +127,7 @@ class WebhookSender:
         self._calls: Counter[str] = Counter()
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
+        self._has_ended = asyncio.Event()
         self._threads: Threads
         """While it runs."""
 
@@ -130,9 +136,22 @@ class WebhookSender:
         with Threads(THREADS, "webhooks") as self._threads:
             async with self._caller, asyncio.TaskGroup() as tasks:
                 while True:
-                    for delivery in await self._claim():
+                    self._has_ended.clear()
+                    looked_at = time.monotonic()
+                    claimed = await self._claim()
+                    for delivery in claimed:
                         tasks.create_task(self._deliver(delivery))
-                    await asyncio.sleep(POLL_S)
+                    # A long look at many rows must not keep all others from writing.
+                    pause_s = max(BUSY_POLL_S, time.monotonic() - looked_at)
+                    if not claimed:
+                        await self._call_ends_within(POLL_S)
+                    await asyncio.sleep(pause_s)
+
+    async def _call_ends_within(self, seconds: float) -> None:
+        """Wait that long, or until one of the calls under way makes room."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._has_ended.wait()
 
     async def ping(self, url: str) -> tuple[str, Attempt]:
         """As `WebhookCaller.ping`, beside the calls that are due."""
@@ -186,6 +205,7 @@ class WebhookSender:
                 self._probes.remove(delivery.id)
                 self._circuits.end_probe(delivery.host)
             self._calls -= Counter([delivery.host])  # drops hosts without calls
+            self._has_ended.set()
 
     async def _judge_host(self, host: str, attempt: Attempt) -> None:
         """Whether the host as a whole works; an address that was refused says nothing of it."""

@@ -38,7 +38,14 @@ from server.deliveries import (
 from server.failures import Failure
 from server.jobs import MAX_ATTEMPTS, Job, JobStore, NewJob
 from server.settings import WebhookSettings
-from server.webhooks import WebhookCaller, WebhookSender, sign, to_seconds, write_body
+from server.webhooks import (
+    CALLS_PER_HOST,
+    WebhookCaller,
+    WebhookSender,
+    sign,
+    to_seconds,
+    write_body,
+)
 from tests.conftest import migrated_sqlite
 from tests.postgres import PostgresServer
 
@@ -375,15 +382,41 @@ def test_private_address_is_not_called(jobs: JobStore, deliveries: DeliveryStore
 def test_slow_receiver_is_given_up_and_others_are_served(
     jobs: JobStore, deliveries: DeliveryStore
 ) -> None:
-
     settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8", "timeout_s": 0.3})
     with socket.create_server(("127.0.0.1", 0)) as silent, receiver() as (url, calls):
         slow = f"http://127.0.0.1:{silent.getsockname()[1]}"
         jobs.finish(late := submit(jobs, slow), [])
         jobs.finish(submit(jobs, url), [])
-        (attempt,) = asyncio.run(send_until(settings, deliveries, jobs, late, 1))
+
+        async def body() -> list[Attempt]:
+            tried = asyncio.create_task(send_until(settings, deliveries, jobs, late, 1))
+            # The call has come in, whether or not its answer is in time.
+            await asyncio.to_thread(calls.get, timeout=WAIT_S)
+            return await tried
+
+        (attempt,) = asyncio.run(body())
         assert (attempt.status, attempt.outcome) == (None, "no answer")
-        assert calls.qsize() == 1
+
+
+def test_calls_to_one_host_follow_each_other_without_a_pause(
+    jobs: JobStore, deliveries: DeliveryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.webhooks.POLL_S", 10 * WAIT_S)
+    count = 3 * CALLS_PER_HOST  # no more than these are claimed at a time
+
+    async def send(calls: "queue.Queue[Any]") -> None:
+        sender = asyncio.create_task(WebhookSender(LOOPBACK, deliveries, jobs).run())
+        async with asyncio.timeout(WAIT_S):
+            while calls.qsize() < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        sender.cancel()
+        await asyncio.wait([sender])
+
+    with receiver() as (url, calls):
+        for _ in range(count):
+            jobs.finish(submit(jobs, url), [])
+        asyncio.run(send(calls))
+        assert calls.qsize() == count
 
 
 @pytest.mark.parametrize("end", ["finished", "failed", "cancelled"])
