@@ -132,6 +132,7 @@ jobs = Table(
     Column("beaten_at", Float),
     Column("step", Integer, nullable=False, default=0),
     Column("total_steps", Integer, nullable=False, default=0),
+    Column("preview_step", Integer),
     Column("run_s", Float),
     Column("flagged", JSON),
     Column("error", Text),

@@ -3,6 +3,7 @@
     pictures of finished jobs     `outputs_h` after the end; the row stays and tells `expired_at`
     rows of ended jobs            `rows_h` after the end, with their webhook history
     inputs of ended jobs          `inputs_h` after the end, where the worker could not remove them
+    previews of ended jobs        at once, likewise
     files that belong to no job   after a day
 
 A job whose webhook is not delivered yet keeps its row and its pictures. Several janitors may work
@@ -22,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.database import deliveries, jobs, read_only
 from server.deliveries import DeliveryState
 from server.errors import StorageUnavailable
-from server.jobs import INPUT_FOLDER, OUTPUT_FOLDER, JobState, output_keys_of
+from server.jobs import INPUT_FOLDER, OUTPUT_FOLDER, PREVIEW_FOLDER, JobState, output_keys_of
 from server.settings import RetentionSettings
 from server.storage import Storage, StoredFile
 from server.telemetry import get_logger
@@ -113,7 +114,9 @@ class Janitor:
         Raises: SQLAlchemyError, StorageUnavailable.
         """
         inputs = self._sweep(INPUT_FOLDER, self._unneeded_inputs)
-        return Removed(files=inputs + self._sweep(OUTPUT_FOLDER, self._unneeded_outputs))
+        previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
+        outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
+        return Removed(files=inputs + previews + outputs)
 
     def _batches(self, step: Callable[[], int]) -> Iterator[int]:
         """What each step has done, until one finds nothing to do."""
@@ -193,6 +196,9 @@ class Janitor:
         return self._prefixes(
             jobs.c.file_prefix.in_(prefixes) & (jobs.c.finished_at < ended_before)
         )
+
+    def _unneeded_previews(self, prefixes: Sequence[str]) -> set[str]:
+        return self._prefixes(jobs.c.file_prefix.in_(prefixes) & jobs.c.finished_at.is_not(None))
 
     def _unneeded_outputs(self, prefixes: Sequence[str]) -> set[str]:
         """Of expired jobs, and what a late worker stored for one that ended without pictures."""

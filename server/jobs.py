@@ -80,6 +80,9 @@ INPUT_FOLDER = "inputs"
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
 
+PREVIEW_FOLDER = "previews"
+"""First part of the storage key of how a running job looks."""
+
 OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]+)?"
 """What `output_names_of` makes, as a regular expression, without the suffix."""
 
@@ -143,6 +146,7 @@ CLAIM = (
         started_at=bindparam("now"),
         attempt=jobs.c.attempt + 1,
         claim=jobs.c.claim + 1,
+        preview_step=None,
     )
     .returning(jobs)
 )
@@ -150,7 +154,6 @@ CLAIM = (
 PLACE = select(jobs.c.priority, jobs.c.turn, jobs.c.id).where(
     jobs.c.id == bindparam("job_id"), IS_WAITING
 )
-POSITION = select(func.count()).where(IS_WAITING, GOES_BEFORE)
 RECENT = (
     select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
     .where(jobs.c.state == JobState.FINISHED)
@@ -176,7 +179,7 @@ BEFORE_WAITING = sum_up(IS_RUNNING | IS_WAITING & GOES_BEFORE)
 BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
 """A running job runs beside those that began before it."""
 
-CHANGED = (jobs.c.id, jobs.c.state, jobs.c.webhook)
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
 
 
@@ -196,6 +199,7 @@ BEAT = (
         beaten_at=bindparam("now"),
         step=bindparam("done"),
         total_steps=bindparam("in_all"),
+        preview_step=bindparam("shown"),
     )
     .returning(*CHANGED)
 )
@@ -220,7 +224,8 @@ KEEP = insert(receipts)
 class NewJob:
     """What a dialect hands in.
 
-    request: what the dialect needs to write its answers later, JSON values.
+    request: what the dialect needs to write its answers later, JSON values; and `previews`, true
+        where the worker is to show the job while it runs.
     key_id: whose job it is. share: what that key may have of the queue.
     file_prefix: uuid4; names the job's files.
     work: size of the job in pixel steps, for estimates of time.
@@ -251,6 +256,7 @@ class Job:
     attempt: how often it was claimed, but for claims that were released.
     claim: number of the latest claim; the fencing token.
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
+    preview_step: how many were done in the latest preview of the latest attempt; None without one.
     run_s: seconds from claim to finish.
     flagged: the safety checker's verdict per picture; None for a job that is not finished.
     expired_at: when the pictures of a finished job were removed; None while they are there.
@@ -280,6 +286,7 @@ class Job:
     turn: int = 0
     claim: int = 0
     expired_at: float | None = None
+    preview_step: int | None = None
 
     @property
     def input_key(self) -> str:
@@ -300,6 +307,16 @@ class Job:
     def has_pictures(self) -> bool:
         """It is finished, and its pictures were not removed since."""
         return self.state is JobState.FINISHED and self.expired_at is None
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether the worker is to show the job while it runs."""
+        return bool(self.request.get("previews"))
+
+    @property
+    def preview_key(self) -> str:
+        """Storage key of how the job looks; there is a file while it runs only."""
+        return f"{PREVIEW_FOLDER}/{self.file_prefix}.png"
 
     @property
     def work_left(self) -> float:
@@ -334,13 +351,27 @@ class QueueFigures:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far a job is, in short. position: 1 is next; None for one that does not wait."""
+    """How far a job is, in short.
+
+    position: 1 is next; None for one that does not wait. preview_step: as in `Job`.
+    """
 
     state: JobState
     attempt: int
     step: int
     total_steps: int
     position: int | None
+    preview_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a worker tells of a job it holds; the numbers are as in `Job`."""
+
+    job: Job
+    step: int
+    total_steps: int
+    preview_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +513,8 @@ class JobStore:
 
     def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
         """How far those of the jobs are that there are, in one look."""
-        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, jobs.c.step, jobs.c.total_steps)
+        progress = (jobs.c.step, jobs.c.total_steps, jobs.c.preview_step)
+        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, *progress)
         queue = select(jobs.c.id).where(IS_WAITING).order_by(*ORDER)
         with read_only(self._engine) as connection:
             rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids))).all()
@@ -491,7 +523,12 @@ class JobStore:
         positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
         return {
             row.id: Standing(
-                JobState(row.state), row.attempt, row.step, row.total_steps, positions.get(row.id)
+                JobState(row.state),
+                row.attempt,
+                row.step,
+                row.total_steps,
+                positions.get(row.id),
+                row.preview_step,
             )
             for row in rows
         }
@@ -547,19 +584,25 @@ class JobStore:
 
     def beat(self, job: Job, step: int, total_steps: int) -> bool:
         """Renew the lease and note the progress; False when the job is no longer ours."""
-        return not self.beat_all([(job, step, total_steps)])
+        return not self.beat_all([Beat(job, step, total_steps)])
 
-    def beat_all(self, held: Sequence[tuple[Job, int, int]]) -> list[Job]:
-        """`beat` for many, with one commit: job, step, total steps. Gives those no longer ours."""
+    def beat_all(self, beats: Sequence[Beat]) -> list[Job]:
+        """`beat` for many, with one commit. Gives those no longer ours."""
         now = self._clock()
         with self._engine.begin() as connection:
             return [
-                job
-                for job, step, total_steps in held
+                beat.job
+                for beat in beats
                 if not self._run(
                     connection,
                     BEAT,
-                    {**_held(job), "now": now, "done": step, "in_all": total_steps},
+                    {
+                        **_held(beat.job),
+                        "now": now,
+                        "done": beat.step,
+                        "in_all": beat.total_steps,
+                        "shown": beat.preview_step,
+                    },
                 )
             ]
 
@@ -600,14 +643,6 @@ class JobStore:
     def requeue_of(self, worker_id: str) -> int:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
-
-    def position(self, job_id: int) -> int | None:
-        """How many waiting jobs go before this one; None for a job that does not wait."""
-        with read_only(self._engine) as connection:
-            place = self._place(connection, job_id)
-            if place is None:
-                return None
-            return int(connection.execute(POSITION, place.to_parameters()).scalar_one())
 
     def figures(self, before_id: int | None = None) -> QueueFigures:
         """The queue as a whole, or as the job `before_id` sees it in front of itself.
@@ -749,7 +784,7 @@ class JobStore:
         rows = connection.execute(change, values).all()
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
-                queue_delivery(connection, row.id, row.webhook, self._clock())
+                queue_delivery(connection, row.id, row.key_id, row.webhook, self._clock())
         return len(rows)
 
     @staticmethod

@@ -23,7 +23,7 @@ from server.dialects.native_answers import (
     PingAnswer,
 )
 from server.dialects.native_problems import declare
-from server.errors import Conflict, ConflictKind, JobNotFound
+from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
 from server.intake import ServicesOf, accept, admit, base_url_of, find_job
 from server.jobs import Job, JobState
 from server.services import Services
@@ -184,9 +184,15 @@ async def follow_job(
         ended = await services.in_store_thread(services.store.get, job.id)
         return await tell(services, ended or job, base_url)
 
+    async def show() -> bytes | None:
+        try:
+            return await services.in_store_thread(services.storage.get, job.preview_key)
+        except StorageUnavailable:
+            return None  # not worth the stream
+
     async def stream() -> AsyncIterator[bytes]:
         with services.followers.follow(job.id) as follower:
-            async for chunk in native_events.write_events(follower, tell_end):
+            async for chunk in native_events.write_events(follower, tell_end, show):
                 yield chunk
 
     return StreamingResponse(stream(), 200, EVENT_HEADERS, "text/event-stream")

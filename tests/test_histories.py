@@ -18,6 +18,7 @@ from server.jobs import LEASE_S, MAX_ATTEMPTS, Job, JobStore, QueueShare
 from server.silence import LOOK_S
 from tests.test_jobs import Clock, new_job
 
+CALL_LEASE_S = 60.0
 MAX_WAITING = 6
 MAX_WAITING_PER_KEY = 4
 PRIORITIES = {"a": 0, "b": 0, "high": 1}
@@ -62,10 +63,13 @@ class History(RuleBasedStateMachine):
             clock=self.clock,
             steady_clock=self.clock,
         )
-        self.sender = DeliveryStore(self.engine, clock=self.clock, jitter=random.Random(0))
+        self.sender = DeliveryStore(
+            self.engine, lease_s=CALL_LEASE_S, clock=self.clock, jitter=random.Random(0)
+        )
         self.known: dict[int, Known] = {}
         self.claims: list[Job] = []
         self.calls: list[Delivery] = []
+        self.made_until: dict[str, float] = {}
         self.marks = itertools.count()
         # Something to begin with: most steps of a history would find nothing to do otherwise.
         for key_id in PRIORITIES:
@@ -139,7 +143,7 @@ class History(RuleBasedStateMachine):
         """Any claim there ever was may report, however late."""
         job = data.draw(st.sampled_from(self.claims))
         known = self.known[job.id]
-        is_held = known.state == "running" and known.claim == job.claim
+        is_held = self.is_held(job)
         mark = [bool(next(self.marks) % 3)]
         verbs: dict[str, Callable[[], bool]] = {
             "beat": lambda: self.store.beat(job, 1, 2),
@@ -158,6 +162,21 @@ class History(RuleBasedStateMachine):
         else:
             self.end(job.id, "finished" if verb == "finish" else "failed")
             known.marks = mark if verb == "finish" else []
+
+    def is_held(self, job: Job) -> bool:
+        known = self.known[job.id]
+        return known.state == "running" and known.claim == job.claim
+
+    @precondition(lambda self: any(map(self.is_held, self.claims)))
+    @rule(data=st.data(), worker=st.sampled_from(["w1", "w2"]))
+    def release_twice(self, data: st.DataObject, worker: str) -> None:
+        """The first one's answer is lost, and somebody claims before it is made again."""
+        job = data.draw(st.sampled_from([*filter(self.is_held, self.claims)]))
+        assert self.store.release(job)
+        self.known[job.id].state = "queued"
+        self.known[job.id].attempt -= 1
+        self.take(worker, 1, is_idle=True)
+        assert not self.store.release(job)
 
     def late_claims(self) -> list[Job]:
         """Claims of jobs that run by a later one."""
@@ -239,6 +258,9 @@ class History(RuleBasedStateMachine):
     def claim_deliveries(self) -> None:
         for call in self.sender.claim_due(3):
             assert self.known[call.job_id].delivery == "pending"
+            until = self.made_until.get(call.id, 0.0)
+            assert self.clock.now >= until, "nobody else makes it at the same time"
+            self.made_until[call.id] = self.clock.now + CALL_LEASE_S
             self.calls.append(call)
 
     @precondition(lambda self: self.calls)
@@ -246,9 +268,19 @@ class History(RuleBasedStateMachine):
     def answer_delivery(self, status: int | None) -> None:
         call = self.calls.pop(0)
         is_latest = all(later.id != call.id for later in self.calls)
+        if is_latest:
+            self.made_until[call.id] = 0.0
         self.sender.record(call, Attempt(self.clock.now, 0.1, status, "answered"))
         if is_latest and status in (200, 410):
             self.known[call.job_id].delivery = "delivered" if status == 200 else "dead"
+
+    @precondition(lambda self: any(job.delivery for job in self.known.values()))
+    @rule(data=st.data())
+    def redeliver(self, data: st.DataObject) -> None:
+        told = [job_id for job_id, job in self.known.items() if job.delivery]
+        job_id = data.draw(st.sampled_from(told))
+        assert self.sender.redeliver(job_id)
+        self.known[job_id].delivery = "pending"
 
     @invariant()
     def rows_agree(self) -> None:

@@ -158,6 +158,25 @@ def test_inputs_left_behind_are_removed(verb: str, house: House) -> None:
     assert house.files() == set()
 
 
+@pytest.mark.parametrize("verb", ["finish", "cancel", "delete"])
+def test_previews_left_behind_are_removed(verb: str, house: House) -> None:
+    """Of a worker that died, or came too late."""
+    house.submit()
+    job = claim_one(house.store)
+    house.put(job.preview_key)
+    house.storage.delete(job.input_key)
+    assert house.janitor.sweep() == Removed(), "it runs"
+    if verb == "finish":
+        house.store.finish(job, [False, False])
+    else:
+        house.store.cancel(job.id)
+    if verb == "delete":
+        house.pass_hours(SETTINGS.rows_h + 1)
+        assert house.janitor.tidy().rows == 1
+    assert house.janitor.sweep() == Removed(files=1)
+    assert house.files() == set()
+
+
 def test_files_without_a_row_are_removed_after_a_day(house: House) -> None:
     orphans = {
         "inputs/" + str(uuid.uuid4()) + ".npy",

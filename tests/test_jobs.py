@@ -26,6 +26,7 @@ from server.jobs import (
     WORKER_KEPT_S,
     WORKER_LOST,
     WORKER_SEEN_S,
+    Beat,
     Job,
     JobState,
     JobStore,
@@ -247,6 +248,17 @@ def test_beat_renews_the_lease(store: JobStore, clock: Clock) -> None:
     assert store.beat(job, 5, 20)
     assert pass_time(store, clock, LEASE_S - 1) == 0
     assert (get(store, job.id).step, get(store, job.id).total_steps) == (5, 20)
+
+
+def test_beat_tells_of_a_preview_until_another_worker_begins(store: JobStore) -> None:
+    job_id = store.submit(new_job()).id
+    job = claim_one(store)
+    assert store.standings([job_id])[job_id].preview_step is None
+    assert store.beat_all([Beat(job, 5, 20, preview_step=4)]) == []
+    assert store.standings([job_id])[job_id].preview_step == 4
+    store.requeue_of("w")
+    claim_one(store)
+    assert store.standings([job_id])[job_id].preview_step is None
 
 
 def test_jobs_of_a_dead_worker_are_given_back_at_once(store: JobStore) -> None:

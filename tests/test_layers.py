@@ -34,7 +34,9 @@ MODELS = {
     "lora": "errors ldm_names weights",
     "prompts": "errors",
     "vae": "errors",
+    "encoding": "canvas params vae",
     "conditioning": "errors params prompts registry",
+    "previews": "images",
     "schedulers": "errors params",
     "uploads": "",
     "unet": "uploads",
@@ -44,8 +46,8 @@ MODELS = {
     "acceleration": "attention compiling graphs unet",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
-    "pipeline": "acceleration canvas conditioning errors params schedulers registry safety unet"
-    " uploads vae",
+    "pipeline": "acceleration canvas conditioning encoding errors params previews schedulers"
+    " registry safety unet uploads vae",
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
@@ -74,7 +76,8 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
-    "deliveries": "commits database",
+    "clocks": "database",
+    "deliveries": "clocks commits database",
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
@@ -83,6 +86,7 @@ SERVER = {
     "silence": "",
     "jobs": "commits database deliveries errors failures idempotency receipts silence turns"
     " models.params",
+    "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "threads": "",
@@ -108,8 +112,8 @@ SERVER = {
     "results": "endings errors failures inspection jobs receipts storage telemetry"
     " models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database endings errors failures inspection jobs receipts results"
-    " sandbox settings storage telemetry"
+    "worker": "checkpoints database endings errors failures inspection jobs previews receipts"
+    " results sandbox settings storage telemetry"
     " models.captions models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
     "supervisor": "jobs telemetry",

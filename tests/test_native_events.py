@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,8 @@ from server import native_events
 from server.database import open_engine
 from server.dialects.native_answers import JobAnswer
 from server.followers import Followers
-from server.jobs import JobState, JobStore, Standing
+from server.jobs import Beat, JobState, JobStore, Standing
+from server.storage import Storage
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import settings_in, store_of
 from tests.test_jobs import new_job
@@ -189,15 +191,30 @@ def test_skipped_states_are_made_up_for() -> None:
     assert names(late, Standing(JobState.FAILED, 1, 5, 14, None)) == []
 
 
+def test_preview_is_told_of_once() -> None:
+    plain = Standing(JobState.RUNNING, 1, 5, 14, None)
+    shown = replace(plain, preview_step=5)
+    later = replace(shown, step=6)
+    again = replace(shown, attempt=2)
+    ended = replace(shown, state=JobState.FINISHED)
+
+    steps = native_events.new_preview_step
+    assert (steps(None, plain), steps(None, shown), steps(plain, shown)) == (None, 5, 5)
+    assert (steps(shown, later), steps(shown, again), steps(plain, ended)) == (None, 5, None)
+
+
 def test_silence_is_filled_with_comments(store: JobStore) -> None:
     job_id = store.submit(new_job()).id
 
     async def never() -> JobAnswer:
         raise AssertionError("the job has not ended")
 
+    async def nothing() -> None:
+        raise AssertionError("there is no preview")
+
     async def body(followers: Followers) -> list[bytes]:
         with followers.follow(job_id) as follower:
-            events = native_events.write_events(follower, never, heartbeat_s=0.05)
+            events = native_events.write_events(follower, never, nothing, heartbeat_s=0.05)
             # The job is looked up first, and there may be silence meanwhile.
             while (first := await anext(events)).startswith(b":"):
                 pass
@@ -257,6 +274,31 @@ class TestStream:
             name, told = next(events)
             assert (name, told["state"], len(told["outputs"])) == ("finished", "finished", 2)
             assert [*events] == [], "the stream ends with the job"
+
+    def test_preview_comes_with_its_step(
+        self, app: LiveApp, live_store: JobStore, tmp_path: Path
+    ) -> None:
+        job = claim(live_store, create(app))
+        storage = Storage(settings_in(tmp_path).storage_url)
+        with following(app, job.id) as events:
+            assert next(events)[0] == "started"
+            live_store.beat_all([Beat(job, 3, 14, preview_step=2)])
+            assert next(events) == ("step", {"step": 3, "total_steps": 14})
+            storage.put(job.preview_key, b"\x89PNG")
+            live_store.beat_all([Beat(job, 6, 14, preview_step=5)])
+            assert next(events)[0] == "step", "the first one was gone before it could be read"
+            image = "data:image/png;base64,iVBORw=="
+            shown = {"step": 5, "total_steps": 14, "image": image}
+            assert next(events) == ("preview", shown)
+            live_store.beat_all([Beat(job, 7, 14, preview_step=5)])
+            assert next(events)[0] == "step"
+            live_store.cancel(job.id)
+            assert [name for name, _ in events] == ["cancelled"]
+        late = claim(live_store, create(app))
+        live_store.beat_all([Beat(late, 3, 14, preview_step=2)])
+        storage.put(late.preview_key, b"\x89PNG")
+        with following(app, late.id) as events:
+            assert [next(events)[0] for _ in range(3)] == ["started", "step", "preview"]
 
     @pytest.mark.parametrize("state", ["failed", "cancelled"])
     def test_other_ends(self, state: str, app: LiveApp, live_store: JobStore) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from server.database import idempotency_keys, open_engine
 from server.failures import Failure
-from server.jobs import MAX_ATTEMPTS, Job, JobStore
+from server.jobs import MAX_ATTEMPTS, Beat, Job, JobStore
 from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.settings import Settings
 from server.storage import Storage
@@ -419,7 +419,7 @@ class TestCancel:
             for _ in range(2):
                 answer = client.post(f"/api/jobs/{job_id}/cancel")
                 assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
-        assert store.beat_all([(running, 1, 2)]) == [running], "its worker is told"
+        assert store.beat_all([Beat(running, 1, 2)]) == [running], "its worker is told"
 
     def test_input_is_dropped(
         self, client: httpx.Client, store: JobStore, settings: Settings

@@ -279,8 +279,7 @@ def write_webhook(job: Job) -> dict[str, Any]:
     base_url = job.request["base_url"]
     summary = write_summary(job).model_dump(mode="json")
     outputs = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    is_finished = job.state is JobState.FINISHED
-    return {"type": f"job.{job.state}", **summary, "outputs": outputs if is_finished else []}
+    return {"type": f"job.{job.state}", **summary, "outputs": outputs if job.has_pictures else []}
 
 
 def write_delivery(status: DeliveryStatus, held_hosts: Sequence[str]) -> DeliveryAnswer:

@@ -144,7 +144,7 @@ def most_at_once(site: Site, host: Host) -> int:
     query = (
         "SELECT started_at, duration_s FROM delivery_attempts"
         " JOIN deliveries ON deliveries.id = delivery_id"
-        f" WHERE host = '127.0.0.1:{host.port}'"
+        f" WHERE host LIKE '%://127.0.0.1:{host.port}'"
     )
     spans = [
         (row["started_at"], row["started_at"] + row["duration_s"]) for row in rows(site, query)
