@@ -95,6 +95,7 @@ http://private.internal:PORT/ http://loopback.example:PORT/ http://loopback6.exa
 http://mixed.example/ http://mixed-first.example/ http://nat64.example/ http://mapped.example/
 http://tunnelled.example/ http://shared.example/ http://zone.example/ http://none.example/
 http://nonsense.example/ http://unknown.example/
+http://xn--a/x.png http://xn--~/ http://xn--/ http://a.xn--a/ http://xn--a.example:PORT/
 """.split()
     + [
         "",

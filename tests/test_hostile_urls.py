@@ -34,7 +34,7 @@ from tests.http_stub import Stub, answering, response, running_stub
 OK = response("200 OK", body=b"picture")
 AS_FAR_AS = (ip_network("127.0.0.0/8"), ip_network("::1"))
 
-NAMES = (*ANSWERS, "a..b", "unknown.example")
+NAMES = (*ANSWERS, "a..b", "a.xn--a", "unknown.example")
 
 strayed: list[str] = []
 
