@@ -363,6 +363,10 @@ class ChangingHost:
         await writer.drain()
 
 
+def picture_of(size: int) -> Picture:
+    return Picture(bytes(size), {"If-None-Match": '"1"'})
+
+
 class TestPicturesKept:
     @staticmethod
     async def fetch_all(host: ChangingHost, *callers: str | None, **limits: Any) -> list[bytes]:
@@ -407,14 +411,40 @@ class TestPicturesKept:
         assert get_from(answering(response("304 Not Modified"))) is ImageProblem.NOT_REACHABLE
 
     def test_room_is_bounded_and_the_last_used_stay(self) -> None:
-        pictures = Pictures(100)
+        pictures = Pictures(100_000, 100_000)
         for name in "abc":
-            pictures.put(("k", name), Picture(bytes(30), {"If-None-Match": '"1"'}))
-        assert pictures.get(("k", "a"))
-        pictures.put(("k", "d"), Picture(bytes(40), {"If-None-Match": '"1"'}))
-        assert [bool(pictures.get(("k", name))) for name in "abcd"] == [True, False, True, True]
-        pictures.put(("k", "a"), Picture(bytes(101), {"If-None-Match": '"1"'}))
-        assert pictures.get(("k", "a")) is None, "and the old one is gone"
+            pictures.put("k", name, picture_of(30_000))
+        assert pictures.get("k", "a")
+        pictures.put("k", "d", picture_of(35_000))
+        assert [bool(pictures.get("k", name)) for name in "abcd"] == [True, False, True, True]
+        pictures.put("k", "a", picture_of(100_000))
+        assert pictures.get("k", "a") is None, "and the old one is gone"
+
+    def test_pictures_without_content_take_room_too(self) -> None:
+        pictures = Pictures(100_000, 100_000)
+        urls = [f"http://a.example/{number}" for number in range(1_000)]
+        for url in urls:
+            pictures.put("k", url, picture_of(0))
+        kept = [url for url in urls if pictures.get("k", url)]
+        assert 10 < len(kept) < 100
+        assert kept == urls[-len(kept) :]
+
+    def test_one_key_does_not_push_out_another(self) -> None:
+        pictures = Pictures(100_000, 60_000)
+        for name in "ab":
+            pictures.put("modest", name, picture_of(15_000))
+        for number in range(100):
+            pictures.put("greedy", str(number), picture_of(15_000))
+        held = [bool(pictures.get("greedy", str(number))) for number in range(100)]
+        assert held == [False] * 97 + [True] * 3
+        for number in range(100):
+            pictures.put("third", str(number), picture_of(15_000))
+        assert pictures.get("modest", "a")
+        assert pictures.get("modest", "b")
+
+    def test_long_signs_of_change_are_not_kept(self) -> None:
+        for headers in ({"etag": f'"{"x" * 300}"'}, {"last-modified": OLD[15:] + " " * 300}):
+            assert conditions_of({**headers, "date": DATE[6:]}) == {}
 
     @pytest.mark.parametrize(
         ("headers", "conditions"),
