@@ -109,6 +109,13 @@ def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
         replies.flush()
 
 
+def limits_of(kind: Kind, limits: ImageLimits, wanted: Wanted) -> ImageLimits:
+    """The limits of one picture. What comes of it is no larger than it may be itself."""
+    if kind is Kind.INIT_IMAGE and wanted.keeps_own_size:
+        return replace(limits, max_pixels=min(limits.max_pixels, CROP_MAX_PIXELS))
+    return limits
+
+
 def keep_small_blocks() -> None:
     """Let glibc keep what a usual picture takes, and give back at once what a large one took.
 
@@ -126,9 +133,7 @@ def decode(
 ) -> NDArray[np.uint8] | ImageFault:
     """The pixels, or why there are none."""
     read = decode_image if kind is Kind.INIT_IMAGE else decode_mask
-    if kind is Kind.INIT_IMAGE and wanted.keeps_own_size:
-        limits = replace(limits, max_pixels=min(limits.max_pixels, CROP_MAX_PIXELS))
     try:
-        return read(content, limits, wanted.fit)
+        return read(content, limits_of(kind, limits, wanted), wanted.fit)
     except UnreadableImage as error:
         return error.kind

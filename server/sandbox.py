@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from models.decoding import ImageLimits
 from models.errors import ImageFault
-from server.decoder import FAULTS, PICTURE, READY, REPLY, Kind, Wanted, write_request
+from server.decoder import FAULTS, PICTURE, READY, REPLY, Kind, Wanted, limits_of, write_request
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.telemetry import get_logger
 
@@ -224,16 +224,19 @@ class Decoder:
     def _read_reply(
         self, kind: Kind, wanted: Wanted, until: float
     ) -> NDArray[np.uint8] | ImageProblem:
-        outcome, *size = REPLY.unpack(self._receive(REPLY.size, until))
+        outcome, width, height = REPLY.unpack(self._receive(REPLY.size, until))
         if outcome != PICTURE:
             if outcome > len(FAULTS):
                 raise DecoderEnded
             return PROBLEM_OF_FAULT[FAULTS[outcome - 1]]
-        # A size that fits needs no fitting: anything else is no answer to what was asked.
-        if 0 in size or wanted.fit(*size) != tuple(size):
+        # A size that fits needs no fitting: anything else is no answer to what was asked. A picture
+        # that keeps its own fits at any, so room is made only for what a file may hold.
+        limits = limits_of(kind, self._limits, wanted)
+        is_within = width * height <= limits.max_pixels and max(width, height) <= limits.max_side
+        if 0 in (width, height) or not is_within or wanted.fit(width, height) != (width, height):
             raise DecoderEnded
-        pixels = self._receive(size[0] * size[1] * kind.channels, until)
-        shape = (size[1], size[0], 3) if kind is Kind.INIT_IMAGE else (size[1], size[0])
+        pixels = self._receive(width * height * kind.channels, until)
+        shape = (height, width, 3) if kind is Kind.INIT_IMAGE else (height, width)
         return np.frombuffer(pixels, np.uint8).reshape(shape)
 
     def _bury(self, *, is_late: bool) -> ImageProblem:

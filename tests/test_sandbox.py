@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from models.decoding import ImageLimits
 from models.errors import ImageFault
 from server import confinement
-from server.decoder import Kind, Wanted
+from server.decoder import PICTURE, REPLY, Kind, Wanted
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.sandbox import PROBLEM_OF_FAULT, DecodedPair, Decoder, Sandbox
 from tests import hostile_pictures as hostile
@@ -323,6 +324,22 @@ def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProbl
             assert decoder.pid is None
         assert decoder.starts == 2
     finally:
+        decoder.close()
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("size", [(65_535, 65_535), (1, 2_001), (2_001, 1), (1_500, 1_500)])
+def test_no_room_is_made_for_a_picture_that_cannot_be(kind: Kind, size: tuple[int, int]) -> None:
+    """A child that was taken over says that a picture of its own size is large."""
+    claim = REPLY.pack(PICTURE, *size)
+    decoder = failing(f"os.write(1, {claim!r})")
+    tracemalloc.start()
+    try:
+        wanted = Wanted(keeps_own_size=True)
+        assert decoder.decode(kind, png_bytes(), wanted) is ImageProblem.DAMAGED
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
         decoder.close()
 
 
