@@ -5,6 +5,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 from ipaddress import ip_network
 from typing import Any
 
@@ -92,6 +93,16 @@ async def endless_headers(_path: str, writer: asyncio.StreamWriter) -> None:
     await send_for_ever(writer, b"X: " + b"y" * 4096 + b"\r\n")
 
 
+async def endless_small_chunks(_path: str, writer: asyncio.StreamWriter) -> None:
+    writer.write(CHUNKED)
+    await send_for_ever(writer, b"2\r\nxx\r\n" * 1_000)
+
+
+async def endless_trailers(_path: str, writer: asyncio.StreamWriter) -> None:
+    writer.write(CHUNKED + b"0\r\n")
+    await send_for_ever(writer, b"X: " + b"y" * 4096 + b"\r\n")
+
+
 async def reset(_path: str, writer: asyncio.StreamWriter) -> None:
     linger = struct.pack("ii", 1, 0)  # closing sends RST
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -145,12 +156,28 @@ class TestHosts:
         ("behaviour", "problem"),
         [
             (endless_headers, ImageProblem.NOT_REACHABLE),
+            (endless_trailers, ImageProblem.NOT_REACHABLE),
             (endless_body, ImageProblem.TOO_LARGE),
             (reset, ImageProblem.NOT_REACHABLE),
         ],
     )
     def test_host_with_bad_manners(self, behaviour: Behaviour, problem: ImageProblem) -> None:
         assert get_from(behaviour) is problem
+
+    def test_body_in_crumbs_is_not_read_to_its_end(self) -> None:
+        """Long before it is too large."""
+        tracemalloc.start()
+        try:
+            problem = get_from(endless_small_chunks, max_image_bytes=10_000_000)
+            assert problem is ImageProblem.NOT_REACHABLE
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
+
+    def test_body_in_small_pieces_is_read(self) -> None:
+        pieces = b"8\r\n12345678\r\n" * 100_000 + b"0\r\n\r\n"
+        body = get_from(answering(CHUNKED + pieces), max_image_bytes=1_000_000)
+        assert body == b"12345678" * 100_000
 
     def test_host_that_never_accepts(self) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
