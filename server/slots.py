@@ -37,11 +37,12 @@ class Slots:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        for owner in list(self._waiting):
+        for owner, turns in list(self._waiting.items()):
             if not self._free:
                 return
-            if self._taken[owner] < self._per_owner:
-                turns = self._waiting.pop(owner)
+            # One that was cancelled just now leaves by itself, and hands out again.
+            if self._taken[owner] < self._per_owner and not turns[0].cancelled():
+                del self._waiting[owner]
                 turn = turns.popleft()
                 if turns:
                     self._waiting[owner] = turns  # last in line again

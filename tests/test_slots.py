@@ -100,6 +100,22 @@ def test_place_handed_to_who_is_just_cancelled_is_not_lost() -> None:
     assert asyncio.run(run())[-1] == "c"
 
 
+def test_place_is_not_handed_to_who_gives_up_at_the_same_moment() -> None:
+    async def run() -> list[str]:
+        crowd = Crowd(Slots(1, 1))
+        holder, waiting = crowd.join("a"), crowd.join("b")
+        crowd.join("c")
+        await settle()
+        holder.cancel()
+        waiting.cancel()
+        await settle()
+        await crowd.let_go()
+        assert [task.cancelled() for task in crowd.tasks] == [True, True, False]
+        return crowd.held
+
+    assert asyncio.run(run()) == ["a", "c"]
+
+
 @pytest.mark.parametrize("places", [1, 3])
 def test_failing_holder_gives_its_place_back(places: int) -> None:
     async def run() -> None:
