@@ -25,12 +25,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.addresses import AddressPolicy, Refused, checked_url
 from server.circuits import Circuits
-from server.deliveries import Attempt, Delivery, DeliveryStore
+from server.deliveries import Attempt, Delivery, DeliveryStore, host_of
 from server.dialects import native, native_answers, v3
 from server.door import NETWORK_ERRORS, Door
+from server.errors import RateLimited
 from server.exchange import BodyTooLarge
 from server.jobs import Job, JobStore
+from server.limits import TokenBuckets
 from server.settings import WebhookSettings
+from server.slots import Slots
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
@@ -44,6 +47,10 @@ CALLS_PER_HOST = 4
 """Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
 the others."""
 
+PINGS_PER_MINUTE = 30
+"""Of one key."""
+PING_PLACES, PING_PLACES_PER_KEY = 16, 4
+"""Pings under way at a time."""
 
 NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
@@ -84,10 +91,10 @@ class WebhookCaller:
             headers = sign(message_id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
                 status, retry_after_s = await self._post(url, body, headers)
-        except Refused:
-            outcome = NOT_ALLOWED
-        except NETWORK_ERRORS as error:
-            outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
+        except (Refused, *NETWORK_ERRORS) as error:
+            outcome = outcome_of(error)
+            reason = f"{host_of(url)}: {type(error).__name__}: {error}"
+            logger.info("webhook not answered", detail=reason)
         duration_s = time.perf_counter() - started
         return Attempt(started_at, duration_s, status, outcome, retry_after_s)
 
@@ -126,6 +133,8 @@ class WebhookSender:
         self._calls: Counter[str] = Counter()
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
+        self._pings = TokenBuckets()
+        self._ping_places = Slots(PING_PLACES, PING_PLACES_PER_KEY)
         self._threads = anyio.CapacityLimiter(4)
 
     async def run(self) -> None:
@@ -136,9 +145,13 @@ class WebhookSender:
                     tasks.create_task(self._deliver(delivery))
                 await asyncio.sleep(POLL_S)
 
-    async def ping(self, url: str) -> tuple[str, Attempt]:
-        """As `WebhookCaller.ping`, beside the calls that are due."""
-        return await self._caller.ping(url)
+    async def ping(self, url: str, key_id: str) -> tuple[str, Attempt]:
+        """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
+        wait_s = self._pings.take(key_id, PINGS_PER_MINUTE)
+        if wait_s is not None:
+            raise RateLimited(wait_s, PINGS_PER_MINUTE)
+        async with self._ping_places.taken_by(key_id):
+            return await self._caller.ping(url)
 
     @property
     def held_hosts(self) -> list[str]:
@@ -216,6 +229,13 @@ class WebhookSender:
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = functools.partial(function, *args, **kwargs)
         return await anyio.to_thread.run_sync(call, limiter=self._threads)
+
+
+def outcome_of(error: Exception) -> str:
+    """Why there was no answer, for operators: whoever named the address is not told."""
+    if isinstance(error, Refused):
+        return NOT_ALLOWED
+    return "no answer" if isinstance(error, TimeoutError) else "not reachable"
 
 
 def write_body(job: Job) -> dict[str, Any]:

@@ -89,7 +89,8 @@ SERVER = {
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry",
+    "webhooks": "addresses circuits deliveries dialects door errors exchange jobs limits settings"
+    " slots telemetry",
     "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
     " waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
