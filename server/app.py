@@ -58,9 +58,11 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.registry.register(StoredFigures(engine, store))
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
-        door = Door(settings.egress, Listener(settings.host, settings.port))
+        # One each, so that neither waits for the other's look-ups.
+        listener = Listener(settings.host, settings.port)
+        fetch_door, webhook_door = (Door(settings.egress, listener) for _ in range(2))
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        webhooks = WebhookSender(settings.webhook, deliveries, store, door)
+        webhooks = WebhookSender(settings.webhook, deliveries, store, webhook_door)
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
         async with Background() as background:
             background.start(WEBHOOKS, webhooks.run)
@@ -72,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
                     keys=keys,
                     store=store,
                     storage=storage,
-                    fetcher=Fetcher(settings.fetch, door),
+                    fetcher=Fetcher(settings.fetch, fetch_door),
                     sandbox=sandbox,
                     waiters=waiters,
                     followers=followers,
@@ -85,7 +87,8 @@ def create_app(settings: Settings) -> FastAPI:
                 )
                 background.start("keys", lambda: keep_fresh(services))
                 yield
-        await door.aclose()
+        for door in (fetch_door, webhook_door):
+            await door.aclose()
         engine.dispose()
 
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.

@@ -112,6 +112,7 @@ class Fetcher:
             "GET",
             url,
             policy,
+            owner=key_id,
             headers=kept.conditions if kept else {},
             max_body_bytes=self._settings.max_image_bytes,
             timeout_s=self._settings.connect_timeout_s,

@@ -22,19 +22,32 @@ class Slots:
     @asynccontextmanager
     async def taken_by(self, owner: str) -> AsyncIterator[None]:
         """A place for the length of the block; waits for one."""
+        await self.take(owner)
+        try:
+            yield
+        finally:
+            self.give_back(owner)
+
+    async def take(self, owner: str) -> None:
+        """A place until it is given back; waits for one."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
         self._hand_out()
         try:
             await turn
-            yield
-        finally:
-            if turn.done() and not turn.cancelled():
-                self._free += 1
-                self._taken -= Counter([owner])  # drops owners without places
-            else:
+        except asyncio.CancelledError:
+            if turn.cancelled():
                 self._forget(owner, turn)
-            self._hand_out()
+                self._hand_out()
+            else:
+                self.give_back(owner)
+            raise
+
+    def give_back(self, owner: str) -> None:
+        """A place of this owner's, for the next."""
+        self._free += 1
+        self._taken -= Counter([owner])  # drops owners without places
+        self._hand_out()
 
     def _hand_out(self) -> None:
         for owner, turns in list(self._waiting.items()):

@@ -52,6 +52,9 @@ PINGS_PER_MINUTE = 30
 PING_PLACES, PING_PLACES_PER_KEY = 16, 4
 """Pings under way at a time."""
 
+OPERATOR = "operator"
+"""In the place of a key's id, for what no key has asked for."""
+
 NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
 
@@ -77,20 +80,25 @@ class WebhookCaller:
         if self._is_own_door:
             await self._door.aclose()
 
-    async def ping(self, url: str) -> tuple[str, Attempt]:
+    async def ping(self, url: str, key_id: str = OPERATOR) -> tuple[str, Attempt]:
         """A test event to any address that a webhook may have: its id, and how it went."""
         message_id = f"msg_{uuid.uuid4().hex}"
-        return message_id, await self.send(url, message_id, {"type": "ping"})
+        return message_id, await self.send(url, message_id, {"type": "ping"}, key_id)
 
-    async def send(self, url: str, message_id: str, values: dict[str, Any]) -> Attempt:
-        """One signed POST, and how it went. values: the body, as JSON."""
+    async def send(
+        self, url: str, message_id: str, values: dict[str, Any], key_id: str = OPERATOR
+    ) -> Attempt:
+        """One signed POST, and how it went.
+
+        values: the body, as JSON. key_id: of who named the URL.
+        """
         started_at, started = time.time(), time.perf_counter()
         status, retry_after_s, outcome = None, None, "answered"
         try:
             body = json.dumps(values).encode()
             headers = sign(message_id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(url, body, headers)
+                status, retry_after_s = await self._post(url, body, headers, key_id)
         except (Refused, *NETWORK_ERRORS) as error:
             outcome = outcome_of(error)
             reason = f"{host_of(url)}: {type(error).__name__}: {error}"
@@ -99,13 +107,14 @@ class WebhookCaller:
         return Attempt(started_at, duration_s, status, outcome, retry_after_s)
 
     async def _post(
-        self, url: str, body: bytes, headers: dict[str, str]
+        self, url: str, body: bytes, headers: dict[str, str], key_id: str
     ) -> tuple[int, float | None]:
         """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
         async with self._door.request(
             "POST",
             checked_url(url),
             self._policy,
+            owner=key_id,
             headers={"Content-Type": "application/json", **headers},
             max_body_bytes=MAX_REPLY_BYTES,
             timeout_s=self._settings.timeout_s,
@@ -151,7 +160,7 @@ class WebhookSender:
         if wait_s is not None:
             raise RateLimited(wait_s, PINGS_PER_MINUTE)
         async with self._ping_places.taken_by(key_id):
-            return await self._caller.ping(url)
+            return await self._caller.ping(url, key_id)
 
     @property
     def held_hosts(self) -> list[str]:
@@ -223,8 +232,8 @@ class WebhookSender:
 
     async def _call(self, delivery: Delivery) -> Attempt:
         job = await self._in_thread(self._jobs.get, delivery.job_id)
-        body = write_body(job) if job else {}
-        return await self._caller.send(delivery.url, delivery.id, body)
+        body, key_id = (write_body(job), job.key_id) if job else ({}, OPERATOR)
+        return await self._caller.send(delivery.url, delivery.id, body, key_id)
 
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = functools.partial(function, *args, **kwargs)

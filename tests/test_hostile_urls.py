@@ -129,6 +129,7 @@ def test_no_webhook_reaches_what_is_denied() -> None:
                     "POST",
                     checked_url(url.replace("PORT", str(trap.stub.port))),
                     AddressPolicy(),
+                    owner="k",
                     headers={},
                     max_body_bytes=1_000,
                     timeout_s=5,
@@ -191,7 +192,7 @@ def test_name_that_flips_between_judging_and_dialling() -> None:
     answers = [["127.0.0.2"], ["127.0.0.1"], ["127.0.0.2", "127.0.0.1"]]
     lookups = iter(answers)
 
-    async def flip(_host: str, _port: int) -> list[str]:
+    def flip(_host: str, _port: int) -> list[str]:
         return next(lookups)
 
     async def run() -> tuple[list[object], int, list[str]]:

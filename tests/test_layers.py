@@ -68,7 +68,8 @@ SERVER = {
     "addresses": "settings",
     "slots": "",
     "exchange": "",
-    "door": "addresses exchange settings",
+    "lookups": "slots",
+    "door": "addresses exchange lookups settings",
     "egress": "addresses door errors exchange settings slots telemetry",
     "downloads": "egress errors jobs",
     "confinement": "",
@@ -253,7 +254,7 @@ def importers_of(*names: str) -> set[str]:
 
 # `addresses` and `egress` name httpx for its URL alone.
 READS_URLS = {"addresses.py", "egress.py"}
-OPENS_CONNECTIONS = {"door.py", "exchange.py"}
+OPENS_CONNECTIONS = {"door.py", "exchange.py", "lookups.py"}
 # The demo is a client of a server of its own.
 CLIENTS = {"demo.py"}
 LISTENS = {"connections.py", "http.py"}
