@@ -5,7 +5,6 @@ after whoever asked has gone. So each owner has a few threads, and keeps them un
 """
 
 import asyncio
-import functools
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,16 +37,9 @@ class Lookups:
             return literals
         async with asyncio.timeout(TIMEOUT_S):
             await self._places.take(owner)
-            loop = asyncio.get_running_loop()
-            answer = loop.run_in_executor(self._threads, self._resolver, host, port)
-            # The place is the thread's, not the caller's, who may be gone before.
-            answer.add_done_callback(functools.partial(self._give_back, owner))
-            return await asyncio.shield(answer)
-
-    def _give_back(self, owner: str, answer: asyncio.Future[Sequence[str]]) -> None:
-        self._places.give_back(owner)
-        if not answer.cancelled():
-            answer.exception()  # nobody may be waiting for it
+            return await self._places.use_in_thread(
+                owner, self._threads, self._resolver, host, port
+            )
 
 
 def resolve(host: str, port: int) -> Sequence[str]:

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,12 +36,16 @@ from server.decoder import (
     write_request,
 )
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
+from server.slots import Slots
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
 
-CHILDREN = 2
-"""Pictures decoded at a time."""
+CHILDREN, CHILDREN_PER_KEY = 3, 2
+"""Pairs of pictures decoded at a time. One child is left for others, whatever one key sends."""
+
+PATIENCE_S = 30.0
+"""A request that finds no child in this time is refused."""
 
 WALL_S = 10
 """A picture may take so long before its child is killed."""
@@ -52,7 +57,7 @@ EXIT_TIMEOUT_S = 1.0
 PICTURES_PER_CHILD = 10_000
 """Then a fresh child takes over, so that whatever leaks cannot grow."""
 
-MAX_WAITING_BYTES = 256 * 2**20
+MAX_WAITING_BYTES, MAX_WAITING_BYTES_PER_KEY = 256 * 2**20, 128 * 2**20
 """Files that may wait for a child; beyond, requests are refused."""
 
 PIPE_BYTES = 2**20
@@ -337,8 +342,11 @@ class Sandbox:
         limits: ImageLimits,
         *,
         children: int = CHILDREN,
+        children_per_key: int = CHILDREN_PER_KEY,
         wall_s: float = WALL_S,
+        patience_s: float = PATIENCE_S,
         max_waiting_bytes: int = MAX_WAITING_BYTES,
+        max_waiting_bytes_per_key: int = MAX_WAITING_BYTES_PER_KEY,
     ) -> None:
         self._decoders = [Decoder(limits, wall_s) for _ in range(children)]
         # The last one used comes first: with little to do, one warm child does it all.
@@ -346,26 +354,43 @@ class Sandbox:
         for decoder in self._decoders:
             self._idle.put(decoder)
         self._threads = ThreadPoolExecutor(children, thread_name_prefix="decoder")
+        self._places = Slots(children, children_per_key)
+        self._patience_s = patience_s
         self._max_waiting_bytes = max_waiting_bytes
+        self._max_waiting_bytes_per_key = max_waiting_bytes_per_key
         self._waiting = 0
-        self._waiting_bytes = 0
+        self._waiting_bytes: Counter[str] = Counter()
 
-    async def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
+    async def decode_pair(
+        self, images: Mapping[str, bytes], wanted: Wanted = OWN, key_id: str = "anybody"
+    ) -> DecodedPair:
         """As `Decoder.decode_pair`. A caller that is cancelled leaves its child in order.
 
-        Raises: ImageUnavailable, QueueFull, ApiError.
+        key_id: children are handed round by it. Raises: ImageUnavailable, QueueFull, ApiError.
         """
         size = sum(map(len, images.values()))
-        if self._waiting_bytes + size > self._max_waiting_bytes:
+        if (
+            self._waiting_bytes.total() + size > self._max_waiting_bytes
+            or self._waiting_bytes[key_id] + size > self._max_waiting_bytes_per_key
+        ):
             raise QueueFull(self._waiting)
         self._waiting += 1
-        self._waiting_bytes += size
+        self._waiting_bytes[key_id] += size
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._decode, images, wanted)
+            await self._wait_for_place(key_id)
+            return await self._places.use_in_thread(
+                key_id, self._threads, self._decode, images, wanted
+            )
         finally:
             self._waiting -= 1
-            self._waiting_bytes -= size
+            self._waiting_bytes -= Counter({key_id: size})  # drops keys with nothing waiting
+
+    async def _wait_for_place(self, key_id: str) -> None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._places.take(key_id)
+        except TimeoutError as error:
+            raise QueueFull(self._waiting) from error
 
     def warm(self) -> None:
         """Start a child in the background for the first request; others start when it is busy."""

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 import anyio
@@ -17,6 +17,7 @@ from server.jobs import JobStore
 from server.metrics import Metrics
 from server.sandbox import Sandbox
 from server.settings import Settings
+from server.slots import Headcount
 from server.storage import Storage
 from server.waiters import Waiters
 from server.webhooks import WebhookSender
@@ -37,7 +38,10 @@ cost little and each makes the others' share cheaper."""
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The API process's parts, built once by `app.create_app`."""
+    """The API process's parts, built once by `app.create_app`.
+
+    arrivals: requests by key whose images are fetched and decoded now.
+    """
 
     settings: Settings
     keys: KeyRing
@@ -53,6 +57,7 @@ class Services:
     metrics: Metrics
     store_threads: anyio.CapacityLimiter
     submit_threads: anyio.CapacityLimiter
+    arrivals: Headcount = field(default_factory=Headcount)
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs

@@ -2,8 +2,17 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar, TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
+
+
+class NoPlace(Exception):
+    """There is none for this owner now."""
 
 
 class Slots:
@@ -49,6 +58,21 @@ class Slots:
         self._taken -= Counter([owner])  # drops owners without places
         self._hand_out()
 
+    async def use_in_thread(
+        self, owner: str, threads: Executor, function: Callable[[*Ts], R], *args: *Ts
+    ) -> R:
+        """Call a function in a place that was taken. It is given back when the thread is free: a
+        caller that gives up earlier cannot stop it."""
+        answer = asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+        def end(ended: asyncio.Future[R]) -> None:
+            self.give_back(owner)
+            if not ended.cancelled():
+                ended.exception()  # nobody may be waiting for it
+
+        answer.add_done_callback(end)
+        return await asyncio.shield(answer)
+
     def _hand_out(self) -> None:
         for owner, turns in list(self._waiting.items()):
             if not self._free:
@@ -68,3 +92,21 @@ class Slots:
         turns.remove(turn)
         if not turns:
             del self._waiting[owner]
+
+
+class Headcount:
+    """How many of each owner are inside, where nobody waits at the door. For one event loop."""
+
+    def __init__(self) -> None:
+        self._inside: Counter[str] = Counter()
+
+    @contextmanager
+    def entered_by(self, owner: str, limit: int) -> Iterator[None]:
+        """One more for the length of the block. Raises: NoPlace where the limit is reached."""
+        if self._inside[owner] >= limit:
+            raise NoPlace
+        self._inside[owner] += 1
+        try:
+            yield
+        finally:
+            self._inside -= Counter([owner])  # drops owners with nobody inside

@@ -74,7 +74,7 @@ SERVER = {
     "downloads": "egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
-    "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
+    "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
     "deliveries": "database",
     "failures": "",
     "receipts": "",
@@ -92,10 +92,10 @@ SERVER = {
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange jobs limits settings"
     " slots telemetry",
-    "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
-    " waiters webhooks",
+    "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
+    " storage waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings models.params",
+    " settings slots models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",

@@ -542,6 +542,58 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
     asyncio.run(run())
 
 
+def slow_pair() -> dict[str, bytes]:
+    """Pictures that take a second or two each."""
+    return dict.fromkeys(["init_image", "mask_image"], hostile.scans((2_000, 2_000), 300))
+
+
+@pytest.mark.parametrize(("children", "children_per_key"), [(2, 1), (1, 1)])
+def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_key: int) -> None:
+    async def run() -> None:
+        limits = ImageLimits()
+        with Sandbox(limits, children=children, children_per_key=children_per_key) as sandbox:
+            greedy = [
+                asyncio.create_task(sandbox.decode_pair(slow_pair(), key_id="greedy"))
+                for _ in range(4)
+            ]
+            await asyncio.sleep(0)
+            await sandbox.decode_pair(images_of((64, 64)), key_id="modest")
+            assert not all(each.done() for each in greedy)
+            for each in greedy:
+                each.cancel()
+            await asyncio.gather(*greedy, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_request_that_finds_no_child_is_refused_in_time() -> None:
+    async def run() -> None:
+        with Sandbox(ImageLimits(), children=1, children_per_key=1, patience_s=0.05) as sandbox:
+            slow = asyncio.create_task(sandbox.decode_pair(slow_pair()))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await sandbox.decode_pair(images_of((64, 64)))
+            assert isinstance(await slow, DecodedPair)
+            assert isinstance(await sandbox.decode_pair(images_of((64, 64))), DecodedPair)
+
+    asyncio.run(run())
+
+
+def test_files_of_one_key_do_not_take_all_room() -> None:
+    images = images_of((64, 64))
+    size = sum(map(len, images.values()))
+
+    async def run() -> None:
+        with Sandbox(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
+            calls = [sandbox.decode_pair(images, key_id="greedy") for _ in range(20)]
+            modest = sandbox.decode_pair(images, key_id="modest")
+            *greedy, pair = await asyncio.gather(*calls, modest, return_exceptions=True)
+            assert sum(isinstance(each, QueueFull) for each in greedy) == 10
+            assert isinstance(pair, DecodedPair)
+
+    asyncio.run(run())
+
+
 def test_leaving_ends_the_children() -> None:
     async def run() -> list[int]:
         with Sandbox(LIMITS) as sandbox:
