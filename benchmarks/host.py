@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from benchmarks import measure, report
-from benchmarks.load import Call, Ours, drive, save_images, wait_until_ready
+from benchmarks.clients import Call, Ours, drive, save_images, wait_until_ready
 from benchmarks.orders import make_orders
 from models.decoding import ImageLimits, decode_image, decode_mask
 from models.images import encode_png

@@ -6,7 +6,7 @@ step of a batch, or decode some pictures.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,7 +174,7 @@ class InpaintEngine:
             self._may_stall = False
             if denoised:
                 return self._decode(self._select_pictures(denoised, runnable))
-            if self._waiting and (not runnable or not self.limits.is_reproducible):
+            if self._waiting:
                 ready, failures = self._ask_for_models()
                 prepared = self._prepare(self._select_waiting(ready, runnable)) if ready else []
                 if failures or prepared:
@@ -249,7 +249,10 @@ class InpaintEngine:
     def _pictures_per_call(self, generation: Generation, runnable: Sequence[Member]) -> int:
         if self.limits.is_reproducible:
             return 1
-        patience_s = stall_s(self._rows, [member.key for member in runnable])
+        running: Counter[CallKind] = Counter()
+        for member in runnable:
+            running[member.key.kind] += member.sample.rows
+        patience_s = stall_s(self._rows, running)
         return self._pictures.units_within(generation.picture_kind, patience_s)
 
     def _prepare(self, generations: Sequence[Generation]) -> list[Event]:

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -35,6 +34,7 @@ from server.services import STORE_THREADS, SUBMIT_THREADS, WEBHOOKS, Services
 from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
+from server.threads import Threads
 from server.waiters import Waiters
 from server.webhooks import WebhookSender
 
@@ -64,29 +64,33 @@ def create_app(settings: Settings) -> FastAPI:
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         webhooks = WebhookSender(settings.webhook, deliveries, store, webhook_door)
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
-        async with Background() as background:
-            background.start(WEBHOOKS, webhooks.run)
-            background.start("janitor", Janitor(engine, storage, settings.retention).run)
-            with Waiters(store) as waiters, Followers(store) as followers, sandbox:
-                sandbox.warm()
-                services = app.state.services = Services(
-                    settings=settings,
-                    keys=keys,
-                    store=store,
-                    storage=storage,
-                    fetcher=Fetcher(settings.fetch, fetch_door),
-                    sandbox=sandbox,
-                    waiters=waiters,
-                    followers=followers,
-                    deliveries=deliveries,
-                    webhooks=webhooks,
-                    background=background,
-                    metrics=metrics,
-                    store_threads=anyio.CapacityLimiter(STORE_THREADS),
-                    submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
-                )
-                background.start("keys", lambda: keep_fresh(services))
-                yield
+        with (
+            Threads(STORE_THREADS, "store") as store_threads,
+            Threads(SUBMIT_THREADS, "submit") as submit_threads,
+        ):
+            async with Background() as background:
+                background.start(WEBHOOKS, webhooks.run)
+                background.start("janitor", Janitor(engine, storage, settings.retention).run)
+                with Waiters(store) as waiters, Followers(store) as followers, sandbox:
+                    sandbox.warm()
+                    services = app.state.services = Services(
+                        settings=settings,
+                        keys=keys,
+                        store=store,
+                        storage=storage,
+                        fetcher=Fetcher(settings.fetch, fetch_door),
+                        sandbox=sandbox,
+                        waiters=waiters,
+                        followers=followers,
+                        deliveries=deliveries,
+                        webhooks=webhooks,
+                        background=background,
+                        metrics=metrics,
+                        store_threads=store_threads,
+                        submit_threads=submit_threads,
+                    )
+                    background.start("keys", lambda: keep_fresh(services))
+                    yield
         for door in (fetch_door, webhook_door):
             await door.aclose()
         engine.dispose()

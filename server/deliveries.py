@@ -8,6 +8,7 @@ A claim moves the due time past the longest possible call, so that two senders n
 call at once and one that died loses nothing.
 """
 
+import functools
 import random
 import time
 import uuid
@@ -16,8 +17,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from sqlalchemy import ColumnElement, Connection, Engine, exists, func, insert, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    bindparam,
+    exists,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
 
+from server.commits import GroupCommit
 from server.database import deliveries, delivery_attempts, jobs, read_only
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -27,6 +40,18 @@ JITTER = 0.2
 MAX_AGE_S = sum(RETRY_DELAYS_S) * (1 + JITTER)
 """After which a call to a host that always fails is given up, tries left or not."""
 MAX_RETRY_AFTER_S = 86_400.0
+
+
+# What every call needs is built once: building costs more than running.
+NOTE = insert(delivery_attempts)
+FOLLOW = (
+    update(deliveries)
+    .where(
+        deliveries.c.id == bindparam("held_id"),
+        deliveries.c.attempt == bindparam("held_attempt"),
+    )
+    .values(state=bindparam("becomes"), due_at=bindparam("due"))
+)
 
 
 class DeliveryState(StrEnum):
@@ -117,6 +142,7 @@ class DeliveryStore:
         self._lease_s = lease_s
         self._clock = clock
         self._jitter = jitter or random.Random()
+        self._commits = GroupCommit(engine)
 
     def claim_due(
         self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
@@ -245,23 +271,28 @@ class DeliveryStore:
 
     def record(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
         """Note how a claimed call went and what follows from it."""
+        return self._commits.run(functools.partial(self._record, delivery, attempt))
+
+    def _record(
+        self, delivery: Delivery, attempt: Attempt, connection: Connection
+    ) -> DeliveryState:
         state = self._state_after(delivery, attempt)
-        with self._engine.begin() as connection:
-            connection.execute(
-                insert(delivery_attempts).values(
-                    delivery_id=delivery.id,
-                    attempt=delivery.attempt,
-                    started_at=attempt.started_at,
-                    duration_s=attempt.duration_s,
-                    status=attempt.status,
-                    outcome=attempt.outcome,
-                )
-            )
-            connection.execute(
-                update(deliveries)
-                .where(deliveries.c.id == delivery.id, deliveries.c.attempt == delivery.attempt)
-                .values(state=state, due_at=self._clock() + self._delay_s(delivery, attempt))
-            )
+        tried = {
+            "delivery_id": delivery.id,
+            "attempt": delivery.attempt,
+            "started_at": attempt.started_at,
+            "duration_s": attempt.duration_s,
+            "status": attempt.status,
+            "outcome": attempt.outcome,
+        }
+        follows = {
+            "held_id": delivery.id,
+            "held_attempt": delivery.attempt,
+            "becomes": state,
+            "due": self._clock() + self._delay_s(delivery, attempt),
+        }
+        connection.execute(NOTE, tried)
+        connection.execute(FOLLOW, follows)
         return state
 
     def attempts(self, job_id: int) -> list[Attempt]:

@@ -13,6 +13,7 @@ class Failure(StrEnum):
     MODEL_UNAVAILABLE = "model_unavailable"
     """The model asked for cannot be loaded."""
     PROMPT_TOO_LONG = "prompt_too_long"
+    CLIP_SKIP_TOO_LARGE = "clip_skip_too_large"
     OUT_OF_MEMORY = "out_of_memory"
     UNUSABLE_PICTURE = "unusable_picture"
     NOT_STORED = "not_stored"
@@ -35,6 +36,7 @@ SENTENCES = {
     Failure.INPUT_LOST: "The stored images are gone",
     Failure.MODEL_UNAVAILABLE: "The model cannot be loaded now",
     Failure.PROMPT_TOO_LONG: "The prompt is longer than this model can read",
+    Failure.CLIP_SKIP_TOO_LARGE: "This model has fewer text encoder layers than clip_skip skips",
     Failure.OUT_OF_MEMORY: "The picture is too large for this server's memory",
     Failure.UNUSABLE_PICTURE: "The model could not make this picture",
     Failure.NOT_STORED: "The pictures could not be stored",

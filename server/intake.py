@@ -19,7 +19,7 @@ from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
 from server.egress import FetchRights
-from server.errors import ApiError, QueueFull
+from server.errors import ApiError, QueueFull, ServerBusy
 from server.idempotency import Idempotency
 from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
 from server.receipts import Intake
@@ -101,8 +101,10 @@ async def accept(
     """Make a job of a request, or find the one that an earlier request with its key made.
 
     True with the job where it is a new one.
-    Raises: QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
+    Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
+    if services.waiters.is_released:
+        raise ServerBusy
     if once is not None:
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:

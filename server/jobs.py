@@ -23,6 +23,7 @@ from sqlalchemy import (
     Engine,
     Executable,
     Row,
+    Select,
     bindparam,
     case,
     func,
@@ -41,7 +42,7 @@ from server.errors import QueueFull, StorageUnavailable
 from server.failures import Failure
 from server.idempotency import Idempotency, find, reserve
 from server.receipts import Receipt
-from server.turns import IS_WAITING, ORDER, Arrival, Place, goes_before, look_at
+from server.turns import GOES_BEFORE, IS_WAITING, ORDER, Arrival, Place, look_at
 
 LEASE_S = 45.0
 MAX_ATTEMPTS = 3
@@ -129,6 +130,35 @@ CLAIM = (
     )
     .returning(jobs)
 )
+
+PLACE = select(jobs.c.priority, jobs.c.turn, jobs.c.id).where(
+    jobs.c.id == bindparam("job_id"), IS_WAITING
+)
+POSITION = select(func.count()).where(IS_WAITING, GOES_BEFORE)
+RECENT = (
+    select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
+    .where(jobs.c.state == JobState.FINISHED)
+    .order_by(jobs.c.id.desc())
+    .limit(RECENT_JOBS)
+)
+IS_RUNNING: ColumnElement[bool] = jobs.c.state == JobState.RUNNING
+
+
+def sum_up(which: ColumnElement[bool]) -> Select[int, int, float]:
+    """How many of these jobs wait, how many run, and the pixel steps that all have left."""
+    steps = case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
+    left = jobs.c.work * (1 - 1.0 * jobs.c.step / steps)
+    return select(
+        func.count().filter(jobs.c.state == JobState.QUEUED),
+        func.count().filter(jobs.c.state == JobState.RUNNING),
+        func.coalesce(func.sum(left), 0.0),
+    ).where(which)
+
+
+IN_ALL = sum_up(IS_RUNNING | IS_WAITING)
+BEFORE_WAITING = sum_up(IS_RUNNING | IS_WAITING & GOES_BEFORE)
+BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
+"""A running job runs beside those that began before it."""
 
 CHANGED = (jobs.c.id, jobs.c.state, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
@@ -540,42 +570,28 @@ class JobStore:
             place = self._place(connection, job_id)
             if place is None:
                 return None
-            query = select(func.count()).where(IS_WAITING, goes_before(place))
-            return int(connection.execute(query).scalar_one())
+            return int(connection.execute(POSITION, place.to_parameters()).scalar_one())
 
     def figures(self, before_id: int | None = None) -> QueueFigures:
         """The queue as a whole, or as the job `before_id` sees it in front of itself.
 
         A job that comes later may yet go before it, when it is the turn of its key.
         """
-        left = jobs.c.work * (
-            1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
-        )
         with read_only(self._engine) as connection:
             speed = self._speed(connection)
-            waiting, running, ahead = connection.execute(
-                select(
-                    func.count().filter(jobs.c.state == JobState.QUEUED),
-                    func.count().filter(jobs.c.state == JobState.RUNNING),
-                    func.coalesce(func.sum(left), 0.0),
-                ).where(self._in_front(connection, before_id))
-            ).one()
+            if before_id is None:
+                row = connection.execute(IN_ALL).one()
+            elif (place := self._place(connection, before_id)) is not None:
+                row = connection.execute(BEFORE_WAITING, place.to_parameters()).one()
+            else:
+                row = connection.execute(BEFORE_OTHER, {"job_id": before_id}).one()
+        waiting, running, ahead = row
         return QueueFigures(waiting, running, ahead, speed)
-
-    def _in_front(self, connection: Connection, before_id: int | None) -> ColumnElement[bool]:
-        is_running = jobs.c.state == JobState.RUNNING
-        if before_id is None:
-            return is_running | IS_WAITING
-        place = self._place(connection, before_id)
-        if place is None:  # it runs itself, beside those that began before it
-            return is_running & (jobs.c.id < before_id)
-        return is_running | IS_WAITING & goes_before(place)
 
     @staticmethod
     def _place(connection: Connection, job_id: int) -> Place | None:
         """Where a waiting job stands, None for any other."""
-        query = select(jobs.c.priority, jobs.c.turn, jobs.c.id)
-        row = connection.execute(query.where(jobs.c.id == job_id, IS_WAITING)).one_or_none()
+        row = connection.execute(PLACE, {"job_id": job_id}).one_or_none()
         return None if row is None else Place(*row)
 
     def report_worker(self, status: WorkerStatus) -> None:
@@ -606,12 +622,7 @@ class JobStore:
 
     def _speed(self, connection: Connection) -> float:
         """Pixel steps per second of the last finished jobs, or a guess before there are any."""
-        recent = connection.execute(
-            select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
-            .where(jobs.c.state == JobState.FINISHED)
-            .order_by(jobs.c.id.desc())
-            .limit(RECENT_JOBS)
-        ).all()
+        recent = connection.execute(RECENT).all()
         busy_s = covered_s([(row.started_at, row.finished_at) for row in recent])
         if busy_s > 0:
             return float(sum(row.work for row in recent) / busy_s)

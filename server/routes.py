@@ -72,6 +72,9 @@ async def inpaint(
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
     job, _ = await accept(services, asked, caller, base_url)
+    # Inline pictures: thousands of calls may be held. FastAPI keeps what it gave us till the end.
+    fields.clear()
+    del asked
     ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
         return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
@@ -127,7 +130,9 @@ async def readyz(services: ServicesOf) -> JSONResponse:
     """Whether a request made now would be worked on; the reason where not."""
     expected = len(services.settings.worker_devices)
     workers = await services.in_store_thread(services.store.workers_seen)
-    is_ready, reason = readiness(workers, expected, services.background.failing())
+    is_ready, reason = readiness(
+        workers, expected, services.background.failing(), services.waiters.is_released
+    )
     status = {"status": "ok" if is_ready else "unavailable", "reason": reason}
     return JSONResponse(status, 200 if is_ready else 503)
 
@@ -148,7 +153,7 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
 async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
     """The finished pictures as the client asked for them: URLs, or base64 texts."""
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    if not job.request["wants_base64"]:
+    if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
         return urls
     if services.settings.base64_output is Base64Output.LINK:
         return [url.removesuffix(".png") + ".base64" for url in urls]
@@ -171,7 +176,7 @@ def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:
 
 
 def readiness(
-    workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str]
+    workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str], is_stopping: bool
 ) -> tuple[bool, str]:
     """Whether a job would be made and told of, and how things stand in words for an operator.
 
@@ -181,5 +186,8 @@ def readiness(
     others = [f"{worker.id}: {worker.detail}" for worker in workers if worker.state != "ready"]
     total = max(expected, len(workers))
     failures = [f"{name} failed lately" for name in failing]
-    is_ready = bool(ready) and WEBHOOKS not in failing
-    return is_ready, "; ".join([f"{len(ready)}/{total} workers ready", *others, *failures])
+    draining = ["draining"] if is_stopping else []
+    is_ready = bool(ready) and WEBHOOKS not in failing and not is_stopping
+    return is_ready, "; ".join(
+        [*draining, f"{len(ready)}/{total} workers ready", *others, *failures]
+    )

@@ -1,12 +1,8 @@
 """What the API process is made of, and how endpoints reach its synchronous parts."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
-
-import anyio
-import anyio.to_thread
 
 from server.auth import KeyRing
 from server.background import Background
@@ -19,6 +15,7 @@ from server.sandbox import Sandbox
 from server.settings import Settings
 from server.slots import Headcount
 from server.storage import Storage
+from server.threads import Threads
 from server.waiters import Waiters
 from server.webhooks import WebhookSender
 
@@ -55,20 +52,18 @@ class Services:
     webhooks: WebhookSender
     background: Background
     metrics: Metrics
-    store_threads: anyio.CapacityLimiter
-    submit_threads: anyio.CapacityLimiter
+    store_threads: Threads
+    submit_threads: Threads
     arrivals: Headcount = field(default_factory=Headcount)
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Call a synchronous part without blocking the event loop."""
-        call = functools.partial(function, *args, **kwargs)
-        return await anyio.to_thread.run_sync(call, limiter=self.store_threads)
+        return await self.store_threads.call(function, *args, **kwargs)
 
     async def in_submit_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Call what waits for a shared commit without blocking the event loop."""
-        call = functools.partial(function, *args, **kwargs)
-        return await anyio.to_thread.run_sync(call, limiter=self.submit_threads)
+        return await self.submit_threads.call(function, *args, **kwargs)

@@ -51,6 +51,11 @@ class Waiters:
         self._thread.join()
         self.release_all()
 
+    @property
+    def is_released(self) -> bool:
+        """The server is stopping."""
+        return self._is_released
+
     def release_all(self) -> None:
         """Let all waiters go, later ones too, with "not ended yet": the server is stopping."""
         with self._lock:

@@ -3,9 +3,11 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from server.database import open_engine
 from server.jobs import LEASE_S
 from tests.chaos.faults_network import delivery, tries
 from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers
@@ -14,6 +16,7 @@ from tests.chaos.light_libraries import STOOD_IN
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import LEDGER, FaultKind, Script, Stage
 from tests.chaos.site import SHIFTED_COMMAND_LINE, Broken, Site, running_site, signal_process, until
+from tests.test_supervisor import rename
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,75 @@ def test_accepted_job_survives_the_death_of_the_api(site: Site, oracle: Oracle) 
     site.start(workers=2)
 
     site.ended(job)
+    assert oracle.row(job)["attempt"] == 1, "the job is not to blame for the death of a server"
     until(lambda: bool(site.host.calls_for(job)), 30, "the webhook is called")
+
+
+def test_picture_waits_for_the_file_store(site: Site, oracle: Oracle) -> None:
+    pictures = site.data_dir / "files" / "generations"
+    aside = pictures.with_name("aside")
+    job = site.accept(Script(tag="kept", step_s=0.2))
+    site.claimed(job)
+    pictures.rename(aside)
+    pictures.touch()  # no folder can be made there
+    until(lambda: waits(site, job), 60, "the store has refused the picture")
+    other = site.accept(Script(tag="other"))
+    until(lambda: waits(site, other), 60, "the worker goes on with other jobs")
+    assert site.status(job) == "processing"
+
+    pictures.unlink()
+    aside.rename(pictures)
+
+    site.ended(job, other)
+    assert oracle.row(job)["attempt"] == 1
+
+
+def test_commit_waits_for_the_database(site: Site, oracle: Oracle) -> None:
+    job = site.accept(Script(tag="uncommitted", step_s=0.2))
+    site.claimed(job)
+    rename_jobs(site, "jobs", "away")
+    until(lambda: waits(site, job), 60, "the commit was refused")
+
+    rename_jobs(site, "away", "jobs")
+
+    site.ended(job)
+    assert oracle.row(job)["attempt"] == 1
+
+
+def test_stopping_server_refuses_jobs_and_answers_for_earlier_ones(tmp_path: Path) -> None:
+    with running_site(tmp_path, {"INPAINT_MAX_IN_FLIGHT": "1"}) as site:
+        running = site.accept(Script(tag="running", step_s=1.0), num_inference_steps=100)
+        site.claimed(running)
+        waiting = site.accept(Script(tag="waiting"))
+        signal_process(site.pid, signal.SIGTERM)
+        until(lambda: site.readiness() == 503, 10, "readiness says that it stops")
+        assert "draining" in site.client.get(f"{site.url}/readyz").json()["reason"]
+
+        refused = site.submit(Script(tag="refused"))
+
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert site.status(waiting) == "processing"
+        # Else the worker would work on it for the rest of its time.
+        cancelled = site.client.post(f"{site.url}/api/jobs/{running}/cancel")
+        assert cancelled.status_code == 200
+        assert site.stop() == 0
+        oracle = Oracle(site)
+        assert oracle.row(waiting)["state"] == "queued"
+        assert oracle.row(waiting)["attempt"] == 0
+
+
+def waits(site: Site, job_id: int) -> bool:
+    """Whether a worker has said that it keeps the job's end."""
+    said = site.log_events("a store is away, the job's end waits")
+    return any(each["job_id"] == job_id for each in said)
+
+
+def rename_jobs(site: Site, old: str, new: str) -> None:
+    """Without their table nobody can do anything with jobs."""
+    engine = open_engine(site.database_url)
+    rename(engine, old, new)
+    engine.dispose()
 
 
 def test_poison_job_is_set_aside_and_its_neighbours_are_made(site: Site, oracle: Oracle) -> None:

@@ -5,6 +5,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.test_pipeline import (
     generated,
     make_params,
     make_source,
+    reference,
     with_fault,
 )
 
@@ -59,7 +61,7 @@ class ToyPipeline:
     calls: the samples of each UNet call.
     prepared, decoded: how many jobs and pictures each call of these verbs was for.
     most_pictures: what memory suffices for in one call.
-    step_s, picture_s: what a UNet call takes, and a picture's decoding.
+    row_s, picture_s: what a row of a UNet call takes, and a picture's decoding.
     """
 
     faults: dict[tuple[str, int], Exception] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class ToyPipeline:
     prepared: list[int] = field(default_factory=list)
     decoded: list[int] = field(default_factory=list)
     most_pictures: int = 99
-    step_s: float = 0.0
+    row_s: float = 0.0
     picture_s: float = 0.0
     now_s: float = 0.0
 
@@ -94,7 +96,7 @@ class ToyPipeline:
 
     def denoise_step(self, samples: Sequence[ToySample]) -> list[int]:
         self.calls.append([*samples])
-        self.now_s += self.step_s
+        self.now_s += self.row_s * sum(sample.rows for sample in samples)
         for sample in samples:
             self._fail_for("denoise_step", sample.seed)
         return [sample.seed for sample in samples]
@@ -391,6 +393,27 @@ def test_picture_does_not_depend_on_what_else_runs(
             assert np.count_nonzero(apart > 1) <= apart.size / 1000
 
 
+def test_pictures_made_together_are_those_of_diffusers(tiny_components: Components) -> None:
+    jobs = [
+        make_params(seed=3, num_inference_steps=5),
+        make_params(seed=4, scheduler=SchedulerName.EULER_ANCESTRAL, guidance_scale=1.0),
+        make_params(seed=5, scheduler=SchedulerName.DPM_MULTISTEP, strength=0.6, prompt="a star"),
+        make_params(seed=6, scheduler=SchedulerName.LCM, num_inference_steps=3),
+    ]
+    pipeline = InpaintPipeline(tiny_components)
+    engine = InpaintEngine(
+        Residency.of(MODEL, pipeline), EngineLimits(first_rows=8, first_pictures=4)
+    )
+
+    ends = run_all(engine, *(Generation(n, MODEL, job, SOURCE) for n, job in enumerate(jobs)))
+
+    for number, params in enumerate(jobs):
+        (picture,) = pictures_of(ends[number])
+        apart = difference(picture.generated, reference(tiny_components, params))
+        assert apart.max() <= 2
+        assert np.count_nonzero(apart > 1) <= apart.size / 1000
+
+
 # --- policy, with the toy -----------------------------------------------------------------------
 
 
@@ -562,17 +585,49 @@ def test_reproducible_engine_shares_no_call() -> None:
     assert {len(call) for call in pipeline.calls} == {1}
 
 
+def test_reproducible_engine_lets_generations_join() -> None:
+    engine = make_engine(ToyPipeline())
+    engine.add(make_generation(1, num_inference_steps=50))
+    engine.step()
+    engine.add(make_generation(2, num_inference_steps=2))
+
+    ends = [each.generation_id for each in drain(engine) if isinstance(each, Finished)]
+
+    assert ends == [2, 1]
+
+
+@pytest.mark.parametrize("samples_per_call", [1, 4])
+def test_sizes_take_turns(samples_per_call: int) -> None:
+    """A large picture delays the small ones by one of its steps at a time, and none is left out."""
+    pipeline = ToyPipeline()
+    engine = make_engine(pipeline, samples_per_call, max_generations=8)
+    small = [make_generation(n, width=64, num_inference_steps=6) for n in range(1, 4)]
+    large = make_generation(9, width=1024, height=1024, num_inference_steps=12)
+
+    run_all(engine, large, *small)
+
+    widths = [call[0].latents.shape[3] * 8 for call in pipeline.calls]
+    first, last = widths.index(64), len(widths) - widths[::-1].index(64)
+    runs = {
+        width: [len([*run]) for each, run in groupby(widths[first:last]) if each == width]
+        for width in (64, 1024)
+    }
+    assert max(runs[1024]) == 1
+    assert max(runs[64]) <= len(small)
+    assert widths.count(1024) == 12
+
+
 def test_decoding_lets_running_samples_wait_for_two_steps_at_most() -> None:
-    pipeline = ToyPipeline(step_s=1.0, picture_s=0.5)
+    pipeline = ToyPipeline(row_s=0.5, picture_s=0.5)
     engine = make_engine(pipeline, samples_per_call=16, max_generations=16)
-    quick = [make_generation(n, samples=4, num_inference_steps=2) for n in range(1, 5)]
-    run_all(engine, *quick)  # measures
+    run_all(engine, *(make_generation(n, samples=4) for n in range(1, 5)))  # measures
     pipeline.decoded.clear()
 
+    quick = [make_generation(n, samples=3, num_inference_steps=2) for n in range(1, 6)]
     run_all(engine, make_generation(9, num_inference_steps=99), *quick)
 
-    assert max(pipeline.decoded) == 5  # 2.1 steps
-    assert sum(pipeline.decoded) == 17
+    assert max(pipeline.decoded) == 5  # 2.1 steps of the two rows that run
+    assert sum(pipeline.decoded) == 16
 
 
 def test_call_of_the_vae_too_large_for_memory_is_done_in_parts() -> None:

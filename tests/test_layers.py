@@ -75,7 +75,7 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
-    "deliveries": "database",
+    "deliveries": "commits database",
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
@@ -84,6 +84,7 @@ SERVER = {
     "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
+    "threads": "",
     "waiters": "jobs telemetry",
     "followers": "jobs telemetry",
     "bodies": "errors",
@@ -91,9 +92,9 @@ SERVER = {
     " models.enhance models.errors models.params",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange jobs limits settings"
-    " slots telemetry",
+    " slots telemetry threads",
     "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
-    " storage waiters webhooks",
+    " storage threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
     " settings slots models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
@@ -102,23 +103,27 @@ SERVER = {
     "checkpoints": "receipts settings telemetry"
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",
+    "endings": "errors failures jobs telemetry",
+    "results": "endings errors failures inspection jobs receipts storage telemetry"
+    " models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database errors failures inspection jobs receipts sandbox settings"
-    " storage telemetry"
-    " models.captions models.engine models.errors models.images models.pipeline models.residency",
+    "worker": "checkpoints database endings errors failures inspection jobs receipts results"
+    " sandbox settings storage telemetry"
+    " models.captions models.engine models.errors models.pipeline models.residency",
+    "devices": "telemetry",
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings storage telemetry waiters webhooks models.decoding",
+    " settings storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
     "admin": "connections intake metrics routes services",
     "connections": "auth settings",
-    "http": "admin connections settings",
+    "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
-    "cli": "app auth cluster database deliveries demo door http jobs key_commands keys settings"
-    " supervisor telemetry webhooks worker models.errors models.registry",
+    "cli": "app auth cluster database deliveries demo devices door http jobs key_commands keys"
+    " settings supervisor telemetry webhooks worker models.errors models.registry",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 
@@ -305,14 +310,15 @@ def test_both_ways_out_use_the_door_and_not_the_wire(name: str) -> None:
     assert from_exchange <= {"BodyTooLarge"}
 
 
-WORKER = {"worker.py", "checkpoints.py", "inspection.py"}
+WORKER = {"worker.py", "checkpoints.py", "inspection.py", "results.py"}
 """What runs in the worker's process alone."""
 
 
 def test_only_the_worker_imports_the_engine() -> None:
     assert importers_of("models.engine") == {"worker.py"}
     assert importers_of("models.pipeline") <= WORKER
-    assert importers_of("server.checkpoints", "server.inspection") == {"worker.py"}
+    assert importers_of("server.checkpoints", "server.results") == {"worker.py"}
+    assert importers_of("server.inspection") == {"results.py", "worker.py"}
 
 
 def test_only_the_worker_imports_torch() -> None:

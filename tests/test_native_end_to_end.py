@@ -40,7 +40,8 @@ BODY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with serving(tmp_path_factory.mktemp("server")) as process:
+    settings = {"INPAINT_PNG_METADATA": "true"}
+    with serving(tmp_path_factory.mktemp("server"), settings) as process:
         yield process
 
 
@@ -146,3 +147,21 @@ def test_running_job_is_cancelled_and_the_worker_goes_on(server: ServerProcess) 
     assert [name for name, _ in follow(server, job_id)] == ["cancelled"]
     assert server.wait_for("job was taken away")["job_id"] == job_id
     assert finished(server)["state"] == "finished"
+
+
+def test_parameters_stand_in_the_picture_where_the_operator_wants_it(server: ServerProcess) -> None:
+    job = finished(server, scheduler="EulerDiscreteScheduler", samples=2)
+
+    for output in job["outputs"]:
+        file = server.client.get(output["url"])
+        text = Image.open(io.BytesIO(file.content)).info["parameters"]
+        assert text.startswith("a red circle\n")
+        assert f"Seed: {output['seed']}," in text
+        assert "Sampler: Euler" in text
+
+
+def test_parameter_that_only_the_model_can_judge_is_named(server: ServerProcess) -> None:
+    *_, (name, job) = follow(server, create(server, clip_skip=8)["id"])
+
+    assert name == "failed"
+    assert job["error"]["code"] == "clip_skip_too_large"

@@ -189,6 +189,14 @@ class TestLifeOfAJob:
         told = read(client, job_id)
         assert (told["state"], told["receipt"], len(told["outputs"])) == ("finished", None, 1)
 
+    def test_finished_job_is_told_on_the_vendors_path_too(
+        self, client: httpx.Client, store: JobStore
+    ) -> None:
+        job = claim(store, create(client)["id"])
+        assert store.finish(job, [None, None])
+        answer = client.post(f"/api/v3/fetch/{job.id}").json()
+        assert (answer["status"], len(answer["output"])) == ("success", 2)
+
     def test_only_masked_keeps_the_pictures_size(
         self, client: httpx.Client, settings: Settings, store: JobStore
     ) -> None:

@@ -26,7 +26,7 @@ from server.deliveries import MAX_AGE_S, RETRY_DELAYS_S, Attempt, DeliveryState,
 from server.failures import Failure
 from server.jobs import MAX_ATTEMPTS, Job, JobStore, NewJob
 from server.settings import WebhookSettings
-from server.webhooks import WebhookCaller, WebhookSender, sign, to_seconds
+from server.webhooks import CALLS_PER_HOST, WebhookCaller, WebhookSender, sign, to_seconds
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
 WAIT_S = 20
@@ -321,6 +321,27 @@ def test_slow_receiver_is_given_up_and_others_are_served(
         (attempt,) = asyncio.run(send_until(settings, deliveries, jobs, late, 1))
         assert (attempt.status, attempt.outcome) == (None, "no answer")
         assert calls.qsize() == 1
+
+
+def test_calls_to_one_host_follow_each_other_without_a_pause(
+    jobs: JobStore, deliveries: DeliveryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.webhooks.POLL_S", 10 * WAIT_S)
+    count = 3 * CALLS_PER_HOST  # no more than these are claimed at a time
+
+    async def send(calls: "queue.Queue[Any]") -> None:
+        sender = asyncio.create_task(WebhookSender(LOOPBACK, deliveries, jobs).run())
+        async with asyncio.timeout(WAIT_S):
+            while calls.qsize() < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        sender.cancel()
+        await asyncio.wait([sender])
+
+    with receiver() as (url, calls):
+        for _ in range(count):
+            jobs.finish(submit(jobs, url), [])
+        asyncio.run(send(calls))
+        assert calls.qsize() == count
 
 
 @pytest.mark.parametrize("end", ["finished", "failed", "cancelled"])
