@@ -17,7 +17,7 @@ from server.background import Background
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import native, native_problems, v3
-from server.door import Door, Listener
+from server.door import Door, listeners_of
 from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.followers import Followers
@@ -59,8 +59,8 @@ def create_app(settings: Settings) -> FastAPI:
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
         # One each, so that neither waits for the other's look-ups.
-        listener = Listener(settings.host, settings.port)
-        fetch_door, webhook_door = (Door(settings.egress, listener) for _ in range(2))
+        listeners = listeners_of(settings)
+        fetch_door, webhook_door = (Door(settings.egress, listeners) for _ in range(2))
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         webhooks = WebhookSender(settings.webhook, deliveries, store, webhook_door)
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))

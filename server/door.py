@@ -28,7 +28,7 @@ from server.addresses import (
 )
 from server.exchange import BodyTooLarge, Connection, ExchangeFailed, connect_bytes, request_bytes
 from server.lookups import Lookups, Resolver, numeric_addresses
-from server.settings import EgressSettings
+from server.settings import EgressSettings, Settings
 
 Dialler = Callable[[str, int], Awaitable[socket.socket]]
 """A connected socket to an address and port."""
@@ -66,6 +66,14 @@ class Listener:
         return dialled == own or (own.is_unspecified and is_local(str(dialled)))
 
 
+def listeners_of(settings: Settings) -> list[Listener]:
+    """Where a server with these settings listens."""
+    listeners = [Listener(settings.host, settings.port)]
+    if settings.admin.port is not None:
+        listeners.append(Listener(settings.admin.host, settings.admin.port))
+    return listeners
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """A connection that can be used again.
@@ -88,13 +96,13 @@ class Kept:
 class Door:
     """Requests to judged addresses, one pool of connections for all who ask.
 
-    listener: of this server, which is never dialled. resolver, dialler: for tests.
+    listeners: of this server, which are never dialled. resolver, dialler: for tests.
     """
 
     def __init__(
         self,
         settings: EgressSettings | None = None,
-        listener: Listener | None = None,
+        listeners: Sequence[Listener] = (),
         resolver: Resolver | None = None,
         dialler: Dialler | None = None,
         tls: ssl.SSLContext | None = None,
@@ -103,7 +111,7 @@ class Door:
         proxy = settings.proxy.get_secret_value() if settings.proxy else None
         self._proxy = httpx.URL(proxy) if proxy else None
         self.nat64_prefixes = settings.nat64_prefixes
-        self._listener = listener
+        self._listeners = listeners
         self._lookups = Lookups(resolver)
         self._dialler = dialler or dial
         self._tls = tls or default_tls()
@@ -240,10 +248,9 @@ class Door:
         return addresses
 
     def _refuse_own(self, addresses: Sequence[str], port: int) -> None:
-        if self._listener is not None:
-            for address in addresses:
-                if self._listener.is_at(address, port):
-                    raise Refused("this server's own address")
+        for address in addresses:
+            if any(listener.is_at(address, port) for listener in self._listeners):
+                raise Refused("this server's own address")
 
     async def _dial(
         self, host: str, addresses: Sequence[str], port: int, timeout_s: float

@@ -210,10 +210,14 @@ class HttpSettings(Section):
 
 
 class AdminSettings(Section):
-    """The port for figures and details; it asks for no key. port: None means there is none."""
+    """The port for figures and details; it asks for no key. port: None means there is none.
+
+    allowed_hosts: names a request's Host may have besides localhost and addresses.
+    """
 
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=0, le=65535)
+    allowed_hosts: ListOf[str] = ()
 
 
 class QueueSettings(Section):

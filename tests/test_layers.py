@@ -117,7 +117,7 @@ SERVER = {
     " settings storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
-    "admin": "connections intake metrics routes services",
+    "admin": "connections intake metrics middleware routes services",
     "connections": "auth settings",
     "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
