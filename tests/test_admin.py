@@ -47,7 +47,7 @@ def figures_of(admin: httpx.Client) -> dict[str, float]:
 
 def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
     finish(settings, submit(app.client))
-    submit(app.client, webhook="http://receiver.example/")
+    submit(app.client, webhook="http://127.0.0.1:1/")
     post(app.client, "inpaint", **(BODY | {"init_image": "http://127.0.0.1:1/"}))
     post(app.client, "inpaint", **(BODY | {"init_image": "AAAA"}))
     app.client.post("/canary-path")
