@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from server.addresses import AddressPolicy, Refused, checked_url
-from server.door import NETWORK_ERRORS, Door, dial
+from server.addresses import Refused
+from server.door import Door, dial
 from server.egress import Fetcher, FetchFailed
 from server.errors import ImageProblem
-from server.settings import EgressSettings, FetchSettings
+from server.settings import EgressSettings, FetchSettings, WebhookSettings
+from server.webhooks import WebhookCaller
 from tests.hostile_urls import (
     ANSWERS,
     DENIED,
@@ -101,23 +102,30 @@ def test_no_fetch_reaches_what_is_denied() -> None:
 
 
 def test_no_webhook_reaches_what_is_denied() -> None:
+    """By the sender's own policy and words, as a job's webhook and as a ping."""
+
     async def try_all(trap: Trap) -> None:
-        for url in HOSTILE_URLS:
-            with pytest.raises((Refused, *NETWORK_ERRORS)):
-                async with trap.door.request(
-                    "POST",
-                    checked_url(url.replace("PORT", str(trap.stub.port))),
-                    AddressPolicy(),
-                    owner="k",
-                    headers={},
-                    max_body_bytes=1_000,
-                    timeout_s=5,
-                    body=b"{}",
-                ):
-                    raise AssertionError(url)
+        caller = WebhookCaller(WebhookSettings(), trap.door)
+        for hostile in HOSTILE_URLS:
+            url = hostile.replace("PORT", str(trap.stub.port))
+            for attempt in (await caller.send(url, "msg_1", {}, "k"), (await caller.ping(url))[1]):
+                assert (attempt.status, attempt.is_success) == (None, False), url
             assert (trap.recorder.dialled, trap.stub.connections) == ([], 0), url
 
     trapped(try_all)
+
+
+def test_webhook_reaches_what_is_allowed() -> None:
+    """The corpus would prove nothing if the caller reached nobody."""
+
+    async def try_it(trap: Trap) -> None:
+        settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.1"})
+        url = f"http://loopback.example:{trap.stub.port}/"
+        attempt = await WebhookCaller(settings, trap.door).send(url, "msg_1", {}, "k")
+        assert attempt.status == 200
+
+    trap = trapped(try_it)
+    assert (trap.recorder.dialled, trap.stub.connections) == (["127.0.0.1"], 1)
 
 
 def test_no_redirect_reaches_what_is_denied() -> None:
@@ -156,14 +164,19 @@ def test_recorder_hears_of_public_addresses(address: str) -> None:
 
 @pytest.mark.parametrize("name", ["private.internal", "loopback.example", "shared.example"])
 def test_named_private_host_works(name: str) -> None:
+    is_here = name == "loopback.example"
+    got: list[bytes | ImageProblem] = []
+
     async def try_it(trap: Trap) -> None:
-        await trap.fetch(f"http://{name}:PORT/")
+        got.append(await trap.fetch(f"http://{name}:PORT/"))
 
     by_network = ",".join(ANSWERS[name])
     for allowed in ({"allow_hosts": name}, {"allow_cidrs": by_network}):
         trap = trapped(try_it, **allowed)
         assert set(trap.recorder.dialled) == set(ANSWERS[name])
-        assert trap.stub.connections == (1 if name == "loopback.example" else 0)
+        assert trap.stub.connections == is_here
+    # The recorder connects on loopback only; of the others it is enough that they were dialled.
+    assert got == [b"picture" if is_here else ImageProblem.NOT_REACHABLE] * 2
 
 
 def test_name_that_flips_between_judging_and_dialling() -> None:
