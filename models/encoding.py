@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.canvas import Canvas
@@ -74,13 +75,13 @@ class CanvasEncoder:
             if self._has_masked_image and encoded.masked_image is None:
                 masked_images[encoded] = canvas
         for same_size in by_size(init_images):
-            images = self._images(same_size.values())
+            images = self._images([canvas.init_image for canvas in same_size.values()])
             for encoded, image, is_again in self._encoded(same_size, images):
                 encoded.init_image = image
                 encoded.is_encoded_again |= is_again
         for same_size in by_size(masked_images):
             kept = self._strengths(same_size.values()) == 0
-            images = self._images(same_size.values()) * kept
+            images = self._images([canvas.init_image for canvas in same_size.values()]) * kept
             for encoded, image, is_again in self._encoded(same_size, images):
                 encoded.masked_image = image
                 encoded.is_encoded_again |= is_again
@@ -108,6 +109,14 @@ class CanvasEncoder:
         torch.randn(shape, generator=generator)
         return Draws(image_latents, noise, None)
 
+    def latents_of(self, picture: NDArray[np.uint8]) -> Tensor:
+        """The most probable latents `(1, 4, h/8, w/8)` of any picture `(h, w, 3)`.
+
+        Raises: UnusablePicture.
+        """
+        (distribution,), _ = self._codec.encode(self._images([picture]))
+        return self._codec.middle(distribution)
+
     def forget(self) -> None:
         """Keep nothing any more."""
         self._kept.clear()
@@ -133,9 +142,9 @@ class CanvasEncoder:
             strengths = strengths.where(mask, 1.0)
         return EncodedCanvas(mask.to(self._dtype), strengths)
 
-    def _images(self, canvases: Iterable[Canvas]) -> Tensor:
-        """`(n, 3, h, w)` float32 in [-1, 1]."""
-        pixels = torch.from_numpy(np.stack([canvas.init_image for canvas in canvases]))
+    def _images(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Pictures `(h, w, 3)` of one size as `(n, 3, h, w)` float32 in [-1, 1]."""
+        pixels = torch.from_numpy(np.stack(pictures))
         return pixels.to(self._device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
     def _strengths(self, canvases: Iterable[Canvas]) -> Tensor:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from models.batching import BatchKey, CallBudget, CallKind, stall_s
 from models.errors import DeviceLost, EngineError, OutOfMemory
@@ -156,6 +158,24 @@ class InpaintEngine:
         """Forget a generation; takes effect before the next step. Unknown ids are ignored."""
         self._waiting = deque(each for each in self._waiting if each.id != generation_id)
         self._running.pop(generation_id, None)
+
+    def preview(self, generation_id: int) -> NDArray[np.uint8] | None:
+        """How a generation's first picture comes along: see `InpaintPipeline.preview`.
+
+        None also for a generation that does not run, and where no preview can be made.
+        Raises: DeviceLost, as `step`.
+        """
+        members = self._running.get(generation_id)
+        if members is None:
+            return None
+        try:
+            pipeline = self.models.pipeline(members[0].generation.model)
+            return pipeline.preview(members[0].sample)
+        except DeviceLost:
+            raise
+        except Exception:  # whatever it is, it must not hurt the picture
+            logger.warning("no preview could be made", exc_info=True)
+            return None
 
     def step(self) -> list[Event]:
         """Do one piece of work and say what came of it.

@@ -24,12 +24,16 @@ from models.conditioning import Conditioning, create_conditioner
 from models.encoding import INPAINT_CHANNELS, CanvasEncoder, EncodedCanvas
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from models.params import InpaintParams, SchedulerName
+from models.previews import Colours, estimate_clean, fit_colours, paint
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
 from models.schedulers import SchedulerSource, noised, run_timesteps
 from models.unet import BatchedUNet, UNetRows
 from models.uploads import host_tables
 from models.vae import LatentCodec
+
+PREVIEW_SIDE_PX = 128
+"""Of a preview, at most: what latents have of the largest picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class Sample:
         UNets of 9 channels keep what is black themselves, so it is 1 there.
     timesteps: of the whole run, host scalars, first to last.
     is_encoded_again: see `Picture`.
+    model_input, prediction: `(1, 4, h/8, w/8)`, the latents that the last UNet call was given and
+        what it answered, for previews; None before the first step.
     """
 
     params: InpaintParams
@@ -76,6 +82,8 @@ class Sample:
     image_latents: torch.Tensor | None
     step_index: int = 0
     is_encoded_again: bool = False
+    model_input: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
 
     @property
     def total_steps(self) -> int:
@@ -130,6 +138,7 @@ class InpaintPipeline:
         unet = components.unet.to(memory_format=torch.channels_last)
         self._unet = call_batches(unet)
         self._schedulers = SchedulerSource(components.scheduler_config)
+        self._colours: Colours | None = None
         self.device: torch.device = components.unet.device
         self.dtype: torch.dtype = components.unet.dtype
         self.channels: int = components.unet.config.in_channels
@@ -211,6 +220,7 @@ class InpaintPipeline:
                 prediction, timestep, sample.latents, return_dict=False, **sample.step_arguments
             )[0]
             sample.step_index += 1
+            sample.prediction = prediction
             if sample.image_latents is not None:
                 sample.latents = blend_outside(sample, sample.image_latents)
 
@@ -242,6 +252,29 @@ class InpaintPipeline:
                 )
                 for index, sample in enumerate(samples)
             ]
+
+    @torch.inference_mode()
+    def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
+        """What the picture would be if the sample's last prediction were right, in small.
+
+        `(h/8, w/8, 3)`, no side longer than `PREVIEW_SIDE_PX`; None before the first step. Blank
+        where the safety checker flags it. Changes nothing, and waits for the device.
+        Raises: UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        if sample.model_input is None or sample.prediction is None:
+            return None
+        with translated_errors():
+            if self._colours is None:
+                self._colours = fit_colours(self._encoder.latents_of)
+            timestep = float(sample.timesteps[sample.step_index - 1])
+            latents = estimate_clean(
+                sample.scheduler, timestep, sample.model_input, sample.prediction
+            )
+            image = sample.canvas.put_back_small(
+                paint(latents, self._colours), self.latent_scale, PREVIEW_SIDE_PX
+            )
+            (verdict,) = self._judge([sample], [image])
+        return blank_like(image) if verdict else image
 
     def device_time_s(self) -> float:
         """A clock for timing device work: waits until all that was started is done."""
@@ -321,6 +354,7 @@ class InpaintPipeline:
         timestep = sample.timesteps[sample.step_index]
         with host_tables(self.device):
             model_input = sample.scheduler.scale_model_input(sample.latents, timestep)
+        sample.model_input = model_input
         if sample.masked_image_latents is not None:
             model_input = torch.cat([model_input, sample.mask, sample.masked_image_latents], dim=1)
         return UNetRows(

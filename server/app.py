@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
@@ -32,6 +33,7 @@ from server.routes import router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, SUBMIT_THREADS, WEBHOOKS, Services
 from server.settings import Settings
+from server.silence import LOOK_S
 from server.storage import Storage
 from server.telemetry import get_logger
 from server.threads import Threads
@@ -90,6 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
                         submit_threads=submit_threads,
                     )
                     background.start("keys", lambda: keep_fresh(services))
+                    background.start("watch", lambda: watch_workers(services))
                     yield
         for door in (fetch_door, webhook_door):
             await door.aclose()
@@ -123,6 +126,20 @@ async def keep_fresh(services: Services) -> None:
             await services.in_store_thread(services.keys.refresh)
         except (OSError, ValueError, SQLAlchemyError):
             logger.exception("keys not read")
+
+
+async def watch_workers(services: Services) -> None:
+    """Give back the jobs of workers that have fallen silent, and forget the long dead ones.
+
+    Workers do the first too, but none may be up.
+    """
+    while True:
+        try:
+            await services.in_store_thread(services.store.requeue_expired)
+            await services.in_store_thread(services.store.forget_silent_workers)
+        except SQLAlchemyError:
+            logger.exception("workers cannot be watched")
+        await asyncio.sleep(LOOK_S)
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
@@ -161,6 +178,6 @@ def to_api_error(error: Exception) -> ApiError:
             return RouteNotFound((error.headers or {}).get("Allow", ""))
         case HTTPException():
             return InvalidBody()
-        case DBAPIError():
+        case DBAPIError() | PoolTimeout():
             return StorageUnavailable()
     return ApiError()

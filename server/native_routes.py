@@ -23,8 +23,8 @@ from server.dialects.native_answers import (
     PingAnswer,
 )
 from server.dialects.native_problems import declare
-from server.errors import Conflict, ConflictKind, JobNotFound
-from server.intake import ServicesOf, accept, admit, base_url_of
+from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
+from server.intake import ServicesOf, accept, admit, base_url_of, find_job
 from server.jobs import Job, JobState
 from server.services import Services
 
@@ -72,10 +72,7 @@ def describe_body(model: Any) -> dict[str, Any]:
 
 async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
     """The job of the path. Raises: JobNotFound, for another key's too."""
-    job = await services.in_store_thread(services.store.get, job_id)
-    if job is None or job.key_id != key_id:
-        raise JobNotFound
-    return job
+    return await find_job(services, job_id, key_id)
 
 
 JobOf = Annotated[Job, Depends(get_job)]
@@ -187,9 +184,15 @@ async def follow_job(
         ended = await services.in_store_thread(services.store.get, job.id)
         return await tell(services, ended or job, base_url)
 
+    async def show() -> bytes | None:
+        try:
+            return await services.in_store_thread(services.storage.get, job.preview_key)
+        except StorageUnavailable:
+            return None  # not worth the stream
+
     async def stream() -> AsyncIterator[bytes]:
         with services.followers.follow(job.id) as follower:
-            async for chunk in native_events.write_events(follower, tell_end):
+            async for chunk in native_events.write_events(follower, tell_end, show):
                 yield chunk
 
     return StreamingResponse(stream(), 200, EVENT_HEADERS, "text/event-stream")

@@ -123,4 +123,4 @@ class Result:
         now = self.stores.jobs.get(self.job.id)
         if now is None:
             return False
-        return now.state is JobState.FINISHED and now.attempt == self.job.attempt
+        return now.state is JobState.FINISHED and now.claim == self.job.claim

@@ -16,13 +16,14 @@ from models.enhance import Enhancement
 from server.auth import Caller
 from server.bodies import Fields, read_fields
 from server.dialects import v3
-from server.errors import JobNotFound, RouteNotFound
+from server.errors import RouteNotFound, StorageUnavailable
 from server.intake import (
     ServicesOf,
     accept,
     admit,
     base_url_of,
     eta_s,
+    find_job,
     get_services,
     read_output,
 )
@@ -138,11 +139,9 @@ async def readyz(services: ServicesOf) -> JSONResponse:
 
 
 async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
-    """A job as fetch tells of it. Raises: JobNotFound."""
-    job = await services.in_store_thread(services.store.get, job_id)
-    if job is None or job.key_id != key_id:
-        raise JobNotFound
-    if job.state is JobState.FINISHED and job.expired_at is None:
+    """A job as fetch tells of it. Raises: JobNotFound, StorageUnavailable."""
+    job = await find_job(services, job_id, key_id)
+    if job.has_pictures:
         base_url = base_url_of(request, services.settings)
         return JSONResponse(v3.write_fetch_success(job, await outputs(services, job, base_url)))
     if job.state.is_terminal:
@@ -151,7 +150,10 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
 
 
 async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
-    """The finished pictures as the client asked for them: URLs, or base64 texts."""
+    """The finished pictures as the client asked for them: URLs, or base64 texts.
+
+    Raises: StorageUnavailable, also where one was removed at this moment.
+    """
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
     if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
         return urls
@@ -161,7 +163,7 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
         await services.in_store_thread(services.storage.get, key) for key in job.output_keys
     ]
     if None in pictures:
-        raise JobNotFound
+        raise StorageUnavailable
     return [base64.b64encode(picture).decode() for picture in pictures if picture is not None]
 
 

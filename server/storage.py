@@ -1,4 +1,4 @@
-"""Where pictures and inputs lie: a local folder or an object store, behind five calls."""
+"""Where pictures and inputs lie: a local folder or an object store, behind six calls."""
 
 import contextlib
 import os
@@ -70,6 +70,16 @@ class Storage:
             return None
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot read {key}") from error
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a key. Raises: StorageUnavailable."""
+        try:
+            self._store.head(key)
+        except (NotFoundError, FileNotFoundError):
+            return False
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot look for {key}") from error
+        return True
 
     def delete(self, key: str) -> None:
         """Remove; a missing key is fine. Raises: StorageUnavailable."""

@@ -102,7 +102,7 @@ class WebhookCaller:
                 status, retry_after_s = await self._post(url, body, headers, key_id)
         except (Refused, *NETWORK_ERRORS) as error:
             outcome = outcome_of(error)
-            reason = f"{host_of(url)}: {type(error).__name__}: {error}"
+            reason = f"{host_of(key_id, url)}: {type(error).__name__}: {error}"
             logger.info("webhook not answered", detail=reason)
         duration_s = time.perf_counter() - started
         return Attempt(started_at, duration_s, status, outcome, retry_after_s)
@@ -230,8 +230,9 @@ class WebhookSender:
             self._has_ended.set()
 
     async def _judge_host(self, host: str, attempt: Attempt) -> None:
-        """Whether the host as a whole works; an address that was refused says nothing of it."""
-        if attempt.outcome in (NOT_ALLOWED, NOT_MADE):
+        """Whether the host as a whole works, for this key: one that is denied is no other case than
+        one that is away, or being spared would tell them apart."""
+        if attempt.outcome == NOT_MADE:
             return
         if not attempt.is_host_failure:
             self._circuits.note_success(host)

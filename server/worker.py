@@ -26,7 +26,8 @@ from server.endings import Endings
 from server.errors import StorageUnavailable
 from server.failures import Failure
 from server.inspection import Stages
-from server.jobs import Job, JobStore, WorkerStatus
+from server.jobs import Beat, Job, JobStore, WorkerStatus
+from server.previews import DaemonThread, PreviewFiles
 from server.receipts import Model
 from server.results import Result, Stores
 from server.sandbox import DecodedPair
@@ -106,6 +107,7 @@ class Worker:
     _checkpoints: Checkpoints = field(init=False)
     _stores: Stores = field(init=False)
     _endings: Endings = field(init=False)
+    _previews: PreviewFiles = field(init=False)
 
     def __post_init__(self) -> None:
         usual = IN_FLIGHT_ON_CPU if self.device == "cpu" else IN_FLIGHT_ON_GPU
@@ -113,6 +115,7 @@ class Worker:
         self._checkpoints = Checkpoints(self.settings, self.device)
         self._stores = Stores(self.store, self.storage)
         self._endings = Endings(self._stores.steps_to_fail)
+        self._previews = PreviewFiles(self.storage, DaemonThread("previews"))
 
     def run(self) -> None:
         """Work until told to stop; what runs then is finished, what waits is given back.
@@ -176,8 +179,7 @@ class Worker:
 
     def _hand_back(self) -> None:
         """In the end: what others must make. The attempt does not count, no job is at fault."""
-        for job_id in self._endings.look():
-            self._held.pop(job_id, None)
+        self._let_go_of_ended()
         running = [held.job for held in self._held.values() if held.job.id not in self._endings]
         for job in [*running, *self._endings.close()]:
             try:
@@ -187,8 +189,7 @@ class Worker:
 
     def _keep_up(self, engine: InpaintEngine) -> None:
         """What is due from time to time: ends, leases, signs of life, jobs of the dead."""
-        for job_id in self._endings.look():
-            self._held.pop(job_id, None)
+        self._let_go_of_ended()
         if self._is_stuck():
             return  # the supervisor hears nothing and acts, and the leases run out
         now = time.monotonic()
@@ -216,17 +217,41 @@ class Worker:
         self._requeue_at = now + AWAY_S + RETURN_S
 
     def _beat(self, engine: InpaintEngine) -> None:
-        """Renew the leases; forget the jobs that were cancelled or given to another.
+        """Renew the leases, show what has changed; forget the jobs that were cancelled or given to
+        another.
 
         Raises: SQLAlchemyError.
         """
-        progress = [(held.job, held.step, held.total_steps) for held in self._held.values()]
-        for job in self.store.beat_all(progress):
+        self._make_previews(engine)
+        beats = [
+            Beat(held.job, held.step, held.total_steps, self._previews.step_of(held.job))
+            for held in self._held.values()
+        ]
+        for job in self.store.beat_all(beats):
             # One whose end is on its way may just have ended.
             if job.id not in self._endings:
                 logger.warning("job was taken away", job_id=job.id)
                 engine.cancel(job.id)
-                del self._held[job.id]
+                self._let_go(job)
+
+    def _make_previews(self, engine: InpaintEngine) -> None:
+        """Of the jobs that asked for them; the device is waited for, which only they cost."""
+        for held in self._held.values():
+            if self._previews.is_due(held.job, held.step):
+                picture = engine.preview(held.job.id)
+                if picture is not None:
+                    self._previews.store(held.job, held.step, picture)
+        self._previews.settle()
+
+    def _let_go_of_ended(self) -> None:
+        for job_id in self._endings.look():
+            if job_id in self._held:
+                self._let_go(self._held[job_id].job)
+
+    def _let_go(self, job: Job) -> None:
+        """A job that has ended, or is somebody else's from now on."""
+        del self._held[job.id]
+        self._previews.drop(job)
 
     def _open_models(self) -> Residency:
         """The models that jobs may ask for. Raises: ModelUnavailable."""

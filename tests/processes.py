@@ -89,6 +89,7 @@ class ServerProcess(Process):
     """`inpaint-server serve` on a free port."""
 
     def __init__(self, data_dir: Path, environment: Mapping[str, str], *flags: str) -> None:
+        self.data_dir = data_dir
         ours = {"INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8", "INPAINT_HOLD_S": str(HOLD_S)}
         super().__init__(
             {**ours, **environment}, "serve", "--port", "0", "--data-dir", str(data_dir), *flags

@@ -8,14 +8,21 @@ from pathlib import Path
 import pytest
 
 from server.database import open_engine
-from server.jobs import LEASE_S
-from tests.chaos.faults_network import delivery, tries
-from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers
-from tests.chaos.faults_storage import refuses_and_heals_without_room
+from tests.chaos.faults_network import delivery, refused_in_parallel, tries, waiters_leave
+from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers, take_away
+from tests.chaos.faults_storage import without_room
 from tests.chaos.light_libraries import STOOD_IN
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import LEDGER, FaultKind, Script, Stage
-from tests.chaos.site import SHIFTED_COMMAND_LINE, Broken, Site, running_site, signal_process, until
+from tests.chaos.site import (
+    SHIFTED_COMMAND_LINE,
+    Broken,
+    Site,
+    outside_world,
+    running_site,
+    signal_process,
+    until,
+)
 from tests.test_supervisor import rename
 
 
@@ -51,7 +58,7 @@ def test_worker_killed_in_the_middle_changes_nothing(site: Site, oracle: Oracle)
 
 
 def test_late_result_does_not_replace_the_first(site: Site, oracle: Oracle) -> None:
-    lateness_s(site, oracle, Stage.DECODED)
+    lateness_s(site, oracle, Stage.DECODED, take_away)
 
 
 def test_accepted_job_survives_the_death_of_the_api(site: Site, oracle: Oracle) -> None:
@@ -158,21 +165,27 @@ def test_webhook_is_tried_again_after_an_error(site: Site, oracle: Oracle) -> No
 
 
 def test_disk_without_room_is_refused_and_heals(site: Site, oracle: Oracle) -> None:
-    told, _ = refuses_and_heals_without_room(site)
-
-    assert "503" in told
+    without_room(site)
 
 
 def test_job_of_a_hung_worker_is_made_by_another(site: Site, oracle: Oracle) -> None:
     job = site.accept(Script(tag="hung", fault=FaultKind.STOP, at=Stage.HALF))
     until(lambda: bool(stopped_workers(site)), 60, "the worker stands still")
 
-    site.shift_clock(LEASE_S + 1)
+    take_away(site, job)
 
     site.ended(job)
     for pid in stopped_workers(site):
         signal_process(pid, signal.SIGCONT)
-    site.shift_clock(0)
+
+
+def test_clients_that_leave_while_they_wait_take_nothing_along(tmp_path: Path) -> None:
+    waiters_leave(tmp_path, waiters=40, made=10)
+
+
+def test_no_more_are_taken_than_there_is_room_for(tmp_path: Path) -> None:
+    with outside_world() as (thread, host):
+        refused_in_parallel(tmp_path, thread, host, submits=200)
 
 
 def test_oracle_notices_what_is_wrong(site: Site) -> None:
@@ -193,6 +206,8 @@ def test_oracle_notices_what_is_wrong(site: Site) -> None:
     with pytest.raises(Broken, match="has changed since it was finished"):
         oracle.check()
     with pytest.raises(Broken, match="not the one of the first finish"):
+        Oracle(site).check()
+    with pytest.raises(Broken, match="not served as it was first finished"):
         Oracle(site).check()
     picture.rename(stray)
     os.utime(stray, (0, 0))

@@ -117,6 +117,10 @@ class ToyPipeline:
         blank = np.zeros((1, 1, 3), np.uint8)
         return [Picture(sample.seed, blank, blank) for sample in samples]
 
+    def preview(self, sample: ToySample) -> NDArray[np.uint8] | None:
+        self._fail_for("preview", sample.seed)
+        return np.full((1, 1, 3), sample.seed, np.uint8) if sample.step_index else None
+
     def device_time_s(self) -> float:
         return self.now_s
 
@@ -246,6 +250,28 @@ def assert_same_pictures(
         for picture, alone in pairs:
             assert picture.seed == alone.seed
             assert difference(picture.generated, alone.generated).max() <= 2
+
+
+def test_previews_change_no_picture(tiny_pipeline: InpaintPipeline) -> None:
+    generations = [make_generation(1, samples=2), make_generation(2, strength=0.6)]
+    plain = run_all(make_engine(tiny_pipeline), *generations)
+    engine = make_engine(tiny_pipeline)
+    for generation in generations:
+        engine.add(generation)
+    ends: dict[int, Finished | Failed] = {}
+    previews = 0
+    for _ in range(10_000):
+        if engine.is_idle:
+            break
+        events = engine.step()
+        previews += sum(engine.preview(each.id) is not None for each in generations)
+        ends |= {each.generation_id: each for each in events if not isinstance(each, Progress)}
+
+    assert previews > 8
+    for generation_id, end in plain.items():
+        pairs = zip(pictures_of(ends[generation_id]), pictures_of(end), strict=True)
+        for picture, expected in pairs:
+            np.testing.assert_array_equal(picture.image, expected.image)
 
 
 CULPRIT_PROMPT = "poison"
@@ -543,6 +569,40 @@ def test_unexpected_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     run_all(make_engine(ToyPipeline({("advance", 10): OutOfMemory("full")})), make_generation(1))
     assert not caplog.records
+
+
+def test_preview_is_of_the_first_picture_of_a_running_generation() -> None:
+    engine = make_engine(ToyPipeline())
+    engine.add(make_generation(1, samples=2))
+    assert engine.preview(1) is None, "it waits"
+    engine.step()
+    assert engine.preview(1) is None, "it has not taken a step"
+    engine.step()
+    preview = engine.preview(1)
+    assert preview is not None
+    assert preview[0, 0, 0] == 10, "its seed"
+    drain(engine)
+    assert engine.preview(1) is None, "it has ended"
+
+
+@pytest.mark.parametrize("error", [make() for make in FAULTS], ids=repr)
+def test_preview_that_fails_hurts_nobody(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(ToyPipeline({("preview", 10): error}))
+    engine.add(make_generation(1))
+    engine.step()
+    assert engine.preview(1) is None
+    assert "no preview" in caplog.text
+    assert isinstance(drain(engine)[-1], Finished)
+
+
+def test_preview_of_a_lost_device_ends_the_engine() -> None:
+    engine = make_engine(ToyPipeline({("preview", 10): DeviceLost("gone")}))
+    engine.add(make_generation(1))
+    engine.step()
+    with pytest.raises(DeviceLost, match="gone"):
+        engine.preview(1)
 
 
 def test_waiting_generation_joins_a_running_one() -> None:

@@ -35,6 +35,7 @@ MODELS = {
     "prompts": "errors",
     "vae": "errors",
     "conditioning": "errors params prompts registry",
+    "previews": "images",
     "schedulers": "errors params",
     "uploads": "",
     "unet": "uploads",
@@ -44,8 +45,8 @@ MODELS = {
     "acceleration": "attention compiling graphs unet",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
-    "pipeline": "acceleration canvas conditioning errors params schedulers registry safety unet"
-    " uploads vae",
+    "pipeline": "acceleration canvas conditioning errors params previews schedulers registry safety"
+    " unet uploads vae",
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
@@ -75,18 +76,22 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
-    "deliveries": "commits database",
+    "clocks": "database",
+    "deliveries": "clocks commits database",
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
     "commits": "",
     "turns": "database",
-    "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
+    "silence": "",
+    "jobs": "commits database deliveries errors failures idempotency receipts silence turns"
+    " models.params",
+    "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "threads": "",
-    "waiters": "jobs telemetry",
-    "followers": "jobs telemetry",
+    "waiters": "database jobs telemetry",
+    "followers": "database jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
@@ -96,7 +101,7 @@ SERVER = {
     "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
     " storage threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings slots models.params",
+    " settings slots storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
@@ -107,14 +112,14 @@ SERVER = {
     "results": "endings errors failures inspection jobs receipts storage telemetry"
     " models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database endings errors failures inspection jobs receipts results"
-    " sandbox settings storage telemetry"
+    "worker": "checkpoints database endings errors failures inspection jobs previews receipts"
+    " results sandbox settings storage telemetry"
     " models.captions models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings storage telemetry threads waiters webhooks models.decoding",
+    " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
     "admin": "connections intake metrics middleware routes services",

@@ -33,6 +33,9 @@ def test_put_replaces(storage: Storage) -> None:
 
 def test_missing_content_is_none(storage: Storage) -> None:
     assert storage.get("generations/none.png") is None
+    assert not storage.has("generations/none.png")
+    storage.put("generations/none.png", b"")
+    assert storage.has("generations/none.png")
 
 
 def test_delete_is_idempotent(storage: Storage) -> None:

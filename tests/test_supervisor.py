@@ -41,8 +41,8 @@ class CountingStore(JobStore):
         self.calls = 0
         self.is_enough = threading.Event()
         self.forgotten = threading.Event()
-        self._failures, self._enough, self._workers = failures, enough, workers
-        self._seen: set[str] = set()
+        self._failures, self._enough, self._different = failures, enough, workers
+        self._ended: set[str] = set()
 
     def forget_worker(self, worker_id: str) -> None:
         super().forget_worker(worker_id)
@@ -50,8 +50,8 @@ class CountingStore(JobStore):
 
     def requeue_of(self, worker_id: str) -> int:
         self.calls += 1
-        self._seen.add(worker_id)
-        if self.calls >= self._enough and len(self._seen) >= self._workers:
+        self._ended.add(worker_id)
+        if self.calls >= self._enough and len(self._ended) >= self._different:
             self.is_enough.set()
         if self.calls <= self._failures:
             raise OperationalError("UPDATE jobs", None, Exception("disk full"))
