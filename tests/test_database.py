@@ -34,6 +34,7 @@ from server.database import (
 )
 from server.jobs import SUBMIT_LOCK
 from server.services import STORE_THREADS
+from server.webhooks import THREADS
 from tests.chaos.hosts import LoopThread, running_proxy
 from tests.postgres import PostgresServer
 
@@ -249,7 +250,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 def test_pool_has_a_connection_for_every_thread(engine: Engine) -> None:
     """Of the API process: of the store, the webhooks, the janitor, waiters and followers."""
-    assert STORE_THREADS + 4 + 1 + 2 * 2 + 1 < POOL_SIZE
+    assert STORE_THREADS + THREADS + 1 + 2 * 2 + 1 < POOL_SIZE
     with ExitStack() as stack:
         for _ in range(POOL_SIZE):
             stack.enter_context(read_only(engine))

@@ -34,6 +34,7 @@ MODELS = {
     "lora": "errors ldm_names weights",
     "prompts": "errors",
     "vae": "errors",
+    "encoding": "canvas params vae",
     "conditioning": "errors params prompts registry",
     "previews": "images",
     "schedulers": "errors params",
@@ -45,8 +46,8 @@ MODELS = {
     "acceleration": "attention compiling graphs unet",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
-    "pipeline": "acceleration canvas conditioning errors params previews schedulers registry safety"
-    " unet uploads vae",
+    "pipeline": "acceleration canvas conditioning encoding errors params previews schedulers"
+    " registry safety unet uploads vae",
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
