@@ -70,12 +70,13 @@ SERVER = {
     "addresses": "settings",
     "slots": "",
     "exchange": "",
-    "door": "addresses exchange settings",
+    "lookups": "slots",
+    "door": "addresses exchange lookups settings",
     "egress": "addresses door errors exchange settings slots telemetry",
     "downloads": "egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
-    "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
+    "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
     "clocks": "database",
     "deliveries": "clocks commits database",
     "failures": "",
@@ -96,12 +97,12 @@ SERVER = {
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry"
-    " threads",
-    "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
-    " threads waiters webhooks",
+    "webhooks": "addresses circuits deliveries dialects door errors exchange jobs limits settings"
+    " slots telemetry threads",
+    "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
+    " storage threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings storage models.params",
+    " settings slots storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
@@ -122,7 +123,7 @@ SERVER = {
     " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics telemetry",
-    "admin": "connections intake metrics routes services",
+    "admin": "connections intake metrics middleware routes services",
     "connections": "auth settings",
     "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
@@ -264,7 +265,7 @@ def importers_of(*names: str) -> set[str]:
 
 # `addresses` and `egress` name httpx for its URL alone.
 READS_URLS = {"addresses.py", "egress.py"}
-OPENS_CONNECTIONS = {"door.py", "exchange.py"}
+OPENS_CONNECTIONS = {"door.py", "exchange.py", "lookups.py"}
 # The demo is a client of a server of its own.
 CLIENTS = {"demo.py"}
 LISTENS = {"connections.py", "http.py"}
