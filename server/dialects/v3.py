@@ -18,7 +18,7 @@ from models.params import (
     InpaintParams,
     SchedulerName,
 )
-from server.dialects.fields import FieldReader
+from server.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
 from server.downloads import ImageSource
 from server.errors import (
     ApiError,
@@ -138,7 +138,7 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
         wants_base64=reader.flag("base64", default=False),
         webhook=reader.web_address("webhook"),
-        track_id=reader.scalar("track_id"),
+        track_id=reader.scalar("track_id", MAX_TRACK_ID_CHARS),
     )
     if reader.errors:
         raise InvalidRequest(reader.errors)
