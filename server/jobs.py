@@ -64,7 +64,7 @@ INPUT_FOLDER = "inputs"
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
 
-OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]+)?"
+OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
 """What `output_names_of` makes, as a regular expression, without the suffix."""
 
 

@@ -392,6 +392,7 @@ class TestOutputs:
             "{prefix}-0.png%0a",
             "{prefix}-0.PNG",
             "{prefix}-9.png",
+            "{prefix}-0-" + "1" * 300 + ".png",
             "{prefix}-0",
             "{prefix}-0.html",
             "./x/../{prefix}-0.png",
