@@ -154,11 +154,21 @@ class KeyRing:
 
 def network_of(address: str) -> str:
     """The part of an address that stands for one client: all of IPv4, the first 64 bits of IPv6."""
+    address = plain_address(address)
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address
     return address if ip.version == 4 else str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+
+
+def plain_address(address: str) -> str:
+    """An IPv4 address as such, where a socket of both families writes `::ffff:1.2.3.4`."""
+    try:
+        mapped = ipaddress.IPv6Address(address).ipv4_mapped
+    except ValueError:
+        return address
+    return address if mapped is None else str(mapped)
 
 
 def read_keys_file(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.auth import network_of
+from server.auth import network_of, plain_address
 from server.settings import HttpSettings
 
 MAX_HEADERS = 100
@@ -208,7 +208,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.address = network_of(self.client[0]) if self.client else ""
+        if self.client:
+            # As the names of proxies, and all who read the scope, know it.
+            self.client = plain_address(self.client[0]), self.client[1]
+            self.address = network_of(self.client[0])
         if self._gate.enter(self):
             self._expect_within(self._limits.head_timeout_s)
         else:

@@ -34,6 +34,9 @@ BODY: dict[str, Any] = {
     "samples": "2",
 }
 PICTURE = png_bytes(shade=200)
+needs_both_families = pytest.mark.skipif(
+    not socket.has_dualstack_ipv6(), reason="this machine has no IPv6"
+)
 NOT_FOUND = {
     "status": "failed",
     "id": "",
@@ -312,6 +315,13 @@ class TestPaths:
         answer = client.post("/api/v3/inpaint", json=BODY, headers=headers).json()
         assert answer["fetch_result"].startswith("https://pictures.example/api/v3/fetch/")
 
+    @needs_both_families
+    def test_a_proxy_is_known_on_a_socket_of_both_families(self, tmp_path: Path) -> None:
+        with running_app(settings_in(tmp_path), "::") as app:
+            headers = {"x-forwarded-proto": "https"}
+            answer = app.client.post("/api/v3/inpaint", json=BODY, headers=headers).json()
+        assert answer["fetch_result"].startswith("https://")
+
     def test_urls_follow_the_configured_address(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, public_url="https://pictures.example/sd/")
         with running_app(settings) as app:
@@ -484,6 +494,23 @@ class TestStoredKeys:
             ]
         assert messages[:2] == ["Invalid Api Key"] * 2
         assert messages[2] == "Rate limit exceeded. Too many wrong keys came from this address."
+
+    @needs_both_families
+    def test_ipv4_clients_of_a_socket_of_both_families_are_told_apart(
+        self, keys: KeyStore, tmp_path: Path
+    ) -> None:
+        keys.create("team")
+        settings = settings_in(tmp_path, host="::", auth={"wrong_keys_per_minute": 1})
+        elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+        with (
+            running_app(settings, "::") as app,
+            httpx.Client(base_url=app.client.base_url, transport=elsewhere) as other,
+        ):
+            messages = [
+                post(client, "system_load", key="guess")["message"]
+                for client in (app.client, app.client, other)
+            ]
+        assert [message.startswith("Rate limit") for message in messages] == [False, True, False]
 
 
 class TestErrors:
