@@ -6,6 +6,7 @@ Each reads with the dialect, calls the services, and writes with the dialect.
 import base64
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -33,6 +34,9 @@ from server.settings import Base64Output, Settings
 router = APIRouter()
 
 OUTPUT_NAME = re.compile(rf"({OUTPUT_STEM})\.(png|base64)")
+PLAIN_STATES = ("ready", "loading")
+"""Of workers; told by their number and by how far they are."""
+
 OUTPUT_HEADERS = {
     "Cache-Control": "public, max-age=86400, immutable",
     "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -173,13 +177,16 @@ def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:
 def readiness(
     workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str]
 ) -> tuple[bool, str]:
-    """Whether a job would be made and told of, and how things stand in words for an operator.
+    """Whether a job would be made and told of, and how things stand, in words for anybody.
 
+    Why a worker failed names paths and tells of libraries: that is on the admin port.
     failing: background tasks that have failed lately.
     """
-    ready = [worker for worker in workers if worker.state == "ready"]
-    others = [f"{worker.id}: {worker.detail}" for worker in workers if worker.state != "ready"]
+    states = Counter(worker.state for worker in workers)
     total = max(expected, len(workers))
+    loading = [worker.detail for worker in workers if worker.state == "loading"]
+    others = [f"{states[each]} {each}" for each in sorted(states) if each not in PLAIN_STATES]
     failures = [f"{name} failed lately" for name in failing]
-    is_ready = bool(ready) and WEBHOOKS not in failing
-    return is_ready, "; ".join([f"{len(ready)}/{total} workers ready", *others, *failures])
+    is_ready = bool(states["ready"]) and WEBHOOKS not in failing
+    told = [f"{states['ready']}/{total} workers ready", *loading, *others, *failures]
+    return is_ready, "; ".join(told)

@@ -617,12 +617,13 @@ class TestHealth:
     def test_readiness_follows_the_workers(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, workers=None)
         loading = WorkerStatus("w", "cpu", "builtin", "loading", "loading model 40%", 0)
+        failed = WorkerStatus("v", "cpu", "builtin", "failed", "/srv/canary: no such file", 0)
         with running_app(settings) as app, store_of(settings) as store:
             for worker, code, reason in [
                 (None, 503, "0/1 workers ready"),
-                (loading, 503, "0/1 workers ready; w: loading model 40%"),
+                (loading, 503, "0/1 workers ready; loading model 40%"),
                 (status("w", 0), 200, "1/1 workers ready"),
-                (status("v", 0, "failed"), 200, "1/2 workers ready; v: failed"),
+                (failed, 200, "1/2 workers ready; 1 failed"),
             ]:
                 if worker is not None:
                     store.report_worker(seen_in_the_future(worker))

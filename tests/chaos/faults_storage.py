@@ -308,19 +308,18 @@ def model_damaged(room: Path) -> Found:
         site = Site(room, host, None, "--model", str(model), "--worker-command", real)
         try:
             site.start(is_ready=False)
-            until(
-                lambda: "unet" in site.client.get(f"{site.url}/readyz").text,
-                120,
-                "readiness names the file",
-            )
+            until(lambda: site.log_events("worker cannot go on"), 120, "the log tells why")
+            reason = site.log_events("worker cannot go on")[0]["detail"]
+            expect("unet" in reason, f"the log does not name the file: {reason}")
             answer = site.client.get(f"{site.url}/readyz")
             expect(answer.status_code == 503, "ready without a model")
+            expect(str(model) not in answer.text, "readiness tells strangers of paths")
             until(lambda: len(site.log_events("worker ended")) >= 2, 120, "it is tried again")
             delays = [each["delay_s"] for each in site.log_events("worker ended")]
             expect(delays == sorted(set(delays)), f"restarted after {delays}: no backing off")
             job = site.accept(Script(tag="waits"))
             expect(site.status(job) == "processing", "an accepted job does not wait")
-            reason = answer.json()["reason"].replace(str(model), "…")
+            reason = reason.replace(str(model), "…")
             return Found(f"not ready: {reason}; restarted after {delays} s; {Oracle(site).check()}")
         finally:
             site.close()
