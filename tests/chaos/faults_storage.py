@@ -308,7 +308,7 @@ def model_damaged(room: Path) -> Found:
         site = Site(room, host, None, "--model", str(model), "--worker-command", real)
         try:
             site.start(is_ready=False)
-            until(lambda: site.log_events("worker cannot go on"), 120, "the log tells why")
+            until(lambda: bool(site.log_events("worker cannot go on")), 120, "the log says why")
             reason = site.log_events("worker cannot go on")[0]["detail"]
             expect("unet" in reason, f"the log does not name the file: {reason}")
             answer = site.client.get(f"{site.url}/readyz")
