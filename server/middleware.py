@@ -119,7 +119,10 @@ class ErrorAnswers:
         if "inpaint.busy" in scope.get("extensions", ()):
             raise ServerBusy
         hosts = [value for name, value in scope["headers"] if name == b"host"]
-        if len(hosts) > 1 or not all(is_allowed(host, self._allowed_hosts) for host in hosts):
+        may_lack = scope["http_version"] == "1.0" and not self._allowed_hosts
+        is_missing = not hosts and not may_lack
+        is_wrong = not all(is_allowed(host, self._allowed_hosts) for host in hosts)
+        if is_missing or is_wrong or len(hosts) > 1:
             raise InvalidBody
 
 

@@ -265,6 +265,29 @@ class TestHeads:
         answer = hasty.client.post("/api/v3/system_load", headers={"host": host}).json()
         assert answer["status"] == "ok"
 
+    @pytest.mark.parametrize(
+        ("version", "headers", "is_taken"),
+        [
+            (b"1.1", b"Host: h\r\n", True),
+            (b"1.1", b"", False),
+            (b"1.1", b"Host: h\r\nHost: h\r\n", False),
+            (b"1.0", b"", True),
+        ],
+    )
+    def test_host_is_missing_in_the_oldest_requests_only(
+        self, version: bytes, headers: bytes, is_taken: bool, hasty: LiveApp
+    ) -> None:
+        answer = answer_to(hasty.port, version, headers)
+        assert (b'"status":"ok"' in answer) is is_taken
+
+    @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+    def test_host_may_not_be_missing_where_hosts_are_listed(
+        self, version: bytes, tmp_path: Path
+    ) -> None:
+        with running_app(settings_in(tmp_path, allowed_hosts=["ours.example"])) as app:
+            assert b"Invalid API Request" in answer_to(app.port, version, b"")
+            assert b'"status":"ok"' in answer_to(app.port, version, b"Host: ours.example\r\n")
+
     def test_hosts_can_be_listed(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, allowed_hosts=["Pictures.example", "*.ours.example"])
         with running_app(settings) as app:
@@ -279,6 +302,14 @@ class TestHeads:
             assert [status_for(host) for host in allowed] == ["ok"] * 3
             assert [status_for(host) for host in others] == ["error"] * 4
             assert app.client.get("/healthz", headers={"host": "10.0.0.7"}).status_code == 200
+
+
+def answer_to(port: int, version: bytes, headers: bytes) -> bytes:
+    """What a call with these headers only is answered."""
+    head = b"POST /api/v3/system_load HTTP/" + version + b"\r\n" + headers
+    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as client:
+        client.sendall(head + b"Connection: close\r\n\r\n")
+        return end_of(client)
 
 
 class TestAnswers:
