@@ -10,13 +10,15 @@ import stat
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import InvalidApiKey, RateLimited
 from server.keys import IpNetwork, KeyLimits, KeyStore, digest_of
 from server.limits import TokenBuckets
-from server.settings import AuthSettings
+from server.settings import MIN_KEY_CHARS, AuthSettings
+from server.telemetry import learn_secrets
 
 ANONYMOUS = "anonymous"
 """Key id of every caller of a server without keys."""
@@ -84,11 +86,14 @@ class KeyRing:
     def refresh(self) -> None:
         """Read the key file and the database again.
 
-        Raises: OSError, ValueError for the file; sqlalchemy.exc.SQLAlchemyError.
+        A key file that is gone has no keys. Raises: OSError, ValueError for one that cannot be
+        read; sqlalchemy.exc.SQLAlchemyError.
         """
         plain = [key.get_secret_value() for key in self._settings.keys]
-        if self._settings.keys_file is not None:
-            plain += read_keys_file(self._settings.keys_file)
+        with suppress(FileNotFoundError):
+            if self._settings.keys_file is not None:
+                plain += read_keys_file(self._settings.keys_file)
+        learn_secrets(plain)
         known = [KnownKey(digest, Caller(digest[:12])) for digest in map(digest_of, plain)]
         stored = self._store.list_keys()
         now = self._clock()
@@ -174,9 +179,13 @@ def plain_address(address: str) -> str:
 def read_keys_file(path: Path) -> list[str]:
     """Keys of a file, one a line; lines that start with # are comments.
 
-    Raises: OSError; ValueError when others than its owner and group may read or its group write it.
+    Raises: OSError; ValueError when others than its owner and group may read or its group write it,
+        or a key is too short.
     """
     if path.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ValueError(f"{path} holds API keys and others may read or write it: chmod 600")
     lines = [line.strip() for line in path.read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if any(len(key) < MIN_KEY_CHARS for key in keys):
+        raise ValueError(f"{path} holds an API key of less than {MIN_KEY_CHARS} characters")
+    return keys

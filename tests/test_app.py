@@ -4,6 +4,7 @@ import base64
 import json
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ BODY: dict[str, Any] = {
     "samples": "2",
 }
 PICTURE = png_bytes(shade=200)
+FIRST, SECOND = KEYS = ("key-of-the-first", "key-of-the-second")
 needs_both_families = pytest.mark.skipif(
     not socket.has_dualstack_ipv6(), reason="this machine has no IPv6"
 )
@@ -74,7 +76,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A server with two keys."""
-    settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": ["one", "two"]})
+    settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": KEYS})
     with running_app(settings) as app:
         yield app.client
 
@@ -421,30 +423,30 @@ class TestKeys:
     @pytest.mark.parametrize(
         "how",
         [
-            {"json": {"key": "one"}},
-            {"data": {"key": "one"}},
-            {"params": {"key": "one"}},
-            {"headers": {"key": "one"}},
-            {"headers": {"authorization": "Bearer one"}},
-            {"headers": {"key": "one"}, "json": {"key": ""}},
-            {"params": {"key": "one"}, "json": {"key": None}},
+            {"json": {"key": FIRST}},
+            {"data": {"key": FIRST}},
+            {"params": {"key": FIRST}},
+            {"headers": {"key": FIRST}},
+            {"headers": {"authorization": f"Bearer {FIRST}"}},
+            {"headers": {"key": FIRST}, "json": {"key": ""}},
+            {"params": {"key": FIRST}, "json": {"key": None}},
         ],
     )
     def test_places_for_a_key(self, how: dict[str, Any], locked: httpx.Client) -> None:
         assert locked.post("/api/v3/system_load", **how).json()["status"] == "ok"
 
     @pytest.mark.parametrize("path", ["inpaint", "fetch/1", "fetch", "system_load"])
-    @pytest.mark.parametrize("key", [None, "", "three", "one ' --"])
+    @pytest.mark.parametrize("key", [None, "", "three", f"{FIRST} ' --"])
     def test_other_keys_are_refused(self, key: str | None, path: str, locked: httpx.Client) -> None:
         answer = post(locked, path, **(BODY | {"key": key}))
         assert (answer["status"], answer["message"]) == ("error", "Invalid Api Key")
 
     def test_job_of_another_key_is_not_found(self, locked: httpx.Client) -> None:
-        job_id = submit(locked, key="one")
-        assert post(locked, f"fetch/{job_id}", key="one")["status"] == "processing"
-        assert post(locked, f"fetch/{job_id}", key="two") == NOT_FOUND
-        assert post(locked, "fetch", key="two", request_id=job_id) == NOT_FOUND
-        assert post(locked, "inpaint", key="two", request_id=job_id) == NOT_FOUND
+        job_id = submit(locked, key=FIRST)
+        assert post(locked, f"fetch/{job_id}", key=FIRST)["status"] == "processing"
+        assert post(locked, f"fetch/{job_id}", key=SECOND) == NOT_FOUND
+        assert post(locked, "fetch", key=SECOND, request_id=job_id) == NOT_FOUND
+        assert post(locked, "inpaint", key=SECOND, request_id=job_id) == NOT_FOUND
 
 
 class TestStoredKeys:
@@ -561,16 +563,16 @@ class TestErrors:
             return [(each.status_code, each.headers.get("retry-after")) for each in answers]
 
         settings = settings_in(
-            tmp_path, error_status=error_status, auth={"keys": ["k"]}, queue={"max_waiting": 0}
+            tmp_path, error_status=error_status, auth={"keys": KEYS}, queue={"max_waiting": 0}
         )
         with running_app(settings) as app:
             post = app.client.post
             codes = codes_of(
                 post("/api/v3/inpaint", content="{"),
-                post("/api/v3/inpaint", json={"key": "k"}),
+                post("/api/v3/inpaint", json={"key": FIRST}),
                 post("/api/v3/inpaint", json=BODY),
-                post("/api/v3/fetch/5", json={"key": "k"}),
-                post("/api/v3/inpaint", json=BODY | {"key": "k"}),
+                post("/api/v3/fetch/5", json={"key": FIRST}),
+                post("/api/v3/inpaint", json=BODY | {"key": FIRST}),
                 post("/nowhere"),
             )
         http = [(400, None), (400, None), (401, None), (404, None), (429, "30"), (404, None)]
@@ -654,13 +656,15 @@ def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(
 ) -> None:
     monkeypatch.setenv("INPAINT_HOLD_S", "0")
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--workers", "0"]
+    folder = tmp_path / "data"
     with subprocess.Popen(
-        [*command, "--data-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True
+        [*command, "--data-dir", str(folder)], stderr=subprocess.PIPE, text=True, umask=0o022
     ) as process:
         assert process.stderr is not None
         try:
             lines = map(json.loads, process.stderr)
             url = next(line["url"] for line in lines if line["event"] == "listening")
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "others can read it"
             with httpx.Client(base_url=url, trust_env=False) as client:
                 assert submit(client, prompt="canary", key="canary", webhook="http://canary") == 1
                 client.post("/api/v3/system_load?key=canary", headers={"key": "canary"})

@@ -61,7 +61,7 @@ SERVER = {
     "limits": "",
     "keys": "database",
     "key_commands": "database keys settings",
-    "auth": "errors keys limits settings",
+    "auth": "errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
     "storage": "errors",

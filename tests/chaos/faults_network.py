@@ -349,7 +349,7 @@ def accepts(site: Site) -> bool:
 @fault("F28", "secrets in logs")
 def secrets_in_logs(room: Path) -> Found:
     """Canaries sent in every place a secret may stand are in no log, and keys in no table."""
-    key, other = "canary-key-91f2", "canary-wrong-7b3e"
+    key, other = "canary-key-of-91f2", "canary-wrong-7b3e"
     signature, prompt = "canary-signature-c0de", "canary-prompt-5eed"
     environment = {"INPAINT_AUTH__KEYS": key, "INPAINT_FETCH__TOTAL_TIMEOUT_S": "2"}
     with running_site(room, environment) as site:
