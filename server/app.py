@@ -65,7 +65,8 @@ def create_app(settings: Settings) -> FastAPI:
         async with Background() as background:
             background.start(WEBHOOKS, webhooks.run)
             background.start("janitor", Janitor(engine, storage, settings.retention).run)
-            with Waiters(store) as waiters, Followers(store) as followers, sandbox:
+            followers = Followers(store, settings.http.max_streams_per_key)
+            with Waiters(store) as waiters, followers, sandbox:
                 sandbox.warm()
                 services = app.state.services = Services(
                     settings=settings,

@@ -8,6 +8,7 @@ ApiError
 ├── InvalidApiKey       no key, or one we do not know
 ├── RateLimited         this key, or this address, calls too often
 ├── QueueFull           too much is waiting already
+├── TooManyStreams      this key follows too much already
 ├── ServerBusy          more connections than the server takes
 ├── JobNotFound         unknown id, or a job of another key
 ├── Conflict            the job, or an earlier request, stands in the way
@@ -85,6 +86,16 @@ class QueueFull(ApiError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"{limit} jobs are waiting")
+
+
+class TooManyStreams(ApiError):
+    """limit: event streams a key may have open at a time."""
+
+    retry_after_s = 5
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"{limit} streams are open")
 
 
 class ServerBusy(ApiError):

@@ -24,6 +24,7 @@ from server.dialects.native_answers import (
 )
 from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound
+from server.followers import Follower
 from server.intake import ServicesOf, accept, admit, base_url_of
 from server.jobs import Job, JobState
 from server.services import Services
@@ -79,6 +80,15 @@ async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
 
 
 JobOf = Annotated[Job, Depends(get_job)]
+
+
+async def get_follower(services: ServicesOf, job: JobOf) -> AsyncIterator[Follower]:
+    """A view of the job of the path, until the answer has ended. Raises: TooManyStreams."""
+    with services.followers.follow(job.id, job.key_id) as follower:
+        yield follower
+
+
+FollowerOf = Annotated[Follower, Depends(get_follower)]
 
 
 @router.post(
@@ -174,6 +184,7 @@ async def follow_job(
     request: Request,
     services: ServicesOf,
     job: JobOf,
+    follower: FollowerOf,
     last_event_id: Annotated[
         str | None, Header(description="Not needed to connect again: the present state comes first")
     ] = None,
@@ -187,12 +198,8 @@ async def follow_job(
         ended = await services.in_store_thread(services.store.get, job.id)
         return await tell(services, ended or job, base_url)
 
-    async def stream() -> AsyncIterator[bytes]:
-        with services.followers.follow(job.id) as follower:
-            async for chunk in native_events.write_events(follower, tell_end):
-                yield chunk
-
-    return StreamingResponse(stream(), 200, EVENT_HEADERS, "text/event-stream")
+    events = native_events.write_events(follower, tell_end)
+    return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
 
 
 @router.get("/api/jobs/{job_id}/deliveries", responses=declare(404))

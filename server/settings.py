@@ -206,6 +206,7 @@ class HttpSettings(Section):
 
     head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
     a client that takes nothing of its answer. max_buffered_bytes: of all bodies in memory.
+    max_streams_per_key: jobs a key may follow at a time.
     """
 
     head_timeout_s: float = Field(default=10, gt=0)
@@ -215,6 +216,7 @@ class HttpSettings(Section):
     max_connections: int = Field(default=8_000, ge=1)
     max_connections_per_address: int = Field(default=512, ge=1)
     max_buffered_bytes: int = Field(default=512_000_000, ge=1)
+    max_streams_per_key: int = Field(default=256, ge=1)
 
 
 class AdminSettings(Section):

@@ -84,7 +84,7 @@ SERVER = {
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "waiters": "jobs telemetry",
-    "followers": "jobs telemetry",
+    "followers": "errors jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
@@ -96,7 +96,8 @@ SERVER = {
     " settings models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
-    "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
+    "native_routes": "auth native_events bodies deliveries dialects errors followers intake jobs"
+    " services",
     "checkpoints": "receipts settings telemetry"
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",

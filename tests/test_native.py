@@ -20,6 +20,7 @@ from server.errors import (
     QueueFull,
     RateLimited,
     RouteNotFound,
+    TooManyStreams,
 )
 
 LEAST = {"prompt": "a cat", "init_image": "http://x/a.png", "mask_image": "http://x/b.png"}
@@ -185,6 +186,7 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     ImageUnavailable: ImageUnavailable({"init_image": ImageProblem.TOO_LARGE}),
     Conflict: Conflict(ConflictKind.JOB_ENDED),
     QueueFull: QueueFull(5),
+    TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(9),
 }
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 from sqlalchemy import Engine, text
 
@@ -17,11 +18,12 @@ from server.dialects.native_answers import JobAnswer
 from server.followers import Followers
 from server.jobs import JobState, JobStore, Standing
 from tests.http_stub import LiveApp, running_app
-from tests.test_app import settings_in, store_of
+from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_jobs import new_job
 from tests.test_native_routes import BODY, claim
 
 LONG_S = 20
+KEY = "a holder"
 R = TypeVar("R")
 Event = tuple[str, dict[str, Any]]
 
@@ -35,7 +37,7 @@ def run_with(store: JobStore, body: Callable[[Followers], Awaitable[R]]) -> R:
     """Run `body` on an event loop beside followers; it must end well before `LONG_S`."""
 
     async def run() -> R:
-        with Followers(store) as followers:
+        with Followers(store, max_per_key=100) as followers:
             async with asyncio.timeout(LONG_S / 2):
                 return await body(followers)
 
@@ -48,7 +50,7 @@ class TestFollowers:
         job = store.submit(new_job())
 
         async def body(followers: Followers) -> list[Standing | None]:
-            with followers.follow(job.id) as follower:
+            with followers.follow(job.id, KEY) as follower:
                 seen = [await follower.news(LONG_S)]
                 held = {each.id: each for each in await asyncio.to_thread(store.claim, "w", 2)}
                 seen.append(await follower.news(LONG_S))
@@ -72,7 +74,7 @@ class TestFollowers:
             seen = []
             with ExitStack() as stack:
                 for job_id in [*ids, *ids]:
-                    follower = stack.enter_context(followers.follow(job_id))
+                    follower = stack.enter_context(followers.follow(job_id, KEY))
                     standing = await follower.news(LONG_S)
                     assert standing is not None
                     seen.append(standing.position)
@@ -84,7 +86,7 @@ class TestFollowers:
         first, second = store.submit(new_job()).id, store.submit(new_job()).id
 
         async def body(followers: Followers) -> Standing | None:
-            with followers.follow(first) as idle, followers.follow(second) as busy:
+            with followers.follow(first, KEY) as idle, followers.follow(second, KEY) as busy:
                 assert await idle.news(LONG_S)
                 assert await busy.news(LONG_S)
                 await asyncio.to_thread(store.cancel, second)
@@ -97,11 +99,11 @@ class TestFollowers:
         job_id = store.submit(new_job()).id
 
         async def body(followers: Followers) -> list[bool]:
-            with followers.follow(job_id) as early:
+            with followers.follow(job_id, KEY) as early:
                 await early.news(LONG_S)
                 followers.release_all()
                 assert await early.news(LONG_S) is None
-                with followers.follow(job_id) as late:
+                with followers.follow(job_id, KEY) as late:
                     assert await late.news(LONG_S) is None
                     return [early.is_over, late.is_over]
 
@@ -109,7 +111,7 @@ class TestFollowers:
 
     def test_job_that_is_gone_ends_the_view(self, store: JobStore) -> None:
         async def body(followers: Followers) -> bool:
-            with followers.follow(999) as follower:
+            with followers.follow(999, KEY) as follower:
                 assert await follower.news(LONG_S) is None
                 return follower.is_over
 
@@ -119,7 +121,7 @@ class TestFollowers:
         job_id = store.submit(new_job()).id
 
         async def body(followers: Followers) -> int:
-            with followers.follow(job_id), followers.follow(job_id):
+            with followers.follow(job_id, KEY), followers.follow(job_id, KEY):
                 assert len(followers) == 2
             return len(followers)
 
@@ -135,7 +137,7 @@ class TestFollowers:
 
         async def body(followers: Followers) -> Standing | None:
             await asyncio.to_thread(rename, "jobs", "away")
-            with followers.follow(job_id) as follower:
+            with followers.follow(job_id, KEY) as follower:
                 assert await follower.news(0.3) is None
                 await asyncio.to_thread(rename, "away", "jobs")
                 return await follower.news(LONG_S)
@@ -167,7 +169,7 @@ def test_silence_is_filled_with_comments(store: JobStore) -> None:
         raise AssertionError("the job has not ended")
 
     async def body(followers: Followers) -> list[bytes]:
-        with followers.follow(job_id) as follower:
+        with followers.follow(job_id, KEY) as follower:
             events = native_events.write_events(follower, never, heartbeat_s=0.05)
             return [await anext(events) for _ in range(3)]
 
@@ -225,6 +227,31 @@ class TestStream:
             name, told = next(events)
             assert (name, told["state"], len(told["outputs"])) == ("finished", "finished", 2)
             assert [*events] == [], "the stream ends with the job"
+
+    def test_streams_of_a_key_are_limited(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, auth={"keys": KEYS}, http={"max_streams_per_key": 2})
+        with running_app(settings) as app, ExitStack() as stack:
+            of_key = {key: {"headers": {"X-API-Key": key}, "timeout": LONG_S} for key in KEYS}
+            jobs = {
+                key: app.client.post("/api/jobs", json=BODY, **of_key[key]).json()["id"]
+                for key in KEYS
+            }
+
+            def follow(key: str) -> httpx.Response:
+                path = f"/api/jobs/{jobs[key]}/events"
+                return stack.enter_context(app.client.stream("GET", path, **of_key[key]))
+
+            streams = [follow(FIRST) for _ in range(3)]
+            assert [each.status_code for each in streams] == [200, 200, 429]
+            assert streams[2].headers["retry-after"] == "5"
+            assert json.loads(streams[2].read())["code"] == "too_many_streams"
+            assert follow(SECOND).status_code == 200
+            with store_of(settings) as store:
+                store.cancel(jobs[FIRST])
+            assert all("event: cancelled" in streams[n].read().decode() for n in (0, 1))
+            while len(app.app.state.services.followers) > 1:
+                pass
+            assert follow(FIRST).status_code == 200
 
     @pytest.mark.parametrize("state", ["failed", "cancelled"])
     def test_other_ends(self, state: str, app: LiveApp, live_store: JobStore) -> None:

@@ -27,6 +27,7 @@ from server.errors import (
     RateLimited,
     RouteNotFound,
     StorageUnavailable,
+    TooManyStreams,
 )
 from server.jobs import Job, JobState
 from server.settings import ErrorStatus, StepsPolicy
@@ -480,6 +481,7 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
     ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
     QueueFull: QueueFull(5),
+    TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(30, 60),
 }
 

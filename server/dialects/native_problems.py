@@ -22,6 +22,7 @@ from server.errors import (
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    TooManyStreams,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -58,6 +59,7 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     JobNotFound: (404, "job_not_found", "There is no such job of this key"),
     RouteNotFound: (404, "not_found", "There is no such path"),
     QueueFull: (429, "queue_full", "Too many jobs are waiting"),
+    TooManyStreams: (429, "too_many_streams", "The key has too many event streams open"),
     RateLimited: (429, "rate_limited", "Too many calls, or wrong keys, in a minute"),
     ServerBusy: (503, "server_busy", "The server has no room for the request now"),
     StorageUnavailable: (503, "storage_unavailable", "The server cannot store requests now"),

@@ -35,6 +35,7 @@ from server.errors import (
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    TooManyStreams,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState
 from server.settings import ErrorStatus, StepsPolicy
@@ -328,6 +329,7 @@ HTTP_STATUS: dict[type[ApiError], int] = {
     RouteNotFound: 404,
     Conflict: 409,
     QueueFull: 429,
+    TooManyStreams: 429,
     RateLimited: 429,
     ServerBusy: 503,
     StorageUnavailable: 503,
@@ -362,6 +364,13 @@ def write_error(error: ApiError, request_id: str) -> Body:
                     name: [f"The {name.replace('_', ' ')} {IMAGE_SENTENCES[problem]}"]
                     for name, problem in problems.items()
                 },
+            }
+        case TooManyStreams(limit=limit, retry_after_s=seconds):
+            return {
+                "status": "error",
+                "message": f"Rate limit exceeded. Maximum {limit} event streams allowed.",
+                "tips": "Close streams that are no longer needed, then try again.",
+                "retry_after": seconds,
             }
         case QueueFull(limit=limit, retry_after_s=seconds):
             return {
