@@ -20,7 +20,7 @@ from server.jobs import JobState, JobStore, Standing
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_jobs import new_job
-from tests.test_native_routes import BODY, claim
+from tests.test_native_routes import BODY, claim, client_of
 
 LONG_S = 20
 KEY = "a holder"
@@ -231,15 +231,12 @@ class TestStream:
     def test_streams_of_a_key_are_limited(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, auth={"keys": KEYS}, http={"max_streams_per_key": 2})
         with running_app(settings) as app, ExitStack() as stack:
-            of_key = {key: {"headers": {"X-API-Key": key}, "timeout": LONG_S} for key in KEYS}
-            jobs = {
-                key: app.client.post("/api/jobs", json=BODY, **of_key[key]).json()["id"]
-                for key in KEYS
-            }
+            clients = {key: stack.enter_context(client_of(app, key)) for key in KEYS}
+            jobs = {key: clients[key].post("/api/jobs", json=BODY).json()["id"] for key in KEYS}
 
             def follow(key: str) -> httpx.Response:
                 path = f"/api/jobs/{jobs[key]}/events"
-                return stack.enter_context(app.client.stream("GET", path, **of_key[key]))
+                return stack.enter_context(clients[key].stream("GET", path))
 
             streams = [follow(FIRST) for _ in range(3)]
             assert [each.status_code for each in streams] == [200, 200, 429]
@@ -279,7 +276,7 @@ class TestStream:
     def test_clients_that_go_away_leave_nothing(self, app: LiveApp, live_store: JobStore) -> None:
         job_id = create(app)
         followers: Followers = app.app.state.services.followers
-        head = f"GET /api/jobs/{job_id}/events HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+        head = f"GET /api/jobs/{job_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         clients = [socket.create_connection(("127.0.0.1", app.port), LONG_S) for _ in range(200)]
         for client in clients:
             client.sendall(head)
