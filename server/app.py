@@ -97,7 +97,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
     # The last one added is the outermost.
-    app.add_middleware(ErrorAnswers, settings.allowed_hosts, answer_error)
+    app.add_middleware(
+        ErrorAnswers,
+        settings,
+        lambda: app.state.services.keys.serves_loopback_only,
+        answer_error,
+    )
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_origins),

@@ -110,6 +110,11 @@ class KeyRing:
         self._is_open = self._is_open_allowed and not has_keys
         self._known = dict(by_head)
 
+    @property
+    def serves_loopback_only(self) -> bool:
+        """True while anybody on this machine may call, and nobody else is meant to."""
+        return self._is_open and not self._settings.allow_anonymous
+
     def admit(self, key: str | None, address: str) -> Caller:
         """The caller behind a key, if they may call now. address: of the client.
 

@@ -6,6 +6,7 @@ ApiError
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
 ├── ImageUnavailable    an init or mask image that cannot be had or read
 ├── InvalidApiKey       no key, or one we do not know
+├── LoopbackOnly        from elsewhere, and there are no keys that could tell whose it is
 ├── RateLimited         this key, or this address, calls too often
 ├── QueueFull           too much is waiting already
 ├── TooManyStreams      this key follows too much already
@@ -67,6 +68,10 @@ class ImageUnavailable(ApiError):
 
 class InvalidApiKey(ApiError):
     """No key was given, or one this server does not know."""
+
+
+class LoopbackOnly(ApiError):
+    """A server without keys serves the programs of its own machine, not the pages of others."""
 
 
 class RateLimited(ApiError):

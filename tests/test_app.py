@@ -122,9 +122,8 @@ def finish(settings: Settings, job_id: int) -> Job:
 
 def request_raw(port: int, target: str, method: str = "POST") -> bytes:
     """An answer to a request line that no HTTP library would write."""
-    head = (
-        f"{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    )
+    headers = "Host: localhost\r\nContent-Length: 0\r\nConnection: close\r\n"
+    head = f"{method} {target} HTTP/1.1\r\n{headers}\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(head.encode())
         with connection.makefile("rb") as answer:
@@ -312,9 +311,9 @@ class TestPaths:
         described = client.get("/openapi.json").json()
         assert "/api/v3/inpaint" in described["paths"]
 
-    def test_urls_follow_the_host_and_a_trusted_proxy(self, client: httpx.Client) -> None:
-        headers = {"host": "pictures.example", "x-forwarded-proto": "https"}
-        answer = client.post("/api/v3/inpaint", json=BODY, headers=headers).json()
+    def test_urls_follow_the_host_and_a_trusted_proxy(self, locked: httpx.Client) -> None:
+        headers = {"host": "pictures.example", "x-forwarded-proto": "https", "key": FIRST}
+        answer = locked.post("/api/v3/inpaint", json=BODY, headers=headers).json()
         assert answer["fetch_result"].startswith("https://pictures.example/api/v3/fetch/")
 
     @needs_both_families
@@ -361,6 +360,93 @@ class TestBrowsers:
             assert answer.headers["access-control-allow-origin"] == "https://ours.example"
             answer = app.client.options("/api/v3/inpaint", headers=self.PREFLIGHT)
             assert "access-control-allow-origin" not in answer.headers
+
+
+class TestPagesOfElsewhere:
+    """A server without keys, on loopback: every browser of the machine can reach it."""
+
+    CALLS = [
+        ("POST", "/api/v3/fetch/1"),
+        ("POST", "/api/v3/inpaint"),
+        ("GET", "/api/jobs"),
+        ("POST", "/api/jobs"),
+        ("GET", "/generations/x.png"),
+    ]
+
+    @pytest.mark.parametrize(("method", "path"), CALLS)
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"origin": "https://site.example"},
+            {"origin": "http://localhost.site.example"},
+            {"origin": "http://127.0.0.1.site.example:8000"},
+            {"origin": "null"},
+            {"origin": "http://["},
+            {"host": "site.example"},
+            {"host": "site.example:8000", "origin": "http://site.example:8000"},
+            {"host": "localhost.site.example"},
+            {"x-forwarded-for": "192.0.2.1"},
+        ],
+        ids=str,
+    )
+    def test_are_refused(
+        self, method: str, path: str, headers: dict[str, str], client: httpx.Client
+    ) -> None:
+        answer = client.request(method, path, headers=headers)
+        assert "serves its own machine only" in answer.text
+        assert answer.status_code == (403 if path.startswith("/api/jobs") else 200)
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"origin": "http://localhost:3000"},
+            {"origin": "http://127.0.0.1:3000"},
+            {"origin": "https://[::1]"},
+            {"host": "LOCALHOST:8000"},
+            {"host": "127.0.0.9"},
+            {"host": "[::1]:8000"},
+            {"x-forwarded-for": "127.0.0.1"},
+        ],
+        ids=str,
+    )
+    def test_programs_of_the_machine_are_served(
+        self, headers: dict[str, str], client: httpx.Client
+    ) -> None:
+        answer = client.post("/api/v3/system_load", headers=headers)
+        assert answer.json()["status"] == "ok"
+
+    def test_named_pages_and_hosts_are_served(self, tmp_path: Path) -> None:
+        page, headers = "https://ours.example", {"host": "front.example"}
+        named = {"cors_origins": [page, "null"], "public_url": "https://front.example/sd"}
+        with running_app(settings_in(tmp_path, **named)) as app:
+            for origin in (page, "null"):
+                answer = app.client.get("/api/jobs", headers=headers | {"origin": origin})
+                assert answer.status_code == 200
+                assert answer.headers["access-control-allow-origin"] == origin
+            headers["host"] = "back.example"
+            assert app.client.get("/api/jobs", headers=headers).status_code == 403
+
+    @pytest.mark.parametrize("auth", [{"keys": KEYS}, {"allow_anonymous": True}], ids=str)
+    def test_all_are_served_with_a_key_or_where_that_is_meant(
+        self, auth: dict[str, Any], tmp_path: Path
+    ) -> None:
+        headers = {
+            "origin": "https://site.example",
+            "host": "pictures.example",
+            "x-forwarded-for": "192.0.2.1",
+            "key": FIRST,
+        }
+        with running_app(settings_in(tmp_path, auth=auth)) as app:
+            answer = app.client.post("/api/v3/system_load", headers=headers)
+            assert answer.json()["status"] == "ok"
+            assert answer.headers["access-control-allow-origin"] == "*"
+            probe = app.client.get("/healthz", headers=headers)
+            assert probe.status_code == 200
+
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+    def test_probes_come_under_any_name(self, path: str, client: httpx.Client) -> None:
+        answer = client.get(path, headers={"host": "10.0.0.7"})
+        assert answer.status_code in (200, 503)
 
 
 class TestOutputs:

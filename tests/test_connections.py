@@ -18,7 +18,7 @@ from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY, settings_in, store_of
 
 SHORT = {"head_timeout_s": 0.3, "body_timeout_s": 0.3, "keep_alive_s": 1, "send_timeout_s": 0.3}
-POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: h\r\n"
+POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: localhost\r\n"
 LIMIT_S = 30.0
 """For what takes less than one on a quiet machine."""
 
@@ -140,9 +140,14 @@ def test_is_trusted(address: str, trusted: list[str], expected: bool) -> None:
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
-    """A server without patience."""
-    folder = tmp_path_factory.mktemp("data")
-    with running_app(settings_in(folder, http=SHORT, max_body_bytes=100_000)) as app:
+    """A server without patience, under any name."""
+    settings = settings_in(
+        tmp_path_factory.mktemp("data"),
+        http=SHORT,
+        max_body_bytes=100_000,
+        auth={"allow_anonymous": True},
+    )
+    with running_app(settings) as app:
         yield app
 
 
@@ -191,7 +196,7 @@ class TestDeadlines:
         with running_app(settings) as app, socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
             client.connect(("127.0.0.1", app.port))
-            client.sendall(f"GET /{name} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            client.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             resets = select.poll()
             resets.register(client, select.POLLHUP)
             assert resets.poll(LIMIT_S * 1_000)
@@ -268,9 +273,9 @@ class TestHeads:
     @pytest.mark.parametrize(
         ("version", "headers", "is_taken"),
         [
-            (b"1.1", b"Host: h\r\n", True),
+            (b"1.1", b"Host: localhost\r\n", True),
             (b"1.1", b"", False),
-            (b"1.1", b"Host: h\r\nHost: h\r\n", False),
+            (b"1.1", b"Host: localhost\r\nHost: h\r\n", False),
             (b"1.0", b"", True),
         ],
     )
@@ -352,7 +357,7 @@ class holding:
 
     def __init__(self, client: httpx.Client) -> None:
         request = client.build_request("POST", "/api/v3/inpaint", json=BODY)
-        head = f"POST {request.url.path} HTTP/1.1\r\nHost: h\r\nContent-Length: "
+        head = f"POST {request.url.path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
         self._content = f"{head}{len(request.content)}\r\n\r\n".encode() + request.content
         self._port = request.url.port
 

@@ -110,7 +110,7 @@ SERVER = {
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
     " settings storage telemetry waiters webhooks models.decoding",
     "metrics": "database jobs",
-    "middleware": "errors metrics telemetry",
+    "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics routes services",
     "connections": "auth settings",
     "http": "admin connections settings",

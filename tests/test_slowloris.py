@@ -22,8 +22,8 @@ CLIENTS = 300
 LIMIT_S = 120.0
 HALVES = (
     b"",
-    b"POST /api/v3/inpaint HTTP/1.1\r\nHost: h\r\n",
-    b"POST /api/v3/inpaint HTTP/1.1\r\nHost: h\r\nContent-Length: 5000\r\n\r\n{",
+    b"POST /api/v3/inpaint HTTP/1.1\r\nHost: localhost\r\n",
+    b"POST /api/v3/inpaint HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n{",
 )
 
 
@@ -86,7 +86,10 @@ def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
     room = {"max_waiting": CLIENTS + 10, "max_waiting_per_key": CLIENTS + 10}
     settings = settings_in(tmp_path, hold_s=5, queue=room)
     body = json.dumps(BODY).encode()
-    request = b"POST /api/v3/inpaint HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body)
+    request = (
+        b"POST /api/v3/inpaint HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+    )
     with running_app(settings) as app, store_of(settings) as store:
         app.client.get("/healthz", headers={"connection": "close"})
         wait_until(lambda: app.server.gate.open_count == 0)

@@ -17,6 +17,7 @@ from server.errors import (
     InvalidBody,
     InvalidRequest,
     JobNotFound,
+    LoopbackOnly,
     QueueFull,
     RateLimited,
     RouteNotFound,
@@ -56,6 +57,11 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     InvalidRequest: (422, "invalid_fields", "Fields are missing or wrong"),
     ImageUnavailable: (422, "image_unavailable", "An image cannot be used"),
     InvalidApiKey: (401, "invalid_api_key", "The API key is missing or unknown"),
+    LoopbackOnly: (
+        403,
+        "loopback_only",
+        "Without API keys this server serves its own machine only",
+    ),
     JobNotFound: (404, "job_not_found", "There is no such job of this key"),
     RouteNotFound: (404, "not_found", "There is no such path"),
     QueueFull: (429, "queue_full", "Too many jobs are waiting"),
@@ -152,7 +158,7 @@ def declare(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """
     declared: dict[int | str, dict[str, Any]] = {
         status: describe_answer(titles_of(status))
-        for status in sorted({*statuses, 401, 429, 503, 500})
+        for status in sorted({*statuses, 401, 403, 429, 503, 500})
     }
     # One reference by class makes FastAPI list the schema that the others name.
     return declared | {"default": {"model": Problem, **describe_answer("Any other error")}}

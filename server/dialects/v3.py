@@ -30,6 +30,7 @@ from server.errors import (
     InvalidBody,
     InvalidRequest,
     JobNotFound,
+    LoopbackOnly,
     QueueFull,
     RateLimited,
     RouteNotFound,
@@ -325,6 +326,7 @@ HTTP_STATUS: dict[type[ApiError], int] = {
     InvalidRequest: 400,
     ImageUnavailable: 400,
     InvalidApiKey: 401,
+    LoopbackOnly: 403,
     JobNotFound: 404,
     RouteNotFound: 404,
     Conflict: 409,
@@ -400,6 +402,9 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
     match error:
         case InvalidApiKey():
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
+        case LoopbackOnly():
+            sentence = "Without API keys this server serves its own machine only"
+            return sentence, "Its operator makes keys with `inpaint-server keys create`."
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
         case Conflict():
