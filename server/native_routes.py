@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from server import native_events
 from server.auth import Caller
-from server.bodies import read_json
+from server.bodies import parsed, read_json
 from server.deliveries import DeliveryState
 from server.dialects import native, native_answers
 from server.dialects.native_answers import (
@@ -25,6 +25,7 @@ from server.dialects.native_answers import (
 from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound
 from server.followers import Follower
+from server.idempotency import Idempotency
 from server.intake import ServicesOf, accept, admit, base_url_of
 from server.jobs import Job, JobState
 from server.services import Services
@@ -119,12 +120,16 @@ async def create_job(
     """Repaint the white part of a mask in an image."""
     body = await read_json(request, services.settings.max_body_bytes)
     settings = services.settings
-    asked = native.read_job(
-        body,
-        force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
-        models=settings.offered_models,
-    )
-    once = native.read_idempotency(idempotency_key, asked.request)
+
+    def understand(body: bytes) -> tuple[native.NativeJob, Idempotency | None]:
+        asked = native.read_job(
+            body,
+            force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
+            models=settings.offered_models,
+        )
+        return asked, native.read_idempotency(idempotency_key, asked.request)
+
+    asked, once = await parsed(understand, body)
     base_url = base_url_of(request, settings)
     job, is_new = await accept(services, asked, caller, base_url, once)
     if not is_new:

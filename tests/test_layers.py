@@ -96,8 +96,8 @@ SERVER = {
     " settings models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
-    "native_routes": "auth native_events bodies deliveries dialects errors followers intake jobs"
-    " services",
+    "native_routes": "auth native_events bodies deliveries dialects errors followers idempotency"
+    " intake jobs services",
     "checkpoints": "receipts settings telemetry"
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",
@@ -112,7 +112,7 @@ SERVER = {
     "metrics": "database jobs",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics routes services",
-    "connections": "auth settings",
+    "connections": "auth bodies settings",
     "http": "admin connections settings",
     "cluster": "app worker settings",
     "demo": "database jobs settings",

@@ -441,7 +441,7 @@ def test_description_names_every_answer(client: httpx.Client) -> None:
         if path.startswith(("/api/jobs", "/api/deliveries", "/api/webhooks"))
         for method, call in methods.items()
     }
-    always = {"401", "429", "500", "503", "default"}
+    always = {"401", "403", "429", "500", "503", "default"}
     assert declared[("/api/jobs", "post")] == {"200", "202", "400", "413", "422"} | always
     assert declared[("/api/jobs", "get")] == {"200", "422"} | always
     assert declared[("/api/jobs/{job_id}", "get")] == {"200", "404"} | always
