@@ -2,12 +2,14 @@
 
 import base64
 import json
+import random
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -457,12 +459,25 @@ class TestOutputs:
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox"
         assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+        assert answer.headers["content-disposition"] == "inline"
         assert "immutable" in answer.headers["cache-control"]
 
-    def test_head_tells_the_length(self, url: str, client: httpx.Client) -> None:
-        answer = client.head(url)
+    @pytest.mark.parametrize("suffix", [".png", ".base64"])
+    def test_head_tells_the_length(self, suffix: str, url: str, client: httpx.Client) -> None:
+        whole, answer = (method(url[:-4] + suffix) for method in (client.get, client.head))
         assert (answer.status_code, answer.content) == (200, b"")
-        assert answer.headers["content-length"] == str(len(PICTURE))
+        assert answer.headers["content-length"] == str(len(whole.content))
+        assert answer.headers["content-type"] == whole.headers["content-type"]
+
+    @pytest.mark.parametrize("size", [0, 1, 2, 3, 65_535, 65_536, 65_537, 200_001, 200_002])
+    def test_pictures_come_whole_in_pieces(
+        self, size: int, client: httpx.Client, settings: Settings
+    ) -> None:
+        content = random.Random(size).randbytes(size)
+        name = f"generations/{uuid.UUID(int=size + 1)}-0"
+        Storage(settings.storage_url).put(f"{name}.png", content)
+        assert client.get(f"/{name}.png").content == content
+        assert client.get(f"/{name}.base64").content == base64.b64encode(content)
 
     def test_query_string_is_ignored(self, url: str, client: httpx.Client) -> None:
         assert client.get(f"{url}?v=1").content == PICTURE
