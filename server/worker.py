@@ -19,7 +19,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
-from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.errors import (
+    InvalidInput,
+    ModelUnavailable,
+    NoSafetyChecker,
+    OutOfMemory,
+    UnusablePicture,
+)
 from models.images import encode_png
 from models.pipeline import Picture, Source
 from models.residency import Residency
@@ -60,6 +66,7 @@ R = TypeVar("R")
 
 FAILURES: dict[type[Exception], Failure] = {
     ModelUnavailable: Failure.MODEL_UNAVAILABLE,
+    NoSafetyChecker: Failure.NO_SAFETY_CHECKER,
     InvalidInput: Failure.PROMPT_TOO_LONG,
     OutOfMemory: Failure.OUT_OF_MEMORY,
     UnusablePicture: Failure.UNUSABLE_PICTURE,

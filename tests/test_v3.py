@@ -75,6 +75,7 @@ class TestReading:
             scheduler=None,
             model=None,
             safety_check=True,
+            must_be_checked=False,
             wants_base64=False,
             webhook=None,
             track_id=None,

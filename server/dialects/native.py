@@ -269,6 +269,7 @@ class NativeJob:
         """Raises: InvalidRequest."""
         given = {name: getattr(self.request, name) for name in PARAMETERS}
         given["safety_check"] |= self.force_safety_check
+        given["must_be_checked"] = self.force_safety_check
         try:
             return InpaintParams(**given, width=width, height=height, seed=self.seed)
         except InvalidInput as error:

@@ -76,6 +76,7 @@ class V3Request:
     scheduler: SchedulerName | None
     model: str | None
     safety_check: bool
+    must_be_checked: bool
     wants_base64: bool
     webhook: str | None
     track_id: Any
@@ -98,6 +99,7 @@ class V3Request:
                 scheduler=self.scheduler,
                 model=self.model,
                 safety_check=self.safety_check,
+                must_be_checked=self.must_be_checked,
             )
         except InvalidInput as error:
             raise InvalidRequest(
@@ -138,6 +140,7 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         scheduler=reader.scheduler(),
         model=read_model(reader, policy.models),
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
+        must_be_checked=policy.force_safety_check,
         wants_base64=reader.flag("base64", default=False),
         webhook=reader.web_address("webhook"),
         track_id=reader.scalar("track_id", MAX_TRACK_ID_CHARS),
