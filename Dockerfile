@@ -13,11 +13,16 @@ RUN apt-get update \
 WORKDIR /app
 ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# Dependencies first, so that a change of our code does not download torch again.
-COPY pyproject.toml constraints.txt LICENSE README.md ./
+# Dependencies first, so that a change of our code does not download torch again. From the index come
+# only wheels whose digest stands in a lock.
+COPY configs/locks/runtime.txt configs/locks/torch.txt configs/locks/
 RUN python3 -m venv .venv \
-    && mkdir models server && touch models/__init__.py server/__init__.py \
-    && pip install --constraint constraints.txt --editable .
+    && pip install --require-hashes --only-binary :all: \
+        --requirement configs/locks/runtime.txt --requirement configs/locks/torch.txt
+COPY pyproject.toml LICENSE README.md ./
+RUN mkdir models server && touch models/__init__.py server/__init__.py \
+    && pip install --no-index --no-deps --no-build-isolation --editable . \
+    && pip check
 COPY models models
 COPY server server
 COPY configs configs

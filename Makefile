@@ -1,14 +1,36 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# What `make lock`, `audit` and `sbom` run, apart from what they look at.
+TOOLS := .venv/tools/bin
+TOOLS_INSTALLED := .venv/tools/installed
 
-.PHONY: install demo serve test fuzz fuzz-api check format bench chaos
+LOCKS := configs/locks
+# From an index come only wheels whose digest stands in a lock; nothing is built but our own package.
+VERIFIED := --require-hashes --only-binary :all:
+# torch-cpu where pip is offered that build (a folder or an index of yours), else torch, which brings
+# CUDA on Linux.
+CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
+TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
+	&& echo torch-cpu || echo torch)
+
+.PHONY: install demo serve test fuzz fuzz-api check format bench chaos lock audit sbom licences
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(BIN)/pip:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+
+$(INSTALLED): pyproject.toml $(wildcard $(LOCKS)/*.txt) | $(BIN)/pip
+	$(BIN)/pip install --quiet $(VERIFIED) --requirement $(LOCKS)/runtime.txt \
+		--requirement $(LOCKS)/dev.txt --requirement $(LOCKS)/$(TORCH).txt
+	$(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	$(BIN)/pip check
+	touch $@
+
+$(TOOLS_INSTALLED): $(LOCKS)/tools.txt
+	$(PYTHON) -m venv .venv/tools
+	$(TOOLS)/pip install --quiet $(VERIFIED) --requirement $<
 	touch $@
 
 demo: $(INSTALLED)
@@ -36,9 +58,43 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine --out out/bench
 	$(BIN)/python -m benchmarks.serving --out out/bench
 	$(BIN)/python -m benchmarks.host --out out/bench
+	$(BIN)/python -m benchmarks.load --out out/bench
 
 fuzz-api: $(INSTALLED)
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/test_api_fuzz.py
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --out out/chaos
+
+# Known holes in what is locked; AUDIT=--tolerate-unreachable passes where the service does not answer.
+audit: $(INSTALLED) $(TOOLS_INSTALLED)
+	$(BIN)/python -m tests.supply.audit $(AUDIT)
+
+sbom: $(INSTALLED) $(TOOLS_INSTALLED)
+	$(BIN)/python -m tests.supply.sbom --out out/sbom.json
+
+licences: $(INSTALLED)
+	$(BIN)/python -m tests.supply.licences
+
+# Renews the locks after a change of pyproject.toml from what has been out for AGE; pins stay as far as
+# they fit. UPGRADE=--upgrade raises all, UPGRADE='--upgrade-package NAME' one; AGE='0 days' lets in a
+# fix that cannot wait. torch-cpu.txt is kept by hand: its head says how.
+AGE ?= 7 days
+UPGRADE ?=
+COMPILE := $(TOOLS)/uv pip compile --quiet --no-config --no-header --universal \
+	--python-version 3.11 --generate-hashes --only-binary :all: --exclude-newer '$(AGE)' $(UPGRADE)
+# Prints the entries of the second lock that the first lacks.
+BEYOND := awk '/^[a-z0-9]/ { drop = $$0 in pinned } NR == FNR { pinned[$$0]; next } !drop'
+
+lock: $(TOOLS_INSTALLED)
+	mkdir -p out
+	cat $(LOCKS)/runtime.txt $(LOCKS)/torch.txt >out/runtime.txt
+	$(COMPILE) pyproject.toml --output-file out/runtime.txt
+	awk '/^[a-z0-9]/ { cuda = /^(torch|triton|nvidia-|cuda-)/ } cuda' out/runtime.txt >$(LOCKS)/torch.txt
+	awk '/^[a-z0-9]/ { cuda = /^(torch|triton|nvidia-|cuda-)/ } !cuda' out/runtime.txt >$(LOCKS)/runtime.txt
+	cat out/runtime.txt $(LOCKS)/dev.txt >out/dev.txt
+	$(COMPILE) pyproject.toml --extra dev --constraint out/runtime.txt --output-file out/dev.txt
+	$(BEYOND) out/runtime.txt out/dev.txt >$(LOCKS)/dev.txt
+	cp $(LOCKS)/tools.txt out/tools.txt
+	$(COMPILE) --group tools --constraint out/dev.txt --output-file out/tools.txt
+	cp out/tools.txt $(LOCKS)/tools.txt

@@ -7,6 +7,7 @@ by itself is timed in this process, with the same functions and a database and f
 
 import argparse
 import asyncio
+import dataclasses
 import math
 import os
 import statistics
@@ -25,7 +26,8 @@ from typing import Any
 import psutil
 
 from benchmarks import measure, report
-from benchmarks.load import Call, Ours, drive, save_images, wait_until_ready
+from benchmarks.clients import Call, Ours, drive, save_images, wait_until_ready
+from benchmarks.codecs import measure_codecs
 from benchmarks.orders import make_orders
 from models.decoding import ImageLimits, decode_image, decode_mask
 from models.images import encode_png
@@ -259,6 +261,17 @@ def to_text(findings: dict[str, Any]) -> str:
             [[row["stage"], row["process"], row["cpu_ms"]] for row in findings["stages"]],
         ),
         f"Idle: API {idle[API]:.1f} %, worker {idle[WORKER]:.1f} % of a core.",
+        "",
+        "PNG codecs alone, milliseconds of one thread, and for how long they kept another from",
+        "running:",
+        "",
+        report.table(
+            ["codec", "side, px", "call", "stall"],
+            [
+                [row["name"], row["side_px"], row["call_ms"], row["stall_ms"]]
+                for row in findings["codecs"]
+            ],
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -296,6 +309,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "idle_percent": idle,
         "clients": totals,
         "stages": split(make_stages(scratch), totals["1"]),
+        "codecs": [dataclasses.asdict(each) for each in measure_codecs()],
     }
 
 

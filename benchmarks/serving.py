@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoints, measure, report
-from benchmarks.load import (
+from benchmarks.clients import (
     TIMEOUT_S,
     Answer,
     Call,

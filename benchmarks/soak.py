@@ -23,7 +23,7 @@ import httpx
 from sqlalchemy import Engine, func, select
 
 from benchmarks import measure, report
-from benchmarks.load import TIMEOUT_S, check_png
+from benchmarks.clients import TIMEOUT_S, check_png
 from benchmarks.orders import example_image, example_mask, make_prompt
 from server.database import jobs, open_engine, read_only
 from server.jobs import JobState, JobStore

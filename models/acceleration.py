@@ -36,14 +36,16 @@ USUAL = Acceleration()
 
 def accelerated(unet: Any, acceleration: Acceleration = USUAL) -> BatchedUNet:
     """Calls of a UNet, on the device where its weights are and must stay."""
-    call: UNetCall = EagerUNet(unet)
+    plain = EagerUNet(unet)
     device: torch.device = unet.device
     if device.type != "cuda":
-        return GatheredUNet(call)
-    if not acceleration.is_reproducible:
-        call = MeasuredAttention(call, cuda_timer(device))
-    if acceleration.is_compiled:
-        call = CompiledUNet(unet, call)
+        return GatheredUNet(plain)
+    call: UNetCall = CompiledUNet(unet, plain) if acceleration.is_compiled else plain
+    if acceleration.is_reproducible:
+        # Or the algorithm may depend on how much memory is free for its workspace.
+        torch.backends.cudnn.deterministic = True
+    else:
+        call = MeasuredAttention(call, plain, cuda_timer(device))
     if acceleration.graph_memory_share == 0:
         return GatheredUNet(call)
     total_bytes = torch.cuda.get_device_properties(device).total_memory

@@ -6,6 +6,7 @@ not look at any of them. On a CPU there is one kernel and nothing is measured.
 """
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -27,6 +28,8 @@ KERNELS = (
 )
 """In the order that is kept among those that do not come first. Plain matrix products are no
 candidate but the last resort: at 1024×1024 they need gigabytes."""
+
+USUAL_ORDER = [*KERNELS, SDPBackend.MATH]
 
 MEASURED_CALLS = 10
 """Of a kernel and a shape, after two that warm up: some milliseconds for all shapes of a UNet."""
@@ -51,10 +54,12 @@ class MeasuredAttention:
     """A UNet call with the attention kernels that are quickest for its size.
 
     They are measured at the first call of a size, and keep their place for the life of the process.
+    plain: makes the call kernel by kernel, so that what it needs can be seen.
     """
 
-    def __init__(self, call: UNetCall, timer: Timer) -> None:
+    def __init__(self, call: UNetCall, plain: UNetCall, timer: Timer) -> None:
         self._call = call
+        self._plain = plain
         self._timer = timer
         self._orders: dict[CallSize, list[SDPBackend]] = {}
 
@@ -68,14 +73,16 @@ class MeasuredAttention:
 
     def __call__(self, inputs: UNetInputs) -> Tensor:
         size = CallSize.of(inputs)
-        if size not in self._orders:
+        # What may run is a setting of the whole process: while kernels are tried one by one, a
+        # compiler beside would find the others forbidden.
+        if size not in self._orders and not self._call.is_changing:
             self._orders[size] = self._measure(inputs)
-        with in_order(self._orders[size]):
+        with in_order(self._orders.get(size, USUAL_ORDER)):
             return self._call(inputs)
 
     def _measure(self, inputs: UNetInputs) -> list[SDPBackend]:
         with AttentionCalls() as calls:
-            self._call(inputs)
+            self._plain(inputs)
         order = quickest_first(calls.counts, self._timer)
         size = CallSize.of(inputs)
         logger.info("attention of %s: %s", size, ", ".join(each.name for each in order))
@@ -101,7 +108,7 @@ def quickest_first(counts: Mapping[AttentionShape, int], timer: Timer) -> list[S
         for kernel, seconds in times.items():
             totals[kernel] += count * (slowest if seconds is None else seconds)
     first = min(KERNELS, key=lambda kernel: totals[kernel])
-    return [first, *(each for each in KERNELS if each != first), SDPBackend.MATH]
+    return [first, *(each for each in USUAL_ORDER if each != first)]
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -129,20 +136,22 @@ def cuda_timer(device: torch.device) -> Timer:
     """Measures on the device, with nothing else running on it."""
 
     def timer(kernel: SDPBackend, shape: AttentionShape) -> float | None:
-        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        try:
-            query, key = random_pair(shape, device)
-            with sdpa_kernel([kernel]):
-                for number in range(2 + MEASURED_CALLS):
-                    if number == 2:
-                        began.record()
-                    torch.nn.functional.scaled_dot_product_attention(query, key, key)
-                ended.record()
-        except RuntimeError:  # not for this shape
-            return None
-        torch.cuda.synchronize(device)
-        return float(began.elapsed_time(ended)) / 1000 / MEASURED_CALLS
+        with torch.cuda.device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a kernel that says why it cannot
+            began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            try:
+                query, key = random_pair(shape, device)
+                with sdpa_kernel([kernel]):
+                    for number in range(2 + MEASURED_CALLS):
+                        if number == 2:
+                            began.record()
+                        torch.nn.functional.scaled_dot_product_attention(query, key, key)
+                    ended.record()
+            except RuntimeError:  # not for this shape
+                return None
+            ended.synchronize()
+            return float(began.elapsed_time(ended)) / 1000 / MEASURED_CALLS
 
     return timer
 

@@ -3,7 +3,7 @@
 Plain numbers in, plain numbers out: the engine asks, measures and tells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite
 
@@ -121,11 +121,14 @@ class CallBudget:
         unit_s = limit.unit_s() or inf  # not timed yet: nothing is known to fit
         return max(1, int(min(seconds / unit_s, limit.units))) if isfinite(seconds) else limit.units
 
-    def call_s(self, kind: CallKind) -> float | None:
-        """Seconds of a call at the limit, by what was timed; None before."""
+    def call_s(self, kind: CallKind, units: int) -> float | None:
+        """Seconds of a call for so many units, or of one at the limit where these are more.
+
+        By what was timed; None before.
+        """
         limit = self._limit(kind)
         unit_s = limit.unit_s()
-        return None if unit_s is None else unit_s * limit.units
+        return None if unit_s is None else unit_s * min(units, limit.units)
 
     def wants_measurement(self, kind: CallKind, units: int) -> bool:
         """Whether timing a call of so many units would help."""
@@ -147,10 +150,10 @@ class CallBudget:
         return self._limits.setdefault(kind, CallLimit(self._first))
 
 
-def stall_s(step_budget: CallBudget, running: Sequence[BatchKey]) -> float:
+def stall_s(step_budget: CallBudget, running: Mapping[CallKind, int]) -> float:
     """Seconds a call of the VAE may last beside running samples: `STALL_STEPS` of their quickest.
 
-    0 while no step of theirs was timed, unlimited where none run.
+    running: rows of each kind. 0 while no step of one was timed, unlimited where none run.
     """
-    steps_s = [step_budget.call_s(key.kind) for key in dict.fromkeys(running)]
+    steps_s = [step_budget.call_s(kind, rows) for kind, rows in running.items()]
     return STALL_STEPS * min((each or 0.0 for each in steps_s), default=inf)

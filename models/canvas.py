@@ -64,6 +64,32 @@ class Canvas:
         result[self.box.pixels] = pasted
         return result
 
+    def put_back_small(
+        self, generated: NDArray[np.uint8], shrink: int, longest_px: int
+    ) -> NDArray[np.uint8]:
+        """What `put_back` makes, in small and without matched colours.
+
+        generated: the canvas in any size. The result has 1 / `shrink` of the picture's size, or
+        less where a side would be longer than `longest_px`.
+        """
+        height, width = self.picture.shape[:2]
+        longest = max(height, width)
+        scale = min(longest // shrink, longest_px) / longest
+        down, across = max(1, round(height * scale)), max(1, round(width * scale))
+        box = Box(
+            self.box.left * across // width,
+            self.box.top * down // height,
+            -(-self.box.right * across // width),  # rounded up
+            -(-self.box.bottom * down // height),
+        )
+        result = resize(self.picture, across, down, Resampling.BOX).copy()
+        result[box.pixels] = paste_back(
+            result[box.pixels],
+            resize(generated, box.width, box.height, Resampling.LANCZOS),
+            resize(self.weights, box.width, box.height, Resampling.BOX),
+        )
+        return result
+
 
 def prepare_canvas(
     params: InpaintParams, init_image: NDArray[np.uint8], mask_image: NDArray[np.uint8]

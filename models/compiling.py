@@ -5,8 +5,8 @@ and takes minutes to make. It is made without CUDA graphs of its own: `graphs` r
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -18,7 +18,8 @@ from models.unet import CallSize, EagerUNet, UNetCall, UNetInputs
 logger = logging.getLogger(__name__)
 
 MOST_SHAPES = 8
-"""Compiled for a UNet; torch.compile's own limit for one function."""
+"""Compiled for a UNet; torch.compile's own limit for one function. UNets of one class share that
+one: where several are compiled, the last may get less, which ends as any failure does."""
 
 Compiler: TypeAlias = Callable[[Any], Callable[..., Any]]
 Shape: TypeAlias = tuple[CallSize, int]
@@ -37,7 +38,7 @@ def for_fixed_shapes(unet: Any) -> Callable[..., Any]:
 class CompiledUNet:
     """A UNet call that gets quicker some minutes after a shape has first come up.
 
-    A thread of its own compiles shape by shape, on numbers of its own; a shape is used from the
+    Shape by shape is compiled by a thread beside, on numbers of its own; a shape is used from the
     moment it has run there. The first failure is the last attempt: plain calls go on.
     """
 
@@ -46,8 +47,8 @@ class CompiledUNet:
         self._compiled = EagerUNet(compiler(unet))
         self._ready: frozenset[Shape] = frozenset()
         self._asked: set[Shape] = set()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
-        self._running: list[Future[None]] = []
+        self._is_compiling = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._has_failed = False
 
     @property
@@ -56,7 +57,7 @@ class CompiledUNet:
 
     @property
     def is_changing(self) -> bool:
-        return self._plain.is_changing or any(not each.done() for each in self._running)
+        return self._plain.is_changing or any(each.is_alive() for each in self._threads)
 
     def __call__(self, inputs: UNetInputs) -> Tensor:
         shape = CallSize.of(inputs), inputs.rows
@@ -64,24 +65,31 @@ class CompiledUNet:
             return self._compiled(inputs)
         if shape not in self._asked and len(self._asked) < MOST_SHAPES and not self._has_failed:
             self._asked.add(shape)
-            self._running.append(self._thread.submit(self._compile, shape, inputs))
+            # A daemon: the process need not live on until a compiler has finished.
+            thread = threading.Thread(
+                target=self._compile, args=(shape, zeros_like(inputs)), daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
         return self._plain(inputs)
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Wait for all that is being compiled."""
-        wait(self._running, timeout_s)
+        for thread in self._threads:
+            thread.join(timeout_s)
 
     def _compile(self, shape: Shape, inputs: UNetInputs) -> None:
-        if self._has_failed:
-            return
-        try:
-            with torch.inference_mode(), own_stream(inputs.latents.device):
-                self._compiled(zeros_like(inputs))  # the inputs' own change meanwhile
-        except Exception:  # compilers fail in many ways
-            self._has_failed = True
-            logger.warning("the UNet cannot be compiled, plain calls go on", exc_info=True)
-            return
-        self._ready |= {shape}
+        with self._is_compiling:
+            if self._has_failed:
+                return
+            try:
+                with torch.inference_mode(), own_stream(inputs.latents.device):
+                    self._compiled(inputs)
+            except Exception:  # compilers fail in many ways
+                self._has_failed = True
+                logger.warning("the UNet cannot be compiled, plain calls go on", exc_info=True)
+                return
+            self._ready |= {shape}
         logger.info("UNet compiled for %s, %d rows", *shape)
 
 

@@ -6,14 +6,16 @@ step of a batch, or decode some pictures.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from models.batching import BatchKey, CallBudget, CallKind, stall_s
 from models.errors import DeviceLost, EngineError, OutOfMemory
@@ -157,6 +159,24 @@ class InpaintEngine:
         self._waiting = deque(each for each in self._waiting if each.id != generation_id)
         self._running.pop(generation_id, None)
 
+    def preview(self, generation_id: int) -> NDArray[np.uint8] | None:
+        """How a generation's first picture comes along: see `InpaintPipeline.preview`.
+
+        None also for a generation that does not run, and where no preview can be made.
+        Raises: DeviceLost, as `step`.
+        """
+        members = self._running.get(generation_id)
+        if members is None:
+            return None
+        try:
+            pipeline = self.models.pipeline(members[0].generation.model)
+            return pipeline.preview(members[0].sample)
+        except DeviceLost:
+            raise
+        except Exception:  # whatever it is, it must not hurt the picture
+            logger.warning("no preview could be made", exc_info=True)
+            return None
+
     def step(self) -> list[Event]:
         """Do one piece of work and say what came of it.
 
@@ -174,7 +194,7 @@ class InpaintEngine:
             self._may_stall = False
             if denoised:
                 return self._decode(self._select_pictures(denoised, runnable))
-            if self._waiting and (not runnable or not self.limits.is_reproducible):
+            if self._waiting:
                 ready, failures = self._ask_for_models()
                 prepared = self._prepare(self._select_waiting(ready, runnable)) if ready else []
                 if failures or prepared:
@@ -249,7 +269,10 @@ class InpaintEngine:
     def _pictures_per_call(self, generation: Generation, runnable: Sequence[Member]) -> int:
         if self.limits.is_reproducible:
             return 1
-        patience_s = stall_s(self._rows, [member.key for member in runnable])
+        running: Counter[CallKind] = Counter()
+        for member in runnable:
+            running[member.key.kind] += member.sample.rows
+        patience_s = stall_s(self._rows, running)
         return self._pictures.units_within(generation.picture_kind, patience_s)
 
     def _prepare(self, generations: Sequence[Generation]) -> list[Event]:

@@ -39,10 +39,18 @@ class GraphLimits:
 
     is_padded: a call may be made with more rows than it needs. Without it, what else runs cannot
         move the last bits of a result.
+    in_use_calls: a size that came up within so many calls is in use, and keeps its recordings:
+        sizes take turns, and to record each at its turn is slower than to record none.
     """
 
     max_bytes: int
     is_padded: bool = True
+    in_use_calls: int = 500
+
+
+class RecordingBroken(Exception):
+    """A recording was cut off, which leaves torch in the middle of it: in this process every later
+    one would fail, and every replay."""
 
 
 class Recording(Protocol):
@@ -66,8 +74,15 @@ class Recorder(Protocol):
         """Memory that recordings share: they run one at a time, and results are copied out."""
         ...
 
+    def warm_up(self, call: UNetCall, inputs: UNetInputs) -> None:
+        """Make the call as it will be recorded: libraries choose kernels and get workspaces.
+
+        Raises: what the call raises.
+        """
+        ...
+
     def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> Recording:
-        """Raises: RuntimeError, above all torch.OutOfMemoryError."""
+        """Raises: torch.OutOfMemoryError, RecordingBroken."""
         ...
 
 
@@ -76,9 +91,11 @@ class SizeRecordings:
     """The recordings of one size, by rows; they share a pool and go together.
 
     A pool gives its memory back as a whole, so there is one for each size and not one for all.
+    used_at: the latest call that was of this size, counted from the first one.
     """
 
     pool: Any
+    used_at: int = 0
     by_rows: dict[int, tuple[UNetInputs, Recording]] = field(default_factory=dict)
 
     @property
@@ -90,8 +107,8 @@ class SizeRecordings:
 class GraphedUNet:
     """Replays where that pays and memory allows, and makes the plain call where not.
 
-    Sizes are recorded when they first come up. The one that was not used for longest goes first
-    when memory is short; what could not be recorded is not tried again.
+    Sizes are recorded when they first come up. Where memory is short, one that is no longer in use
+    makes room; what found none is tried again later.
     """
 
     def __init__(
@@ -101,8 +118,10 @@ class GraphedUNet:
         self._weights = weights
         self._recorder = recorder
         self._limits = limits
+        self._calls = 0
         self._sizes: OrderedDict[CallSize, SizeRecordings] = OrderedDict()
-        self._refused: set[tuple[CallSize, int]] = set()
+        self._refused_until: dict[tuple[CallSize, int], float] = {}
+        self._is_broken = False
         self._recorded_from = self._origin()
 
     @property
@@ -111,6 +130,7 @@ class GraphedUNet:
         return sum(size.held_bytes for size in self._sizes.values())
 
     def __call__(self, shares: Sequence[UNetRows]) -> Tensor:
+        self._calls += 1
         size, rows = CallSize.of(shares[0]), sum(share.rows for share in shares)
         recorded = self._find(size, self._padded(rows), shares)
         if recorded is None:
@@ -124,6 +144,7 @@ class GraphedUNet:
     def release(self) -> None:
         """Forget all recordings; sizes are recorded anew when they come up again."""
         self._sizes.clear()
+        self._refused_until.clear()
 
     def _padded(self, rows: int) -> int:
         if not self._limits.is_padded:
@@ -136,14 +157,17 @@ class GraphedUNet:
         """The recording of a size, made if need be; None where the plain call is to be made."""
         if self._origin() != self._recorded_from:
             logger.info("weights or code of the UNet have changed, its graphs are made anew")
-            self._sizes.clear()
+            self.release()
             self._recorded_from = self._origin()
         known = self._sizes.get(size)
-        if known is not None and rows in known.by_rows:
+        if known is not None:
+            known.used_at = self._calls
             self._sizes.move_to_end(size)
-            return known.by_rows[rows]
+            if rows in known.by_rows:
+                return known.by_rows[rows]
         is_worthwhile = rows * size.area <= LAUNCH_BOUND_AREA
-        if not is_worthwhile or (size, rows) in self._refused or self._call.is_changing:
+        is_refused = self._calls < self._refused_until.get((size, rows), 0)
+        if self._is_broken or not is_worthwhile or is_refused or self._call.is_changing:
             return None
         return self._record(size, rows, shares)
 
@@ -154,26 +178,43 @@ class GraphedUNet:
         try:
             inputs = UNetInputs.room_for(rows, shares[0])
             inputs.fill(shares)
+            self._recorder.warm_up(self._call, inputs)
+            if self._call.is_changing:  # the warm-up has begun it
+                return None
             recording = self._recorder.record(self._call, inputs, recordings.pool)
-        except RuntimeError:
+        except torch.OutOfMemoryError:
+            logger.warning("no memory for a graph of %s, %d rows", size, rows)
+            self._refuse(size, rows)
+            return None
+        except RecordingBroken:
             # If the device itself is lost, the plain call that follows finds that out.
-            logger.warning("no graph for %s, %d rows", size, rows, exc_info=True)
-            self._refused.add((size, rows))
+            logger.warning("graphs cannot be used any more, plain calls go on", exc_info=True)
+            self._is_broken = True
+            self.release()
             return None
         recordings.by_rows[rows] = inputs, recording
+        recordings.used_at = self._calls
         self._sizes[size] = recordings
         self._sizes.move_to_end(size)
         self._make_room(size, rows)
         return inputs, recording
 
     def _make_room(self, size: CallSize, rows: int) -> None:
-        """Drop what was not used for longest until the rest fits."""
+        """Drop the sizes that are not in use until the rest fits, or else this new recording."""
         while self.held_bytes > self._limits.max_bytes:
-            oldest = next(iter(self._sizes))
+            oldest, recordings = next(iter(self._sizes.items()))
+            if self._calls - recordings.used_at < self._limits.in_use_calls:
+                logger.info("graphs of sizes in use leave no room for %s, %d rows", size, rows)
+                self._refuse(size, rows)
+                del self._sizes[size].by_rows[rows]
+                if not self._sizes[size].by_rows:
+                    del self._sizes[size]
+                return
             del self._sizes[oldest]
-            if oldest == size:  # alone it is too large
-                logger.info("graph of %s, %d rows exceeds its memory budget", size, rows)
-                self._refused.add((size, rows))
+
+    def _refuse(self, size: CallSize, rows: int) -> None:
+        """Make the plain call for a while."""
+        self._refused_until[size, rows] = self._calls + self._limits.in_use_calls
 
     def _origin(self) -> tuple[int, ...]:
         """What recordings depend on: the code of the call and the addresses of the weights."""
@@ -203,7 +244,7 @@ class CudaRecorder:
     def new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
-    def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> CudaRecording:
+    def warm_up(self, call: UNetCall, inputs: UNetInputs) -> None:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -211,6 +252,10 @@ class CudaRecorder:
                 for _ in range(WARM_UPS):
                     call(inputs)
             current.wait_stream(self._stream)
+
+    def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> CudaRecording:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
             free_before = self._free_bytes()
             try:
                 graph, output = self._capture(call, inputs, pool)
@@ -222,11 +267,16 @@ class CudaRecorder:
         self, call: UNetCall, inputs: UNetInputs, pool: Any
     ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may go on using the device.
-        with torch.cuda.graph(
-            graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            output = call(inputs)
+        try:
+            # Other threads of this process may go on using the device.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                output = call(inputs)
+        except torch.OutOfMemoryError:  # asking for memory does not cut a recording off
+            raise
+        except RuntimeError as error:
+            raise RecordingBroken from error
         return graph, output
 
     def _free_bytes(self) -> int:

@@ -3,11 +3,14 @@
 import struct
 import zlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
+
+Pixel = TypeVar("Pixel", np.uint8, np.float32)
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -17,9 +20,12 @@ does it at the speed of memory, and it compresses photographs about as well as t
 
 
 def resize(
-    pixels: NDArray[np.uint8], width: int, height: int, resampling: Image.Resampling
-) -> NDArray[np.uint8]:
-    """`(h, w, 3)` or `(h, w)` stretched, corners on corners; the array itself at its own size."""
+    pixels: NDArray[Pixel], width: int, height: int, resampling: Image.Resampling
+) -> NDArray[Pixel]:
+    """`(h, w, 3)` or `(h, w)` stretched, corners on corners; the array itself at its own size.
+
+    float32 has one channel only.
+    """
     if pixels.shape[:2] == (height, width):
         return pixels
     return np.array(Image.fromarray(pixels).resize((width, height), resampling))

@@ -8,7 +8,6 @@ same formulas); families differ in `conditioning` only.
 
 import inspect
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,26 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
 from models.acceleration import accelerated
 from models.canvas import Canvas, prepare_canvas
 from models.conditioning import Conditioning, create_conditioner
+from models.encoding import INPAINT_CHANNELS, CanvasEncoder, EncodedCanvas
 from models.errors import DeviceLost, ModelUnavailable, NoSafetyChecker, OutOfMemory
 from models.params import InpaintParams, SchedulerName
+from models.previews import Colours, estimate_clean, fit_colours, paint
 from models.registry import Components
 from models.safety import SafetyChecker, blank_like
-from models.schedulers import create_scheduler, noised, own_scheduler, run_timesteps
+from models.schedulers import SchedulerSource, noised, run_timesteps
 from models.unet import BatchedUNet, UNetRows
 from models.uploads import host_tables
 from models.vae import LatentCodec
 
-INPAINT_CHANNELS = 9
-"""Latents (4), mask (1) and masked-image latents (4), joined in this order."""
-
-CACHED_CANVASES = 16
-"""Encoded pictures kept at a time, about 150 kB each at 512×512."""
+PREVIEW_SIDE_PX = 128
+"""Of a preview, at most: what latents have of the largest picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +55,15 @@ class Sample:
         guidance is off.
     added_conditions: see `Conditioning.added`; one row for each of `conditioning`.
     latents, noise, image_latents: `(1, 4, h/8, w/8)`; mask: `(1, 1, h/8, w/8)`, 0 or 1.
-    masked_image_latents: `(1, 4, h/8, w/8)`, for UNets of 9 channels.
+    masked_image_latents: `(1, 4, h/8, w/8)`, for UNets of 9 channels only.
     image_latents: for UNets of 4 channels and for soft masks, blended back after each step where
         `strengths` says so.
     strengths: `(1, 1, h/8, w/8)`, 0 to 1: the share of the steps that repaint each latent pixel.
         UNets of 9 channels keep what is black themselves, so it is 1 there.
     timesteps: of the whole run, host scalars, first to last.
     is_encoded_again: see `Picture`.
+    model_input, prediction: `(1, 4, h/8, w/8)`, the latents that the last UNet call was given and
+        what it answered, for previews; None before the first step.
     """
 
     params: InpaintParams
@@ -79,10 +78,12 @@ class Sample:
     noise: torch.Tensor
     mask: torch.Tensor
     strengths: torch.Tensor
-    masked_image_latents: torch.Tensor
+    masked_image_latents: torch.Tensor | None
     image_latents: torch.Tensor | None
     step_index: int = 0
     is_encoded_again: bool = False
+    model_input: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
 
     @property
     def total_steps(self) -> int:
@@ -136,8 +137,8 @@ class InpaintPipeline:
         vae = components.vae.to(memory_format=torch.channels_last)
         unet = components.unet.to(memory_format=torch.channels_last)
         self._unet = call_batches(unet)
-        self._encoded: OrderedDict[bytes, EncodedImages] = OrderedDict()
-        self._scheduler_config = components.scheduler_config
+        self._schedulers = SchedulerSource(components.scheduler_config)
+        self._colours: Colours | None = None
         self.device: torch.device = components.unet.device
         self.dtype: torch.dtype = components.unet.dtype
         self.channels: int = components.unet.config.in_channels
@@ -146,8 +147,8 @@ class InpaintPipeline:
                 f"a UNet of {self.channels} input channels is no inpainting UNet"
             )
         self._codec = LatentCodec(vae, self.dtype)
+        self._encoder = CanvasEncoder(self._codec, self.channels, self.device, self.dtype)
         self.latent_scale: int = self._codec.scale
-        own_scheduler(components.scheduler_config)  # an unknown one stops the start, not a job
         self._conditioner = create_conditioner(components, self.device, self.dtype)
         self._safety = (
             SafetyChecker(components.safety_checker, components.feature_extractor)
@@ -186,10 +187,10 @@ class InpaintPipeline:
             ]
             if len(jobs) > 1:
                 self._conditioner.remember([params for params, _ in jobs])
-            encoded = self._encode_images(canvases)
+            all_params = [params for params, _ in jobs]
+            encoded = self._encoder.encode([*zip(all_params, canvases, strict=True)])
             return [
-                self._start_all(params, canvas, each)
-                for (params, _), canvas, each in zip(jobs, canvases, encoded, strict=True)
+                self._start_all(*each) for each in zip(all_params, canvases, encoded, strict=True)
             ]
 
     @torch.inference_mode()
@@ -221,6 +222,7 @@ class InpaintPipeline:
                 prediction, timestep, sample.latents, return_dict=False, **sample.step_arguments
             )[0]
             sample.step_index += 1
+            sample.prediction = prediction
             if sample.image_latents is not None:
                 sample.latents = blend_outside(sample, sample.image_latents)
 
@@ -253,6 +255,29 @@ class InpaintPipeline:
                 for index, sample in enumerate(samples)
             ]
 
+    @torch.inference_mode()
+    def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
+        """What the picture would be if the sample's last prediction were right, in small.
+
+        `(h/8, w/8, 3)`, no side longer than `PREVIEW_SIDE_PX`; None before the first step. Blank
+        where the safety checker flags it. Changes nothing, and waits for the device.
+        Raises: UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        if sample.model_input is None or sample.prediction is None:
+            return None
+        with translated_errors():
+            if self._colours is None:
+                self._colours = fit_colours(self._encoder.latents_of)
+            timestep = float(sample.timesteps[sample.step_index - 1])
+            latents = estimate_clean(
+                sample.scheduler, timestep, sample.model_input, sample.prediction
+            )
+            image = sample.canvas.put_back_small(
+                paint(latents, self._colours), self.latent_scale, PREVIEW_SIDE_PX
+            )
+            (verdict,) = self._judge([sample], [image])
+        return blank_like(image) if verdict else image
+
     def device_time_s(self) -> float:
         """A clock for timing device work: waits until all that was started is done."""
         if self.device.type == "cuda":
@@ -262,7 +287,7 @@ class InpaintPipeline:
 
     def release_memory(self) -> None:
         """Give cached device memory back, after something did not fit."""
-        self._encoded.clear()
+        self._encoder.forget()
         self._unet.release()
         if self.device.type == "cuda":
             with translated_errors():
@@ -280,55 +305,8 @@ class InpaintPipeline:
                 verdicts[place] = is_flagged
         return verdicts
 
-    def _encode_images(self, canvases: Sequence[Canvas]) -> list["EncodedImages"]:
-        """The canvases in latent space, with one call for those of a size.
-
-        Some are kept, as people try the same picture with other seeds.
-        """
-        digests = [canvas.digest() for canvas in canvases]
-        missing: dict[tuple[int, ...], dict[bytes, Canvas]] = {}
-        for digest, canvas in zip(digests, canvases, strict=True):
-            if digest not in self._encoded:
-                missing.setdefault(canvas.strengths.shape, {})[digest] = canvas
-        for same_size in missing.values():
-            encoded = self._encode_anew([*same_size.values()])
-            self._encoded |= zip(same_size, encoded, strict=True)
-        for digest in digests:
-            self._encoded.move_to_end(digest)
-        found = [self._encoded[digest] for digest in digests]
-        while len(self._encoded) > CACHED_CANVASES:
-            self._encoded.popitem(last=False)
-        return found
-
-    def _encode_anew(self, canvases: Sequence[Canvas]) -> list["EncodedImages"]:
-        """canvases: of one size."""
-        pixels = torch.stack([torch.from_numpy(canvas.init_image) for canvas in canvases])
-        init_images = pixels.to(self.device).permute(0, 3, 1, 2)
-        init_images = init_images.float() / 255 * 2 - 1  # (n, 3, h, w) in [-1, 1]
-        strengths = torch.stack([torch.from_numpy(canvas.strengths) for canvas in canvases])
-        strengths = strengths.to(self.device)[:, None]  # (n, 1, h, w)
-        masked_images = init_images * (strengths == 0)
-        # "nearest" and before the cast to half precision, as the original does.
-        size = [side // self.latent_scale for side in init_images.shape[-2:]]
-        strengths = torch.nn.functional.interpolate(strengths.float() / 255, size=size)
-        masks = strengths > 0
-        if self.channels == INPAINT_CHANNELS:
-            strengths = strengths.where(masks, 1.0)
-        init_encoded, init_again = self._codec.encode(init_images)
-        masked_encoded, masked_again = self._codec.encode(masked_images)
-        return [
-            EncodedImages(
-                init_image=init_encoded[index],
-                masked_image=masked_encoded[index],
-                mask=masks[index : index + 1].to(self.dtype),
-                strengths=strengths[index : index + 1],
-                is_encoded_again=init_again[index] or masked_again[index],
-            )
-            for index in range(len(canvases))
-        ]
-
     def _start_all(
-        self, params: InpaintParams, canvas: Canvas, encoded: "EncodedImages"
+        self, params: InpaintParams, canvas: Canvas, encoded: EncodedCanvas
     ) -> list[Sample]:
         conditioning = self._conditioner.encode(params, *canvas.strengths.shape)
         return [
@@ -342,13 +320,13 @@ class InpaintPipeline:
         canvas: Canvas,
         seed: int,
         conditioning: Conditioning,
-        encoded: "EncodedImages",
+        encoded: EncodedCanvas,
     ) -> Sample:
-        scheduler = create_scheduler(params.scheduler, self._scheduler_config)
+        scheduler = self._schedulers.new(params.scheduler)
         timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
         # A generator on the host gives the same numbers on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
-        image_latents, noise, masked_image_latents = self._draw(params, encoded, generator)
+        image_latents, noise, masked_image_latents = self._encoder.draw(params, encoded, generator)
         latents = noise * scheduler.init_noise_sigma
         if image_latents is not None:
             begun = noised(scheduler, image_latents, noise, timesteps[0])
@@ -374,28 +352,12 @@ class InpaintPipeline:
             is_encoded_again=encoded.is_encoded_again,
         )
 
-    def _draw(
-        self, params: InpaintParams, encoded: "EncodedImages", generator: torch.Generator
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Image latents, if the run needs any, noise, and masked-image latents.
-
-        The order of the three draws is the original's; changing it changes every picture.
-        """
-        image_latents = None
-        if self.channels != INPAINT_CHANNELS or params.strength < 1:
-            image_latents = self._codec.draw(encoded.init_image, generator)
-        elif params.soft_mask:
-            image_latents = self._codec.middle(encoded.init_image)
-        noise = randn_tensor(
-            (1, 4, *encoded.mask.shape[-2:]), generator, device=self.device, dtype=self.dtype
-        )
-        return image_latents, noise, self._codec.draw(encoded.masked_image, generator)
-
     def _unet_rows(self, sample: Sample) -> UNetRows:
         timestep = sample.timesteps[sample.step_index]
         with host_tables(self.device):
             model_input = sample.scheduler.scale_model_input(sample.latents, timestep)
-        if self.channels == INPAINT_CHANNELS:
+        sample.model_input = model_input
+        if sample.masked_image_latents is not None:
             model_input = torch.cat([model_input, sample.mask, sample.masked_image_latents], dim=1)
         return UNetRows(
             latents=model_input.expand(sample.rows, -1, -1, -1),
@@ -403,20 +365,6 @@ class InpaintPipeline:
             conditioning=sample.conditioning,
             added=sample.added_conditions,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedImages:
-    """What all samples of a job share: the VAE's distributions and the mask at latent size.
-
-    mask, strengths, is_encoded_again: as in `Sample`.
-    """
-
-    init_image: Any
-    masked_image: Any
-    mask: torch.Tensor
-    strengths: torch.Tensor
-    is_encoded_again: bool = False
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: torch.Generator) -> dict[str, Any]:
@@ -460,6 +408,7 @@ def to_pictures(decoded: torch.Tensor) -> NDArray[np.uint8]:
 
 
 DEVICE_LIBRARIES = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "cuBLAS error")
+NO_MEMORY = ("ALLOC_FAILED", "out of memory")
 
 
 @contextmanager
@@ -473,6 +422,8 @@ def translated_errors() -> Iterator[None]:
         raise DeviceLost(str(error)) from error
     except RuntimeError as error:
         # The libraries under torch have no class of their own.
-        if any(name in str(error) for name in DEVICE_LIBRARIES):
-            raise DeviceLost(str(error)) from error
-        raise
+        if not any(name in str(error) for name in DEVICE_LIBRARIES):
+            raise
+        if any(word in str(error) for word in NO_MEMORY):
+            raise OutOfMemory("a library of the device has too little free memory") from error
+        raise DeviceLost(str(error)) from error

@@ -14,7 +14,7 @@ from enum import Enum
 
 import torch
 
-from models.errors import ModelUnavailable
+from models.errors import ModelUnavailable, OutOfMemory
 from models.pipeline import InpaintPipeline, translated_errors
 from models.registry import Components
 
@@ -109,10 +109,20 @@ class Residency:
         if not self._make_room(model, components.size_bytes, in_use):
             return Readiness.CROWDED
         del self._loading[model]
-        with translated_errors():
-            self._resident[model] = self.place(components)
+        self._resident[model] = self._placed(components)
         self._sizes[model] = components.size_bytes
         return Readiness.READY
+
+    def _placed(self, components: Components) -> InpaintPipeline:
+        """On the device, tried once more after what the other models keep was given back."""
+        try:
+            with translated_errors():
+                return self.place(components)
+        except OutOfMemory:
+            logger.warning("out of memory for a model, trying once more")
+        self.release_memory()
+        with translated_errors():
+            return self.place(components)
 
     def _make_room(self, model: str, size_bytes: int, in_use: Set[str]) -> bool:
         """Unload what has to go; nothing goes where that would not suffice.

@@ -74,7 +74,8 @@ class UNetInputs:
         """The rows of all shares, one after the other."""
         latents = torch.cat([share.latents for share in shares])
         return cls(
-            latents,
+            # Whose memory the rows had decides its order; compiled code is for one order.
+            latents.contiguous(),
             upload(host_timesteps(shares), latents.device),
             torch.cat([share.conditioning for share in shares]),
             {name: torch.cat([each.added[name] for each in shares]) for name in shares[0].added},

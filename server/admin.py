@@ -54,7 +54,10 @@ def create_admin_app(main: Starlette, gate: Gate) -> Starlette:
         workers = await services().in_store_thread(store.workers_seen)
         queue = await services().in_store_thread(store.figures)
         is_ready, reason = readiness(
-            workers, len(services().settings.worker_devices), services().background.failing()
+            workers,
+            len(services().settings.worker_devices),
+            services().background.failing(),
+            services().waiters.is_released,
         )
         details = {
             "status": "ok" if is_ready else "unavailable",

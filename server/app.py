@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
@@ -33,8 +33,10 @@ from server.routes import router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, SUBMIT_THREADS, WEBHOOKS, Services
 from server.settings import Settings
+from server.silence import LOOK_S
 from server.storage import Storage
 from server.telemetry import get_logger
+from server.threads import Threads
 from server.waiters import Waiters
 from server.webhooks import WebhookSender
 
@@ -62,30 +64,35 @@ def create_app(settings: Settings) -> FastAPI:
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         webhooks = WebhookSender(settings.webhook, deliveries, store, door)
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
-        async with Background() as background:
-            background.start(WEBHOOKS, webhooks.run)
-            background.start("janitor", Janitor(engine, storage, settings.retention).run)
-            followers = Followers(store, settings.http.max_streams_per_key)
-            with Waiters(store) as waiters, followers, sandbox:
-                sandbox.warm()
-                services = app.state.services = Services(
-                    settings=settings,
-                    keys=keys,
-                    store=store,
-                    storage=storage,
-                    fetcher=Fetcher(settings.fetch, door),
-                    sandbox=sandbox,
-                    waiters=waiters,
-                    followers=followers,
-                    deliveries=deliveries,
-                    webhooks=webhooks,
-                    background=background,
-                    metrics=metrics,
-                    store_threads=anyio.CapacityLimiter(STORE_THREADS),
-                    submit_threads=anyio.CapacityLimiter(SUBMIT_THREADS),
-                )
-                background.start("keys", lambda: keep_fresh(services))
-                yield
+        with (
+            Threads(STORE_THREADS, "store") as store_threads,
+            Threads(SUBMIT_THREADS, "submit") as submit_threads,
+        ):
+            async with Background() as background:
+                background.start(WEBHOOKS, webhooks.run)
+                background.start("janitor", Janitor(engine, storage, settings.retention).run)
+                followers = Followers(store, settings.http.max_streams_per_key)
+                with Waiters(store) as waiters, followers, sandbox:
+                    sandbox.warm()
+                    services = app.state.services = Services(
+                        settings=settings,
+                        keys=keys,
+                        store=store,
+                        storage=storage,
+                        fetcher=Fetcher(settings.fetch, door),
+                        sandbox=sandbox,
+                        waiters=waiters,
+                        followers=followers,
+                        deliveries=deliveries,
+                        webhooks=webhooks,
+                        background=background,
+                        metrics=metrics,
+                        store_threads=store_threads,
+                        submit_threads=submit_threads,
+                    )
+                    background.start("keys", lambda: keep_fresh(services))
+                    background.start("watch", lambda: watch_workers(services))
+                    yield
         await door.aclose()
         engine.dispose()
 
@@ -124,6 +131,20 @@ async def keep_fresh(services: Services) -> None:
             logger.exception("keys not read")
 
 
+async def watch_workers(services: Services) -> None:
+    """Give back the jobs of workers that have fallen silent, and forget the long dead ones.
+
+    Workers do the first too, but none may be up.
+    """
+    while True:
+        try:
+            await services.in_store_thread(services.store.requeue_expired)
+            await services.in_store_thread(services.store.forget_silent_workers)
+        except SQLAlchemyError:
+            logger.exception("workers cannot be watched")
+        await asyncio.sleep(LOOK_S)
+
+
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Every exception becomes a body of the dialect, and nothing else of it goes out."""
     request_id = request.scope.get("request_id", "")
@@ -160,6 +181,6 @@ def to_api_error(error: Exception) -> ApiError:
             return RouteNotFound((error.headers or {}).get("Allow", ""))
         case HTTPException():
             return InvalidBody()
-        case DBAPIError():
+        case DBAPIError() | PoolTimeout():
             return StorageUnavailable()
     return ApiError()

@@ -21,16 +21,17 @@ STEADY_S = 60.0
 class Background:
     """Use as an async context manager; leaving cancels the tasks and waits for them.
 
-    delays_s: before a task is started again, the first and the longest. steady_s: see `STEADY_S`.
+    delays_s: before a task is started again, the first and the longest. clock: seconds, never
+    turned back.
     """
 
     def __init__(
         self,
         delays_s: tuple[float, float] = (FIRST_DELAY_S, LAST_DELAY_S),
-        steady_s: float = STEADY_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._first_delay_s, self._last_delay_s = delays_s
-        self._steady_s = steady_s
+        self._clock = clock
         self._tasks: list[asyncio.Task[None]] = []
         self._failed_at: dict[str, float] = {}
 
@@ -53,21 +54,21 @@ class Background:
 
     def failing(self) -> list[str]:
         """Names of the tasks that have ended lately; each starts again, or has, after a pause."""
-        now = time.monotonic()
-        return [name for name, at in self._failed_at.items() if now - at < self._steady_s]
+        now = self._clock()
+        return [name for name, at in self._failed_at.items() if now - at < STEADY_S]
 
     async def _keep(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
         delay_s = self._first_delay_s
         while True:
-            started = time.monotonic()
+            started = self._clock()
             try:
                 await run()
             except Exception as error:
                 logger.exception("background task failed", detail=name, error=type(error).__name__)
             else:
                 logger.error("background task ended", detail=name)
-            now = time.monotonic()
-            if now - started > self._steady_s:
+            now = self._clock()
+            if now - started > STEADY_S:
                 delay_s = self._first_delay_s
             self._failed_at[name] = now
             await asyncio.sleep(delay_s)

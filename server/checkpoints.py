@@ -42,6 +42,13 @@ class Checkpoints:
     device_name: str
     _digests: dict[str, str] = field(default_factory=dict)
     _report_load: Report | None = None
+    _heard_at: float | None = None
+
+    @property
+    def silent_s(self) -> float:
+        """For how long a load has not got on; 0 when there is none."""
+        heard_at = self._heard_at
+        return 0.0 if heard_at is None else time.monotonic() - heard_at
 
     def open(self, say: Callable[[str], None]) -> Residency:
         """The models that jobs may ask for; the server's own is loaded.
@@ -71,13 +78,19 @@ class Checkpoints:
 
     def _load(self, model: str, device: torch.device) -> Components:
         """A checkpoint in the host's memory. Raises: ModelUnavailable."""
+        self._heard_at = time.monotonic()
+        try:
+            return self._read(model, device)
+        finally:
+            self._heard_at = None
+
+    def _read(self, model: str, device: torch.device) -> Components:
         if model not in self.settings.offered_models:
             raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
         spec = find_model(model, read_catalog(self.settings.models_file))
         threading.Thread(target=self._identify, args=[model, spec], daemon=True).start()
         started = time.perf_counter()
-        report = self._report_load or (lambda share, part: None)
-        components = load_components(spec, torch.device("cpu"), self._dtype(device), report)
+        components = load_components(spec, torch.device("cpu"), self._dtype(device), self._hear)
         if components.safety_checker is None and self.settings.safety.force:
             raise ModelUnavailable(
                 f"model {spec.id!r} has no safety checker, and safety.force asks for one"
@@ -87,6 +100,12 @@ class Checkpoints:
         seconds = round(time.perf_counter() - started, 2)
         logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
         return components
+
+    def _hear(self, share: float, part: str) -> None:
+        """A load gets on."""
+        self._heard_at = time.monotonic()
+        if self._report_load is not None:
+            self._report_load(share, part)
 
     def _identify(self, model: str, spec: ModelSpec) -> None:
         """Read the weights once more for their digest, beside all else.

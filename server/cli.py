@@ -50,7 +50,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each = commands.add_parser("serve", parents=[shared], help="answer requests, start workers")
     each.add_argument("--host", help="address to listen on")
     each.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
-    each.add_argument("--devices", help="comma-separated, such as cuda:0,cuda:1 or cpu")
+    each.add_argument(
+        "--devices", help="comma-separated, such as cuda:0,cuda:1; all: every GPU, or the CPU"
+    )
     each.add_argument(
         "--workers", type=int, metavar="N", help="worker processes in all; 0 for none"
     )
@@ -60,8 +62,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each.set_defaults(run=serve)
 
     each = commands.add_parser("worker", parents=[shared], help="make pictures for a server")
-    each.add_argument("--worker-id", default="worker", help="unique name of this worker")
-    each.add_argument("--device", default="auto", help="cuda:0, cpu; auto takes what there is")
+    each.add_argument("--worker-id", metavar="NAME", help="that no other has (made up)")
+    each.add_argument(
+        "--device", default="auto", help="cuda:0, MIG-…, cpu; auto: the first GPU, or the CPU"
+    )
     each.add_argument(
         "--parent", type=int, metavar="PID", help="end when this process is no longer the parent"
     )
@@ -162,6 +166,7 @@ def serve(options: argparse.Namespace) -> int:
     from server.auth import read_keys_file
     from server.database import migrate as migrate_tables
     from server.database import open_engine
+    from server.devices import expand_devices
     from server.http import Server, bind, raise_open_file_limit
     from server.jobs import JobStore
     from server.keys import KeyStore
@@ -185,17 +190,21 @@ def serve(options: argparse.Namespace) -> int:
         for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
     # The port that was taken for 0: the server must know where it listens, to stay out of there.
-    settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+    devices = expand_devices(settings.devices)
+    settings = settings.model_copy(update={"port": listener.getsockname()[1], "devices": devices})
     admin = None
     if settings.admin.port is not None:
         admin = bind(settings.admin.host, settings.admin.port)
     admin_port = None if admin is None else admin.getsockname()[1]
-    server = Server(create_app(settings), settings, admin_port)
     listeners = {"listening": listener} | ({"admin listening": admin} if admin else {})
     store = JobStore(engine)
-    stall_s = settings.worker_stall_s
+    stalls_s = (settings.worker_stall_s, settings.worker_load_stall_s)
     command = shlex.split(options.worker_command or "") or WORKER_COMMAND
-    with Supervisor(settings.worker_devices, flags, store, stall_s=stall_s, command=command):
+    supervisor = Supervisor(
+        settings.worker_devices, flags, store, stalls_s=stalls_s, command=command
+    )
+    server = Server(create_app(settings), settings, admin_port, supervisor)
+    with supervisor:
         for event, each in listeners.items():
             host, port = each.getsockname()[:2]
             get_logger(__name__).info(event, url=f"http://{host}:{port}")
@@ -208,9 +217,13 @@ def work(options: argparse.Namespace) -> int:
     import signal
     import threading
 
-    # Before torch is imported, which takes seconds.
+    from server.devices import open_device
+    from server.supervisor import new_worker_id
+
+    # Before torch is imported, which takes seconds, and looks for devices once.
     settings = settings_of(options)
     settings.make_data_dir()
+    device = open_device(options.device)
 
     from models.errors import EngineError
     from server import worker
@@ -221,7 +234,8 @@ def work(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        worker.run(settings, options.worker_id, options.device, stopping, options.parent)
+        worker_id = options.worker_id or new_worker_id()
+        worker.run(settings, worker_id, device, stopping, options.parent)
     except EngineError as error:
         get_logger(__name__).error("worker cannot go on", detail=str(error))
         return 1

@@ -30,6 +30,7 @@ class Write(Generic[R]):
 
     def run(self, connection: Connection) -> None:
         """Do it; it may be done again where a neighbour's failure undid it."""
+        self.error = None
         self._result = [self.work(connection)]
 
     def result(self) -> R:
@@ -40,10 +41,15 @@ class Write(Generic[R]):
 
 
 class GroupCommit:
-    """Runs writes of several threads in shared transactions."""
+    """Runs writes of several threads in shared transactions.
 
-    def __init__(self, engine: Engine) -> None:
+    refusals: errors that a work raises before it has written anything. Its neighbours go on, where
+    after any other error all is undone and they are done again.
+    """
+
+    def __init__(self, engine: Engine, refusals: tuple[type[Exception], ...] = ()) -> None:
         self._engine = engine
+        self._refusals = refusals
         self._waiting: list[Write[Any]] = []
         self._has_leader = False
         self._lock = threading.Lock()
@@ -88,6 +94,7 @@ class GroupCommit:
                 failed = self._attempt(left)
                 if failed is None:
                     return
+                # Those that were refused may find more room now.
                 left = [write for write in left if write is not failed]
         except BaseException as error:
             for write in left:
@@ -105,6 +112,8 @@ class GroupCommit:
             for write in group:
                 try:
                     write.run(connection)
+                except self._refusals as error:
+                    write.error = error
                 except Exception as error:  # noqa: BLE001 - its caller raises it
                     write.error = error
                     transaction.rollback()

@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,11 +42,33 @@ from server.telemetry import get_logger
 logger = get_logger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+POOL_SIZE = 24
+"""Connections of one process at most; more than the threads that use any, see `services.py`."""
+
+POOL_TIMEOUT_S = 5
+"""For a connection of the pool to come free."""
+
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
 
 POSTGRESQL = "postgresql+psycopg"
+
+# A line that is cut in silence tells neither side. Without these a call would wait for an answer,
+# and a lock for its holder, until the kernel gives up after hours.
 CONNECT_TIMEOUT_S = 5
+SILENT_LINE_S = 15
+"""After which an unanswered byte, or an unanswered question on an idle line, ends a connection."""
+
+IDLE_TRANSACTION_S = 10
+"""Ours do nothing between two statements. One that does belongs to a process that stands still or
+is cut off, and may hold the lock that all submits wait for."""
+
+LOCK_S = 20
+"""Twice that: who waits behind such a process still gets its turn."""
+
+STATEMENT_S = 30
+"""Far beyond ours, which count a queue or go through a batch; a migration has no limit."""
+
 CHANNEL = "inpaint_changes"
 """Where PostgreSQL tells listeners of every commit."""
 
@@ -105,10 +127,12 @@ jobs = Table(
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("attempt", Integer, nullable=False, default=0),
+    Column("claim", Integer, nullable=False, server_default="0"),
     Column("worker_id", Text),
-    Column("lease_until", Float),
+    Column("beaten_at", Float),
     Column("step", Integer, nullable=False, default=0),
     Column("total_steps", Integer, nullable=False, default=0),
+    Column("preview_step", Integer),
     Column("run_s", Float),
     Column("flagged", JSON),
     Column("error", Text),
@@ -117,7 +141,7 @@ jobs = Table(
         "state IN ('queued', 'running', 'finished', 'failed', 'cancelled')", name="state_known"
     ),
     CheckConstraint(
-        "(state = 'running') = (worker_id IS NOT NULL AND lease_until IS NOT NULL)",
+        "(state = 'running') = (worker_id IS NOT NULL AND beaten_at IS NOT NULL)",
         name="running_has_lease",
     ),
     CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="failed_has_error"),
@@ -235,14 +259,38 @@ def open_engine(url: str, sqlite_version: SqliteVersion = sqlite.sqlite_version_
 
 
 def _open_postgresql(url: str) -> Engine:
+    parsed = make_url(url)
     engine = create_engine(
-        make_url(url).set(drivername=POSTGRESQL),
-        connect_args={"connect_timeout": CONNECT_TIMEOUT_S},
+        # In the URL, from where a listening connection takes them too.
+        parsed.set(drivername=POSTGRESQL, query=_limits(parsed.query)),
         pool_pre_ping=True,
+        pool_size=POOL_SIZE,
+        max_overflow=0,
+        pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
     event.listen(engine, "commit", _notify)
     return engine
+
+
+def _limits(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Connection parameters that bound every wait. own: the operator's, which prevail."""
+    settings = {
+        "statement_timeout": STATEMENT_S,
+        "lock_timeout": LOCK_S,
+        "idle_in_transaction_session_timeout": IDLE_TRANSACTION_S,
+    }
+    options = [f"-c {name}={seconds}s" for name, seconds in settings.items()]
+    return {
+        "connect_timeout": str(CONNECT_TIMEOUT_S),
+        "tcp_user_timeout": str(SILENT_LINE_S * 1000),
+        "keepalives": "1",
+        "keepalives_idle": "5",
+        "keepalives_interval": "5",
+        "keepalives_count": "2",
+        **own,
+        "options": " ".join([*options, own.get("options", "")]).strip(),
+    }
 
 
 def _notify(connection: Connection) -> None:
@@ -255,7 +303,13 @@ def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
     if database:
         Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = create_engine(
-        url, module=sqlite, connect_args={"isolation_level": None}, hide_parameters=True
+        url,
+        module=sqlite,
+        connect_args={"isolation_level": None},
+        pool_size=POOL_SIZE,
+        max_overflow=0,
+        pool_timeout=POOL_TIMEOUT_S,
+        hide_parameters=True,
     )
     journal_mode = "WAL"
     if not has_sound_wal(version):
@@ -324,6 +378,8 @@ def migrate(engine: Engine) -> None:
     config.set_main_option("script_location", str(MIGRATIONS))
     with engine.begin() as connection:
         if engine.dialect.name != "sqlite":  # there the transaction itself is the lock
+            for limit in ("statement_timeout", "lock_timeout"):
+                connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
@@ -422,7 +478,6 @@ class Notifications:
     def _listen(self) -> psycopg.Connection[Any]:
         # Not of the pool, which would reset it: a listening connection is never between two uses.
         args, options = self._engine.dialect.create_connect_args(self._engine.url)
-        options["connect_timeout"] = CONNECT_TIMEOUT_S
         connection = psycopg.connect(*args, autocommit=True, **options)
         connection.execute(f"LISTEN {CHANNEL}")
         return connection

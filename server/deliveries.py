@@ -6,18 +6,36 @@
 
 A claim moves the due time past the longest possible call, so that two senders never make the same
 call at once and one that died loses nothing.
+
+Due times are compared with a `SharedClock`. A call that was never tried is due whatever the time;
+one that is due later than any schedule says was written by a clock that has jumped, and is due now.
 """
 
+import functools
 import random
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from sqlalchemy import ColumnElement, Connection, Engine, exists, func, insert, select, true, update
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Connection,
+    Engine,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
 
+from server.clocks import SharedClock
+from server.commits import GroupCommit
 from server.database import deliveries, delivery_attempts, jobs, read_only
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -27,6 +45,12 @@ JITTER = 0.2
 MAX_AGE_S = sum(RETRY_DELAYS_S) * (1 + JITTER)
 """After which a call to a host that always fails is given up, tries left or not."""
 MAX_RETRY_AFTER_S = 86_400.0
+LONGEST_DELAY_S = max(RETRY_DELAYS_S[-1] * (1 + JITTER), MAX_RETRY_AFTER_S)
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+AT_ONCE = 0.0
+"""The due time of a call that was not tried, or is asked for again."""
 
 
 class DeliveryState(StrEnum):
@@ -40,11 +64,25 @@ class DeliveryState(StrEnum):
     """Given up: the receiver is gone for good, or the schedule is used up."""
 
 
+# What every call needs is built once: building costs more than running.
+NOTE = insert(delivery_attempts)
+FOLLOW = (
+    update(deliveries)
+    .where(
+        deliveries.c.id == bindparam("held_id"),
+        deliveries.c.attempt == bindparam("held_attempt"),
+        (deliveries.c.state == DeliveryState.PENDING) | bindparam("is_received", type_=Boolean()),
+    )
+    .values(state=bindparam("becomes"), due_at=bindparam("due"))
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """A claimed webhook call.
 
     id: the same on every try, for receivers to know repeats by. attempt: of this try, from 1.
+    host: whose limit and circuit it counts against, see `host_of`.
     """
 
     id: str
@@ -102,7 +140,7 @@ class DeliveryStatus:
 class DeliveryStore:
     """All access to delivery rows. Synchronous; safe to call from several threads and processes.
 
-    lease_s: longer than any call takes. clock: seconds since the epoch.
+    lease_s: longer than any call takes. clock: seconds since the epoch; a `SharedClock` if None.
     """
 
     def __init__(
@@ -110,18 +148,19 @@ class DeliveryStore:
         engine: Engine,
         *,
         lease_s: float = 60.0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         jitter: random.Random | None = None,
     ) -> None:
         self._engine = engine
         self._lease_s = lease_s
-        self._clock = clock
+        self._clock = clock or SharedClock(engine)
         self._jitter = jitter or random.Random()
+        self._commits = GroupCommit(engine)
 
     def claim_due(
         self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
     ) -> list[Delivery]:
-        """Up to `limit` calls that are due, longest due first.
+        """Up to `limit` calls that are due, those of the oldest jobs first.
 
         None to the busy hosts, and to any other no more than `per_host`.
         """
@@ -148,14 +187,29 @@ class DeliveryStore:
     def redeliver(self, job_id: int) -> bool:
         """Make a job's call again at once, under the same id; False where it has none.
 
-        One that was given up gets one more try, one that is pending its next one now.
+        One that was given up gets one more try, one that is pending its next one now. One that is
+        being made at this moment is left to its sender.
         """
         now = self._clock()
+        is_told = exists().where(
+            delivery_attempts.c.delivery_id == deliveries.c.id,
+            delivery_attempts.c.attempt == deliveries.c.attempt,
+        )
+        is_under_way = (
+            (deliveries.c.state == DeliveryState.PENDING)
+            & (deliveries.c.attempt > 0)
+            & (deliveries.c.due_at > now)
+            & ~is_told
+        )
         with self._engine.begin() as connection:
             changed = connection.execute(
                 update(deliveries)
                 .where(deliveries.c.job_id == job_id)
-                .values(state=DeliveryState.PENDING, due_at=now, created_at=now)
+                .values(
+                    state=DeliveryState.PENDING,
+                    due_at=case((is_under_way, deliveries.c.due_at), else_=AT_ONCE),
+                    created_at=now,
+                )
             )
         return changed.rowcount > 0
 
@@ -197,7 +251,7 @@ class DeliveryStore:
                 url=row.url,
                 host=row.host,
                 state=DeliveryState(row.state),
-                due_at=row.due_at,
+                due_at=row.due_at or row.created_at,
                 attempts=tuple(
                     (
                         each.attempt,
@@ -212,20 +266,26 @@ class DeliveryStore:
 
     def _claim(self, which: ColumnElement[bool], limit: int, per_host: int) -> list[Delivery]:
         now = self._clock()
-        is_due = (
-            (deliveries.c.state == DeliveryState.PENDING) & (deliveries.c.due_at <= now) & which
-        )
+        is_pending: ColumnElement[bool] = deliveries.c.state == DeliveryState.PENDING
+        is_due = is_pending & (deliveries.c.due_at <= now) & which
+        is_astray = is_pending & (deliveries.c.due_at > now + LONGEST_DELAY_S)
         # Most looks find nothing; they should not take the lock that writers need.
         with read_only(self._engine) as connection:
-            if not connection.execute(select(exists().where(is_due))).scalar():
-                return []
-        rank = func.row_number().over(partition_by=deliveries.c.host, order_by=deliveries.c.due_at)
-        ranked = select(deliveries.c.id, deliveries.c.due_at, rank.label("rank")).where(is_due)
+            looks = select(exists().where(is_due), exists().where(is_astray))
+            has_due, has_astray = connection.execute(looks).one()
+        if has_astray:
+            with self._engine.begin() as connection:
+                connection.execute(update(deliveries).where(is_astray).values(due_at=now))
+        elif not has_due:
+            return []
+        # Not by due time, which for the tried and the untried ones is not of the same kind.
+        rank = func.row_number().over(partition_by=deliveries.c.host, order_by=deliveries.c.job_id)
+        ranked = select(deliveries.c.id, deliveries.c.job_id, rank.label("rank")).where(is_due)
         candidate = ranked.subquery()
         oldest = (
             select(candidate.c.id)
             .where(candidate.c.rank <= per_host)
-            .order_by(candidate.c.due_at)
+            .order_by(candidate.c.job_id)
             .limit(limit)
         )
         with self._engine.begin() as connection:
@@ -244,41 +304,35 @@ class DeliveryStore:
         return [Delivery(*row) for row in rows]
 
     def record(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
-        """Note how a claimed call went and what follows from it."""
-        state = self._state_after(delivery, attempt)
-        with self._engine.begin() as connection:
-            connection.execute(
-                insert(delivery_attempts).values(
-                    delivery_id=delivery.id,
-                    attempt=delivery.attempt,
-                    started_at=attempt.started_at,
-                    duration_s=attempt.duration_s,
-                    status=attempt.status,
-                    outcome=attempt.outcome,
-                )
-            )
-            connection.execute(
-                update(deliveries)
-                .where(deliveries.c.id == delivery.id, deliveries.c.attempt == delivery.attempt)
-                .values(state=state, due_at=self._clock() + self._delay_s(delivery, attempt))
-            )
-        return state
+        """Note how a claimed call went and what follows from it.
 
-    def attempts(self, job_id: int) -> list[Attempt]:
-        """Every try of a job's webhook, first to last."""
-        query = (
-            select(
-                delivery_attempts.c.started_at,
-                delivery_attempts.c.duration_s,
-                delivery_attempts.c.status,
-                delivery_attempts.c.outcome,
-            )
-            .join(deliveries)
-            .where(deliveries.c.job_id == job_id)
-            .order_by(delivery_attempts.c.attempt)
-        )
-        with read_only(self._engine) as connection:
-            return [Attempt(*row) for row in connection.execute(query)]
+        Nothing follows for a call that was claimed anew since. One that was given up since stays
+        so, unless it was received after all.
+        """
+        return self._commits.run(functools.partial(self._record, delivery, attempt))
+
+    def _record(
+        self, delivery: Delivery, attempt: Attempt, connection: Connection
+    ) -> DeliveryState:
+        state = self._state_after(delivery, attempt)
+        tried = {
+            "delivery_id": delivery.id,
+            "attempt": delivery.attempt,
+            "started_at": attempt.started_at,
+            "duration_s": attempt.duration_s,
+            "status": attempt.status,
+            "outcome": attempt.outcome,
+        }
+        follows = {
+            "held_id": delivery.id,
+            "held_attempt": delivery.attempt,
+            "is_received": attempt.is_success,
+            "becomes": state,
+            "due": self._clock() + self._delay_s(delivery, attempt),
+        }
+        connection.execute(NOTE, tried)
+        connection.execute(FOLLOW, follows)
+        return state
 
     def _state_after(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
         if attempt.is_success:
@@ -293,27 +347,31 @@ class DeliveryStore:
         return max(scheduled, min(attempt.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
 
 
-def queue_delivery(connection: Connection, job_id: int, url: str, now: float) -> None:
+def queue_delivery(connection: Connection, job_id: int, key_id: str, url: str, now: float) -> None:
     """Write a job's webhook call in the transaction that ends the job, due at once."""
     connection.execute(
         insert(deliveries).values(
             id=f"msg_{uuid.uuid4().hex}",
             job_id=job_id,
             url=url,
-            host=host_of(url),
+            host=host_of(key_id, url),
             state=DeliveryState.PENDING,
             attempt=0,
-            due_at=now,
+            due_at=AT_ONCE,
             created_at=now,
         )
     )
 
 
-def host_of(url: str) -> str:
-    """The host and port that a call counts against; never fails, as it stands on the way of a
-    job's end.
+def host_of(key_id: str, url: str) -> str:
+    """What a call counts against: key, scheme, host and port.
+
+    Of one key, so that nobody can hold up another's calls to a host by addresses of it that fail.
+    Never fails, as it stands on the way of a job's end.
     """
     try:
-        return urlsplit(url).netloc.rpartition("@")[2].lower()
+        parts = urlsplit(url)
+        port = parts.port or DEFAULT_PORTS.get(parts.scheme)
     except ValueError:
-        return ""
+        return key_id
+    return f"{key_id} {parts.scheme}://{parts.hostname}:{port}"

@@ -10,7 +10,7 @@ ApiError
 ├── RateLimited         this key, or this address, calls too often
 ├── QueueFull           too much is waiting already
 ├── TooManyStreams      this key follows too much already
-├── ServerBusy          more connections than the server takes
+├── ServerBusy          more connections than the server takes, or it is stopping
 ├── JobNotFound         unknown id, or a job of another key
 ├── Conflict            the job, or an earlier request, stands in the way
 ├── RouteNotFound       no such path

@@ -15,6 +15,7 @@ class Failure(StrEnum):
     NO_SAFETY_CHECKER = "no_safety_checker"
     """The checker is forced, and the model asked for has none."""
     PROMPT_TOO_LONG = "prompt_too_long"
+    CLIP_SKIP_TOO_LARGE = "clip_skip_too_large"
     OUT_OF_MEMORY = "out_of_memory"
     UNUSABLE_PICTURE = "unusable_picture"
     NOT_STORED = "not_stored"
@@ -38,6 +39,7 @@ SENTENCES = {
     Failure.MODEL_UNAVAILABLE: "The model cannot be loaded now",
     Failure.NO_SAFETY_CHECKER: "This model has no safety checker, and pictures must be checked",
     Failure.PROMPT_TOO_LONG: "The prompt is longer than this model can read",
+    Failure.CLIP_SKIP_TOO_LARGE: "This model has fewer text encoder layers than clip_skip skips",
     Failure.OUT_OF_MEMORY: "The picture is too large for this server's memory",
     Failure.UNUSABLE_PICTURE: "The model could not make this picture",
     Failure.NOT_STORED: "The pictures could not be stored",

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from server.database import ChangeSignal
 from server.errors import TooManyStreams
 from server.jobs import JobStore, Standing
 from server.telemetry import get_logger
@@ -23,7 +22,7 @@ POLL_S = 0.1
 """Between two looks at the change signal. Workers write progress twice a second."""
 
 RETRY_S = 0.5
-"""After the database could not be read."""
+"""After a look that failed."""
 
 
 class Follower:
@@ -57,7 +56,9 @@ class Follower:
             return  # the loop has ended, and nobody listens
 
     def _take(self, standing: Standing | None) -> None:
-        self._standing, self.is_over = standing, standing is None
+        # What was looked up before the end may come after it, and nothing follows an end.
+        self.is_over = self.is_over or standing is None
+        self._standing = standing
         self._has_news.set()
 
 
@@ -78,6 +79,7 @@ class Followers:
         self._is_released = False
         self._is_stopping = False
         self._wake = threading.Event()
+        self._known: dict[int, Standing | None] = {}
         self._thread = threading.Thread(target=self._run, name="followers", daemon=True)
 
     def __enter__(self) -> "Followers":
@@ -133,40 +135,35 @@ class Followers:
                     del self._followers[job_id]
 
     def _run(self) -> None:
-        signal = self._store.change_signal()
-        known: dict[int, Standing | None] = {}
-        while not self._is_stopping:
-            self._wake.clear()
-            with self._lock:
-                followed = set(self._followers)
-                newcomers, self._newcomers = self._newcomers, []
-            try:
-                stale = followed if signal.has_changed() else followed - known.keys()
-                found = self._store.standings(sorted(stale)) if stale else {}
-            except SQLAlchemyError:
-                logger.exception("followed jobs cannot be looked up")
-                with self._lock:
-                    self._newcomers = newcomers + self._newcomers
-                known = {}
-                self._wake.wait(RETRY_S)
-                continue
-            changed = {
-                each for each in stale if each not in known or known[each] != found.get(each)
-            }
-            known = {each: known[each] for each in followed - stale} | {
-                each: found.get(each) for each in stale
-            }
-            self._tell(known, changed, newcomers)
-            # Without anybody there is nothing to look for until somebody comes.
-            self._wake.wait(POLL_S if followed else None)
-        signal.close()
+        with self._store.change_signal() as signal:
+            while not self._is_stopping:
+                self._wake.clear()
+                try:
+                    pause_s = self._look(signal)
+                except Exception:
+                    # The thread must not end: nobody would ever hear anything again.
+                    logger.exception("followed jobs cannot be looked up")
+                    self._known = {}  # all are looked up anew, and told
+                    pause_s = RETRY_S
+                self._wake.wait(pause_s)
 
-    def _tell(
-        self,
-        known: dict[int, Standing | None],
-        changed: set[int],
-        newcomers: list[tuple[int, Follower]],
-    ) -> None:
+    def _look(self, signal: ChangeSignal) -> float | None:
+        """Once; gives the seconds until the next look. Raises: SQLAlchemyError."""
+        with self._lock:
+            followed = set(self._followers)
+            newcomers, self._newcomers = self._newcomers, []
+        known = self._known
+        stale = followed if signal.has_changed() else followed - known.keys()
+        found = self._store.standings(sorted(stale)) if stale else {}
+        changed = {each for each in stale if each not in known or known[each] != found.get(each)}
+        self._known = {each: known[each] for each in followed - stale} | {
+            each: found.get(each) for each in stale
+        }
+        self._tell(changed, newcomers)
+        # Without anybody there is nothing to look for until somebody comes.
+        return POLL_S if followed else None
+
+    def _tell(self, changed: set[int], newcomers: list[tuple[int, Follower]]) -> None:
         with self._lock:
             told = {each for job_id in changed for each in self._followers.get(job_id, ())}
             of_changed = [
@@ -175,4 +172,4 @@ class Followers:
         of_known = [(job_id, each) for job_id, each in newcomers if each not in told]
         for job_id, follower in (*of_changed, *of_known):
             if not self._is_released:
-                follower.tell(known.get(job_id))
+                follower.tell(self._known.get(job_id))

@@ -12,10 +12,11 @@ from starlette.types import ASGIApp
 from server.admin import ByPort, create_admin_app
 from server.connections import Gate, GuardedConfig
 from server.settings import Settings
+from server.supervisor import Supervisor
 
 BACKLOG = 2_048
-GRACE_S = 30
-"""From SIGTERM until connections that are still open are cut."""
+GRACE_S = 4
+"""From the end of the last worker until connections that are still open are cut."""
 
 OWN_FILES = 256
 """File descriptors kept for the database, pictures, downloads and webhooks."""
@@ -24,11 +25,19 @@ OWN_FILES = 256
 class Server(uvicorn.Server):
     """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop.
 
-    admin_port: connections to it get the admin application.
+    Told to stop, it goes on answering until its workers have ended: new jobs are refused, earlier
+    ones can be fetched. admin_port: connections to it get the admin application.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings, admin_port: int | None = None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        admin_port: int | None = None,
+        workers: Supervisor | None = None,
+    ) -> None:
         self._app = app
+        self._workers = workers
         self.gate = Gate(
             settings.http,
             min(settings.http.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
@@ -62,18 +71,28 @@ class Server(uvicorn.Server):
         self.run(sockets=list(listeners))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Held requests get their "processing" answer now: uvicorn waits for them to end."""
+        """Workers end, and held requests get their "processing" answer now."""
+        if self._workers is not None:
+            self._workers.stop()
         services = getattr(self._app.state, "services", None)
         if services is not None:
             services.waiters.release_all()
             services.followers.release_all()
         super().handle_exit(sig, frame)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to close the listening sockets and end."""
+        is_told = await super().on_tick(counter)
+        are_workers_gone = self._workers is None or self._workers.has_ended
+        return is_told and (are_workers_gone or self.force_exit)
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises: OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named because asyncio switches Nagle's algorithm off only where it is: the
+    # second half of an answer would wait for the client's delayed acknowledgement, 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host, port))
     listener.listen(BACKLOG)

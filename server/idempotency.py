@@ -59,5 +59,6 @@ def reserve(
         file_prefix=file_prefix,
         created_at=now,
     )
-    # An error instead would end the whole transaction on PostgreSQL.
-    return connection.execute(taking.on_conflict_do_nothing()).rowcount == 1
+    # An error instead would end the whole transaction on PostgreSQL, which counts no inserted rows.
+    taken = taking.on_conflict_do_nothing().returning(idempotency_keys.c.key)
+    return connection.execute(taken).one_or_none() is not None

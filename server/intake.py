@@ -9,6 +9,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -18,13 +19,14 @@ from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
 from server.egress import FetchRights
-from server.errors import ApiError
+from server.errors import ApiError, JobNotFound, ServerBusy
 from server.idempotency import Idempotency
-from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
+from server.jobs import OUTPUT_FOLDER, Job, JobStore, NewJob, QueueShare
 from server.receipts import Intake
 from server.sandbox import DecodedPair
 from server.services import Services
 from server.settings import Settings
+from server.storage import Storage
 
 
 class AskedJob(Protocol):
@@ -96,8 +98,10 @@ async def accept(
     """Make a job of a request, or find the one that an earlier request with its key made.
 
     True with the job where it is a new one.
-    Raises: QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
+    Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
+    if services.waiters.is_released:
+        raise ServerBusy
     if once is not None:
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
@@ -118,7 +122,7 @@ async def accept(
         webhook=asked.webhook,
         track_id=asked.track_id,
     )
-    job = await services.in_submit_thread(submit, services, new, pair, once)
+    job = await services.in_submit_thread(submit, services.store, services.storage, new, pair, once)
     return job, job.file_prefix == new.file_prefix
 
 
@@ -156,6 +160,26 @@ async def take_in(
     )
 
 
+async def find_job(services: Services, job_id: int, key_id: str) -> Job:
+    """A job of this key. Raises: JobNotFound, for another key's too; StorageUnavailable."""
+    job = await services.in_store_thread(look_up, services, job_id)
+    if job is None or job.key_id != key_id:
+        raise JobNotFound
+    return job
+
+
+def look_up(services: Services, job_id: int) -> Job | None:
+    """A job; one whose pictures are gone, by whatever hand, is as good as expired.
+
+    Its row is left alone: the disk may just not be there, and come back with all pictures.
+    """
+    job = services.store.get(job_id)
+    if job is None or not job.has_pictures:
+        return job
+    is_whole = all(services.storage.has(key) for key in job.output_keys)
+    return job if is_whole else replace(job, expired_at=time.time())
+
+
 async def read_output(services: Services, name: str) -> bytes | None:
     """A finished picture, None where there is none. Raises: StorageUnavailable."""
     return await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
@@ -173,17 +197,21 @@ def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:
     return asked.width or 512, asked.height or 512
 
 
-def submit(services: Services, new: NewJob, pair: DecodedPair, once: Idempotency | None) -> Job:
+def submit(
+    store: JobStore, storage: Storage, new: NewJob, pair: DecodedPair, once: Idempotency | None
+) -> Job:
     """Store the input, then the row. Raises: QueueFull, Conflict, StorageUnavailable."""
     # The inputs come first: a job that can be claimed must have them.
-    services.storage.put(new.input_key, pair.to_bytes())
+    storage.put(new.input_key, pair.to_bytes())
     try:
-        job = services.store.submit(new, once)
-    except Exception:
-        services.storage.delete(new.input_key)
+        job = store.submit(new, once)
+    except ApiError:  # refused for certain
+        # Not after any other: the commit may have taken effect, and only its answer be lost. Where
+        # it did not, the janitor finds a file without a row.
+        storage.delete(new.input_key)
         raise
     if job.file_prefix != new.file_prefix:
-        services.storage.delete(new.input_key)
+        storage.delete(new.input_key)
     return job
 
 

@@ -3,6 +3,7 @@
     pictures of finished jobs     `outputs_h` after the end; the row stays and tells `expired_at`
     rows of ended jobs            `rows_h` after the end, with their webhook history
     inputs of ended jobs          `inputs_h` after the end, where the worker could not remove them
+    previews of ended jobs        at once, likewise
     files that belong to no job   after a day
 
 A job whose webhook is not delivered yet keeps its row and its pictures. Several janitors may work
@@ -22,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.database import deliveries, jobs, read_only
 from server.deliveries import DeliveryState
 from server.errors import StorageUnavailable
-from server.jobs import INPUT_FOLDER, OUTPUT_FOLDER, JobState, output_keys_of
+from server.jobs import INPUT_FOLDER, OUTPUT_FOLDER, PREVIEW_FOLDER, JobState, output_keys_of
 from server.settings import RetentionSettings
 from server.storage import Storage, StoredFile
 from server.telemetry import get_logger
@@ -113,7 +114,9 @@ class Janitor:
         Raises: SQLAlchemyError, StorageUnavailable.
         """
         inputs = self._sweep(INPUT_FOLDER, self._unneeded_inputs)
-        return Removed(files=inputs + self._sweep(OUTPUT_FOLDER, self._unneeded_outputs))
+        previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
+        outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
+        return Removed(files=inputs + previews + outputs)
 
     def _batches(self, step: Callable[[], int]) -> Iterator[int]:
         """What each step has done, until one finds nothing to do."""
@@ -122,12 +125,7 @@ class Janitor:
 
     def _expire_batch(self) -> int:
         due = (
-            select(
-                jobs.c.id,
-                jobs.c.file_prefix,
-                jobs.c.params["samples"].as_integer(),
-                jobs.c.attempt,
-            )
+            select(jobs.c.id)
             .where(
                 jobs.c.state == JobState.FINISHED,
                 jobs.c.expired_at.is_(None),
@@ -137,17 +135,19 @@ class Janitor:
             .order_by(jobs.c.finished_at)
             .limit(self._batch)
         )
-        with read_only(self._engine) as connection:
-            rows = connection.execute(due).all()
-        # The files come first: where the row says expired, there are none.
-        for _, *files in rows:
+        expire = (
+            update(jobs)
+            .where(jobs.c.id.in_(due), jobs.c.expired_at.is_(None))
+            .values(expired_at=self._clock())
+            .returning(jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.claim)
+        )
+        # The rows come first: a webhook that is asked for meanwhile must not name pictures that are
+        # about to go. What is left of them when a removal fails is found by the next sweep.
+        with self._engine.begin() as connection:
+            rows = connection.execute(expire).all()
+        for files in rows:
             for key in output_keys_of(*files):
                 self._storage.delete(key)
-        ids = [job_id for job_id, *_ in rows]
-        with self._engine.begin() as connection:
-            connection.execute(
-                update(jobs).where(jobs.c.id.in_(ids)).values(expired_at=self._clock())
-            )
         return len(rows)
 
     def _delete_batch(self) -> int:
@@ -196,6 +196,9 @@ class Janitor:
         return self._prefixes(
             jobs.c.file_prefix.in_(prefixes) & (jobs.c.finished_at < ended_before)
         )
+
+    def _unneeded_previews(self, prefixes: Sequence[str]) -> set[str]:
+        return self._prefixes(jobs.c.file_prefix.in_(prefixes) & jobs.c.finished_at.is_not(None))
 
     def _unneeded_outputs(self, prefixes: Sequence[str]) -> set[str]:
         """Of expired jobs, and what a late worker stored for one that ended without pictures."""

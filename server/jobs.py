@@ -5,8 +5,12 @@
       └──requeue────────┘ └──(third lost attempt)──> failed
     queued or running ──cancel──> cancelled
 
-A claim gives a lease and an attempt number. The attempt number is the fencing token: `beat`,
-`finish` and `fail` name it, and have no effect once the job was given to somebody else.
+A claim gives a lease and a number. The number is the fencing token: `beat`, `finish`, `fail` and
+`release` name it, and have no effect once the job was given to somebody else. It only ever grows,
+unlike the count of attempts, of which a released one is taken back.
+
+A lease runs out when its holder has not beaten for `LEASE_S`, as the process that looks has seen by
+its own steady clock (`silence.py`). No time of a row is compared with any clock for that.
 """
 
 import functools
@@ -23,11 +27,13 @@ from sqlalchemy import (
     Engine,
     Executable,
     Row,
+    Select,
     bindparam,
     case,
     func,
     insert,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -37,13 +43,16 @@ from models.params import InpaintParams
 from server.commits import GroupCommit
 from server.database import ChangeSignal, jobs, read_only, receipts, workers
 from server.deliveries import queue_delivery
-from server.errors import QueueFull, StorageUnavailable
+from server.errors import ApiError, QueueFull, StorageUnavailable
 from server.failures import Failure
 from server.idempotency import Idempotency, find, reserve
 from server.receipts import Receipt
-from server.turns import IS_WAITING, ORDER, Arrival, Place, goes_before, look_at
+from server.silence import Silence
+from server.turns import GOES_BEFORE, IS_WAITING, ORDER, Arrival, Place, look_at
 
-LEASE_S = 45.0
+LEASE_S = 35.0
+"""It takes two looks more until a lost job is queued again: 45 s in all."""
+
 MAX_ATTEMPTS = 3
 WORKER_LOST = Failure.WORKER_LOST.sentence
 RECENT_JOBS = 20
@@ -55,6 +64,13 @@ GUESSED_SPEED = 1_000_000.0
 WORKER_SEEN_S = 30.0
 """A worker not heard of for so long is not counted."""
 
+WORKER_KEPT_S = 600.0
+"""The row of one not heard of for so long is removed."""
+
+START_S = 30.0
+"""Until somebody works, where nobody does: a guess at the start of a worker. A client told less
+would ask again and again for nothing."""
+
 SUBMIT_LOCK = 0x1_4E_9A_15
 """An advisory lock's number: any, but the same for all processes of this server."""
 
@@ -63,6 +79,9 @@ INPUT_FOLDER = "inputs"
 
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
+
+PREVIEW_FOLDER = "previews"
+"""First part of the storage key of how a running job looks."""
 
 OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
 """What `output_names_of` makes, as a regular expression, without the suffix."""
@@ -123,33 +142,64 @@ CLAIM = (
     .values(
         state=JobState.RUNNING,
         worker_id=bindparam("claimed_by"),
-        lease_until=bindparam("leased_until"),
+        beaten_at=bindparam("now"),
         started_at=bindparam("now"),
         attempt=jobs.c.attempt + 1,
+        claim=jobs.c.claim + 1,
+        preview_step=None,
     )
     .returning(jobs)
 )
 
-CHANGED = (jobs.c.id, jobs.c.state, jobs.c.webhook)
+PLACE = select(jobs.c.priority, jobs.c.turn, jobs.c.id).where(
+    jobs.c.id == bindparam("job_id"), IS_WAITING
+)
+RECENT = (
+    select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
+    .where(jobs.c.state == JobState.FINISHED)
+    .order_by(jobs.c.id.desc())
+    .limit(RECENT_JOBS)
+)
+IS_RUNNING: ColumnElement[bool] = jobs.c.state == JobState.RUNNING
+
+
+def sum_up(which: ColumnElement[bool]) -> Select[int, int, float]:
+    """How many of these jobs wait, how many run, and the pixel steps that all have left."""
+    steps = case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
+    left = jobs.c.work * (1 - 1.0 * jobs.c.step / steps)
+    return select(
+        func.count().filter(jobs.c.state == JobState.QUEUED),
+        func.count().filter(jobs.c.state == JobState.RUNNING),
+        func.coalesce(func.sum(left), 0.0),
+    ).where(which)
+
+
+IN_ALL = sum_up(IS_RUNNING | IS_WAITING)
+BEFORE_WAITING = sum_up(IS_RUNNING | IS_WAITING & GOES_BEFORE)
+BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
+"""A running job runs beside those that began before it."""
+
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
 
 
-def is_held(job_id: Any, attempt: Any) -> ColumnElement[bool]:
+def is_held(job_id: Any, claim: Any) -> ColumnElement[bool]:
     """The job runs and this claim of it is still the present one."""
-    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.attempt == attempt)
+    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.claim == claim)
     return is_claim & (jobs.c.state == JobState.RUNNING)
 
 
-HELD = is_held(bindparam("held_id"), bindparam("held_attempt"))
+HELD = is_held(bindparam("held_id"), bindparam("held_claim"))
 """With parameters; `_held` gives them."""
 
 BEAT = (
     update(jobs)
     .where(HELD)
     .values(
-        lease_until=bindparam("until"),
+        beaten_at=bindparam("now"),
         step=bindparam("done"),
         total_steps=bindparam("in_all"),
+        preview_step=bindparam("shown"),
     )
     .returning(*CHANGED)
 )
@@ -160,7 +210,7 @@ FINISH = (
         state=JobState.FINISHED,
         finished_at=bindparam("now"),
         worker_id=None,
-        lease_until=None,
+        beaten_at=None,
         run_s=bindparam("took_s"),
         flagged=bindparam("verdicts", type_=jobs.c.flagged.type),
         step=jobs.c.total_steps,
@@ -174,7 +224,8 @@ KEEP = insert(receipts)
 class NewJob:
     """What a dialect hands in.
 
-    request: what the dialect needs to write its answers later, JSON values.
+    request: what the dialect needs to write its answers later, JSON values; and `previews`, true
+        where the worker is to show the job while it runs.
     key_id: whose job it is. share: what that key may have of the queue.
     file_prefix: uuid4; names the job's files.
     work: size of the job in pixel steps, for estimates of time.
@@ -202,8 +253,10 @@ class Job:
     """A row, as read.
 
     priority, turn: its place among waiting jobs, see `turns.py`.
-    attempt: how often it was claimed; the fencing token of the present claim.
+    attempt: how often it was claimed, but for claims that were released.
+    claim: number of the latest claim; the fencing token.
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
+    preview_step: how many were done in the latest preview of the latest attempt; None without one.
     run_s: seconds from claim to finish.
     flagged: the safety checker's verdict per picture; None for a job that is not finished.
     expired_at: when the pictures of a finished job were removed; None while they are there.
@@ -231,7 +284,9 @@ class Job:
     error: str | None
     priority: int = 0
     turn: int = 0
+    claim: int = 0
     expired_at: float | None = None
+    preview_step: int | None = None
 
     @property
     def input_key(self) -> str:
@@ -241,12 +296,27 @@ class Job:
     @property
     def output_names(self) -> list[str]:
         """File names of the pictures, in sample order."""
-        return output_names_of(self.file_prefix, self.params.samples, self.attempt)
+        return output_names_of(self.file_prefix, self.params.samples, self.claim)
 
     @property
     def output_keys(self) -> list[str]:
         """Storage keys of the pictures, in sample order."""
-        return output_keys_of(self.file_prefix, self.params.samples, self.attempt)
+        return output_keys_of(self.file_prefix, self.params.samples, self.claim)
+
+    @property
+    def has_pictures(self) -> bool:
+        """It is finished, and its pictures were not removed since."""
+        return self.state is JobState.FINISHED and self.expired_at is None
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether the worker is to show the job while it runs."""
+        return bool(self.request.get("previews"))
+
+    @property
+    def preview_key(self) -> str:
+        """Storage key of how the job looks; there is a file while it runs only."""
+        return f"{PREVIEW_FOLDER}/{self.file_prefix}.png"
 
     @property
     def work_left(self) -> float:
@@ -260,32 +330,48 @@ class QueueFigures:
 
     waiting, running: jobs. ahead: their pixel steps not yet done.
     speed: pixel steps per second of all workers together; a guess before the first job has ended.
+    pause_s: until anybody works; 0 where a worker is ready.
     """
 
     waiting: int
     running: int
     ahead: float
     speed: float
+    pause_s: float
 
     @property
     def wait_s(self) -> float:
         """Seconds until a new job would start."""
-        return self.ahead / self.speed
+        return self.pause_s + self.ahead / self.speed
 
     def eta_s(self, job: Job) -> float:
         """Seconds until a job behind these probably ends."""
-        return round((self.ahead + job.work_left) / self.speed, 1)
+        return round(self.pause_s + (self.ahead + job.work_left) / self.speed, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far a job is, in short. position: 1 is next; None for one that does not wait."""
+    """How far a job is, in short.
+
+    position: 1 is next; None for one that does not wait. preview_step: as in `Job`.
+    """
 
     state: JobState
     attempt: int
     step: int
     total_steps: int
     position: int | None
+    preview_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a worker tells of a job it holds; the numbers are as in `Job`."""
+
+    job: Job
+    step: int
+    total_steps: int
+    preview_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,26 +391,26 @@ def input_key_of(file_prefix: str) -> str:
     return f"{INPUT_FOLDER}/{file_prefix}.npy"
 
 
-def output_names_of(file_prefix: str, samples: int, attempt: int) -> list[str]:
+def output_names_of(file_prefix: str, samples: int, claim: int) -> list[str]:
     """File names of a job's pictures, in sample order.
 
-    Every attempt has its own: one that was given up may still write, and must not change what its
+    Every claim has its own: one that was given up may still write, and must not change what its
     successor has finished.
     """
-    suffix = f"-{attempt}" if attempt > 1 else ""
+    suffix = f"-{claim}" if claim > 1 else ""
     return [f"{file_prefix}-{index}{suffix}.png" for index in range(samples)]
 
 
-def output_keys_of(file_prefix: str, samples: int, attempt: int) -> list[str]:
+def output_keys_of(file_prefix: str, samples: int, claim: int) -> list[str]:
     """Storage keys of a job's pictures, in sample order."""
-    return [f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, attempt)]
+    return [f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, claim)]
 
 
 class JobStore:
     """All access to job rows. Synchronous; safe to call from several threads and processes.
 
     max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
-    says otherwise. clock: seconds since the epoch.
+    says otherwise. clock: seconds since the epoch. steady_clock: monotonic seconds.
     """
 
     def __init__(
@@ -334,12 +420,16 @@ class JobStore:
         max_waiting: int = 1_000,
         max_waiting_per_key: int = 100,
         clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._max_waiting = max_waiting
         self._max_waiting_per_key = max_waiting_per_key
         self._clock = clock
-        self._commits = GroupCommit(engine)
+        # What `_insert` raises of ours it raises before it writes.
+        self._commits = GroupCommit(engine, refusals=(ApiError,))
+        self._claims = Silence[tuple[int, int]](steady_clock)
+        self._workers = Silence[str](steady_clock)
 
     def change_signal(self) -> ChangeSignal:
         """For one thread that waits for others' commits."""
@@ -423,7 +513,8 @@ class JobStore:
 
     def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
         """How far those of the jobs are that there are, in one look."""
-        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, jobs.c.step, jobs.c.total_steps)
+        progress = (jobs.c.step, jobs.c.total_steps, jobs.c.preview_step)
+        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, *progress)
         queue = select(jobs.c.id).where(IS_WAITING).order_by(*ORDER)
         with read_only(self._engine) as connection:
             rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids))).all()
@@ -432,7 +523,12 @@ class JobStore:
         positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
         return {
             row.id: Standing(
-                JobState(row.state), row.attempt, row.step, row.total_steps, positions.get(row.id)
+                JobState(row.state),
+                row.attempt,
+                row.step,
+                row.total_steps,
+                positions.get(row.id),
+                row.preview_step,
             )
             for row in rows
         }
@@ -451,7 +547,7 @@ class JobStore:
             return [_to_job(row) for row in found]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
-        """Take up to `limit` queued jobs, first to last, each with a new attempt number.
+        """Take up to `limit` queued jobs, first to last, each with a new claim.
 
         A job whose worker was lost may be what killed it: it is given out alone, and only to a
         worker without any other, so that it cannot take neighbours down.
@@ -466,7 +562,6 @@ class JobStore:
             values = {
                 "chosen": chosen,
                 "claimed_by": worker_id,
-                "leased_until": now + LEASE_S,
                 "now": now,
             }
             rows = connection.execute(CLAIM, values).all()
@@ -477,11 +572,11 @@ class JobStore:
         with self._engine.begin() as connection:
             changed = self._change(
                 connection,
-                is_held(job.id, job.attempt),
+                is_held(job.id, job.claim),
                 state=JobState.QUEUED,
                 attempt=jobs.c.attempt - 1,
                 worker_id=None,
-                lease_until=None,
+                beaten_at=None,
                 step=0,
                 total_steps=0,
             )
@@ -489,19 +584,25 @@ class JobStore:
 
     def beat(self, job: Job, step: int, total_steps: int) -> bool:
         """Renew the lease and note the progress; False when the job is no longer ours."""
-        return not self.beat_all([(job, step, total_steps)])
+        return not self.beat_all([Beat(job, step, total_steps)])
 
-    def beat_all(self, held: Sequence[tuple[Job, int, int]]) -> list[Job]:
-        """`beat` for many, with one commit: job, step, total steps. Gives those no longer ours."""
-        lease_until = self._clock() + LEASE_S
+    def beat_all(self, beats: Sequence[Beat]) -> list[Job]:
+        """`beat` for many, with one commit. Gives those no longer ours."""
+        now = self._clock()
         with self._engine.begin() as connection:
             return [
-                job
-                for job, step, total_steps in held
+                beat.job
+                for beat in beats
                 if not self._run(
                     connection,
                     BEAT,
-                    {**_held(job), "until": lease_until, "done": step, "in_all": total_steps},
+                    {
+                        **_held(beat.job),
+                        "now": now,
+                        "done": beat.step,
+                        "in_all": beat.total_steps,
+                        "shown": beat.preview_step,
+                    },
                 )
             ]
 
@@ -519,7 +620,7 @@ class JobStore:
 
     def fail(self, job: Job, error: str) -> bool:
         """Running to failed; error is for the client. False when the job is no longer ours."""
-        return self._end(is_held(job.id, job.attempt), JobState.FAILED, error=error)
+        return self._end(is_held(job.id, job.claim), JobState.FAILED, error=error)
 
     def cancel(self, job_id: int) -> bool:
         """Queued or running to cancelled; False when it had ended already."""
@@ -527,55 +628,44 @@ class JobStore:
         return self._end((jobs.c.id == job_id) & is_live, JobState.CANCELLED)
 
     def requeue_expired(self) -> int:
-        """Give back the jobs whose lease has run out; how many there were."""
-        return self._requeue(jobs.c.lease_until < self._clock())
+        """Give back the jobs whose lease has run out; how many there were.
+
+        To be called every `silence.LOOK_S`: what was not seen to be silent has not run out.
+        """
+        beats = select(jobs.c.id, jobs.c.claim, jobs.c.beaten_at)
+        with read_only(self._engine) as connection:
+            rows = connection.execute(beats.where(jobs.c.state == JobState.RUNNING)).all()
+        silent_s = self._claims.look({(row.id, row.claim): row.beaten_at for row in rows})
+        lost = [tuple(row) for row in rows if silent_s[row.id, row.claim] > LEASE_S]
+        # One that has beaten since the look is spared.
+        return self._requeue(tuple_(*beats.selected_columns).in_(lost)) if lost else 0
 
     def requeue_of(self, worker_id: str) -> int:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
-
-    def position(self, job_id: int) -> int | None:
-        """How many waiting jobs go before this one; None for a job that does not wait."""
-        with read_only(self._engine) as connection:
-            place = self._place(connection, job_id)
-            if place is None:
-                return None
-            query = select(func.count()).where(IS_WAITING, goes_before(place))
-            return int(connection.execute(query).scalar_one())
 
     def figures(self, before_id: int | None = None) -> QueueFigures:
         """The queue as a whole, or as the job `before_id` sees it in front of itself.
 
         A job that comes later may yet go before it, when it is the turn of its key.
         """
-        left = jobs.c.work * (
-            1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
-        )
         with read_only(self._engine) as connection:
-            speed = self._speed(connection)
-            waiting, running, ahead = connection.execute(
-                select(
-                    func.count().filter(jobs.c.state == JobState.QUEUED),
-                    func.count().filter(jobs.c.state == JobState.RUNNING),
-                    func.coalesce(func.sum(left), 0.0),
-                ).where(self._in_front(connection, before_id))
-            ).one()
-        return QueueFigures(waiting, running, ahead, speed)
-
-    def _in_front(self, connection: Connection, before_id: int | None) -> ColumnElement[bool]:
-        is_running = jobs.c.state == JobState.RUNNING
-        if before_id is None:
-            return is_running | IS_WAITING
-        place = self._place(connection, before_id)
-        if place is None:  # it runs itself, beside those that began before it
-            return is_running & (jobs.c.id < before_id)
-        return is_running | IS_WAITING & goes_before(place)
+            seen = self._seen(connection)
+            speed = self._speed(connection, len(seen))
+            if before_id is None:
+                row = connection.execute(IN_ALL).one()
+            elif (place := self._place(connection, before_id)) is not None:
+                row = connection.execute(BEFORE_WAITING, place.to_parameters()).one()
+            else:
+                row = connection.execute(BEFORE_OTHER, {"job_id": before_id}).one()
+        waiting, running, ahead = row
+        is_worked_on = any(worker.state == "ready" for worker in seen)
+        return QueueFigures(waiting, running, ahead, speed, 0.0 if is_worked_on else START_S)
 
     @staticmethod
     def _place(connection: Connection, job_id: int) -> Place | None:
         """Where a waiting job stands, None for any other."""
-        query = select(jobs.c.priority, jobs.c.turn, jobs.c.id)
-        row = connection.execute(query.where(jobs.c.id == job_id, IS_WAITING)).one_or_none()
+        row = connection.execute(PLACE, {"job_id": job_id}).one_or_none()
         return None if row is None else Place(*row)
 
     def report_worker(self, status: WorkerStatus) -> None:
@@ -593,9 +683,20 @@ class JobStore:
 
     def workers_seen(self) -> list[WorkerStatus]:
         """The workers heard of lately."""
-        query = select(workers).where(workers.c.seen_at > self._clock() - WORKER_SEEN_S)
         with read_only(self._engine) as connection:
-            return [WorkerStatus(**row._mapping) for row in connection.execute(query)]
+            return self._seen(connection)
+
+    def forget_silent_workers(self) -> int:
+        """Remove the rows of workers long dead; how many there were."""
+        with read_only(self._engine) as connection:
+            words = connection.execute(select(workers.c.id, workers.c.seen_at)).all()
+        silent_s = self._listen({row.id: row.seen_at for row in words})
+        dead = [tuple(row) for row in words if silent_s[row.id] > WORKER_KEPT_S]
+        if not dead:
+            return 0
+        is_dead = tuple_(workers.c.id, workers.c.seen_at).in_(dead)
+        with self._engine.begin() as connection:
+            return connection.execute(workers.delete().where(is_dead)).rowcount
 
     def worker(self, worker_id: str) -> WorkerStatus | None:
         """A worker's last word, however old; None before its first."""
@@ -604,19 +705,30 @@ class JobStore:
             row = connection.execute(query).one_or_none()
         return None if row is None else WorkerStatus(**row._mapping)
 
-    def _speed(self, connection: Connection) -> float:
-        """Pixel steps per second of the last finished jobs, or a guess before there are any."""
-        recent = connection.execute(
-            select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
-            .where(jobs.c.state == JobState.FINISHED)
-            .order_by(jobs.c.id.desc())
-            .limit(RECENT_JOBS)
-        ).all()
+    def _seen(self, connection: Connection) -> list[WorkerStatus]:
+        rows = connection.execute(select(workers)).all()
+        silent_s = self._listen({row.id: row.seen_at for row in rows})
+        return [WorkerStatus(**row._mapping) for row in rows if silent_s[row.id] < WORKER_SEEN_S]
+
+    def _listen(self, words: Mapping[str, float]) -> dict[str, float]:
+        """Seconds since each worker was last heard. words: `seen_at` by id, of all workers."""
+
+        def guess(seen_at: float) -> float:
+            # At the first look there is nothing but the wall clock. Where it is wrong, a living
+            # worker is not counted until it speaks again, some seconds later.
+            return min(abs(self._clock() - seen_at), WORKER_SEEN_S)
+
+        return self._workers.look(words, guess)
+
+    def _speed(self, connection: Connection, count: int) -> float:
+        """Pixel steps per second of the last finished jobs.
+
+        Before there are any a guess. count: of the workers.
+        """
+        recent = connection.execute(RECENT).all()
         busy_s = covered_s([(row.started_at, row.finished_at) for row in recent])
         if busy_s > 0:
             return float(sum(row.work for row in recent) / busy_s)
-        seen = workers.c.seen_at > self._clock() - WORKER_SEEN_S
-        count = connection.execute(select(func.count()).where(seen)).scalar_one()
         return GUESSED_SPEED * max(count, 1)
 
     def _requeue(self, which: ColumnElement[bool]) -> int:
@@ -630,7 +742,7 @@ class JobStore:
                 error=case((is_last, WORKER_LOST), else_=None),
                 finished_at=case((is_last, self._clock()), else_=None),
                 worker_id=None,
-                lease_until=None,
+                beaten_at=None,
                 step=0,
                 total_steps=0,
             )
@@ -644,7 +756,7 @@ class JobStore:
                 state=state,
                 finished_at=self._clock(),
                 worker_id=None,
-                lease_until=None,
+                beaten_at=None,
                 **values,
             )
         return changed == 1
@@ -672,7 +784,7 @@ class JobStore:
         rows = connection.execute(change, values).all()
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
-                queue_delivery(connection, row.id, row.webhook, self._clock())
+                queue_delivery(connection, row.id, row.key_id, row.webhook, self._clock())
         return len(rows)
 
     @staticmethod
@@ -691,7 +803,7 @@ def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:
 
 def _held(job: Job) -> dict[str, int]:
     """The parameters of `HELD`."""
-    return {"held_id": job.id, "held_attempt": job.attempt}
+    return {"held_id": job.id, "held_claim": job.claim}
 
 
 def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
@@ -705,7 +817,7 @@ def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
 
 def _to_job(row: Row[Any]) -> Job:
     values = dict(row._mapping)
-    del values["lease_until"]
+    del values["beaten_at"]
     values["state"] = JobState(values["state"])
     values["params"] = InpaintParams.from_json(values["params"])
     return Job(**values)

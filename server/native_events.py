@@ -1,5 +1,6 @@
 """A job as server-sent events: what a client is told, and when the stream ends."""
 
+import base64
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -33,12 +34,21 @@ class Step(BaseModel):
     total_steps: int
 
 
+class Preview(Step):
+    """How the first picture looked after so many steps. image: a PNG as a data URI."""
+
+    image: str
+
+
 async def write_events(
-    follower: Follower, tell: Callable[[], Awaitable[JobAnswer]], heartbeat_s: float = HEARTBEAT_S
+    follower: Follower,
+    tell: Callable[[], Awaitable[JobAnswer]],
+    show: Callable[[], Awaitable[bytes | None]],
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[bytes]:
     """The present state, then each change until the job has ended, or the server stops.
 
-    tell: the job in full, for the last event.
+    tell: the job in full, for the last event. show: its newest preview, None where it is gone.
     """
     last: Standing | None = None
     while not follower.is_over:
@@ -48,6 +58,9 @@ async def write_events(
             continue
         for name, data in events_between(last, now):
             yield write_event(name, data, f"{now.attempt}-{now.step}-{name}")
+        if (step := new_preview_step(last, now)) and (image := await show()):
+            preview = Preview(step=step, total_steps=now.total_steps, image=data_uri(image))
+            yield write_event("preview", preview, f"{now.attempt}-{step}-preview")
         last = now
         if now.state.is_terminal:
             yield write_event(now.state, await tell(), now.state)
@@ -67,6 +80,19 @@ def events_between(last: Standing | None, now: Standing) -> Iterator[tuple[str, 
         yield "step", Step(step=now.step, total_steps=now.total_steps)
 
 
+def new_preview_step(last: Standing | None, now: Standing) -> int | None:
+    """Of the preview that there is; None where it was told of last."""
+    is_told = last is not None and (
+        (last.attempt, last.preview_step) == (now.attempt, now.preview_step)
+    )
+    return now.preview_step if now.state is JobState.RUNNING and not is_told else None
+
+
+def data_uri(image: bytes) -> str:
+    """A PNG file as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
 def write_event(name: str, data: BaseModel, event_id: str) -> bytes:
     """One event; its data is one line of JSON."""
     return format_sse_event(data_str=data.model_dump_json(), event=name, id=event_id)
@@ -75,8 +101,10 @@ def write_event(name: str, data: BaseModel, event_id: str) -> bytes:
 def describe_stream() -> dict[int | str, dict[str, Any]]:
     """OpenAPI's word of the stream."""
     text = (
-        "Events queued, started and step, then one named after the final state, with the job. "
-        "A connection begins with the present state."
+        "Events queued, started and step, then one named after the final state, with the job; "
+        "where they were asked for also preview: after how many steps it was made, and the first "
+        "picture in small as a data URI, at most 128 pixels a side. "
+        "A connection begins with the present state, and misses what comes too quickly for it."
     )
     return {
         200: {

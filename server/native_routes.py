@@ -23,10 +23,10 @@ from server.dialects.native_answers import (
     PingAnswer,
 )
 from server.dialects.native_problems import declare
-from server.errors import Conflict, ConflictKind, JobNotFound
+from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
 from server.followers import Follower
 from server.idempotency import Idempotency
-from server.intake import ServicesOf, accept, admit, base_url_of
+from server.intake import ServicesOf, accept, admit, base_url_of, find_job
 from server.jobs import Job, JobState
 from server.services import Services
 
@@ -74,10 +74,7 @@ def describe_body(model: Any) -> dict[str, Any]:
 
 async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
     """The job of the path. Raises: JobNotFound, for another key's too."""
-    job = await services.in_store_thread(services.store.get, job_id)
-    if job is None or job.key_id != key_id:
-        raise JobNotFound
-    return job
+    return await find_job(services, job_id, key_id)
 
 
 JobOf = Annotated[Job, Depends(get_job)]
@@ -203,7 +200,13 @@ async def follow_job(
         ended = await services.in_store_thread(services.store.get, job.id)
         return await tell(services, ended or job, base_url)
 
-    events = native_events.write_events(follower, tell_end)
+    async def show() -> bytes | None:
+        try:
+            return await services.in_store_thread(services.storage.get, job.preview_key)
+        except StorageUnavailable:
+            return None  # not worth the stream
+
+    events = native_events.write_events(follower, tell_end, show)
     return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
 
 

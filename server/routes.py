@@ -17,13 +17,14 @@ from models.enhance import Enhancement
 from server.auth import Caller
 from server.bodies import Fields, read_fields, release_body
 from server.dialects import v3
-from server.errors import JobNotFound, RouteNotFound
+from server.errors import RouteNotFound, StorageUnavailable
 from server.intake import (
     ServicesOf,
     accept,
     admit,
     base_url_of,
     eta_s,
+    find_job,
     get_services,
 )
 from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState, WorkerStatus
@@ -76,7 +77,7 @@ async def inpaint(
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
     job, _ = await accept(services, asked, caller, base_url)
-    # The call may be held for long; FastAPI keeps the fields, with both pictures, until its end.
+    # Inline pictures: thousands of calls may be held. FastAPI keeps what it gave us till the end.
     fields.clear()
     del asked
     release_body(request)
@@ -157,17 +158,17 @@ async def readyz(services: ServicesOf) -> JSONResponse:
     """Whether a request made now would be worked on; the reason where not."""
     expected = len(services.settings.worker_devices)
     workers = await services.in_store_thread(services.store.workers_seen)
-    is_ready, reason = readiness(workers, expected, services.background.failing())
+    is_ready, reason = readiness(
+        workers, expected, services.background.failing(), services.waiters.is_released
+    )
     status = {"status": "ok" if is_ready else "unavailable", "reason": reason}
     return JSONResponse(status, 200 if is_ready else 503)
 
 
 async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
-    """A job as fetch tells of it. Raises: JobNotFound."""
-    job = await services.in_store_thread(services.store.get, job_id)
-    if job is None or job.key_id != key_id:
-        raise JobNotFound
-    if job.state is JobState.FINISHED and job.expired_at is None:
+    """A job as fetch tells of it. Raises: JobNotFound, StorageUnavailable."""
+    job = await find_job(services, job_id, key_id)
+    if job.has_pictures:
         base_url = base_url_of(request, services.settings)
         return JSONResponse(v3.write_fetch_success(job, await outputs(services, job, base_url)))
     if job.state.is_terminal:
@@ -176,9 +177,12 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
 
 
 async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
-    """The finished pictures as the client asked for them: URLs, or base64 texts."""
+    """The finished pictures as the client asked for them: URLs, or base64 texts.
+
+    Raises: StorageUnavailable, also where one was removed at this moment.
+    """
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    if not job.request["wants_base64"]:
+    if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
         return urls
     if services.settings.base64_output is Base64Output.LINK:
         return [url.removesuffix(".png") + ".base64" for url in urls]
@@ -186,7 +190,7 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
         await services.in_store_thread(services.storage.get, key) for key in job.output_keys
     ]
     if None in pictures:
-        raise JobNotFound
+        raise StorageUnavailable
     return [base64.b64encode(picture).decode() for picture in pictures if picture is not None]
 
 
@@ -201,7 +205,7 @@ def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:
 
 
 def readiness(
-    workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str]
+    workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str], is_stopping: bool
 ) -> tuple[bool, str]:
     """Whether a job would be made and told of, and how things stand, in words for anybody.
 
@@ -213,6 +217,7 @@ def readiness(
     loading = [worker.detail for worker in workers if worker.state == "loading"]
     others = [f"{states[each]} {each}" for each in sorted(states) if each not in PLAIN_STATES]
     failures = [f"{name} failed lately" for name in failing]
-    is_ready = bool(states["ready"]) and WEBHOOKS not in failing
-    told = [f"{states['ready']}/{total} workers ready", *loading, *others, *failures]
+    draining = ["draining"] if is_stopping else []
+    is_ready = bool(states["ready"]) and WEBHOOKS not in failing and not is_stopping
+    told = [*draining, f"{states['ready']}/{total} workers ready", *loading, *others, *failures]
     return is_ready, "; ".join(told)

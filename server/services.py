@@ -1,12 +1,8 @@
 """What the API process is made of, and how endpoints reach its synchronous parts."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
-
-import anyio
-import anyio.to_thread
 
 from server.auth import KeyRing
 from server.background import Background
@@ -18,6 +14,7 @@ from server.metrics import Metrics
 from server.sandbox import Sandbox
 from server.settings import Settings
 from server.storage import Storage
+from server.threads import Threads
 from server.waiters import Waiters
 from server.webhooks import WebhookSender
 
@@ -28,7 +25,9 @@ WEBHOOKS = "webhooks"
 """Name of the background task without which a server is not ready."""
 
 STORE_THREADS = 8
-"""Database and file calls at a time; fewer than the connections of the database pool."""
+"""Database and file calls at a time. Each may take a connection of the pool's `POOL_SIZE`, as may
+four threads of the webhooks, one of the janitor, and two times two of waiters and followers; all
+submits together take one."""
 
 SUBMIT_THREADS = 64
 """Jobs that may wait for the disk at a time. They share commits and one connection, so that many
@@ -51,19 +50,17 @@ class Services:
     webhooks: WebhookSender
     background: Background
     metrics: Metrics
-    store_threads: anyio.CapacityLimiter
-    submit_threads: anyio.CapacityLimiter
+    store_threads: Threads
+    submit_threads: Threads
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Call a synchronous part without blocking the event loop."""
-        call = functools.partial(function, *args, **kwargs)
-        return await anyio.to_thread.run_sync(call, limiter=self.store_threads)
+        return await self.store_threads.call(function, *args, **kwargs)
 
     async def in_submit_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Call what waits for a shared commit without blocking the event loop."""
-        call = functools.partial(function, *args, **kwargs)
-        return await anyio.to_thread.run_sync(call, limiter=self.submit_threads)
+        return await self.submit_threads.call(function, *args, **kwargs)

@@ -282,7 +282,8 @@ class Settings(BaseSettings):
     forwarded_allow_ips: ListOf[str] = ("127.0.0.1",)
     workers: int | None = Field(default=None, ge=0)
     worker_stall_s: float = Field(default=120, ge=10)
-    max_in_flight: int = Field(default=8, ge=1)
+    worker_load_stall_s: float = Field(default=1_800, ge=10)
+    max_in_flight: int | None = Field(default=None, ge=1)
     reproducible: bool = False
     png_metadata: bool = False
     dtype: DtypeName = DtypeName.AUTO

@@ -1,8 +1,14 @@
-"""Where pictures and inputs lie: a local folder or an object store, behind five calls."""
+"""Where pictures and inputs lie: a local folder or an object store, behind seven calls."""
 
+import contextlib
+import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
@@ -14,6 +20,12 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 65_536
 """What is held for a client that takes its picture slowly."""
+
+REMOTE_PATIENCE_S = 15
+"""How long a call of an object store is made again before its caller hears of it."""
+
+UNFINISHED = ".unfinished"
+"""Suffix of a file that is being written; the janitor finds what a crash left of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +43,29 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
+        self._folder: Path | None = None
         if url.startswith("file:"):
             self._store: ObjectStore = LocalStore.from_url(url, mkdir=True)
+            self._folder = Path(unquote(urlsplit(url).path))
         else:
-            self._store = from_url(url)
+            self._store = from_url(
+                url,
+                retry_config={
+                    "max_retries": 3,
+                    "retry_timeout": timedelta(seconds=REMOTE_PATIENCE_S),
+                },
+            )
 
     def put(self, key: str, content: bytes) -> None:
-        """Store; readers see all of it or nothing. Raises: StorageUnavailable."""
+        """Store; readers see all of it or nothing, and once this returns it survives a power cut.
+
+        Raises: StorageUnavailable.
+        """
         try:
-            self._store.put(key, content)
+            if self._folder is None:
+                self._store.put(key, content)
+            else:
+                write_durably(self._folder / relative_path(key), content)
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot write {key}") from error
 
@@ -72,6 +98,16 @@ class Storage:
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot read {key}") from error
 
+    def has(self, key: str) -> bool:
+        """Whether there is such a key. Raises: StorageUnavailable."""
+        try:
+            self._store.head(key)
+        except (NotFoundError, FileNotFoundError):
+            return False
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot look for {key}") from error
+        return True
+
     def delete(self, key: str) -> None:
         """Remove; a missing key is fine. Raises: StorageUnavailable."""
         try:
@@ -93,3 +129,51 @@ class Storage:
                 ]
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot list {folder}") from error
+
+
+def relative_path(key: str) -> Path:
+    """Where below a local store's folder a key lies. Raises: ValueError for a way out of it."""
+    parts = [part for part in key.split("/") if part]
+    if {".", ".."} & {*parts}:
+        raise ValueError(f"illegal character sequence in {key!r}")
+    return Path(*parts)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole under its name, or not there, whenever the power is cut.
+
+    obstore renames a file before its bytes are on disk, and the rename waits in memory as well.
+    Raises: OSError; whether the file is there then is not known.
+    """
+    make_folder(path.parent)
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
+    try:
+        with unfinished.open("xb", buffering=0) as file:
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that they survive a power cut. Raises: OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk. Raises: OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Connection,
     ScalarSelect,
@@ -38,12 +39,23 @@ class Place:
     turn: int
     id: int
 
+    def to_parameters(self) -> dict[str, int]:
+        """Of `GOES_BEFORE`."""
+        return {"place_priority": self.priority, "place_turn": self.turn, "place_id": self.id}
 
-def goes_before(place: Place) -> ColumnElement[bool]:
-    """The job is given out before that of `place`."""
-    is_earlier = tuple_(jobs.c.turn, jobs.c.id) < tuple_(place.turn, place.id)
-    is_of_class: ColumnElement[bool] = jobs.c.priority == place.priority
-    return (jobs.c.priority > place.priority) | (is_of_class & is_earlier)
+
+def _goes_before() -> ColumnElement[bool]:
+    """The job is given out before the one whose `Place` the parameters tell."""
+    priority: BindParameter[int] = bindparam("place_priority")
+    turn: BindParameter[int] = bindparam("place_turn")
+    job_id: BindParameter[int] = bindparam("place_id")
+    is_earlier = tuple_(jobs.c.turn, jobs.c.id) < tuple_(turn, job_id)
+    is_of_class: ColumnElement[bool] = jobs.c.priority == priority
+    return (jobs.c.priority > priority) | (is_of_class & is_earlier)
+
+
+GOES_BEFORE = _goes_before()
+"""With parameters; `Place.to_parameters` gives them."""
 
 
 @dataclass(frozen=True, slots=True)

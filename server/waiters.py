@@ -7,10 +7,10 @@ import asyncio
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from types import TracebackType
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from server.database import ChangeSignal
 from server.jobs import Job, JobStore
 from server.telemetry import get_logger
 
@@ -20,7 +20,7 @@ POLL_S = 0.01
 """Between two looks at the change signal, which costs microseconds; bounds the wake-up latency."""
 
 RETRY_S = 0.5
-"""After the database could not be read."""
+"""After a look that failed."""
 
 
 class Waiters:
@@ -32,6 +32,7 @@ class Waiters:
         # Re-entrant: SIGTERM's handler runs on the event loop's thread, maybe while it holds this.
         self._lock = threading.RLock()
         self._is_released = False
+        self._has_newcomers = False
         self._has_waiters = threading.Event()
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="waiters", daemon=True)
@@ -51,13 +52,18 @@ class Waiters:
         self._thread.join()
         self.release_all()
 
+    @property
+    def is_released(self) -> bool:
+        """The server is stopping."""
+        return self._is_released
+
     def release_all(self) -> None:
         """Let all waiters go, later ones too, with "not ended yet": the server is stopping."""
         with self._lock:
             self._is_released = True
             waiting = [future for futures in self._futures.values() for future in futures]
         for future in waiting:
-            future.get_loop().call_soon_threadsafe(future.cancel)
+            _call(future, future.cancel)
 
     async def wait(self, job_id: int, timeout_s: float) -> Job | None:
         """The job once it has ended; None after `timeout_s`, or when the server stops."""
@@ -66,6 +72,7 @@ class Waiters:
             if self._is_released:
                 return None
             self._futures[job_id].append(future)
+            self._has_newcomers = True
         self._has_waiters.set()
         try:
             done, _ = await asyncio.wait([future], timeout=timeout_s)
@@ -80,35 +87,46 @@ class Waiters:
                 del self._futures[job_id]
 
     def _run(self) -> None:
-        signal = self._store.change_signal()
-        known: set[int] = set()
-        while not self._is_stopping.is_set():
-            with self._lock:
-                waiting = set(self._futures)
-            if not waiting:
-                self._has_waiters.clear()
-                # Somebody may have come between the look and the clearing.
-                if not self._futures:
-                    self._has_waiters.wait()
-                continue
-            try:
-                # A job may have ended before its waiter came: new ones are looked up at once.
-                if signal.has_changed() or waiting - known:
-                    self._wake(self._store.ended(sorted(waiting)))
-                known = waiting
-                time.sleep(POLL_S)  # half as dear as waiting for the event, and as short
-            except SQLAlchemyError:
-                logger.exception("ended jobs cannot be looked up")
-                known = set()
-                self._is_stopping.wait(RETRY_S)
-        signal.close()
+        with self._store.change_signal() as signal:
+            while not self._is_stopping.is_set():
+                try:
+                    self._look(signal)
+                except Exception:
+                    # The thread must not end: nobody would ever be woken again.
+                    logger.exception("ended jobs cannot be looked up")
+                    self._has_newcomers = True  # for all of them
+                    self._is_stopping.wait(RETRY_S)
+
+    def _look(self, signal: ChangeSignal) -> None:
+        """Once, when there is anybody to look for. Raises: SQLAlchemyError."""
+        with self._lock:
+            waiting = sorted(self._futures)
+            has_newcomers, self._has_newcomers = self._has_newcomers, False
+        if not waiting:
+            self._has_waiters.clear()
+            # Somebody may have come between the look and the clearing.
+            if not self._futures:
+                self._has_waiters.wait()
+            return
+        # A job may have ended before its waiter came: new ones are looked up at once.
+        if signal.has_changed() or has_newcomers:
+            self._wake(self._store.ended(waiting))
+        time.sleep(POLL_S)  # half as dear as waiting for the event, and as short
 
     def _wake(self, ended: list[Job]) -> None:
         for job in ended:
             with self._lock:
                 futures = list(self._futures.get(job.id, ()))
             for future in futures:
-                future.get_loop().call_soon_threadsafe(_resolve, future, job)
+                _call(future, _resolve, future, job)
+
+
+def _call(future: asyncio.Future[Job], act: Callable[..., object], *arguments: object) -> None:
+    """From any thread, on the future's own loop."""
+    try:
+        future.get_loop().call_soon_threadsafe(act, *arguments)
+    except RuntimeError:
+        return  # the loop has ended, and nobody waits
 
 
 def _resolve(future: asyncio.Future[Job], job: Job) -> None:

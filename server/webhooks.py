@@ -8,18 +8,15 @@ import asyncio
 import base64
 import contextlib
 import email.utils
-import functools
 import hashlib
 import hmac
 import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import anyio
-import anyio.to_thread
 from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -32,13 +29,17 @@ from server.exchange import BodyTooLarge
 from server.jobs import Job, JobStore
 from server.settings import WebhookSettings
 from server.telemetry import get_logger
+from server.threads import Threads
 
 logger = get_logger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 POLL_S = 0.25
+BUSY_POLL_S = 0.02
+"""Between two looks while calls are found or end: more may be due than had room."""
+
+THREADS = 32
+"""Most of them wait for a commit that they share."""
+
 MAX_REPLY_BYTES = 64_000
 CALLS_PER_HOST = 4
 """Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
@@ -126,15 +127,31 @@ class WebhookSender:
         self._calls: Counter[str] = Counter()
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
-        self._threads = anyio.CapacityLimiter(4)
+        self._has_ended = asyncio.Event()
+        self._threads: Threads
+        """While it runs."""
 
     async def run(self) -> None:
         """Until cancelled. Calls under way then are tried again after the next start."""
-        async with self._caller, asyncio.TaskGroup() as tasks:
-            while True:
-                for delivery in await self._claim():
-                    tasks.create_task(self._deliver(delivery))
-                await asyncio.sleep(POLL_S)
+        with Threads(THREADS, "webhooks") as self._threads:
+            async with self._caller, asyncio.TaskGroup() as tasks:
+                while True:
+                    self._has_ended.clear()
+                    looked_at = time.monotonic()
+                    claimed = await self._claim()
+                    for delivery in claimed:
+                        tasks.create_task(self._deliver(delivery))
+                    # A long look at many rows must not keep all others from writing.
+                    pause_s = max(BUSY_POLL_S, time.monotonic() - looked_at)
+                    if not claimed:
+                        await self._call_ends_within(POLL_S)
+                    await asyncio.sleep(pause_s)
+
+    async def _call_ends_within(self, seconds: float) -> None:
+        """Wait that long, or until one of the calls under way makes room."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._has_ended.wait()
 
     async def ping(self, url: str) -> tuple[str, Attempt]:
         """As `WebhookCaller.ping`, beside the calls that are due."""
@@ -152,11 +169,11 @@ class WebhookSender:
             return []
         probes = self._circuits.due_for_probe[:places]
         try:
-            claimed = await self._in_thread(
+            claimed = await self._threads.call(
                 self._deliveries.claim_due, places, [*busy, *self._circuits.held], CALLS_PER_HOST
             )
             if probes:
-                probing = await self._in_thread(self._deliveries.claim_probes, probes)
+                probing = await self._threads.call(self._deliveries.claim_probes, probes)
                 for each in probing:
                     self._circuits.begin_probe(each.host)
                 self._probes.update(each.id for each in probing)
@@ -170,7 +187,7 @@ class WebhookSender:
     async def _deliver(self, delivery: Delivery) -> None:
         try:
             attempt = await self._attempt(delivery)
-            state = await self._in_thread(self._deliveries.record, delivery, attempt)
+            state = await self._threads.call(self._deliveries.record, delivery, attempt)
             await self._judge_host(delivery.host, attempt)
             logger.info(
                 "webhook",
@@ -188,6 +205,7 @@ class WebhookSender:
                 self._probes.remove(delivery.id)
                 self._circuits.end_probe(delivery.host)
             self._calls -= Counter([delivery.host])  # drops hosts without calls
+            self._has_ended.set()
 
     async def _judge_host(self, host: str, attempt: Attempt) -> None:
         """Whether the host as a whole works; an address that was refused says nothing of it."""
@@ -196,7 +214,7 @@ class WebhookSender:
         if not attempt.is_host_failure:
             self._circuits.note_success(host)
         elif self._circuits.note_failure(host):
-            given_up = await self._in_thread(self._deliveries.give_up, host)
+            given_up = await self._threads.call(self._deliveries.give_up, host)
             logger.warning("webhook host is held", detail=host, count=given_up)
 
     async def _attempt(self, delivery: Delivery) -> Attempt:
@@ -209,13 +227,9 @@ class WebhookSender:
             return Attempt(started_at, time.time() - started_at, None, NOT_MADE)
 
     async def _call(self, delivery: Delivery) -> Attempt:
-        job = await self._in_thread(self._jobs.get, delivery.job_id)
+        job = await self._threads.call(self._jobs.get, delivery.job_id)
         body = write_body(job) if job else {}
         return await self._caller.send(delivery.url, delivery.id, body)
-
-    async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        call = functools.partial(function, *args, **kwargs)
-        return await anyio.to_thread.run_sync(call, limiter=self._threads)
 
 
 def write_body(job: Job) -> dict[str, Any]:

@@ -1,17 +1,15 @@
-"""The GPU process: claims jobs, runs the engine, stores pictures, reports ends.
+"""The GPU process: claims jobs, runs the engine, and has their ends brought into the stores.
 
 Shares job rows and stored files with the API process, and nothing else. The only server file that
-imports the engine.
+imports the engine. A database that is away does not stop it: what is due to be written is written
+later, and the job's attempt decides whether it still counts.
 """
 
 import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
 
 import diffusers.utils.logging
 import transformers.utils.logging
@@ -26,16 +24,18 @@ from models.errors import (
     OutOfMemory,
     UnusablePicture,
 )
-from models.images import encode_png
 from models.pipeline import Picture, Source
 from models.residency import Residency
 from server.checkpoints import Checkpoints
 from server.database import open_engine
+from server.endings import Endings
 from server.errors import StorageUnavailable
 from server.failures import Failure
-from server.inspection import Stages, inspect_pictures, repaired_parts, run_times, versions
-from server.jobs import Job, JobState, JobStore, WorkerStatus
-from server.receipts import Model, Receipt
+from server.inspection import Stages
+from server.jobs import Beat, Job, JobStore, WorkerStatus
+from server.previews import DaemonThread, PreviewFiles
+from server.receipts import Model
+from server.results import Result, Stores
 from server.sandbox import DecodedPair
 from server.settings import Settings
 from server.storage import Storage
@@ -55,19 +55,27 @@ REPORT_S = 5.0
 PAUSE_S = 5.0
 """Without claims after the file store did not answer."""
 
-INSIST_S = 60.0
-"""How long the database may be away before the worker gives up."""
+AWAY_S = 2.0
+"""After the database did not answer, until it is asked again: a look may take seconds, and the
+engine's steps wait for it."""
+
+RETURN_S = 10.0
+"""After the database was away, until jobs of others are taken for lost: they could not renew their
+leases either."""
+
+HANG_S = 90.0
+"""A store that takes so long over one file hangs, and this worker with it."""
 
 FINISH_S = 20.0
 """After being told to stop, for the jobs that run; less than the supervisor's grace."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
+IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
+"""Jobs made side by side where the settings do not say: at two rows each they fill a GPU's largest
+UNet call, while more than a CPU is busy with only makes all of them late."""
 
 FAILURES: dict[type[Exception], Failure] = {
     ModelUnavailable: Failure.MODEL_UNAVAILABLE,
     NoSafetyChecker: Failure.NO_SAFETY_CHECKER,
-    InvalidInput: Failure.PROMPT_TOO_LONG,
     OutOfMemory: Failure.OUT_OF_MEMORY,
     UnusablePicture: Failure.UNUSABLE_PICTURE,
 }
@@ -75,14 +83,13 @@ FAILURES: dict[type[Exception], Failure] = {
 
 @dataclass(slots=True)
 class Held:
-    """A job this worker has claimed. storing: once its pictures are on their way to the store."""
+    """A job this worker makes, until its end is in the stores."""
 
     job: Job
     source: Source
     stages: Stages
     step: int = 0
     total_steps: int = 0
-    storing: Future[None] | None = None
 
 
 @dataclass(slots=True)
@@ -97,14 +104,25 @@ class Worker:
     stopping: threading.Event
     parent: int | None = None
     _held: dict[int, Held] = field(default_factory=dict)
-    _beaten_at: float = 0.0
-    _reported_at: float = 0.0
-    _pause_until: float = 0.0
+    _beat_at: float = 0.0
+    _report_at: float = 0.0
+    _claim_at: float = 0.0
+    _requeue_at: float = 0.0
+    _may_be_waiting: bool = True
     _stop_by: float | None = None
+    _max_in_flight: int = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
+    _stores: Stores = field(init=False)
+    _endings: Endings = field(init=False)
+    _previews: PreviewFiles = field(init=False)
 
     def __post_init__(self) -> None:
+        usual = IN_FLIGHT_ON_CPU if self.device == "cpu" else IN_FLIGHT_ON_GPU
+        self._max_in_flight = self.settings.max_in_flight or usual
         self._checkpoints = Checkpoints(self.settings, self.device)
+        self._stores = Stores(self.store, self.storage)
+        self._endings = Endings(self._stores.steps_to_fail)
+        self._previews = PreviewFiles(self.storage, DaemonThread("previews"))
 
     def run(self) -> None:
         """Work until told to stop; what runs then is finished, what waits is given back.
@@ -112,95 +130,147 @@ class Worker:
         Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
         """
         limits = EngineLimits(
-            max_generations=self.settings.max_in_flight,
+            max_generations=self._max_in_flight,
             is_reproducible=self.settings.reproducible,
         )
         models = self._open_models()
         engine = InpaintEngine(models, limits)
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
-        # Encoding and storing go on beside the device's next steps.
         with (
             closing(models),
-            ThreadPoolExecutor(max_workers=1) as storing,
+            closing(self._endings),
             self.store.change_signal() as signal,
         ):
-            while self._held or not self.stopping.is_set():
-                if self.parent not in (None, os.getppid()):
-                    logger.warning("the server that started this worker is gone")
-                    return
+            while not self._is_over():
                 self._keep_up(engine)
                 if self.stopping.is_set():
-                    self._give_back(engine)
-                elif self._may_claim(engine) and signal.has_changed():
-                    self._claim(engine)
+                    self._wind_up(engine)
+                elif places := self._places(engine):
+                    self._may_be_waiting = self._may_be_waiting or signal.has_changed()
+                    if self._may_be_waiting:
+                        self._claim(engine, places)
                 for event in engine.step():
-                    self._handle(event, storing)
+                    self._handle(event)
                 if engine.is_resting:
                     time.sleep(IDLE_POLL_S)  # half as dear as waiting for the event
+            self._hand_back()
 
-    def _may_claim(self, engine: InpaintEngine) -> bool:
-        """Not beside a job that was lost before: it may be what kills workers."""
+    def _is_over(self) -> bool:
+        if self.parent not in (None, os.getppid()):
+            logger.warning("the server that started this worker is gone")
+            return True
+        if not self.stopping.is_set():
+            return False
+        self._stop_by = self._stop_by or time.monotonic() + FINISH_S
+        is_done = not self._held and not self._endings
+        return is_done or time.monotonic() > self._stop_by
+
+    def _places(self, engine: InpaintEngine) -> int:
+        """How many jobs may be claimed now.
+
+        None beside a job that was lost before: it may be what kills workers. None for which there
+        would be no room while a store does not take the results.
+        """
         is_alone = any(held.job.attempt > 1 for held in self._held.values())
-        return engine.free_places > 0 and not is_alone and time.monotonic() > self._pause_until
+        if is_alone or self._is_stuck() or time.monotonic() < self._claim_at:
+            return 0
+        return min(engine.free_places, self._max_in_flight - len(self._endings))
 
-    def _give_back(self, engine: InpaintEngine) -> None:
-        """While stopping: jobs that have not begun, and in the end those that take too long."""
-        now = time.monotonic()
-        self._stop_by = self._stop_by or now + FINISH_S
-        for held in [*self._held.values()]:
-            if held.storing is None and (held.total_steps == 0 or now > self._stop_by):
-                engine.cancel(held.job.id)
-                self._insist(self.store.release, held.job)
-                del self._held[held.job.id]
+    def _wind_up(self, engine: InpaintEngine) -> None:
+        """While stopping: give back the jobs that have not begun."""
+        for job_id, held in self._held.items():
+            if held.total_steps == 0 and job_id not in self._endings:
+                engine.cancel(job_id)
+                self._endings.begin(held.job, self._stores.steps_to_release(held.job))
+
+    def _hand_back(self) -> None:
+        """In the end: what others must make. The attempt does not count, no job is at fault."""
+        self._let_go_of_ended()
+        running = [held.job for held in self._held.values() if held.job.id not in self._endings]
+        for job in [*running, *self._endings.close()]:
+            try:
+                self.store.release(job)
+            except SQLAlchemyError:
+                logger.exception("job not given back, its lease runs out", job_id=job.id)
 
     def _keep_up(self, engine: InpaintEngine) -> None:
-        """What is due from time to time: leases, signs of life, jobs of the dead, stored jobs."""
+        """What is due from time to time: ends, leases, signs of life, jobs of the dead."""
+        self._let_go_of_ended()
+        if self._is_stuck():
+            return  # the supervisor hears nothing and acts, and the leases run out
         now = time.monotonic()
-        for held in [*self._held.values()]:
-            if held.storing is not None and held.storing.done():
-                held.storing.result()
-                del self._held[held.job.id]
-        if self._held and now - self._beaten_at > BEAT_S:
-            self._beaten_at = now
-            self._beat(engine)
-        if now - self._reported_at > REPORT_S:
-            self._insist(self.store.requeue_expired)
-            self.report("ready", "ready")
+        try:
+            if self._held and now > self._beat_at:
+                self._beat_at = now + BEAT_S
+                self._beat(engine)
+            if now > self._report_at:
+                self._say("ready", "ready")
+                if now > self._requeue_at:
+                    self.store.requeue_expired()
+        except SQLAlchemyError:
+            self._be_patient()
+
+    def _is_stuck(self) -> bool:
+        """Something hangs that the engine's steps do not wait for."""
+        is_loading = self._checkpoints.silent_s > self.settings.worker_load_stall_s
+        return is_loading or self._endings.stuck_s > HANG_S
+
+    def _be_patient(self) -> None:
+        """The database did not answer; nothing is lost but time."""
+        logger.exception("the database does not answer")
+        now = time.monotonic()
+        self._beat_at = self._report_at = self._claim_at = now + AWAY_S
+        self._requeue_at = now + AWAY_S + RETURN_S
 
     def _beat(self, engine: InpaintEngine) -> None:
-        """Renew the leases; forget the jobs that were cancelled or given to another."""
-        progress = [(held.job, held.step, held.total_steps) for held in self._held.values()]
-        for job in self._insist(self.store.beat_all, progress):
-            # One that is being stored may just have finished.
-            if self._held[job.id].storing is None:
+        """Renew the leases, show what has changed; forget the jobs that were cancelled or given to
+        another.
+
+        Raises: SQLAlchemyError.
+        """
+        self._make_previews(engine)
+        beats = [
+            Beat(held.job, held.step, held.total_steps, self._previews.step_of(held.job))
+            for held in self._held.values()
+        ]
+        for job in self.store.beat_all(beats):
+            # One whose end is on its way may just have ended.
+            if job.id not in self._endings:
                 logger.warning("job was taken away", job_id=job.id)
                 engine.cancel(job.id)
-                del self._held[job.id]
+                self._let_go(job)
 
-    def _insist(self, change: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """A call of the store, made again while the database does not answer.
+    def _make_previews(self, engine: InpaintEngine) -> None:
+        """Of the jobs that asked for them; the device is waited for, which only they cost."""
+        for held in self._held.values():
+            if self._previews.is_due(held.job, held.step):
+                picture = engine.preview(held.job.id)
+                if picture is not None:
+                    self._previews.store(held.job, held.step, picture)
+        self._previews.settle()
 
-        Raises: SQLAlchemyError after `INSIST_S`.
-        """
-        give_up_at = time.monotonic() + INSIST_S
-        while True:
-            try:
-                return change(*args, **kwargs)
-            except SQLAlchemyError:
-                if time.monotonic() > give_up_at:
-                    raise
-                logger.exception("the database does not answer")
-                time.sleep(1)
+    def _let_go_of_ended(self) -> None:
+        for job_id in self._endings.look():
+            if job_id in self._held:
+                self._let_go(self._held[job_id].job)
+
+    def _let_go(self, job: Job) -> None:
+        """A job that has ended, or is somebody else's from now on."""
+        del self._held[job.id]
+        self._previews.drop(job)
 
     def _open_models(self) -> Residency:
         """The models that jobs may ask for. Raises: ModelUnavailable."""
         return self._checkpoints.open(lambda detail: self.report("loading", detail))
 
-    def _claim(self, engine: InpaintEngine) -> None:
-        claimed = self._insist(
-            self.store.claim, self.worker_id, engine.free_places, is_idle=not self._held
-        )
+    def _claim(self, engine: InpaintEngine, places: int) -> None:
+        try:
+            claimed = self.store.claim(self.worker_id, places, is_idle=not self._held)
+        except SQLAlchemyError:
+            self._be_patient()
+            return
+        self._may_be_waiting = False
         for job in claimed:
             stages = Stages()
             logger.info("job claimed", job_id=job.id)
@@ -208,11 +278,11 @@ class Worker:
                 source = self._read_input(job)
             except StorageUnavailable:
                 logger.warning("input cannot be read now", job_id=job.id)
-                self._pause_until = time.monotonic() + PAUSE_S
-                self._insist(self.store.release, job)
+                self._claim_at = time.monotonic() + PAUSE_S
+                self._endings.begin(job, self._stores.steps_to_release(job))
                 continue
             if source is None:
-                self._fail(job, Failure.INPUT_LOST)
+                self._endings.fail(job, Failure.INPUT_LOST)
                 continue
             self._held[job.id] = Held(job, source, stages)
             engine.add(Generation(job.id, self._model_of(job), job.params, source))
@@ -226,7 +296,7 @@ class Worker:
             return None
         return Source(pair.init_image, pair.mask)
 
-    def _handle(self, event: Event, storing: ThreadPoolExecutor) -> None:
+    def _handle(self, event: Event) -> None:
         held = self._held[event.generation_id]
         match event:
             case Progress(step=step, total_steps=total_steps):
@@ -236,46 +306,25 @@ class Worker:
                 held.stages.denoised_s = now
             case Finished():
                 held.stages.decoded_s = time.perf_counter()
-                held.storing = storing.submit(self._finish, held, event)
+                self._endings.begin(held.job, self._result(held, event).steps)
             case Failed(error=error):
-                self._fail(held.job, FAILURES.get(type(error), Failure.UNKNOWN))
+                self._endings.fail(held.job, failure_of(error))
                 detail = str(error) if isinstance(error, ModelUnavailable) else ""
                 logger.warning(
                     "job failed", job_id=held.job.id, error=type(error).__name__, detail=detail
                 )
-                del self._held[held.job.id]
 
-    def _finish(self, held: Held, event: Finished) -> None:
+    def _result(self, held: Held, event: Finished) -> Result:
         job = held.job
-        files = [
-            encode_png(picture.image, self._png_text(job, picture)) for picture in event.pictures
-        ]
-        coverage, box, pictures = inspect_pictures(job, held.source, event.pictures, files)
-        encoded_s = time.perf_counter()
-        try:
-            for key, file in zip(job.output_keys, files, strict=True):
-                self.storage.put(key, file)
-        except StorageUnavailable:
-            logger.exception("pictures not stored", job_id=job.id)
-            self._fail(job, Failure.NOT_STORED)
-            return
-        if repaired := repaired_parts(event.pictures):
-            logger.warning("the VAE needed float32", job_id=job.id, detail=repaired)
-        receipt = Receipt(
-            model=self._describe_model(job),
-            versions=versions(),
-            times=run_times(held.stages, encoded_s),
-            coverage=coverage,
-            box=box,
-            pictures=tuple(pictures),
+        return Result(
+            job=job,
+            source=held.source,
+            stages=held.stages,
+            pictures=event.pictures,
+            stores=self._stores,
+            caption=lambda picture: self._png_text(job, picture),
+            model=lambda: self._describe_model(job),
         )
-        flagged = [picture.is_flagged for picture in event.pictures]
-        is_ours = self._insist(self.store.finish, job, flagged, receipt)
-        if is_ours:
-            self._drop_input(job)
-        else:
-            self._drop_late_pictures(job)
-        logger.info("job finished" if is_ours else "job finished by another", job_id=job.id)
 
     def _png_text(self, job: Job, picture: Picture) -> dict[str, str]:
         """What stands in the file beside the pixels."""
@@ -290,34 +339,17 @@ class Worker:
     def _model_of(self, job: Job) -> str:
         return job.params.model or self.settings.model
 
-    def _fail(self, job: Job, failure: Failure) -> None:
-        if self._insist(self.store.fail, job, failure.sentence):
-            self._drop_input(job)
-
-    def _drop_late_pictures(self, job: Job) -> None:
-        """Of a job that has ended otherwise in the meantime; nothing names them."""
-        now = self._insist(self.store.get, job.id)
-        # The finish may have been ours, and only its answer lost with the database's connection.
-        if now and now.state is JobState.FINISHED and now.attempt == job.attempt:
-            return
-        try:
-            for key in job.output_keys:
-                self.storage.delete(key)
-        except StorageUnavailable:
-            logger.warning("late pictures not deleted", job_id=job.id)
-
-    def _drop_input(self, job: Job) -> None:
-        """An ended job is never made again; its input is a megabyte that nobody reads."""
-        try:
-            self.storage.delete(job.input_key)
-        except StorageUnavailable:
-            logger.warning("input not deleted", job_id=job.id)
-
     def report(self, state: str, detail: str) -> None:
-        """Say how this worker stands, for readiness."""
-        self._reported_at = time.monotonic()
-        self._insist(
-            self.store.report_worker,
+        """Say how this worker stands, for readiness; left out where the database is away."""
+        try:
+            self._say(state, detail)
+        except SQLAlchemyError:
+            logger.exception("the database does not answer")
+
+    def _say(self, state: str, detail: str) -> None:
+        """Raises: SQLAlchemyError."""
+        self._report_at = time.monotonic() + REPORT_S
+        self.store.report_worker(
             WorkerStatus(
                 id=self.worker_id,
                 device=self.device,
@@ -325,8 +357,17 @@ class Worker:
                 state=state,
                 detail=detail,
                 seen_at=time.time(),
-            ),
+            )
         )
+
+
+def failure_of(error: Exception) -> Failure:
+    """What a client is told of an engine's error."""
+    if isinstance(error, InvalidInput):
+        fields = {violation.field for violation in error.violations}
+        is_skip = "clip_skip" in fields
+        return Failure.CLIP_SKIP_TOO_LARGE if is_skip else Failure.PROMPT_TOO_LONG
+    return FAILURES.get(type(error), Failure.UNKNOWN)
 
 
 def run(
@@ -356,7 +397,11 @@ def run(
         is_explained = True
         raise
     finally:
-        store.requeue_of(worker_id)
-        if not is_explained:
-            store.forget_worker(worker_id)
+        try:
+            # What it could not hand back, or died of.
+            store.requeue_of(worker_id)
+            if not is_explained:
+                store.forget_worker(worker_id)
+        except SQLAlchemyError:
+            logger.exception("jobs not taken back, their leases run out", worker_id=worker_id)
         engine.dispose()

@@ -1,11 +1,13 @@
-"""Workers that hang or crash, for the supervisor: our store, no engine.
+"""Workers that hang, crash or fail, for the supervisor: our store, no engine.
 
-Usage: python -m tests.odd_worker URL hang|crash --worker-id ID --device DEVICE --parent PID
+Usage: python -m tests.odd_worker URL MANNER --worker-id ID --device DEVICE --parent PID
+MANNER: hang, crash, fail or never-ready.
 """
 
 import argparse
 import os
 import signal
+import sys
 import time
 
 from server.database import ChangeSignal, open_engine
@@ -26,16 +28,22 @@ def main() -> None:
     engine = open_engine(options.url)
     store = JobStore(engine)
     report(store, options.worker_id, "loading")
+    if options.manner == "fail":
+        report(store, options.worker_id, "failed")
+        sys.exit(1)
+    if options.manner == "never-ready":
+        signal.pause()
     report(store, options.worker_id, "ready")
     with ChangeSignal(engine) as changes:
         while True:
+            report(store, options.worker_id, "ready")
             for job in store.claim(options.worker_id, 1) if changes.has_changed() else []:
                 if options.manner == "hang" and job.attempt == 1:
                     signal.pause()
                 if options.manner == "crash" and job.file_prefix.startswith(BAD_PREFIX):
                     os.kill(os.getpid(), signal.SIGKILL)
                 store.finish(job, [False])
-            time.sleep(0.01)
+            time.sleep(0.05)
 
 
 def report(store: JobStore, worker_id: str, state: str) -> None:

@@ -21,29 +21,20 @@ HOLD_S = 110
 """Longer than any test's job takes on a busy machine."""
 
 
-class ServerProcess:
-    """`inpaint-server serve` on a free port, followed through its log."""
+class Process:
+    """A command of ours, followed through its log."""
 
-    def __init__(self, data_dir: Path, environment: Mapping[str, str], *flags: str) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", "0"]
+    def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
         self._process = subprocess.Popen(
-            [*command, "--data-dir", str(data_dir), *flags],
+            [sys.executable, "-m", "server.cli", *arguments],
             stderr=subprocess.PIPE,
-            env={
-                **os.environ,
-                "INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8",
-                "INPAINT_HOLD_S": str(HOLD_S),
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             text=True,
         )
         self.log: list[str] = []
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url: str = self.wait_for("listening")["url"]
-        self.client = httpx.Client(base_url=self.url, timeout=2 * HOLD_S, trust_env=False)
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """The next log line of this name; the lines before it are passed over."""
@@ -57,15 +48,15 @@ class ServerProcess:
             if line["event"] == LOG_ENDED:
                 raise AssertionError(f"no {event!r} before the end:\n" + "".join(self.log))
 
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """All log lines of this name so far."""
+        lines = [json.loads(line) for line in self.log if line.startswith("{")]
+        return [line for line in lines if line["event"] == event]
+
     @property
     def pid(self) -> int:
-        """Process id of the API process, the parent of the workers."""
+        """Of the process itself, which is the parent of a server's workers."""
         return self._process.pid
-
-    def inpaint(self, **fields: Any) -> dict[str, Any]:
-        """Post to the inpaint path; the answer's body."""
-        answer: dict[str, Any] = self.client.post("/api/v3/inpaint", json=fields).json()
-        return answer
 
     def stop(self) -> int:
         """SIGTERM, as an operator or Docker does; the exit status."""
@@ -92,6 +83,31 @@ class ServerProcess:
             if line.startswith("{"):
                 self._events.put(json.loads(line))
         self._events.put({"event": LOG_ENDED})
+
+
+class ServerProcess(Process):
+    """`inpaint-server serve` on a free port."""
+
+    def __init__(self, data_dir: Path, environment: Mapping[str, str], *flags: str) -> None:
+        self.data_dir = data_dir
+        ours = {"INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8", "INPAINT_HOLD_S": str(HOLD_S)}
+        super().__init__(
+            {**ours, **environment}, "serve", "--port", "0", "--data-dir", str(data_dir), *flags
+        )
+        self.url: str = self.wait_for("listening")["url"]
+        self.client = httpx.Client(base_url=self.url, timeout=2 * HOLD_S, trust_env=False)
+
+    def inpaint(self, **fields: Any) -> dict[str, Any]:
+        """Post to the inpaint path; the answer's body."""
+        answer: dict[str, Any] = self.client.post("/api/v3/inpaint", json=fields).json()
+        return answer
+
+
+class WorkerProcess(Process):
+    """`inpaint-server worker` beside a server of its own."""
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__({}, "worker", "--data-dir", str(data_dir))
 
 
 @contextmanager

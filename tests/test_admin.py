@@ -12,7 +12,7 @@ from server.database import open_engine
 from server.jobs import WorkerStatus
 from server.settings import Settings
 from tests.http_stub import LiveApp, running_app
-from tests.test_app import BODY, finish, post, seen_in_the_future, settings_in, store_of, submit
+from tests.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit
 from tests.test_jobs import status
 
 
@@ -54,7 +54,7 @@ def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings
     app.client.post("/canary-path")
     with store_of(settings) as store:
         store.cancel(2)
-        store.report_worker(seen_in_the_future(status("w", 0)))
+        store.report_worker(seen_now(status("w", 0)))
 
     figures = figures_of(admin)
 
@@ -96,9 +96,9 @@ def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Set
     answer = admin.get("/readyz")
     assert (answer.status_code, answer.json()["reason"]) == (503, "0/1 workers ready")
     with store_of(settings) as store:
-        store.report_worker(seen_in_the_future(status("w", 0)))
+        store.report_worker(seen_now(status("w", 0)))
         failed = WorkerStatus("x", "cpu", "builtin", "failed", "/srv/model: no such file", 0)
-        store.report_worker(seen_in_the_future(failed))
+        store.report_worker(seen_now(failed))
     submit(app.client)
     details = admin.get("/readyz").json()
     assert details["status"] == "ok"

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import pytest
 from sqlalchemy import text
 
 from server.database import migrate, open_engine
-from server.jobs import Job, JobStore, WorkerStatus
+from server.janitor import HOUR_S, Janitor
+from server.jobs import START_S, Job, JobStore, WorkerStatus
 from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings
 from server.storage import Storage
@@ -122,6 +124,14 @@ def finish(settings: Settings, job_id: int) -> Job:
                     return job
 
 
+def expire(settings: Settings, now: float) -> None:
+    """What the janitor does when the clock says `now`."""
+    engine = open_engine(settings.sqlalchemy_url)
+    janitor = Janitor(engine, Storage(settings.storage_url), settings.retention, clock=lambda: now)
+    assert janitor.tidy().outputs == 1
+    engine.dispose()
+
+
 def request_raw(port: int, target: str, method: str = "POST") -> bytes:
     """An answer to a request line that no HTTP library would write."""
     headers = "Host: localhost\r\nContent-Length: 0\r\nConnection: close\r\n"
@@ -198,6 +208,32 @@ class TestLifeOfAJob:
         finish(settings, job_id)
         text = base64.b64encode(PICTURE).decode()
         assert post(client, f"fetch/{job_id}")["output"] == [text, text]
+
+    @pytest.mark.parametrize("base64", ["yes", "no"])
+    @pytest.mark.parametrize("way", ["expired", "removed by hand"])
+    def test_pictures_that_are_gone(self, way: str, base64: str, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path)
+        storage = Storage(settings.storage_url)
+        with running_app(settings) as app:
+            job = finish(settings, submit(app.client, base64=base64))
+            assert post(app.client, f"fetch/{job.id}")["status"] == "success"
+            if way == "expired":
+                later = time.time() + (settings.retention.outputs_h + 1) * HOUR_S
+                expire(settings, later)
+            else:
+                storage.delete(job.output_keys[0])
+            gone = post(app.client, f"fetch/{job.id}")
+            told = app.client.get(f"/api/jobs/{job.id}").json()
+            sentence = "Failed, Try Again. The pictures are no longer there"
+        assert gone == {
+            "status": "failed",
+            "id": job.id,
+            "message": sentence,
+            "messege": sentence,
+            "output": "",
+        }
+        assert (told["state"], told["outputs"]) == ("finished", [])
+        assert told["expired_at"] is not None
 
     def test_base64_as_links(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, base64_output="link")
@@ -729,17 +765,19 @@ class TestHealth:
                 (failed, 200, "1/2 workers ready; 1 failed"),
             ]:
                 if worker is not None:
-                    store.report_worker(seen_in_the_future(worker))
+                    store.report_worker(seen_now(worker))
                 answer = app.client.get("/readyz")
                 assert (answer.status_code, answer.json()["reason"]) == (code, reason)
 
     def test_load_is_told_in_integers(self, tmp_path: Path) -> None:
-        with running_app(settings_in(tmp_path)) as app:
-            assert post(app.client, "system_load") == {
-                "queue_num": 0,
-                "queue_time": 0,
-                "status": "ok",
-            }
+        settings = settings_in(tmp_path)
+        with running_app(settings) as app, store_of(settings) as store:
+            nothing = {"queue_num": 0, "status": "ok"}
+            load = post(app.client, "system_load")
+            assert load == {**nothing, "queue_time": START_S}, "nobody works yet"
+            assert isinstance(load["queue_time"], int)
+            store.report_worker(seen_now(status("w", 0)))
+            assert post(app.client, "system_load") == {**nothing, "queue_time": 0}
             submit(app.client)
             load = post(app.client, "system_load")
         assert load["queue_num"] == 1
@@ -747,9 +785,9 @@ class TestHealth:
         assert load["queue_time"] > 0
 
 
-def seen_in_the_future(worker: WorkerStatus) -> WorkerStatus:
+def seen_now(worker: WorkerStatus) -> WorkerStatus:
     """Heard of lately at whatever time the test runs."""
-    return WorkerStatus(worker.id, worker.device, worker.model, worker.state, worker.detail, 1e12)
+    return replace(worker, seen_at=time.time())
 
 
 def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(

@@ -1,6 +1,7 @@
 """The quickest attention kernel is chosen by what a UNet really calls, once for each size."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from models.attention import (
     quickest_first,
 )
 from models.registry import ModelSpec, load_components
-from models.unet import EagerUNet, UNetInputs
+from models.unet import EagerUNet, UNetCall, UNetInputs
 from tests.test_graphs import make_shares
 from tests.tiny import save_tiny_checkpoint
 
@@ -74,7 +75,7 @@ def test_each_size_is_measured_once_and_results_stay(tmp_path: Path) -> None:
         return 1.0
 
     plain = EagerUNet(loaded.unet)
-    call = MeasuredAttention(plain, timer)
+    call = MeasuredAttention(plain, plain, timer)
     with torch.inference_mode():
         inputs = UNetInputs.gather(make_shares(loaded, [2, 1]))
         for _ in range(2):
@@ -87,3 +88,35 @@ def test_each_size_is_measured_once_and_results_stay(tmp_path: Path) -> None:
 
         call(UNetInputs.gather(make_shares(loaded, [2, 1], height=16)))
         assert len(asked) > sum(counts.values())
+
+
+def test_nothing_is_measured_beside_a_compiler(tmp_path: Path) -> None:
+    """It would find kernels forbidden that are only being left out of a measurement."""
+
+    @dataclass
+    class Changing:
+        plain: UNetCall
+        is_changing: bool = True
+        version: int = 0
+
+        def __call__(self, inputs: UNetInputs) -> torch.Tensor:
+            return self.plain(inputs)
+
+    folder = save_tiny_checkpoint(tmp_path / "tiny", 9)
+    loaded = load_components(ModelSpec("tiny", str(folder)), torch.device("cpu"), torch.float32)
+    asked: list[SDPBackend] = []
+
+    def timer(kernel: SDPBackend, shape: AttentionShape) -> float:
+        asked.append(kernel)
+        return 1.0
+
+    plain = EagerUNet(loaded.unet)
+    changing = Changing(plain)
+    call = MeasuredAttention(changing, plain, timer)
+    with torch.inference_mode():
+        inputs = UNetInputs.gather(make_shares(loaded, [2]))
+        torch.testing.assert_close(call(inputs), plain(inputs))
+        assert asked == []
+        changing.is_changing = False
+        call(inputs)
+        assert asked

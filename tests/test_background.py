@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from server.background import Background
+from server.background import STEADY_S, Background
+from tests.test_jobs import Clock
 
 WAIT_S = 20
 AT_ONCE = (0.0, 0.0)
@@ -16,6 +17,7 @@ def run_failing(times: int, fail: Callable[[], None]) -> tuple[int, list[str], l
 
     async def body() -> tuple[int, list[str], list[str]]:
         calls = 0
+        clock = Clock()
         is_steady = asyncio.Event()
 
         async def task() -> None:
@@ -27,12 +29,11 @@ def run_failing(times: int, fail: Callable[[], None]) -> tuple[int, list[str], l
             is_steady.set()
             await asyncio.Event().wait()
 
-        async with asyncio.timeout(WAIT_S), Background(AT_ONCE, steady_s=0.2) as background:
+        async with asyncio.timeout(WAIT_S), Background(AT_ONCE, clock) as background:
             background.start("webhooks", task)
             await is_steady.wait()
             failing = background.failing()
-            while background.failing():
-                await asyncio.wait([asyncio.create_task(is_steady.wait())])
+            clock.now += STEADY_S
             return calls, failing, background.failing()
 
     return asyncio.run(body())

@@ -85,11 +85,20 @@ def test_call_beside_running_samples_is_as_large_as_they_may_wait() -> None:
 
 
 def test_running_samples_wait_for_two_of_their_quickest_steps() -> None:
-    steps = CallBudget(first=2, most=2)
-    quick, slow = BatchKey("model", 32, 32, 77), BatchKey("model", 64, 64, 77)
-    assert stall_s(steps, []) == float("inf")
-    steps.observe(quick.kind, 2, 0.010)
-    assert stall_s(steps, [quick]) == pytest.approx(0.020)
-    assert stall_s(steps, [quick, slow]) == 0, "one of them was not timed yet"
-    steps.observe(slow.kind, 2, 0.050)
-    assert stall_s(steps, [slow, quick]) == pytest.approx(0.020)
+    steps = CallBudget(first=2, most=8)
+    quick, slow = CallKind("model", 32 * 32), CallKind("model", 64 * 64)
+    assert stall_s(steps, {}) == float("inf")
+    steps.observe(quick, 2, 0.010)
+    assert stall_s(steps, {quick: 2}) == pytest.approx(0.020)
+    assert stall_s(steps, {quick: 2, slow: 2}) == 0, "one of them was not timed yet"
+    steps.observe(slow, 2, 0.050)
+    assert stall_s(steps, {slow: 2, quick: 2}) == pytest.approx(0.020)
+
+
+def test_steps_are_reckoned_by_the_rows_that_run() -> None:
+    steps = CallBudget(first=2, most=8)
+    grow(steps, {2: 0.010, 4: 0.008, 8: 0.006})
+    assert steps.units(KIND) == 8
+
+    assert stall_s(steps, {KIND: 2}) == pytest.approx(2 * 2 * 0.006)
+    assert stall_s(steps, {KIND: 99}) == pytest.approx(2 * 8 * 0.006), "no call has so many"

@@ -1,6 +1,8 @@
 """The benchmarks' arithmetic and fairness; what they measure is run by hand, see their README."""
 
 import ast
+import asyncio
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -10,11 +12,30 @@ import pytest
 
 from benchmarks import measure, report
 from benchmarks.checkpoints import COSTS, PEAK_TFLOPS
+from benchmarks.disks import MEMORY_FILESYSTEMS, filesystem_of, fsync_ms
+from benchmarks.load import (
+    QUICK,
+    SECTIONS,
+    TARGETS,
+    LoadBench,
+    Size,
+    Target,
+    end_waiting,
+    new_job,
+    poisson,
+    rate_of,
+    spoken,
+    timing,
+    to_text,
+)
 from benchmarks.measure import Deadline, median_ratio, percentile, rotated, run_in_turns
 from benchmarks.orders import example_image, make_orders, mixed_steps
 from benchmarks.serving import ScenarioMaker, make_scenarios
 from benchmarks.soak import Fate, growth_of, make_calls, parts_of
 from benchmarks.soak import run as soak
+from benchmarks.wire import Receivers, Wire, post_bytes, split_message
+from server.database import migrate, open_engine
+from server.jobs import JobStore
 
 BENCHMARKS = Path(measure.__file__).parent
 
@@ -179,3 +200,115 @@ def test_small_soak_loses_no_call_and_no_job(tmp_path: Path) -> None:
     assert [fault for fault in findings["faults"] if "grew" not in fault] == []
     assert sum(findings["answers"].values()) == sum(findings["jobs"].values()) == 30
     assert findings["jobs"]["failed"] == findings["fates"][Fate.FAILURE] > 0
+
+
+def test_steady_arrivals_keep_their_rate_and_are_the_same_again() -> None:
+    times = poisson(100, 20, seed=1)
+
+    assert times == poisson(100, 20, seed=1) == sorted(times)
+    assert len(times) == pytest.approx(2_000, rel=0.1)
+    assert times[-1] < 20
+
+
+def test_figures_of_times() -> None:
+    assert timing([0.001] * 98 + [0.1] * 2)["p50_ms"] == pytest.approx(1)
+    assert timing([0.001, 0.5])["max_ms"] == pytest.approx(500)
+    assert rate_of([2.0, 2.5, 3.0]) == 2
+    assert math.isnan(rate_of([2.0]))
+
+
+def test_a_target_is_met_by_its_own_side_only_and_never_by_nothing() -> None:
+    most = Target("x", ("steady", "p50_ms"), "ms", 10, True)
+    least = dataclasses.replace(most, is_most=False)
+    figures = {"steady": {"p50_ms": 10.5}}
+
+    assert (most.is_met(figures), least.is_met(figures)) == (False, True)
+    assert not most.is_met({})
+    assert not least.is_met({"steady": {}})
+
+
+def test_every_target_stands_in_a_table() -> None:
+    columns = {name: set(shown) for _, names, shown in SECTIONS for name in names}
+
+    assert all(target.path[1] in columns[target.path[0]] for target in TARGETS)
+    assert spoken("api_cpu_ms") == "API CPU, ms"
+
+
+def test_load_report_tells_what_was_left_out() -> None:
+    findings = {
+        "machine": {"cpu": "x", "cores": 2, "gpu": None, "versions": {}, "load_average_before": 0},
+        "filesystem": "ext4",
+        "left_out": ["webhooks"],
+        "figures": {"steady": {"fsync_ms": 4.0, "p50_ms": 9.0, "calls": 7}},
+    }
+    text = to_text(findings)
+
+    assert "Left out for want of time: webhooks." in text
+    assert "| accept at 100/s, p50 | at most 10 ms | 9 | yes |" in text
+    assert "| webhooks, 10 % dead receivers | at least 300 /s | – | no |" in text
+
+
+def test_scenarios_without_time_left_are_left_out(tmp_path: Path) -> None:
+    bench = LoadBench(tmp_path, QUICK, Deadline(0))
+    bench.run()
+
+    assert bench.figures == {}
+    assert len(bench.left_out) == 5
+    assert all(
+        getattr(QUICK, each.name) < getattr(Size(), each.name) for each in dataclasses.fields(Size)
+    )
+
+
+def test_waiting_jobs_are_ended_in_one_go(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path / 'jobs.db'}")
+    migrate(engine)
+    store = JobStore(engine)
+    ids = [store.submit(new_job(index)).id for index in range(3)]
+
+    assert end_waiting(engine) == 3
+    assert [job.id for job in store.ended(ids)] == ids
+    assert store.figures().speed > 0
+    engine.dispose()
+
+
+def test_disk_is_told_from_memory(tmp_path: Path) -> None:
+    assert fsync_ms(tmp_path, count=3) > 0
+    assert not list(tmp_path.iterdir())
+    assert filesystem_of(Path("/proc")) == "proc"
+    assert "proc" not in MEMORY_FILESYSTEMS
+
+
+def test_messages_are_split_where_their_length_says() -> None:
+    request = post_bytes("http://h:1/a?b", {"x": 1})
+
+    assert split_message(request) == (request.partition(b"\r\n\r\n")[0], b'{"x": 1}')
+    assert split_message(request[:-1]) is None
+    assert split_message(b"HTTP/1.1 204 No Content\r\n\r\n") == (b"HTTP/1.1 204 No Content", b"")
+    assert split_message(b"HTTP/1.1 204") is None
+
+
+def test_receivers_live_or_refuse_or_hang() -> None:
+    async def call() -> tuple[list[int], dict[str, float], int]:
+        async with Receivers(2, 1, 1) as receivers:
+            hanging, refusing = receivers.dead
+            statuses = []
+            for url in [*receivers.living, receivers.living[0]]:
+                wire = await Wire.open(url)
+                request = post_bytes(url, {}).replace(b"Host", b"webhook-id: m\r\nHost")
+                statuses.append((await wire.ask(request)).status)
+                wire.close()
+            wire = await Wire.open(hanging)
+            asking = asyncio.ensure_future(wire.ask(post_bytes(hanging, {})))
+            done, _ = await asyncio.wait([asking], timeout=0.05)
+            assert not done
+            wire.close()
+            with pytest.raises(ConnectionError):
+                await asking
+            with pytest.raises(ConnectionError):
+                await Wire.open(refusing)
+            await receivers.wait_for(1, 5)
+            return statuses, receivers.arrived, receivers.repeats
+
+    statuses, arrived, repeats = asyncio.run(call())
+
+    assert (statuses, [*arrived], repeats) == ([204] * 3, ["m"], 2)

@@ -3,17 +3,27 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from server.jobs import LEASE_S
-from tests.chaos.faults_network import delivery, tries
-from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers
-from tests.chaos.faults_storage import refuses_and_heals_without_room
+from server.database import open_engine
+from tests.chaos.faults_network import delivery, refused_in_parallel, tries, waiters_leave
+from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers, take_away
+from tests.chaos.faults_storage import without_room
 from tests.chaos.light_libraries import STOOD_IN
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import LEDGER, FaultKind, Script, Stage
-from tests.chaos.site import SHIFTED_COMMAND_LINE, Broken, Site, running_site, signal_process, until
+from tests.chaos.site import (
+    SHIFTED_COMMAND_LINE,
+    Broken,
+    Site,
+    outside_world,
+    running_site,
+    signal_process,
+    until,
+)
+from tests.test_supervisor import rename
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,7 @@ def test_worker_killed_in_the_middle_changes_nothing(site: Site, oracle: Oracle)
 
 
 def test_late_result_does_not_replace_the_first(site: Site, oracle: Oracle) -> None:
-    lateness_s(site, oracle, Stage.DECODED)
+    lateness_s(site, oracle, Stage.DECODED, take_away)
 
 
 def test_accepted_job_survives_the_death_of_the_api(site: Site, oracle: Oracle) -> None:
@@ -59,7 +69,75 @@ def test_accepted_job_survives_the_death_of_the_api(site: Site, oracle: Oracle) 
     site.start(workers=2)
 
     site.ended(job)
+    assert oracle.row(job)["attempt"] == 1, "the job is not to blame for the death of a server"
     until(lambda: bool(site.host.calls_for(job)), 30, "the webhook is called")
+
+
+def test_picture_waits_for_the_file_store(site: Site, oracle: Oracle) -> None:
+    pictures = site.data_dir / "files" / "generations"
+    aside = pictures.with_name("aside")
+    job = site.accept(Script(tag="kept", step_s=0.2))
+    site.claimed(job)
+    pictures.rename(aside)
+    pictures.touch()  # no folder can be made there
+    until(lambda: waits(site, job), 60, "the store has refused the picture")
+    other = site.accept(Script(tag="other"))
+    until(lambda: waits(site, other), 60, "the worker goes on with other jobs")
+    assert site.status(job) == "processing"
+
+    pictures.unlink()
+    aside.rename(pictures)
+
+    site.ended(job, other)
+    assert oracle.row(job)["attempt"] == 1
+
+
+def test_commit_waits_for_the_database(site: Site, oracle: Oracle) -> None:
+    job = site.accept(Script(tag="uncommitted", step_s=0.2))
+    site.claimed(job)
+    rename_jobs(site, "jobs", "away")
+    until(lambda: waits(site, job), 60, "the commit was refused")
+
+    rename_jobs(site, "away", "jobs")
+
+    site.ended(job)
+    assert oracle.row(job)["attempt"] == 1
+
+
+def test_stopping_server_refuses_jobs_and_answers_for_earlier_ones(tmp_path: Path) -> None:
+    with running_site(tmp_path, {"INPAINT_MAX_IN_FLIGHT": "1"}) as site:
+        running = site.accept(Script(tag="running", step_s=1.0), num_inference_steps=100)
+        site.claimed(running)
+        waiting = site.accept(Script(tag="waiting"))
+        signal_process(site.pid, signal.SIGTERM)
+        until(lambda: site.readiness() == 503, 10, "readiness says that it stops")
+        assert "draining" in site.client.get(f"{site.url}/readyz").json()["reason"]
+
+        refused = site.submit(Script(tag="refused"))
+
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert site.status(waiting) == "processing"
+        # Else the worker would work on it for the rest of its time.
+        cancelled = site.client.post(f"{site.url}/api/jobs/{running}/cancel")
+        assert cancelled.status_code == 200
+        assert site.stop() == 0
+        oracle = Oracle(site)
+        assert oracle.row(waiting)["state"] == "queued"
+        assert oracle.row(waiting)["attempt"] == 0
+
+
+def waits(site: Site, job_id: int) -> bool:
+    """Whether a worker has said that it keeps the job's end."""
+    said = site.log_events("a store is away, the job's end waits")
+    return any(each["job_id"] == job_id for each in said)
+
+
+def rename_jobs(site: Site, old: str, new: str) -> None:
+    """Without their table nobody can do anything with jobs."""
+    engine = open_engine(site.database_url)
+    rename(engine, old, new)
+    engine.dispose()
 
 
 def test_poison_job_is_set_aside_and_its_neighbours_are_made(site: Site, oracle: Oracle) -> None:
@@ -87,21 +165,27 @@ def test_webhook_is_tried_again_after_an_error(site: Site, oracle: Oracle) -> No
 
 
 def test_disk_without_room_is_refused_and_heals(site: Site, oracle: Oracle) -> None:
-    told, _ = refuses_and_heals_without_room(site)
-
-    assert "503" in told
+    without_room(site)
 
 
 def test_job_of_a_hung_worker_is_made_by_another(site: Site, oracle: Oracle) -> None:
     job = site.accept(Script(tag="hung", fault=FaultKind.STOP, at=Stage.HALF))
     until(lambda: bool(stopped_workers(site)), 60, "the worker stands still")
 
-    site.shift_clock(LEASE_S + 1)
+    take_away(site, job)
 
     site.ended(job)
     for pid in stopped_workers(site):
         signal_process(pid, signal.SIGCONT)
-    site.shift_clock(0)
+
+
+def test_clients_that_leave_while_they_wait_take_nothing_along(tmp_path: Path) -> None:
+    waiters_leave(tmp_path, waiters=40, made=10)
+
+
+def test_no_more_are_taken_than_there_is_room_for(tmp_path: Path) -> None:
+    with outside_world() as (thread, host):
+        refused_in_parallel(tmp_path, thread, host, submits=200)
 
 
 def test_oracle_notices_what_is_wrong(site: Site) -> None:
@@ -122,6 +206,8 @@ def test_oracle_notices_what_is_wrong(site: Site) -> None:
     with pytest.raises(Broken, match="has changed since it was finished"):
         oracle.check()
     with pytest.raises(Broken, match="not the one of the first finish"):
+        Oracle(site).check()
+    with pytest.raises(Broken, match="not served as it was first finished"):
         Oracle(site).check()
     picture.rename(stray)
     os.utime(stray, (0, 0))

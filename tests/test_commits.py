@@ -127,6 +127,45 @@ def test_member_that_fails_does_so_alone(commits: GroupCommit, engine: Engine) -
     assert notes_of(engine) == [1, 2, 3, 4]
 
 
+def test_refusals_cost_nobody_a_second_run(engine: Engine, commits: GroupCommit) -> None:
+    crowd = Crowd(GroupCommit(engine, refusals=(KeyError,)))
+    runs: list[int] = []
+
+    def work(number: int) -> Callable[[Connection], int]:
+        def write(connection: Connection) -> int:
+            runs.append(number)
+            if number % 4:
+                raise KeyError("refused")
+            return note(number)(connection)
+
+        return write
+
+    futures = [crowd.add(work(number)) for number in range(20)]
+    crowd.go()
+    assert runs == [*range(20)]
+    assert [type(future.exception()) for future in futures[1::4]] == [KeyError] * 5
+    assert [future.result() for future in futures[::4]] == notes_of(engine) == [*range(0, 20, 4)]
+
+
+def test_refused_member_that_is_run_again_may_succeed(engine: Engine, commits: GroupCommit) -> None:
+    """There is room for it when a neighbour before it has failed."""
+    commits = GroupCommit(engine, refusals=(KeyError,))
+    commits.run(note(1))
+    is_full = [True]
+    crowd = Crowd(commits)
+
+    def hesitate(connection: Connection) -> int:
+        if is_full.pop():
+            is_full.append(False)
+            raise KeyError("refused")
+        return note(5)(connection)
+
+    hesitant, twice = crowd.add(hesitate), crowd.add(note(1))
+    crowd.go()
+    assert isinstance(twice.exception(), DBAPIError)
+    assert (hesitant.result(), notes_of(engine)) == (5, [1, 5])
+
+
 def test_commit_that_fails_is_told_to_every_member(commits: GroupCommit, engine: Engine) -> None:
     crowd = Crowd(commits)
     futures = [crowd.add(note(number)) for number in range(3)]

@@ -1,5 +1,6 @@
 """Slow, silent and many clients: who is cut, who is answered, and what is left of them."""
 
+import asyncio
 import json
 import select
 import socket
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from server.connections import RESERVE, Gate, is_trusted
+from server.http import bind
 from server.settings import HttpSettings
 from server.storage import PIECE_BYTES, Storage
 from tests.http_stub import LiveApp, running_app
@@ -35,6 +37,26 @@ class Line:
 
     def cut(self) -> None:
         self.is_cut = True
+
+
+def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
+    """Nagle's algorithm would hold back an answer's body for 40 ms."""
+
+    async def no_delay_of_accepted() -> int:
+        accepted = asyncio.get_running_loop().create_future()
+
+        class Server(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                accepted.set_result(transport.get_extra_info("socket"))
+
+        listener = bind("127.0.0.1", 0)
+        server = await asyncio.get_running_loop().create_server(Server, sock=listener)
+        async with server:
+            with socket.create_connection(listener.getsockname()):
+                connection = await accepted
+                return int(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    assert asyncio.run(no_delay_of_accepted())
 
 
 class TestGate:

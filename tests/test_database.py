@@ -1,21 +1,29 @@
 """Schema, migrations, connections and the change signal, on real SQLite files and PostgreSQL."""
 
+import asyncio
 import math
 import multiprocessing
+import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, inspect, text
+from sqlalchemy import URL, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from server.database import (
+    MIGRATION_LOCK,
+    POOL_SIZE,
     ChangeSignal,
     SqliteVersion,
     has_sound_wal,
@@ -24,6 +32,9 @@ from server.database import (
     open_engine,
     read_only,
 )
+from server.jobs import SUBMIT_LOCK
+from server.services import STORE_THREADS
+from tests.chaos.hosts import LoopThread, running_proxy
 from tests.postgres import PostgresServer
 
 REPORT = text(
@@ -134,6 +145,114 @@ def test_shorter_postgresql_url_means_the_same_driver(postgres_server: PostgresS
         with opened(url.render_as_string()) as engine, engine.connect() as connection:
             assert engine.dialect.driver == "psycopg"
             assert connection.scalar(text("SELECT 1")) == 1
+
+
+class TestLimitsOfWaiting:
+    """PostgreSQL only: SQLite's `busy_timeout` is among the pragmas below."""
+
+    pytestmark = pytest.mark.postgres
+
+    @pytest.fixture
+    def address(self, postgres_server: PostgresServer) -> Iterator[URL]:
+        name = postgres_server.create_migrated()
+        yield postgres_server.url(name)
+        postgres_server.drop(name)
+
+    LIMITS = {
+        "statement_timeout": "30s",
+        "lock_timeout": "20s",
+        "idle_in_transaction_session_timeout": "10s",
+    }
+
+    def test_server_ends_what_takes_too_long(self, address: URL) -> None:
+        with opened(str(address)) as engine, engine.connect() as connection:
+            found = {name: connection.scalar(text(f"SHOW {name}")) for name in self.LIMITS}
+        assert found == self.LIMITS
+
+    def test_operators_own_options_prevail(self, address: URL) -> None:
+        own = {"options": "-c lock_timeout=7s", "keepalives_idle": "50"}
+        with opened(str(address.update_query_dict(own))) as engine, engine.connect() as connection:
+            found = {name: connection.scalar(text(f"SHOW {name}")) for name in self.LIMITS}
+            assert connection.engine.url.query["keepalives_idle"] == "50"
+        assert found == {**self.LIMITS, "lock_timeout": "7s"}
+
+    def test_migration_waits_for_another_without_a_limit(self, address: URL) -> None:
+        hasty = {"options": "-c lock_timeout=1ms"}
+        waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        with (
+            opened(str(address.update_query_dict(hasty))) as engine,
+            ThreadPoolExecutor(1) as threads,
+        ):
+            with engine.begin() as other, engine.connect() as looking:
+                other.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+                migrating = threads.submit(migrate, engine)
+                while not looking.scalar(waiting):
+                    assert not migrating.done()
+            migrating.result(HEARING_S)
+
+    def test_kernel_ends_a_silent_line(self, address: URL) -> None:
+        """Of the pool's connections and of a listening one."""
+        folder = Path(str(address.query["host"]))
+        (server,) = folder.glob(".s.PGSQL.*[0-9]")
+        wanted = {
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 5,
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 5,
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 2,
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): 15_000,
+        }
+        with (
+            LoopThread() as thread,
+            running_proxy(thread, lambda: asyncio.open_unix_connection(str(server))) as proxy,
+            opened(str(address.set(host="127.0.0.1", port=proxy.port, query={}))) as engine,
+            ChangeSignal(engine) as signal,
+        ):
+            assert signal.has_changed()
+            with engine.connect() as connection:
+                sockets = [
+                    connection.connection.driver_connection.fileno(),  # type: ignore[union-attr]
+                    signal._watch._connection.fileno(),  # type: ignore[attr-defined]
+                ]
+                for number in sockets:
+                    with socket.socket(fileno=os.dup(number)) as line:
+                        found = {option: line.getsockopt(*option) for option in wanted}
+                    assert found == wanted
+
+    def test_process_that_stands_still_loses_its_locks(self, address: URL) -> None:
+        """A submit's lock, which all others wait for."""
+        quick = address.update_query_dict(
+            {"options": "-c idle_in_transaction_session_timeout=200ms"}
+        )
+        command = [sys.executable, "-c", STAND_STILL, str(quick), str(SUBMIT_LOCK)]
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+            opened(str(address)) as engine,
+        ):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "locked\n"
+            try:
+                with engine.begin() as connection:
+                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
+            finally:
+                process.kill()
+
+
+STAND_STILL = """
+import os, signal, sys
+from server.database import open_engine
+connection = open_engine(sys.argv[1]).connect()
+connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({sys.argv[2]})")
+print("locked", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_pool_has_a_connection_for_every_thread(engine: Engine) -> None:
+    """Of the API process: of the store, the webhooks, the janitor, waiters and followers."""
+    assert STORE_THREADS + 4 + 1 + 2 * 2 + 1 < POOL_SIZE
+    with ExitStack() as stack:
+        for _ in range(POOL_SIZE):
+            stack.enter_context(read_only(engine))
 
 
 @pytest.mark.parametrize(
@@ -284,9 +403,8 @@ class TestChangeSignal:
             )
             with engine.connect() as connection:
                 connection.execute(kill)
-            # The loss, which may show at the second look, and the first of the new connection.
-            looks = [signal.has_changed() for _ in range(4)]
-            assert looks[-3:] in ([True, True, False], [True, False, False])
+            assert hears(signal), "of the loss"
+            assert [signal.has_changed(), signal.has_changed()] == [True, False], "connected anew"
             report(engine, "after")
             assert hears(signal)
         postgres_server.drop(name)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from server.demo import BODY, EXAMPLES
-from tests.processes import ServerProcess, image_host, serving
+from tests.chaos.site import until
+from tests.processes import START_TIMEOUT_S, ServerProcess, WorkerProcess, image_host, serving
 
 SIDE = 256
 Pixels = NDArray[np.int16]
@@ -359,6 +361,7 @@ def test_unknown_key_is_refused(strict_server: ServerProcess, images: str) -> No
 def test_job_of_killed_worker_is_finished_by_its_successor(tmp_path: Path, images: str) -> None:
     with serving(tmp_path) as server:
         undisturbed = server.inpaint(**fields(images))
+        server.wait_for("job finished")  # the next claim is the other job's
         worker_pid = int(
             subprocess.run(
                 ["pgrep", "--full", "--parent", str(server.pid), "server.cli worker"],
@@ -375,6 +378,8 @@ def test_job_of_killed_worker_is_finished_by_its_successor(tmp_path: Path, image
         server.wait_for("job claimed")
         os.kill(worker_pid, signal.SIGKILL)
         client.join()
+        claims = [line["job_id"] for line in server.events("job claimed")]
+        assert claims.count(answers[0]["id"]) == 2
         after = pictures(server, answers[0])
         assert np.abs(after[0] - pictures(server, undisturbed)[0]).max() <= 2
 
@@ -391,5 +396,39 @@ def test_sigterm_answers_held_client_and_restart_keeps_its_job(tmp_path: Path, i
         client.join()
     assert answers[0]["status"] == "processing"
     with serving(tmp_path) as server:
-        job = server.client.post(f"/api/v3/fetch/{answers[0]['id']}").json()
-        assert job["status"] == "success"
+        path = f"/api/v3/fetch/{answers[0]['id']}"
+        # Finished before the end, or given back and made now.
+        until(
+            lambda: server.client.post(path).json()["status"] == "success",
+            START_TIMEOUT_S,
+            "the job is made",
+        )
+
+
+def test_halves_apart_make_a_picture_and_workers_leave_each_other_alone(
+    tmp_path: Path, images: str
+) -> None:
+    with ExitStack() as stack:
+        server = ServerProcess(tmp_path, {"INPAINT_HOLD_S": "0"}, "--workers", "0")
+        stack.callback(server.client.close)
+        stack.callback(server.stop)
+        workers = [WorkerProcess(tmp_path) for _ in range(2)]
+        for worker in workers:
+            stack.callback(worker.stop)
+        names = {worker.wait_for("worker ready")["worker_id"]: worker for worker in workers}
+        assert len(names) == 2
+        accepted = server.inpaint(**fields(images, samples=4))
+        path = f"/api/v3/fetch/{accepted['id']}"
+        until(lambda: any(each.events("job claimed") for each in workers), START_TIMEOUT_S, "begun")
+        (idle,) = [worker for worker in workers if not worker.events("job claimed")]
+
+        assert idle.stop() == 0
+
+        until(
+            lambda: server.client.post(path).json()["status"] == "success",
+            START_TIMEOUT_S,
+            "the job is made",
+        )
+        assert len(pictures(server, server.client.post(path).json())) == 4
+        (busy,) = [worker for worker in workers if worker is not idle]
+        assert len(busy.events("job claimed")) == 1, "nobody took the job away"

@@ -5,6 +5,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.test_pipeline import (
     generated,
     make_params,
     make_source,
+    reference,
     with_fault,
 )
 
@@ -59,7 +61,7 @@ class ToyPipeline:
     calls: the samples of each UNet call.
     prepared, decoded: how many jobs and pictures each call of these verbs was for.
     most_pictures: what memory suffices for in one call.
-    step_s, picture_s: what a UNet call takes, and a picture's decoding.
+    row_s, picture_s: what a row of a UNet call takes, and a picture's decoding.
     """
 
     faults: dict[tuple[str, int], Exception] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class ToyPipeline:
     prepared: list[int] = field(default_factory=list)
     decoded: list[int] = field(default_factory=list)
     most_pictures: int = 99
-    step_s: float = 0.0
+    row_s: float = 0.0
     picture_s: float = 0.0
     now_s: float = 0.0
 
@@ -94,7 +96,7 @@ class ToyPipeline:
 
     def denoise_step(self, samples: Sequence[ToySample]) -> list[int]:
         self.calls.append([*samples])
-        self.now_s += self.step_s
+        self.now_s += self.row_s * sum(sample.rows for sample in samples)
         for sample in samples:
             self._fail_for("denoise_step", sample.seed)
         return [sample.seed for sample in samples]
@@ -114,6 +116,10 @@ class ToyPipeline:
             self._fail_for("decode", sample.seed)
         blank = np.zeros((1, 1, 3), np.uint8)
         return [Picture(sample.seed, blank, blank) for sample in samples]
+
+    def preview(self, sample: ToySample) -> NDArray[np.uint8] | None:
+        self._fail_for("preview", sample.seed)
+        return np.full((1, 1, 3), sample.seed, np.uint8) if sample.step_index else None
 
     def device_time_s(self) -> float:
         return self.now_s
@@ -244,6 +250,28 @@ def assert_same_pictures(
         for picture, alone in pairs:
             assert picture.seed == alone.seed
             assert difference(picture.generated, alone.generated).max() <= 2
+
+
+def test_previews_change_no_picture(tiny_pipeline: InpaintPipeline) -> None:
+    generations = [make_generation(1, samples=2), make_generation(2, strength=0.6)]
+    plain = run_all(make_engine(tiny_pipeline), *generations)
+    engine = make_engine(tiny_pipeline)
+    for generation in generations:
+        engine.add(generation)
+    ends: dict[int, Finished | Failed] = {}
+    previews = 0
+    for _ in range(10_000):
+        if engine.is_idle:
+            break
+        events = engine.step()
+        previews += sum(engine.preview(each.id) is not None for each in generations)
+        ends |= {each.generation_id: each for each in events if not isinstance(each, Progress)}
+
+    assert previews > 8
+    for generation_id, end in plain.items():
+        pairs = zip(pictures_of(ends[generation_id]), pictures_of(end), strict=True)
+        for picture, expected in pairs:
+            np.testing.assert_array_equal(picture.image, expected.image)
 
 
 CULPRIT_PROMPT = "poison"
@@ -391,6 +419,27 @@ def test_picture_does_not_depend_on_what_else_runs(
             assert np.count_nonzero(apart > 1) <= apart.size / 1000
 
 
+def test_pictures_made_together_are_those_of_diffusers(tiny_components: Components) -> None:
+    jobs = [
+        make_params(seed=3, num_inference_steps=5),
+        make_params(seed=4, scheduler=SchedulerName.EULER_ANCESTRAL, guidance_scale=1.0),
+        make_params(seed=5, scheduler=SchedulerName.DPM_MULTISTEP, strength=0.6, prompt="a star"),
+        make_params(seed=6, scheduler=SchedulerName.LCM, num_inference_steps=3),
+    ]
+    pipeline = InpaintPipeline(tiny_components)
+    engine = InpaintEngine(
+        Residency.of(MODEL, pipeline), EngineLimits(first_rows=8, first_pictures=4)
+    )
+
+    ends = run_all(engine, *(Generation(n, MODEL, job, SOURCE) for n, job in enumerate(jobs)))
+
+    for number, params in enumerate(jobs):
+        (picture,) = pictures_of(ends[number])
+        apart = difference(picture.generated, reference(tiny_components, params))
+        assert apart.max() <= 2
+        assert np.count_nonzero(apart > 1) <= apart.size / 1000
+
+
 # --- policy, with the toy -----------------------------------------------------------------------
 
 
@@ -522,6 +571,40 @@ def test_unexpected_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
+def test_preview_is_of_the_first_picture_of_a_running_generation() -> None:
+    engine = make_engine(ToyPipeline())
+    engine.add(make_generation(1, samples=2))
+    assert engine.preview(1) is None, "it waits"
+    engine.step()
+    assert engine.preview(1) is None, "it has not taken a step"
+    engine.step()
+    preview = engine.preview(1)
+    assert preview is not None
+    assert preview[0, 0, 0] == 10, "its seed"
+    drain(engine)
+    assert engine.preview(1) is None, "it has ended"
+
+
+@pytest.mark.parametrize("error", [make() for make in FAULTS], ids=repr)
+def test_preview_that_fails_hurts_nobody(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(ToyPipeline({("preview", 10): error}))
+    engine.add(make_generation(1))
+    engine.step()
+    assert engine.preview(1) is None
+    assert "no preview" in caplog.text
+    assert isinstance(drain(engine)[-1], Finished)
+
+
+def test_preview_of_a_lost_device_ends_the_engine() -> None:
+    engine = make_engine(ToyPipeline({("preview", 10): DeviceLost("gone")}))
+    engine.add(make_generation(1))
+    engine.step()
+    with pytest.raises(DeviceLost, match="gone"):
+        engine.preview(1)
+
+
 def test_waiting_generation_joins_a_running_one() -> None:
     pipeline = ToyPipeline()
     engine = make_engine(pipeline, samples_per_call=4)
@@ -562,17 +645,49 @@ def test_reproducible_engine_shares_no_call() -> None:
     assert {len(call) for call in pipeline.calls} == {1}
 
 
+def test_reproducible_engine_lets_generations_join() -> None:
+    engine = make_engine(ToyPipeline())
+    engine.add(make_generation(1, num_inference_steps=50))
+    engine.step()
+    engine.add(make_generation(2, num_inference_steps=2))
+
+    ends = [each.generation_id for each in drain(engine) if isinstance(each, Finished)]
+
+    assert ends == [2, 1]
+
+
+@pytest.mark.parametrize("samples_per_call", [1, 4])
+def test_sizes_take_turns(samples_per_call: int) -> None:
+    """A large picture delays the small ones by one of its steps at a time, and none is left out."""
+    pipeline = ToyPipeline()
+    engine = make_engine(pipeline, samples_per_call, max_generations=8)
+    small = [make_generation(n, width=64, num_inference_steps=6) for n in range(1, 4)]
+    large = make_generation(9, width=1024, height=1024, num_inference_steps=12)
+
+    run_all(engine, large, *small)
+
+    widths = [call[0].latents.shape[3] * 8 for call in pipeline.calls]
+    first, last = widths.index(64), len(widths) - widths[::-1].index(64)
+    runs = {
+        width: [len([*run]) for each, run in groupby(widths[first:last]) if each == width]
+        for width in (64, 1024)
+    }
+    assert max(runs[1024]) == 1
+    assert max(runs[64]) <= len(small)
+    assert widths.count(1024) == 12
+
+
 def test_decoding_lets_running_samples_wait_for_two_steps_at_most() -> None:
-    pipeline = ToyPipeline(step_s=1.0, picture_s=0.5)
+    pipeline = ToyPipeline(row_s=0.5, picture_s=0.5)
     engine = make_engine(pipeline, samples_per_call=16, max_generations=16)
-    quick = [make_generation(n, samples=4, num_inference_steps=2) for n in range(1, 5)]
-    run_all(engine, *quick)  # measures
+    run_all(engine, *(make_generation(n, samples=4) for n in range(1, 5)))  # measures
     pipeline.decoded.clear()
 
+    quick = [make_generation(n, samples=3, num_inference_steps=2) for n in range(1, 6)]
     run_all(engine, make_generation(9, num_inference_steps=99), *quick)
 
-    assert max(pipeline.decoded) == 5  # 2.1 steps
-    assert sum(pipeline.decoded) == 17
+    assert max(pipeline.decoded) == 5  # 2.1 steps of the two rows that run
+    assert sum(pipeline.decoded) == 16
 
 
 def test_call_of_the_vae_too_large_for_memory_is_done_in_parts() -> None:

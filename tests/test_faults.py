@@ -1,22 +1,44 @@
-"""The store when its database fails: the n-th statement, the n-th commit, the n-th answer.
+"""What stands under the server fails at the n-th call: database, file store, webhook receiver.
 
-A run goes through every verb and makes each again until it is answered, as a worker does. It is
-repeated with the fault at every place there is, until a run meets none. After each run the promises
-are held against the rows: what was accepted is there, ended once, and told of once.
+A run is repeated with the fault at every place there is, until it meets none. After each the
+promises are held against what is left: what was accepted is there, ended once, and told of once.
 """
 
+import asyncio
+import socket
+import struct
+import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import pytest
+from PIL import Image
 from sqlalchemy import Engine, delete, event, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from server.database import deliveries, delivery_attempts, jobs
-from server.deliveries import Attempt, DeliveryStore
+from models.params import InpaintParams
+from models.residency import Residency
+from server import intake
+from server.database import deliveries, delivery_attempts, jobs, open_engine
+from server.deliveries import Attempt, DeliveryState, DeliveryStore
+from server.door import Dialler, Door, dial
+from server.errors import StorageUnavailable
+from server.janitor import ORPHAN_S, Janitor
 from server.jobs import MAX_ATTEMPTS, Job, JobState, JobStore
+from server.receipts import Model
+from server.sandbox import DecodedPair
+from server.settings import RetentionSettings, Settings, WebhookSettings
+from server.storage import Storage, StoredFile
+from server.webhooks import WebhookSender
+from server.worker import Worker
+from tests.chaos.pipeline import ScriptedPipeline
+from tests.conftest import migrated_sqlite
+from tests.http_stub import Behaviour, answering, response, running_stub
 from tests.test_jobs import Clock, new_job
 
 P = ParamSpec("P")
@@ -36,11 +58,16 @@ class Fault:
     calls: int = 0
     has_struck: bool = False
 
+    @property
+    def strikes(self) -> bool:
+        """Counts a call; whether it is the n-th."""
+        self.calls += 1
+        self.has_struck = self.has_struck or self.calls == self.at
+        return self.calls == self.at
+
     def count(self, *_arguments: Any) -> None:
         """Raises: OperationalError at the n-th call."""
-        self.calls += 1
-        if self.calls == self.at:
-            self.has_struck = True
+        if self.strikes:
             raise OperationalError("a call", None, Exception("the disk is gone"))
 
 
@@ -200,3 +227,244 @@ def clear(engine: Engine) -> None:
     with engine.begin() as connection:
         for table in (delivery_attempts, deliveries, jobs):
             connection.execute(delete(table))
+
+
+STORED_JOBS = 2
+PAIR = DecodedPair(np.zeros((64, 64, 3), np.uint8), np.full((64, 64), 255, np.uint8))
+
+
+class FaultyStorage(Storage):
+    """Fails at the n-th call. is_lost: it takes effect, and its caller does not learn of it."""
+
+    def __init__(self, url: str, fault: Fault, *, is_lost: bool) -> None:
+        super().__init__(url)
+        self._fault = fault
+        self._is_lost = is_lost
+
+    @contextmanager
+    def _at_risk(self) -> Iterator[None]:
+        strikes = self._fault.strikes
+        if strikes and not self._is_lost:
+            raise StorageUnavailable("before")
+        yield
+        if strikes:
+            raise StorageUnavailable("after")
+
+    def put(self, key: str, content: bytes) -> None:
+        """As the base class."""
+        with self._at_risk():
+            super().put(key, content)
+
+    def get(self, key: str) -> bytes | None:
+        """As the base class."""
+        with self._at_risk():
+            return super().get(key)
+
+    def delete(self, key: str) -> None:
+        """As the base class."""
+        with self._at_risk():
+            super().delete(key)
+
+    def list(self, folder: str, batch: int = 500) -> Iterator[list[StoredFile]]:
+        """As the base class."""
+        with self._at_risk():
+            found = [*super().list(folder, batch)]
+        yield from found
+
+
+class LastJobStops(JobStore):
+    """The worker is told to stop with the end of the last job."""
+
+    def __init__(self, engine: Engine, stopping: threading.Event) -> None:
+        super().__init__(engine)
+        self._stopping = stopping
+
+    def finish(self, *arguments: Any, **named: Any) -> bool:
+        """As the base class."""
+        return self._look(super().finish(*arguments, **named))
+
+    def fail(self, *arguments: Any, **named: Any) -> bool:
+        """As the base class."""
+        return self._look(super().fail(*arguments, **named))
+
+    def _look(self, result: bool) -> bool:
+        figures = self.figures()
+        if figures.waiting + figures.running == 0:
+            self._stopping.set()
+        return result
+
+
+class PlainWorker(Worker):
+    """The worker's own loop around a pipeline without weights."""
+
+    def _open_models(self) -> Residency:
+        return Residency.of(self.settings.model, ScriptedPipeline())
+
+    def _describe_model(self, job: Job) -> Model:
+        return Model("scripted", None, "cpu", "float32")
+
+
+def insist_on_files(act: Callable[[], R]) -> R:
+    """Until the file store has answered; the fault strikes once."""
+    for _ in range(TRIES):
+        try:
+            return act()
+        except StorageUnavailable:
+            continue
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["nothing of it", "only its answer lost"])
+def test_promises_hold_wherever_the_file_store_fails(is_lost: bool, tmp_path: Path) -> None:
+    """A picture that is kept and stored later, and nothing but the pictures in the end."""
+    engine = open_engine(migrated_sqlite(tmp_path))
+    at, has_struck = 0, True
+    while has_struck:
+        at += 1
+        assert at < 100
+        clear(engine)
+        folder, fault = tmp_path / f"files{at}", Fault(at)
+        storage = FaultyStorage(folder.as_uri(), fault, is_lost=is_lost)
+        accepted = run_with_files(engine, storage, tmp_path)
+        store = JobStore(engine)
+        ended = {job.id: job for job in store.ended(accepted)}
+        assert {*ended} == {*accepted}
+        for job in ended.values():
+            assert (job.state, job.attempt) == (JobState.FINISHED, 1), f"call {at}: {job.error}"
+            for key in job.output_keys:
+                Image.open(folder / key).verify()
+        later = Clock()
+        later.now = max(job.finished_at or 0 for job in ended.values()) + ORPHAN_S + 60
+        keeping = RetentionSettings(outputs_h=1_000, rows_h=1_000)
+        insist_on_files(Janitor(engine, storage, keeping, later).sweep)
+        files = {each.relative_to(folder).as_posix() for each in folder.rglob("*.*")}
+        assert files == {key for job in ended.values() for key in job.output_keys}, f"call {at}"
+        has_struck = fault.has_struck
+    assert at > 8, "the fault had its places"
+    engine.dispose()
+
+
+def run_with_files(engine: Engine, storage: Storage, data_dir: Path) -> list[int]:
+    """Submit jobs, as the intake does, and have a worker make them; the ids."""
+    stopping = threading.Event()
+    store = LastJobStops(engine, stopping)
+
+    def submit() -> Job:
+        params = InpaintParams(prompt="", seed=7, width=64, height=64, num_inference_steps=2)
+        new = new_job(file_prefix=str(uuid.uuid4()), params=params)
+        return intake.submit(store, storage, new, PAIR, None)
+
+    accepted = [insist_on_files(submit).id for _ in range(STORED_JOBS)]
+    PlainWorker("w", "cpu", Settings(data_dir=data_dir), store, storage, stopping).run()
+    return accepted
+
+
+HOOKS = 3
+PHASES = 4
+ANSWER = response("200 OK")
+
+
+def resetting(fault: Fault) -> Behaviour:
+    """A receiver that ends the n-th connection in the middle of its answer."""
+
+    async def behave(_path: str, writer: asyncio.StreamWriter) -> None:
+        strikes = fault.strikes
+        writer.write(ANSWER[:20] if strikes else ANSWER)
+        await writer.drain()
+        if strikes:
+            connection: socket.socket = writer.get_extra_info("socket")
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+
+    return behave
+
+
+def falling_silent(fault: Fault) -> Behaviour:
+    """A receiver that never answers the n-th request."""
+
+    async def behave(_path: str, writer: asyncio.StreamWriter) -> None:
+        if fault.strikes:
+            await asyncio.Event().wait()
+        writer.write(ANSWER)
+        await writer.drain()
+
+    return behave
+
+
+def failing_to_connect(fault: Fault) -> Dialler:
+    """The n-th connection is refused, and the second try that follows it."""
+    refusals = 0
+
+    async def dial_or_fail(address: str, port: int) -> socket.socket:
+        nonlocal refusals
+        if fault.strikes or refusals == 1:
+            refusals += 1
+            raise ConnectionRefusedError
+        return await dial(address, port)
+
+    return dial_or_fail
+
+
+@pytest.mark.parametrize("kind", ["connect", "reset", "silence"])
+def test_webhooks_arrive_wherever_a_call_fails(kind: str, engine: Engine) -> None:
+    at, has_struck = 0, True
+    while has_struck:
+        at += 1
+        assert at < 30
+        clear(engine)
+        fault = Fault(at)
+        asyncio.run(deliver_in_spite(kind, fault, engine))
+        has_struck = fault.has_struck
+    assert at > HOOKS, "the fault had its places"
+
+
+async def deliver_in_spite(kind: str, fault: Fault, engine: Engine) -> None:
+    """End jobs that have a webhook, and send until all is received."""
+    clock = Clock()
+    store, calls = JobStore(engine, clock=clock), DeliveryStore(engine, clock=clock)
+    settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8", "timeout_s": 1})
+    behaviours = {"reset": resetting(fault), "silence": falling_silent(fault)}
+    async with running_stub(behaviours.get(kind, answering(ANSWER))) as stub:
+        for _ in range(HOOKS):
+            asked = {"init_image": "", "mask_image": "", "wants_base64": False, "base_url": ""}
+            store.submit(new_job(webhook=f"{stub.url}/hook", request=asked))
+        held = store.claim("w", HOOKS)
+        for job in held:
+            store.finish(job, [False])
+        for _ in range(PHASES):
+            dialler = failing_to_connect(fault) if kind == "connect" else dial
+            await send_what_is_due(settings, calls, store, dialler)
+            rows = calls.list_of(None, state=None, limit=HOOKS + 1)
+            if all(each.state is DeliveryState.DELIVERED for each in rows):
+                break
+            clock.now = max(each.due_at for each in rows) + 1
+        heads = [head.lower() for head in stub.heads]
+    assert [each.state for each in rows] == [DeliveryState.DELIVERED] * HOOKS
+    assert {each.job_id for each in rows} == {job.id for job in held}, "one call for each job"
+    for each in rows:
+        received = sum(each.id in head for head in heads)
+        assert 1 <= received <= len(each.attempts), "the same id on every try"
+        assert all(try_.status == 200 or try_.status is None for _, try_ in each.attempts)
+
+
+async def send_what_is_due(
+    settings: WebhookSettings, calls: DeliveryStore, store: JobStore, dialler: Dialler
+) -> None:
+    """One life of a sender, until nothing is due."""
+
+    def due() -> bool:
+        rows = calls.list_of(None, state=DeliveryState.PENDING, limit=HOOKS)
+        return any(len(each.attempts) < tried[each.id] + 1 for each in rows)
+
+    every = calls.list_of(None, state=None, limit=HOOKS)
+    tried = {each.id: len(each.attempts) for each in every}
+    door = Door(dialler=dialler)
+    sender = asyncio.create_task(WebhookSender(settings, calls, store, door).run())
+    async with asyncio.timeout(60):
+        # The rows are what a sender leaves behind; nothing tells of their change in one process.
+        while await asyncio.to_thread(due):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    sender.cancel()
+    await asyncio.wait([sender])
+    await door.aclose()

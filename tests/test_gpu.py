@@ -31,6 +31,8 @@ from tests.tiny import save_tiny_checkpoint
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # torch warns of debug modes, of kernels that do not fit and of TF32: none is a fault here.
+    pytest.mark.filterwarnings("default"),
 ]
 
 PLAIN = Acceleration(graph_memory_share=0, is_reproducible=True)
@@ -257,7 +259,7 @@ def test_engine_shrinks_its_batches_when_memory_is_short(builtin: Components) ->
 @torch.inference_mode()
 def test_attention_is_measured_and_keeps_the_result(builtin: Components) -> None:
     plain = EagerUNet(builtin.unet)
-    call = MeasuredAttention(plain, cuda_timer(builtin.unet.device))
+    call = MeasuredAttention(plain, plain, cuda_timer(builtin.unet.device))
     inputs = UNetInputs.gather(make_shares(builtin, [2]))
 
     torch.testing.assert_close(call(inputs), plain(inputs), atol=1e-2, rtol=1e-2)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.acceleration import Acceleration, accelerated
 from models.families import Family
-from models.graphs import LAUNCH_BOUND_AREA, ROW_BUCKETS, GraphedUNet, GraphLimits
+from models.graphs import LAUNCH_BOUND_AREA, ROW_BUCKETS, GraphedUNet, GraphLimits, RecordingBroken
 from models.params import SchedulerName
 from models.pipeline import InpaintPipeline, Sample
 from models.registry import Components, ModelSpec, load_components
@@ -62,6 +62,9 @@ class HostRecorder:
     def new_pool(self) -> object:
         return object()
 
+    def warm_up(self, call: UNetCall, inputs: UNetInputs) -> None:
+        call(inputs)
+
     def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> HostRecording:
         self.attempts += 1
         if inputs.rows in self.faults:
@@ -96,9 +99,10 @@ def graphed(
     max_bytes: int = 1000,
     *,
     is_padded: bool = True,
+    in_use_calls: int = 500,
 ) -> GraphedUNet:
     unet = components.unet
-    limits = GraphLimits(max_bytes, is_padded)
+    limits = GraphLimits(max_bytes, is_padded, in_use_calls)
     return GraphedUNet(EagerUNet(unet), [*unet.parameters()], recorder, limits)
 
 
@@ -239,42 +243,61 @@ def test_sizes_share_no_recording_and_rows_share_a_pool(
     assert recorder.pools[0] is recorder.pools[2] is not recorder.pools[1]
 
 
-def test_size_not_used_for_longest_goes_first(
-    components: Components, recorder: HostRecorder
-) -> None:
-    unet = graphed(components, recorder, max_bytes=5)
-    for height in (8, 16, 8, 24):  # the third makes 16 the oldest
+def test_size_no_longer_in_use_makes_room(components: Components, recorder: HostRecorder) -> None:
+    unet = graphed(components, recorder, max_bytes=5, in_use_calls=3)
+    for height in (16, 8, 8, 24):  # the last finds 16 three calls old
         unet(make_shares(components, [2], height))
     assert unet.held_bytes == 4
 
     unet(make_shares(components, [2], 8))
     assert len(recorder.recordings) == 3
-    unet(make_shares(components, [2], 16))
-    assert len(recorder.recordings) == 4
+    for _ in range(3):
+        unet(make_shares(components, [2], 16))
+    assert len(recorder.recordings) == 4, "once 24 was old"
 
 
-def test_what_alone_exceeds_the_budget_is_not_tried_again(
+def test_sizes_that_take_turns_are_not_recorded_at_each_turn(
     components: Components, recorder: HostRecorder
 ) -> None:
-    unet = graphed(components, recorder, max_bytes=1)
-    shares = make_shares(components, [2])
-    for _ in range(3):
+    unet = graphed(components, recorder, max_bytes=2)
+    for height in (8, 16) * 5:
+        shares = make_shares(components, [2], height)
         torch.testing.assert_close(unet(shares), eager(components, shares))
 
+    assert recorder.attempts == 2
+    assert recorder.recordings[0].replays == 5
+    assert unet.held_bytes == 2
+
+
+def test_other_rows_of_a_size_stay_when_one_more_finds_no_room(
+    components: Components, recorder: HostRecorder
+) -> None:
+    unet = graphed(components, recorder, max_bytes=2)
+    for rows in (2, 4, 2, 4):
+        unet(make_shares(components, [1] * rows))
+
+    assert recorder.rows == [2, 4]
+    assert unet.held_bytes == 2
+
+
+def test_what_alone_exceeds_the_budget_is_not_tried_again_soon(
+    components: Components, recorder: HostRecorder
+) -> None:
+    unet = graphed(components, recorder, max_bytes=1, in_use_calls=4)
+    shares = make_shares(components, [2])
+    for _ in range(4):
+        torch.testing.assert_close(unet(shares), eager(components, shares))
     assert recorder.attempts == 1
     assert unet.held_bytes == 0
 
+    unet(shares)
+    assert recorder.attempts == 2
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("full"), RuntimeError("operation not permitted")], ids=str
-)
-def test_failed_recording_is_remembered_and_the_plain_call_made(
-    components: Components,
-    recorder: HostRecorder,
-    error: Exception,
-    caplog: pytest.LogCaptureFixture,
+
+def test_memory_shortage_is_remembered_for_a_while_and_the_plain_call_made(
+    components: Components, recorder: HostRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorder.faults[2] = error
+    recorder.faults[2] = torch.OutOfMemoryError("full")
     unet = graphed(components, recorder)
     shares = make_shares(components, [2])
     with caplog.at_level(logging.WARNING):
@@ -285,6 +308,44 @@ def test_failed_recording_is_remembered_and_the_plain_call_made(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     unet(make_shares(components, [1]))
     assert recorder.rows == [1]
+
+    del recorder.faults[2]
+    unet.release()
+    unet(shares)
+    assert recorder.rows == [1, 2]
+
+
+def test_after_a_recording_that_broke_off_all_calls_are_plain(
+    components: Components, recorder: HostRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch still believes in the recording: to replay what was made before fails as well."""
+    recorder.faults[4] = RecordingBroken()
+    unet = graphed(components, recorder)
+    few, many = make_shares(components, [2]), make_shares(components, [2, 2])
+    unet(few)
+    with caplog.at_level(logging.WARNING):
+        for shares in (many, few, many):
+            assert torch.equal(unet(shares), eager(components, shares))
+
+    assert recorder.attempts == 2
+    assert recorder.recordings[0].replays == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    unet.release()
+    unet(few)
+    assert recorder.attempts == 2
+
+
+def test_errors_of_the_call_itself_are_the_callers(
+    components: Components, recorder: HostRecorder
+) -> None:
+    unet = graphed(components, recorder)
+    (share,) = make_shares(components, [2])
+    wrong = dataclasses.replace(share, conditioning=share.conditioning[..., :5])
+    with pytest.raises(RuntimeError, match="shapes"):
+        unet([wrong])
+
+    unet([share])
+    assert recorder.rows == [2]
 
 
 def test_released_recordings_are_made_again(components: Components, recorder: HostRecorder) -> None:

@@ -12,11 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import Engine, delete, select
 
 from server.database import deliveries, delivery_attempts, jobs
-from server.deliveries import RETRY_DELAYS_S, Attempt, Delivery, DeliveryStore
+from server.deliveries import Attempt, Delivery, DeliveryStore
 from server.errors import QueueFull
 from server.jobs import LEASE_S, MAX_ATTEMPTS, Job, JobStore, QueueShare
+from server.silence import LOOK_S
 from tests.test_jobs import Clock, new_job
 
+CALL_LEASE_S = 60.0
 MAX_WAITING = 6
 MAX_WAITING_PER_KEY = 4
 PRIORITIES = {"a": 0, "b": 0, "high": 1}
@@ -25,14 +27,19 @@ LIVE = ("queued", "running")
 
 @dataclass
 class Known:
-    """What the model knows of a job. marks: of its first result."""
+    """What the model knows of a job.
+
+    silent_s: how long its holder has not beaten, as far as was looked; None before the first look.
+    marks: of its first result.
+    """
 
     key_id: str
     has_webhook: bool
     state: str = "queued"
     attempt: int = 0
+    claim: int = 0
     worker: str = ""
-    lease_until: float = 0.0
+    silent_s: float | None = None
     marks: list[bool] = field(default_factory=list)
     delivery: str | None = None
 
@@ -54,11 +61,15 @@ class History(RuleBasedStateMachine):
             max_waiting=MAX_WAITING,
             max_waiting_per_key=MAX_WAITING_PER_KEY,
             clock=self.clock,
+            steady_clock=self.clock,
         )
-        self.sender = DeliveryStore(self.engine, clock=self.clock, jitter=random.Random(0))
+        self.sender = DeliveryStore(
+            self.engine, lease_s=CALL_LEASE_S, clock=self.clock, jitter=random.Random(0)
+        )
         self.known: dict[int, Known] = {}
         self.claims: list[Job] = []
         self.calls: list[Delivery] = []
+        self.made_until: dict[str, float] = {}
         self.marks = itertools.count()
         # Something to begin with: most steps of a history would find nothing to do otherwise.
         for key_id in PRIORITIES:
@@ -115,8 +126,9 @@ class History(RuleBasedStateMachine):
             assert job.id == min(self.waiting(job.key_id)), "a key's jobs in their order"
             known.state, known.worker = "running", worker
             known.attempt += 1
-            known.lease_until = self.clock.now + LEASE_S
-            assert job.attempt == known.attempt
+            known.claim += 1
+            known.silent_s = None
+            assert (job.attempt, job.claim) == (known.attempt, known.claim)
         self.claims += claimed
 
     def end(self, job_id: int, state: str) -> None:
@@ -131,7 +143,7 @@ class History(RuleBasedStateMachine):
         """Any claim there ever was may report, however late."""
         job = data.draw(st.sampled_from(self.claims))
         known = self.known[job.id]
-        is_held = known.state == "running" and known.attempt == job.attempt
+        is_held = known.state == "running" and known.claim == job.claim
         mark = [bool(next(self.marks) % 3)]
         verbs: dict[str, Callable[[], bool]] = {
             "beat": lambda: self.store.beat(job, 1, 2),
@@ -143,12 +155,10 @@ class History(RuleBasedStateMachine):
         if not is_held:
             return
         if verb == "beat":
-            known.lease_until = self.clock.now + LEASE_S
+            known.silent_s = 0.0 if known.silent_s is not None else None
         elif verb == "release":
             known.state = "queued"
             known.attempt -= 1
-            # Its number is given again: this claim could not be told from that one.
-            self.claims = [claim for claim in self.claims if claim != job]
         else:
             self.end(job.id, "finished" if verb == "finish" else "failed")
             known.marks = mark if verb == "finish" else []
@@ -159,7 +169,7 @@ class History(RuleBasedStateMachine):
         return [
             claim
             for claim in self.claims
-            if claim.id in running and running[claim.id].attempt != claim.attempt
+            if claim.id in running and running[claim.id].claim != claim.claim
         ]
 
     @precondition(lambda self: self.late_claims())
@@ -181,17 +191,22 @@ class History(RuleBasedStateMachine):
         if is_live:
             self.end(job_id, "cancelled")
 
-    @rule(seconds=st.sampled_from([1, LEASE_S, LEASE_S + 1, RETRY_DELAYS_S[0] * 2]))
-    def pass_time(self, seconds: float) -> None:
-        self.clock.now += seconds
+    @rule(looks=st.integers(1, 9))
+    def pass_time(self, looks: int) -> None:
+        for _ in range(looks):
+            self.clock.now += LOOK_S
+            self.look(LOOK_S)
 
     @rule()
-    def requeue_expired(self) -> None:
-        lost = [
-            job_id
-            for job_id, job in self.known.items()
-            if job.state == "running" and job.lease_until < self.clock.now
-        ]
+    def look_again(self) -> None:
+        self.look(0.0)
+
+    def look(self, passed_s: float) -> None:
+        lost = []
+        for job_id, job in self.known.items():
+            if job.state == "running":
+                job.silent_s = 0.0 if job.silent_s is None else job.silent_s + passed_s
+                lost += [job_id] if job.silent_s > LEASE_S else []
         assert self.store.requeue_expired() == len(lost)
         self.lose(lost)
 
@@ -228,6 +243,9 @@ class History(RuleBasedStateMachine):
     def claim_deliveries(self) -> None:
         for call in self.sender.claim_due(3):
             assert self.known[call.job_id].delivery == "pending"
+            until = self.made_until.get(call.id, 0.0)
+            assert self.clock.now >= until, "nobody else makes it at the same time"
+            self.made_until[call.id] = self.clock.now + CALL_LEASE_S
             self.calls.append(call)
 
     @precondition(lambda self: self.calls)
@@ -235,9 +253,19 @@ class History(RuleBasedStateMachine):
     def answer_delivery(self, status: int | None) -> None:
         call = self.calls.pop(0)
         is_latest = all(later.id != call.id for later in self.calls)
+        if is_latest:
+            self.made_until[call.id] = 0.0
         self.sender.record(call, Attempt(self.clock.now, 0.1, status, "answered"))
         if is_latest and status in (200, 410):
             self.known[call.job_id].delivery = "delivered" if status == 200 else "dead"
+
+    @precondition(lambda self: any(job.delivery for job in self.known.values()))
+    @rule(data=st.data())
+    def redeliver(self, data: st.DataObject) -> None:
+        told = [job_id for job_id, job in self.known.items() if job.delivery]
+        job_id = data.draw(st.sampled_from(told))
+        assert self.sender.redeliver(job_id)
+        self.known[job_id].delivery = "pending"
 
     @invariant()
     def rows_agree(self) -> None:
@@ -247,7 +275,10 @@ class History(RuleBasedStateMachine):
         assert [row.id for row in sorted(rows, key=lambda row: row.id)] == sorted(self.known)
         for row in rows:
             known = self.known[row.id]
-            assert (row.state, row.attempt) == (known.state, known.attempt)
+            assert (row.state, row.attempt, row.claim) == (
+                *(known.state, known.attempt),
+                known.claim,
+            )
             assert (row.flagged or []) == known.marks, "the first result stays"
         states: dict[int, Any] = {job_id: job.delivery for job_id, job in self.known.items()}
         assert len(told) == len({job_id for job_id, _ in told}), "told of once"

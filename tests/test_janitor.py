@@ -2,16 +2,20 @@
 
 import asyncio
 import os
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, insert, select
 
 from server.database import deliveries, jobs
 from server.deliveries import Attempt, DeliveryStore
+from server.dialects import v3
 from server.errors import StorageUnavailable
 from server.janitor import HOUR_S, ORPHAN_S, Janitor, Removed
 from server.jobs import Job, JobState, JobStore
@@ -154,6 +158,25 @@ def test_inputs_left_behind_are_removed(verb: str, house: House) -> None:
     assert house.files() == set()
 
 
+@pytest.mark.parametrize("verb", ["finish", "cancel", "delete"])
+def test_previews_left_behind_are_removed(verb: str, house: House) -> None:
+    """Of a worker that died, or came too late."""
+    house.submit()
+    job = claim_one(house.store)
+    house.put(job.preview_key)
+    house.storage.delete(job.input_key)
+    assert house.janitor.sweep() == Removed(), "it runs"
+    if verb == "finish":
+        house.store.finish(job, [False, False])
+    else:
+        house.store.cancel(job.id)
+    if verb == "delete":
+        house.pass_hours(SETTINGS.rows_h + 1)
+        assert house.janitor.tidy().rows == 1
+    assert house.janitor.sweep() == Removed(files=1)
+    assert house.files() == set()
+
+
 def test_files_without_a_row_are_removed_after_a_day(house: House) -> None:
     orphans = {
         "inputs/" + str(uuid.uuid4()) + ".npy",
@@ -207,12 +230,17 @@ def test_missing_folders_are_empty(house: House) -> None:
 
 
 class BrokenStorage(Storage):
-    """One that cannot delete until it is repaired."""
+    """One that cannot delete until it is repaired. refused: released at each try."""
 
     is_broken = True
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.refused = threading.Semaphore(0)
+
     def delete(self, key: str) -> None:
         if self.is_broken:
+            self.refused.release()
             raise StorageUnavailable("cannot delete")
         super().delete(key)
 
@@ -224,23 +252,58 @@ def test_store_that_fails_is_asked_again(house: House, engine: Engine) -> None:
     broken = Janitor(engine, storage, SETTINGS, house.clock)
     with pytest.raises(StorageUnavailable):
         broken.tidy()
-    assert get(house.store, job.id).expired_at is None, "its pictures are still there"
+    assert get(house.store, job.id).expired_at is not None
+    assert house.files() == {*job.output_keys}
     storage.is_broken = False
-    assert broken.tidy() == Removed(outputs=1)
+    assert broken.tidy() == Removed()
+    assert broken.sweep() == Removed(files=2)
+
+
+class HastyStorage(Storage):
+    """One whose first removal meets a webhook that is made again."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def delete(self, key: str) -> None:
+        if self.meanwhile is not None:
+            act, self.meanwhile = self.meanwhile, None
+            act()
+        super().delete(key)
+
+
+def test_webhook_made_again_during_expiry_names_no_pictures(house: House, engine: Engine) -> None:
+    job = house.finish(webhook="http://x/hook")
+    sender = DeliveryStore(engine, clock=house.clock)
+    (delivery,) = sender.claim_due(1)
+    sender.record(delivery, DELIVERED)
+    house.pass_hours(11)
+    storage = HastyStorage(house.folder.as_uri())
+    told: list[dict[str, Any]] = []
+
+    def make_again() -> None:
+        assert sender.redeliver(job.id)
+        told.append(v3.write_webhook(get(house.store, job.id)))
+
+    storage.meanwhile = make_again
+    assert Janitor(engine, storage, SETTINGS, house.clock).tidy() == Removed(outputs=1)
+    assert [(each["status"], each.get("output")) for each in told] == [("failed", None)]
+    assert house.files() == set()
 
 
 def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -> None:
     house.finish()
-    house.pass_hours(11)
+    house.put(f"generations/{uuid.uuid4()}-0.png")
+    house.pass_hours(25)
     storage = BrokenStorage(house.folder.as_uri())
     task_janitor = Janitor(engine, storage, SETTINGS, house.clock)
 
     async def run() -> bool:
         task = asyncio.create_task(task_janitor.run())
-        done, _ = await asyncio.wait([task], timeout=0.5)
+        # The look at the rows is refused, and the one at the files is made all the same.
+        tries = [await asyncio.to_thread(storage.refused.acquire, timeout=20) for _ in range(2)]
         task.cancel()
         await asyncio.wait([task])
-        return bool(done)
+        return task.cancelled() and all(tries)
 
-    assert not asyncio.run(run())
-    assert len(house.files()) == 2
+    assert asyncio.run(run())
+    assert len(house.files()) == 3

@@ -1,6 +1,7 @@
 """The job table: every verb with its guards, under several claimers and kills."""
 
 import itertools
+import math
 import multiprocessing
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, delete, insert, text
+from sqlalchemy import Engine, delete, event, insert, text
 from sqlalchemy.exc import IntegrityError
 
 from models.params import InpaintParams, SchedulerName
@@ -21,14 +22,18 @@ from server.jobs import (
     GUESSED_SPEED,
     LEASE_S,
     MAX_ATTEMPTS,
+    START_S,
+    WORKER_KEPT_S,
     WORKER_LOST,
     WORKER_SEEN_S,
+    Beat,
     Job,
     JobState,
     JobStore,
     NewJob,
     WorkerStatus,
 )
+from server.silence import LOOK_S
 
 PARAMS = InpaintParams(prompt="a cat", seed=7, samples=2, scheduler=SchedulerName.DDIM)
 
@@ -62,7 +67,17 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(engine: Engine, clock: Clock) -> JobStore:
-    return JobStore(engine, clock=clock)
+    return JobStore(engine, clock=clock, steady_clock=clock)
+
+
+def pass_time(store: JobStore, clock: Clock, seconds: float) -> int:
+    """Let it pass, while the leases are looked at as always; how many ran out."""
+    lost = store.requeue_expired()
+    while seconds > 0:
+        clock.now += min(seconds, LOOK_S)
+        seconds -= LOOK_S
+        lost += store.requeue_expired()
+    return lost
 
 
 def claim_one(store: JobStore, worker_id: str = "w") -> Job:
@@ -165,21 +180,85 @@ def test_cancel_of_an_unknown_job_does_nothing(store: JobStore) -> None:
 def test_job_is_given_back_when_its_lease_has_run_out(store: JobStore, clock: Clock) -> None:
     job_id = store.submit(new_job()).id
     claim_one(store)
-    clock.now += LEASE_S
-    assert store.requeue_expired() == 0
-    clock.now += 0.1
-    assert store.requeue_expired() == 1
+    assert pass_time(store, clock, LEASE_S) == 0
+    assert pass_time(store, clock, 0.1) == 1
     assert state_of(store, job_id) is JobState.QUEUED
+
+
+@pytest.mark.parametrize("days", [3, -3])
+def test_jump_of_the_clock_ends_no_lease_and_delays_none(
+    days: float, engine: Engine, clock: Clock
+) -> None:
+    """Neither that of the watching process, nor that of the worker's."""
+    wall, steady = clock, Clock()
+    store = JobStore(engine, clock=wall, steady_clock=steady)
+    for _ in range(2):
+        store.submit(new_job())
+    kept, lost = store.claim("w", 2)
+    assert pass_time(store, steady, LEASE_S / 2) == 0
+    wall.now += days * 86_400
+    assert store.beat(kept, 1, 20)
+    assert pass_time(store, steady, LEASE_S / 2) == 0
+    assert pass_time(store, steady, LOOK_S) == 1
+    assert [state_of(store, job.id) for job in (kept, lost)] == ["running", "queued"]
+
+
+def test_node_whose_clock_is_ahead_takes_nobodys_lease(engine: Engine, clock: Clock) -> None:
+    ahead = Clock()
+    ahead.now = clock.now + 60
+    here = JobStore(engine, clock=clock, steady_clock=clock)
+    there = JobStore(engine, clock=ahead, steady_clock=ahead)
+    here.submit(new_job())
+    job = claim_one(here)
+    for _ in range(20):
+        clock.now += LOOK_S
+        assert here.beat(job, 1, 20)
+        assert pass_time(there, ahead, LOOK_S) == 0
+    assert pass_time(there, ahead, LEASE_S + LOOK_S) == 1
+
+
+def test_time_in_which_nobody_looked_takes_no_lease(store: JobStore, clock: Clock) -> None:
+    """The machine slept, or the database was away: the worker could not beat either."""
+    store.submit(new_job())
+    job = claim_one(store)
+    store.requeue_expired()
+    clock.now += 3_600
+    assert store.requeue_expired() == 0
+    assert store.beat(job, 1, 20)
+
+
+def test_beat_after_the_look_saves_the_lease(store: JobStore, clock: Clock, engine: Engine) -> None:
+    store.submit(new_job())
+    job = claim_one(store)
+    assert pass_time(store, clock, LEASE_S) == 0
+    clock.now += LOOK_S
+
+    def beat(*_arguments: Any) -> None:
+        assert JobStore(engine).beat(job, 1, 20)
+
+    event.listen(engine, "rollback", beat, once=True)  # the end of the look
+    assert store.requeue_expired() == 0
+    assert state_of(store, job.id) is JobState.RUNNING
 
 
 def test_beat_renews_the_lease(store: JobStore, clock: Clock) -> None:
     store.submit(new_job())
     job = claim_one(store)
-    clock.now += LEASE_S - 1
+    assert pass_time(store, clock, LEASE_S - 1) == 0
     assert store.beat(job, 5, 20)
-    clock.now += LEASE_S - 1
-    assert store.requeue_expired() == 0
+    assert pass_time(store, clock, LEASE_S - 1) == 0
     assert (get(store, job.id).step, get(store, job.id).total_steps) == (5, 20)
+
+
+def test_beat_tells_of_a_preview_until_another_worker_begins(store: JobStore) -> None:
+    job_id = store.submit(new_job()).id
+    job = claim_one(store)
+    assert store.standings([job_id])[job_id].preview_step is None
+    assert store.beat_all([Beat(job, 5, 20, preview_step=4)]) == []
+    assert store.standings([job_id])[job_id].preview_step == 4
+    store.requeue_of("w")
+    claim_one(store)
+    assert store.standings([job_id])[job_id].preview_step is None
 
 
 def test_jobs_of_a_dead_worker_are_given_back_at_once(store: JobStore) -> None:
@@ -199,7 +278,7 @@ def test_given_back_job_starts_anew_and_keeps_its_place(store: JobStore) -> None
 
 
 def test_late_worker_has_no_say(store: JobStore) -> None:
-    """The same worker id does not help: the attempt number is the fence."""
+    """The same worker id does not help: the claim's number is the fence."""
     store.submit(new_job())
     old = claim_one(store, "w")
     store.requeue_of("w")
@@ -210,11 +289,11 @@ def test_late_worker_has_no_say(store: JobStore) -> None:
     assert store.finish(new, [False, False])
 
 
-def test_each_attempt_has_files_of_its_own(store: JobStore, clock: Clock) -> None:
+@pytest.mark.parametrize("verb", ["lose", "release"])
+def test_each_claim_has_files_of_its_own(verb: str, store: JobStore) -> None:
     store.submit(new_job(file_prefix="abc"))
     late = claim_one(store, "late")
-    clock.now += LEASE_S + 1
-    store.requeue_expired()
+    assert store.release(late) if verb == "release" else store.requeue_of("late")
 
     quick = claim_one(store, "quick")
     assert quick.output_keys == ["generations/abc-0-2.png", "generations/abc-1-2.png"]
@@ -273,7 +352,7 @@ ROW = {
     "work": 1.0,
     "created_at": 0.0,
 }
-RUNNING = {"state": "running", "worker_id": "w", "lease_until": 1.0}
+RUNNING = {"state": "running", "worker_id": "w", "beaten_at": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -283,7 +362,7 @@ RUNNING = {"state": "running", "worker_id": "w", "lease_until": 1.0}
         {"state": None},
         {"state": "running"},
         RUNNING | {"worker_id": None},
-        RUNNING | {"lease_until": None},
+        RUNNING | {"beaten_at": None},
         RUNNING | {"state": "finished"},
         RUNNING | {"state": "queued"},
         RUNNING | {"error": "reason"},
@@ -310,10 +389,26 @@ def test_schema_holds_against_raw_sql(store: JobStore, engine: Engine) -> None:
 
 
 class TestFigures:
+    @pytest.fixture(autouse=True)
+    def worker(self, store: JobStore, clock: Clock) -> None:
+        store.report_worker(status("a", clock()))
+
     def test_empty_queue(self, store: JobStore) -> None:
         figures = store.figures()
         assert (figures.waiting, figures.running, figures.wait_s) == (0, 0, 0)
         assert figures.speed == GUESSED_SPEED
+
+    @pytest.mark.parametrize("state", ["loading", "failed", None])
+    def test_without_a_ready_worker_nothing_starts_at_once(
+        self, state: str | None, store: JobStore, clock: Clock
+    ) -> None:
+        if state:
+            store.report_worker(status("a", clock(), state))
+        else:
+            store.forget_worker("a")
+        job = store.submit(new_job(work=2 * GUESSED_SPEED))
+        assert store.figures(job.id).eta_s(job) == START_S + 2
+        assert store.figures().wait_s == START_S + 2
 
     def test_work_in_front_counts_what_is_left_of_running_jobs(self, store: JobStore) -> None:
         first, second, third = (store.submit(new_job(work=1_000.0)) for _ in range(3))
@@ -348,10 +443,9 @@ class TestFigures:
         assert store.figures(second.id).eta_s(second) == 5.0
 
     def test_workers_add_up_while_they_are_seen(self, store: JobStore, clock: Clock) -> None:
-        for worker_id in "ab":
-            store.report_worker(status(worker_id, clock()))
+        store.report_worker(status("b", clock()))
         assert store.figures().speed == 2 * GUESSED_SPEED
-        clock.now += WORKER_SEEN_S
+        hear_nothing(store, clock, WORKER_SEEN_S)
         assert store.figures().speed == GUESSED_SPEED
 
     def test_instant_jobs_do_not_divide_by_zero(self, store: JobStore) -> None:
@@ -362,6 +456,45 @@ class TestFigures:
 
 def status(worker_id: str, seen_at: float, state: str = "ready") -> WorkerStatus:
     return WorkerStatus(worker_id, "cpu", "builtin", state, state, seen_at)
+
+
+def hear_nothing(store: JobStore, clock: Clock, seconds: float) -> None:
+    """Let the time pass, while the workers are looked at as always."""
+    for _ in range(math.ceil(seconds / LOOK_S)):
+        clock.now += LOOK_S
+        store.forget_silent_workers()
+
+
+@pytest.mark.parametrize("shift_s", [0, 60, -60, 3 * 86_400, -3 * 86_400])
+def test_worker_is_seen_while_it_speaks_whatever_its_clock(
+    shift_s: float, store: JobStore, clock: Clock
+) -> None:
+    for _ in range(3):
+        clock.now += LOOK_S
+        store.report_worker(status("a", clock() + shift_s))
+        seen = store.workers_seen()
+    assert [worker.id for worker in seen] == ["a"]
+    hear_nothing(store, clock, WORKER_SEEN_S)
+    assert store.workers_seen() == []
+
+
+def test_first_look_takes_no_old_word_for_a_living_worker(engine: Engine, clock: Clock) -> None:
+    JobStore(engine).report_worker(status("dead", clock() - WORKER_SEEN_S))
+    JobStore(engine).report_worker(status("alive", clock() - WORKER_SEEN_S + 1))
+    begun = JobStore(engine, clock=clock, steady_clock=clock)
+    assert [worker.id for worker in begun.workers_seen()] == ["alive"]
+
+
+def test_row_of_a_dead_worker_is_removed(store: JobStore, clock: Clock) -> None:
+    store.report_worker(status("dead", clock()))
+    hear_nothing(store, clock, WORKER_KEPT_S)
+    store.report_worker(status("alive", clock()))
+    assert store.worker("dead")
+    hear_nothing(store, clock, LOOK_S)
+    assert (store.worker("dead"), store.worker("alive")) == (
+        None,
+        status("alive", clock() - LOOK_S),
+    )
 
 
 def test_workers_last_word_counts(store: JobStore, clock: Clock) -> None:
@@ -478,6 +611,18 @@ def test_released_job_keeps_its_attempts(store: JobStore) -> None:
     store.submit(new_job())
     for _ in range(MAX_ATTEMPTS + 1):
         (job,) = store.claim("stopping", 1)
+        assert job.attempt == 1
         assert store.release(job)
         assert not store.release(job)
     assert get(store, job.id).state is JobState.QUEUED
+
+
+def test_release_that_comes_twice_does_not_disturb_the_next_claim(store: JobStore) -> None:
+    """As when the first one's answer was lost."""
+    store.submit(new_job())
+    first = claim_one(store)
+    assert store.release(first)
+    second = claim_one(store)
+    assert not store.release(first)
+    assert store.finish(second, [False, False])
+    assert not {*first.output_keys} & {*second.output_keys}

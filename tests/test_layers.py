@@ -35,6 +35,7 @@ MODELS = {
     "prompts": "errors",
     "vae": "errors",
     "conditioning": "errors params prompts registry",
+    "previews": "images",
     "schedulers": "errors params",
     "uploads": "",
     "unet": "uploads",
@@ -44,8 +45,8 @@ MODELS = {
     "acceleration": "attention compiling graphs unet",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
-    "pipeline": "acceleration canvas conditioning errors params schedulers registry safety unet"
-    " uploads vae",
+    "pipeline": "acceleration canvas conditioning errors params previews schedulers registry safety"
+    " unet uploads vae",
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
@@ -74,26 +75,32 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
-    "deliveries": "database",
+    "clocks": "database",
+    "deliveries": "clocks commits database",
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
     "commits": "",
     "turns": "database",
-    "jobs": "commits database deliveries errors failures idempotency receipts turns models.params",
+    "silence": "",
+    "jobs": "commits database deliveries errors failures idempotency receipts silence turns"
+    " models.params",
+    "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
-    "waiters": "jobs telemetry",
-    "followers": "errors jobs telemetry",
+    "threads": "",
+    "waiters": "database jobs telemetry",
+    "followers": "database errors jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry",
+    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry"
+    " threads",
     "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
-    " waiters webhooks",
+    " threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings models.params",
+    " settings storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors followers idempotency"
@@ -101,23 +108,27 @@ SERVER = {
     "checkpoints": "receipts settings telemetry"
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",
+    "endings": "errors failures jobs telemetry",
+    "results": "endings errors failures inspection jobs receipts storage telemetry"
+    " models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database errors failures inspection jobs receipts sandbox settings"
-    " storage telemetry"
-    " models.captions models.engine models.errors models.images models.pipeline models.residency",
+    "worker": "checkpoints database endings errors failures inspection jobs previews receipts"
+    " results sandbox settings storage telemetry"
+    " models.captions models.engine models.errors models.pipeline models.residency",
+    "devices": "telemetry",
     "supervisor": "jobs telemetry",
     "app": "auth background database deliveries dialects door egress errors followers"
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings storage telemetry waiters webhooks models.decoding",
+    " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics routes services",
     "connections": "auth bodies settings",
-    "http": "admin connections settings",
+    "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
-    "cli": "app auth cluster database deliveries demo door http jobs key_commands keys settings"
-    " supervisor telemetry webhooks worker models.errors models.registry",
+    "cli": "app auth cluster database deliveries demo devices door http jobs key_commands keys"
+    " settings supervisor telemetry webhooks worker models.errors models.registry",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 
@@ -304,14 +315,15 @@ def test_both_ways_out_use_the_door_and_not_the_wire(name: str) -> None:
     assert from_exchange <= {"BodyTooLarge"}
 
 
-WORKER = {"worker.py", "checkpoints.py", "inspection.py"}
+WORKER = {"worker.py", "checkpoints.py", "inspection.py", "results.py"}
 """What runs in the worker's process alone."""
 
 
 def test_only_the_worker_imports_the_engine() -> None:
     assert importers_of("models.engine") == {"worker.py"}
     assert importers_of("models.pipeline") <= WORKER
-    assert importers_of("server.checkpoints", "server.inspection") == {"worker.py"}
+    assert importers_of("server.checkpoints", "server.results") == {"worker.py"}
+    assert importers_of("server.inspection") == {"results.py", "worker.py"}
 
 
 def test_only_the_worker_imports_torch() -> None:

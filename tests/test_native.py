@@ -69,6 +69,16 @@ def test_every_parameter_reaches_the_job() -> None:
     assert given.keys() == params.to_json().keys() - {"prompt"} - of_operator, "none was forgotten"
 
 
+def test_previews_are_for_the_worker_and_no_parameter() -> None:
+    assert [read().record("")["previews"], read(previews=True).record("")["previews"]] == [
+        False,
+        True,
+    ]
+    assert problems(previews="yes") == {"previews": FieldProblem.WRONG_TYPE}
+    plain, shown = (read(seed=1, previews=each).params(64, 64) for each in (False, True))
+    assert plain == shown
+
+
 def test_model_that_is_not_offered_is_refused() -> None:
     with pytest.raises(InvalidRequest) as caught:
         read(model="another")

@@ -45,7 +45,8 @@ BODY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with serving(tmp_path_factory.mktemp("server")) as process:
+    settings = {"INPAINT_PNG_METADATA": "true"}
+    with serving(tmp_path_factory.mktemp("server"), settings) as process:
         yield process
 
 
@@ -69,14 +70,14 @@ def finished(server: ServerProcess, **changes: Any) -> dict[str, Any]:
 
 
 def pixels(answer: httpx.Response) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB"))
+    return decoded(answer.content)
 
 
 def test_events_of_a_real_run_and_its_receipt(server: ServerProcess) -> None:
     events = [*follow(server, create(server, samples=2)["id"])]
     names = [name for name, _ in events]
     assert names[-1] == "finished"
-    assert {*names} <= {"queued", "started", "step", "finished"}
+    assert {*names} <= {"queued", "started", "step", "finished"}, "previews were not asked for"
     steps = [told["step"] for name, told in events if name == "step"]
     assert steps == sorted(steps)
     job = events[-1][1]
@@ -94,6 +95,39 @@ def test_events_of_a_real_run_and_its_receipt(server: ServerProcess) -> None:
         "mask_image_sha256": hashlib.sha256(MASK_PNG).hexdigest(),
     }
     assert [output["seed"] for output in job["outputs"]] == [7, 8]
+
+
+def test_previews_lead_to_the_picture(server: ServerProcess) -> None:
+    # 300 steps: far more than the half second until the first preview.
+    events = [
+        *follow(server, create(server, previews=True, num_inference_steps=150, samples=2)["id"])
+    ]
+    *_, (name, job) = events
+    assert name == "finished"
+    previews = [told for name, told in events if name == "preview"]
+    assert previews
+    assert [each["step"] for each in previews] == sorted({each["step"] for each in previews})
+    assert {each["total_steps"] for each in previews} == {300}
+    head, _, content = previews[-1]["image"].partition(",")
+    assert head == "data:image/png;base64"
+    preview = decoded(base64.b64decode(content))
+    assert preview.shape == (SIDE // 8, SIDE // 8, 3)
+    picture = decoded(server.client.get(job["outputs"][0]["url"]).content)
+    small = Image.fromarray(picture).resize((SIDE // 8, SIDE // 8), Image.Resampling.BOX)
+    assert np.abs(preview.astype(int) - np.asarray(small)).mean() < 20
+    for _ in range(2_000):  # each a round trip; the worker removes it after it has told the end
+        if not preview_files(server):
+            break
+        server.client.get("/healthz")
+    assert preview_files(server) == []
+
+
+def preview_files(server: ServerProcess) -> list[Path]:
+    return [path for path in server.data_dir.rglob("previews/*") if path.is_file()]
+
+
+def decoded(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
 def test_receipt_agrees_with_what_is_delivered(server: ServerProcess) -> None:
@@ -151,6 +185,24 @@ def test_running_job_is_cancelled_and_the_worker_goes_on(server: ServerProcess) 
     assert [name for name, _ in follow(server, job_id)] == ["cancelled"]
     assert server.wait_for("job was taken away")["job_id"] == job_id
     assert finished(server)["state"] == "finished"
+
+
+def test_parameters_stand_in_the_picture_where_the_operator_wants_it(server: ServerProcess) -> None:
+    job = finished(server, scheduler="EulerDiscreteScheduler", samples=2)
+
+    for output in job["outputs"]:
+        file = server.client.get(output["url"])
+        text = Image.open(io.BytesIO(file.content)).info["parameters"]
+        assert text.startswith("a red circle\n")
+        assert f"Seed: {output['seed']}," in text
+        assert "Sampler: Euler" in text
+
+
+def test_parameter_that_only_the_model_can_judge_is_named(server: ServerProcess) -> None:
+    *_, (name, job) = follow(server, create(server, clip_skip=8)["id"])
+
+    assert name == "failed"
+    assert job["error"]["code"] == "clip_skip_too_large"
 
 
 def test_forced_checker_makes_no_pictures_with_a_model_that_has_none(tmp_path: Path) -> None:

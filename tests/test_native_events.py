@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,13 @@ from server import native_events
 from server.database import open_engine
 from server.dialects.native_answers import JobAnswer
 from server.followers import Followers
-from server.jobs import JobState, JobStore, Standing
+from server.jobs import Beat, JobState, JobStore, Standing
+from server.storage import Storage
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_jobs import new_job
 from tests.test_native_routes import BODY, claim, client_of
+from tests.test_waiters import statements_fail
 
 LONG_S = 20
 KEY = "a holder"
@@ -83,14 +86,18 @@ class TestFollowers:
         assert run_with(store, body) == [1, 2, 3, 1, 2, 3]
 
     def test_nobody_is_told_without_a_change_of_its_job(self, store: JobStore) -> None:
-        first, second = store.submit(new_job()).id, store.submit(new_job()).id
+        quiet, *busy = (store.submit(new_job()).id for _ in range(3))
 
         async def body(followers: Followers) -> Standing | None:
-            with followers.follow(first, KEY) as idle, followers.follow(second, KEY) as busy:
+            with followers.follow(quiet, KEY) as idle:
                 assert await idle.news(LONG_S)
-                assert await busy.news(LONG_S)
-                await asyncio.to_thread(store.cancel, second)
-                assert await busy.news(LONG_S)
+                # News goes out in order: what the first change had for `idle` comes before the
+                # second's.
+                for job_id in busy:
+                    with followers.follow(job_id, KEY) as follower:
+                        assert await follower.news(LONG_S)
+                        await asyncio.to_thread(store.cancel, job_id)
+                        assert await follower.news(LONG_S)
                 return await idle.news(0)
 
         assert run_with(store, body) is None
@@ -108,6 +115,30 @@ class TestFollowers:
                     return [early.is_over, late.is_over]
 
         assert run_with(store, body) == [True, True]
+
+    def test_what_was_looked_up_before_the_end_does_not_undo_it(self, store: JobStore) -> None:
+        job_id = store.submit(new_job()).id
+
+        async def body(followers: Followers) -> list[Standing | None]:
+            with followers.follow(job_id, KEY) as follower:
+                standing = await follower.news(LONG_S)
+                followers.release_all()
+                follower.tell(standing)
+                await asyncio.sleep(0)
+                assert follower.is_over
+                return [standing, await follower.news(LONG_S)]
+
+        assert run_with(store, body)[1] is None
+
+    def test_any_error_of_a_look_is_survived(self, store: JobStore, engine: Engine) -> None:
+        job_id = store.submit(new_job()).id
+
+        async def body(followers: Followers) -> Standing | None:
+            with followers.follow(job_id, KEY) as follower:
+                return await follower.news(LONG_S)
+
+        with statements_fail(engine, 2):
+            assert run_with(store, body) is not None
 
     def test_job_that_is_gone_ends_the_view(self, store: JobStore) -> None:
         async def body(followers: Followers) -> bool:
@@ -162,16 +193,34 @@ def test_skipped_states_are_made_up_for() -> None:
     assert names(late, Standing(JobState.FAILED, 1, 5, 14, None)) == []
 
 
+def test_preview_is_told_of_once() -> None:
+    plain = Standing(JobState.RUNNING, 1, 5, 14, None)
+    shown = replace(plain, preview_step=5)
+    later = replace(shown, step=6)
+    again = replace(shown, attempt=2)
+    ended = replace(shown, state=JobState.FINISHED)
+
+    steps = native_events.new_preview_step
+    assert (steps(None, plain), steps(None, shown), steps(plain, shown)) == (None, 5, 5)
+    assert (steps(shown, later), steps(shown, again), steps(plain, ended)) == (None, 5, None)
+
+
 def test_silence_is_filled_with_comments(store: JobStore) -> None:
     job_id = store.submit(new_job()).id
 
     async def never() -> JobAnswer:
         raise AssertionError("the job has not ended")
 
+    async def nothing() -> None:
+        raise AssertionError("there is no preview")
+
     async def body(followers: Followers) -> list[bytes]:
         with followers.follow(job_id, KEY) as follower:
-            events = native_events.write_events(follower, never, heartbeat_s=0.05)
-            return [await anext(events) for _ in range(3)]
+            events = native_events.write_events(follower, never, nothing, heartbeat_s=0.05)
+            # The job is looked up first, and there may be silence meanwhile.
+            while (first := await anext(events)).startswith(b":"):
+                pass
+            return [first, await anext(events), await anext(events)]
 
     first, *rest = run_with(store, body)
     assert first.startswith(b"event: queued\n")
@@ -249,6 +298,31 @@ class TestStream:
             while len(app.app.state.services.followers) > 1:
                 pass
             assert follow(FIRST).status_code == 200
+
+    def test_preview_comes_with_its_step(
+        self, app: LiveApp, live_store: JobStore, tmp_path: Path
+    ) -> None:
+        job = claim(live_store, create(app))
+        storage = Storage(settings_in(tmp_path).storage_url)
+        with following(app, job.id) as events:
+            assert next(events)[0] == "started"
+            live_store.beat_all([Beat(job, 3, 14, preview_step=2)])
+            assert next(events) == ("step", {"step": 3, "total_steps": 14})
+            storage.put(job.preview_key, b"\x89PNG")
+            live_store.beat_all([Beat(job, 6, 14, preview_step=5)])
+            assert next(events)[0] == "step", "the first one was gone before it could be read"
+            image = "data:image/png;base64,iVBORw=="
+            shown = {"step": 5, "total_steps": 14, "image": image}
+            assert next(events) == ("preview", shown)
+            live_store.beat_all([Beat(job, 7, 14, preview_step=5)])
+            assert next(events)[0] == "step"
+            live_store.cancel(job.id)
+            assert [name for name, _ in events] == ["cancelled"]
+        late = claim(live_store, create(app))
+        live_store.beat_all([Beat(late, 3, 14, preview_step=2)])
+        storage.put(late.preview_key, b"\x89PNG")
+        with following(app, late.id) as events:
+            assert [next(events)[0] for _ in range(3)] == ["started", "step", "preview"]
 
     @pytest.mark.parametrize("state", ["failed", "cancelled"])
     def test_other_ends(self, state: str, app: LiveApp, live_store: JobStore) -> None:

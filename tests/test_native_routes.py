@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from server.database import idempotency_keys, open_engine
 from server.failures import Failure
-from server.jobs import MAX_ATTEMPTS, Job, JobStore
+from server.jobs import MAX_ATTEMPTS, Beat, Job, JobStore
 from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.settings import Settings
 from server.storage import Storage
@@ -181,13 +181,23 @@ class TestLifeOfAJob:
         }
 
     def test_job_of_the_vendors_path_is_told_too(
-        self, client: httpx.Client, store: JobStore
+        self, client: httpx.Client, store: JobStore, settings: Settings
     ) -> None:
         fields = {key: BODY[key] for key in ("prompt", "init_image", "mask_image")}
         job_id = post(client, "inpaint", **fields)["id"]
-        store.finish(claim(store, job_id), [False])
+        job = claim(store, job_id)
+        Storage(settings.storage_url).put(job.output_keys[0], OUTPUT)
+        store.finish(job, [False])
         told = read(client, job_id)
         assert (told["state"], told["receipt"], len(told["outputs"])) == ("finished", None, 1)
+
+    def test_finished_job_is_told_on_the_vendors_path_too(
+        self, client: httpx.Client, store: JobStore
+    ) -> None:
+        job = claim(store, create(client)["id"])
+        assert store.finish(job, [None, None])
+        answer = client.post(f"/api/v3/fetch/{job.id}").json()
+        assert (answer["status"], len(answer["output"])) == ("success", 2)
 
     def test_only_masked_keeps_the_pictures_size(
         self, client: httpx.Client, settings: Settings, store: JobStore
@@ -409,7 +419,7 @@ class TestCancel:
             for _ in range(2):
                 answer = client.post(f"/api/jobs/{job_id}/cancel")
                 assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
-        assert store.beat_all([(running, 1, 2)]) == [running], "its worker is told"
+        assert store.beat_all([Beat(running, 1, 2)]) == [running], "its worker is told"
 
     def test_input_is_dropped(
         self, client: httpx.Client, store: JobStore, settings: Settings

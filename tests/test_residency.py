@@ -241,3 +241,20 @@ def test_only_model_of_a_fixed_room_is_served(tiny_pipeline: InpaintPipeline) ->
     engine.add(make_generation(2, "other"))
     assert isinstance(drain_slowly(engine, engine.models)[-1], Failed)
     assert drain(engine) == []
+
+
+def test_model_that_finds_no_memory_at_first_is_placed_once_more(reading: Reading) -> None:
+    attempts: list[Components] = []
+
+    def place(components: Components) -> InpaintPipeline:
+        attempts.append(components)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("full")
+        return reading.place(components)
+
+    models = Residency(reading.load, place)
+    try:
+        assert isinstance(models.wait_for("inpaint"), InpaintPipeline)
+    finally:
+        models.close()
+    assert len(attempts) == 2

@@ -6,10 +6,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from models.errors import ModelUnavailable
 from models.params import SchedulerName
-from models.schedulers import create_scheduler, run_timesteps
+from models.pipeline import step_arguments
+from models.schedulers import SchedulerSource, create_scheduler, run_timesteps
 
 CONFIG: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -116,3 +118,22 @@ def test_unknown_class_in_a_checkpoint_is_refused(class_name: str) -> None:
 def test_config_without_a_class_is_refused() -> None:
     with pytest.raises(ModelUnavailable):
         create_scheduler(None, {})
+
+
+@pytest.mark.parametrize("name", [None, *QUICK_SCHEDULERS])
+def test_copies_begin_where_the_original_began(name: SchedulerName | None) -> None:
+    config = CONFIG | {"_class_name": SchedulerName.EULER.value}
+    source = SchedulerSource(config)
+    expected = denoised_with(create_scheduler(name, config))
+
+    for _ in range(2):
+        assert torch.equal(denoised_with(source.new(name)), expected)
+
+
+def denoised_with(scheduler: SchedulerMixin) -> torch.Tensor:
+    """Where a run of three steps ends that predicts what it is given."""
+    latents = torch.ones(1, 4, 2, 2)
+    arguments = step_arguments(scheduler, torch.Generator().manual_seed(0))
+    for timestep in run_timesteps(scheduler, 3, 1.0):
+        latents = scheduler.step(latents, timestep, latents, **arguments).prev_sample
+    return latents

@@ -83,8 +83,9 @@ def test_lost_job_gives_later_ones_no_early_turn(store: JobStore) -> None:
     claim(store, 10)
     store.requeue_of("dead")
     submit(store, "new", 20)
-    assert store.position(old[0]) == 0
-    assert store.position(old[12]) == 3, "behind the lost one, its forerunner, and one new one"
+    assert positions(store, [old[0], old[12]]) == [1, 4], (
+        "behind the lost one, its forerunner, and one new one"
+    )
 
 
 def test_higher_priority_goes_first(store: JobStore) -> None:
@@ -100,14 +101,19 @@ def test_classes_have_turns_of_their_own(store: JobStore) -> None:
     assert claim(store, 2) == [plain[0], single]
 
 
+def positions(store: JobStore, job_ids: list[int]) -> list[int | None]:
+    standings = store.standings(job_ids)
+    return [standings[job_id].position for job_id in job_ids]
+
+
 def test_position_counts_the_jobs_that_go_before(store: JobStore) -> None:
     a, b = submit(store, "a", 3), submit(store, "b", 2)
     (high,) = submit(store, "high", priority=1)
     order = [high, a[0], b[0], a[1], b[1], a[2]]
-    assert [store.position(job_id) for job_id in order] == [0, 1, 2, 3, 4, 5]
+    assert positions(store, order) == [1, 2, 3, 4, 5, 6]
     claim(store, 2)
-    assert [store.position(job_id) for job_id in order] == [None, None, 0, 1, 2, 3]
-    assert store.position(99) is None
+    assert positions(store, order) == [None, None, 1, 2, 3, 4]
+    assert store.standings([99]) == {}
 
 
 def test_figures_count_the_work_that_goes_before(store: JobStore) -> None:
@@ -250,4 +256,4 @@ class TestLongQueue:
     def test_turns_go_round_all_keys(self, store: JobStore, engine: Engine) -> None:
         insert_many(engine)
         assert claim(store, 150) == [*range(1, 151)]
-        assert store.position(MANY) == MANY - 151
+        assert store.figures(MANY).waiting == MANY - 151

@@ -409,6 +409,7 @@ def job() -> Job:
         started_at=1.0,
         finished_at=2.0,
         attempt=1,
+        claim=1,
         worker_id=None,
         step=14,
         total_steps=14,
@@ -460,10 +461,15 @@ class TestWriting:
         )
 
     @pytest.mark.parametrize(
-        ("error", "reason"), [("No room", "No room"), (None, "The job was cancelled")]
+        ("changes", "reason"),
+        [
+            ({"state": JobState.FAILED, "error": "No room"}, "No room"),
+            ({"state": JobState.CANCELLED}, "The job was cancelled"),
+            ({"expired_at": 1.0}, "The pictures are no longer there"),
+        ],
     )
-    def test_failed(self, error: str | None, reason: str, job: Job) -> None:
-        assert json.dumps(v3.write_failed(replace(job, error=error))) == (
+    def test_failed(self, changes: dict[str, Any], reason: str, job: Job) -> None:
+        assert json.dumps(v3.write_failed(replace(job, **changes))) == (
             f'{{"status": "failed", "id": 12384052, "message": "Failed, Try Again. {reason}", '
             f'"messege": "Failed, Try Again. {reason}", "output": ""}}'
         )

@@ -1,11 +1,14 @@
 """Requests that wait: who is woken, when, and by what."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from server.database import open_engine
 from server.jobs import Job, JobState, JobStore
@@ -143,7 +146,79 @@ def test_client_that_has_gone_leaves_the_others_waiting(store: JobStore) -> None
     assert run_with(store, body) is not None
 
 
-def test_database_that_fails_for_a_while_loses_no_waiter(store: JobStore, engine: Engine) -> None:
+def test_who_comes_after_the_first_was_woken_is_woken_too(store: JobStore) -> None:
+    """Nothing changes any more that would make anybody look."""
+    job_id = store.submit(new_job()).id
+    store.cancel(job_id)
+
+    async def twice(waiters: Waiters) -> list[Job | None]:
+        return [await waiters.wait(job_id, LONG_S) for _ in range(2)]
+
+    assert None not in run_with(store, twice)
+
+
+def test_any_error_of_a_look_is_survived(store: JobStore, engine: Engine) -> None:
+    job_id = store.submit(new_job()).id
+    store.cancel(job_id)
+    with statements_fail(engine, 2):
+        assert run_with(store, lambda waiters: waiters.wait(job_id, LONG_S)) is not None
+
+
+@contextmanager
+def statements_fail(engine: Engine, count: int) -> Iterator[None]:
+    """The next ones, with an error that nobody foresaw."""
+    left = [KeyError("unforeseen")] * count
+
+    def fail(*_arguments: Any) -> None:
+        if left:
+            raise left.pop()
+
+    event.listen(engine, "before_cursor_execute", fail)
+    yield
+    event.remove(engine, "before_cursor_execute", fail)
+    assert not left
+
+
+def test_waiter_whose_loop_has_ended_does_not_keep_the_others_waiting(store: JobStore) -> None:
+    job_id = store.submit(new_job()).id
+
+    async def body(waiters: Waiters) -> Job | None:
+        def begin_and_end() -> asyncio.Task[Job | None]:
+            loop = asyncio.new_event_loop()
+            task = loop.create_task(waiters.wait(job_id, LONG_S))
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+            return task
+
+        gone = await asyncio.to_thread(begin_and_end)
+        task = asyncio.create_task(waiters.wait(job_id, LONG_S))
+        await asyncio.sleep(0)
+        store.cancel(job_id)
+        ended = await task
+        gone.get_coro().close()
+        return ended
+
+    assert run_with(store, body) is not None
+
+
+class WatchedStore(JobStore):
+    """Tells when the ended jobs could not be looked up."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.failed_look = threading.Event()
+
+    def ended(self, job_ids: Sequence[int]) -> list[Job]:
+        """As the base class."""
+        try:
+            return super().ended(job_ids)
+        except SQLAlchemyError:
+            self.failed_look.set()
+            raise
+
+
+def test_database_that_fails_for_a_while_loses_no_waiter(engine: Engine) -> None:
+    store = WatchedStore(engine)
     job_id = store.submit(new_job()).id
 
     def rename(old: str, new: str) -> None:
@@ -153,7 +228,7 @@ def test_database_that_fails_for_a_while_loses_no_waiter(store: JobStore, engine
     async def body(waiters: Waiters) -> Job | None:
         rename("jobs", "gone")
         task = asyncio.create_task(waiters.wait(job_id, LONG_S))
-        await asyncio.wait([task], timeout=0.1)  # several looks at a missing table
+        assert await asyncio.to_thread(store.failed_look.wait, LONG_S)
         rename("gone", "jobs")
         store.cancel(job_id)
         return await task

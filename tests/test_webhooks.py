@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -22,11 +23,29 @@ from svix.webhooks import Webhook as SvixWebhook
 from svix.webhooks import WebhookVerificationError
 
 from models.params import InpaintParams
-from server.deliveries import MAX_AGE_S, RETRY_DELAYS_S, Attempt, DeliveryState, DeliveryStore
+from server.clocks import MEASURE_S, SharedClock
+from server.database import open_engine
+from server.deliveries import (
+    LONGEST_DELAY_S,
+    MAX_AGE_S,
+    RETRY_DELAYS_S,
+    Attempt,
+    DeliveryState,
+    DeliveryStore,
+    host_of,
+)
 from server.failures import Failure
 from server.jobs import MAX_ATTEMPTS, Job, JobStore, NewJob
 from server.settings import WebhookSettings
-from server.webhooks import WebhookCaller, WebhookSender, sign, to_seconds
+from server.webhooks import (
+    CALLS_PER_HOST,
+    WebhookCaller,
+    WebhookSender,
+    sign,
+    to_seconds,
+    write_body,
+)
+from tests.postgres import PostgresServer
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
 WAIT_S = 20
@@ -57,7 +76,13 @@ def deliveries(engine: Engine, clock: Clock) -> DeliveryStore:
     return DeliveryStore(engine, clock=clock, jitter=random.Random(0))
 
 
-def submit(jobs: JobStore, webhook: str | None, track_id: Any = 7, dialect: str = "v3") -> Job:
+def submit(
+    jobs: JobStore,
+    webhook: str | None,
+    track_id: Any = 7,
+    dialect: str = "v3",
+    key_id: str = "somebody",
+) -> Job:
     """A job that a worker holds."""
     jobs.submit(
         NewJob(
@@ -69,7 +94,7 @@ def submit(jobs: JobStore, webhook: str | None, track_id: Any = 7, dialect: str 
                 "base_url": "http://inpaint.example",
             },
             params=InpaintParams(prompt="a red circle", seed=1, samples=2),
-            key_id="somebody",
+            key_id=key_id,
             file_prefix=str(uuid.uuid4()),
             work=1.0,
             webhook=webhook,
@@ -78,6 +103,15 @@ def submit(jobs: JobStore, webhook: str | None, track_id: Any = 7, dialect: str 
     )
     (job,) = jobs.claim("worker", 1)
     return job
+
+
+def tries_of(deliveries: DeliveryStore, job: Job) -> list[Attempt]:
+    """Every try of a job's webhook, first to last."""
+    return [attempt for status in deliveries.of_job(job.id) for _, attempt in status.attempts]
+
+
+def host_of_somebody(netloc: str) -> str:
+    return f"somebody http://{netloc}"
 
 
 def answer(status: int | None, **changes: Any) -> Attempt:
@@ -90,23 +124,20 @@ def test_call_is_written_with_the_end_of_the_job(jobs: JobStore, deliveries: Del
     jobs.finish(job, [False, False])
     (due,) = deliveries.claim_due(10)
     assert (due.job_id, due.url, due.host, due.attempt) == (
-        *(job.id, "http://receiver.example/hook", "receiver.example"),
+        *(job.id, "http://receiver.example/hook", host_of_somebody("receiver.example:80")),
         1,
     )
     assert deliveries.claim_due(10) == [], "nobody else makes a call that is claimed"
 
 
-def test_every_way_to_end_makes_one_call(
-    jobs: JobStore, deliveries: DeliveryStore, clock: Clock
-) -> None:
+def test_every_way_to_end_makes_one_call(jobs: JobStore, deliveries: DeliveryStore) -> None:
     failed, cancelled = submit(jobs, "http://a.example"), submit(jobs, "http://b.example")
     jobs.fail(failed, "no")
     jobs.fail(failed, "no")
     jobs.cancel(cancelled.id)
     lost = submit(jobs, "http://c.example")
     for _ in range(MAX_ATTEMPTS):
-        clock.now_s += 100
-        jobs.requeue_expired()
+        jobs.requeue_of("worker")
         jobs.claim("worker", 1)
     submit(jobs, None)
     ids = [each.job_id for each in deliveries.claim_due(10)]
@@ -129,7 +160,7 @@ def test_retries_follow_the_schedule_until_it_is_used_up(
     assert deliveries.record(last, answer(None)) is DeliveryState.DEAD
     clock.now_s += 1_000_000
     assert deliveries.claim_due(10) == []
-    assert len(deliveries.attempts(job.id)) == len(RETRY_DELAYS_S) + 1
+    assert len(tries_of(deliveries, job)) == len(RETRY_DELAYS_S) + 1
     assert ids == {last.id}, "receivers know repeats by their id"
 
 
@@ -178,8 +209,8 @@ def test_call_of_a_dead_sender_is_made_by_another(
 def test_busy_host_is_passed_over(jobs: JobStore, deliveries: DeliveryStore) -> None:
     for host in ("slow.example:8080", "quick.example"):
         jobs.finish(submit(jobs, f"http://{host}/hook"), [])
-    (due,) = deliveries.claim_due(5, busy_hosts=["slow.example:8080"])
-    assert due.host == "quick.example"
+    (due,) = deliveries.claim_due(5, busy_hosts=[host_of_somebody("slow.example:8080")])
+    assert due.host == host_of_somebody("quick.example:80")
 
 
 def test_claim_takes_few_calls_of_one_host(jobs: JobStore, deliveries: DeliveryStore) -> None:
@@ -187,7 +218,44 @@ def test_claim_takes_few_calls_of_one_host(jobs: JobStore, deliveries: DeliveryS
         host = "slow.example" if index < 10 else f"quick-{index}.example"
         jobs.finish(submit(jobs, f"http://{host}/hook"), [])
     hosts = Counter(each.host for each in deliveries.claim_due(64, per_host=4))
-    assert hosts == {"slow.example": 4, "quick-10.example": 1, "quick-11.example": 1}
+    assert hosts == {
+        host_of_somebody("slow.example:80"): 4,
+        host_of_somebody("quick-10.example:80"): 1,
+        host_of_somebody("quick-11.example:80"): 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("http://a.example", "https://a.example"),
+        ("http://a.example", "http://a.example:8080"),
+        ("http://a.example", "http://b.example"),
+    ],
+)
+def test_calls_of_other_addresses_count_apart(one: str, other: str) -> None:
+    assert host_of("key", one) != host_of("key", other)
+    assert host_of("key", one) != host_of("another", one)
+
+
+@pytest.mark.parametrize(
+    "same", ["http://A.example:80/x", "http://user@a.example?x", "HTTP://a.example"]
+)
+def test_calls_of_one_address_count_together(same: str) -> None:
+    assert host_of("key", same) == host_of("key", "http://a.example/hook")
+
+
+def test_failing_receiver_of_one_key_holds_up_no_other_key(
+    jobs: JobStore, deliveries: DeliveryStore
+) -> None:
+    """Nor the same host's other ports."""
+    for key_id in ("one", "other"):
+        for _ in range(5):
+            jobs.finish(submit(jobs, "http://victim.example", key_id=key_id), [])
+    held = host_of("one", "http://victim.example")
+    assert {each.host for each in deliveries.claim_due(64, [held])} == {
+        host_of("other", "http://victim.example")
+    }
 
 
 @pytest.mark.parametrize("address", ["http://[", "http://a\u2100b/x", "no url at all"])
@@ -256,7 +324,7 @@ async def send_until(
     sender = asyncio.create_task(WebhookSender(settings, deliveries, jobs).run())
     async with asyncio.timeout(WAIT_S):
         # The rows are what a sender leaves behind; nothing tells of their change in one process.
-        while len(attempts := deliveries.attempts(job.id)) < tries:  # noqa: ASYNC110
+        while len(attempts := tries_of(deliveries, job)) < tries:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     sender.cancel()
     await asyncio.wait([sender])
@@ -312,15 +380,41 @@ def test_private_address_is_not_called(jobs: JobStore, deliveries: DeliveryStore
 def test_slow_receiver_is_given_up_and_others_are_served(
     jobs: JobStore, deliveries: DeliveryStore
 ) -> None:
-
     settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8", "timeout_s": 0.3})
     with socket.create_server(("127.0.0.1", 0)) as silent, receiver() as (url, calls):
         slow = f"http://127.0.0.1:{silent.getsockname()[1]}"
         jobs.finish(late := submit(jobs, slow), [])
         jobs.finish(submit(jobs, url), [])
-        (attempt,) = asyncio.run(send_until(settings, deliveries, jobs, late, 1))
+
+        async def body() -> list[Attempt]:
+            tried = asyncio.create_task(send_until(settings, deliveries, jobs, late, 1))
+            # The call has come in, whether or not its answer is in time.
+            await asyncio.to_thread(calls.get, timeout=WAIT_S)
+            return await tried
+
+        (attempt,) = asyncio.run(body())
         assert (attempt.status, attempt.outcome) == (None, "no answer")
-        assert calls.qsize() == 1
+
+
+def test_calls_to_one_host_follow_each_other_without_a_pause(
+    jobs: JobStore, deliveries: DeliveryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.webhooks.POLL_S", 10 * WAIT_S)
+    count = 3 * CALLS_PER_HOST  # no more than these are claimed at a time
+
+    async def send(calls: "queue.Queue[Any]") -> None:
+        sender = asyncio.create_task(WebhookSender(LOOPBACK, deliveries, jobs).run())
+        async with asyncio.timeout(WAIT_S):
+            while calls.qsize() < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        sender.cancel()
+        await asyncio.wait([sender])
+
+    with receiver() as (url, calls):
+        for _ in range(count):
+            jobs.finish(submit(jobs, url), [])
+        asyncio.run(send(calls))
+        assert calls.qsize() == count
 
 
 @pytest.mark.parametrize("end", ["finished", "failed", "cancelled"])
@@ -342,6 +436,25 @@ def test_native_job_speaks_its_own_language(
     urls = [f"http://inpaint.example/generations/{name}" for name in job.output_names]
     assert body["outputs"] == (urls if end == "finished" else [])
     assert (body["error"] or {}).get("code") == ("out_of_memory" if end == "failed" else None)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "said"),
+    [
+        (
+            "v3",
+            {"status": "failed", "message": "Failed, Try Again. The pictures are no longer there"},
+        ),
+        ("native", {"type": "job.finished", "outputs": []}),
+    ],
+)
+def test_call_made_again_names_no_expired_pictures(
+    dialect: str, said: dict[str, Any], jobs: JobStore
+) -> None:
+    jobs.finish(job := submit(jobs, "http://receiver.example", dialect=dialect), [False, False])
+    finished = jobs.get(job.id)
+    assert finished is not None
+    assert said.items() <= write_body(replace(finished, expired_at=1.0)).items()
 
 
 class TestRedelivery:
@@ -368,6 +481,21 @@ class TestRedelivery:
         assert deliveries.list_of("somebody", state=DeliveryState.DEAD, limit=10) == []
         (again,) = deliveries.claim_due(1)
         assert (again.id, again.attempt) == (due.id, 2)
+
+    def test_call_under_way_is_not_made_twice_at_once(
+        self, jobs: JobStore, deliveries: DeliveryStore, clock: Clock
+    ) -> None:
+        jobs.finish(job := submit(jobs, "http://receiver.example"), [])
+        (first,) = deliveries.claim_due(1)
+        assert deliveries.redeliver(job.id)
+        assert deliveries.claim_due(1) == []
+        assert deliveries.record(first, answer(500)) is DeliveryState.PENDING
+        assert deliveries.redeliver(job.id)
+        (second,) = deliveries.claim_due(1)
+        assert (second.id, second.attempt) == (first.id, 2)
+        clock.now_s += 61
+        assert deliveries.redeliver(job.id), "its sender has died"
+        assert [each.attempt for each in deliveries.claim_due(1)] == [3]
 
     def test_job_without_a_call(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
         jobs.finish(silent := submit(jobs, None), [])
@@ -417,7 +545,7 @@ class TestHeldHost:
                     jobs.finish(waiting, [])
                     passing = submit(jobs, good)
                     jobs.finish(passing, [])
-                    while not deliveries.attempts(passing.id):  # noqa: ASYNC110 - as above
+                    while not tries_of(deliveries, passing):  # noqa: ASYNC110 - as above
                         await asyncio.sleep(0.01)
                 held = sender.held_hosts
                 task.cancel()
@@ -427,7 +555,7 @@ class TestHeldHost:
                 return held
 
             held = asyncio.run(body())
-            assert [bad.endswith(f"{host}/hook") for host in held] == [True]
+            assert held == [host_of("somebody", bad)]
             assert (bad_calls.qsize(), good_calls.qsize()) == (2, 1)
 
     def test_one_call_asks_and_the_rest_follow_once_it_is_answered(
@@ -486,13 +614,85 @@ class TestHeldHost:
         jobs.finish(other := submit(jobs, "http://other.example"), [])
         clock.now_s += MAX_AGE_S + 1
         jobs.finish(young := submit(jobs, "http://receiver.example"), [])
-        assert deliveries.give_up("receiver.example") == 1
+        assert deliveries.give_up(host_of("somebody", "http://receiver.example")) == 1
         states = {each.job_id: each.state for each in deliveries.list_of(None, state=None, limit=9)}
         assert states == {
             old.id: DeliveryState.DEAD,
             other.id: DeliveryState.PENDING,
             young.id: DeliveryState.PENDING,
         }
+
+    @pytest.mark.parametrize(
+        ("status", "state"), [(500, DeliveryState.DEAD), (200, DeliveryState.DELIVERED)]
+    )
+    def test_call_given_up_while_under_way(
+        self,
+        status: int,
+        state: DeliveryState,
+        jobs: JobStore,
+        deliveries: DeliveryStore,
+        clock: Clock,
+    ) -> None:
+        jobs.finish(job := submit(jobs, "http://receiver.example"), [])
+        clock.now_s += MAX_AGE_S + 1
+        (due,) = deliveries.claim_due(1)
+        assert deliveries.give_up(due.host) == 1
+        deliveries.record(due, answer(status))
+        (found,) = deliveries.of_job(job.id)
+        assert found.state is state
+
+
+class TestClocks:
+    """Machines' clocks differ and jump; calls are made when they are due all the same."""
+
+    def test_first_call_is_due_whatever_the_writers_clock(
+        self, engine: Engine, deliveries: DeliveryStore, clock: Clock
+    ) -> None:
+        for days in (3, -3):
+            ahead = JobStore(engine, clock=lambda: clock.now_s + days * 86_400)  # noqa: B023
+            ahead.finish(submit(ahead, "http://receiver.example"), [])
+            assert len(deliveries.claim_due(9)) == 1
+
+    @pytest.mark.parametrize("days", [3, -3])
+    def test_jump_in_a_senders_life_changes_nothing(
+        self, days: float, jobs: JobStore, engine: Engine
+    ) -> None:
+        wall, steady = Clock(), Clock()
+        sender = DeliveryStore(engine, clock=SharedClock(engine, wall, steady), lease_s=60)
+        jobs.finish(submit(jobs, "http://receiver.example"), [])
+        (due,) = sender.claim_due(1)
+        sender.record(due, answer(429, retry_after_s=3_600))
+        wall.now_s += days * 86_400
+        assert sender.claim_due(1) == []
+        steady.now_s += 3_601
+        assert len(sender.claim_due(1)) == 1
+
+    def test_call_parked_by_a_clock_that_was_ahead_is_due(
+        self, jobs: JobStore, engine: Engine, clock: Clock
+    ) -> None:
+        ahead = Clock()
+        ahead.now_s = clock.now_s + LONGEST_DELAY_S + 10
+        jobs.finish(submit(jobs, "http://receiver.example"), [])
+        earlier = DeliveryStore(engine, clock=ahead)
+        (due,) = earlier.claim_due(1)
+        earlier.record(due, answer(500))
+        assert len(DeliveryStore(engine, clock=clock).claim_due(1)) == 1
+
+    @pytest.mark.postgres
+    def test_postgresql_tells_the_time_to_all(self, postgres_server: PostgresServer) -> None:
+        name = postgres_server.create_migrated()
+        engine = open_engine(str(postgres_server.url(name)))
+        wall, steady = Clock(), Clock()
+        there = SharedClock(engine, wall, steady)
+        assert abs(there() - time.time()) < WAIT_S
+        wall.now_s, steady.now_s = 0, steady.now_s + MEASURE_S / 2
+        assert abs(there() - time.time() - MEASURE_S / 2) < WAIT_S, "between two looks by its own"
+        steady.now_s += MEASURE_S / 2
+        assert abs(there() - time.time()) < WAIT_S
+        engine.dispose()
+        postgres_server.drop(name)
+        steady.now_s += MEASURE_S
+        assert abs(there() - time.time() - MEASURE_S) < WAIT_S, "no answer: it goes on"
 
 
 def ping(url: str, settings: WebhookSettings) -> tuple[str, Attempt]:

@@ -35,9 +35,12 @@ class FieldReader:
         """The field, None where it says nothing."""
         value = self._fields.get(name)
         if isinstance(value, str):
-            # Half a surrogate pair, as JSON can spell it, fits into no answer and no row.
-            value = value.encode(errors="replace").decode().strip()
-            if value.lower() in ("", "null"):
+            # Inline pictures are megabytes of ASCII, of which no copy should be made.
+            if not value.isascii():
+                # Half a surrogate pair, as JSON can spell it, fits into no answer and no row.
+                value = value.encode(errors="replace").decode()
+            value = value.strip()
+            if value[:5].lower() in ("", "null"):
                 return None
         return value
 

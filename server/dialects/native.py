@@ -202,6 +202,10 @@ class JobRequest(BaseModel):
     only_masked_padding: int = ranged("only_masked_padding", "Pixels around it that it sees too")
     mask_blur: int = ranged("mask_blur", "Pixels of the Gaussian that softens the mask's edge")
     match_colours: bool = plain("match_colours", "Shift new colours towards the kept ones around")
+    previews: bool = Field(
+        default=False,
+        description="Small pictures of the work among the job's events; costs a little speed",
+    )
     webhook: WebAddress | None = Field(
         default=None, description="URL that is called when the job has ended"
     )
@@ -283,6 +287,7 @@ class NativeJob:
             "init_image": self.init_image.describe(),
             "mask_image": self.mask_image.describe(),
             "base_url": base_url,
+            "previews": self.request.previews,
         }
 
 

@@ -232,7 +232,7 @@ def write_receipt(receipt: Receipt, intake: Intake | None) -> ReceiptAnswer:
 
 def write_outputs(job: Job, receipt: Receipt | None, base_url: str) -> list[Output]:
     """The pictures of a finished job; none once they have expired."""
-    if job.state is not JobState.FINISHED or job.expired_at is not None:
+    if not job.has_pictures:
         return []
     pictures = receipt.pictures if receipt else [None] * job.params.samples
     return [
@@ -279,8 +279,7 @@ def write_webhook(job: Job) -> dict[str, Any]:
     base_url = job.request["base_url"]
     summary = write_summary(job).model_dump(mode="json")
     outputs = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    is_finished = job.state is JobState.FINISHED
-    return {"type": f"job.{job.state}", **summary, "outputs": outputs if is_finished else []}
+    return {"type": f"job.{job.state}", **summary, "outputs": outputs if job.has_pictures else []}
 
 
 def write_delivery(status: DeliveryStatus, held_hosts: Sequence[str]) -> DeliveryAnswer:

@@ -279,7 +279,8 @@ def write_fetch_processing(job: Job, eta_s: float) -> Body:
 
 def write_failed(job: Job) -> Body:
     """A job that ended without pictures, or whose pictures have been removed since."""
-    reason = "The job was cancelled" if job.expired_at is None else "The pictures have expired"
+    is_cancelled = job.state is JobState.CANCELLED
+    reason = "The job was cancelled" if is_cancelled else "The pictures are no longer there"
     message = f"Failed, Try Again. {job.error or reason}"
     return {
         "status": "failed",
@@ -295,7 +296,7 @@ def write_webhook(job: Job) -> Body:
 
     The vendor's call is the success answer, or the failure, with `track_id` at the top.
     """
-    if job.state is JobState.FINISHED:
+    if job.has_pictures:
         base_url = job.request["base_url"]
         output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
         return {**write_success(job, output), "track_id": job.track_id}

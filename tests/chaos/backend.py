@@ -10,126 +10,34 @@ from tests.chaos import light_libraries, shifted_clock
 light_libraries.install()
 shifted_clock.install()
 
-import ctypes  # noqa: E402 - the stand-ins come first
-import hashlib  # noqa: E402
+import hashlib  # noqa: E402 - the stand-ins come first
 import json  # noqa: E402
 import os  # noqa: E402
-import signal  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+import threading  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-import numpy as np  # noqa: E402
-
 import server.worker  # noqa: E402
-from models.canvas import prepare_canvas  # noqa: E402
-from models.errors import DeviceLost, OutOfMemory, UnusablePicture  # noqa: E402
-from models.params import InpaintParams  # noqa: E402
-from models.pipeline import InpaintPipeline, Picture, Sample, Source  # noqa: E402
 from models.residency import Residency  # noqa: E402
 from server.cli import main  # noqa: E402
 from server.jobs import Job, JobStore  # noqa: E402
 from server.receipts import Model  # noqa: E402
 from server.storage import Storage  # noqa: E402
 from server.worker import Worker  # noqa: E402
-from tests.chaos.scripts import FOLDER_VARIABLE, LEDGER, FaultKind, Script, Stage  # noqa: E402
-
-
-def strike(prompt: str, stage: Stage) -> None:
-    """Do what the prompt asks for at this stage, if anything."""
-    script = Script.parse(prompt)
-    if not script.strikes(stage):
-        return
-    match script.fault:
-        case FaultKind.EXIT:
-            os.kill(os.getpid(), signal.SIGKILL)
-        case FaultKind.STOP:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case FaultKind.HANG:
-            ctypes.PyDLL(None).pause()
-        case FaultKind.OUT_OF_MEMORY:
-            raise OutOfMemory("asked for")
-        case FaultKind.UNUSABLE:
-            raise UnusablePicture("asked for")
-        case FaultKind.DEVICE_LOST:
-            raise DeviceLost("asked for")
-        case FaultKind.ERROR:
-            raise ValueError("asked for")
-
-
-class ScriptedPipeline(InpaintPipeline):
-    """The verbs of the real one, without weights."""
-
-    def __init__(self) -> None:
-        self._safety = None
-
-    def prepare_together(self, jobs: Sequence[tuple[InpaintParams, Source]]) -> list[list[Sample]]:
-        """Samples of the right shapes, of as many steps as were asked for."""
-        return [self._samples(params, source) for params, source in jobs]
-
-    def _samples(self, params: InpaintParams, source: Source) -> list[Sample]:
-        strike(params.prompt, Stage.PREPARED)
-        canvas = prepare_canvas(params, source.init_image, source.mask)
-        latents: Any = np.zeros((1, 4, params.height // 8, params.width // 8), np.float32)
-        conditioning: Any = np.zeros((2, 77, 1), np.float32)
-        timesteps: Any = [*range(params.num_inference_steps)]
-        return [
-            Sample(
-                params=params,
-                canvas=canvas,
-                seed=params.sample_seed(index),
-                scheduler=None,
-                step_arguments={},
-                timesteps=timesteps,
-                conditioning=conditioning,
-                added_conditions={},
-                latents=latents,
-                noise=latents,
-                mask=latents,
-                strengths=latents,
-                masked_image_latents=latents,
-                image_latents=None,
-            )
-            for index in range(params.samples)
-        ]
-
-    def denoise_step(self, samples: Sequence[Sample]) -> list[Any]:
-        """Takes its time; the slowest of the samples decides."""
-        for sample in samples:
-            if sample.step_index == sample.total_steps // 2:
-                strike(sample.params.prompt, Stage.HALF)
-        time.sleep(max(Script.parse(sample.params.prompt).step_s for sample in samples))
-        return [sample.latents for sample in samples]
-
-    def advance(self, sample: Sample, prediction: Any) -> None:
-        """Nothing changes but the count."""
-        sample.step_index += 1
-
-    def decode(self, samples: Sequence[Sample]) -> list[Picture]:
-        """Noise of the seed, put into the hole."""
-        return [self._paint(sample) for sample in samples]
-
-    def device_time_s(self) -> float:
-        return time.perf_counter()
-
-    def release_memory(self) -> None:
-        """Nothing is kept."""
-
-    def _paint(self, sample: Sample) -> Picture:
-        strike(sample.params.prompt, Stage.DECODED)
-        is_unrepeatable = Script.parse(sample.params.prompt).unrepeatable
-        seed = [sample.seed, time.monotonic_ns() if is_unrepeatable else 0]
-        shape = sample.canvas.init_image.shape
-        generated = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-        return Picture(sample.seed, sample.canvas.put_back(generated), generated)
+from tests.chaos.pipeline import ScriptedPipeline, strike  # noqa: E402
+from tests.chaos.scripts import FOLDER_VARIABLE, HUNG_LOAD, LEDGER, Stage  # noqa: E402
 
 
 class ScriptedWorker(Worker):
     """The worker's own loop around `ScriptedPipeline`."""
 
     def _open_models(self) -> Residency:
+        hung = Path(os.environ[FOLDER_VARIABLE]) / HUNG_LOAD
+        if hung.exists():
+            self.report("loading", "model weights")
+            hung.unlink()
+            threading.Event().wait()
         return Residency.of(self.settings.model, ScriptedPipeline())
 
     def _describe_model(self, job: Job) -> Model:

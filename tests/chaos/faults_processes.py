@@ -3,15 +3,18 @@
 import signal
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from server.jobs import LEASE_S
-from server.settings import Settings
+from server.database import open_engine
+from server.deliveries import RETRY_DELAYS_S
+from server.jobs import LEASE_S, JobStore
 from tests.chaos.clients import asking
 from tests.chaos.matrix import Found, fault
 from tests.chaos.oracle import Oracle
-from tests.chaos.scripts import FaultKind, Script, Stage
+from tests.chaos.scripts import HUNG_LOAD, FaultKind, Script, Stage
 from tests.chaos.site import (
     SHIFTED_COMMAND_LINE,
     Site,
@@ -22,6 +25,8 @@ from tests.chaos.site import (
 )
 
 KILLS = 3
+STALL_S = 10
+RUNNING_JOBS = 4
 THREE_DAYS_S = 3 * 86_400
 STAGES = [stage for stage in Stage if stage is not Stage.NONE]
 DRAINED_S = 60.0
@@ -31,7 +36,14 @@ DRAINED_S = 60.0
 def drain(site: Site, oracle: Oracle, within_s: float = DRAINED_S) -> str:
     """Every accepted job ends; what the oracle says then."""
     until(lambda: not oracle.states().keys() & {"queued", "running"}, within_s, "all jobs end")
-    return oracle.check()
+    return oracle.last_check()
+
+
+def take_away(site: Site, job_id: int) -> None:
+    """As the server does with the jobs of a worker that it takes for dead."""
+    engine = open_engine(site.database_url)
+    expect(JobStore(engine).requeue_of(Oracle(site).row(job_id)["worker_id"]), "nothing taken away")
+    engine.dispose()
 
 
 @fault("F1", "kill -9 of the API", within_s=5)
@@ -47,7 +59,8 @@ def kill_api(room: Path) -> Found:
                 site.kill()
                 slowest_s = max(slowest_s, site.start())
                 oracle.check()
-        return Found(f"{KILLS} kills; {drain(site, oracle)}", slowest_s)
+        injected = f"{KILLS} × SIGKILL of the API under load"
+        return Found(injected, f"every id answered is kept: {drain(site, oracle)}", slowest_s)
 
 
 @fault("F2", "kill -9 of a worker at every stage", within_s=5)
@@ -67,7 +80,9 @@ def kill_worker(room: Path) -> Found:
             attempt = oracle.row(job)["attempt"]
             expect(attempt == (1 if stage is Stage.COMMITTED else 2), f"{stage}: try {attempt}")
             oracle.check()
-        return Found(f"{len(STAGES)} stages, same pictures; {oracle.check()}", slowest_s)
+        injected = f"SIGKILL of the worker when {', '.join(STAGES)}"
+        checked = f"second try, same picture; {oracle.last_check()}"
+        return Found(injected, checked, slowest_s)
 
 
 def picture_of(site: Site, job_id: int) -> bytes:
@@ -77,20 +92,57 @@ def picture_of(site: Site, job_id: int) -> bytes:
     return answer.content
 
 
-@fault("F3", "worker hangs", within_s=LEASE_S + 15)
+STORE_HANGS = "waiting for the file store"
+LONGEST_STORE_S = 150.0
+"""A store may take a minute and more over one file before its worker is given up."""
+
+HANGS = {
+    "stopped": (FaultKind.STOP, Stage.HALF),
+    "hung in C": (FaultKind.HANG, Stage.HALF),
+    STORE_HANGS: (FaultKind.WAIT, Stage.BEFORE_STORE),
+}
+
+
+@fault("F3", "worker hangs", within_s=LEASE_S + 15, is_patient=True)
 def worker_hangs(room: Path) -> Found:
-    """Stopped, and hung in C: the only worker is killed, or else another one takes the job."""
-    kills_stalled = "worker_stall_s" in Settings.model_fields
-    environment = {"INPAINT_WORKER_STALL_S": "10"} if kills_stalled else {}
-    with running_site(room, environment, workers=1 if kills_stalled else 3) as site:
+    """Every worker there is hangs, each in its own way; then one that loads its model."""
+    environment = {
+        "INPAINT_WORKER_STALL_S": str(STALL_S),
+        "INPAINT_WORKER_LOAD_STALL_S": str(STALL_S),
+        "INPAINT_MAX_IN_FLIGHT": "1",
+    }
+    with running_site(room, environment, workers=len(HANGS)) as site:
         oracle = Oracle(site)
-        kinds = (FaultKind.STOP, FaultKind.HANG)
-        took_s = 0.0
-        for kind in kinds:
-            job = site.accept(Script(tag=kind, fault=kind, at=Stage.HALF))
-            took_s = max(took_s, site.ended(job, within_s=LEASE_S + 30))
-        gaps = () if kills_stalled else ("a stalled worker is not killed; its lease runs out",)
-        return Found(f"stopped and hung in C; {oracle.check()}", took_s, gaps)
+        jobs = {
+            name: site.accept(Script(tag=str(kind), fault=kind, at=at))
+            for name, (kind, at) in HANGS.items()
+        }
+        started = time.monotonic()
+        took_s = {}
+        for name, job in jobs.items():
+            site.ended(job, within_s=LONGEST_STORE_S)
+            took_s[name] = time.monotonic() - started
+        tries = [oracle.row(job)["attempt"] for job in jobs.values()]
+        expect(tries == [2] * len(jobs), f"the jobs needed {tries} tries")
+        told = oracle.last_check()
+        site.stop()
+        hung_load(site)
+        injected = f"a worker each {', '.join(HANGS)} at once, one hung while it loads"
+        last_s = took_s.pop(STORE_HANGS)
+        checked = (
+            f"killed for their silence, the jobs made at the second try; {STORE_HANGS}: after "
+            f"{last_s:.0f} s; {told}"
+        )
+        return Found(injected, checked, max(took_s.values()))
+
+
+def hung_load(site: Site) -> None:
+    """A worker that never gets its model loaded is given up too. Raises: Broken."""
+    (site.marks / HUNG_LOAD).touch()
+    site.start(workers=1, is_ready=False)
+    until(lambda: not (site.marks / HUNG_LOAD).exists(), 60, "the worker loads")
+    until(lambda: site.readiness() == 503, 20, "readiness says that no worker is there")
+    site.ended(site.accept(Script(tag="behind a load")), within_s=6 * STALL_S)
 
 
 @fault("F4", "poison job")
@@ -109,7 +161,9 @@ def poison(room: Path) -> Found:
         expect("lost too often" in site.fetch(bad)["message"], "the reason is not told")
         expect(oracle.row(bad)["attempt"] == 3, "not three tries")
         until(lambda: bool(site.host.calls_for(bad)), 10, "the webhook tells of the failure")
-        return Found(f"failed after 3 tries, 6 others made; {oracle.check()}", took_s)
+        injected = "a job that kills each worker which takes it, between 6 others"
+        checked = f"failed after 3 tries with its reason and webhook; {oracle.last_check()}"
+        return Found(injected, checked, took_s)
 
 
 @fault("F11", "device error that stays", within_s=10)
@@ -126,61 +180,90 @@ def device_lost(room: Path) -> Found:
         expect("0/1" in reason, f"readiness does not count workers: {reason}")
         took_s = site.ended(job, beside)
         expect(site.readiness() == 200, "not ready again")
-        return Found(f"readiness said {reason!r}; {oracle.check()}", took_s)
+        injected = "DeviceLost in the middle of a batch of two"
+        checked = f"readiness said {reason!r}, both are made; {oracle.last_check()}"
+        return Found(injected, checked, took_s)
 
 
-@fault("F13", "the clock jumps three days, both ways")
+@fault("F13", "the clock jumps three days, both ways", within_s=RETRY_DELAYS_S[0] * 1.2 + 5)
 def clock_jumps(room: Path) -> Found:
-    """Running jobs are not taken for lost, and nothing is sent twice."""
+    """Running jobs are not taken for lost, nothing is sent twice, what is due goes out in time."""
     with running_site(room, workers=2, launch=SHIFTED_COMMAND_LINE) as site:
         oracle = Oracle(site)
-        tries: list[int] = []
-        for shift_s in (THREE_DAYS_S, -THREE_DAYS_S, 0):
-            jobs = [
-                site.accept(
-                    Script(tag=f"{shift_s}-{n}", step_s=0.2),
-                    webhook=f"{site.host.url}/ok/{shift_s}-{n}",
-                    num_inference_steps=30,
-                )
-                for n in range(4)
-            ]
-            site.claimed(jobs[-1])
-            site.shift_clock(shift_s)
-            site.ended(*jobs, within_s=60)
-            tries += [oracle.row(each)["attempt"] for each in jobs]
-            drained = drain(site, oracle)
-            for each in jobs:
-                until(lambda: bool(site.host.calls_for(each)), 10, "webhooks go out")  # noqa: B023
-        calls = [len(site.host.calls_for(each)) for each in site.accepted]
-        expect(set(calls) == {1}, f"webhooks were called {calls} times")
-        expect(max(tries) <= 2, f"jobs needed {tries} tries")
-        repeated = sum(each > 1 for each in tries)
-        gaps = (f"{repeated} of {len(tries)} running jobs lost their lease",) if repeated else ()
-        return Found(f"{len(tries)} running jobs over 3 jumps; {drained}", None, gaps)
+        slowest_s = max(jump(site, oracle, shift_s) for shift_s in (THREE_DAYS_S, -THREE_DAYS_S, 0))
+        tries = Counter(oracle.row(each)["attempt"] for each in site.accepted)
+        expect(set(tries) == {1}, f"running jobs were taken for lost: {dict(tries)} (tries: jobs)")
+        calls = Counter(len(site.host.calls_for(each)) for each in site.accepted)
+        expected = {1: 3 * RUNNING_JOBS, 2: 3}
+        expect(calls == expected, f"webhooks were called {dict(calls)} (calls: jobs)")
+        injected = (
+            f"jumps of +3, -6 and +3 days, each with {RUNNING_JOBS} leases held and a webhook to be"
+            " tried again"
+        )
+        checked = f"one try each, one webhook call each, the retry in time; {drain(site, oracle)}"
+        return Found(injected, checked, slowest_s)
 
 
-@fault("F15", "late result of a worker given up", within_s=15)
+def jump(site: Site, oracle: Oracle, shift_s: int) -> float:
+    """Seconds from the jump until the pending webhook was tried again. Raises: Broken."""
+    pending = site.accept(
+        Script(tag=f"pending{shift_s}"), webhook=f"{site.host.url}/once500/{shift_s}"
+    )
+    jobs = [
+        site.accept(
+            Script(tag=f"{shift_s}-{n}", step_s=0.2),
+            webhook=f"{site.host.url}/ok/{shift_s}-{n}",
+            num_inference_steps=40,
+        )
+        for n in range(RUNNING_JOBS)
+    ]
+    site.claimed(jobs[-1])
+    until(lambda: bool(site.host.calls_for(pending)), 30, "the first call")
+    site.shift_clock(shift_s)
+    took_s = until(
+        lambda: len(site.host.calls_for(pending)) == 2,
+        60,
+        f"a webhook that was to be tried again is, after a jump to {shift_s} s",
+    )
+    site.ended(*jobs, within_s=60)
+    for each in jobs:
+        until(lambda: bool(site.host.calls_for(each)), 10, "webhooks go out")  # noqa: B023
+    oracle.check()
+    return took_s
+
+
+@fault("F15", "late result of a worker given up", within_s=LEASE_S + 20, is_patient=True)
 def late_result(room: Path) -> Found:
     """Stopped with a picture in hand; when it goes on, another has finished the job differently."""
-    # Both on the thread that also writes to the database: a process that is stopped inside a write
-    # transaction would hold SQLite's lock, which is another fault.
-    stages = (Stage.DECODED, Stage.HALF)
-    with running_site(room, workers=2, launch=SHIFTED_COMMAND_LINE) as site:
+    with running_site(room, workers=2) as site:
         oracle = Oracle(site)
-        slowest_s = max(lateness_s(site, oracle, stage) for stage in stages)
-        return Found(f"late when {' and '.join(stages)}; {oracle.check()}", slowest_s)
+        lateness_s(site, oracle, Stage.DECODED, take_away)
+        slowest_s = lateness_s(site, oracle, Stage.HALF, let_lease_run_out)
+        injected = (
+            "a worker stopped when the picture was decoded and its job taken away, one stopped "
+            "half-way until its lease ran out; then continued"
+        )
+        checked = f"the first result stays, the late one's files are gone; {oracle.last_check()}"
+        return Found(injected, checked, slowest_s)
 
 
-def lateness_s(site: Site, oracle: Oracle, stage: Stage) -> float:
+def let_lease_run_out(_site: Site, _job_id: int) -> None:
+    """It does so by itself."""
+
+
+def lateness_s(
+    site: Site, oracle: Oracle, stage: Stage, give_up: Callable[[Site, int], None]
+) -> float:
     """Stop a worker, let another finish, let it go on; seconds until the other had finished.
 
-    Needs a shifted clock, on which the lease runs out at once. Raises: Broken.
+    The stages are of the thread that also writes to the database: a process that is stopped inside
+    a write transaction would hold SQLite's lock, which is another fault. Raises: Broken.
     """
     job = site.accept(Script(f"late-{stage}", 0.0, FaultKind.STOP, stage, unrepeatable=True))
     until(lambda: bool(stopped_workers(site)), 20, "the worker stands still")
     (pid,) = stopped_workers(site)
-    site.shift_clock(LEASE_S + 1)
-    took_s = site.ended(job)
+    give_up(site, job)
+    took_s = site.ended(job, within_s=LEASE_S + 40)
     before = picture_of(site, job)
     oracle.check()
     signal_process(pid, signal.SIGCONT)
@@ -191,10 +274,10 @@ def lateness_s(site: Site, oracle: Oracle, stage: Stage) -> float:
         "the late worker learns of it",
     )
     expect(picture_of(site, job) == before, f"the late worker changed the picture ({stage})")
-    files = [*(site.data_dir / "files" / "generations").glob(f"{oracle.row(job)['file_prefix']}*")]
-    expect(len(files) == 1, f"the late worker left {len(files)} pictures ({stage})")
+    files = site.data_dir / "files" / "generations"
+    prefix = oracle.row(job)["file_prefix"]
+    until(lambda: len([*files.glob(f"{prefix}*")]) == 1, 10, "the late worker's picture is gone")
     oracle.check()
-    site.shift_clock(0)
     return took_s
 
 
@@ -206,11 +289,15 @@ def has_learnt(site: Site, job_id: int) -> bool:
 
 def stopped_workers(site: Site) -> list[int]:
     """Those that stand still after a SIGSTOP."""
-    states = {
-        pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        for pid in site.worker_pids()
-    }
-    return [pid for pid, state in states.items() if state == "T"]
+    return [pid for pid in site.worker_pids() if process_state(pid) == "T"]
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter; "" for a process that has gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @fault("F17", "SIGTERM during a batch", within_s=30)
@@ -240,10 +327,12 @@ def told_to_end(room: Path) -> Found:
         expect(told == ["processing"] * 2 and len(site.accepted) == 2, f"clients were told {told}")
         states = dict(oracle.states())
         expect(states == {"finished": 1, "queued": 1}, f"at the end: {states}")
-        return Found(f"clients were told, jobs {states}; {oracle.check()}", took_s)
+        injected = "SIGTERM with a job of 3 s and one of a minute running, both clients waiting"
+        checked = f"exit 0, both clients have their id, jobs {states}; {oracle.check()}"
+        return Found(injected, checked, took_s)
 
 
-@fault("F23", "everything is killed at once", within_s=LEASE_S + 20)
+@fault("F23", "everything is killed at once", within_s=LEASE_S + 20, is_patient=True)
 def power_loss(room: Path) -> Found:
     """As far as a process can tell, the machine went down."""
     with running_site(room, workers=2) as site:
@@ -258,4 +347,6 @@ def power_loss(room: Path) -> Found:
         ready_s = site.start(workers=2)
         site.ended(*jobs, within_s=LEASE_S + 40)
         took_s = time.monotonic() - started
-        return Found(f"ready in {ready_s:.1f} s; {oracle.check()}", took_s)
+        injected = "SIGKILL of the API and 2 workers at one moment, 6 jobs held or waiting"
+        checked = f"ready in {ready_s:.1f} s, all jobs made; {oracle.last_check()}"
+        return Found(injected, checked, took_s)

@@ -47,9 +47,9 @@ class LoopThread:
         self._thread.join()
         self.loop.close()
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
+    def call(self, work: Coroutine[Any, Any, T], within_s: float = 30) -> T:
         """Run on the loop, and wait for the result."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(within_s)
 
 
 async def _cancel_others() -> None:
@@ -107,7 +107,10 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
                 tries = sum(call.path == path for call in host.calls)
                 body = json.loads(content) if content else None
                 host.calls.append(Call(path, headers.get("webhook-id", ""), body, time.time()))
-            await _behave(path.partition("?")[0].split("/")[1], tries, host, writer)
+            mode = path.partition("?")[0].split("/")[1]
+            if mode == "silent":
+                await reader.read()  # until the client has gone
+            await _behave(mode, tries, host, writer)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client has gone, or all is over
         finally:
@@ -118,10 +121,10 @@ def running_host(thread: LoopThread) -> Iterator[Host]:
     try:
         yield host
     finally:
-        thread.call(_close(server))
+        thread.call(close_server(server))
 
 
-async def _close(server: asyncio.Server) -> None:
+async def close_server(server: asyncio.Server) -> None:
     server.close()
 
 
@@ -155,9 +158,7 @@ async def _behave(mode: str, tries: int, host: Host, writer: asyncio.StreamWrite
         case "half":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
         case "reset":
-            _reset(writer)
-        case "silent":
-            await asyncio.sleep(3600)
+            reset_connection(writer)
         case "drip":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n")
             await _repeat(writer, b"x", DRIP_S)
@@ -175,7 +176,7 @@ async def _repeat(writer: asyncio.StreamWriter, chunk: bytes, pause_s: float) ->
         await asyncio.sleep(pause_s)
 
 
-def _reset(writer: asyncio.StreamWriter) -> None:
+def reset_connection(writer: asyncio.StreamWriter) -> None:
     """Close with RST instead of FIN."""
     connection: socket.socket = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -214,7 +215,7 @@ class TcpProxy:
     async def reset(self) -> None:
         """End all connections with RST."""
         for writer in self._writers:
-            _reset(writer)
+            reset_connection(writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._open.wait()
@@ -259,4 +260,4 @@ def running_proxy(
     try:
         yield proxy
     finally:
-        thread.call(_close(server))
+        thread.call(close_server(server))

@@ -1,9 +1,11 @@
 """The list of faults, how one is tried, and how the whole is told."""
 
 import json
+import os
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +24,13 @@ class NotCovered(Exception):
 class Found:
     """What came of a fault that was borne.
 
-    detail: what was looked at, for the report. recovery_s: until all was well again, None where
-    nothing was ever away. gaps: promises that nothing keeps yet.
+    injected: what was broken, and how often. checked: what held then, besides the oracle's
+    questions. recovery_s: until all was well again, None where nothing was ever away.
+    gaps: promises that nothing keeps, and legs that cannot be tried here.
     """
 
-    detail: str
+    injected: str
+    checked: str
     recovery_s: float | None = None
     gaps: tuple[str, ...] = ()
 
@@ -36,31 +40,51 @@ class Fault:
     """number: of the matrix, such as F1. within_s: the longest recovery; None for no promise.
 
     strike: breaks things in a folder of its own, and looks. Raises: Broken, NotCovered.
+    is_patient: it mostly waits, and is tried beside the others.
     """
 
     number: str
     title: str
     within_s: float | None
     strike: Callable[[Path], Found]
+    is_patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A line of the report. took_s: the whole trial."""
+    """A line of the report.
+
+    found: None where the fault was not borne or not tried; trouble says why, or that it took too
+    long. log: the end of the servers' logs of one that was not borne. took_s: the whole trial.
+    """
 
     number: str
     title: str
     verdict: str
-    detail: str
-    recovery_s: float | None
+    found: Found | None
+    trouble: str
+    log: str
     within_s: float | None
     took_s: float
 
     @property
+    def recovery(self) -> str:
+        """In words, with the promise where there is one."""
+        if self.found is None:
+            return ""
+        if self.found.recovery_s is None:
+            return "nothing was away"
+        promise = "" if self.within_s is None else f" of {self.within_s:g} s"
+        return f"recovered in {self.found.recovery_s:.1f} s{promise}"
+
+    @property
     def line(self) -> str:
         """For the terminal, while the others still run."""
-        recovery = "" if self.recovery_s is None else f" (recovered in {self.recovery_s:.1f} s)"
-        return f"{self.number:4} {self.verdict:15} {self.title}{recovery}: {self.detail}"
+        parts = [f"{self.number:4} {self.verdict:15} {self.title}", self.trouble]
+        if self.found is not None:
+            parts += [f"injected: {self.found.injected}", f"checked: {self.found.checked}"]
+            parts += [self.recovery, *(f"GAP: {gap}" for gap in self.found.gaps)]
+        return " | ".join(filter(None, [*parts, f"{self.took_s:.0f} s"])) + self.log
 
 
 FAULTS: dict[str, Fault] = {}
@@ -68,12 +92,12 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    number: str, title: str, within_s: float | None = None
+    number: str, title: str, within_s: float | None = None, *, is_patient: bool = False
 ) -> Callable[[Callable[[Path], Found]], Callable[[Path], Found]]:
     """Decorator: put a function into the matrix."""
 
     def register(strike: Callable[[Path], Found]) -> Callable[[Path], Found]:
-        FAULTS[number] = Fault(number, title, within_s, strike)
+        FAULTS[number] = Fault(number, title, within_s, strike, is_patient)
         return strike
 
     return register
@@ -82,51 +106,62 @@ def fault(
 def try_fault(each: Fault, patience: float = 1.0) -> Outcome:
     """Strike, and judge. patience: recovery may take so many times as long as promised."""
     started = time.monotonic()
-    detail, recovery_s = "", None
+    found, trouble, log = None, "", ""
     with tempfile.TemporaryDirectory(prefix=f"chaos-{each.number}-") as room:
         try:
             found = each.strike(Path(room))
-            recovery_s = found.recovery_s
-            gaps = [f"not yet covered: {gap}" for gap in found.gaps]
-            detail = "; ".join([found.detail, *gaps])
-            verdict = IN_PART if gaps else PASSES
+            verdict = IN_PART if found.gaps else PASSES
             limit_s = None if each.within_s is None else each.within_s * patience
-            if recovery_s is not None and limit_s is not None and recovery_s > limit_s:
-                verdict, detail = FAILS, f"recovery must take no more than {limit_s:g} s; {detail}"
+            if found.recovery_s is not None and limit_s is not None and found.recovery_s > limit_s:
+                verdict, trouble = FAILS, f"recovery must take no more than {limit_s:g} s"
         except NotCovered as reason:
-            verdict, detail = NOT_COVERED, str(reason)
+            verdict, trouble = NOT_COVERED, str(reason)
         except Broken as broken:
-            verdict, detail = FAILS, str(broken)
+            verdict, trouble = FAILS, str(broken)
         except Exception as error:  # noqa: BLE001 - a broken trial must not hide the others
-            verdict, detail = FAILS, "".join(traceback.format_exception_only(error)).strip()
-        if verdict == FAILS:
-            detail += "\n" + last_lines(Path(room) / "log.jsonl")
-    took_s = time.monotonic() - started
-    return Outcome(
-        each.number, each.title, verdict, detail, recovery_s, each.within_s, round(took_s, 1)
-    )
+            verdict, trouble = FAILS, "".join(traceback.format_exception(error)[-3:]).strip()
+        if verdict == FAILS and found is None:
+            log = last_lines(Path(room))
+    took_s = round(time.monotonic() - started, 1)
+    return Outcome(each.number, each.title, verdict, found, trouble, log, each.within_s, took_s)
 
 
-def last_lines(log: Path, count: int = 20) -> str:
-    """The end of a server's log, for whoever looks into a failure."""
-    lines = log.read_text(errors="replace").splitlines()[-count:] if log.exists() else []
-    return "\n".join(f"    {line[:300]}" for line in lines)
+def last_lines(room: Path, count: int = 20) -> str:
+    """The ends of the servers' logs, for whoever looks into a failure."""
+    told = ""
+    for log in sorted(room.rglob("log.jsonl")):
+        lines = log.read_text(errors="replace").splitlines()[-count:]
+        told += "".join(f"\n    {line[:300]}" for line in lines)
+    return told
 
 
-def write(outcomes: Sequence[Outcome], out: Path, name: str) -> None:
+def write(outcomes: Sequence[Outcome], total_s: float, out: Path, name: str) -> None:
     """`name`.json for programs and `name`.md for people."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
+    values = {"total_s": round(total_s, 1), "faults": [asdict(each) for each in outcomes]}
+    (out / f"{name}.json").write_text(json.dumps(values, indent=1))
     rows = [
         [
             f"{each.number} {each.title}",
             each.verdict,
-            each.recovery_s,
-            each.within_s,
+            each.found.injected if each.found else "",
+            "; ".join(filter(None, [each.trouble, each.found.checked if each.found else ""])),
+            each.recovery,
+            "; ".join(each.found.gaps) if each.found else "",
             each.took_s,
-            each.detail.partition("\n")[0].replace("|", "/"),
         ]
         for each in outcomes
     ]
-    head = ["fault", "verdict", "recovery s", "promised s", "trial s", "looked at"]
-    (out / f"{name}.md").write_text(f"# Faults\n\n{table(head, rows)}")
+    head = ["fault", "verdict", "injected", "checked", "recovery", "gaps", "trial s"]
+    told = [[" ".join(str(cell).replace("|", "/").split()) for cell in row] for row in rows]
+    (out / f"{name}.md").write_text(
+        f"# Faults\n\n{table(head, told)}\n\n{total_line(outcomes, total_s)}\n"
+    )
+
+
+def total_line(outcomes: Sequence[Outcome], total_s: float) -> str:
+    """How many of which verdict, how long it all took, and how busy the machine was."""
+    verdicts = Counter(each.verdict for each in outcomes)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    busy, cores = os.getloadavg()[2], os.cpu_count()
+    return f"{told}; {total_s:.0f} s in all, load {busy:.1f} on {cores} cores"

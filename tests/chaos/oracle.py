@@ -1,4 +1,4 @@
-"""What must be true whatever was broken, read from the database and the files themselves."""
+"""What must be true whatever was broken, read from the database, the files and the answers."""
 
 import hashlib
 import json
@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from sqlalchemy import text
 
 from server.database import open_engine, read_only
+from tests.chaos.bucket import Bucket
 from tests.chaos.scripts import LEDGER
-from tests.chaos.site import Broken, Site
+from tests.chaos.site import Broken, Site, expect
 
 GRACE_S = 5.0
 """A file may be so old before its row is written."""
@@ -26,9 +28,10 @@ TERMINAL = {"finished", "failed", "cancelled"}
 class Oracle:
     """One per site. digests: of every picture seen so far, by path.
 
+    served: of the pictures a client got, in order, at the first look after the job was finished.
     may_die: whether a webhook may have been given up. orphans: files without a row that the faults
     of this run explain, such as an upload whose process was killed before its row was written.
-    files: where pictures lie, None for the data folder's.
+    files: where pictures lie, None for the data folder's. bucket: instead of a folder.
     """
 
     site: Site
@@ -36,7 +39,24 @@ class Oracle:
     may_die: bool = False
     orphans: int = 0
     files: Path | None = None
+    bucket: Bucket | None = None
+    served: dict[int, list[str]] = field(default_factory=dict)
     _read: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def last_check(self) -> str:
+        """`check`, and every finished job is fetched again: its bytes are those of the first time.
+
+        Raises: Broken.
+        """
+        told = self.check()
+        wrong = [
+            f"job {job_id} is served otherwise than when it was finished"
+            for job_id, digests in self.served.items()
+            if self._fetch(self.row(job_id)) != digests
+        ]
+        if wrong:
+            raise Broken("; ".join(wrong))
+        return f"{told}, {len(self.served)} served twice the same"
 
     def check(self) -> str:
         """A line of what was looked at. Raises: Broken, with everything that is wrong."""
@@ -44,7 +64,8 @@ class Oracle:
         accepted, asked_at = self.site.accepted_ids(), time.time()
         # One statement, so that jobs and calls are of one moment while workers go on.
         joined = self._rows(
-            "SELECT jobs.id, jobs.state, jobs.webhook, jobs.file_prefix, deliveries.state AS call"
+            "SELECT jobs.id, jobs.state, jobs.webhook, jobs.file_prefix, jobs.dialect,"
+            " deliveries.state AS call"
             " FROM jobs LEFT JOIN deliveries ON deliveries.job_id = jobs.id ORDER BY jobs.id"
         )
         rows = [*{row["id"]: row for row in joined}.values()]
@@ -53,6 +74,7 @@ class Oracle:
             *self._silent(joined),
             *self._finished_twice(),
             *self._changed(rows),
+            *self._not_served(rows, accepted),
             *self._stray(rows, asked_at - GRACE_S),
         ]
         if wrong:
@@ -130,9 +152,47 @@ class Oracle:
                 wrong.append(f"job {row['id']}: the picture is not the one of the first finish")
         return wrong
 
+    def _not_served(self, rows: list[dict[str, Any]], accepted: set[int]) -> list[str]:
+        """A finished job's links are alive, and the bytes behind the first are the winner's."""
+        won = {each["job_id"]: each["digest"] for each in self._finishes() if each["is_ours"]}
+        wrong = []
+        for row in rows:
+            job_id = row["id"]
+            if job_id in self.served or job_id not in accepted or row["state"] != "finished":
+                continue
+            try:
+                self.served[job_id] = self._fetch(row)
+            except httpx.TransportError:
+                break  # nobody answers just now
+            except Broken as dead:
+                wrong.append(str(dead))
+                continue
+            if won.get(job_id, self.served[job_id][0]) != self.served[job_id][0]:
+                wrong.append(f"job {job_id} is not served as it was first finished")
+        return wrong
+
+    def _fetch(self, row: dict[str, Any]) -> list[str]:
+        """Digests of a finished job's pictures, as a client gets them.
+
+        Raises: Broken for a dead link; httpx.TransportError.
+        """
+        digests = []
+        for url in self.site.outputs(row["id"], row["dialect"]):
+            answer = self.site.client.get(url)
+            expect(answer.status_code == 200, f"job {row['id']}: dead link")
+            digests.append(hashlib.sha256(answer.content).hexdigest())
+        expect(digests, f"job {row['id']} is finished, and the client gets no picture")
+        return digests
+
     def _pictures(self) -> dict[str, dict[str, str]]:
         """By file prefix: digests by name, of attempts that were given up too."""
         found: dict[str, dict[str, str]] = {}
+        if self.bucket is not None:
+            for key, content in [*self.bucket.files.items()]:
+                name = key.rpartition("/")[2]
+                if key.startswith("generations/"):
+                    digest = hashlib.sha256(content).hexdigest()
+                    found.setdefault(name[:36], {})[name] = digest
         for path in self._folder("generations").glob("*"):
             with suppress(FileNotFoundError):  # a late worker takes its own away again
                 written_ns = path.stat().st_mtime_ns
@@ -152,6 +212,7 @@ class Oracle:
 
     def _stray(self, rows: list[dict[str, Any]], before: float) -> list[str]:
         """No more files from before that time without a row than the faults of this run explain."""
+        # A bucket has no time of its own here: it may hold files of uploads that go on.
         known = {row["file_prefix"] for row in rows}
         strays = [
             path.name

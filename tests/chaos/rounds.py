@@ -55,8 +55,8 @@ def kill_in_rounds(room: Path, rounds: int, seed: int = 1) -> Found:
         told = drain(site, oracle, DRAINED_S)
     by_victim = ", ".join(f"{count} × {victim}" for victim, count in sorted(kills.items()))
     pace = (time.monotonic() - started) / rounds
-    detail = f"{rounds} rounds ({by_victim}), {len(site.accepted)} accepted jobs: {told}"
-    return Found(f"{detail}; {pace:.1f} s a round")
+    injected = f"{rounds} rounds of SIGKILL under load ({by_victim}), {pace:.1f} s a round"
+    return Found(injected, f"{len(site.accepted)} accepted jobs, none lost: {told}")
 
 
 def strike(site: Site, victim: str, chance: random.Random) -> None:

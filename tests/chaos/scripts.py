@@ -16,6 +16,9 @@ FOLDER_VARIABLE = "CHAOS_FOLDER"
 LEDGER = "finishes.jsonl"
 """In that folder: a line for every `finish` that came back."""
 
+HUNG_LOAD = "hung-load"
+"""In that folder: the worker that finds this file takes it away, and never has its model loaded."""
+
 
 class Stage(StrEnum):
     """Where in a job's life a fault strikes."""
@@ -47,6 +50,8 @@ class FaultKind(StrEnum):
     """SIGSTOP to itself."""
     HANG = "hang"
     """A call into C that never returns and never lets go of the interpreter."""
+    WAIT = "wait"
+    """A call that never returns, beside which the process's other threads go on."""
     OUT_OF_MEMORY = "oom"
     UNUSABLE = "unusable"
     """What the pipeline raises for NaN and for pictures of one colour."""

@@ -74,15 +74,15 @@ Launch = Callable[[Sequence[str], Mapping[str, str], Path], ServerProcess]
 """Starts our command line with arguments and an environment, appending to a log."""
 
 
-def launch_program(*program: str) -> Launch:
-    """A fresh interpreter with this program of ours."""
+def launch_program(*program: str, under: Sequence[str] = ()) -> Launch:
+    """A fresh interpreter with this program of ours. under: a command that becomes it."""
 
     def launch(
         arguments: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> subprocess.Popen[bytes]:
         with log.open("ab") as file:
             return subprocess.Popen(
-                [sys.executable, "-m", *program, *arguments],
+                [*under, sys.executable, "-m", *program, *arguments],
                 stderr=file,
                 env=dict(environment),
                 cwd=REPOSITORY,
@@ -92,6 +92,8 @@ def launch_program(*program: str) -> Launch:
 
 
 COMMAND_LINE = launch_program("server.cli")
+PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+"""Before a command: what is mounted for it later is mounted for it alone."""
 SHIFTED_COMMAND_LINE = launch_program("tests.chaos.shifted_clock")
 """The same under a clock that `Site.shift_clock` moves."""
 
@@ -100,6 +102,7 @@ class Site:
     """room: a folder of its own. environment, flags: beyond the defaults here.
 
     accepted: every id ever answered, with the webhook asked for. host: the world outside.
+    key: of the client, where the server asks for one.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Site:
         self._clock = self.marks / "clock"
         self.shift_clock(0)
         self.accepted: dict[int, str | None] = {}
+        self.key: str | None = None
         self._lock = threading.Lock()
         self._launch, self._flags = launch, flags
         self._port = 0
@@ -247,7 +251,13 @@ class Site:
 
     def submit(self, script: Script | None = None, **changes: Any) -> httpx.Response:
         """Ask for a picture; an id in the answer is noted down."""
-        body = {
+        answer = self.client.post(f"{self.url}/api/v3/inpaint", json=self.body(script, **changes))
+        self.note(answer, changes.get("webhook"))
+        return answer
+
+    def body(self, script: Script | None = None, **changes: Any) -> dict[str, Any]:
+        """What `submit` asks for."""
+        return {
             "prompt": str(script or Script()),
             "init_image": INLINE_IMAGE,
             "mask_image": INLINE_MASK,
@@ -260,9 +270,6 @@ class Site:
             "seed": 7,
             **changes,
         }
-        answer = self.client.post(f"{self.url}/api/v3/inpaint", json=body)
-        self.note(answer, changes.get("webhook"))
-        return answer
 
     def note(self, answer: httpx.Response, webhook: str | None) -> None:
         """Remember the id of an answer, if it has one."""
@@ -286,9 +293,16 @@ class Site:
 
     def fetch(self, job_id: int) -> dict[str, Any]:
         """A job as a client sees it."""
-        answer = self.client.post(f"{self.url}/api/v3/fetch/{job_id}", json={})
+        answer = self.client.post(f"{self.url}/api/v3/fetch/{job_id}", json={"key": self.key})
         body: dict[str, Any] = answer.json()
         return body
+
+    def outputs(self, job_id: int, dialect: str) -> list[str]:
+        """Addresses of a job's pictures, as a client of either API is told them."""
+        if dialect == "v3":
+            return [*self.fetch(job_id).get("output", [])]
+        answer = self.client.get(f"{self.url}/api/jobs/{job_id}")
+        return [each["url"] for each in answer.json()["outputs"]]
 
     def status(self, job_id: int) -> str:
         """processing, success, failed or error; "" where nobody answers."""

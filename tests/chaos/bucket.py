@@ -1,0 +1,100 @@
+"""An object store on loopback that can go away: as much of S3 as `server.storage` asks for."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+from tests.chaos.hosts import LoopThread, close_server, reset_connection
+from tests.http_stub import response
+
+NAME = "pictures"
+WRITTEN = "2026-01-01T00:00:00.000Z"
+STAMPS = ('ETag: "1"', "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT")
+
+
+@dataclass(slots=True)
+class Bucket:
+    """files: by key. is_away: every request is reset. tries: requests that were."""
+
+    port: int = 0
+    files: dict[str, bytes] = field(default_factory=dict)
+    is_away: bool = False
+    tries: int = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a server that is to keep its files here."""
+        return {
+            "INPAINT_STORAGE__URL": f"s3://{NAME}",
+            "AWS_ENDPOINT": f"http://127.0.0.1:{self.port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+        }
+
+    def answer(self, method: str, target: str, content: bytes) -> bytes:
+        """The answer to a request for `/bucket/key`, or `/bucket?query`."""
+        url = urlsplit(target)
+        key, query = unquote(url.path.removeprefix(f"/{NAME}").lstrip("/")), parse_qs(url.query)
+        if method == "PUT":
+            self.files[key] = content
+            return response("200 OK", *STAMPS)
+        if method == "DELETE":
+            self.files.pop(key, None)
+            return response("204 No Content")
+        if method == "POST":
+            gone = re.findall("<Key>([^<]*)</Key>", content.decode())
+            for each in gone:
+                self.files.pop(each, None)
+            told = "".join(f"<Deleted><Key>{each}</Key></Deleted>" for each in gone)
+            return response("200 OK", body=f"<DeleteResult>{told}</DeleteResult>".encode())
+        if not key:
+            return response("200 OK", body=self._listing(query.get("prefix", [""])[0]).encode())
+        if key not in self.files:
+            return response("404 Not Found", body=b"<Error><Code>NoSuchKey</Code></Error>")
+        return response("200 OK", *STAMPS, body=self.files[key])
+
+    def _listing(self, prefix: str) -> str:
+        entries = "".join(
+            f"<Contents><Key>{escape(key)}</Key><LastModified>{WRITTEN}</LastModified>"
+            f"<Size>{len(content)}</Size><ETag>1</ETag></Contents>"
+            for key, content in self.files.items()
+            if key.startswith(prefix)
+        )
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+
+
+@contextmanager
+def running_bucket(thread: LoopThread) -> Iterator[Bucket]:
+    """A bucket on a free port."""
+    bucket = Bucket()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = re.search(r"(?i)\r\ncontent-length: *(\d+)", head)
+                content = await reader.readexactly(int(length[1]) if length else 0)
+                if bucket.is_away:
+                    bucket.tries += 1
+                    reset_connection(writer)
+                    return
+                method, target, _ = head.split(" ", 2)
+                writer.write(bucket.answer(method, target, content))
+                await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client has gone, or all is over
+        finally:
+            writer.close()
+
+    server = thread.call(asyncio.start_server(serve, "127.0.0.1", 0))
+    bucket.port = server.sockets[0].getsockname()[1]
+    try:
+        yield bucket
+    finally:
+        thread.call(close_server(server))

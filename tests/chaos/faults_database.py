@@ -1,0 +1,318 @@
+"""Faults of the database: away, out of reach, full of jobs, of an earlier version."""
+
+import asyncio
+import importlib
+import importlib.util
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import MetaData, Table
+
+from server.database import MIGRATIONS, open_engine
+from server.jobs import LEASE_S
+from tests.chaos.clients import side_by_side
+from tests.chaos.faults_processes import drain
+from tests.chaos.faults_storage import refused
+from tests.chaos.hosts import Host, LoopThread, TcpProxy, running_host, running_proxy
+from tests.chaos.matrix import Found, NotCovered, fault
+from tests.chaos.oracle import Oracle
+from tests.chaos.scripts import FOLDER_VARIABLE, Script
+from tests.chaos.site import Site, expect, outside_world, running_site, until
+
+AWAY_S = (1, 10, 60)
+REFUSED_S = 25.0
+"""The longest that a client may wait for a refusal while the database is silent."""
+MANY = 10_000
+SQLITE = "SQLite"
+
+
+@contextmanager
+def postgres() -> Iterator[Any]:
+    """The tests' own PostgreSQL. Raises: NotCovered where there is none, or no support."""
+    if importlib.util.find_spec("tests.postgres") is None:
+        raise NotCovered("this version keeps its jobs in SQLite only")
+    module = importlib.import_module("tests.postgres")
+    binaries = module.find_binaries()
+    if binaries is None:
+        raise NotCovered("PostgreSQL's programs are not installed")
+    with module.running_postgres(binaries) as running:
+        yield running
+
+
+@fault("F5", "PostgreSQL is killed", within_s=15, is_patient=True)
+def database_killed(room: Path) -> Found:
+    """Refuse, hold on to what is being made, and go on when it is back."""
+    with ExitStack() as stack:
+        running = stack.enter_context(postgres())
+        url = str(running.url(running.create_database()))
+        environment = {"INPAINT_DATABASE_URL": url}
+        site = stack.enter_context(running_site(room, environment, workers=2))
+        oracle = Oracle(site)
+        slowest_s, tries = 0.0, []
+        for away_s in AWAY_S:
+            job = site.accept(
+                Script(tag=f"away{away_s}", step_s=0.2),
+                num_inference_steps=20,
+                webhook=f"{site.host.url}/ok/{away_s}",
+            )
+            site.claimed(job)
+            running.stop()
+            refused(site)
+            time.sleep(away_s)
+            running.start()
+            back_s = until(lambda: takes_jobs(site), 30, "takes jobs")
+            slowest_s = max(slowest_s, back_s)
+            site.ended(job, within_s=60)
+            tries.append(oracle.row(job)["attempt"])
+            oracle.check()
+        expect(len(site.log_events("worker ended")) == 0, "a worker gave up")
+        injected = f"pg_ctl stop -m immediate, away for {', '.join(map(str, AWAY_S))} s"
+        checked = (
+            f"submits told 503 with Retry-After, no worker gave up, the held jobs needed {tries} "
+            f"tries; {drain(site, oracle)}"
+        )
+        return Found(injected, checked, slowest_s)
+
+
+def takes_jobs(site: Site) -> bool:
+    """Whether a job is taken now."""
+    try:
+        return site.submit(Script(tag="back")).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@fault("F22", "line between node and database is cut", within_s=20, is_patient=True)
+def line_cut(room: Path) -> Found:
+    """One node loses its line to the database, first with a reset, then in silence."""
+    with ExitStack() as stack:
+        running = stack.enter_context(postgres())
+        thread = stack.enter_context(LoopThread())
+        host = stack.enter_context(running_host(thread))
+        url = running.url(running.create_database())
+        socket_path = next(Path(url.query["host"]).glob(".s.PGSQL.*[0-9]"))
+        proxy = stack.enter_context(
+            running_proxy(thread, lambda: asyncio.open_unix_connection(str(socket_path)))
+        )
+        through = url.set(host="127.0.0.1", port=proxy.port, query={})
+        files = {"INPAINT_STORAGE__URL": (room / "files").as_uri()}
+        other = Site(room / "other", host, files | {"INPAINT_DATABASE_URL": str(url)})
+        stack.callback(other.close)
+        cut_off = Site(
+            room / "cut-off",
+            host,
+            files | {"INPAINT_DATABASE_URL": str(through), FOLDER_VARIABLE: str(other.marks)},
+        )
+        stack.callback(cut_off.close)
+        cut_off.start()
+        oracle = Oracle(other, files=room / "files")
+        reset_s = reset_line(cut_off, thread, proxy)
+        silent_s, gaps = silent_line(cut_off, other, thread, proxy, oracle)
+        other.accepted.update(cut_off.accepted)
+        injected = "the node's line reset after 5 s, then silent until its lease had run out"
+        checked = (
+            "the other node made it, the late result changed nothing, the node takes jobs again; "
+            f"{drain(other, oracle)}"
+        )
+        return Found(injected, checked, max(reset_s, silent_s), gaps)
+
+
+def reset_line(site: Site, thread: LoopThread, proxy: TcpProxy) -> float:
+    """Cut for 5 s, then end all connections; seconds until jobs are taken again."""
+    job = site.accept(Script(tag="reset", step_s=0.2), num_inference_steps=20)
+    site.claimed(job)
+    thread.call(proxy.cut())
+    time.sleep(5)
+    thread.call(proxy.reset())
+    thread.call(proxy.heal())
+    took_s = until(lambda: takes_jobs(site), 30, "takes jobs after a reset")
+    site.ended(job)
+    return took_s
+
+
+def silent_line(
+    cut_off: Site, other: Site, thread: LoopThread, proxy: TcpProxy, oracle: Oracle
+) -> tuple[float, tuple[str, ...]]:
+    """Nothing passes and nobody is told; seconds until jobs are taken after it has healed.
+
+    The gaps too. Raises: Broken.
+    """
+    script = Script(tag="silent", step_s=0.3, unrepeatable=True)
+    job = cut_off.accept(script, num_inference_steps=50)
+    cut_off.claimed(job)
+    other.accepted.update(cut_off.accepted)
+    thread.call(proxy.cut())
+    other.start()
+    started = time.monotonic()
+    gaps: tuple[str, ...] = ()
+    try:
+        answer = cut_off.client.post(
+            f"{cut_off.url}/api/v3/inpaint", json=cut_off.body(), timeout=REFUSED_S
+        )
+        expect(answer.status_code == 503, f"behind a silent line a client got {answer.status_code}")
+    except httpx.TimeoutException:
+        gaps = (f"a client waits longer than {REFUSED_S:g} s while the line is silent",)
+    expect(cut_off.readiness() != 200, "ready without a database")
+    other.ended(job, within_s=LEASE_S + 60)
+    oracle.check()
+    silent_s = time.monotonic() - started
+    thread.call(proxy.heal())
+    took_s = until(lambda: takes_jobs(cut_off), 60, "takes jobs after a silence")
+    expect(oracle.row(job)["attempt"] == 2, f"{silent_s:.0f} s of silence: not two tries")
+    return took_s, gaps
+
+
+@fault("F19", "10,000 queued jobs at the start", within_s=5)
+def long_queue(room: Path) -> Found:
+    """Ready as quickly as ever, memory flat, order kept."""
+    with outside_world() as (_thread, host):
+        site = Site(room, host)
+        try:
+            site.start(workers=0, is_ready=False)
+            first = site.accept(Script(tag="first"))
+            site.stop()
+            site.accepted.clear()  # the rows below share its input, which it would drop
+            site.start()
+            until(lambda: len(site.new_events("job finished")) == 1, 30, "the one job is made")
+            before_kb = [memory_kb(site.pid), *map(memory_kb, site.worker_pids())]
+            site.stop()
+            copy_job(site, first, MANY)
+            ready_s = site.start()
+            until(lambda: len(site.new_events("job claimed")) >= 100, 60, "jobs are claimed")
+            order = [each["job_id"] for each in site.new_events("job claimed")]
+            expect(order == sorted(order), f"claimed out of order: {order}")
+            after_kb = [memory_kb(site.pid), *map(memory_kb, site.worker_pids())]
+            for before, after in zip(before_kb, after_kb, strict=True):
+                expect(after < before + 30_000, f"{before} kB grew to {after} kB")
+            refusal = site.submit(Script(tag="over"))
+            expect(refusal.status_code == 429, f"a full queue answered {refusal.status_code}")
+            sizes = ", ".join(
+                f"{before // 1000} → {after // 1000} MB"
+                for before, after in zip(before_kb, after_kb, strict=True)
+            )
+            checked = f"memory of API and worker {sizes}, {len(order)} claimed in order, 429 beyond"
+            return Found(f"{MANY} queued rows, then a start", checked, ready_s)
+        finally:
+            site.close()
+
+
+def memory_kb(pid: int) -> int:
+    """Resident memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
+
+
+def copy_job(site: Site, job_id: int, count: int) -> None:
+    """Queue the same job so many times more, as it was before it was made, without inputs."""
+    row = Oracle(site).row(job_id) | {
+        "state": "queued",
+        "attempt": 0,
+        "step": 0,
+        "total_steps": 0,
+        **dict.fromkeys(("started_at", "finished_at", "run_s", "flagged")),
+    }
+    del row["id"]
+    copies = [row | {"file_prefix": str(uuid.UUID(int=n))} for n in range(count)]
+    insert_jobs(site.database_url, copies)
+
+
+def insert_jobs(url: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as they are read without our types; columns that the table lacks are left out."""
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        table = Table("jobs", MetaData(), autoload_with=connection)
+        names = [column.name for column in table.columns if column.name in rows[0]]
+        marks = ", ".join("?" if engine.dialect.name == "sqlite" else "%s" for _ in names)
+        connection.exec_driver_sql(
+            f"INSERT INTO jobs ({', '.join(names)}) VALUES ({marks})",
+            [tuple(row[name] for name in names) for row in rows],
+        )
+    engine.dispose()
+
+
+@fault("F27", "two nodes upgrade an old database at once", within_s=None)
+def upgrade(room: Path) -> Found:
+    """One wins, the other waits; jobs that the old version left queued and running are made."""
+    with ExitStack() as stack:
+        _thread, host = stack.enter_context(outside_world())
+        old_rows, files = jobs_of_today(room / "today", host)
+        gaps: tuple[str, ...] = ()
+        databases = {SQLITE: ""}
+        try:
+            running = stack.enter_context(postgres())
+            databases["PostgreSQL"] = "postgres"
+        except NotCovered as reason:
+            gaps = (f"PostgreSQL: {reason}",)
+        for name in databases:
+            for version in old_versions():
+                folder = room / f"{name}-{version}"
+                shutil.copytree(files, folder / "files")
+                url = f"sqlite:///{folder}/inpaint.db"
+                if name != SQLITE:
+                    url = str(running.url(running.create_database()))
+                write_old_schema(url, version, old_rows)
+                start_both(folder, host, url, [row["id"] for row in old_rows])
+        injected = f"two nodes started at once on each of {', '.join(old_versions())}"
+        checked = "both are ready, a queued and a running job of then are made, and a new one"
+        return Found(f"{injected}, in {' and '.join(databases)}", checked, None, gaps)
+
+
+def old_versions() -> list[str]:
+    """Every schema but the present one, oldest first."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    known = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
+    return known[:0:-1]
+
+
+def jobs_of_today(room: Path, host: Host) -> tuple[list[dict[str, Any]], Path]:
+    """Rows of a queued job and of one whose worker was lost, and the folder of their inputs."""
+    site = Site(room, host)
+    try:
+        site.start(workers=0, is_ready=False)
+        queued, running = (
+            Oracle(site).row(site.accept(Script(tag=tag))) for tag in ("queued", "running")
+        )
+        site.stop()
+    finally:
+        site.close()
+    lost = {"state": "running", "attempt": 1, "worker_id": "lost", "lease_until": 0.0}
+    return [queued, running | lost | {"started_at": 0.0}], site.data_dir / "files"
+
+
+def write_old_schema(url: str, version: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A database as an earlier version left it, with jobs."""
+    engine = open_engine(url)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, version)
+    engine.dispose()
+    # Numbered by the database, as its counter does not know of ids that it has not given.
+    insert_jobs(url, [{name: row[name] for name in row if name != "id"} for row in rows])
+
+
+def start_both(folder: Path, host: Host, url: str, job_ids: Sequence[int]) -> None:
+    """Two nodes on one database and one file store. Raises: Broken."""
+    environment = {
+        "INPAINT_DATABASE_URL": url,
+        "INPAINT_STORAGE__URL": (folder / "files").as_uri(),
+    }
+    nodes = [Site(folder / f"node{n}", host, environment) for n in range(2)]
+    try:
+        side_by_side([node.start for node in nodes])
+        for node in nodes:
+            node.ended(*job_ids)
+        nodes[1].ended(nodes[1].accept(Script(tag="new")))
+    finally:
+        side_by_side([node.close for node in nodes])
