@@ -304,7 +304,7 @@ def _notify(connection: Connection) -> None:
 def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
     database = make_url(url).database
     if database:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
+        Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = create_engine(
         url,
         module=sqlite,
