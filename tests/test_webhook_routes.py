@@ -167,7 +167,7 @@ def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx.Client) -> None:
         if answer.status_code != 200:
             break
     assert problem_of(answer) == (429, "rate_limited")
-    with client_of(app, "two") as other:
+    with client_of(app, SECOND) as other:
         assert other.post("/api/webhooks/ping", json=body).status_code == 200
 
 
