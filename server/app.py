@@ -18,7 +18,7 @@ from server.background import Background
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import native, native_problems, v3
-from server.door import Door, Listener
+from server.door import Door, listeners_of
 from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.followers import Followers
@@ -60,9 +60,11 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.registry.register(StoredFigures(engine, store))
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
-        door = Door(settings.egress, Listener(settings.host, settings.port))
+        # One each, so that neither waits for the other's look-ups.
+        listeners = listeners_of(settings)
+        fetch_door, webhook_door = (Door(settings.egress, listeners) for _ in range(2))
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        webhooks = WebhookSender(settings.webhook, deliveries, store, door)
+        webhooks = WebhookSender(settings.webhook, deliveries, store, webhook_door)
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
         with (
             Threads(STORE_THREADS, "store") as store_threads,
@@ -71,14 +73,15 @@ def create_app(settings: Settings) -> FastAPI:
             async with Background() as background:
                 background.start(WEBHOOKS, webhooks.run)
                 background.start("janitor", Janitor(engine, storage, settings.retention).run)
-                with Waiters(store) as waiters, Followers(store) as followers, sandbox:
+                followers = Followers(store, settings.http.max_streams_per_key)
+                with Waiters(store) as waiters, followers, sandbox:
                     sandbox.warm()
                     services = app.state.services = Services(
                         settings=settings,
                         keys=keys,
                         store=store,
                         storage=storage,
-                        fetcher=Fetcher(settings.fetch, door),
+                        fetcher=Fetcher(settings.fetch, fetch_door),
                         sandbox=sandbox,
                         waiters=waiters,
                         followers=followers,
@@ -92,7 +95,8 @@ def create_app(settings: Settings) -> FastAPI:
                     background.start("keys", lambda: keep_fresh(services))
                     background.start("watch", lambda: watch_workers(services))
                     yield
-        await door.aclose()
+        for door in (fetch_door, webhook_door):
+            await door.aclose()
         engine.dispose()
 
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
@@ -103,7 +107,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
     # The last one added is the outermost.
-    app.add_middleware(ErrorAnswers, settings.allowed_hosts, answer_error)
+    app.add_middleware(
+        ErrorAnswers,
+        settings,
+        lambda: app.state.services.keys.serves_loopback_only,
+        answer_error,
+    )
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_origins),

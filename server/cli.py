@@ -171,12 +171,13 @@ def serve(options: argparse.Namespace) -> int:
     from server.jobs import JobStore
     from server.keys import KeyStore
     from server.supervisor import WORKER_COMMAND, Supervisor
-    from server.telemetry import configure_logging, get_logger
+    from server.telemetry import configure_logging, get_logger, learn_secrets
 
     settings = settings_of(options, "host", "port", "devices", "workers")
-    keys_file = settings.auth.keys_file
-    file_keys = [] if keys_file is None else read_keys_file(keys_file)
-    configure_logging(secrets=[*settings.secrets, *file_keys])
+    settings.make_data_dir()
+    configure_logging(secrets=settings.secrets)
+    if settings.auth.keys_file is not None:
+        learn_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
     raise_open_file_limit()
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
@@ -188,13 +189,18 @@ def serve(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None
         for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
-    # The port that was taken for 0: the server must know where it listens, to stay out of there.
-    devices = expand_devices(settings.devices)
-    settings = settings.model_copy(update={"port": listener.getsockname()[1], "devices": devices})
     admin = None
     if settings.admin.port is not None:
         admin = bind(settings.admin.host, settings.admin.port)
     admin_port = None if admin is None else admin.getsockname()[1]
+    # The ports taken for 0: the server must know where it listens, to stay out of there.
+    settings = settings.model_copy(
+        update={
+            "port": listener.getsockname()[1],
+            "admin": settings.admin.model_copy(update={"port": admin_port}),
+            "devices": expand_devices(settings.devices),
+        }
+    )
     listeners = {"listening": listener} | ({"admin listening": admin} if admin else {})
     store = JobStore(engine)
     stalls_s = (settings.worker_stall_s, settings.worker_load_stall_s)
@@ -221,6 +227,7 @@ def work(options: argparse.Namespace) -> int:
 
     # Before torch is imported, which takes seconds, and looks for devices once.
     settings = settings_of(options)
+    settings.make_data_dir()
     device = open_device(options.device)
 
     from models.errors import EngineError
@@ -303,13 +310,13 @@ def ping_webhook(options: argparse.Namespace) -> int:
     """Send a test event under the server's own settings; 0 where the receiver took it."""
     import asyncio
 
-    from server.door import Door, Listener
+    from server.door import Door, listeners_of
     from server.webhooks import WebhookCaller
 
     settings = settings_of(options)
 
     async def ping() -> int:
-        door = Door(settings.egress, Listener(settings.host, settings.port))
+        door = Door(settings.egress, listeners_of(settings))
         try:
             message_id, attempt = await WebhookCaller(settings.webhook, door).ping(options.url)
         finally:

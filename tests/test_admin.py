@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from server.database import open_engine
+from server.jobs import WorkerStatus
 from server.settings import Settings
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit
@@ -47,7 +48,7 @@ def figures_of(admin: httpx.Client) -> dict[str, float]:
 
 def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
     finish(settings, submit(app.client))
-    submit(app.client, webhook="http://receiver.example/")
+    submit(app.client, webhook="http://127.0.0.1:1/")
     post(app.client, "inpaint", **(BODY | {"init_image": "http://127.0.0.1:1/"}))
     post(app.client, "inpaint", **(BODY | {"init_image": "AAAA"}))
     app.client.post("/canary-path")
@@ -96,10 +97,15 @@ def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Set
     assert (answer.status_code, answer.json()["reason"]) == (503, "0/1 workers ready")
     with store_of(settings) as store:
         store.report_worker(seen_now(status("w", 0)))
+        failed = WorkerStatus("x", "cpu", "builtin", "failed", "/srv/model: no such file", 0)
+        store.report_worker(seen_now(failed))
     submit(app.client)
     details = admin.get("/readyz").json()
     assert details["status"] == "ok"
-    assert details["workers"][0]["id"] == "w"
+    assert {each["id"]: each["detail"] for each in details["workers"]} == {
+        "w": "ready",
+        "x": "/srv/model: no such file",
+    }
     assert (details["queue"]["waiting"], details["queue"]["running"]) == (1, 0)
     assert details["connections"]["open"] >= 1
     assert admin.get("/healthz").json() == {"status": "ok"}
@@ -110,3 +116,33 @@ def test_ports_do_not_mix(app: LiveApp, admin: httpx.Client) -> None:
     assert app.client.get("/metrics", headers=host).status_code == 404
     for method, path in (("POST", "/api/v3/inpaint"), ("GET", "/openapi.json"), ("GET", "/docs")):
         assert admin.request(method, path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:PORT", 200),
+        ("LOCALHOST", 200),
+        ("127.0.0.1:PORT", 200),
+        ("10.1.2.3", 200),
+        ("[::1]:PORT", 200),
+        ("metrics.internal:PORT", 200),
+        ("attacker.example:PORT", 421),
+        ("localhost.attacker.example", 421),
+        ("127.0.0.1.attacker.example", 421),
+        ("metrics.internal.attacker.example", 421),
+        ("", 421),
+    ],
+)
+def test_names_that_nobody_gave_to_the_port_are_refused(
+    host: str, status: int, tmp_path: Path
+) -> None:
+    """A page can lead its own name to loopback and read what is there, but not under our name."""
+    settings = settings_in(tmp_path, admin={"allowed_hosts": "metrics.internal"})
+    with running_app(settings) as app:
+        headers = {"host": host.replace("PORT", str(app.admin_port))}
+        for path in ("/metrics", "/healthz", "/unknown"):
+            url = f"http://127.0.0.1:{app.admin_port}{path}"
+            answer = httpx.get(url, headers=headers, trust_env=False)
+            expected = 404 if (path, status) == ("/unknown", 200) else status
+            assert answer.status_code == expected

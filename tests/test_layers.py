@@ -63,19 +63,20 @@ SERVER = {
     "limits": "",
     "keys": "database",
     "key_commands": "database keys settings",
-    "auth": "errors keys limits settings",
+    "auth": "errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
     "storage": "errors",
     "addresses": "settings",
     "slots": "",
     "exchange": "",
-    "door": "addresses exchange settings",
+    "lookups": "slots",
+    "door": "addresses exchange lookups settings",
     "egress": "addresses door errors exchange settings slots telemetry",
     "downloads": "egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
-    "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
+    "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
     "clocks": "database",
     "deliveries": "clocks commits database",
     "failures": "",
@@ -91,20 +92,21 @@ SERVER = {
     "background": "telemetry",
     "threads": "",
     "waiters": "database jobs telemetry",
-    "followers": "database jobs telemetry",
+    "followers": "database errors jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry"
-    " threads",
-    "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
-    " threads waiters webhooks",
+    "webhooks": "addresses circuits deliveries dialects door errors exchange jobs limits settings"
+    " slots telemetry threads",
+    "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
+    " storage threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings storage models.params",
+    " settings slots storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
-    "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
+    "native_routes": "auth native_events bodies deliveries dialects errors followers idempotency"
+    " intake jobs services",
     "checkpoints": "receipts settings telemetry"
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",
@@ -121,9 +123,9 @@ SERVER = {
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
     " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
-    "middleware": "errors metrics telemetry",
-    "admin": "connections intake metrics routes services",
-    "connections": "auth settings",
+    "middleware": "errors metrics settings telemetry",
+    "admin": "connections intake metrics middleware routes services",
+    "connections": "auth bodies settings",
     "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
     "demo": "database jobs settings",
@@ -264,7 +266,7 @@ def importers_of(*names: str) -> set[str]:
 
 # `addresses` and `egress` name httpx for its URL alone.
 READS_URLS = {"addresses.py", "egress.py"}
-OPENS_CONNECTIONS = {"door.py", "exchange.py"}
+OPENS_CONNECTIONS = {"door.py", "exchange.py", "lookups.py"}
 # The demo is a client of a server of its own.
 CLIENTS = {"demo.py"}
 LISTENS = {"connections.py", "http.py"}
