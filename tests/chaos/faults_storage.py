@@ -260,8 +260,8 @@ def stored_later(
 
     The oracle's word too. Raises: Broken.
     """
-    job = site.accept(Script(tag="kept", step_s=0.3, unrepeatable=True), num_inference_steps=10)
-    site.claimed(job)
+    job = site.accept(Script(tag="kept", step_s=0.3, unrepeatable=True), num_inference_steps=15)
+    until(lambda: oracle.row(job)["step"] > 0, 60, "its input is read")
     with broken:
         refused(site)
         until(lambda: bool(site.log_events(KEPT)), 60, "a worker says that it keeps a picture")
