@@ -146,10 +146,11 @@ def checked_url(url: str) -> httpx.URL:
     refuse_strange_text(url)
     try:
         parsed = httpx.URL(url)
-        port = parsed.port
+        # Reading an international name translates it, which fails for many a text.
+        scheme, host, port = parsed.scheme, parsed.host, parsed.port
     except (httpx.InvalidURL, ValueError) as error:
         raise Refused("no URL") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if scheme not in ("http", "https") or not host:
         raise Refused("scheme or host of URL")
     if "@" in AUTHORITY_END.split(url.partition("://")[2], maxsplit=1)[0]:
         raise Refused("user in URL")

@@ -4,18 +4,22 @@ It asks for no key, so it listens on loopback unless told otherwise, and tells n
 client. One process serves both ports; a connection's own port decides, which nobody can forge.
 """
 
+import ipaddress
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
 from prometheus_client import Gauge
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.connections import Gate
 from server.metrics import CONTENT_TYPE
+from server.middleware import HOST, is_allowed
 from server.routes import readiness
 from server.services import Services
 
@@ -35,8 +39,41 @@ class ByPort:
         await (self._admin_app if is_admin else self._app)(scope, receive, send)
 
 
-def create_admin_app(main: Starlette, gate: Gate) -> Starlette:
-    """The application of the second port. main: whose services it tells of, once it has started."""
+class KnownHosts:
+    """ASGI: refuses names that nobody gave to this port.
+
+    A page in a browser nearby can lead its own name to us; an address, or localhost, it cannot.
+    names: as `Settings.allowed_hosts`.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self._app = app
+        self._names = ["localhost", *(name.lower() for name in names)]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hosts = [value for name, value in scope.get("headers", ()) if name == b"host"]
+        if not all(names_address(host) or is_allowed(host, self._names) for host in hosts):
+            answer = PlainTextResponse("unknown host", 421, HEADERS)
+            await answer(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def names_address(host: bytes) -> bool:
+    """Whether a Host header is an address, with a port or without."""
+    match = HOST.fullmatch(host.decode("latin-1").lower())
+    try:
+        ipaddress.ip_address(match["name"].strip("[]") if match else "")
+    except ValueError:
+        return False
+    return True
+
+
+def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> Starlette:
+    """The application of the second port.
+
+    main: whose services it tells of, once it has started. names: it may be asked by.
+    """
 
     def services() -> Services:
         found: Services = main.state.services
@@ -81,5 +118,6 @@ def create_admin_app(main: Starlette, gate: Gate) -> Starlette:
         "inpaint_connections_cut", "Closed for want of room since the start", registry=registry
     ).set_function(lambda: gate.cut_count)
     return Starlette(
-        routes=[Route(f"/{each.__name__}", each) for each in (metrics, healthz, readyz)]
+        routes=[Route(f"/{each.__name__}", each) for each in (metrics, healthz, readyz)],
+        middleware=[Middleware(KnownHosts, names)],
     )

@@ -18,7 +18,7 @@ from server.background import Background
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import native, native_problems, v3
-from server.door import Door, Listener
+from server.door import Door, listeners_of
 from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.followers import Followers
@@ -60,9 +60,11 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.registry.register(StoredFigures(engine, store))
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
-        door = Door(settings.egress, Listener(settings.host, settings.port))
+        # One each, so that neither waits for the other's look-ups.
+        listeners = listeners_of(settings)
+        fetch_door, webhook_door = (Door(settings.egress, listeners) for _ in range(2))
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        webhooks = WebhookSender(settings.webhook, deliveries, store, door)
+        webhooks = WebhookSender(settings.webhook, deliveries, store, webhook_door)
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
         with (
             Threads(STORE_THREADS, "store") as store_threads,
@@ -79,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
                         keys=keys,
                         store=store,
                         storage=storage,
-                        fetcher=Fetcher(settings.fetch, door),
+                        fetcher=Fetcher(settings.fetch, fetch_door),
                         sandbox=sandbox,
                         waiters=waiters,
                         followers=followers,
@@ -93,7 +95,8 @@ def create_app(settings: Settings) -> FastAPI:
                     background.start("keys", lambda: keep_fresh(services))
                     background.start("watch", lambda: watch_workers(services))
                     yield
-        await door.aclose()
+        for door in (fetch_door, webhook_door):
+            await door.aclose()
         engine.dispose()
 
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.

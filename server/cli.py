@@ -201,13 +201,18 @@ def serve(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None
         for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
-    # The port that was taken for 0: the server must know where it listens, to stay out of there.
-    devices = expand_devices(settings.devices)
-    settings = settings.model_copy(update={"port": listener.getsockname()[1], "devices": devices})
     admin = None
     if settings.admin.port is not None:
         admin = bind(settings.admin.host, settings.admin.port)
     admin_port = None if admin is None else admin.getsockname()[1]
+    # The ports taken for 0: the server must know where it listens, to stay out of there.
+    settings = settings.model_copy(
+        update={
+            "port": listener.getsockname()[1],
+            "admin": settings.admin.model_copy(update={"port": admin_port}),
+            "devices": expand_devices(settings.devices),
+        }
+    )
     listeners = {"listening": listener} | ({"admin listening": admin} if admin else {})
     store = JobStore(engine)
     stalls_s = (settings.worker_stall_s, settings.worker_load_stall_s)
@@ -315,13 +320,13 @@ def ping_webhook(options: argparse.Namespace) -> int:
     """Send a test event under the server's own settings; 0 where the receiver took it."""
     import asyncio
 
-    from server.door import Door, Listener
+    from server.door import Door, listeners_of
     from server.webhooks import WebhookCaller
 
     settings = settings_of(options)
 
     async def ping() -> int:
-        door = Door(settings.egress, Listener(settings.host, settings.port))
+        door = Door(settings.egress, listeners_of(settings))
         try:
             message_id, attempt = await WebhookCaller(settings.webhook, door).ping(options.url)
         finally:

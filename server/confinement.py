@@ -11,7 +11,6 @@ import resource
 import signal
 import struct
 import sys
-import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
@@ -45,7 +44,6 @@ ALLOWED_CALLS = {
     "restart_syscall": 219,
     "clock_gettime": 228,
     "exit_group": 231,
-    "prlimit64": 302,
     "getrandom": 318,
 }
 """System calls with which Python and Pillow turn bytes into pixels, as x86-64 numbers them."""
@@ -65,8 +63,12 @@ class FilterProgram(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def confine(memory_bytes: int) -> None:
-    """Keep from here on to the open files, and to so many bytes more than are used now."""
+def confine(memory_bytes: int, cpu_s: int) -> bool:
+    """Keep from here on to the open files, to so many bytes more than are used now, and to so much
+    processor time in all.
+
+    False where system calls cannot be filtered.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -76,21 +78,16 @@ def confine(memory_bytes: int) -> None:
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
         limit(kind, 0)
     limit(resource.RLIMIT_NOFILE, 3)
-    if sys.platform == "linux":
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        if platform.machine() == "x86_64":
-            install_filter(libc)
+    limit(resource.RLIMIT_CPU, cpu_s)
+    if sys.platform != "linux":
+        return False
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return platform.machine() == "x86_64" and install_filter(libc)
 
 
 def limit(kind: int, value: int) -> None:
     """For good: the hard limit too."""
     resource.setrlimit(kind, (value, value))
-
-
-def allow_cpu(seconds: float) -> None:
-    """The kernel ends this process after so many more seconds of work."""
-    until = int(time.process_time() + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
 
 
 def address_space_bytes() -> int:
@@ -99,11 +96,15 @@ def address_space_bytes() -> int:
         return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def install_filter(libc: ctypes.CDLL) -> None:
-    """Refuse every system call but the allowed ones, as if permission were missing."""
+def install_filter(libc: ctypes.CDLL) -> bool:
+    """Refuse every system call but the allowed ones, as if permission were missing.
+
+    False where the kernel does not: it was built without, or is only imitated.
+    """
     code = filter_code()
     program = FilterProgram(len(code) // 8, code)
-    libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
+    failed: int = libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
+    return not failed
 
 
 def filter_code() -> bytes:

@@ -43,7 +43,10 @@ logger = get_logger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 POOL_SIZE = 24
-"""Connections of one process at most; more than the threads that use any, see `services.py`."""
+"""Connections that a process keeps open once they were needed."""
+
+MORE_CONNECTIONS = 26
+"""Opened at a peak besides. With them there is one for every thread, see `services.py`."""
 
 POOL_TIMEOUT_S = 5
 """For a connection of the pool to come free."""
@@ -265,7 +268,7 @@ def _open_postgresql(url: str) -> Engine:
         parsed.set(drivername=POSTGRESQL, query=_limits(parsed.query)),
         pool_pre_ping=True,
         pool_size=POOL_SIZE,
-        max_overflow=0,
+        max_overflow=MORE_CONNECTIONS,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
@@ -307,7 +310,7 @@ def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
         module=sqlite,
         connect_args={"isolation_level": None},
         pool_size=POOL_SIZE,
-        max_overflow=0,
+        max_overflow=MORE_CONNECTIONS,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )

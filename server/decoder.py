@@ -21,7 +21,7 @@ from PIL import ImageChops, ImagePalette, ImageSequence, MpoImagePlugin, TiffIma
 from models.decoding import ImageLimits, decode_image, decode_mask
 from models.errors import ImageFault, UnreadableImage
 from models.params import fit_size
-from server.confinement import allow_cpu, confine
+from server.confinement import confine
 
 LOADED_BEFORE_CONFINEMENT = (
     ImageChops,
@@ -34,10 +34,14 @@ LOADED_BEFORE_CONFINEMENT = (
 MEMORY_BYTES = 540 * 2**20
 """For one picture. A WebP of 33 megapixels takes 16 bytes a pixel."""
 
+CPU_S = 3_600
+"""Of the process in all. A picture's own time is the parent's to watch: this ends what computes on
+between pictures."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
 
-READY = b"R"
+READY, READY_UNFILTERED = b"R", b"r"
 REQUEST = struct.Struct("<BIHHB")
 """Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, and
 whether the picture may keep its own."""
@@ -85,7 +89,7 @@ def write_request(kind: Kind, file_bytes: int, wanted: Wanted) -> bytes:
     )
 
 
-def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
+def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
     """Answer requests until there are no more."""
     limits = ImageLimits(max_bytes, max_pixels, max_side)
     keep_small_blocks()
@@ -93,13 +97,12 @@ def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
     # Libraries write warnings of their own, with what the file says.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    confine(MEMORY_BYTES)
-    replies.write(READY)
+    is_filtered = confine(MEMORY_BYTES, CPU_S)
+    replies.write(READY if is_filtered else READY_UNFILTERED)
     replies.flush()
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
         kind, size, width, height, keeps_own_size = REQUEST.unpack(head)
         wanted = Wanted(width or None, height or None, bool(keeps_own_size))
-        allow_cpu(cpu_s)
         match decode(Kind(kind), requests.read(size), limits, wanted):
             case ImageFault() as fault:
                 replies.write(REPLY.pack(1 + FAULTS.index(fault), 0, 0))
@@ -107,6 +110,13 @@ def main(max_bytes: int, max_pixels: int, max_side: int, cpu_s: int) -> None:
                 replies.write(REPLY.pack(PICTURE, pixels.shape[1], pixels.shape[0]))
                 replies.write(np.ascontiguousarray(pixels).data)
         replies.flush()
+
+
+def limits_of(kind: Kind, limits: ImageLimits, wanted: Wanted) -> ImageLimits:
+    """The limits of one picture. What comes of it is no larger than it may be itself."""
+    if kind is Kind.INIT_IMAGE and wanted.keeps_own_size:
+        return replace(limits, max_pixels=min(limits.max_pixels, CROP_MAX_PIXELS))
+    return limits
 
 
 def keep_small_blocks() -> None:
@@ -126,9 +136,7 @@ def decode(
 ) -> NDArray[np.uint8] | ImageFault:
     """The pixels, or why there are none."""
     read = decode_image if kind is Kind.INIT_IMAGE else decode_mask
-    if kind is Kind.INIT_IMAGE and wanted.keeps_own_size:
-        limits = replace(limits, max_pixels=min(limits.max_pixels, CROP_MAX_PIXELS))
     try:
-        return read(content, limits, wanted.fit)
+        return read(content, limits_of(kind, limits, wanted), wanted.fit)
     except UnreadableImage as error:
         return error.kind

@@ -14,7 +14,6 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import httpx
@@ -28,15 +27,12 @@ from server.addresses import (
     unwrapped,
 )
 from server.exchange import BodyTooLarge, Connection, ExchangeFailed, connect_bytes, request_bytes
-from server.settings import EgressSettings
+from server.lookups import Lookups, Resolver, numeric_addresses
+from server.settings import EgressSettings, Settings
 
-Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-"""The addresses of a host and port."""
 Dialler = Callable[[str, int], Awaitable[socket.socket]]
 """A connected socket to an address and port."""
 
-LOOKUP_TIMEOUT_S = 3.0
-LOOKUP_THREADS = 8
 DIAL_TRIES = 2
 KEPT_CONNECTIONS = 32
 KEPT_IDLE_S = 15.0
@@ -70,6 +66,14 @@ class Listener:
         return dialled == own or (own.is_unspecified and is_local(str(dialled)))
 
 
+def listeners_of(settings: Settings) -> list[Listener]:
+    """Where a server with these settings listens."""
+    listeners = [Listener(settings.host, settings.port)]
+    if settings.admin.port is not None:
+        listeners.append(Listener(settings.admin.host, settings.admin.port))
+    return listeners
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """A connection that can be used again.
@@ -92,13 +96,13 @@ class Kept:
 class Door:
     """Requests to judged addresses, one pool of connections for all who ask.
 
-    listener: of this server, which is never dialled. resolver, dialler: for tests.
+    listeners: of this server, which are never dialled. resolver, dialler: for tests.
     """
 
     def __init__(
         self,
         settings: EgressSettings | None = None,
-        listener: Listener | None = None,
+        listeners: Sequence[Listener] = (),
         resolver: Resolver | None = None,
         dialler: Dialler | None = None,
         tls: ssl.SSLContext | None = None,
@@ -107,9 +111,8 @@ class Door:
         proxy = settings.proxy.get_secret_value() if settings.proxy else None
         self._proxy = httpx.URL(proxy) if proxy else None
         self.nat64_prefixes = settings.nat64_prefixes
-        self._listener = listener
-        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, "lookup")
-        self._resolver = resolver or functools.partial(resolve, self._lookups)
+        self._listeners = listeners
+        self._lookups = Lookups(resolver)
         self._dialler = dialler or dial
         self._tls = tls or default_tls()
         self._kept: list[Kept] = []
@@ -120,7 +123,7 @@ class Door:
         for kept in self._kept:
             kept.connection.abort()
         self._kept.clear()
-        self._lookups.shutdown(wait=False, cancel_futures=True)
+        self._lookups.close()
 
     @contextlib.asynccontextmanager
     async def request(
@@ -129,6 +132,7 @@ class Door:
         url: httpx.URL,
         policy: AddressPolicy,
         *,
+        owner: str,
         headers: Mapping[str, str],
         max_body_bytes: int,
         timeout_s: float,
@@ -136,15 +140,16 @@ class Door:
     ) -> AsyncIterator[Connection]:
         """The connection with the answer's head read, and its body to be read or left.
 
-        url: from `checked_url`. timeout_s: of connecting, and of each silence; the deadline over
-        the whole is the caller's. Raises: Refused; one of NETWORK_ERRORS.
+        url: from `checked_url`. owner: on whose behalf its name is looked up. timeout_s: of
+        connecting, and of each silence; the deadline over the whole is the caller's.
+        Raises: Refused; one of NETWORK_ERRORS.
         """
         head = {**HEADERS, **headers}
         by_proxy = self._proxy if url.scheme == "http" else None
         if by_proxy is not None:
             head |= proxy_headers(by_proxy)
         request = request_bytes(method, url, head, body, whole=by_proxy is not None)
-        kept = await self._send(url, policy, request, max_body_bytes, timeout_s)
+        kept = await self._send(url, policy, owner, request, max_body_bytes, timeout_s)
         try:
             yield kept.connection
         finally:
@@ -154,6 +159,7 @@ class Door:
         self,
         url: httpx.URL,
         policy: AddressPolicy,
+        owner: str,
         request: bytes,
         max_body_bytes: int,
         timeout_s: float,
@@ -168,7 +174,7 @@ class Door:
                 # read all the same; its receiver knows it by its id.
                 if kept.connection.has_answered:
                     raise
-        kept = await self._connect(url, policy, timeout_s)
+        kept = await self._connect(url, policy, owner, timeout_s)
         await self._send_on(kept, request, max_body_bytes, timeout_s)
         return kept
 
@@ -207,11 +213,13 @@ class Door:
                     kept.connection.abort()
             self._kept = usable
 
-    async def _connect(self, url: httpx.URL, policy: AddressPolicy, timeout_s: float) -> Kept:
+    async def _connect(
+        self, url: httpx.URL, policy: AddressPolicy, owner: str, timeout_s: float
+    ) -> Kept:
         if self._proxy is not None:
             return await self._connect_by_proxy(self._proxy, url, policy, timeout_s)
         host, port = host_of(url), port_of(url)
-        addresses = await self._judged(host, port, policy)
+        addresses = await self._judged(host, port, policy, owner)
         sock = await self._dial(host, addresses, port, timeout_s)
         address = sock.getpeername()[0]
         is_tls = url.scheme == "https"
@@ -224,13 +232,14 @@ class Door:
             )
         return Kept(connection, origin_of(url), address, time.monotonic())
 
-    async def _judged(self, host: str, port: int, policy: AddressPolicy) -> list[str]:
+    async def _judged(self, host: str, port: int, policy: AddressPolicy, owner: str) -> list[str]:
         """The host's addresses, none of which is denied. Raises: Refused, OSError."""
         if self._unreachable.get((host, port), 0) > time.monotonic():
             raise ExchangeFailed("did not answer a moment ago")
         try:
-            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
-                found = await self._resolver(host, port)
+            found = await self._lookups.find(host, port, owner)
+        except TimeoutError:
+            raise  # ours, perhaps for want of a thread: it says nothing of the host
         except OSError:
             self._remember_unreachable(host, port)
             raise
@@ -239,10 +248,9 @@ class Door:
         return addresses
 
     def _refuse_own(self, addresses: Sequence[str], port: int) -> None:
-        if self._listener is not None:
-            for address in addresses:
-                if self._listener.is_at(address, port):
-                    raise Refused("this server's own address")
+        for address in addresses:
+            if any(listener.is_at(address, port) for listener in self._listeners):
+                raise Refused("this server's own address")
 
     async def _dial(
         self, host: str, addresses: Sequence[str], port: int, timeout_s: float
@@ -309,25 +317,6 @@ def proxy_headers(proxy: httpx.URL) -> dict[str, str]:
         return {}
     user = f"{proxy.username}:{proxy.password}".encode()
     return {"Proxy-Authorization": f"Basic {base64.b64encode(user).decode()}"}
-
-
-async def resolve(threads: ThreadPoolExecutor, host: str, port: int) -> Sequence[str]:
-    """The addresses of a host. Raises: OSError, UnicodeError."""
-    literals = numeric_addresses(host, port)
-    if literals:
-        return literals
-    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    found = await asyncio.get_running_loop().run_in_executor(threads, look_up)
-    return [str(each[4][0]) for each in found]
-
-
-def numeric_addresses(host: str, port: int) -> Sequence[str]:
-    """The address a host is written as, in any form the system reads; none where it is a name."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except (OSError, UnicodeError):
-        return []
-    return [str(each[4][0]) for each in found]
 
 
 async def dial(address: str, port: int) -> socket.socket:

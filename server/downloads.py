@@ -1,7 +1,6 @@
 """Init and mask images as bytes: from a URL, a data URI, bare base64 or an uploaded file."""
 
 import asyncio
-import base64
 import binascii
 import re
 from collections.abc import Awaitable, Callable
@@ -13,6 +12,13 @@ from server.jobs import OUTPUT_STEM
 
 DATA_URI = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
 OUTPUT_NAME = re.compile(rf"{OUTPUT_STEM}\.png")
+
+CHARS_PER_BYTE = 1.5
+"""Of base64, with line breaks and all: what has more is not looked at."""
+PIECE_CHARS = 2**18
+"""A longer text is decoded in a thread, and in pieces, because each of them holds up all others."""
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+BLANKS = b" \t\r\n\f\v"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,7 @@ async def download_images(
         elif source.is_url:
             image = await fetcher.get(str(source.content), rights)
         else:
-            content = source.content
-            image = content if isinstance(content, bytes) else decode_base64(content)
+            image = await load_inline(source.content, max_bytes)
         if image is None:
             raise FetchFailed(ImageProblem.NOT_REACHABLE)
         if len(image) > max_bytes:
@@ -98,15 +103,34 @@ async def download_images(
     return images
 
 
+async def load_inline(content: str | bytes, max_bytes: int) -> bytes:
+    """An upload's bytes, or a text's. Raises: FetchFailed."""
+    if isinstance(content, bytes):
+        return content
+    if len(content) > CHARS_PER_BYTE * max_bytes:
+        raise FetchFailed(ImageProblem.TOO_LARGE)
+    if len(content) > PIECE_CHARS:
+        return await asyncio.to_thread(decode_base64, content)
+    return decode_base64(content)
+
+
 def decode_base64(text: str) -> bytes:
     """A data URI's or a bare base64 text's bytes; the URL-safe alphabet and line breaks are fine.
 
     Raises: FetchFailed.
     """
     start = DATA_URI.match(text)
-    body = "".join(text[start.end() if start else 0 :].split()).rstrip("=")
-    padded = body.replace("-", "+").replace("_", "/") + "=" * (-len(body) % 4)
+    compact, content = bytearray(), bytearray()
     try:
-        return base64.b64decode(padded, validate=True)
+        for at in range(start.end() if start else 0, len(text), PIECE_CHARS):
+            piece = text[at : at + PIECE_CHARS].encode("ascii")
+            compact += piece.translate(URL_SAFE, BLANKS)
+        compact = compact.rstrip(b"=")
+        if b"=" in compact:
+            raise ValueError("padding before the end")
+        compact += b"=" * (-len(compact) % 4)
+        for at in range(0, len(compact), PIECE_CHARS):
+            content += binascii.a2b_base64(compact[at : at + PIECE_CHARS], strict_mode=True)
     except (binascii.Error, ValueError) as error:
         raise FetchFailed(ImageProblem.NOT_AN_IMAGE) from error
+    return bytes(content)

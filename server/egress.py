@@ -8,7 +8,7 @@ log has the reason.
 
 import asyncio
 import email.utils
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +28,10 @@ MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 SETTLED_S = 2.0
 """A file younger than this may change again under the same modification time."""
+MAX_CONDITION_CHARS = 256
+"""Of an ETag or a time; a picture with a longer one is not kept."""
+KEPT_OVERHEAD_BYTES = 1_024
+"""What a kept picture takes besides its texts and its body, generously."""
 
 
 class FetchFailed(Exception):
@@ -64,7 +68,7 @@ class Fetcher:
         self._door = door or Door()
         self._is_own_door = door is None
         self._slots = Slots(settings.max_concurrent, settings.max_concurrent_per_key)
-        self._pictures = Pictures(settings.cache_bytes)
+        self._pictures = Pictures(settings.cache_bytes, settings.cache_bytes_per_key)
 
     async def aclose(self) -> None:
         """Close the door if it is the fetcher's own."""
@@ -103,12 +107,12 @@ class Fetcher:
 
     async def _ask(self, url: httpx.URL, key_id: str, policy: AddressPolicy) -> bytes | str:
         """The picture, or where the host says it is. Raises: Refused, NETWORK_ERRORS."""
-        owner = (key_id, str(url))
-        kept = self._pictures.get(owner)
+        kept = self._pictures.get(key_id, str(url))
         async with self._door.request(
             "GET",
             url,
             policy,
+            owner=key_id,
             headers=kept.conditions if kept else {},
             max_body_bytes=self._settings.max_image_bytes,
             timeout_s=self._settings.connect_timeout_s,
@@ -121,7 +125,7 @@ class Fetcher:
             if answer.status != 200 or answer.headers.get("content-encoding"):
                 raise Refused(f"status {answer.status} or a content encoding")
             body = await answer.read(self._settings.connect_timeout_s)
-            self._pictures.put(owner, Picture(body, conditions_of(answer.headers)))
+            self._pictures.put(key_id, str(url), Picture(body, conditions_of(answer.headers)))
             return body
 
     def _policy_of(self, rights: FetchRights) -> AddressPolicy:
@@ -143,51 +147,77 @@ class Picture:
 
 
 class Pictures:
-    """Bodies by key and URL, the last used, up to a number of bytes.
+    """Bodies by key and URL, the last used, up to a number of bytes in all and of each key.
 
     Never given out unasked: the host says at every fetch whether its picture is still this one, so
     a changed picture is noticed at once, an address that has since been denied stays denied, and
     one key cannot see what another has fetched.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_bytes_per_key: int) -> None:
         self._max_bytes = max_bytes
-        self._bytes = 0
-        self._pictures: OrderedDict[tuple[str, str], Picture] = OrderedDict()
+        self._max_bytes_per_key = min(max_bytes, max_bytes_per_key)
+        self._bytes: Counter[str] = Counter()
+        self._pictures: dict[str, OrderedDict[str, Picture]] = {}
 
-    def get(self, owner: tuple[str, str]) -> Picture | None:
-        """owner: key and URL."""
-        picture = self._pictures.get(owner)
-        if picture is not None:
-            self._pictures.move_to_end(owner)
-        return picture
+    def get(self, key_id: str, url: str) -> Picture | None:
+        """What the key has fetched from there."""
+        pictures = self._pictures.get(key_id, OrderedDict())
+        if url in pictures:
+            pictures.move_to_end(url)
+        return pictures.get(url)
 
-    def put(self, owner: tuple[str, str], picture: Picture) -> None:
+    def put(self, key_id: str, url: str, picture: Picture) -> None:
         """Keep a picture, unless it cannot be asked for again or is larger than all there is."""
-        old = self._pictures.pop(owner, None)
-        self._bytes -= len(old.body) if old else 0
-        if not picture.conditions or len(picture.body) > self._max_bytes:
+        if url in self._pictures.get(key_id, ()):
+            self._drop(key_id, url)
+        size = size_kept(url, picture)
+        if not picture.conditions or size > self._max_bytes_per_key:
             return
-        self._pictures[owner] = picture
-        self._bytes += len(picture.body)
-        while self._bytes > self._max_bytes:
-            _, oldest = self._pictures.popitem(last=False)
-            self._bytes -= len(oldest.body)
+        self._pictures.setdefault(key_id, OrderedDict())[url] = picture
+        self._bytes[key_id] += size
+        while self._bytes[key_id] > self._max_bytes_per_key:
+            self._drop_oldest(key_id)
+        while self._bytes.total() > self._max_bytes:
+            # Of who has most, so that many pictures of one key do not push out another's few.
+            self._drop_oldest(max(self._bytes, key=self._bytes.__getitem__))
+
+    def _drop_oldest(self, key_id: str) -> None:
+        self._drop(key_id, next(iter(self._pictures[key_id])))
+
+    def _drop(self, key_id: str, url: str) -> None:
+        pictures = self._pictures[key_id]
+        self._bytes[key_id] -= size_kept(url, pictures.pop(url))
+        if not pictures:
+            del self._pictures[key_id], self._bytes[key_id]
+
+
+def size_kept(url: str, picture: Picture) -> int:
+    """Bytes that a picture takes while it is kept."""
+    return (
+        KEPT_OVERHEAD_BYTES
+        + len(url)
+        + sum(map(len, picture.conditions.values()))
+        + len(picture.body)
+    )
 
 
 def conditions_of(headers: Mapping[str, str]) -> dict[str, str]:
-    """What a conditional request asks by; nothing where the answer gives no sure sign of change."""
+    """What a conditional request asks by; nothing where the answer gives no sure sign of change,
+    or a sign that is too long to keep."""
     if "no-store" in headers.get("cache-control", "").lower():
         return {}
-    tag = headers.get("etag", "")
+    tag, last_modified = headers.get("etag", ""), headers.get("last-modified", "")
+    if max(len(tag), len(last_modified)) > MAX_CONDITION_CHARS:
+        return {}
     if tag and not tag.startswith("W/"):
         return {"If-None-Match": tag}
     try:
         modified, sent = (
-            email.utils.parsedate_to_datetime(headers.get(name, ""))
-            for name in ("last-modified", "date")
+            email.utils.parsedate_to_datetime(each)
+            for each in (last_modified, headers.get("date", ""))
         )
         is_settled = (sent - modified).total_seconds() >= SETTLED_S
     except (ValueError, TypeError, OverflowError):
         return {}
-    return {"If-Modified-Since": headers["last-modified"]} if is_settled else {}
+    return {"If-Modified-Since": last_modified} if is_settled else {}

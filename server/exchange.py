@@ -14,7 +14,8 @@ import httptools
 import httpx
 
 MAX_HEAD_BYTES = 65_536
-"""Of heads, trailers and chunk framing between two pieces of a body."""
+"""Of heads, trailers and chunk framing, beyond as many bytes as the body has: chunks of a byte each
+cost a hundred times their size to read."""
 
 
 class ExchangeFailed(Exception):
@@ -71,7 +72,7 @@ class Connection(asyncio.Protocol):
     async def read(self, idle_timeout_s: float) -> bytes:
         """The answer's body. Raises: ExchangeFailed, BodyTooLarge, TimeoutError."""
         await self._wait_for(self._end, idle_timeout_s)
-        return b"".join(self._body)
+        return bytes(self._body)
 
     async def over_tls(self, context: ssl.SSLContext, host: str) -> "Connection":
         """The same connection, from here on encrypted. Raises: OSError, ExchangeFailed."""
@@ -101,9 +102,7 @@ class Connection(asyncio.Protocol):
     def _start(self, max_body_bytes: int = 0) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._max_body_bytes = max_body_bytes
-        self._body: list[bytes] = []
-        self._body_bytes = 0
-        self._overhead_bytes = 0
+        self._body = bytearray()
         self._received = 0
         self.headers = {}
 
@@ -126,7 +125,6 @@ class Connection(asyncio.Protocol):
             self._fail(ExchangeFailed("an answer without a request"))
             return
         self._received += len(data)
-        self._overhead_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError as error:
@@ -134,8 +132,9 @@ class Connection(asyncio.Protocol):
             self._fail(BodyTooLarge() if is_large else ExchangeFailed("answer"))
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._fail(ExchangeFailed("no HTTP"))
-        if self._overhead_bytes > MAX_HEAD_BYTES and not self._end.done():
-            self._fail(ExchangeFailed("endless head"))
+        framing = self._received - len(self._body)
+        if framing > len(self._body) + MAX_HEAD_BYTES and not self._end.done():
+            self._fail(ExchangeFailed("more framing than body"))
 
     def eof_received(self) -> None:
         ends_by_closing = not self.headers.keys() & {"content-length", "transfer-encoding"}
@@ -167,11 +166,9 @@ class Connection(asyncio.Protocol):
             raise BodyTooLarge
 
     def on_body(self, body: bytes) -> None:
-        self._overhead_bytes = 0
-        self._body_bytes += len(body)
-        if self._body_bytes > self._max_body_bytes:
+        if len(self._body) + len(body) > self._max_body_bytes:
             raise BodyTooLarge
-        self._body.append(body)
+        self._body += body
 
     def on_message_complete(self) -> None:
         if self.status < 200:

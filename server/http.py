@@ -45,7 +45,8 @@ class Server(uvicorn.Server):
         )
         served: ASGIApp = app
         if admin_port is not None:
-            served = ByPort(app, create_admin_app(app, self.gate), admin_port)
+            admin_app = create_admin_app(app, self.gate, settings.admin.allowed_hosts)
+            served = ByPort(app, admin_app, admin_port)
         super().__init__(
             GuardedConfig(
                 served,

@@ -8,7 +8,8 @@ import functools
 import hashlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
@@ -19,14 +20,18 @@ from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
 from server.egress import FetchRights
-from server.errors import ApiError, JobNotFound, ServerBusy
+from server.errors import ApiError, JobNotFound, QueueFull, ServerBusy
 from server.idempotency import Idempotency
 from server.jobs import OUTPUT_FOLDER, Job, JobStore, NewJob, QueueShare
 from server.receipts import Intake
 from server.sandbox import DecodedPair
 from server.services import Services
 from server.settings import Settings
+from server.slots import NoPlace
 from server.storage import Storage
+
+FEW_ARRIVALS = 16
+"""Requests of any key that are worked on at a time, however few of its jobs may wait."""
 
 
 class AskedJob(Protocol):
@@ -108,7 +113,8 @@ async def accept(
             return earlier, False
     share = QueueShare(caller.limits.max_waiting, caller.limits.priority)
     await services.in_store_thread(services.store.refuse_when_full, caller.key_id, share)
-    pair, intake = await take_in(services, asked, caller, base_url)
+    with one_of_arrivals(services, caller):
+        pair, intake = await take_in(services, asked, caller, base_url)
     height, width = pair.mask.shape
     params = asked.params(*canvas_size(asked, width, height))
     new = NewJob(
@@ -124,6 +130,20 @@ async def accept(
     )
     job = await services.in_submit_thread(submit, services.store, services.storage, new, pair, once)
     return job, job.file_prefix == new.file_prefix
+
+
+@contextmanager
+def one_of_arrivals(services: Services, caller: Caller) -> Iterator[None]:
+    """No more of a key's requests are worked on at a time than of its jobs may wait, or a few.
+
+    Raises: QueueFull.
+    """
+    limit = caller.limits.max_waiting or services.settings.queue.max_waiting_per_key
+    try:
+        with services.arrivals.entered_by(caller.key_id, max(limit, FEW_ARRIVALS)):
+            yield
+    except NoPlace as error:
+        raise QueueFull(limit) from error
 
 
 async def take_in(
@@ -145,7 +165,7 @@ async def take_in(
         Wanted(keeps_own_size=True) if asked.keeps_own_size else Wanted(asked.width, asked.height)
     )
     try:
-        pair = await services.sandbox.decode_pair(images, wanted)
+        pair = await services.sandbox.decode_pair(images, wanted, caller.key_id)
     except ApiError:
         services.metrics.decodes.labels("refused").inc()
         raise

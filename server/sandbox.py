@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,17 +25,30 @@ from numpy.typing import NDArray
 
 from models.decoding import ImageLimits
 from models.errors import ImageFault
-from server.decoder import FAULTS, PICTURE, READY, REPLY, Kind, Wanted, write_request
+from server.decoder import (
+    FAULTS,
+    PICTURE,
+    READY_UNFILTERED,
+    REPLY,
+    Kind,
+    Wanted,
+    limits_of,
+    write_request,
+)
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
+from server.slots import Slots
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
 
-CHILDREN = 2
-"""Pictures decoded at a time."""
+CHILDREN, CHILDREN_PER_KEY = 3, 2
+"""Pairs of pictures decoded at a time. One child is left for others, whatever one key sends."""
+
+PATIENCE_S = 30.0
+"""A request that finds no child in this time is refused."""
 
 WALL_S = 10
-"""A picture may take so long, in real time and in processor time, before its child is killed."""
+"""A picture may take so long before its child is killed."""
 
 START_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 1.0
@@ -43,7 +57,7 @@ EXIT_TIMEOUT_S = 1.0
 PICTURES_PER_CHILD = 10_000
 """Then a fresh child takes over, so that whatever leaks cannot grow."""
 
-MAX_WAITING_BYTES = 256 * 2**20
+MAX_WAITING_BYTES, MAX_WAITING_BYTES_PER_KEY = 256 * 2**20, 128 * 2**20
 """Files that may wait for a child; beyond, requests are refused."""
 
 PIPE_BYTES = 2**20
@@ -57,8 +71,8 @@ PROBLEM_OF_FAULT = {
 
 REPOSITORY = Path(__file__).parents[1]
 PROGRAM = (
-    "import os, sys; sys.path[:] = sys.argv[5:]; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
-    "from server.decoder import main; main(*map(int, sys.argv[1:5]))"
+    "import os, sys; sys.path[:] = sys.argv[4:]; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
+    "from server.decoder import main; main(*map(int, sys.argv[1:4]))"
 )
 
 STORED_SIZE = struct.Struct("<II")
@@ -171,7 +185,7 @@ class Decoder:
         if self._is_stopped:
             raise ApiError
         limits = self._limits
-        numbers = (limits.max_bytes, limits.max_pixels, limits.max_side, WALL_S)
+        numbers = (limits.max_bytes, limits.max_pixels, limits.max_side)
         paths = [str(REPOSITORY), *(path for path in sys.path if os.path.isabs(path))]
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths],
@@ -216,24 +230,30 @@ class Decoder:
         if self._is_ready:
             return
         try:
-            self._is_ready = self._receive(1, time.monotonic() + START_TIMEOUT_S) == READY
+            said = self._receive(1, time.monotonic() + START_TIMEOUT_S)
         except (DecoderEnded, TimeoutError) as error:
             self._end()
             raise ApiError("no picture decoder") from error
+        if said == READY_UNFILTERED:
+            logger.warning("picture decoder runs without a filter of system calls")
+        self._is_ready = True
 
     def _read_reply(
         self, kind: Kind, wanted: Wanted, until: float
     ) -> NDArray[np.uint8] | ImageProblem:
-        outcome, *size = REPLY.unpack(self._receive(REPLY.size, until))
+        outcome, width, height = REPLY.unpack(self._receive(REPLY.size, until))
         if outcome != PICTURE:
             if outcome > len(FAULTS):
                 raise DecoderEnded
             return PROBLEM_OF_FAULT[FAULTS[outcome - 1]]
-        # A size that fits needs no fitting: anything else is no answer to what was asked.
-        if 0 in size or wanted.fit(*size) != tuple(size):
+        # A size that fits needs no fitting: anything else is no answer to what was asked. A picture
+        # that keeps its own fits at any, so room is made only for what a file may hold.
+        limits = limits_of(kind, self._limits, wanted)
+        is_within = width * height <= limits.max_pixels and max(width, height) <= limits.max_side
+        if 0 in (width, height) or not is_within or wanted.fit(width, height) != (width, height):
             raise DecoderEnded
-        pixels = self._receive(size[0] * size[1] * kind.channels, until)
-        shape = (size[1], size[0], 3) if kind is Kind.INIT_IMAGE else (size[1], size[0])
+        pixels = self._receive(width * height * kind.channels, until)
+        shape = (height, width, 3) if kind is Kind.INIT_IMAGE else (height, width)
         return np.frombuffer(pixels, np.uint8).reshape(shape)
 
     def _bury(self, *, is_late: bool) -> ImageProblem:
@@ -241,7 +261,6 @@ class Decoder:
         exit_code = self._end(may_finish=not is_late)
         if self._is_stopped:
             raise ApiError
-        is_late = is_late or exit_code == -signal.SIGXCPU
         logger.warning("picture decoder ended", exit_code=exit_code, is_late=is_late)
         if exit_code == -signal.SIGKILL and not is_late:
             raise ChildKilled
@@ -323,8 +342,11 @@ class Sandbox:
         limits: ImageLimits,
         *,
         children: int = CHILDREN,
+        children_per_key: int = CHILDREN_PER_KEY,
         wall_s: float = WALL_S,
+        patience_s: float = PATIENCE_S,
         max_waiting_bytes: int = MAX_WAITING_BYTES,
+        max_waiting_bytes_per_key: int = MAX_WAITING_BYTES_PER_KEY,
     ) -> None:
         self._decoders = [Decoder(limits, wall_s) for _ in range(children)]
         # The last one used comes first: with little to do, one warm child does it all.
@@ -332,26 +354,43 @@ class Sandbox:
         for decoder in self._decoders:
             self._idle.put(decoder)
         self._threads = ThreadPoolExecutor(children, thread_name_prefix="decoder")
+        self._places = Slots(children, children_per_key)
+        self._patience_s = patience_s
         self._max_waiting_bytes = max_waiting_bytes
+        self._max_waiting_bytes_per_key = max_waiting_bytes_per_key
         self._waiting = 0
-        self._waiting_bytes = 0
+        self._waiting_bytes: Counter[str] = Counter()
 
-    async def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
+    async def decode_pair(
+        self, images: Mapping[str, bytes], wanted: Wanted = OWN, key_id: str = "anybody"
+    ) -> DecodedPair:
         """As `Decoder.decode_pair`. A caller that is cancelled leaves its child in order.
 
-        Raises: ImageUnavailable, QueueFull, ApiError.
+        key_id: children are handed round by it. Raises: ImageUnavailable, QueueFull, ApiError.
         """
         size = sum(map(len, images.values()))
-        if self._waiting_bytes + size > self._max_waiting_bytes:
+        if (
+            self._waiting_bytes.total() + size > self._max_waiting_bytes
+            or self._waiting_bytes[key_id] + size > self._max_waiting_bytes_per_key
+        ):
             raise QueueFull(self._waiting)
         self._waiting += 1
-        self._waiting_bytes += size
+        self._waiting_bytes[key_id] += size
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._decode, images, wanted)
+            await self._wait_for_place(key_id)
+            return await self._places.use_in_thread(
+                key_id, self._threads, self._decode, images, wanted
+            )
         finally:
             self._waiting -= 1
-            self._waiting_bytes -= size
+            self._waiting_bytes -= Counter({key_id: size})  # drops keys with nothing waiting
+
+    async def _wait_for_place(self, key_id: str) -> None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._places.take(key_id)
+        except TimeoutError as error:
+            raise QueueFull(self._waiting) from error
 
     def warm(self) -> None:
         """Start a child in the background for the first request; others start when it is busy."""

@@ -1,7 +1,7 @@
 """What the API process is made of, and how endpoints reach its synchronous parts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 from server.auth import KeyRing
@@ -13,6 +13,7 @@ from server.jobs import JobStore
 from server.metrics import Metrics
 from server.sandbox import Sandbox
 from server.settings import Settings
+from server.slots import Headcount
 from server.storage import Storage
 from server.threads import Threads
 from server.waiters import Waiters
@@ -25,9 +26,9 @@ WEBHOOKS = "webhooks"
 """Name of the background task without which a server is not ready."""
 
 STORE_THREADS = 8
-"""Database and file calls at a time. Each may take a connection of the pool's `POOL_SIZE`, as may
-four threads of the webhooks, one of the janitor, and two times two of waiters and followers; all
-submits together take one."""
+"""Database and file calls at a time. Each may take a connection of the database's pool, as may each
+thread of the webhooks and the one of the janitor; waiters and followers take two each, and all that
+share commits one for each kind."""
 
 SUBMIT_THREADS = 64
 """Jobs that may wait for the disk at a time. They share commits and one connection, so that many
@@ -36,7 +37,10 @@ cost little and each makes the others' share cheaper."""
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The API process's parts, built once by `app.create_app`."""
+    """The API process's parts, built once by `app.create_app`.
+
+    arrivals: requests by key whose images are fetched and decoded now.
+    """
 
     settings: Settings
     keys: KeyRing
@@ -52,6 +56,7 @@ class Services:
     metrics: Metrics
     store_threads: Threads
     submit_threads: Threads
+    arrivals: Headcount = field(default_factory=Headcount)
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs

@@ -163,7 +163,8 @@ class FetchSettings(Section):
 
     allow_ports: of public hosts, besides 80 and 443. Allowed networks and hosts may use any port.
     max_concurrent_per_key: of the `max_concurrent`, so that one key cannot take them all.
-    cache_bytes: of pictures that are kept for a conditional request; 0 keeps none.
+    cache_bytes, cache_bytes_per_key: of pictures that are kept for a conditional request, in all
+      and of one key; 0 keeps none.
     """
 
     allow_cidrs: ListOf[IpNetwork] = ()
@@ -175,6 +176,7 @@ class FetchSettings(Section):
     max_concurrent: int = Field(default=16, ge=1)
     max_concurrent_per_key: int = Field(default=12, ge=1)
     cache_bytes: int = Field(default=64_000_000, ge=0)
+    cache_bytes_per_key: int = Field(default=32_000_000, ge=0)
 
 
 class WebhookSettings(Section):
@@ -220,10 +222,14 @@ class HttpSettings(Section):
 
 
 class AdminSettings(Section):
-    """The port for figures and details; it asks for no key. port: None means there is none."""
+    """The port for figures and details; it asks for no key. port: None means there is none.
+
+    allowed_hosts: names a request's Host may have besides localhost and addresses.
+    """
 
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=0, le=65535)
+    allowed_hosts: ListOf[str] = ()
 
 
 class QueueSettings(Section):

@@ -2,8 +2,17 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar, TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
+
+
+class NoPlace(Exception):
+    """There is none for this owner now."""
 
 
 class Slots:
@@ -22,26 +31,55 @@ class Slots:
     @asynccontextmanager
     async def taken_by(self, owner: str) -> AsyncIterator[None]:
         """A place for the length of the block; waits for one."""
+        await self.take(owner)
+        try:
+            yield
+        finally:
+            self.give_back(owner)
+
+    async def take(self, owner: str) -> None:
+        """A place until it is given back; waits for one."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
         self._hand_out()
         try:
             await turn
-            yield
-        finally:
-            if turn.done() and not turn.cancelled():
-                self._free += 1
-                self._taken -= Counter([owner])  # drops owners without places
-            else:
+        except asyncio.CancelledError:
+            if turn.cancelled():
                 self._forget(owner, turn)
-            self._hand_out()
+                self._hand_out()
+            else:
+                self.give_back(owner)
+            raise
+
+    def give_back(self, owner: str) -> None:
+        """A place of this owner's, for the next."""
+        self._free += 1
+        self._taken -= Counter([owner])  # drops owners without places
+        self._hand_out()
+
+    async def use_in_thread(
+        self, owner: str, threads: Executor, function: Callable[[*Ts], R], *args: *Ts
+    ) -> R:
+        """Call a function in a place that was taken. It is given back when the thread is free: a
+        caller that gives up earlier cannot stop it."""
+        answer = asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+        def end(ended: asyncio.Future[R]) -> None:
+            self.give_back(owner)
+            if not ended.cancelled():
+                ended.exception()  # nobody may be waiting for it
+
+        answer.add_done_callback(end)
+        return await asyncio.shield(answer)
 
     def _hand_out(self) -> None:
-        for owner in list(self._waiting):
+        for owner, turns in list(self._waiting.items()):
             if not self._free:
                 return
-            if self._taken[owner] < self._per_owner:
-                turns = self._waiting.pop(owner)
+            # One that was cancelled just now leaves by itself, and hands out again.
+            if self._taken[owner] < self._per_owner and not turns[0].cancelled():
+                del self._waiting[owner]
                 turn = turns.popleft()
                 if turns:
                     self._waiting[owner] = turns  # last in line again
@@ -54,3 +92,21 @@ class Slots:
         turns.remove(turn)
         if not turns:
             del self._waiting[owner]
+
+
+class Headcount:
+    """How many of each owner are inside, where nobody waits at the door. For one event loop."""
+
+    def __init__(self) -> None:
+        self._inside: Counter[str] = Counter()
+
+    @contextmanager
+    def entered_by(self, owner: str, limit: int) -> Iterator[None]:
+        """One more for the length of the block. Raises: NoPlace where the limit is reached."""
+        if self._inside[owner] >= limit:
+            raise NoPlace
+        self._inside[owner] += 1
+        try:
+            yield
+        finally:
+            self._inside -= Counter([owner])  # drops owners with nobody inside

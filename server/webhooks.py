@@ -22,12 +22,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.addresses import AddressPolicy, Refused, checked_url
 from server.circuits import Circuits
-from server.deliveries import Attempt, Delivery, DeliveryStore
+from server.deliveries import Attempt, Delivery, DeliveryStore, host_of
 from server.dialects import native, native_answers, v3
 from server.door import NETWORK_ERRORS, Door
+from server.errors import RateLimited
 from server.exchange import BodyTooLarge
 from server.jobs import Job, JobStore
+from server.limits import TokenBuckets
 from server.settings import WebhookSettings
+from server.slots import Slots
 from server.telemetry import get_logger
 from server.threads import Threads
 
@@ -45,6 +48,13 @@ CALLS_PER_HOST = 4
 """Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
 the others."""
 
+PINGS_PER_MINUTE = 30
+"""Of one key."""
+PING_PLACES, PING_PLACES_PER_KEY = 16, 4
+"""Pings under way at a time."""
+
+OPERATOR = "operator"
+"""In the place of a key's id, for what no key has asked for."""
 
 NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
@@ -71,35 +81,41 @@ class WebhookCaller:
         if self._is_own_door:
             await self._door.aclose()
 
-    async def ping(self, url: str) -> tuple[str, Attempt]:
+    async def ping(self, url: str, key_id: str = OPERATOR) -> tuple[str, Attempt]:
         """A test event to any address that a webhook may have: its id, and how it went."""
         message_id = f"msg_{uuid.uuid4().hex}"
-        return message_id, await self.send(url, message_id, {"type": "ping"})
+        return message_id, await self.send(url, message_id, {"type": "ping"}, key_id)
 
-    async def send(self, url: str, message_id: str, values: dict[str, Any]) -> Attempt:
-        """One signed POST, and how it went. values: the body, as JSON."""
+    async def send(
+        self, url: str, message_id: str, values: dict[str, Any], key_id: str = OPERATOR
+    ) -> Attempt:
+        """One signed POST, and how it went.
+
+        values: the body, as JSON. key_id: of who named the URL.
+        """
         started_at, started = time.time(), time.perf_counter()
         status, retry_after_s, outcome = None, None, "answered"
         try:
             body = json.dumps(values).encode()
             headers = sign(message_id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(url, body, headers)
-        except Refused:
-            outcome = NOT_ALLOWED
-        except NETWORK_ERRORS as error:
-            outcome = "no answer" if isinstance(error, TimeoutError) else "not reachable"
+                status, retry_after_s = await self._post(url, body, headers, key_id)
+        except (Refused, *NETWORK_ERRORS) as error:
+            outcome = outcome_of(error)
+            reason = f"{host_of(key_id, url)}: {type(error).__name__}: {error}"
+            logger.info("webhook not answered", detail=reason)
         duration_s = time.perf_counter() - started
         return Attempt(started_at, duration_s, status, outcome, retry_after_s)
 
     async def _post(
-        self, url: str, body: bytes, headers: dict[str, str]
+        self, url: str, body: bytes, headers: dict[str, str], key_id: str
     ) -> tuple[int, float | None]:
         """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
         async with self._door.request(
             "POST",
             checked_url(url),
             self._policy,
+            owner=key_id,
             headers={"Content-Type": "application/json", **headers},
             max_body_bytes=MAX_REPLY_BYTES,
             timeout_s=self._settings.timeout_s,
@@ -127,6 +143,8 @@ class WebhookSender:
         self._calls: Counter[str] = Counter()
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
+        self._pings = TokenBuckets()
+        self._ping_places = Slots(PING_PLACES, PING_PLACES_PER_KEY)
         self._has_ended = asyncio.Event()
         self._threads: Threads
         """While it runs."""
@@ -153,9 +171,13 @@ class WebhookSender:
             async with asyncio.timeout(seconds):
                 await self._has_ended.wait()
 
-    async def ping(self, url: str) -> tuple[str, Attempt]:
-        """As `WebhookCaller.ping`, beside the calls that are due."""
-        return await self._caller.ping(url)
+    async def ping(self, url: str, key_id: str) -> tuple[str, Attempt]:
+        """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
+        wait_s = self._pings.take(key_id, PINGS_PER_MINUTE)
+        if wait_s is not None:
+            raise RateLimited(wait_s, PINGS_PER_MINUTE)
+        async with self._ping_places.taken_by(key_id):
+            return await self._caller.ping(url, key_id)
 
     @property
     def held_hosts(self) -> list[str]:
@@ -208,8 +230,9 @@ class WebhookSender:
             self._has_ended.set()
 
     async def _judge_host(self, host: str, attempt: Attempt) -> None:
-        """Whether the host as a whole works; an address that was refused says nothing of it."""
-        if attempt.outcome in (NOT_ALLOWED, NOT_MADE):
+        """Whether the host as a whole works, for this key: one that is denied is no other case than
+        one that is away, or being spared would tell them apart."""
+        if attempt.outcome == NOT_MADE:
             return
         if not attempt.is_host_failure:
             self._circuits.note_success(host)
@@ -228,8 +251,15 @@ class WebhookSender:
 
     async def _call(self, delivery: Delivery) -> Attempt:
         job = await self._threads.call(self._jobs.get, delivery.job_id)
-        body = write_body(job) if job else {}
-        return await self._caller.send(delivery.url, delivery.id, body)
+        body, key_id = (write_body(job), job.key_id) if job else ({}, OPERATOR)
+        return await self._caller.send(delivery.url, delivery.id, body, key_id)
+
+
+def outcome_of(error: Exception) -> str:
+    """Why there was no answer, for operators: whoever named the address is not told."""
+    if isinstance(error, Refused):
+        return NOT_ALLOWED
+    return "no answer" if isinstance(error, TimeoutError) else "not reachable"
 
 
 def write_body(job: Job) -> dict[str, Any]:

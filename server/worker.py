@@ -175,7 +175,8 @@ class Worker:
         is_alone = any(held.job.attempt > 1 for held in self._held.values())
         if is_alone or self._is_stuck() or time.monotonic() < self._claim_at:
             return 0
-        return min(engine.free_places, self._max_in_flight - len(self._endings))
+        # Never below none: a database takes that for all.
+        return max(0, min(engine.free_places, self._max_in_flight - len(self._endings)))
 
     def _wind_up(self, engine: InpaintEngine) -> None:
         """While stopping: give back the jobs that have not begun."""

@@ -1,8 +1,12 @@
 """What every test gets: a clean environment, no network beyond loopback, quiet threads."""
 
+import ipaddress
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,7 @@ from sqlalchemy import Engine
 from models.pipeline import InpaintPipeline
 from models.registry import Components, ModelSpec, load_components
 from server.database import migrate, open_engine
+from server.lookups import numeric_addresses
 from server.settings import ENV_PREFIX
 from tests.postgres import PostgresServer, find_binaries, running_postgres
 from tests.tiny import save_tiny_checkpoint
@@ -31,6 +36,45 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 # One thread is quicker for models this small, and leaves the other core to the process under test.
 torch.set_num_threads(1)
+
+
+strayed: list[str] = []
+"""Addresses beyond this machine that a socket was to reach, and names that were looked up."""
+
+
+def watch_sockets(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook; it cannot be taken off again, and only adds to a list."""
+    if event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        note_unless_local(arguments[1][0])
+    elif event == "socket.getaddrinfo" and not asks_nobody(sys._getframe(2)):
+        note_unless_local(arguments[0])
+
+
+def asks_nobody(caller: FrameType) -> bool:
+    """Whether a look-up reads numbers only; the event does not tell its flags."""
+    return caller.f_code is numeric_addresses.__code__
+
+
+def note_unless_local(host: object) -> None:
+    text = host.decode() if isinstance(host, bytes) else str(host or "localhost")
+    try:
+        is_local = ipaddress.ip_address(text.partition("%")[0]).is_loopback
+    except ValueError:
+        is_local = text == "localhost"
+    if not is_local and text not in ("0.0.0.0", "::"):
+        strayed.append(text)
+
+
+sys.addaudithook(watch_sockets)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaves_this_machine() -> Iterator[None]:
+    """Whatever this process does, servers in its threads included; not what it starts."""
+    yield
+    found = [*strayed]
+    strayed.clear()
+    assert found == []
 
 
 @pytest.fixture(autouse=True)

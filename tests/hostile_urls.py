@@ -7,8 +7,6 @@ import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
 
-from server.door import numeric_addresses
-
 DENIED = """
 0.0.0.0 0.255.255.255 10.0.0.0 10.255.255.255 100.64.0.1 100.127.255.255 127.0.0.1 127.255.255.254
 168.63.129.16 169.254.0.1 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.170 192.0.2.1
@@ -95,6 +93,7 @@ http://private.internal:PORT/ http://loopback.example:PORT/ http://loopback6.exa
 http://mixed.example/ http://mixed-first.example/ http://nat64.example/ http://mapped.example/
 http://tunnelled.example/ http://shared.example/ http://zone.example/ http://none.example/
 http://nonsense.example/ http://unknown.example/
+http://xn--a/x.png http://xn--~/ http://xn--/ http://a.xn--a/ http://xn--a.example:PORT/
 """.split()
     + [
         "",
@@ -155,11 +154,8 @@ HOSTILE_URLS = list(
 )
 
 
-async def resolve_by_table(host: str, port: int) -> Sequence[str]:
-    """Numbers as the system reads them, names by `ANSWERS`; asks nobody."""
-    numeric = numeric_addresses(host, port)
-    if numeric:
-        return numeric
+def resolve_by_table(host: str, _port: int) -> Sequence[str]:
+    """Names by `ANSWERS`; asks nobody."""
     if host not in ANSWERS:
         raise socket.gaierror(socket.EAI_NONAME, "unknown name")
     return ANSWERS[host]

@@ -2,7 +2,10 @@
 
 from ipaddress import IPv6Network, ip_address, ip_network
 
+import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.addresses import (
     METADATA,
@@ -12,6 +15,7 @@ from server.addresses import (
     checked_url,
     host_of,
     port_of,
+    redirected,
     unwrapped,
 )
 from tests.hostile_urls import DENIED, PUBLIC
@@ -162,3 +166,21 @@ class TestCheckedUrl:
         assert checked_url(base + "x" * (2_048 - len(base)))
         with pytest.raises(Refused):
             checked_url(base + "x" * (2_049 - len(base)))
+
+    @given(
+        scheme=st.sampled_from(["http://", "https://", "//", ""]),
+        host=st.lists(st.sampled_from(["xn--", "[", "]", ":", "@", "."]) | st.text(max_size=8)),
+        rest=st.text(max_size=20),
+    )
+    def test_any_text_is_read_or_refused(self, scheme: str, host: list[str], rest: str) -> None:
+        text = f"{scheme}{''.join(host)}/{rest}"
+        for read in (checked_url, lambda location: redirected(FROM, location)):
+            try:
+                checked = read(text)
+            except Refused:
+                continue
+            assert host_of(checked)
+            assert 0 < port_of(checked) < 65_536
+
+
+FROM = httpx.URL("https://a.example/pictures/")

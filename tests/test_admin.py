@@ -48,7 +48,7 @@ def figures_of(admin: httpx.Client) -> dict[str, float]:
 
 def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
     finish(settings, submit(app.client))
-    submit(app.client, webhook="http://receiver.example/")
+    submit(app.client, webhook="http://127.0.0.1:1/")
     post(app.client, "inpaint", **(BODY | {"init_image": "http://127.0.0.1:1/"}))
     post(app.client, "inpaint", **(BODY | {"init_image": "AAAA"}))
     app.client.post("/canary-path")
@@ -116,3 +116,33 @@ def test_ports_do_not_mix(app: LiveApp, admin: httpx.Client) -> None:
     assert app.client.get("/metrics", headers=host).status_code == 404
     for method, path in (("POST", "/api/v3/inpaint"), ("GET", "/openapi.json"), ("GET", "/docs")):
         assert admin.request(method, path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:PORT", 200),
+        ("LOCALHOST", 200),
+        ("127.0.0.1:PORT", 200),
+        ("10.1.2.3", 200),
+        ("[::1]:PORT", 200),
+        ("metrics.internal:PORT", 200),
+        ("attacker.example:PORT", 421),
+        ("localhost.attacker.example", 421),
+        ("127.0.0.1.attacker.example", 421),
+        ("metrics.internal.attacker.example", 421),
+        ("", 421),
+    ],
+)
+def test_names_that_nobody_gave_to_the_port_are_refused(
+    host: str, status: int, tmp_path: Path
+) -> None:
+    """A page can lead its own name to loopback and read what is there, but not under our name."""
+    settings = settings_in(tmp_path, admin={"allowed_hosts": "metrics.internal"})
+    with running_app(settings) as app:
+        headers = {"host": host.replace("PORT", str(app.admin_port))}
+        for path in ("/metrics", "/healthz", "/unknown"):
+            url = f"http://127.0.0.1:{app.admin_port}{path}"
+            answer = httpx.get(url, headers=headers, trust_env=False)
+            expected = 404 if (path, status) == ("/unknown", 200) else status
+            assert answer.status_code == expected

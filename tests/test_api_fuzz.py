@@ -4,6 +4,7 @@
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,10 +27,18 @@ EXPECTED_STATUS = {200, 202, 204, 400, 401, 404, 409, 413, 422, 429}
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
-    """A server that says 5xx where it means it."""
+    """A server that says 5xx where it means it, and whose way out ends at a closed door.
+
+    Addresses are made up too: behind a proxy nobody here looks a name up, and every dial is the
+    proxy's.
+    """
     folder = tmp_path_factory.mktemp("data")
-    with running_app(settings_in(folder, error_status="http")) as app:
-        yield app
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and never listens
+        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        egress = {"proxy": proxy}
+        with running_app(settings_in(folder, error_status="http", egress=egress)) as app:
+            yield app
 
 
 def test_no_request_is_answered_with_a_fault_of_ours(app: LiveApp) -> None:

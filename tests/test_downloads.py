@@ -2,12 +2,19 @@
 
 import asyncio
 import base64
+import tracemalloc
 from collections.abc import Callable
 from ipaddress import ip_network
 
 import pytest
 
-from server.downloads import ImageSource, decode_base64, download_images
+from server.downloads import (
+    PIECE_CHARS,
+    ImageSource,
+    decode_base64,
+    download_images,
+    load_inline,
+)
 from server.egress import Fetcher, FetchFailed
 from server.errors import ImageProblem, ImageUnavailable
 from server.settings import FetchSettings
@@ -19,17 +26,17 @@ LIMIT = 1_000
 
 
 def load(
-    sources: Callable[[str], dict[str, str | bytes]], answer: bytes = b""
+    sources: Callable[[str], dict[str, str | bytes]], answer: bytes = b"", limit: int = LIMIT
 ) -> dict[str, bytes] | dict[str, ImageProblem]:
     """What a download ends with. sources: gets the base URL of a stub that gives `answer`."""
 
     async def run() -> dict[str, bytes] | dict[str, ImageProblem]:
-        settings = FetchSettings(allow_cidrs=(ip_network("127.0.0.0/8"),), max_image_bytes=LIMIT)
+        settings = FetchSettings(allow_cidrs=(ip_network("127.0.0.0/8"),), max_image_bytes=limit)
         fetcher = Fetcher(settings)
         async with running_stub(answering(answer)) as stub:
             wanted = {name: ImageSource(text) for name, text in sources(stub.url).items()}
             try:
-                return await download_images(wanted, fetcher, LIMIT)
+                return await download_images(wanted, fetcher, limit)
             except ImageUnavailable as error:
                 return error.problems
             finally:
@@ -88,6 +95,48 @@ def test_limit_holds_for_every_way(size: int) -> None:
 )
 def test_base64_in_its_usual_forms(text: str) -> None:
     assert decode_base64(text) == CONTENT
+
+
+@pytest.mark.parametrize("size", [*range(6), PIECE_CHARS - 1, PIECE_CHARS, 3 * PIECE_CHARS + 1])
+def test_long_texts_are_read_in_pieces(size: int) -> None:
+    content = (CONTENT * (size // len(CONTENT) + 1))[:size]
+    text = base64.b64encode(content).decode()
+    lines = "\n".join(text[at : at + 76] for at in range(0, len(text), 76))
+    for form in (text, text.rstrip("="), lines):
+        assert decode_base64(form) == content
+    assert load(lambda _: {"init_image": text}, limit=size + 10) == {"init_image": content}
+
+
+@pytest.mark.parametrize(
+    "text", ["A" * 1_501, "AA " * 10_000, "data:image/png;base64," + " " * 2_000]
+)
+def test_text_far_above_the_limit_is_not_looked_at(text: str) -> None:
+    assert load(lambda _: {"init_image": text}) == {"init_image": ImageProblem.TOO_LARGE}
+
+
+def test_text_of_many_words_takes_no_more_room_than_others() -> None:
+    text = "AA " * 1_000_000
+    tracemalloc.start()
+    try:
+        decode_base64(text)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+def test_loop_goes_on_while_a_long_text_is_decoded() -> None:
+    text = "AAAA" * 1_000_000
+
+    async def run() -> None:
+        decoding = asyncio.create_task(load_inline(text, len(text)))
+        turns = 0
+        while not decoding.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns > 5
+        assert await decoding == bytes(3_000_000)
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("padding", ["", "=", "=="])

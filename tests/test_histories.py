@@ -143,7 +143,7 @@ class History(RuleBasedStateMachine):
         """Any claim there ever was may report, however late."""
         job = data.draw(st.sampled_from(self.claims))
         known = self.known[job.id]
-        is_held = known.state == "running" and known.claim == job.claim
+        is_held = self.is_held(job)
         mark = [bool(next(self.marks) % 3)]
         verbs: dict[str, Callable[[], bool]] = {
             "beat": lambda: self.store.beat(job, 1, 2),
@@ -162,6 +162,21 @@ class History(RuleBasedStateMachine):
         else:
             self.end(job.id, "finished" if verb == "finish" else "failed")
             known.marks = mark if verb == "finish" else []
+
+    def is_held(self, job: Job) -> bool:
+        known = self.known[job.id]
+        return known.state == "running" and known.claim == job.claim
+
+    @precondition(lambda self: any(map(self.is_held, self.claims)))
+    @rule(data=st.data(), worker=st.sampled_from(["w1", "w2"]))
+    def release_twice(self, data: st.DataObject, worker: str) -> None:
+        """The first one's answer is lost, and somebody claims before it is made again."""
+        job = data.draw(st.sampled_from([*filter(self.is_held, self.claims)]))
+        assert self.store.release(job)
+        self.known[job.id].state = "queued"
+        self.known[job.id].attempt -= 1
+        self.take(worker, 1, is_idle=True)
+        assert not self.store.release(job)
 
     def late_claims(self) -> list[Job]:
         """Claims of jobs that run by a later one."""

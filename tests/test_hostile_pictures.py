@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from models.decoding import ImageLimits
@@ -156,12 +158,52 @@ def test_server_answers_hostile_pictures(server: ServerProcess, name: str, field
     assert post(server, png_bytes(), png_bytes())["status"] == "processing"
 
 
+def decoders_of(server: ServerProcess) -> list[int]:
+    """Process ids of the server's children, of which it has no others without workers."""
+    children = Path(f"/proc/{server.pid}/task").glob("*/children")
+    return [int(pid) for each in children for pid in each.read_text().split()]
+
+
+@on_linux
+@pytest.mark.parametrize("name", ["largest webp", "largest jpeg", "webp of 131 MP", "slow scans"])
+def test_server_stays_small_and_quick_while_a_picture_is_decoded(
+    server: ServerProcess, name: str
+) -> None:
+    """The API process itself: what it takes, and that it answers others meanwhile."""
+    make = hostile.CORPUS[name].make if name in hostile.CORPUS else slow_scans
+    content = make()
+    post(server, png_bytes(), png_bytes())
+    before = memory_bytes(server.pid, "VmRSS")
+    reset_peak(server.pid)
+    answered_meanwhile = 0
+    with ThreadPoolExecutor(1) as thread:
+        posting = thread.submit(post, server, content, png_bytes())
+        while not posting.done():
+            with httpx.Client(base_url=server.url, timeout=10, trust_env=False) as client:
+                assert client.get("/healthz").json() == {"status": "ok"}
+            answered_meanwhile += not posting.done()
+    assert posting.result()["status"] in ("processing", "error")
+    assert answered_meanwhile or name != "slow scans", "the others may be refused at once"
+    growth = memory_bytes(server.pid, "VmHWM") - before
+    # The file as JSON, as text and as bytes, and the pixels; never what a bomb unfolds to.
+    assert growth < PARENT_GROWTH_BYTES + 5 * len(content)
+
+
+def slow_scans() -> bytes:
+    """A picture that takes some seconds."""
+    return hostile.scans((2_000, 2_000), 300)
+
+
+def reset_peak(pid: int) -> None:
+    """`VmHWM` begins anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
 @on_linux
 def test_server_outlives_its_decoders(server: ServerProcess) -> None:
     for _ in range(3):
         assert post(server, png_bytes(), png_bytes())["status"] == "processing"
-        children = Path(f"/proc/{server.pid}/task").glob("*/children")
-        pids = [int(pid) for each in children for pid in each.read_text().split()]
+        pids = decoders_of(server)
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

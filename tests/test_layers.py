@@ -34,6 +34,7 @@ MODELS = {
     "lora": "errors ldm_names weights",
     "prompts": "errors",
     "vae": "errors",
+    "encoding": "canvas params vae",
     "conditioning": "errors params prompts registry",
     "previews": "images",
     "schedulers": "errors params",
@@ -45,8 +46,8 @@ MODELS = {
     "acceleration": "attention compiling graphs unet",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
-    "pipeline": "acceleration canvas conditioning errors params previews schedulers registry safety"
-    " unet uploads vae",
+    "pipeline": "acceleration canvas conditioning encoding errors params previews schedulers"
+    " registry safety unet uploads vae",
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
@@ -71,12 +72,13 @@ SERVER = {
     "addresses": "settings",
     "slots": "",
     "exchange": "",
-    "door": "addresses exchange settings",
+    "lookups": "slots",
+    "door": "addresses exchange lookups settings",
     "egress": "addresses door errors exchange settings slots telemetry",
     "downloads": "egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
-    "sandbox": "decoder errors telemetry models.decoding models.errors models.params",
+    "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
     "clocks": "database",
     "deliveries": "clocks commits database",
     "failures": "",
@@ -97,12 +99,12 @@ SERVER = {
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door exchange jobs settings telemetry"
-    " threads",
-    "services": "auth background deliveries egress followers jobs metrics sandbox settings storage"
-    " threads waiters webhooks",
+    "webhooks": "addresses circuits deliveries dialects door errors exchange jobs limits settings"
+    " slots telemetry threads",
+    "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
+    " storage threads waiters webhooks",
     "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
-    " settings storage models.params",
+    " settings slots storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth native_events bodies deliveries dialects errors followers idempotency"
@@ -124,7 +126,7 @@ SERVER = {
     " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
     "middleware": "errors metrics settings telemetry",
-    "admin": "connections intake metrics routes services",
+    "admin": "connections intake metrics middleware routes services",
     "connections": "auth bodies settings",
     "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
@@ -266,7 +268,7 @@ def importers_of(*names: str) -> set[str]:
 
 # `addresses` and `egress` name httpx for its URL alone.
 READS_URLS = {"addresses.py", "egress.py"}
-OPENS_CONNECTIONS = {"door.py", "exchange.py"}
+OPENS_CONNECTIONS = {"door.py", "exchange.py", "lookups.py"}
 # The demo is a client of a server of its own.
 CLIENTS = {"demo.py"}
 LISTENS = {"connections.py", "http.py"}

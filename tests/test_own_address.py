@@ -65,7 +65,8 @@ def test_own_picture_needs_no_way_to_the_public_address(tmp_path: Path) -> None:
 def test_own_address_is_refused_though_its_network_is_allowed(
     host: str, path: str, app: LiveApp
 ) -> None:
-    assert inpaint(app, f"http://{host}:{app.port}{path}") == NOT_REACHABLE
+    for port in (app.port, app.admin_port):
+        assert inpaint(app, f"http://{host}:{port}{path}") == NOT_REACHABLE
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_where_a_listener_is(host: str, address: str, is_own: bool) -> None:
 def test_own_address_is_not_dialled_whatever_is_allowed(allowed: dict[str, str]) -> None:
     async def run() -> tuple[int, object]:
         async with running_stub(answering(response("200 OK", body=b"picture"))) as stub:
-            door = Door(listener=Listener("0.0.0.0", stub.port))
+            door = Door(listeners=[Listener("::1", 1), Listener("0.0.0.0", stub.port)])
             fetcher = Fetcher(FetchSettings.model_validate(allowed), door)
             with pytest.raises(FetchFailed) as failed:
                 await fetcher.get(f"http://localhost:{stub.port}/")

@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 
 from models.decoding import ImageLimits
 from models.errors import ImageFault
 from server import confinement
-from server.decoder import Kind, Wanted
+from server.decoder import PICTURE, REPLY, Kind, Wanted
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.sandbox import PROBLEM_OF_FAULT, DecodedPair, Decoder, Sandbox
 from tests import hostile_pictures as hostile
@@ -205,7 +207,7 @@ def test_child_is_limited(decoder: Decoder) -> None:
         assert limits[name] == ["0", "0"], name
     assert limits["Max open files"] == ["3", "3"]
     assert 540 * 2**20 < int(limits["Max address space"][1]) < 800 * 2**20
-    assert int(limits["Max cpu time"][0]) < 60
+    assert limits["Max cpu time"] == ["3600", "3600"]
     status = (process / "status").read_text()
     assert "NoNewPrivs:\t1" in status
     if platform.machine() == "x86_64":
@@ -225,13 +227,17 @@ def test_child_is_limited(decoder: Decoder) -> None:
         "socket.socket()",
         "socket.socketpair()",
         "os.unlink('/tmp/nothing')",
+        # The parent is of the same user: nothing but the filter stands before its limits.
+        "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (1_000, 1_000))",
+        "resource.prlimit(0, resource.RLIMIT_CORE, (0, 0))",
+        "resource.getrlimit(resource.RLIMIT_CPU)",
     ],
 )
 def test_confined_process_reaches_nothing(attack: str) -> None:
     program = f"""
-import os, socket
+import os, resource, socket
 from server.confinement import confine
-confine(2**28)
+assert confine(2**28, 60)
 try:
     {attack}
 except OSError as error:
@@ -249,7 +255,7 @@ def test_confined_process_runs_out_of_memory_first() -> None:
     program = f"""
 import os
 from server.confinement import confine
-confine({2**26})
+confine({2**26}, 60)
 try:
     bytes({2**27})
 except MemoryError:
@@ -262,21 +268,64 @@ except MemoryError:
 
 
 @on_linux
-def test_processor_time_is_limited_for_each_picture() -> None:
+def test_processor_time_is_limited_for_good() -> None:
     program = """
-from server.confinement import allow_cpu
-for _ in range(3):
-    allow_cpu(0)
+from server.confinement import confine
+confine(2**28, 1)
 while True:
     pass
 """
     answer = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60)
-    assert answer.returncode == -signal.SIGXCPU
+    assert answer.returncode == -signal.SIGKILL
 
 
-def test_filter_allows_no_way_out() -> None:
-    dangerous = {"open", "openat", "socket", "connect", "execve", "clone", "fork", "kill", "ptrace"}
-    assert not dangerous & set(confinement.ALLOWED_CALLS)
+@on_linux
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter knows one machine's calls")
+def test_filter_lets_through_what_it_names_and_nothing_else() -> None:
+    """The kernel itself is asked for every number there is, of both ABIs of the machine.
+
+    The arguments are worth nothing, so that none but the filter says EPERM. Left out are the calls
+    it allows, of which some would end the process, and 335 and 336: uprobes' own way back from
+    user space, which passes filters and kills whoever takes it without a probe.
+    """
+    program = """
+import ctypes, os
+from server.confinement import ALLOWED_CALLS, confine
+libc = ctypes.CDLL(None, use_errno=True)
+assert confine(2**28, 60)
+let_through = [
+    number
+    for base in (0, 1 << 30)
+    for number in (*range(base, base + 335), *range(base + 337, base + 600))
+    if number not in ALLOWED_CALLS.values()
+    and (libc.syscall(number, -1, -1, -1, -1, -1, -1), ctypes.get_errno()) != (-1, 1)
+]
+os.write(1, repr(let_through).encode())
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, timeout=60, check=True
+    )
+    assert answer.stdout == b"[]"
+
+
+def test_filter_names_no_way_out() -> None:
+    """By number: a name beside the wrong one would look innocent."""
+    opening = {2, 85, 257, 304, 437}  # open, creat, openat, open_by_handle_at, openat2
+    network = {41, 42, 43, 44, 46, 49, 53, 288, 307}  # socket, connect, … sendmmsg
+    processes = {56, 57, 58, 59, 322, 435}  # clone, fork, vfork, execve, execveat, clone3
+    others = {62, 101, 200, 234, 310, 311, 424, 438}  # kill, ptrace, … pidfd_getfd
+    powers = {157, 160, 165, 272, 302, 308, 317, 321, 425}  # prctl, setrlimit, … io_uring_setup
+    dangerous = opening | network | processes | others | powers
+    assert not dangerous & set(confinement.ALLOWED_CALLS.values())
+
+
+def test_missing_filter_is_in_the_log() -> None:
+    program = "import os, sys; os.write(1, b'r'); sys.stdin.read()"
+    decoder = Decoder(LIMITS, wall_s=0.1, program=program)
+    with structlog.testing.capture_logs() as lines:
+        decoder.decode(Kind.INIT_IMAGE, png_bytes())
+    decoder.close()
+    assert "without a filter" in lines[0]["event"]
 
 
 # Children that fail
@@ -292,7 +341,6 @@ def failing(*statements: str, wall_s: float = 30) -> Decoder:
     ("statement", "problem"),
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", ImageProblem.DAMAGED),
-        ("os.kill(os.getpid(), signal.SIGXCPU)", ImageProblem.TOO_SLOW),
         ("os._exit(0)", ImageProblem.DAMAGED),
         ("os.kill(os.getpid(), signal.SIGABRT)", ImageProblem.DAMAGED),
         ("raise ValueError('<BytesIO at 0x7f>')", ImageProblem.DAMAGED),
@@ -304,7 +352,6 @@ def failing(*statements: str, wall_s: float = 30) -> Decoder:
     ],
     ids=[
         "crash",
-        "cpu",
         "exit",
         "abort",
         "exception",
@@ -323,6 +370,22 @@ def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProbl
             assert decoder.pid is None
         assert decoder.starts == 2
     finally:
+        decoder.close()
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("size", [(65_535, 65_535), (1, 2_001), (2_001, 1), (1_500, 1_500)])
+def test_no_room_is_made_for_a_picture_that_cannot_be(kind: Kind, size: tuple[int, int]) -> None:
+    """A child that was taken over says that a picture of its own size is large."""
+    claim = REPLY.pack(PICTURE, *size)
+    decoder = failing(f"os.write(1, {claim!r})")
+    tracemalloc.start()
+    try:
+        wanted = Wanted(keeps_own_size=True)
+        assert decoder.decode(kind, png_bytes(), wanted) is ImageProblem.DAMAGED
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
         decoder.close()
 
 
@@ -475,6 +538,58 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
             refused = [each for each in answers if isinstance(each, QueueFull)]
             assert len(refused) == 90
             assert isinstance(await sandbox.decode_pair(images), DecodedPair)
+
+    asyncio.run(run())
+
+
+def slow_pair() -> dict[str, bytes]:
+    """Pictures that take a second or two each."""
+    return dict.fromkeys(["init_image", "mask_image"], hostile.scans((2_000, 2_000), 300))
+
+
+@pytest.mark.parametrize(("children", "children_per_key"), [(2, 1), (1, 1)])
+def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_key: int) -> None:
+    async def run() -> None:
+        limits = ImageLimits()
+        with Sandbox(limits, children=children, children_per_key=children_per_key) as sandbox:
+            greedy = [
+                asyncio.create_task(sandbox.decode_pair(slow_pair(), key_id="greedy"))
+                for _ in range(4)
+            ]
+            await asyncio.sleep(0)
+            await sandbox.decode_pair(images_of((64, 64)), key_id="modest")
+            assert not all(each.done() for each in greedy)
+            for each in greedy:
+                each.cancel()
+            await asyncio.gather(*greedy, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_request_that_finds_no_child_is_refused_in_time() -> None:
+    async def run() -> None:
+        with Sandbox(ImageLimits(), children=1, children_per_key=1, patience_s=0.05) as sandbox:
+            slow = asyncio.create_task(sandbox.decode_pair(slow_pair()))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await sandbox.decode_pair(images_of((64, 64)))
+            assert isinstance(await slow, DecodedPair)
+            assert isinstance(await sandbox.decode_pair(images_of((64, 64))), DecodedPair)
+
+    asyncio.run(run())
+
+
+def test_files_of_one_key_do_not_take_all_room() -> None:
+    images = images_of((64, 64))
+    size = sum(map(len, images.values()))
+
+    async def run() -> None:
+        with Sandbox(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
+            calls = [sandbox.decode_pair(images, key_id="greedy") for _ in range(20)]
+            modest = sandbox.decode_pair(images, key_id="modest")
+            *greedy, pair = await asyncio.gather(*calls, modest, return_exceptions=True)
+            assert sum(isinstance(each, QueueFull) for each in greedy) == 10
+            assert isinstance(pair, DecodedPair)
 
     asyncio.run(run())
 

@@ -1,11 +1,13 @@
 """Places that are shared out in turn."""
 
 import asyncio
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.slots import Slots
+from server.slots import Headcount, NoPlace, Slots
 
 
 async def settle() -> None:
@@ -100,6 +102,22 @@ def test_place_handed_to_who_is_just_cancelled_is_not_lost() -> None:
     assert asyncio.run(run())[-1] == "c"
 
 
+def test_place_is_not_handed_to_who_gives_up_at_the_same_moment() -> None:
+    async def run() -> list[str]:
+        crowd = Crowd(Slots(1, 1))
+        holder, waiting = crowd.join("a"), crowd.join("b")
+        crowd.join("c")
+        await settle()
+        holder.cancel()
+        waiting.cancel()
+        await settle()
+        await crowd.let_go()
+        assert [task.cancelled() for task in crowd.tasks] == [True, True, False]
+        return crowd.held
+
+    assert asyncio.run(run()) == ["a", "c"]
+
+
 @pytest.mark.parametrize("places", [1, 3])
 def test_failing_holder_gives_its_place_back(places: int) -> None:
     async def run() -> None:
@@ -110,3 +128,37 @@ def test_failing_holder_gives_its_place_back(places: int) -> None:
                     raise ValueError("x")
 
     asyncio.run(run())
+
+
+def test_place_of_a_thread_is_held_until_the_thread_is_free() -> None:
+    is_over = threading.Event()
+
+    async def run() -> None:
+        slots = Slots(1, 1)
+        with ThreadPoolExecutor(1) as threads:
+            await slots.take("a")
+            lost = asyncio.create_task(slots.use_in_thread("a", threads, is_over.wait, 60))
+            await settle()
+            lost.cancel()
+            taking = asyncio.create_task(slots.take("b"))
+            await settle()
+            assert lost.cancelled()
+            assert not taking.done()
+            is_over.set()
+            async with asyncio.timeout(60):
+                await taking
+
+    asyncio.run(run())
+
+
+def test_headcount_of_each_owner_is_limited() -> None:
+    inside = Headcount()
+    with inside.entered_by("a", 2), inside.entered_by("a", 2):
+        with pytest.raises(NoPlace), inside.entered_by("a", 2):
+            raise AssertionError
+        with inside.entered_by("b", 1):
+            pass
+        with inside.entered_by("a", 3):
+            pass
+    with inside.entered_by("a", 1), pytest.raises(NoPlace), inside.entered_by("a", 1):
+        raise AssertionError

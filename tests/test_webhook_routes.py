@@ -1,5 +1,6 @@
 """Webhook calls as their owner and the operator meet them: over HTTP and on the command line."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from server.database import open_engine
 from server.deliveries import DeliveryStore
 from server.jobs import JobStore
 from server.settings import Settings
+from server.webhooks import PINGS_PER_MINUTE
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_native_routes import claim, client_of, create, problem_of
@@ -24,7 +26,7 @@ SECRET = "whsec_" + "A" * 32
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    webhook = {"allow_cidrs": "127.0.0.0/8", "secret": [SecretStr(SECRET)]}
+    webhook = {"allow_cidrs": "127.0.0.0/8", "secret": [SecretStr(SECRET)], "timeout_s": 2}
     return settings_in(tmp_path, auth={"keys": KEYS}, webhook=webhook)
 
 
@@ -118,20 +120,55 @@ def test_ping(client: httpx.Client) -> None:
     assert (moved["is_received"], moved["status"]) == (False, 302)
 
 
-@pytest.mark.parametrize(
-    ("url", "outcome"),
-    [
-        ("http://169.254.169.254/latest", "address not allowed"),
-        ("http://10.0.0.1/", "address not allowed"),
-        ("http://user:secret@127.0.0.1/", "address not allowed"),
-        ("http://127.0.0.1:1/", "not reachable"),
-    ],
-)
-def test_ping_tells_no_more_than_a_webhook_would(
-    url: str, outcome: str, client: httpx.Client
+def test_nobody_is_told_why_a_ping_had_no_answer(client: httpx.Client) -> None:
+    """Denied with or without anybody there, unknown, closed, silent, unreadable: all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, receiver() as (url, calls):
+        told = [
+            client.post("/api/webhooks/ping", json={"url": each}).json()
+            for each in (
+                "http://169.254.169.254/latest",
+                "http://10.0.0.1/",
+                url.replace("127.0.0.1", "0.0.0.0"),
+                f"http://{'a' * 64}.invalid/",
+                "http://user:secret@127.0.0.1/",
+                "http://127.0.0.1:1/",
+                "http://xn--a/",
+                f"http://127.0.0.1:{silent.getsockname()[1]}/",
+            )
+        ]
+        assert calls.empty()
+    assert all(each.pop("webhook_id") for each in told)
+    nothing = {"is_received": False, "status": None, "outcome": "no answer", "duration_ms": None}
+    assert told == [nothing] * len(told)
+
+
+def test_owner_of_a_delivery_is_not_told_why_there_was_no_answer(
+    client: httpx.Client, store: JobStore, settings: Settings
 ) -> None:
-    told = client.post("/api/webhooks/ping", json={"url": url}).json()
-    assert (told["is_received"], told["status"], told["outcome"]) == (False, None, outcome)
+    told = []
+    for url in ("http://10.0.0.1/", "http://127.0.0.1:1/"):
+        (attempt,) = deliveries_of(client, finished_job(client, store, url), 1)["attempts"]
+        told.append([attempt[name] for name in ("status", "outcome", "duration_ms")])
+    assert told == [[None, "no answer", None]] * 2
+    engine = open_engine(settings.sqlalchemy_url)
+    reasons = {
+        attempt.outcome
+        for each in DeliveryStore(engine).list_of(None, state=None, limit=10)
+        for _, attempt in each.attempts
+    }
+    engine.dispose()
+    assert reasons == {"address not allowed", "not reachable"}, "operators are"
+
+
+def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx.Client) -> None:
+    body = {"url": "http://127.0.0.1:1/"}
+    for _ in range(20 * PINGS_PER_MINUTE):  # tokens come back meanwhile
+        answer = client.post("/api/webhooks/ping", json=body)
+        if answer.status_code != 200:
+            break
+    assert problem_of(answer) == (429, "rate_limited")
+    with client_of(app, SECOND) as other:
+        assert other.post("/api/webhooks/ping", json=body).status_code == 200
 
 
 @pytest.mark.parametrize(

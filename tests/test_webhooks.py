@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ from server.webhooks import (
     to_seconds,
     write_body,
 )
+from tests.conftest import migrated_sqlite
 from tests.postgres import PostgresServer
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
@@ -654,10 +656,10 @@ class TestClocks:
             assert len(deliveries.claim_due(9)) == 1
 
     @pytest.mark.parametrize("days", [3, -3])
-    def test_jump_in_a_senders_life_changes_nothing(
-        self, days: float, jobs: JobStore, engine: Engine
-    ) -> None:
-        wall, steady = Clock(), Clock()
+    def test_jump_in_a_senders_life_changes_nothing(self, days: float, tmp_path: Path) -> None:
+        """With SQLite; PostgreSQL has a clock of its own."""
+        engine = open_engine(migrated_sqlite(tmp_path))
+        wall, steady, jobs = Clock(), Clock(), JobStore(engine)
         sender = DeliveryStore(engine, clock=SharedClock(engine, wall, steady), lease_s=60)
         jobs.finish(submit(jobs, "http://receiver.example"), [])
         (due,) = sender.claim_due(1)
@@ -666,6 +668,7 @@ class TestClocks:
         assert sender.claim_due(1) == []
         steady.now_s += 3_601
         assert len(sender.claim_due(1)) == 1
+        engine.dispose()
 
     def test_call_parked_by_a_clock_that_was_ahead_is_due(
         self, jobs: JobStore, engine: Engine, clock: Clock

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -119,14 +120,25 @@ class JobList(BaseModel):
     next_before: int | None = Field(description="The next page's `before`; null on the last page")
 
 
+class Outcome(StrEnum):
+    """Of a webhook call, as far as who named the address may know.
+
+    Whether it was denied, unknown, closed or silent would draw a map of our network, and how long
+    that took as well.
+    """
+
+    ANSWERED = "answered"
+    NO_ANSWER = "no answer"
+
+
 class AttemptAnswer(BaseModel):
     """One try of a webhook call."""
 
     attempt: int
     started_at: datetime
-    duration_ms: int
+    duration_ms: int | None = Field(description="null where there was no answer")
     status: int | None = Field(description="HTTP status; null where there was no answer")
-    outcome: str
+    outcome: Outcome
 
 
 class DeliveryAnswer(BaseModel):
@@ -154,8 +166,8 @@ class PingAnswer(BaseModel):
     webhook_id: str
     is_received: bool = Field(description="The receiver answered 2xx")
     status: int | None = Field(description="HTTP status; null where there was no answer")
-    outcome: str
-    duration_ms: int
+    outcome: Outcome
+    duration_ms: int | None = Field(description="null where there was no answer")
 
 
 def moment(seconds: float | None) -> datetime | None:
@@ -301,9 +313,9 @@ def write_attempt(number: int, attempt: Attempt) -> AttemptAnswer:
     return AttemptAnswer(
         attempt=number,
         started_at=known_moment(attempt.started_at),
-        duration_ms=round(attempt.duration_s * 1000),
         status=attempt.status,
-        outcome=attempt.outcome,
+        outcome=outcome_of(attempt),
+        duration_ms=duration_ms_of(attempt),
     )
 
 
@@ -313,6 +325,16 @@ def write_ping(webhook_id: str, attempt: Attempt) -> PingAnswer:
         webhook_id=webhook_id,
         is_received=attempt.is_success,
         status=attempt.status,
-        outcome=attempt.outcome,
-        duration_ms=round(attempt.duration_s * 1000),
+        outcome=outcome_of(attempt),
+        duration_ms=duration_ms_of(attempt),
     )
+
+
+def outcome_of(attempt: Attempt) -> Outcome:
+    """Whether there was an answer."""
+    return Outcome.NO_ANSWER if attempt.status is None else Outcome.ANSWERED
+
+
+def duration_ms_of(attempt: Attempt) -> int | None:
+    """How long an answer took; None where there was none."""
+    return None if attempt.status is None else round(attempt.duration_s * 1000)

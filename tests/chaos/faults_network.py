@@ -39,6 +39,7 @@ RETRIED_MODES = ("500", "301", "404", "silent", "drip", "half", "reset", "429")
 IMAGE_MODES = (
     *("silent", "drip", "endless", "lying", "reset", "page", "404", "loop", "inward", "half"),
 )
+MAX_IN_FLIGHT = 8
 WAITERS = 1_000
 MADE = 50
 """So many of their jobs are waited for; all would take minutes."""
@@ -148,8 +149,7 @@ def most_at_once(site: Site, host: Host) -> int:
     spans = [
         (row["started_at"], row["started_at"] + row["duration_s"]) for row in rows(site, query)
     ]
-    counts = [sum(int(begin <= start < end) for begin, end in spans) for start, _ in spans]
-    return max(counts)
+    return max(len([1 for begin, end in spans if begin <= start < end]) for start, _ in spans)
 
 
 @fault("F9", "image hosts of every kind", within_s=20)
@@ -280,8 +280,12 @@ def clients_leave(room: Path) -> Found:
 
 def waiters_leave(room: Path, waiters: int, made: int) -> Found:
     """So many clients hang up; so many of their jobs are waited for. Raises: Broken."""
-    settings = {"INPAINT_HOLD_S": "120", "INPAINT_QUEUE__MAX_WAITING_PER_KEY": str(2 * waiters)}
-    settings["INPAINT_QUEUE__MAX_WAITING"] = str(2 * waiters)
+    settings = {
+        "INPAINT_HOLD_S": "120",
+        "INPAINT_MAX_IN_FLIGHT": str(MAX_IN_FLIGHT),
+        "INPAINT_QUEUE__MAX_WAITING": str(2 * waiters),
+        "INPAINT_QUEUE__MAX_WAITING_PER_KEY": str(2 * waiters),
+    }
     with running_site(room, settings) as site:
         oracle = Oracle(site)
         descriptors = Path(f"/proc/{site.pid}/fd")
@@ -299,6 +303,8 @@ def waiters_leave(room: Path, waiters: int, made: int) -> Found:
         )
         site.accepted.update(dict.fromkeys(oracle.ids()))
         until(lambda: oracle.states()["finished"] >= made, 60, f"{made} of their jobs are made")
+        running = oracle.states()["running"]
+        expect(running <= 2 * MAX_IN_FLIGHT, f"one worker holds {running} jobs")
         expect(site.readiness() == 200, "not ready after they have left")
         after = len([*descriptors.iterdir()])
         expect(after < before + 20, f"descriptors stay: {before} → {after}")

@@ -198,9 +198,9 @@ class TcpProxy:
         self.latency_s = 0.0
         self.port = 0
 
-    async def start(self) -> asyncio.Server:
-        """Listen on a free port."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> asyncio.Server:
+        """Listen, on a free port unless told which."""
+        server = await asyncio.start_server(self._serve, host, port)
         self.port = server.sockets[0].getsockname()[1]
         return server
 
