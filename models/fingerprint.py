@@ -1,41 +1,54 @@
-"""Which weights a model has: SHA-256 over its safetensors files, remembered from run to run."""
+"""Digests of files, remembered from run to run: a checkpoint takes seconds to read."""
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 CACHE_FILE = "weights-sha256.json"
+PIECE_BYTES = 4_194_304
 
 
-def weights_sha256(files: Sequence[Path], cache_folder: Path) -> str:
-    """One digest for all of them: over the sorted digests of the files, whatever their names.
+def file_sha256s(
+    files: Sequence[Path], cache: Path | None, report: Callable[[float], None] = lambda share: None
+) -> dict[str, str]:
+    """The digest of each file, by path.
 
-    cache_folder: keeps each file's digest under its path, size and time of change, because a
-        checkpoint takes seconds to read.
+    cache: remembers them under path, inode, size and time of change; None reads all.
+    report: told the share that is done, by size, while files are read.
     Raises: OSError.
     """
-    digests = sorted(file_sha256s(files, cache_folder / CACHE_FILE).values())
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def file_sha256s(files: Sequence[Path], cache: Path) -> dict[str, str]:
-    """The digest of each file, by path. Raises: OSError."""
     known = _read_cache(cache)
-    found = {}
-    for path in files:
-        status = path.stat()
-        name = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-        if name not in known:
-            with path.open("rb") as file:
-                known[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            _write_cache(cache, known)
-        found[str(path)] = known[name]
-    return found
+    statuses = {path: path.stat() for path in files}
+    names = {
+        path: f"{path.resolve()} {each.st_ino} {each.st_size} {each.st_mtime_ns}"
+        for path, each in statuses.items()
+    }
+    unread = [path for path in files if names[path] not in known]
+    total = sum(statuses[path].st_size for path in unread)
+    done = 0
+    for path in unread:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+                done += len(piece)
+                report(min(1.0, done / total))
+        known[names[path]] = digest.hexdigest()
+        if cache is not None:
+            write_whole(cache, json.dumps(known, indent=1))
+    return {str(path): known[names[path]] for path in files}
 
 
-def _read_cache(cache: Path) -> dict[str, str]:
+def digest_of_all(digests: Iterable[str]) -> str:
+    """One digest for all of them, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    if cache is None:
+        return {}
     try:
         known = json.loads(cache.read_text())
     except (OSError, ValueError):
@@ -43,9 +56,9 @@ def _read_cache(cache: Path) -> dict[str, str]:
     return dict(known) if isinstance(known, dict) else {}
 
 
-def _write_cache(cache: Path, known: dict[str, str]) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Whole or not at all: workers that start together write it at the same time."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    own = cache.with_suffix(f".{os.getpid()}")
-    own.write_text(json.dumps(known, indent=1))
-    own.replace(cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_suffix(f".{os.getpid()}")
+    own.write_text(text)
+    own.replace(path)

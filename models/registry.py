@@ -6,6 +6,7 @@ run: the classes are ours to choose. The heavy imports stand inside functions, s
 model costs nothing.
 """
 
+import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models.errors import ModelUnavailable
-from models.folders import checker_parts, folder_parts
+from models.folders import INDEX, checker_parts, folder_parts
 from models.parts import Part
 from models.single_file import single_file_parts
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "weights"
+BUILTIN_DIGESTS = BUILTIN_FOLDER / "sha256.json"
+READ_SUFFIXES = (".safetensors", ".json", ".txt")
 CONFIG_PATTERNS = ("*/*.json", "*/*.txt", "model_index.json")
 CHECKER_PATTERNS = ("safety_checker/*", "feature_extractor/*", "*.json", "model.safetensors")
 
@@ -52,6 +55,7 @@ class ModelSpec:
     prediction_type: "epsilon" or "v_prediction" where the checkpoint does not say or is wrong.
     safety_checker: folder or hub id to borrow a checker from; the checkpoint's own comes first.
     loras: fused at load, in this order.
+    sha256: digests that files must have, by their names in `model_files`.
     """
 
     id: str
@@ -62,6 +66,7 @@ class ModelSpec:
     prediction_type: str | None = None
     safety_checker: str | None = None
     loras: tuple[LoraSpec, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,17 +152,60 @@ def _weight_patterns(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _download(source: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
-    from huggingface_hub import snapshot_download
+    """The files of a hub id. Once they are all here, the hub is asked no more.
+
+    Raises: ModelUnavailable.
+    """
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _snapshot(source, patterns, revision, is_local=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return _ask_hub(source, patterns, revision)
+
+
+def _ask_hub(source: str, patterns: tuple[str, ...], revision: str | None) -> Path:
+    """The same as the hub has it now. Raises: ModelUnavailable."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[*patterns]))
+        return _snapshot(source, patterns, revision, is_local=False)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnavailable(
             f"{source!r} is neither a folder here nor a hub id that can be reached or was "
             "downloaded before; give a diffusers folder or a .safetensors file, or download the "
             "checkpoint once with network access"
         ) from error
+
+
+def _snapshot(
+    source: str, patterns: tuple[str, ...], revision: str | None, *, is_local: bool
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            source, revision=revision, allow_patterns=[*patterns], local_files_only=is_local
+        )
+    )
+
+
+def download(spec: ModelSpec) -> list[str]:
+    """Get all that a model has on the hub, as it is there now; the hub ids it is made of.
+
+    Raises: ModelUnavailable.
+    """
+    wanted = [
+        (spec.source, _weight_patterns(spec), spec.revision),
+        (spec.config, CONFIG_PATTERNS, None),
+        (spec.safety_checker, CHECKER_PATTERNS, None),
+    ]
+    found = []
+    for source, patterns, revision in wanted:
+        if source is not None and source != "builtin" and not Path(source).expanduser().exists():
+            _ask_hub(source, patterns, revision)
+            found.append(source)
+    return found
 
 
 def load_components(
@@ -186,18 +234,35 @@ def load_components(
     return Components(scheduler_config=scheduler, **loaded)
 
 
-def weight_files(spec: ModelSpec) -> list[Path]:
-    """Every safetensors file of a model: its parts, a borrowed safety checker, LoRA files.
+def model_files(spec: ModelSpec) -> dict[str, Path]:
+    """Every file a model may be loaded from, by a name that does not tell where the model lies.
 
-    Of a folder that holds several variants, all. Raises: ModelUnavailable.
+    Of a folder that holds several variants, all; a borrowed safety checker and LoRA files too.
+    Raises: ModelUnavailable.
     """
     import torch
 
     parts = _parts(spec, torch.float32)
     paths = {part.path for part in parts.values()}
     paths |= {Path(lora.path).expanduser() for lora in spec.loras}
-    files = {file for path in paths for file in (path.glob("*") if path.is_dir() else [path])}
-    return sorted(file for file in files if file.suffix == ".safetensors")
+    found = [file for path in paths for file in (path.glob("*") if path.is_dir() else [path])]
+    index = next((path for path in paths if path.name == INDEX), None)
+    base = index.parent if index is not None else Path()
+    return {_name_in(base, file): file for file in sorted(found) if file.suffix in READ_SUFFIXES}
+
+
+def _name_in(base: Path, file: Path) -> str:
+    try:
+        return file.relative_to(base).as_posix()
+    except ValueError:
+        return f"{file.parent.name}/{file.name}"
+
+
+def pinned_digests(spec: ModelSpec) -> dict[str, str]:
+    """SHA-256 digests that a model's files must have, by their names in `model_files`."""
+    if spec.source == "builtin" and not spec.sha256:
+        return dict(json.loads(BUILTIN_DIGESTS.read_text()))
+    return spec.sha256
 
 
 def _parts(spec: ModelSpec, dtype: "torch.dtype") -> dict[str, Part]:

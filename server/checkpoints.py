@@ -2,7 +2,6 @@
 
 import functools
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from tqdm import tqdm
 
 from models.acceleration import Acceleration, accelerated
 from models.errors import ModelUnavailable
-from models.fingerprint import weights_sha256
+from models.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
+from models.manifests import check_files, manifest_path
 from models.pipeline import InpaintPipeline
 from models.registry import (
     Components,
@@ -20,8 +20,9 @@ from models.registry import (
     Report,
     find_model,
     load_components,
+    model_files,
+    pinned_digests,
     read_catalog,
-    weight_files,
 )
 from models.residency import Residency
 from server.receipts import Model
@@ -32,6 +33,9 @@ logger = get_logger(__name__)
 
 MODEL_MEMORY_SHARE = 0.6
 """Of a CUDA device's memory, for the loaded models; the rest is for their work."""
+
+CHECKING = "checking"
+"""What comes before loading: the files' digests."""
 
 
 @dataclass(slots=True)
@@ -68,7 +72,7 @@ class Checkpoints:
             def report(share: float, part: str) -> None:
                 bar.set_postfix_str(part, refresh=False)
                 bar.update(round(share * 100) - bar.n)
-                say(f"loading model {share:.0%}")
+                say(f"{CHECKING if part == CHECKING else 'loading'} model {share:.0%}")
 
             report(0.0, "files")
             self._report_load = report
@@ -88,8 +92,8 @@ class Checkpoints:
         if model not in self.settings.offered_models:
             raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
         spec = find_model(model, read_catalog(self.settings.models_file))
-        threading.Thread(target=self._identify, args=[model, spec], daemon=True).start()
         started = time.perf_counter()
+        self._check(model, spec)
         components = load_components(spec, torch.device("cpu"), self._dtype(device), self._hear)
         if components.safety_checker is None and self.settings.safety.force:
             raise ModelUnavailable(
@@ -107,16 +111,29 @@ class Checkpoints:
         if self._report_load is not None:
             self._report_load(share, part)
 
-    def _identify(self, model: str, spec: ModelSpec) -> None:
-        """Read the weights once more for their digest, beside all else.
+    def _check(self, model: str, spec: ModelSpec) -> None:
+        """Read the files once more for their digests, and see that they are the known ones.
 
-        Takes seconds the first time, and nobody waits for it; later starts find it in the data
-        folder.
+        Takes seconds the first time; later starts find the digests in the data folder.
+        Raises: ModelUnavailable.
         """
+        data_dir = self.settings.data_dir
+        files = model_files(spec)
         try:
-            self._digests[model] = weights_sha256(weight_files(spec), self.settings.data_dir)
-        except (OSError, ModelUnavailable):
-            logger.exception("weights have no digest", model=spec.id)
+            digests = file_sha256s(
+                [*files.values()],
+                data_dir / CACHE_FILE,
+                lambda share: self._hear(share, CHECKING),
+            )
+            found = {name: digests[str(path)] for name, path in files.items()}
+            manifest = manifest_path(data_dir, spec.id)
+            check_files(spec.id, found, manifest, pinned_digests(spec))
+        except ModelUnavailable as error:
+            raise ModelUnavailable(f"model {spec.id!r}: {error}") from error
+        except OSError as error:
+            raise ModelUnavailable(f"model {spec.id!r} cannot be checked: {error}") from error
+        weights = [found[name] for name, path in files.items() if path.suffix == ".safetensors"]
+        self._digests[model] = digest_of_all(weights)
 
     def _place_on(self, device: torch.device) -> Callable[[Components], InpaintPipeline]:
         call_batches = functools.partial(accelerated, acceleration=self._acceleration())

@@ -81,8 +81,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each = commands.add_parser("migrate", parents=[shared], help="bring the database up to date")
     each.set_defaults(run=migrate)
 
-    each = commands.add_parser("models", parents=[shared], help="list the models of models.toml")
-    each.set_defaults(run=models)
+    each = commands.add_parser("models", parents=[shared], help="list and look after models")
+    each.set_defaults(run=models, verb="list")
+    actions = each.add_subparsers(metavar="ACTION")
+    actions.add_parser("list", parents=[shared], help="those of models.toml").set_defaults(
+        verb="list"
+    )
+    for verb, text in (
+        ("download", "get a model as the hub has it now"),
+        ("verify", "compare a model's files with those it was first used with"),
+        ("trust", "take a model's present files for the right ones"),
+    ):
+        each = actions.add_parser(verb, parents=[shared], help=text)
+        each.add_argument("model_id", metavar="ID", help="id of models.toml, folder or hub id")
+        each.set_defaults(verb=verb)
 
     each = commands.add_parser("webhooks", help="look after webhook calls")
     actions = each.add_subparsers(required=True, metavar="ACTION")
@@ -272,12 +284,10 @@ def keys(options: argparse.Namespace) -> int:
 
 
 def models(options: argparse.Namespace) -> int:
-    """Print each model's id and where it comes from."""
-    from models.registry import read_catalog
+    """List, download, verify or trust models."""
+    from server.model_commands import run
 
-    for spec in read_catalog(settings_of(options).models_file).values():
-        print(f"{spec.id}\t{spec.source}")  # noqa: T201 - the command's output
-    return 0
+    return run(options, settings_of(options))
 
 
 def list_webhooks(options: argparse.Namespace) -> int:

@@ -53,8 +53,7 @@ class Model:
     """The checkpoint.
 
     weights_sha256: over the SHA-256 digests of every safetensors file of the checkpoint, its LoRA
-        files and its safety checker; None where they could not be read, or not yet: the first
-        start with a checkpoint reads it beside the first jobs.
+        files and its safety checker; None in rows of versions that read it beside the first jobs.
     """
 
     id: str

@@ -207,7 +207,8 @@ class HttpSettings(Section):
     """What one client may take of the server's time and room. Times are in seconds.
 
     head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
-    a client that takes nothing of its answer. max_buffered_bytes: of all bodies in memory.
+    a client that takes too little of its answer. max_buffered_bytes: of all bodies, and of answers
+    not taken, in memory.
     max_streams_per_key: jobs a key may follow at a time.
     """
 

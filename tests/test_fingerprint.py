@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.fingerprint import CACHE_FILE, file_sha256s, weights_sha256
-from models.registry import LoraSpec, ModelSpec, weight_files
-from tests.tiny import save_tiny_checkpoint
+from models.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
 
 
 @pytest.fixture
@@ -23,10 +21,17 @@ def files(tmp_path: Path) -> list[Path]:
 def test_digest_is_of_the_contents(files: list[Path], tmp_path: Path) -> None:
     digests = file_sha256s(files, tmp_path / CACHE_FILE)
     assert digests == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    whole = weights_sha256(files, tmp_path)
-    assert whole == weights_sha256([*reversed(files)], tmp_path)
+    whole = digest_of_all(digests.values())
+    assert whole == digest_of_all(reversed(digests.values()))
     files[0].write_bytes(b"c" * 1_001)
-    assert weights_sha256(files, tmp_path) != whole
+    assert digest_of_all(file_sha256s(files, tmp_path / CACHE_FILE).values()) != whole
+
+
+def test_progress_is_told_of_what_is_read(files: list[Path], tmp_path: Path) -> None:
+    shares: list[float] = []
+    for _ in range(2):
+        file_sha256s(files, tmp_path / CACHE_FILE, shares.append)
+    assert shares == [0.5, 1.0]
 
 
 def test_known_files_are_not_read_again(files: list[Path], tmp_path: Path) -> None:
@@ -44,17 +49,3 @@ def test_damaged_cache_is_made_anew(content: str, files: list[Path], tmp_path: P
     first = file_sha256s(files, cache)
     assert len(json.loads(cache.read_text())) == 2
     assert file_sha256s(files, cache) == first
-
-
-def test_all_weights_of_a_checkpoint_are_covered(tmp_path: Path) -> None:
-    folder = save_tiny_checkpoint(tmp_path / "tiny", 9)
-    lora = tmp_path / "style.safetensors"
-    lora.touch()
-    spec = ModelSpec(id="tiny", source=str(folder), loras=(LoraSpec(str(lora)),))
-    names = [path.relative_to(tmp_path).as_posix() for path in weight_files(spec)]
-    assert names == [
-        "style.safetensors",
-        "tiny/text_encoder/model.safetensors",
-        "tiny/unet/diffusion_pytorch_model.safetensors",
-        "tiny/vae/diffusion_pytorch_model.safetensors",
-    ]

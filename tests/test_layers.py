@@ -52,6 +52,7 @@ MODELS = {
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
     "fingerprint": "",
+    "manifests": "errors fingerprint",
     "builtin": "builtin",
 }
 """Room to the rooms of `models` it may import; each file and each folder is a room."""
@@ -63,6 +64,7 @@ SERVER = {
     "limits": "",
     "keys": "database",
     "key_commands": "database keys settings",
+    "model_commands": "settings models.errors models.fingerprint models.manifests models.registry",
     "auth": "errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
@@ -108,8 +110,8 @@ SERVER = {
     "native_routes": "auth native_events bodies deliveries dialects errors followers idempotency"
     " intake jobs services",
     "checkpoints": "receipts settings telemetry"
-    " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
-    " models.residency",
+    " models.acceleration models.errors models.fingerprint models.manifests models.pipeline"
+    " models.registry models.residency",
     "endings": "errors failures jobs telemetry",
     "results": "endings errors failures inspection jobs receipts storage telemetry"
     " models.images models.pipeline",
@@ -130,7 +132,7 @@ SERVER = {
     "cluster": "app worker settings",
     "demo": "database jobs settings",
     "cli": "app auth cluster database deliveries demo devices door http jobs key_commands keys"
-    " settings supervisor telemetry webhooks worker models.errors models.registry",
+    " model_commands settings supervisor telemetry webhooks worker models.errors",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 

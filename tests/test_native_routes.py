@@ -192,9 +192,11 @@ class TestLifeOfAJob:
         assert (told["state"], told["receipt"], len(told["outputs"])) == ("finished", None, 1)
 
     def test_finished_job_is_told_on_the_vendors_path_too(
-        self, client: httpx.Client, store: JobStore
+        self, client: httpx.Client, store: JobStore, settings: Settings
     ) -> None:
         job = claim(store, create(client)["id"])
+        for key in job.output_keys:
+            Storage(settings.storage_url).put(key, OUTPUT)
         assert store.finish(job, [None, None])
         answer = client.post(f"/api/v3/fetch/{job.id}").json()
         assert (answer["status"], len(answer["output"])) == ("success", 2)

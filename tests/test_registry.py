@@ -26,6 +26,7 @@ from models.registry import (
     load_components,
     read_catalog,
 )
+from tests.hub_stub import running_hub
 from tests.tiny import save_tiny_checkpoint
 
 CATALOG_FILE = Path(__file__).parents[1] / "configs" / "models.toml"
@@ -483,3 +484,45 @@ def test_progress_runs_from_zero_to_one(folder: Path) -> None:
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert [name for _, name in reports][-1] == "ready"
     assert {"unet", "vae", "text_encoder"} <= {name for _, name in reports}
+
+
+FETCH = """
+import sys
+from models.registry import ModelSpec, download, fetch_folder
+
+spec = ModelSpec("remote", "owner/model")
+if "anew" in sys.argv:
+    download(spec)
+sys.stdout.write(str(fetch_folder(spec)))
+"""
+
+
+def test_hub_is_asked_until_all_is_here(checkpoint: Path, tmp_path: Path) -> None:
+    repository = shutil.copytree(checkpoint, tmp_path / "repository")
+    (repository / "unet" / "diffusion_pytorch_model.bin").touch()
+    with running_hub(repository) as hub:
+
+        def fetch(*arguments: str) -> tuple[Path, int]:
+            """In a process of its own, as a start is; the folder, and requests to the hub."""
+            hub.asked.clear()
+            answer = subprocess.run(
+                [sys.executable, "-c", FETCH, *arguments],
+                env={**os.environ, **hub.environment(tmp_path / "cache")},
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=120,
+                check=True,
+            )
+            return Path(answer.stdout), len(hub.asked)
+
+        first, asked = fetch()
+        assert asked > 0
+        assert (first / "unet" / WEIGHTS["unet"]).read_bytes() == (
+            checkpoint / "unet" / WEIGHTS["unet"]
+        ).read_bytes()
+        assert not [*first.rglob("*.bin")], "pickles are not even downloaded"
+        assert fetch() == (first, 0)
+        assert fetch("anew")[1] > 0
+        (first / "vae" / WEIGHTS["vae"]).unlink()
+        assert fetch()[1] > 0
+        assert fetch() == (first, 0)

@@ -1,5 +1,7 @@
 """Writes the trained parts as one diffusers folder, fp16, in place of an older one."""
 
+import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from models.builtin.unet import build_scheduler
+
+DIGESTS = "sha256.json"
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,22 @@ def export(parts: Parts, folder: Path) -> None:
     assemble(parts).save_pretrained(partial, safe_serialization=True)
     for path in partial.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files only their owner can read
+    write_digests(partial)
     older = folder.with_name(folder.name + ".older")
     if folder.exists():
         os.replace(folder, older)
     os.replace(partial, folder)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def write_digests(folder: Path) -> None:
+    """What `registry` compares the files with before it loads them."""
+    digests = {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != DIGESTS
+    }
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,0 +1,70 @@
+"""`inpaint-server models list | download | verify | trust`: what the commands do and print."""
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from models.errors import ModelUnavailable
+from models.fingerprint import file_sha256s
+from models.manifests import check_files, manifest_path
+from models.registry import (
+    ModelSpec,
+    download,
+    find_model,
+    model_files,
+    pinned_digests,
+    read_catalog,
+)
+from server.settings import Settings
+
+
+def run(options: argparse.Namespace, settings: Settings) -> int:
+    """One command; the exit status. Raises: ValueError."""
+    try:
+        catalog = read_catalog(settings.models_file)
+        if options.verb == "list":
+            return list_models(catalog)
+        spec = find_model(options.model_id, catalog)
+        commands = {"download": get, "verify": verify, "trust": trust}
+        return commands[options.verb](spec, settings)
+    except ModelUnavailable as error:
+        raise ValueError(str(error)) from error
+
+
+def list_models(catalog: dict[str, ModelSpec]) -> int:
+    """Print each model's id and where it comes from."""
+    for spec in catalog.values():
+        print(f"{spec.id}\t{spec.source}")  # noqa: T201 - the command's output
+    return 0
+
+
+def get(spec: ModelSpec, settings: Settings) -> int:
+    """Get a model as the hub has it now, and take it for the right one."""
+    for source in download(spec):
+        print(f"{source} is here", file=sys.stderr)  # noqa: T201
+    return trust(spec, settings)
+
+
+def trust(spec: ModelSpec, settings: Settings) -> int:
+    """Take a model's present files for the right ones."""
+    manifest_path(settings.data_dir, spec.id).unlink(missing_ok=True)
+    return verify(spec, settings)
+
+
+def verify(spec: ModelSpec, settings: Settings) -> int:
+    """Read all of a model's files and compare them with those it was first used with.
+
+    Each file's digest is printed. Raises: ModelUnavailable.
+    """
+    settings.make_data_dir()
+    files = model_files(spec)
+    with tqdm(total=100, desc="checking", unit="%", disable=None) as bar:
+        digests = file_sha256s(
+            [*files.values()], None, lambda share: bar.update(round(share * 100) - bar.n)
+        )
+    found = {name: digests[str(path)] for name, path in files.items()}
+    for name, digest in found.items():
+        print(f"{digest}  {name}")  # noqa: T201 - the command's output, as sha256sum's
+    check_files(spec.id, found, manifest_path(settings.data_dir, spec.id), pinned_digests(spec))
+    return 0
