@@ -239,14 +239,14 @@ async def list_deliveries(
     responses=declare(400, 413, 422),
     openapi_extra=describe_body(native.PingRequest),
 )
-async def ping(request: Request, services: ServicesOf, key_id: KeyId) -> PingAnswer:
+async def ping(request: Request, services: ServicesOf, caller: CallerOf) -> PingAnswer:
     """Send a signed test event to a URL, as a webhook would be sent, and tell what came back.
 
     30 a minute. Why there was no answer is not told: it is in the server's log.
     """
     body = await read_json(request, services.settings.max_body_bytes)
     url = native.read_ping(body)
-    return native_answers.write_ping(*await services.webhooks.ping(url, key_id))
+    return native_answers.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
 
 
 async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
