@@ -110,6 +110,7 @@ async def create_job(
         body,
         force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
         models=settings.offered_models,
+        https_webhooks=settings.webhook.https_only,
     )
     once = native.read_idempotency(idempotency_key, asked.request)
     base_url = base_url_of(request, settings)
@@ -245,7 +246,7 @@ async def ping(request: Request, services: ServicesOf, caller: CallerOf) -> Ping
     30 a minute. Why there was no answer is not told: it is in the server's log.
     """
     body = await read_json(request, services.settings.max_body_bytes)
-    url = native.read_ping(body)
+    url = native.read_ping(body, https_only=services.settings.webhook.https_only)
     return native_answers.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
 
 

@@ -105,9 +105,12 @@ class WebhookCaller:
         self, url: str, body: bytes, headers: dict[str, str], rights: Rights
     ) -> tuple[int, float | None]:
         """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
+        target = checked_url(url)
+        if self._settings.https_only and target.scheme != "https":
+            raise Refused("not https")
         async with self._door.request(
             "POST",
-            checked_url(url),
+            target,
             rights.widen(self._settings, self._door.nat64_prefixes),
             owner=rights.key_id,
             headers={"Content-Type": "application/json", **headers},
