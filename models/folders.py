@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ModelUnavailable
 from models.parts import Part, vae_dtype
-from models.weights import read_header
+from models.weights import refuse_other_weights
 
 if TYPE_CHECKING:
     import torch
@@ -101,10 +101,10 @@ def _checker_loaders(
 def load_model(model_class: Any, folder: Path, variant: str | None, dtype: "torch.dtype") -> Any:
     """A model of diffusers or transformers from its folder.
 
-    Raises: ModelUnavailable for a file with a wrong header, OSError or ValueError for the rest.
+    Raises: ModelUnavailable for weights that are no good safetensors files, OSError or ValueError
+        for the rest.
     """
-    for path in folder.glob("*.safetensors"):
-        read_header(path)
+    refuse_other_weights(folder)
     model, found = model_class.from_pretrained(
         folder,
         use_safetensors=True,

@@ -76,7 +76,8 @@ class InpaintParams:
     scheduler: None takes the model's own.
     clip_skip: how many of the text encoder's last layers are skipped.
     model: id of the model; None takes the server's own.
-    safety_check: replace flagged pictures by a blank one.
+    safety_check: replace flagged pictures by a blank one, where the model has a safety checker.
+    must_be_checked: make no pictures with a model that has none.
 
     What the mask means; pixels are those of the picture the client gets, and it happens in this
     order:
@@ -110,6 +111,7 @@ class InpaintParams:
     clip_skip: int = 0
     model: str | None = None
     safety_check: bool = True
+    must_be_checked: bool = False
     invert_mask: bool = False
     soft_mask: bool = False
     mask_grow: int = 0

@@ -22,7 +22,7 @@ from models.acceleration import accelerated
 from models.canvas import Canvas, prepare_canvas
 from models.conditioning import Conditioning, create_conditioner
 from models.encoding import INPAINT_CHANNELS, CanvasEncoder, EncodedCanvas
-from models.errors import DeviceLost, ModelUnavailable, OutOfMemory
+from models.errors import DeviceLost, ModelUnavailable, NoSafetyChecker, OutOfMemory
 from models.params import InpaintParams, SchedulerName
 from models.previews import Colours, estimate_clean, fit_colours, paint
 from models.registry import Components
@@ -167,7 +167,7 @@ class InpaintPipeline:
 
         The images are encoded once; each sample draws its own values from the VAE's distributions,
         so that sample i is what a job of one sample with seed + i would be.
-        Raises: InvalidInput, UnusablePicture, OutOfMemory, DeviceLost.
+        Raises: InvalidInput, NoSafetyChecker, UnusablePicture, OutOfMemory, DeviceLost.
         """
         (samples,) = self.prepare_together([(params, source)])
         return samples
@@ -179,6 +179,8 @@ class InpaintPipeline:
         Those of a job equal what `prepare` makes of it alone, up to rounding.
         Raises: as `prepare`, for any of them.
         """
+        if not self.has_safety_checker and any(params.must_be_checked for params, _ in jobs):
+            raise NoSafetyChecker
         with translated_errors():
             canvases = [
                 prepare_canvas(params, source.init_image, source.mask) for params, source in jobs

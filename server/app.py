@@ -79,7 +79,8 @@ def create_app(settings: Settings) -> FastAPI:
             async with Background() as background:
                 background.start(WEBHOOKS, webhooks.run)
                 background.start("janitor", Janitor(engine, storage, settings.retention).run)
-                with Waiters(store) as waiters, Followers(store) as followers, sandbox:
+                followers = Followers(store, settings.http.max_streams_per_key)
+                with Waiters(store) as waiters, followers, sandbox:
                     sandbox.warm()
                     services = app.state.services = Services(
                         settings=settings,
@@ -112,7 +113,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
     # The last one added is the outermost.
-    app.add_middleware(ErrorAnswers, settings.allowed_hosts, answer_error)
+    app.add_middleware(
+        ErrorAnswers,
+        settings,
+        lambda: app.state.services.keys.serves_loopback_only,
+        answer_error,
+    )
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_origins),

@@ -10,6 +10,7 @@ import stat
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from server.addresses import Rights
 from server.errors import InvalidApiKey, RateLimited
 from server.keys import KeyLimits, KeyStore, digest_of
 from server.limits import TokenBuckets
-from server.settings import AuthSettings
+from server.settings import MIN_KEY_CHARS, AuthSettings
+from server.telemetry import learn_secrets
 
 ANONYMOUS = "anonymous"
 """Key id of every caller of a server without keys."""
@@ -91,11 +93,14 @@ class KeyRing:
     def refresh(self) -> None:
         """Read the key file and the database again.
 
-        Raises: OSError, ValueError for the file; sqlalchemy.exc.SQLAlchemyError.
+        A key file that is gone has no keys. Raises: OSError, ValueError for one that cannot be
+        read; sqlalchemy.exc.SQLAlchemyError.
         """
         plain = [key.get_secret_value() for key in self._settings.keys]
-        if self._settings.keys_file is not None:
-            plain += read_keys_file(self._settings.keys_file)
+        with suppress(FileNotFoundError):
+            if self._settings.keys_file is not None:
+                plain += read_keys_file(self._settings.keys_file)
+        learn_secrets(plain)
         known = [KnownKey(digest, Caller(digest[:12])) for digest in map(digest_of, plain)]
         stored = self._store.list_keys()
         now = self._clock()
@@ -112,6 +117,11 @@ class KeyRing:
         self._is_open = self._is_open_allowed and not has_keys
         self._known = dict(by_head)
         self._callers = {each.caller.key_id: each.caller for each in known}
+
+    @property
+    def serves_loopback_only(self) -> bool:
+        """True while anybody on this machine may call, and nobody else is meant to."""
+        return self._is_open and not self._settings.allow_anonymous
 
     def admit(self, key: str | None, address: str) -> Caller:
         """The caller behind a key, if they may call now. address: of the client.
@@ -166,6 +176,7 @@ class KeyRing:
 
 def network_of(address: str) -> str:
     """The part of an address that stands for one client: all of IPv4, the first 64 bits of IPv6."""
+    address = plain_address(address)
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -173,12 +184,25 @@ def network_of(address: str) -> str:
     return address if ip.version == 4 else str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
+def plain_address(address: str) -> str:
+    """An IPv4 address as such, where a socket of both families writes `::ffff:1.2.3.4`."""
+    try:
+        mapped = ipaddress.IPv6Address(address).ipv4_mapped
+    except ValueError:
+        return address
+    return address if mapped is None else str(mapped)
+
+
 def read_keys_file(path: Path) -> list[str]:
     """Keys of a file, one a line; lines that start with # are comments.
 
-    Raises: OSError; ValueError when others than its owner and group may read or its group write it.
+    Raises: OSError; ValueError when others than its owner and group may read or its group write it,
+        or a key is too short.
     """
     if path.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ValueError(f"{path} holds API keys and others may read or write it: chmod 600")
     lines = [line.strip() for line in path.read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if any(len(key) < MIN_KEY_CHARS for key in keys):
+        raise ValueError(f"{path} holds an API key of less than {MIN_KEY_CHARS} characters")
+    return keys

@@ -4,10 +4,11 @@ JSON whatever the content type says (a trailing comma is forgiven), URL-encoded 
 forms with files, and the query string. What stands in the body wins over the query.
 """
 
+import asyncio
 import json
-import re
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers, UploadFile
@@ -21,16 +22,28 @@ MAX_MARKS = 20_000
 """Quotes, brackets or commas of a JSON body: far more than any request has, and few enough that
 nobody can keep the parser, and with it all others, busy."""
 
+JSON_SPACE = " \t\r\n"
 MAX_DEPTH = 8
 """Of lists and objects inside each other; requests are flat."""
 
+MAX_ESCAPES = 1_000_000
+"""Of a URL-encoded form, each slow to undo: two of the largest pictures in base64 have 830,000."""
+
 MAX_PART_BYTES = 32_000_000
-TRAILING_COMMA = re.compile(r'("[^"\\]*+(?:\\.[^"\\]*+)*+"?)|,(?=\s*[}\]])', re.DOTALL)
-"""A string, kept as it is, or a comma before a closing bracket.
 
-Possessive, and content with a string that never ends: time and memory stay linear on any input.
-"""
+MAX_TRAILING_COMMAS = 16
+"""That are forgiven. Each costs another reading of the body."""
 
+LARGE_BYTES = 1_000_000
+"""A body that would keep all others waiting while it is parsed: 100 ms for the largest."""
+
+_beside_the_loop = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bodies")
+"""For large bodies. Few, as they all share the interpreter with the event loop."""
+
+RELEASE = "inpaint.release_body"
+"""Extension of the ASGI scope: its "call" is made when the body is no longer held."""
+
+R = TypeVar("R")
 Fields = dict[str, Any]
 """Names in lower case. Values: JSON values, form texts, or bytes of an uploaded file."""
 
@@ -72,37 +85,85 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     Raises: InvalidBody, BodyTooLarge.
     """
     body = await read_body(request, max_bytes)
-    refuse_many_marks(body)
+    await parsed(refuse_many_marks, body)
     return body
+
+
+def release_body(request: Request) -> None:
+    """Nothing of the body is held any longer, so that it takes no more of the room for bodies."""
+    release = request.scope.get("extensions", {}).get(RELEASE)
+    if release is not None:
+        release["call"]()
+
+
+async def parsed(parse: Callable[[bytes], R], body: bytes) -> R:
+    """What a parser makes of a body, without keeping the event loop. Raises: as the parser."""
+    if len(body) < LARGE_BYTES:
+        return parse(body)
+    return await asyncio.get_running_loop().run_in_executor(_beside_the_loop, parse, body)
 
 
 async def parse_body(body: bytes, content_type: str) -> Fields:
     """The fields of a body; none for an empty one. Raises: InvalidBody."""
-    if not body.strip():
+    start = body.lstrip()[:1]
+    if not start:
         return {}
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await parse_multipart(body, content_type)
-    if kind == "application/x-www-form-urlencoded" and not body.lstrip().startswith(b"{"):
-        return parse_form(body)
-    return parse_json(body)
+        # The parser is made for streams, but has nothing to wait for here.
+        return await parsed(lambda whole: at_once(parse_multipart(whole, content_type)), body)
+    if kind == "application/x-www-form-urlencoded" and start != b"{":
+        return await parsed(parse_form, body)
+    return await parsed(parse_json, body)
+
+
+def at_once(coroutine: Coroutine[Any, Any, R]) -> R:
+    """The result of a coroutine that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: R = end.value
+        return result
+    raise RuntimeError("it waits")
 
 
 def parse_json(body: bytes) -> Fields:
     """A JSON object, with or without commas before closing brackets. Raises: InvalidBody."""
     refuse_many_marks(body)
     try:
-        text = body.decode("utf-8-sig")
-        try:
-            fields = json.loads(text, parse_constant=refuse_constant)
-        except json.JSONDecodeError:
-            bare = TRAILING_COMMA.sub(r"\1", text)
-            fields = json.loads(bare, parse_constant=refuse_constant)
+        fields = load_json(body.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InvalidBody from error
     if not isinstance(fields, dict) or len(fields) > MAX_FIELDS or is_deeper(fields, MAX_DEPTH):
         raise InvalidBody
     return fields
+
+
+def load_json(text: str) -> Any:
+    """A JSON value; a few commas before closing brackets are left out. Raises: ValueError."""
+    for _ in range(MAX_TRAILING_COMMAS):
+        try:
+            return json.loads(text, parse_constant=refuse_constant)
+        except json.JSONDecodeError as error:
+            place = trailing_comma(text, error.pos)
+            if place is None:
+                raise
+            text = text[:place] + text[place + 1 :]
+    return json.loads(text, parse_constant=refuse_constant)
+
+
+def trailing_comma(text: str, position: int) -> int | None:
+    """Where the comma stands that made a parser stop here; None where it is something else.
+
+    All before `position` was understood, so that the comma is none of a string. Parsers stop at it
+    or at the closing bracket.
+    """
+    stop = position + text.startswith(",", position)
+    before = text[:stop].rstrip(JSON_SPACE)
+    is_between = before.endswith(",") and before[:-1].rstrip(JSON_SPACE)[-1:] not in {*",[{:"}
+    if is_between and text[stop:].lstrip(JSON_SPACE).startswith(("}", "]")):
+        return len(before) - 1
+    return None
 
 
 def refuse_many_marks(body: bytes) -> None:
@@ -128,6 +189,8 @@ def refuse_constant(name: str) -> None:
 
 def parse_form(body: bytes) -> Fields:
     """A URL-encoded form. Raises: InvalidBody."""
+    if body.count(b"%") > MAX_ESCAPES:
+        raise InvalidBody
     try:
         return dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS))
     except ValueError as error:
@@ -147,6 +210,7 @@ async def parse_multipart(body: bytes, content_type: str) -> Fields:
         max_fields=MAX_FIELDS,
         max_part_size=MAX_PART_BYTES,
     )
+    parser.spool_max_size = 0  # no files on disk: all bodies in memory have a limit together
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:

@@ -182,12 +182,13 @@ def serve(options: argparse.Namespace) -> int:
     from server.jobs import JobStore
     from server.keys import KeyStore
     from server.supervisor import WORKER_COMMAND, Supervisor
-    from server.telemetry import configure_logging, get_logger
+    from server.telemetry import configure_logging, get_logger, learn_secrets
 
     settings = settings_of(options, "host", "port", "devices", "workers")
-    keys_file = settings.auth.keys_file
-    file_keys = [] if keys_file is None else read_keys_file(keys_file)
-    configure_logging(secrets=[*settings.secrets, *file_keys])
+    settings.make_data_dir()
+    configure_logging(secrets=settings.secrets)
+    if settings.auth.keys_file is not None:
+        learn_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
     raise_open_file_limit()
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
@@ -237,6 +238,7 @@ def work(options: argparse.Namespace) -> int:
 
     # Before torch is imported, which takes seconds, and looks for devices once.
     settings = settings_of(options)
+    settings.make_data_dir()
     device = open_device(options.device)
 
     from models.errors import EngineError

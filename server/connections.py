@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.auth import network_of
+from server.auth import network_of, plain_address
+from server.bodies import RELEASE
 from server.settings import HttpSettings
 
 MAX_HEADERS = 100
@@ -29,15 +30,27 @@ MAX_PIPELINED = 16
 RESERVE = 64
 """Connections beyond the limit, taken only to answer probes and to say that the server is busy."""
 
-MIN_SEND_RATE = 1_024
-"""Bytes per second a client must take of its answer."""
+MIN_SEND_RATE = 8_192
+"""Bytes per second a client must take of its answer, over each `send_timeout_s`."""
+
+MAX_UNSENT_IN_KERNEL = 131_072
+"""Bytes of an answer that the kernel takes before the network does. By itself it takes megabytes,
+and asks for more when a third is gone: nobody would see for long whether a slow client reads."""
+
+SHARES = 4
+"""One address may fill one of so many equal parts of the room for bodies and answers."""
 
 
 class Connection(Protocol):
-    """What the gate knows of a connection. address: of the client, or of its network."""
+    """What the gate knows of a connection.
+
+    address: of the client, or of its network. body_bytes: received of its request, until nobody
+    holds them. unsent_bytes: of its answers, written and not taken by the client.
+    """
 
     address: str
     body_bytes: int
+    unsent_bytes: int
 
     def cut(self) -> None:
         """Close at once."""
@@ -58,13 +71,15 @@ class Gate:
     ) -> None:
         self._max_connections = max_connections
         self._max_per_address = settings.max_connections_per_address
-        self._max_body_bytes = settings.max_buffered_bytes
+        self._max_buffered_bytes = settings.max_buffered_bytes
         self._trusted = trusted
         self._counts: Counter[str] = Counter()
         self._open: set[Connection] = set()
         self._waiting: Waiting = OrderedDict()
         self._waiting_of: defaultdict[str, Waiting] = defaultdict(OrderedDict)
-        self._body_bytes = 0
+        self._owing: Waiting = OrderedDict()
+        self._buffered_bytes = 0
+        self._buffered_of: Counter[str] = Counter()
         self.cut_count = 0
         """Connections closed to make room, or refused for want of it."""
 
@@ -77,7 +92,11 @@ class Gate:
     def is_busy(self) -> bool:
         """True where no further request can be taken up, because all room is used by requests."""
         working = len(self._open) - len(self._waiting)
-        return working >= self._max_connections or self._body_bytes >= self._max_body_bytes
+        return working >= self._max_connections or self._buffered_bytes >= self._max_buffered_bytes
+
+    def is_busy_for(self, connection: Connection) -> bool:
+        """The same, also where only the address has filled its share."""
+        return self.is_busy or self._excess_of(connection.address) >= 0
 
     def enter(self, connection: Connection) -> bool:
         """A new connection; False when there is no room even for a refusal."""
@@ -101,7 +120,7 @@ class Gate:
     def wait(self, connection: Connection) -> None:
         """The connection has no whole request: it may be closed, from now on the youngest."""
         if connection in self._open:
-            self._forget_body(connection)
+            self.release(connection)
             self._waiting[connection] = self._waiting_of[connection.address][connection] = None
 
     def work(self, connection: Connection) -> None:
@@ -114,31 +133,71 @@ class Gate:
                 del self._waiting_of[connection.address]
 
     def take(self, connection: Connection, size: int) -> None:
-        """Bytes of a body came in. Where all are too much, the oldest unfinished one goes."""
-        if connection not in self._open:
+        """Bytes of a body came in."""
+        if connection in self._open:
+            connection.body_bytes += size
+            self._buffer(connection, size)
+
+    def release(self, connection: Connection) -> None:
+        """Nobody holds the body of the connection's request any longer."""
+        self._buffer(connection, -connection.body_bytes)
+        connection.body_bytes = 0
+
+    def owe(self, connection: Connection, size: int) -> None:
+        """So many bytes of answers are written now, and not taken by the client."""
+        if connection not in self._open or size == connection.unsent_bytes:
             return
-        connection.body_bytes += size
-        self._body_bytes += size
-        while self._body_bytes > self._max_body_bytes:
-            oldest = next((each for each in self._waiting if each.body_bytes), None)
-            if oldest is None:
-                return
-            self._cut(oldest)
+        change, connection.unsent_bytes = size - connection.unsent_bytes, size
+        if size:
+            self._owing.setdefault(connection)
+        else:
+            self._owing.pop(connection, None)
+        self._buffer(connection, change)
 
     def leave(self, connection: Connection) -> None:
         """A connection has ended; does nothing the second time."""
         if connection not in self._open:
             return
+        self.release(connection)
+        self.owe(connection, 0)
         self._open.remove(connection)
         self.work(connection)
-        self._forget_body(connection)
         self._counts[connection.address] -= 1
         if not self._counts[connection.address]:
             del self._counts[connection.address]
 
-    def _forget_body(self, connection: Connection) -> None:
-        self._body_bytes -= connection.body_bytes
-        connection.body_bytes = 0
+    def _buffer(self, connection: Connection, change: int) -> None:
+        """More, or fewer, bytes are in memory. Where they are too many, somebody has to go.
+
+        The oldest body that is coming in, then the answer that has been waited with the longest.
+        A whole request that is worked on stays, and the server is busy.
+        """
+        address = connection.address
+        self._buffered_bytes += change
+        self._buffered_of[address] += change
+        if not self._buffered_of[address]:
+            del self._buffered_of[address]
+        if change <= 0:
+            return
+        while self._excess_of(address) > 0 and self._cut_unfinished(address):
+            pass
+        while self._buffered_bytes > self._max_buffered_bytes:
+            if not (self._cut_unfinished() or self._cut_oldest(self._owing)):
+                return
+
+    def _excess_of(self, address: str) -> int:
+        """Bytes an address holds beyond its share; negative where there is room left."""
+        excess = self._buffered_of[address] - self._max_buffered_bytes // SHARES
+        return -1 if excess >= 0 and is_trusted(address, self._trusted) else excess
+
+    def _cut_unfinished(self, address: str | None = None) -> bool:
+        """Cut the oldest body that is coming in, of an address or of all."""
+        waiting = self._waiting if address is None else self._waiting_of.get(address, OrderedDict())
+        found = next((each for each in waiting if each.body_bytes), None)
+        if found is None:
+            return False
+        self._cut(found)
+        return True
 
     def _cut_oldest(self, waiting: Waiting | None) -> bool:
         if not waiting:
@@ -193,13 +252,15 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(config, *args, **kwargs)
         self.address = ""
         self.body_bytes = 0
+        self.unsent_bytes = 0
         self._gate = config.gate
         self._limits = config.limits
         # Twice: a chunked body has a few bytes around each chunk.
         self._max_wire_bytes = 2 * config.max_body_bytes + MAX_HEAD_BYTES
         self._deadline: asyncio.TimerHandle | None = None
         self._send_deadline: asyncio.TimerHandle | None = None
-        self._unsent = 0
+        self._taken = 0
+        """Bytes of answers, at least, since the last look."""
         self._is_in_head = True
         self._head_bytes = 0
         self._received = 0
@@ -208,7 +269,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.address = network_of(self.client[0]) if self.client else ""
+        if self.client:
+            # As the names of proxies, and all who read the scope, know it.
+            self.client = plain_address(self.client[0]), self.client[1]
+            self.address = network_of(self.client[0])
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_IN_KERNEL
+            )
         if self._gate.enter(self):
             self._expect_within(self._limits.head_timeout_s)
         else:
@@ -231,6 +299,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        self._note_taken()
         was_in_head, received = self._is_in_head, self._received
         if not was_in_head:
             self._gate.take(self, len(data))
@@ -257,7 +326,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_in_head = False
         if self._received == self._answered:
             self._expect_within(self._limits.body_timeout_s)
-        self.scope["extensions"] = {"inpaint.busy": {}} if self._gate.is_busy else {}
+        self.scope["extensions"] = {RELEASE: {"call": lambda: self._gate.release(self)}}
+        if self._gate.is_busy_for(self):
+            self.scope["extensions"]["inpaint.busy"] = {}
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -285,6 +356,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().pause_writing()
         self._watch_sending()
 
+    def resume_writing(self) -> None:
+        self._note_taken()
+        super().resume_writing()
+
     def send_400_response(self, msg: str) -> None:
         super().send_400_response(msg)
         self._watch_sending()
@@ -302,9 +377,19 @@ class GuardedProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _note_taken(self) -> None:
+        """What was written and is gone from memory has been taken by the client.
+
+        Called whenever something may be written next, as that hides what was taken before.
+        """
+        unsent = self.transport.get_write_buffer_size()
+        self._taken += max(0, self.unsent_bytes - unsent)
+        self._gate.owe(self, unsent)
+
     def _watch_sending(self) -> None:
+        self._note_taken()
         if self._send_deadline is None:
-            self._unsent = self.transport.get_write_buffer_size()
+            self._taken = 0
             self._send_deadline = self.loop.call_later(
                 self._limits.send_timeout_s, self._judge_sending
             )
@@ -312,10 +397,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def _judge_sending(self) -> None:
         """Cut a client that took too little of its answer since the last look."""
         self._send_deadline = None
-        unsent = self.transport.get_write_buffer_size()
-        if not unsent:
+        self._note_taken()
+        if not self.unsent_bytes:
             return
-        if self._unsent - unsent < MIN_SEND_RATE * self._limits.send_timeout_s:
+        if self._taken < MIN_SEND_RATE * self._limits.send_timeout_s:
             self.cut()
         else:
             self._watch_sending()

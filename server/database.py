@@ -43,7 +43,10 @@ logger = get_logger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 POOL_SIZE = 24
-"""Connections of one process at most; more than the threads that use any, see `services.py`."""
+"""Connections that a process keeps open once they were needed."""
+
+MORE_CONNECTIONS = 26
+"""Opened at a peak besides. With them there is one for every thread, see `services.py`."""
 
 POOL_TIMEOUT_S = 5
 """For a connection of the pool to come free."""
@@ -268,7 +271,7 @@ def _open_postgresql(url: str) -> Engine:
         parsed.set(drivername=POSTGRESQL, query=_limits(parsed.query)),
         pool_pre_ping=True,
         pool_size=POOL_SIZE,
-        max_overflow=0,
+        max_overflow=MORE_CONNECTIONS,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
@@ -304,13 +307,13 @@ def _notify(connection: Connection) -> None:
 def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
     database = make_url(url).database
     if database:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
+        Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = create_engine(
         url,
         module=sqlite,
         connect_args={"isolation_level": None},
         pool_size=POOL_SIZE,
-        max_overflow=0,
+        max_overflow=MORE_CONNECTIONS,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )

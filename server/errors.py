@@ -6,8 +6,10 @@ ApiError
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
 ├── ImageUnavailable    an init or mask image that cannot be had or read
 ├── InvalidApiKey       no key, or one we do not know
+├── LoopbackOnly        from elsewhere, and there are no keys that could tell whose it is
 ├── RateLimited         this key, or this address, calls too often
 ├── QueueFull           too much is waiting already
+├── TooManyStreams      this key follows too much already
 ├── ServerBusy          more connections than the server takes, or it is stopping
 ├── JobNotFound         unknown id, or a job of another key
 ├── Conflict            the job, or an earlier request, stands in the way
@@ -68,6 +70,10 @@ class InvalidApiKey(ApiError):
     """No key was given, or one this server does not know."""
 
 
+class LoopbackOnly(ApiError):
+    """A server without keys serves the programs of its own machine, not the pages of others."""
+
+
 class RateLimited(ApiError):
     """limit: calls per minute of the key; None where an address sent too many wrong keys."""
 
@@ -85,6 +91,16 @@ class QueueFull(ApiError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"{limit} jobs are waiting")
+
+
+class TooManyStreams(ApiError):
+    """limit: event streams a key may have open at a time."""
+
+    retry_after_s = 5
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"{limit} streams are open")
 
 
 class ServerBusy(ApiError):

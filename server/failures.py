@@ -12,6 +12,8 @@ class Failure(StrEnum):
     """The stored init image and mask are missing or damaged."""
     MODEL_UNAVAILABLE = "model_unavailable"
     """The model asked for cannot be loaded."""
+    NO_SAFETY_CHECKER = "no_safety_checker"
+    """The checker is forced, and the model asked for has none."""
     PROMPT_TOO_LONG = "prompt_too_long"
     CLIP_SKIP_TOO_LARGE = "clip_skip_too_large"
     OUT_OF_MEMORY = "out_of_memory"
@@ -35,6 +37,7 @@ SENTENCES = {
     Failure.WORKER_LOST: "The worker was lost too often while making this picture",
     Failure.INPUT_LOST: "The stored images are gone",
     Failure.MODEL_UNAVAILABLE: "The model cannot be loaded now",
+    Failure.NO_SAFETY_CHECKER: "This model has no safety checker, and pictures must be checked",
     Failure.PROMPT_TOO_LONG: "The prompt is longer than this model can read",
     Failure.CLIP_SKIP_TOO_LARGE: "This model has fewer text encoder layers than clip_skip skips",
     Failure.OUT_OF_MEMORY: "The picture is too large for this server's memory",

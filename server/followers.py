@@ -6,12 +6,13 @@ steps and nothing piles up.
 
 import asyncio
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 from server.database import ChangeSignal
+from server.errors import TooManyStreams
 from server.jobs import JobStore, Standing
 from server.telemetry import get_logger
 
@@ -62,10 +63,15 @@ class Follower:
 
 
 class Followers:
-    """Use as a context manager: entering starts the thread, leaving ends every follower's view."""
+    """Use as a context manager: entering starts the thread, leaving ends every follower's view.
 
-    def __init__(self, store: JobStore) -> None:
+    max_per_key: views at a time.
+    """
+
+    def __init__(self, store: JobStore, max_per_key: int) -> None:
         self._store = store
+        self._max_per_key = max_per_key
+        self._counts: Counter[str] = Counter()
         self._followers: dict[int, set[Follower]] = defaultdict(set)
         self._newcomers: list[tuple[int, Follower]] = []
         # Re-entrant: SIGTERM's handler runs on the event loop's thread, maybe while it holds this.
@@ -105,10 +111,13 @@ class Followers:
             follower.tell(None)
 
     @contextmanager
-    def follow(self, job_id: int) -> Iterator[Follower]:
-        """Follow a job until the block is left."""
+    def follow(self, job_id: int, key_id: str) -> Iterator[Follower]:
+        """Follow a job until the block is left. Raises: TooManyStreams."""
         follower = Follower()
         with self._lock:
+            if self._counts[key_id] >= self._max_per_key:
+                raise TooManyStreams(self._max_per_key)
+            self._counts[key_id] += 1
             self._followers[job_id].add(follower)
             self._newcomers.append((job_id, follower))
             if self._is_released:
@@ -118,6 +127,9 @@ class Followers:
             yield follower
         finally:
             with self._lock:
+                self._counts[key_id] -= 1
+                if not self._counts[key_id]:
+                    del self._counts[key_id]
                 self._followers[job_id].remove(follower)
                 if not self._followers[job_id]:
                     del self._followers[job_id]

@@ -83,7 +83,7 @@ OUTPUT_FOLDER = "generations"
 PREVIEW_FOLDER = "previews"
 """First part of the storage key of how a running job looks."""
 
-OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]+)?"
+OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
 """What `output_names_of` makes, as a regular expression, without the suffix."""
 
 

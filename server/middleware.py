@@ -9,14 +9,17 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from server.errors import InvalidBody, ServerBusy
+from server.errors import InvalidBody, LoopbackOnly, ServerBusy
 from server.metrics import UNKNOWN_ROUTE, Metrics
+from server.settings import Settings, is_loopback
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
@@ -85,12 +88,20 @@ class RequestContext:
 class ErrorAnswers:
     """Innermost: refuses what no endpoint should see, and answers what none foresaw.
 
-    allowed_hosts: names the Host header may have, `*.name` for all below one; empty means any.
+    serves_loopback_only: whether requests from elsewhere are refused, at the moment.
     """
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str], answer: ErrorAnswer) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        serves_loopback_only: Callable[[], bool],
+        answer: ErrorAnswer,
+    ) -> None:
         self._app = app
-        self._allowed_hosts = [host.lower() for host in allowed_hosts]
+        self._settings = settings
+        self._allowed_hosts = [host.lower() for host in settings.allowed_hosts]
+        self._serves_loopback_only = serves_loopback_only
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,12 +126,44 @@ class ErrorAnswers:
             await answer(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> None:
-        """Raises: ServerBusy, InvalidBody."""
+        """Raises: ServerBusy, InvalidBody, LoopbackOnly."""
         if "inpaint.busy" in scope.get("extensions", ()):
             raise ServerBusy
         hosts = [value for name, value in scope["headers"] if name == b"host"]
-        if len(hosts) > 1 or not all(is_allowed(host, self._allowed_hosts) for host in hosts):
+        may_lack = scope["http_version"] == "1.0" and not self._allowed_hosts
+        is_missing = not hosts and not may_lack
+        is_wrong = not all(is_allowed(host, self._allowed_hosts) for host in hosts)
+        if is_missing or is_wrong or len(hosts) > 1:
             raise InvalidBody
+        if self._serves_loopback_only() and not self._is_from_here(scope):
+            raise LoopbackOnly
+
+    def _is_from_here(self, scope: Scope) -> bool:
+        """Whether a request comes from this machine, and from no page of elsewhere.
+
+        A browser sends any page's requests to a server on its own machine. It names the page as
+        `Origin`; or, where the page's name was made to lead here, that name as `Host`.
+        """
+        headers, client = Headers(scope=scope), scope["client"] or ("", 0)
+        host, origin = headers.get("host"), headers.get("origin")
+        if (
+            host is not None and not self._allowed_hosts
+        ):  # where they are listed, it was found there
+            name = host_of(f"//{host}")
+            if not is_loopback(name) and name != host_of(self._settings.public_url or ""):
+                return False
+        if origin is not None and origin not in self._settings.cors_origins:
+            if not is_loopback(host_of(origin)):
+                return False
+        return is_loopback(client[0])
+
+
+def host_of(url: str) -> str:
+    """The host that a URL names, in lower case; `""` for what is no URL."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_allowed(host: bytes, allowed: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from server import native_events
 from server.auth import Caller
-from server.bodies import read_json
+from server.bodies import parsed, read_json
 from server.deliveries import DeliveryState
 from server.dialects import native, native_answers
 from server.dialects.native_answers import (
@@ -24,6 +24,8 @@ from server.dialects.native_answers import (
 )
 from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
+from server.followers import Follower
+from server.idempotency import Idempotency
 from server.intake import ServicesOf, accept, admit, base_url_of, find_job
 from server.jobs import Job, JobState
 from server.services import Services
@@ -78,6 +80,15 @@ async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
 JobOf = Annotated[Job, Depends(get_job)]
 
 
+async def get_follower(services: ServicesOf, job: JobOf) -> AsyncIterator[Follower]:
+    """A view of the job of the path, until the answer has ended. Raises: TooManyStreams."""
+    with services.followers.follow(job.id, job.key_id) as follower:
+        yield follower
+
+
+FollowerOf = Annotated[Follower, Depends(get_follower)]
+
+
 @router.post(
     "/api/jobs",
     status_code=202,
@@ -106,13 +117,17 @@ async def create_job(
     """Repaint the white part of a mask in an image."""
     body = await read_json(request, services.settings.max_body_bytes)
     settings = services.settings
-    asked = native.read_job(
-        body,
-        force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
-        models=settings.offered_models,
-        https_webhooks=settings.webhook.https_only,
-    )
-    once = native.read_idempotency(idempotency_key, asked.request)
+
+    def understand(body: bytes) -> tuple[native.NativeJob, Idempotency | None]:
+        asked = native.read_job(
+            body,
+            force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
+            models=settings.offered_models,
+            https_webhooks=settings.webhook.https_only,
+        )
+        return asked, native.read_idempotency(idempotency_key, asked.request)
+
+    asked, once = await parsed(understand, body)
     base_url = base_url_of(request, settings)
     job, is_new = await accept(services, asked, caller, base_url, once)
     if not is_new:
@@ -172,6 +187,7 @@ async def follow_job(
     request: Request,
     services: ServicesOf,
     job: JobOf,
+    follower: FollowerOf,
     last_event_id: Annotated[
         str | None, Header(description="Not needed to connect again: the present state comes first")
     ] = None,
@@ -191,12 +207,8 @@ async def follow_job(
         except StorageUnavailable:
             return None  # not worth the stream
 
-    async def stream() -> AsyncIterator[bytes]:
-        with services.followers.follow(job.id) as follower:
-            async for chunk in native_events.write_events(follower, tell_end, show):
-                yield chunk
-
-    return StreamingResponse(stream(), 200, EVENT_HEADERS, "text/event-stream")
+    events = native_events.write_events(follower, tell_end, show)
+    return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
 
 
 @router.get("/api/jobs/{job_id}/deliveries", responses=declare(404))

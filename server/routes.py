@@ -6,15 +6,16 @@ Each reads with the dialect, calls the services, and writes with the dialect.
 import base64
 import re
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from models.enhance import Enhancement
 from server.auth import Caller
-from server.bodies import Fields, read_fields
+from server.bodies import Fields, read_fields, release_body
 from server.dialects import v3
 from server.errors import RouteNotFound, StorageUnavailable
 from server.intake import (
@@ -25,7 +26,6 @@ from server.intake import (
     eta_s,
     find_job,
     get_services,
-    read_output,
 )
 from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState, WorkerStatus
 from server.services import WEBHOOKS, Services
@@ -34,8 +34,12 @@ from server.settings import Base64Output, Settings
 router = APIRouter()
 
 OUTPUT_NAME = re.compile(rf"({OUTPUT_STEM})\.(png|base64)")
+PLAIN_STATES = ("ready", "loading")
+"""Of workers; told by their number and by how far they are."""
+
 OUTPUT_HEADERS = {
     "Cache-Control": "public, max-age=86400, immutable",
+    "Content-Disposition": "inline",
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "cross-origin",
     "X-Content-Type-Options": "nosniff",
@@ -76,6 +80,7 @@ async def inpaint(
     # Inline pictures: thousands of calls may be held. FastAPI keeps what it gave us till the end.
     fields.clear()
     del asked
+    release_body(request)
     ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
     if ended is None:
         return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
@@ -109,15 +114,37 @@ async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
 
 @router.head(f"/{OUTPUT_FOLDER}/{{name}}", include_in_schema=False)
 @router.get(f"/{OUTPUT_FOLDER}/{{name}}")
-async def output(services: ServicesOf, name: str) -> Response:
-    """A picture, or its base64 text."""
+async def output(request: Request, services: ServicesOf, name: str) -> Response:
+    """A picture, or its base64 text; no more of it in memory than the client is about to take."""
     match = OUTPUT_NAME.fullmatch(name)
-    content = await read_output(services, f"{match[1]}.png") if match else None
-    if match is None or content is None:
+    key = f"{OUTPUT_FOLDER}/{match[1]}.png" if match else None
+    found = await services.in_store_thread(services.storage.open, key) if key else None
+    if match is None or found is None:
         raise RouteNotFound
+    size, pieces = found
+    media_type = "image/png"
     if match[2] == "base64":
-        return Response(base64.b64encode(content), 200, OUTPUT_HEADERS, "text/plain")
-    return Response(content, 200, OUTPUT_HEADERS, "image/png")
+        size, pieces, media_type = (size + 2) // 3 * 4, in_base64(pieces), "text/plain"
+    headers = {**OUTPUT_HEADERS, "Content-Length": str(size)}
+    if request.method == "HEAD":
+        return Response(b"", 200, headers, media_type)
+
+    async def content() -> AsyncIterator[bytes]:
+        while (piece := await services.in_store_thread(next, pieces, None)) is not None:
+            yield piece
+
+    return StreamingResponse(content(), 200, headers, media_type)
+
+
+def in_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces of the text."""
+    rest = b""
+    for piece in pieces:
+        whole = rest + piece
+        end = len(whole) - len(whole) % 3
+        yield base64.b64encode(whole[:end])
+        rest = whole[end:]
+    yield base64.b64encode(rest)
 
 
 @router.get("/healthz")
@@ -181,16 +208,17 @@ def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:
 def readiness(
     workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str], is_stopping: bool
 ) -> tuple[bool, str]:
-    """Whether a job would be made and told of, and how things stand in words for an operator.
+    """Whether a job would be made and told of, and how things stand, in words for anybody.
 
+    Why a worker failed names paths and tells of libraries: that is on the admin port.
     failing: background tasks that have failed lately.
     """
-    ready = [worker for worker in workers if worker.state == "ready"]
-    others = [f"{worker.id}: {worker.detail}" for worker in workers if worker.state != "ready"]
+    states = Counter(worker.state for worker in workers)
     total = max(expected, len(workers))
+    loading = [worker.detail for worker in workers if worker.state == "loading"]
+    others = [f"{states[each]} {each}" for each in sorted(states) if each not in PLAIN_STATES]
     failures = [f"{name} failed lately" for name in failing]
     draining = ["draining"] if is_stopping else []
-    is_ready = bool(ready) and WEBHOOKS not in failing and not is_stopping
-    return is_ready, "; ".join(
-        [*draining, f"{len(ready)}/{total} workers ready", *others, *failures]
-    )
+    is_ready = bool(states["ready"]) and WEBHOOKS not in failing and not is_stopping
+    told = [*draining, f"{states['ready']}/{total} workers ready", *loading, *others, *failures]
+    return is_ready, "; ".join(told)

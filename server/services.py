@@ -26,9 +26,9 @@ WEBHOOKS = "webhooks"
 """Name of the background task without which a server is not ready."""
 
 STORE_THREADS = 8
-"""Database and file calls at a time. Each may take a connection of the pool's `POOL_SIZE`, as may
-four threads of the webhooks, one of the janitor, and two times two of waiters and followers; all
-submits together take one."""
+"""Database and file calls at a time. Each may take a connection of the database's pool, as may each
+thread of the webhooks and the one of the janitor; waiters and followers take two each, and all that
+share commits one for each kind."""
 
 SUBMIT_THREADS = 64
 """Jobs that may wait for the disk at a time. They share commits and one connection, so that many

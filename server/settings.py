@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import platformdirs
 from pydantic import (
@@ -40,6 +40,9 @@ ENV_PREFIX = "INPAINT_"
 REPOSITORY = Path(__file__).parent.parent
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+MIN_KEY_CHARS = 16
+"""Of the API keys an operator chooses; guessing is slowed down, not stopped."""
+
 
 def split_list(value: Any) -> Any:
     """An environment variable's list: JSON, or words between commas."""
@@ -64,6 +67,13 @@ def checked_secret(secret: SecretStr) -> SecretStr:
     if not text.startswith("whsec_") or not 24 <= size <= 64:
         raise ValueError("must be whsec_ and 24 to 64 bytes in base64")
     return secret
+
+
+def checked_key(key: SecretStr) -> SecretStr:
+    """An API key that is no word or number. Raises: ValueError."""
+    if len(key) < MIN_KEY_CHARS:
+        raise ValueError(f"must have {MIN_KEY_CHARS} characters: try `openssl rand -hex 32`")
+    return key
 
 
 def checked_proxy(proxy: SecretStr) -> SecretStr:
@@ -130,7 +140,7 @@ class AuthSettings(Section):
     keys: plain keys. keys_file: a file of them, one a line.
     """
 
-    keys: ListOf[Annotated[SecretStr, Field(min_length=1)]] = ()
+    keys: ListOf[Annotated[SecretStr, AfterValidator(checked_key)]] = ()
     keys_file: Path | None = None
     allow_anonymous: bool = False
     wrong_keys_per_minute: int = Field(default=20, ge=1)
@@ -210,6 +220,7 @@ class HttpSettings(Section):
 
     head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
     a client that takes nothing of its answer. max_buffered_bytes: of all bodies in memory.
+    max_streams_per_key: jobs a key may follow at a time.
     """
 
     head_timeout_s: float = Field(default=10, gt=0)
@@ -219,6 +230,7 @@ class HttpSettings(Section):
     max_connections: int = Field(default=8_000, ge=1)
     max_connections_per_address: int = Field(default=512, ge=1)
     max_buffered_bytes: int = Field(default=512_000_000, ge=1)
+    max_streams_per_key: int = Field(default=256, ge=1)
 
 
 class AdminSettings(Section):
@@ -361,7 +373,16 @@ class Settings(BaseSettings):
     def secrets(self) -> list[str]:
         """The texts that no log line may hold."""
         known = [each.get_secret_value() for each in (*self.auth.keys, *self.webhook.secret)]
-        return [*known, urlsplit(self.sqlalchemy_url).password or ""]
+        proxy = self.egress.proxy.get_secret_value() if self.egress.proxy else ""
+        passwords = [urlsplit(url).password or "" for url in (self.sqlalchemy_url, proxy)]
+        return [*known, *passwords, *map(unquote, passwords)]
+
+    def make_data_dir(self) -> None:
+        """For this user alone: pictures and prompts are nobody else's. One that is there stays so.
+
+        Raises: OSError.
+        """
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property
     def may_be_open(self) -> bool:

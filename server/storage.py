@@ -1,4 +1,4 @@
-"""Where pictures and inputs lie: a local folder or an object store, behind six calls."""
+"""Where pictures and inputs lie: a local folder or an object store, behind seven calls."""
 
 import contextlib
 import os
@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from server.errors import StorageUnavailable
+
+if TYPE_CHECKING:
+    from obstore import GetResult
+
+PIECE_BYTES = 65_536
+"""What is held for a client that takes its picture slowly."""
 
 REMOTE_PATIENCE_S = 15
 """How long a call of an object store is made again before its caller hears of it."""
@@ -68,6 +75,26 @@ class Storage:
             return bytes(self._store.get(key).bytes())
         except (NotFoundError, FileNotFoundError):
             return None
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot read {key}") from error
+
+    def open(self, key: str) -> tuple[int, Iterator[bytes]] | None:
+        """The size in bytes, and the content in pieces of 64 KiB; None where there is none.
+
+        Raises: StorageUnavailable, also while pieces are read.
+        """
+        try:
+            found = self._store.get(key)
+        except (NotFoundError, FileNotFoundError):
+            return None
+        except (BaseError, OSError) as error:
+            raise StorageUnavailable(f"cannot read {key}") from error
+        return found.meta["size"], self._pieces(key, found)
+
+    def _pieces(self, key: str, found: "GetResult") -> Iterator[bytes]:
+        try:
+            for piece in found.stream(min_chunk_size=PIECE_BYTES):
+                yield bytes(piece)
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot read {key}") from error
 

@@ -51,9 +51,19 @@ class Redaction:
     """structlog processor. secrets: texts that are taken out whatever they look like."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        # The longest first: one may be the head of another. A very short one stands in any line.
-        found = sorted({each for each in secrets if len(each) >= MIN_SECRET_CHARS}, key=len)[::-1]
-        self._secrets = re.compile("|".join(map(re.escape, found)) or "(?!)")
+        self._known: frozenset[str] = frozenset()
+        self._secrets = re.compile("(?!)")
+        self.learn(secrets)
+
+    def learn(self, secrets: Iterable[str]) -> None:
+        """Take these out too, from now on and for good: an ended key is still told to nobody."""
+        # A very short one stands in any line.
+        found = self._known.union(each for each in secrets if len(each) >= MIN_SECRET_CHARS)
+        if found != self._known:
+            # The longest first: one may be the head of another.
+            ordered = sorted(found, key=len, reverse=True)
+            self._known = found
+            self._secrets = re.compile("|".join(map(re.escape, ordered)))
 
     def __call__(
         self, _logger: Any, _method: str, event: MutableMapping[str, Any]
@@ -69,6 +79,15 @@ class Redaction:
         for shape, stand_in in SHAPES:
             text = shape.sub(stand_in, text)
         return text
+
+
+_redaction = Redaction()
+"""Of this process's log, as there is one log in a process."""
+
+
+def learn_secrets(secrets: Iterable[str]) -> None:
+    """No line of this process may hold these texts, from now on."""
+    _redaction.learn(secrets)
 
 
 class Repeats(logging.Filter):
@@ -96,13 +115,14 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
 
     JSON, or aligned text where a person looks on. secrets: texts that no line may hold.
     """
+    learn_secrets(secrets)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
         keep_listed_fields,
-        Redaction(secrets),
+        _redaction,
     ]
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer()

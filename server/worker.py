@@ -17,7 +17,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
-from models.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.errors import (
+    InvalidInput,
+    ModelUnavailable,
+    NoSafetyChecker,
+    OutOfMemory,
+    UnusablePicture,
+)
 from models.pipeline import Picture, Source
 from models.residency import Residency
 from server.checkpoints import Checkpoints
@@ -69,6 +75,7 @@ UNet call, while more than a CPU is busy with only makes all of them late."""
 
 FAILURES: dict[type[Exception], Failure] = {
     ModelUnavailable: Failure.MODEL_UNAVAILABLE,
+    NoSafetyChecker: Failure.NO_SAFETY_CHECKER,
     OutOfMemory: Failure.OUT_OF_MEMORY,
     UnusablePicture: Failure.UNUSABLE_PICTURE,
 }

@@ -107,9 +107,9 @@ class LiveApp:
 
 
 @contextmanager
-def running_app(settings: Settings) -> Iterator[LiveApp]:
-    """The application without workers, on a free loopback port."""
-    listener = bind("127.0.0.1", 0)
+def running_app(settings: Settings, host: str = "127.0.0.1") -> Iterator[LiveApp]:
+    """The application without workers, on a free port; its client comes from 127.0.0.1."""
+    listener = bind(host, 0)
     admin = bind("127.0.0.1", 0)
     port, admin_port = (each.getsockname()[1] for each in (listener, admin))
     told = settings.admin.model_copy(update={"port": admin_port})

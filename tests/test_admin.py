@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from server.database import open_engine
+from server.jobs import WorkerStatus
 from server.settings import Settings
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit
@@ -96,10 +97,15 @@ def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Set
     assert (answer.status_code, answer.json()["reason"]) == (503, "0/1 workers ready")
     with store_of(settings) as store:
         store.report_worker(seen_now(status("w", 0)))
+        failed = WorkerStatus("x", "cpu", "builtin", "failed", "/srv/model: no such file", 0)
+        store.report_worker(seen_now(failed))
     submit(app.client)
     details = admin.get("/readyz").json()
     assert details["status"] == "ok"
-    assert details["workers"][0]["id"] == "w"
+    assert {each["id"]: each["detail"] for each in details["workers"]} == {
+        "w": "ready",
+        "x": "/srv/model: no such file",
+    }
     assert (details["queue"]["waiting"], details["queue"]["running"]) == (1, 0)
     assert details["connections"]["open"] >= 1
     assert admin.get("/healthz").json() == {"status": "ok"}

@@ -2,11 +2,14 @@
 
 import base64
 import json
+import random
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +39,10 @@ BODY: dict[str, Any] = {
     "samples": "2",
 }
 PICTURE = png_bytes(shade=200)
+FIRST, SECOND = KEYS = ("key-of-the-first", "key-of-the-second")
+needs_both_families = pytest.mark.skipif(
+    not socket.has_dualstack_ipv6(), reason="this machine has no IPv6"
+)
 NOT_FOUND = {
     "status": "failed",
     "id": "",
@@ -73,7 +80,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A server with two keys."""
-    settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": ["one", "two"]})
+    settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": KEYS})
     with running_app(settings) as app:
         yield app.client
 
@@ -127,9 +134,8 @@ def expire(settings: Settings, now: float) -> None:
 
 def request_raw(port: int, target: str, method: str = "POST") -> bytes:
     """An answer to a request line that no HTTP library would write."""
-    head = (
-        f"{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    )
+    headers = "Host: localhost\r\nContent-Length: 0\r\nConnection: close\r\n"
+    head = f"{method} {target} HTTP/1.1\r\n{headers}\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(head.encode())
         with connection.makefile("rb") as answer:
@@ -343,10 +349,17 @@ class TestPaths:
         described = client.get("/openapi.json").json()
         assert "/api/v3/inpaint" in described["paths"]
 
-    def test_urls_follow_the_host_and_a_trusted_proxy(self, client: httpx.Client) -> None:
-        headers = {"host": "pictures.example", "x-forwarded-proto": "https"}
-        answer = client.post("/api/v3/inpaint", json=BODY, headers=headers).json()
+    def test_urls_follow_the_host_and_a_trusted_proxy(self, locked: httpx.Client) -> None:
+        headers = {"host": "pictures.example", "x-forwarded-proto": "https", "key": FIRST}
+        answer = locked.post("/api/v3/inpaint", json=BODY, headers=headers).json()
         assert answer["fetch_result"].startswith("https://pictures.example/api/v3/fetch/")
+
+    @needs_both_families
+    def test_a_proxy_is_known_on_a_socket_of_both_families(self, tmp_path: Path) -> None:
+        with running_app(settings_in(tmp_path), "::") as app:
+            headers = {"x-forwarded-proto": "https"}
+            answer = app.client.post("/api/v3/inpaint", json=BODY, headers=headers).json()
+        assert answer["fetch_result"].startswith("https://")
 
     def test_urls_follow_the_configured_address(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, public_url="https://pictures.example/sd/")
@@ -387,6 +400,93 @@ class TestBrowsers:
             assert "access-control-allow-origin" not in answer.headers
 
 
+class TestPagesOfElsewhere:
+    """A server without keys, on loopback: every browser of the machine can reach it."""
+
+    CALLS = [
+        ("POST", "/api/v3/fetch/1"),
+        ("POST", "/api/v3/inpaint"),
+        ("GET", "/api/jobs"),
+        ("POST", "/api/jobs"),
+        ("GET", "/generations/x.png"),
+    ]
+
+    @pytest.mark.parametrize(("method", "path"), CALLS)
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"origin": "https://site.example"},
+            {"origin": "http://localhost.site.example"},
+            {"origin": "http://127.0.0.1.site.example:8000"},
+            {"origin": "null"},
+            {"origin": "http://["},
+            {"host": "site.example"},
+            {"host": "site.example:8000", "origin": "http://site.example:8000"},
+            {"host": "localhost.site.example"},
+            {"x-forwarded-for": "192.0.2.1"},
+        ],
+        ids=str,
+    )
+    def test_are_refused(
+        self, method: str, path: str, headers: dict[str, str], client: httpx.Client
+    ) -> None:
+        answer = client.request(method, path, headers=headers)
+        assert "serves its own machine only" in answer.text
+        assert answer.status_code == (403 if path.startswith("/api/jobs") else 200)
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"origin": "http://localhost:3000"},
+            {"origin": "http://127.0.0.1:3000"},
+            {"origin": "https://[::1]"},
+            {"host": "LOCALHOST:8000"},
+            {"host": "127.0.0.9"},
+            {"host": "[::1]:8000"},
+            {"x-forwarded-for": "127.0.0.1"},
+        ],
+        ids=str,
+    )
+    def test_programs_of_the_machine_are_served(
+        self, headers: dict[str, str], client: httpx.Client
+    ) -> None:
+        answer = client.post("/api/v3/system_load", headers=headers)
+        assert answer.json()["status"] == "ok"
+
+    def test_named_pages_and_hosts_are_served(self, tmp_path: Path) -> None:
+        page, headers = "https://ours.example", {"host": "front.example"}
+        named = {"cors_origins": [page, "null"], "public_url": "https://front.example/sd"}
+        with running_app(settings_in(tmp_path, **named)) as app:
+            for origin in (page, "null"):
+                answer = app.client.get("/api/jobs", headers=headers | {"origin": origin})
+                assert answer.status_code == 200
+                assert answer.headers["access-control-allow-origin"] == origin
+            headers["host"] = "back.example"
+            assert app.client.get("/api/jobs", headers=headers).status_code == 403
+
+    @pytest.mark.parametrize("auth", [{"keys": KEYS}, {"allow_anonymous": True}], ids=str)
+    def test_all_are_served_with_a_key_or_where_that_is_meant(
+        self, auth: dict[str, Any], tmp_path: Path
+    ) -> None:
+        headers = {
+            "origin": "https://site.example",
+            "host": "pictures.example",
+            "x-forwarded-for": "192.0.2.1",
+            "key": FIRST,
+        }
+        with running_app(settings_in(tmp_path, auth=auth)) as app:
+            answer = app.client.post("/api/v3/system_load", headers=headers)
+            assert answer.json()["status"] == "ok"
+            assert answer.headers["access-control-allow-origin"] == "*"
+            probe = app.client.get("/healthz", headers=headers)
+            assert probe.status_code == 200
+
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+    def test_probes_come_under_any_name(self, path: str, client: httpx.Client) -> None:
+        answer = client.get(path, headers={"host": "10.0.0.7"})
+        assert answer.status_code in (200, 503)
+
+
 class TestOutputs:
     def test_picture_is_served_as_nothing_else(self, url: str, client: httpx.Client) -> None:
         answer = client.get(url)
@@ -395,12 +495,25 @@ class TestOutputs:
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox"
         assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+        assert answer.headers["content-disposition"] == "inline"
         assert "immutable" in answer.headers["cache-control"]
 
-    def test_head_tells_the_length(self, url: str, client: httpx.Client) -> None:
-        answer = client.head(url)
+    @pytest.mark.parametrize("suffix", [".png", ".base64"])
+    def test_head_tells_the_length(self, suffix: str, url: str, client: httpx.Client) -> None:
+        whole, answer = (method(url[:-4] + suffix) for method in (client.get, client.head))
         assert (answer.status_code, answer.content) == (200, b"")
-        assert answer.headers["content-length"] == str(len(PICTURE))
+        assert answer.headers["content-length"] == str(len(whole.content))
+        assert answer.headers["content-type"] == whole.headers["content-type"]
+
+    @pytest.mark.parametrize("size", [0, 1, 2, 3, 65_535, 65_536, 65_537, 200_001, 200_002])
+    def test_pictures_come_whole_in_pieces(
+        self, size: int, client: httpx.Client, settings: Settings
+    ) -> None:
+        content = random.Random(size).randbytes(size)
+        name = f"generations/{uuid.UUID(int=size + 1)}-0"
+        Storage(settings.storage_url).put(f"{name}.png", content)
+        assert client.get(f"/{name}.png").content == content
+        assert client.get(f"/{name}.base64").content == base64.b64encode(content)
 
     def test_query_string_is_ignored(self, url: str, client: httpx.Client) -> None:
         assert client.get(f"{url}?v=1").content == PICTURE
@@ -428,6 +541,7 @@ class TestOutputs:
             "{prefix}-0.png%0a",
             "{prefix}-0.PNG",
             "{prefix}-9.png",
+            "{prefix}-0-" + "1" * 300 + ".png",
             "{prefix}-0",
             "{prefix}-0.html",
             "./x/../{prefix}-0.png",
@@ -446,30 +560,30 @@ class TestKeys:
     @pytest.mark.parametrize(
         "how",
         [
-            {"json": {"key": "one"}},
-            {"data": {"key": "one"}},
-            {"params": {"key": "one"}},
-            {"headers": {"key": "one"}},
-            {"headers": {"authorization": "Bearer one"}},
-            {"headers": {"key": "one"}, "json": {"key": ""}},
-            {"params": {"key": "one"}, "json": {"key": None}},
+            {"json": {"key": FIRST}},
+            {"data": {"key": FIRST}},
+            {"params": {"key": FIRST}},
+            {"headers": {"key": FIRST}},
+            {"headers": {"authorization": f"Bearer {FIRST}"}},
+            {"headers": {"key": FIRST}, "json": {"key": ""}},
+            {"params": {"key": FIRST}, "json": {"key": None}},
         ],
     )
     def test_places_for_a_key(self, how: dict[str, Any], locked: httpx.Client) -> None:
         assert locked.post("/api/v3/system_load", **how).json()["status"] == "ok"
 
     @pytest.mark.parametrize("path", ["inpaint", "fetch/1", "fetch", "system_load"])
-    @pytest.mark.parametrize("key", [None, "", "three", "one ' --"])
+    @pytest.mark.parametrize("key", [None, "", "three", f"{FIRST} ' --"])
     def test_other_keys_are_refused(self, key: str | None, path: str, locked: httpx.Client) -> None:
         answer = post(locked, path, **(BODY | {"key": key}))
         assert (answer["status"], answer["message"]) == ("error", "Invalid Api Key")
 
     def test_job_of_another_key_is_not_found(self, locked: httpx.Client) -> None:
-        job_id = submit(locked, key="one")
-        assert post(locked, f"fetch/{job_id}", key="one")["status"] == "processing"
-        assert post(locked, f"fetch/{job_id}", key="two") == NOT_FOUND
-        assert post(locked, "fetch", key="two", request_id=job_id) == NOT_FOUND
-        assert post(locked, "inpaint", key="two", request_id=job_id) == NOT_FOUND
+        job_id = submit(locked, key=FIRST)
+        assert post(locked, f"fetch/{job_id}", key=FIRST)["status"] == "processing"
+        assert post(locked, f"fetch/{job_id}", key=SECOND) == NOT_FOUND
+        assert post(locked, "fetch", key=SECOND, request_id=job_id) == NOT_FOUND
+        assert post(locked, "inpaint", key=SECOND, request_id=job_id) == NOT_FOUND
 
 
 class TestStoredKeys:
@@ -520,6 +634,23 @@ class TestStoredKeys:
         assert messages[:2] == ["Invalid Api Key"] * 2
         assert messages[2] == "Rate limit exceeded. Too many wrong keys came from this address."
 
+    @needs_both_families
+    def test_ipv4_clients_of_a_socket_of_both_families_are_told_apart(
+        self, keys: KeyStore, tmp_path: Path
+    ) -> None:
+        keys.create("team")
+        settings = settings_in(tmp_path, host="::", auth={"wrong_keys_per_minute": 1})
+        elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+        with (
+            running_app(settings, "::") as app,
+            httpx.Client(base_url=app.client.base_url, transport=elsewhere) as other,
+        ):
+            messages = [
+                post(client, "system_load", key="guess")["message"]
+                for client in (app.client, app.client, other)
+            ]
+        assert [message.startswith("Rate limit") for message in messages] == [False, True, False]
+
 
 class TestErrors:
     @pytest.mark.parametrize("content", ["{", "[]", '{"a": NaN}', "\x00", "[" * 100_000])
@@ -569,16 +700,16 @@ class TestErrors:
             return [(each.status_code, each.headers.get("retry-after")) for each in answers]
 
         settings = settings_in(
-            tmp_path, error_status=error_status, auth={"keys": ["k"]}, queue={"max_waiting": 0}
+            tmp_path, error_status=error_status, auth={"keys": KEYS}, queue={"max_waiting": 0}
         )
         with running_app(settings) as app:
             post = app.client.post
             codes = codes_of(
                 post("/api/v3/inpaint", content="{"),
-                post("/api/v3/inpaint", json={"key": "k"}),
+                post("/api/v3/inpaint", json={"key": FIRST}),
                 post("/api/v3/inpaint", json=BODY),
-                post("/api/v3/fetch/5", json={"key": "k"}),
-                post("/api/v3/inpaint", json=BODY | {"key": "k"}),
+                post("/api/v3/fetch/5", json={"key": FIRST}),
+                post("/api/v3/inpaint", json=BODY | {"key": FIRST}),
                 post("/nowhere"),
             )
         http = [(400, None), (400, None), (401, None), (404, None), (429, "30"), (404, None)]
@@ -625,12 +756,13 @@ class TestHealth:
     def test_readiness_follows_the_workers(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, workers=None)
         loading = WorkerStatus("w", "cpu", "builtin", "loading", "loading model 40%", 0)
+        failed = WorkerStatus("v", "cpu", "builtin", "failed", "/srv/canary: no such file", 0)
         with running_app(settings) as app, store_of(settings) as store:
             for worker, code, reason in [
                 (None, 503, "0/1 workers ready"),
-                (loading, 503, "0/1 workers ready; w: loading model 40%"),
+                (loading, 503, "0/1 workers ready; loading model 40%"),
                 (status("w", 0), 200, "1/1 workers ready"),
-                (status("v", 0, "failed"), 200, "1/2 workers ready; v: failed"),
+                (failed, 200, "1/2 workers ready; 1 failed"),
             ]:
                 if worker is not None:
                     store.report_worker(seen_now(worker))
@@ -663,13 +795,15 @@ def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(
 ) -> None:
     monkeypatch.setenv("INPAINT_HOLD_S", "0")
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--workers", "0"]
+    folder = tmp_path / "data"
     with subprocess.Popen(
-        [*command, "--data-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True
+        [*command, "--data-dir", str(folder)], stderr=subprocess.PIPE, text=True, umask=0o022
     ) as process:
         assert process.stderr is not None
         try:
             lines = map(json.loads, process.stderr)
             url = next(line["url"] for line in lines if line["event"] == "listening")
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "others can read it"
             with httpx.Client(base_url=url, trust_env=False) as client:
                 assert submit(client, prompt="canary", key="canary", webhook="http://canary") == 1
                 client.post("/api/v3/system_load?key=canary", headers={"key": "canary"})

@@ -12,7 +12,7 @@ from server.keys import KeyLimits, KeyStore
 from server.settings import AuthSettings
 from tests.test_limits import Clock
 
-KEYS = ("sd_first", "sd_schlüssel")
+FIRST, SECOND = KEYS = ("sd_of-the-first-1", "sd_of-the-schlüssel")
 HOME = "192.0.2.1"
 
 
@@ -58,10 +58,12 @@ def test_each_key_has_its_own_lasting_id(store: KeyStore, clock: Clock) -> None:
 
 
 def test_key_id_does_not_tell_the_key(store: KeyStore, clock: Clock) -> None:
-    assert "first" not in ring_of(store, clock, keys=KEYS).admit("sd_first", HOME).key_id
+    assert "first" not in ring_of(store, clock, keys=KEYS).admit(FIRST, HOME).key_id
 
 
-@pytest.mark.parametrize("key", [None, "", "sd_firs", "sd_first ", "SD_FIRST", "null", "\ud800"])
+@pytest.mark.parametrize(
+    "key", [None, "", FIRST[:-1], f"{FIRST} ", FIRST.upper(), "null", "\ud800"]
+)
 def test_other_keys_are_refused(key: str | None, store: KeyStore, clock: Clock) -> None:
     assert is_refused(ring_of(store, clock, keys=KEYS), key)
 
@@ -128,21 +130,21 @@ class TestWrongKeys:
     def test_guessing_is_slowed_down(self, ring: KeyRing, clock: Clock) -> None:
         self.use_up(ring)
         with pytest.raises(RateLimited) as refused:
-            ring.admit("sd_first", HOME)  # right, but it was not looked at
+            ring.admit(FIRST, HOME)  # right, but it was not looked at
         assert (refused.value.limit, refused.value.retry_after_s) == (None, 10)
         clock.now += 10
-        assert ring.admit("sd_first", HOME)
+        assert ring.admit(FIRST, HOME)
 
     def test_a_neighbour_whose_key_has_worked_is_not_locked_out(self, ring: KeyRing) -> None:
-        ring.admit("sd_first", HOME)
+        ring.admit(FIRST, HOME)
         self.use_up(ring)
-        assert ring.admit("sd_first", HOME)
+        assert ring.admit(FIRST, HOME)
         with pytest.raises(RateLimited):
-            ring.admit("sd_schlüssel", HOME)
+            ring.admit(SECOND, HOME)
 
     def test_other_addresses_are_free(self, ring: KeyRing) -> None:
         self.use_up(ring)
-        assert ring.admit("sd_first", "192.0.2.2")
+        assert ring.admit(FIRST, "192.0.2.2")
 
     def test_missing_keys_are_no_guesses(self, ring: KeyRing) -> None:
         for _ in range(10):
@@ -161,6 +163,9 @@ class TestWrongKeys:
         ("192.0.2.1", "192.0.2.1"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
         ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("::FFFF:c000:201", "192.0.2.1"),
+        ("::192.0.2.1", "::/64"),
         ("testclient", "testclient"),
         ("", ""),
     ],
@@ -173,7 +178,7 @@ class TestKeysFile:
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:
         file = tmp_path / "keys"
-        file.write_text("# the team\nsd_first\n\n  sd_schlüssel  \n")
+        file.write_text(f"# the team\n{FIRST}\n\n  {SECOND}  \n")
         file.chmod(0o600)
         return file
 
@@ -190,7 +195,24 @@ class TestKeysFile:
         self, file: Path, store: KeyStore, clock: Clock
     ) -> None:
         ring = ring_of(store, clock, keys_file=file)
-        assert not is_refused(ring, "sd_first")
-        file.write_text("sd_other")
+        assert not is_refused(ring, FIRST)
+        file.write_text("sd_of-another-one")
         ring.refresh()
-        assert [is_refused(ring, "sd_first"), is_refused(ring, "sd_other")] == [True, False]
+        assert [is_refused(ring, FIRST), is_refused(ring, "sd_of-another-one")] == [True, False]
+
+    def test_a_file_that_is_gone_has_no_keys_and_opens_nothing(
+        self, file: Path, store: KeyStore, clock: Clock
+    ) -> None:
+        ring = ring_of(store, clock, keys_file=file)
+        file.unlink()
+        ring.refresh()
+        assert [is_refused(ring, key) for key in (FIRST, None)] == [True, True]
+
+    def test_short_keys_are_refused_and_the_last_reading_counts_on(
+        self, file: Path, store: KeyStore, clock: Clock
+    ) -> None:
+        ring = ring_of(store, clock, keys_file=file)
+        file.write_text("fifteen-letters")
+        with pytest.raises(ValueError, match="less than 16 characters"):
+            ring.refresh()
+        assert not is_refused(ring, FIRST)

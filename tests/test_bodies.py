@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.types import Message
 
-from server.bodies import Fields, parse_json, read_fields
+from server.bodies import (
+    LARGE_BYTES,
+    Fields,
+    parse_body,
+    parse_form,
+    parse_json,
+    parsed,
+    read_fields,
+)
 from server.errors import InvalidBody
 
 MAX_BYTES = 100_000
@@ -101,6 +110,7 @@ def test_json_is_read_whatever_the_content_type_says(content_type: str | None) -
         ('{"a": 1 , \r\n\t }', {"a": 1}),
         ('{"a": [1, 2,], "b": {"c": {"d": 3,},},}', {"a": [1, 2], "b": {"c": {"d": 3}}}),
         ('{"a": ",}", "b": "x,]",}', {"a": ",}", "b": "x,]"}),
+        ('{"a": [",", ], }', {"a": [","]}),
         (r'{"a": "\",}", "b": "\\",}', {"a": '",}', "b": "\\"}),
     ],
 )
@@ -136,6 +146,11 @@ def test_number_of_fields_is_limited() -> None:
         b"null",
         b'{"a": 1',
         b'{"a": 1,,}',
+        b'{"a": 1, ,}',
+        b'{"a": [,]}',
+        b'{"a":,}',
+        b"{,}",
+        b",}",
         b"{,}x",
         b"{'a': 1}",
         b'{"a": NaN}',
@@ -173,6 +188,37 @@ def test_hostile_quotes_cost_linear_time() -> None:
     """A string that never ends, with many places where one might begin: once quadratic."""
     with pytest.raises(InvalidBody):
         parse_json(b'{"a":"' + b'\\"' * 1_000_000)
+
+
+def test_few_trailing_commas_are_forgiven() -> None:
+    """Each costs a reading of the whole body."""
+    assert read('{"a": [' + "[1,]," * 15 + "1]}")
+    with pytest.raises(InvalidBody):
+        read('{"a": [' + "[1,]," * 17 + "1]}")
+
+
+def test_forms_have_a_limit_of_escapes() -> None:
+    """A body full of them would keep a processor for ten seconds."""
+    assert parse_form(b"a=" + b"%41" * 1_000) == {"a": "A" * 1_000}
+    with pytest.raises(InvalidBody):
+        parse_form(b"a=" + b"%41" * 1_000_001)
+
+
+@pytest.mark.parametrize(("size", "is_aside"), [(LARGE_BYTES - 1, False), (LARGE_BYTES, True)])
+def test_large_bodies_are_parsed_beside_the_event_loop(size: int, is_aside: bool) -> None:
+    thread = asyncio.run(parsed(lambda _: threading.get_ident(), bytes(size)))
+    assert (thread != threading.get_ident()) is is_aside
+
+
+def test_large_bodies_of_every_form_are_read() -> None:
+    text, picture = "x" * LARGE_BYTES, b"\x89\r\n" * LARGE_BYTES
+    body, content_type = multipart({"init_image": ("a.png", picture)}, {"prompt": text})
+    for sent, kind, fields in (
+        (body, content_type, {"prompt": text, "init_image": picture}),
+        (f"prompt={text}".encode(), FORM, {"prompt": text}),
+        (f'{{"prompt": "{text}",}}'.encode(), "application/json", {"prompt": text}),
+    ):
+        assert asyncio.run(parse_body(sent, kind)) == fields
 
 
 def test_byte_order_mark_is_skipped() -> None:

@@ -4,8 +4,10 @@ import asyncio
 import json
 import select
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ import pytest
 from server.connections import RESERVE, Gate, is_trusted
 from server.http import bind
 from server.settings import HttpSettings
-from server.storage import Storage
+from server.storage import PIECE_BYTES, Storage
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY, settings_in, store_of
 
 SHORT = {"head_timeout_s": 0.3, "body_timeout_s": 0.3, "keep_alive_s": 1, "send_timeout_s": 0.3}
-POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: h\r\n"
+POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: localhost\r\n"
 LIMIT_S = 30.0
 """For what takes less than one on a quiet machine."""
 
@@ -30,7 +32,7 @@ class Line:
 
     def __init__(self, address: str = "192.0.2.1") -> None:
         self.address = address
-        self.body_bytes = 0
+        self.body_bytes = self.unsent_bytes = 0
         self.is_cut = False
 
     def cut(self) -> None:
@@ -121,7 +123,7 @@ class TestGate:
 
     def test_bodies_together_have_a_limit(self) -> None:
         gate = self.gate(max_buffered_bytes=100)
-        quiet, first, second = lines = [Line() for _ in range(3)]
+        quiet, first, second = lines = [Line("127.0.0.1") for _ in range(3)]
         for line in lines:
             gate.enter(line)
         gate.take(first, 60)
@@ -133,15 +135,60 @@ class TestGate:
         gate.wait(second)
         assert not gate.is_busy
 
+    def test_a_body_that_nobody_holds_makes_room(self) -> None:
+        gate, (first, second) = self.gate(max_buffered_bytes=100), [Line("127.0.0.1"), Line()]
+        for line in (first, second):
+            gate.enter(line)
+        gate.take(first, 100)
+        gate.work(first)
+        assert gate.is_busy_for(second)
+        gate.release(first)
+        assert not gate.is_busy_for(second)
+        assert not first.is_cut
+
+    def test_one_address_has_a_share_of_the_room_for_bodies(self) -> None:
+        gate = self.gate(10, max_buffered_bytes=400)
+        mine, other, proxy = [Line() for _ in range(3)], Line("192.0.2.9"), Line("127.0.0.1")
+        for line in (*mine, other, proxy):
+            gate.enter(line)
+        gate.take(mine[0], 60)
+        gate.take(mine[1], 60)
+        assert [line.is_cut for line in mine] == [True, False, False]
+        gate.work(mine[1])
+        gate.take(mine[2], 40)
+        assert [gate.is_busy_for(line) for line in (mine[2], other)] == [True, False]
+        gate.take(proxy, 200)
+        assert not gate.is_busy_for(proxy)
+        assert not proxy.is_cut
+
+    def test_answers_that_are_not_taken_count_beside_bodies(self) -> None:
+        gate = self.gate(10, max_buffered_bytes=100)
+        lines = [Line(f"192.0.2.{n}") for n in range(4)]
+        for line in lines:
+            gate.enter(line)
+            gate.work(line)
+        first, second, third, fourth = lines
+        gate.owe(first, 40)
+        gate.owe(second, 40)
+        gate.owe(first, 30)
+        gate.owe(third, 50)
+        assert [line.is_cut for line in lines] == [True, False, False, False], "the slowest goes"
+        gate.owe(second, 0)
+        gate.owe(fourth, 60)
+        assert [line.is_cut for line in lines] == [True, False, True, False]
+
     def test_nothing_is_left_of_those_who_left(self) -> None:
         gate, lines = self.gate(100), [Line(f"192.0.2.{n}") for n in range(50)]
         for line in lines:
             gate.enter(line)
             gate.take(line, 10)
+            gate.owe(line, 10)
         for line in lines * 2:
             gate.leave(line)
-        left = (gate._open, gate._waiting, gate._waiting_of, gate._counts, gate._body_bytes)
-        assert not any(left)
+            gate.release(line)
+            gate.owe(line, 10)
+        left = (gate._open, gate._waiting, gate._waiting_of, gate._counts, gate._owing)
+        assert not any((*left, gate._buffered_bytes, gate._buffered_of))
 
 
 @pytest.mark.parametrize(
@@ -162,9 +209,14 @@ def test_is_trusted(address: str, trusted: list[str], expected: bool) -> None:
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
-    """A server without patience."""
-    folder = tmp_path_factory.mktemp("data")
-    with running_app(settings_in(folder, http=SHORT, max_body_bytes=100_000)) as app:
+    """A server without patience, under any name."""
+    settings = settings_in(
+        tmp_path_factory.mktemp("data"),
+        http=SHORT,
+        max_body_bytes=100_000,
+        auth={"allow_anonymous": True},
+    )
+    with running_app(settings) as app:
         yield app
 
 
@@ -210,13 +262,67 @@ class TestDeadlines:
         settings = settings_in(tmp_path, http=SHORT)
         name = "generations/00000000-0000-4000-8000-000000000000-0.png"
         Storage(settings.storage_url).put(name, bytes(20_000_000))
-        with running_app(settings) as app, socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
-            client.connect(("127.0.0.1", app.port))
-            client.sendall(f"GET /{name} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        with running_app(settings) as app, slow_reader(app.port) as client:
+            client.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             resets = select.poll()
             resets.register(client, select.POLLHUP)
             assert resets.poll(LIMIT_S * 1_000)
+
+    def test_slow_readers_hold_little_of_a_picture(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path)
+        name = "generations/00000000-0000-4000-8000-000000000000-0.png"
+        picture = bytes(range(256)) * 80_000
+        Storage(settings.storage_url).put(name, picture)
+        with running_app(settings) as app, ExitStack() as stack:
+            gate = app.server.gate
+            readers = [stack.enter_context(slow_reader(app.port)) for _ in range(20)]
+            for reader in readers:
+                reader.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            wait_until(lambda: len(gate._owing) == len(readers))
+            held = [each.unsent_bytes for each in gate._owing]
+            assert max(held) <= 2 * PIECE_BYTES
+            head, _, start = readers[0].recv(65_536).partition(b"\r\n\r\n")
+            assert b"content-length: %d" % len(picture) in head.lower()
+            while len(start) < len(picture):
+                start += readers[0].recv(1_000_000)
+            assert start == picture, "and get it whole once they read"
+
+    def test_a_client_that_takes_its_answer_slowly_but_steadily_is_kept(
+        self, tmp_path: Path
+    ) -> None:
+        settings = settings_in(tmp_path, http={"send_timeout_s": 2})
+        name = "generations/00000000-0000-4000-8000-000000000000-0.png"
+        Storage(settings.storage_url).put(name, bytes(8_000_000))
+        with running_app(settings) as app, slow_reader(app.port) as client:
+            client.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            gate = app.server.gate
+            wait_until(lambda: bool(gate._owing))
+            connection: Any = next(iter(gate._owing))
+            looks = [connection._send_deadline]
+            for _ in range(2):
+                left = 400_000
+                while left > 0:
+                    left -= len(client.recv(left))
+                wait_until(lambda: connection._send_deadline is not looks[-1])
+                looks.append(connection._send_deadline)
+            assert connection._send_deadline is not None, "it was cut"
+
+
+def slow_reader(port: int) -> socket.socket:
+    """A connection whose kernel takes little that is not read."""
+    client = socket.socket()
+    client.settimeout(LIMIT_S)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+    client.connect(("127.0.0.1", port))
+    return client
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Look now and then, leaving the interpreter to the server."""
+    limit, never = time.monotonic() + LIMIT_S, threading.Event()
+    while not is_so():
+        assert time.monotonic() < limit
+        never.wait(0.05)
 
 
 def end_of(client: socket.socket) -> bytes:
@@ -287,6 +393,29 @@ class TestHeads:
         answer = hasty.client.post("/api/v3/system_load", headers={"host": host}).json()
         assert answer["status"] == "ok"
 
+    @pytest.mark.parametrize(
+        ("version", "headers", "is_taken"),
+        [
+            (b"1.1", b"Host: localhost\r\n", True),
+            (b"1.1", b"", False),
+            (b"1.1", b"Host: localhost\r\nHost: h\r\n", False),
+            (b"1.0", b"", True),
+        ],
+    )
+    def test_host_is_missing_in_the_oldest_requests_only(
+        self, version: bytes, headers: bytes, is_taken: bool, hasty: LiveApp
+    ) -> None:
+        answer = answer_to(hasty.port, version, headers)
+        assert (b'"status":"ok"' in answer) is is_taken
+
+    @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+    def test_host_may_not_be_missing_where_hosts_are_listed(
+        self, version: bytes, tmp_path: Path
+    ) -> None:
+        with running_app(settings_in(tmp_path, allowed_hosts=["ours.example"])) as app:
+            assert b"Invalid API Request" in answer_to(app.port, version, b"")
+            assert b'"status":"ok"' in answer_to(app.port, version, b"Host: ours.example\r\n")
+
     def test_hosts_can_be_listed(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, allowed_hosts=["Pictures.example", "*.ours.example"])
         with running_app(settings) as app:
@@ -301,6 +430,14 @@ class TestHeads:
             assert [status_for(host) for host in allowed] == ["ok"] * 3
             assert [status_for(host) for host in others] == ["error"] * 4
             assert app.client.get("/healthz", headers={"host": "10.0.0.7"}).status_code == 200
+
+
+def answer_to(port: int, version: bytes, headers: bytes) -> bytes:
+    """What a call with these headers only is answered."""
+    head = b"POST /api/v3/system_load HTTP/" + version + b"\r\n" + headers
+    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as client:
+        client.sendall(head + b"Connection: close\r\n\r\n")
+        return end_of(client)
 
 
 class TestAnswers:
@@ -337,13 +474,25 @@ class TestAnswers:
                 assert app.client.get("/healthz").json() == {"status": "ok"}
                 store.cancel(1)
 
+    def test_a_held_call_gives_its_share_of_the_room_for_bodies_back(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, hold_s=60, http={"max_buffered_bytes": 1_000})
+        limit = time.monotonic() + LIMIT_S
+        with running_app(settings) as app, httpx.Client(base_url=app.client.base_url) as holder:
+            app.client.get("/healthz")
+            with store_of(settings) as store, holding(holder):
+                while not store.figures().waiting:
+                    assert time.monotonic() < limit
+                wait_until(lambda: not app.server.gate.is_busy)
+                assert app.client.post("/api/v3/system_load").json()["queue_num"] == 1
+                store.cancel(1)
+
 
 class holding:
     """A request held by the server while the block runs."""
 
     def __init__(self, client: httpx.Client) -> None:
         request = client.build_request("POST", "/api/v3/inpaint", json=BODY)
-        head = f"POST {request.url.path} HTTP/1.1\r\nHost: h\r\nContent-Length: "
+        head = f"POST {request.url.path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
         self._content = f"{head}{len(request.content)}\r\n\r\n".encode() + request.content
         self._port = request.url.port
 

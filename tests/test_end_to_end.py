@@ -51,7 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """Keys, no hold, HTTP statuses, base64 links and a safety checker that stays on."""
     environment = {
-        "INPAINT_AUTH__KEYS": "first-key,second-key",
+        "INPAINT_AUTH__KEYS": "key-of-the-first,key-of-the-second",
         "INPAINT_HOLD_S": "0",
         "INPAINT_ERROR_STATUS": "http",
         "INPAINT_BASE64_OUTPUT": "link",
@@ -301,7 +301,7 @@ def test_body_that_is_no_json_is_refused(server: ServerProcess) -> None:
 
 
 def test_queued_job_is_fetched_later(strict_server: ServerProcess, images: str) -> None:
-    headers = {"key": "first-key"}
+    headers = {"key": "key-of-the-first"}
     client = strict_server.client
     asked = fields(images, base64="yes", num_inference_steps=5, prompt="a magenta square")
     accepted = client.post("/api/v3/inpaint", json=asked, headers=headers).json()
@@ -309,7 +309,7 @@ def test_queued_job_is_fetched_later(strict_server: ServerProcess, images: str) 
     assert accepted["output"] == []
     assert accepted["eta"] > 0
     assert accepted["fetch_result"] == f"{strict_server.url}/api/v3/fetch/{accepted['id']}"
-    other = client.post(accepted["fetch_result"], json={"key": "second-key"})
+    other = client.post(accepted["fetch_result"], json={"key": "key-of-the-second"})
     assert (other.status_code, other.json()["message"]) == (404, "Request not found")
 
     assert strict_server.wait_for("job finished")["job_id"] == accepted["id"]
@@ -334,13 +334,13 @@ def test_reproducible_server_gives_same_bytes_whatever_else_runs(
     def submit(**changes: Any) -> dict[str, Any]:
         asked = fields(images, num_inference_steps=4, **changes)
         answer: dict[str, Any] = strict_server.client.post(
-            "/api/v3/inpaint", json=asked, headers={"key": "first-key"}
+            "/api/v3/inpaint", json=asked, headers={"key": "key-of-the-first"}
         ).json()
         return answer
 
     def fetch(job_id: int) -> bytes:
         answer = strict_server.client.post(
-            f"/api/v3/fetch/{job_id}", headers={"key": "first-key"}
+            f"/api/v3/fetch/{job_id}", headers={"key": "key-of-the-first"}
         ).json()
         return strict_server.client.get(answer["output"][-1]).content
 

@@ -63,7 +63,7 @@ SERVER = {
     "limits": "",
     "keys": "database",
     "key_commands": "database keys settings",
-    "auth": "addresses errors keys limits settings",
+    "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
     "storage": "errors",
@@ -92,7 +92,7 @@ SERVER = {
     "background": "telemetry",
     "threads": "",
     "waiters": "database jobs telemetry",
-    "followers": "database jobs telemetry",
+    "followers": "database errors jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
@@ -105,7 +105,8 @@ SERVER = {
     " settings slots storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
-    "native_routes": "auth native_events bodies deliveries dialects errors intake jobs services",
+    "native_routes": "auth native_events bodies deliveries dialects errors followers idempotency"
+    " intake jobs services",
     "checkpoints": "receipts settings telemetry"
     " models.acceleration models.errors models.fingerprint models.pipeline models.registry"
     " models.residency",
@@ -122,9 +123,9 @@ SERVER = {
     " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
     " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database jobs",
-    "middleware": "errors metrics telemetry",
+    "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
-    "connections": "auth settings",
+    "connections": "auth bodies settings",
     "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
     "demo": "database jobs settings",

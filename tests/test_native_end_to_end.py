@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from server.database import open_engine
+from server.keys import KeyLimits, KeyStore
+from tests.conftest import migrated_sqlite
 from tests.processes import ServerProcess, serving
 from tests.test_native_events import events_of
+from tests.tiny import save_tiny_checkpoint
 
 SIDE = 256
 INIT = Image.effect_noise((SIDE, SIDE), 60).convert("RGB")
@@ -199,3 +203,26 @@ def test_parameter_that_only_the_model_can_judge_is_named(server: ServerProcess)
 
     assert name == "failed"
     assert job["error"]["code"] == "clip_skip_too_large"
+
+
+def test_forced_checker_makes_no_pictures_with_a_model_that_has_none(tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path / "model", 9)
+    engine = open_engine(migrated_sqlite(tmp_path / "data"))
+    free, _ = KeyStore(engine).create("free")
+    forced, _ = KeyStore(engine).create("forced", KeyLimits(force_safety_checker=True))
+    engine.dispose()
+    with serving(tmp_path / "data", None, "--model", str(model)) as server:
+
+        def end_of_job(key: str) -> dict[str, Any]:
+            server.client.headers["x-api-key"] = key
+            asked = {"width": 64, "height": 64, "safety_check": True}
+            *_, (_, job) = follow(server, create(server, **asked)["id"])
+            return job
+
+        unchecked = end_of_job(free)
+        assert unchecked["outputs"][0]["is_flagged"] is None, "nothing has judged it"
+        error = end_of_job(forced)["error"]
+    assert error == {
+        "code": "no_safety_checker",
+        "message": "This model has no safety checker, and pictures must be checked",
+    }

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 from sqlalchemy import Engine, text
 
@@ -19,12 +20,13 @@ from server.followers import Followers
 from server.jobs import Beat, JobState, JobStore, Standing
 from server.storage import Storage
 from tests.http_stub import LiveApp, running_app
-from tests.test_app import settings_in, store_of
+from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_jobs import new_job
-from tests.test_native_routes import BODY, claim
+from tests.test_native_routes import BODY, claim, client_of
 from tests.test_waiters import statements_fail
 
 LONG_S = 20
+KEY = "a holder"
 R = TypeVar("R")
 Event = tuple[str, dict[str, Any]]
 
@@ -38,7 +40,7 @@ def run_with(store: JobStore, body: Callable[[Followers], Awaitable[R]]) -> R:
     """Run `body` on an event loop beside followers; it must end well before `LONG_S`."""
 
     async def run() -> R:
-        with Followers(store) as followers:
+        with Followers(store, max_per_key=100) as followers:
             async with asyncio.timeout(LONG_S / 2):
                 return await body(followers)
 
@@ -51,7 +53,7 @@ class TestFollowers:
         job = store.submit(new_job())
 
         async def body(followers: Followers) -> list[Standing | None]:
-            with followers.follow(job.id) as follower:
+            with followers.follow(job.id, KEY) as follower:
                 seen = [await follower.news(LONG_S)]
                 held = {each.id: each for each in await asyncio.to_thread(store.claim, "w", 2)}
                 seen.append(await follower.news(LONG_S))
@@ -75,7 +77,7 @@ class TestFollowers:
             seen = []
             with ExitStack() as stack:
                 for job_id in [*ids, *ids]:
-                    follower = stack.enter_context(followers.follow(job_id))
+                    follower = stack.enter_context(followers.follow(job_id, KEY))
                     standing = await follower.news(LONG_S)
                     assert standing is not None
                     seen.append(standing.position)
@@ -87,12 +89,12 @@ class TestFollowers:
         quiet, *busy = (store.submit(new_job()).id for _ in range(3))
 
         async def body(followers: Followers) -> Standing | None:
-            with followers.follow(quiet) as idle:
+            with followers.follow(quiet, KEY) as idle:
                 assert await idle.news(LONG_S)
                 # News goes out in order: what the first change had for `idle` comes before the
                 # second's.
                 for job_id in busy:
-                    with followers.follow(job_id) as follower:
+                    with followers.follow(job_id, KEY) as follower:
                         assert await follower.news(LONG_S)
                         await asyncio.to_thread(store.cancel, job_id)
                         assert await follower.news(LONG_S)
@@ -104,11 +106,11 @@ class TestFollowers:
         job_id = store.submit(new_job()).id
 
         async def body(followers: Followers) -> list[bool]:
-            with followers.follow(job_id) as early:
+            with followers.follow(job_id, KEY) as early:
                 await early.news(LONG_S)
                 followers.release_all()
                 assert await early.news(LONG_S) is None
-                with followers.follow(job_id) as late:
+                with followers.follow(job_id, KEY) as late:
                     assert await late.news(LONG_S) is None
                     return [early.is_over, late.is_over]
 
@@ -118,7 +120,7 @@ class TestFollowers:
         job_id = store.submit(new_job()).id
 
         async def body(followers: Followers) -> list[Standing | None]:
-            with followers.follow(job_id) as follower:
+            with followers.follow(job_id, KEY) as follower:
                 standing = await follower.news(LONG_S)
                 followers.release_all()
                 follower.tell(standing)
@@ -132,7 +134,7 @@ class TestFollowers:
         job_id = store.submit(new_job()).id
 
         async def body(followers: Followers) -> Standing | None:
-            with followers.follow(job_id) as follower:
+            with followers.follow(job_id, KEY) as follower:
                 return await follower.news(LONG_S)
 
         with statements_fail(engine, 2):
@@ -140,7 +142,7 @@ class TestFollowers:
 
     def test_job_that_is_gone_ends_the_view(self, store: JobStore) -> None:
         async def body(followers: Followers) -> bool:
-            with followers.follow(999) as follower:
+            with followers.follow(999, KEY) as follower:
                 assert await follower.news(LONG_S) is None
                 return follower.is_over
 
@@ -150,7 +152,7 @@ class TestFollowers:
         job_id = store.submit(new_job()).id
 
         async def body(followers: Followers) -> int:
-            with followers.follow(job_id), followers.follow(job_id):
+            with followers.follow(job_id, KEY), followers.follow(job_id, KEY):
                 assert len(followers) == 2
             return len(followers)
 
@@ -166,7 +168,7 @@ class TestFollowers:
 
         async def body(followers: Followers) -> Standing | None:
             await asyncio.to_thread(rename, "jobs", "away")
-            with followers.follow(job_id) as follower:
+            with followers.follow(job_id, KEY) as follower:
                 assert await follower.news(0.3) is None
                 await asyncio.to_thread(rename, "away", "jobs")
                 return await follower.news(LONG_S)
@@ -213,7 +215,7 @@ def test_silence_is_filled_with_comments(store: JobStore) -> None:
         raise AssertionError("there is no preview")
 
     async def body(followers: Followers) -> list[bytes]:
-        with followers.follow(job_id) as follower:
+        with followers.follow(job_id, KEY) as follower:
             events = native_events.write_events(follower, never, nothing, heartbeat_s=0.05)
             # The job is looked up first, and there may be silence meanwhile.
             while (first := await anext(events)).startswith(b":"):
@@ -275,6 +277,28 @@ class TestStream:
             assert (name, told["state"], len(told["outputs"])) == ("finished", "finished", 2)
             assert [*events] == [], "the stream ends with the job"
 
+    def test_streams_of_a_key_are_limited(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, auth={"keys": KEYS}, http={"max_streams_per_key": 2})
+        with running_app(settings) as app, ExitStack() as stack:
+            clients = {key: stack.enter_context(client_of(app, key)) for key in KEYS}
+            jobs = {key: clients[key].post("/api/jobs", json=BODY).json()["id"] for key in KEYS}
+
+            def follow(key: str) -> httpx.Response:
+                path = f"/api/jobs/{jobs[key]}/events"
+                return stack.enter_context(clients[key].stream("GET", path))
+
+            streams = [follow(FIRST) for _ in range(3)]
+            assert [each.status_code for each in streams] == [200, 200, 429]
+            assert streams[2].headers["retry-after"] == "5"
+            assert json.loads(streams[2].read())["code"] == "too_many_streams"
+            assert follow(SECOND).status_code == 200
+            with store_of(settings) as store:
+                store.cancel(jobs[FIRST])
+            assert all("event: cancelled" in streams[n].read().decode() for n in (0, 1))
+            while len(app.app.state.services.followers) > 1:
+                pass
+            assert follow(FIRST).status_code == 200
+
     def test_preview_comes_with_its_step(
         self, app: LiveApp, live_store: JobStore, tmp_path: Path
     ) -> None:
@@ -326,7 +350,7 @@ class TestStream:
     def test_clients_that_go_away_leave_nothing(self, app: LiveApp, live_store: JobStore) -> None:
         job_id = create(app)
         followers: Followers = app.app.state.services.followers
-        head = f"GET /api/jobs/{job_id}/events HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+        head = f"GET /api/jobs/{job_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         clients = [socket.create_connection(("127.0.0.1", app.port), LONG_S) for _ in range(200)]
         for client in clients:
             client.sendall(head)

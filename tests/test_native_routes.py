@@ -20,7 +20,7 @@ from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.settings import Settings
 from server.storage import Storage
 from tests.http_stub import LiveApp, png_bytes, running_app
-from tests.test_app import post, settings_in, store_of
+from tests.test_app import FIRST, KEYS, SECOND, post, settings_in, store_of
 
 PICTURE = png_bytes()
 IMAGE = base64.b64encode(PICTURE).decode()
@@ -48,7 +48,7 @@ RECEIPT = Receipt(
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return settings_in(tmp_path_factory.mktemp("data"), auth={"keys": ["one", "two"]})
+    return settings_in(tmp_path_factory.mktemp("data"), auth={"keys": KEYS})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 @pytest.fixture
 def client(app: LiveApp) -> Iterator[httpx.Client]:
     """Of the first key."""
-    with client_of(app, "one") as client:
+    with client_of(app, FIRST) as client:
         yield client
 
 
@@ -214,7 +214,7 @@ class TestLifeOfAJob:
 
 class TestList:
     def test_pages_of_ones_own_jobs(self, app: LiveApp, store: JobStore) -> None:
-        with client_of(app, "one") as one, client_of(app, "two") as two:
+        with client_of(app, FIRST) as one, client_of(app, SECOND) as two:
             mine = [create(two)["id"] for _ in range(5)]
             create(one)
             first = two.get("/api/jobs", params={"limit": 2}).json()
@@ -251,7 +251,7 @@ class TestRefusals:
 
     def test_somebody_elses_job_is_unknown(self, client: httpx.Client, app: LiveApp) -> None:
         job_id = create(client)["id"]
-        with client_of(app, "two") as other:
+        with client_of(app, SECOND) as other:
             for answer in (
                 other.get(f"/api/jobs/{job_id}"),
                 other.post(f"/api/jobs/{job_id}/cancel"),
@@ -267,11 +267,11 @@ class TestRefusals:
             answer = app.client.get(path, headers=headers)
             assert problem_of(answer) == (401, "invalid_api_key")
             assert answer.headers["www-authenticate"] == "Bearer"
-        answer = app.client.post("/api/jobs", json=BODY | {"key": "one"}, headers=headers)
+        answer = app.client.post("/api/jobs", json=BODY | {"key": FIRST}, headers=headers)
         assert problem_of(answer) == (401, "invalid_api_key")
 
     def test_key_in_its_own_header(self, app: LiveApp) -> None:
-        assert app.client.get("/api/jobs", headers={"X-API-Key": "one"}).status_code == 200
+        assert app.client.get("/api/jobs", headers={"X-API-Key": FIRST}).status_code == 200
 
     def test_fields(self, client: httpx.Client) -> None:
         answer = client.post("/api/jobs", json={"prompt": 1, "init_image": "x", "extra": 1})
@@ -353,7 +353,7 @@ class TestIdempotency:
     def test_keys_of_two_owners_are_apart(self, client: httpx.Client, app: LiveApp) -> None:
         headers = {"Idempotency-Key": "shared"}
         mine = client.post("/api/jobs", json=BODY, headers=headers).json()
-        with client_of(app, "two") as other:
+        with client_of(app, SECOND) as other:
             theirs = other.post("/api/jobs", json=BODY | {"seed": 9}, headers=headers)
         assert theirs.status_code == 202
         assert theirs.json()["id"] != mine["id"]
@@ -394,7 +394,7 @@ class TestIdempotency:
         ready = threading.Barrier(20)
 
         def send(_index: int) -> list[tuple[int, int]]:
-            with client_of(app, "one") as own:
+            with client_of(app, FIRST) as own:
                 ready.wait(30)
                 answers = [
                     own.post("/api/jobs", json=BODY, headers={"Idempotency-Key": "hundred"})
@@ -451,7 +451,7 @@ def test_description_names_every_answer(client: httpx.Client) -> None:
         if path.startswith(("/api/jobs", "/api/deliveries", "/api/webhooks"))
         for method, call in methods.items()
     }
-    always = {"401", "429", "500", "503", "default"}
+    always = {"401", "403", "429", "500", "503", "default"}
     assert declared[("/api/jobs", "post")] == {"200", "202", "400", "413", "422"} | always
     assert declared[("/api/jobs", "get")] == {"200", "422"} | always
     assert declared[("/api/jobs/{job_id}", "get")] == {"200", "404"} | always

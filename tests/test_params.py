@@ -141,7 +141,7 @@ def test_rows_from_before_the_mask_controls_are_read_as_their_defaults() -> None
         "mask_blur",
         "match_colours",
     }
-    later = {*controls, "model"}
+    later = {*controls, "model", "must_be_checked"}
     row = {name: value for name, value in params().to_json().items() if name not in later}
 
     assert len(row) == 12

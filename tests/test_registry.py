@@ -277,7 +277,10 @@ def test_safety_checker_needs_its_feature_extractor(folder: Path) -> None:
 
 
 def change_index(folder: Path, **changes: list[str | None]) -> None:
-    path = folder / "model_index.json"
+    change_json(folder / "model_index.json", **changes)
+
+
+def change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -378,6 +381,86 @@ def test_pickled_weights_are_not_loaded(folder: Path, name: str) -> None:
 
     with pytest.raises(ModelUnavailable, match=f"cannot load .*{name}"):
         load(folder)
+
+
+class Intruder:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self._path}",)
+
+
+@pytest.mark.parametrize("is_hostile", [True, False], ids=["code", "weights"])
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("unet", "diffusion_pytorch_model.safetensors.index.json"),
+        ("vae", "diffusion_pytorch_model.safetensors.index.json"),
+        ("text_encoder", "model.safetensors.index.json"),
+        ("text_encoder", "config.json"),
+    ],
+)
+def test_pickles_named_in_place_of_weights_are_not_opened(
+    folder: Path, tmp_path: Path, name: str, index: str, is_hostile: bool
+) -> None:
+    path = folder / name / WEIGHTS[name]
+    weights, mark = load_file(path), tmp_path / "intruded"
+    pickled = path.with_name("adapter_model.bin")
+    torch.save(Intruder(mark) if is_hostile else weights, pickled)
+    path.unlink()
+    if index == "config.json":
+        change_json(path.with_name(index), transformers_weights=pickled.name)
+    else:
+        names = dict.fromkeys(weights, pickled.name)
+        total = {"total_size": sum(each.nbytes for each in weights.values())}
+        path.with_name(index).write_text(json.dumps({"metadata": total, "weight_map": names}))
+
+    with pytest.raises(ModelUnavailable, match=r"names 'adapter_model\.bin', which is no"):
+        load(folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("other", ["../unet/x.safetensors", "/x.safetensors", "x", 7, None])
+def test_index_names_files_of_its_folder_only(folder: Path, other: object) -> None:
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": other}}))
+
+    with pytest.raises(ModelUnavailable, match="which is no .safetensors file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 7}'])
+def test_damaged_index_is_named(folder: Path, content: str) -> None:
+    index = folder / "text_encoder" / "model.safetensors.index.json"
+    index.write_text(content)
+
+    with pytest.raises(ModelUnavailable, match=r"index\.json cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS])
+def test_weights_in_shards_are_loaded(folder: Path, name: str) -> None:
+    """Also beside an index of pickles, which is not looked at."""
+    path = folder / name / WEIGHTS[name]
+    pickles = path.with_name("pytorch_model.bin.index.json")
+    pickles.write_text(json.dumps({"weight_map": {"x": "pytorch_model-00001-of-00002.bin"}}))
+    weights = load_file(path)
+    path.unlink()
+    places = {
+        key: f"{path.stem}-{n % 2 + 1:05}-of-00002.safetensors" for n, key in enumerate(weights)
+    }
+    for shard in {*places.values()}:
+        part = {key: weights[key] for key in weights if places[key] == shard}
+        save_file(part, path.with_name(shard), metadata={"format": "pt"})
+    total = {"total_size": sum(each.nbytes for each in weights.values())}
+    index = path.with_name(f"{path.name}.index.json")
+    index.write_text(json.dumps({"metadata": total, "weight_map": places}))
+
+    loaded = getattr(load(folder), name).state_dict()
+    assert all(torch.equal(weights[key], loaded[key]) for key in weights)
 
 
 def test_class_named_by_the_checkpoint_is_not_believed(folder: Path) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from models.builtin.scenes import COLOURS, SHAPES, Anchor, coverage
+from models.errors import NoSafetyChecker
 from models.params import InpaintParams
 from models.pipeline import InpaintPipeline, Picture, Source
 from models.registry import Components, ModelSpec, load_components
@@ -195,6 +196,16 @@ def test_checkpoint_without_a_checker_gives_no_verdict(builtin: Components) -> N
     assert not InpaintPipeline(bare).has_safety_checker
     assert picture.is_flagged is None
     np.testing.assert_array_equal(picture.image, init_image)
+
+
+def test_no_picture_is_made_that_must_be_checked_and_cannot(builtin: Components) -> None:
+    bare = dataclasses.replace(builtin, safety_checker=None, feature_extractor=None)
+    params = InpaintParams(prompt="", seed=0, width=64, height=64, must_be_checked=True)
+    source = Source(np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8))
+
+    with pytest.raises(NoSafetyChecker):
+        InpaintPipeline(bare).prepare(params, source)
+    InpaintPipeline(builtin).prepare(params, source)
 
 
 def test_blank_picture_is_black_and_of_equal_size() -> None:

@@ -22,7 +22,7 @@ from server.database import open_engine
 from tests.processes import ServerProcess, image_host, serving
 
 PLAIN_KEY = "canary-plain-key"
-FILE_KEY = "canary-file-key"
+FILE_KEY = "canary-file-key-7"
 WEBHOOK_SECRET = base64.b64encode(b"canary webhook secret of 32 byte").decode()
 
 COLUMNS = {

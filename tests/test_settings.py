@@ -98,7 +98,7 @@ def test_open_server_beyond_loopback_is_refused(
         load_settings(host=host).refuse_open_server()
     environment(AUTH__ALLOW_ANONYMOUS="true")
     load_settings(host=host).refuse_open_server()
-    environment(AUTH__ALLOW_ANONYMOUS="false", AUTH__KEYS="long-random-key")
+    environment(AUTH__ALLOW_ANONYMOUS="false", AUTH__KEYS="long-and-random-key")
     load_settings(host=host).refuse_open_server()
     environment(AUTH__KEYS="", AUTH__KEYS_FILE="/run/secrets/keys")
     load_settings(host=host).refuse_open_server()
@@ -126,16 +126,23 @@ def test_unusable_webhook_secret_stops_the_start(secret: str, environment: Envir
         load_settings()
 
 
-def test_empty_key_is_refused(environment: Environment) -> None:
-    environment(AUTH__KEYS='["good", ""]')
-    with pytest.raises(ValidationError, match=r"auth\.keys"):
+@pytest.mark.parametrize("key", ["", "a", "fifteen-letters"])
+def test_short_keys_stop_the_start(key: str, environment: Environment) -> None:
+    environment(AUTH__KEYS=f'["long-and-random-key", "{key}"]')
+    with pytest.raises(ValidationError, match="must have 16 characters"):
         load_settings()
 
 
 def test_secrets_are_not_shown(environment: Environment) -> None:
-    environment(AUTH__KEYS="canary-1,canary-2", DATABASE_URL="postgresql://u:canary-3@db/x")
+    keys = ["canary-1-of-two-keys", "canary-2-of-two-keys"]
+    environment(
+        AUTH__KEYS=",".join(keys),
+        DATABASE_URL="postgresql://u:canary-3@db/x",
+        EGRESS__PROXY="http://u:canary%204@proxy:3128",
+    )
     settings = load_settings()
-    assert [key.get_secret_value() for key in settings.auth.keys] == ["canary-1", "canary-2"]
+    assert [key.get_secret_value() for key in settings.auth.keys] == keys
+    assert {*keys, "canary-3", "canary%204", "canary 4"} <= {*settings.secrets}
     assert "canary" not in f"{settings!r} {settings} {settings.auth.model_dump()}"
 
 

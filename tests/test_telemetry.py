@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 PREPARE = """
@@ -109,3 +110,25 @@ for _ in range(2):
     logging.getLogger("asyncio").error("at the same time")
 """)
     assert line["event"] == "at the same time"
+
+
+def test_keys_that_a_file_gets_later_are_taken_out(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.touch(0o600)
+    early, late = lines_of(f"""
+from pathlib import Path
+from server.auth import KeyRing
+from server.database import migrate, open_engine
+from server.keys import KeyStore
+from server.settings import AuthSettings
+engine = open_engine("sqlite:///{tmp_path}/inpaint.db")
+migrate(engine)
+file = Path("{file}")
+ring = KeyRing(AuthSettings(keys_file=file), KeyStore(engine), is_open_allowed=True)
+logger.info("before", detail="late-canary-of-the-file")
+for keys in ("late-canary-of-the-file", ""):
+    file.write_text(keys)
+    ring.refresh()
+logger.info("after", detail="its late-canary-of-the-file")
+""")
+    assert (early["detail"], late["detail"]) == ("late-canary-of-the-file", "its (secret)")

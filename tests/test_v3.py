@@ -27,6 +27,7 @@ from server.errors import (
     RateLimited,
     RouteNotFound,
     StorageUnavailable,
+    TooManyStreams,
 )
 from server.jobs import Job, JobState
 from server.settings import ErrorStatus, StepsPolicy
@@ -74,6 +75,7 @@ class TestReading:
             scheduler=None,
             model=None,
             safety_check=True,
+            must_be_checked=False,
             wants_base64=False,
             webhook=None,
             track_id=None,
@@ -178,7 +180,7 @@ class TestReading:
     def test_webhook(self, url: str) -> None:
         assert read(webhook=url).webhook == url
 
-    @pytest.mark.parametrize("track_id", [7, "7", 1.5, True, False, 0])
+    @pytest.mark.parametrize("track_id", [7, "7", 1.5, True, False, 0, "x" * 1_024])
     def test_track_id_keeps_its_type(self, track_id: object) -> None:
         kept = read(track_id=track_id).track_id
         assert (kept, type(kept)) == (track_id, type(track_id))
@@ -242,6 +244,12 @@ class TestFieldErrors:
             ("negative_prompt", [{}], "The negative prompt must be a string."),
             ("init_image", [5, ["a"]], "The init image must be a URL, base64 or a file."),
             ("webhook", ["ftp://x", "x", 5], "The webhook must be a valid URL."),
+            ("track_id", [["x"], {}, b"x"], "The track id must be a string or a number."),
+            (
+                "track_id",
+                ["x" * 1_025, 10**1_024],
+                "The track id may not be greater than 1024 characters.",
+            ),
         ],
     )
     def test_sentence(self, name: str, values: list[Any], sentence: str) -> None:
@@ -480,6 +488,7 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
     ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
     QueueFull: QueueFull(5),
+    TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(30, 60),
 }
 

@@ -18,7 +18,7 @@ from server.settings import Settings
 from server.webhooks import PINGS_PER_MINUTE
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY as V3_BODY
-from tests.test_app import settings_in, store_of
+from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_native_routes import BODY, claim, client_of, create, problem_of
 from tests.test_webhooks import WAIT_S, answer, receiver
 
@@ -28,7 +28,7 @@ SECRET = "whsec_" + "A" * 32
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     webhook = {"allow_cidrs": "127.0.0.0/8", "secret": [SecretStr(SECRET)], "timeout_s": 2}
-    return settings_in(tmp_path, auth={"keys": ["one", "two"]}, webhook=webhook)
+    return settings_in(tmp_path, auth={"keys": KEYS}, webhook=webhook)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 
 @pytest.fixture
 def client(app: LiveApp) -> Iterator[httpx.Client]:
-    with client_of(app, "one") as client:
+    with client_of(app, FIRST) as client:
         yield client
 
 
@@ -104,7 +104,7 @@ def test_dead_letters_are_listed_for_their_owner(
     assert client.get("/api/deliveries", params={"state": "pending"}).json()["deliveries"] == []
     page = client.get("/api/deliveries", params={"limit": 1}).json()
     assert page["next_before"] == job_id
-    with client_of(app, "two") as other:
+    with client_of(app, SECOND) as other:
         assert other.get("/api/deliveries").json()["deliveries"] == []
     assert problem_of(client.get("/api/deliveries?state=lost")) == (422, "invalid_fields")
 
@@ -168,7 +168,7 @@ def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx.Client) -> None:
         if answer.status_code != 200:
             break
     assert problem_of(answer) == (429, "rate_limited")
-    with client_of(app, "two") as other:
+    with client_of(app, SECOND) as other:
         assert other.post("/api/webhooks/ping", json=body).status_code == 200
 
 

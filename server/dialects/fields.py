@@ -17,6 +17,9 @@ INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
 MAX_TEXT_CHARS = 8_000
 """Of a prompt as sent; enhancement makes it longer."""
 
+MAX_TRACK_ID_CHARS = 1_024
+"""Written out. It goes into the job's row and back in the webhook call."""
+
 
 class FieldReader:
     """Takes values out of a request's fields and notes what is wrong with them.
@@ -50,7 +53,7 @@ class FieldReader:
             self._refuse(name, "must be a string.")
             return None
         if len(str(value)) > max_chars:
-            self._refuse(name, f"may not be greater than {max_chars} characters.")
+            self._refuse_length(name, max_chars)
             return None
         return str(value)
 
@@ -142,15 +145,20 @@ class FieldReader:
             return None
         return url
 
-    def scalar(self, name: str) -> str | int | float | bool | None:
-        """Any JSON scalar, with the type it came with."""
+    def scalar(self, name: str, max_chars: int) -> str | int | float | bool | None:
+        """Any JSON scalar, with the type it came with. max_chars: of its text."""
         value = self.value(name)
-        if value is None or isinstance(value, str | bool | int):
-            return value
-        if isinstance(value, float) and math.isfinite(value):
-            return value
-        self._refuse(name, "must be a string or a number.")
-        return None
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and not (isinstance(value, str | int | float) and is_finite):
+            self._refuse(name, "must be a string or a number.")
+            return None
+        if len(str(value)) > max_chars:
+            self._refuse_length(name, max_chars)
+            return None
+        return value
+
+    def _refuse_length(self, name: str, max_chars: int) -> None:
+        self._refuse(name, f"may not be greater than {max_chars} characters.")
 
     def _refuse(self, name: str, sentence: str) -> None:
         self.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")

@@ -33,14 +33,13 @@ from models.params import (
     InpaintParams,
     SchedulerName,
 )
-from server.dialects.fields import is_https, is_web_address
+from server.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.downloads import ImageSource
 from server.errors import InvalidBody, InvalidRequest, JobNotFound
 from server.idempotency import Idempotency
 
 DIALECT = "native"
 MAX_URL_CHARS = 2_048
-MAX_TRACK_ID_CHARS = 1_024
 MAX_REPORTED_FIELDS = 50
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 """Visible ASCII, as in a header of one word."""
@@ -276,6 +275,7 @@ class NativeJob:
         """Raises: InvalidRequest."""
         given = {name: getattr(self.request, name) for name in PARAMETERS}
         given["safety_check"] |= self.force_safety_check
+        given["must_be_checked"] = self.force_safety_check
         try:
             return InpaintParams(**given, width=width, height=height, seed=self.seed)
         except InvalidInput as error:

@@ -17,11 +17,13 @@ from server.errors import (
     InvalidBody,
     InvalidRequest,
     JobNotFound,
+    LoopbackOnly,
     QueueFull,
     RateLimited,
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    TooManyStreams,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -55,9 +57,15 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     InvalidRequest: (422, "invalid_fields", "Fields are missing or wrong"),
     ImageUnavailable: (422, "image_unavailable", "An image cannot be used"),
     InvalidApiKey: (401, "invalid_api_key", "The API key is missing or unknown"),
+    LoopbackOnly: (
+        403,
+        "loopback_only",
+        "Without API keys this server serves its own machine only",
+    ),
     JobNotFound: (404, "job_not_found", "There is no such job of this key"),
     RouteNotFound: (404, "not_found", "There is no such path"),
     QueueFull: (429, "queue_full", "Too many jobs are waiting"),
+    TooManyStreams: (429, "too_many_streams", "The key has too many event streams open"),
     RateLimited: (429, "rate_limited", "Too many calls, or wrong keys, in a minute"),
     ServerBusy: (503, "server_busy", "The server has no room for the request now"),
     StorageUnavailable: (503, "storage_unavailable", "The server cannot store requests now"),
@@ -150,7 +158,7 @@ def declare(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """
     declared: dict[int | str, dict[str, Any]] = {
         status: describe_answer(titles_of(status))
-        for status in sorted({*statuses, 401, 429, 503, 500})
+        for status in sorted({*statuses, 401, 403, 429, 503, 500})
     }
     # One reference by class makes FastAPI list the schema that the others name.
     return declared | {"default": {"model": Problem, **describe_answer("Any other error")}}

@@ -18,7 +18,7 @@ from models.params import (
     InpaintParams,
     SchedulerName,
 )
-from server.dialects.fields import FieldReader
+from server.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
 from server.downloads import ImageSource
 from server.errors import (
     ApiError,
@@ -30,11 +30,13 @@ from server.errors import (
     InvalidBody,
     InvalidRequest,
     JobNotFound,
+    LoopbackOnly,
     QueueFull,
     RateLimited,
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    TooManyStreams,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState
 from server.settings import ErrorStatus, StepsPolicy
@@ -78,6 +80,7 @@ class V3Request:
     scheduler: SchedulerName | None
     model: str | None
     safety_check: bool
+    must_be_checked: bool
     wants_base64: bool
     webhook: str | None
     track_id: Any
@@ -100,6 +103,7 @@ class V3Request:
                 scheduler=self.scheduler,
                 model=self.model,
                 safety_check=self.safety_check,
+                must_be_checked=self.must_be_checked,
             )
         except InvalidInput as error:
             raise InvalidRequest(
@@ -140,9 +144,10 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         scheduler=reader.scheduler(),
         model=read_model(reader, policy.models),
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
+        must_be_checked=policy.force_safety_check,
         wants_base64=reader.flag("base64", default=False),
         webhook=reader.web_address("webhook", https_only=policy.https_webhooks),
-        track_id=reader.scalar("track_id"),
+        track_id=reader.scalar("track_id", MAX_TRACK_ID_CHARS),
     )
     if reader.errors:
         raise InvalidRequest(reader.errors)
@@ -329,10 +334,12 @@ HTTP_STATUS: dict[type[ApiError], int] = {
     InvalidRequest: 400,
     ImageUnavailable: 400,
     InvalidApiKey: 401,
+    LoopbackOnly: 403,
     JobNotFound: 404,
     RouteNotFound: 404,
     Conflict: 409,
     QueueFull: 429,
+    TooManyStreams: 429,
     RateLimited: 429,
     ServerBusy: 503,
     StorageUnavailable: 503,
@@ -368,6 +375,13 @@ def write_error(error: ApiError, request_id: str) -> Body:
                     for name, problem in problems.items()
                 },
             }
+        case TooManyStreams(limit=limit, retry_after_s=seconds):
+            return {
+                "status": "error",
+                "message": f"Rate limit exceeded. Maximum {limit} event streams allowed.",
+                "tips": "Close streams that are no longer needed, then try again.",
+                "retry_after": seconds,
+            }
         case QueueFull(limit=limit, retry_after_s=seconds):
             return {
                 "status": "error",
@@ -396,6 +410,9 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
     match error:
         case InvalidApiKey():
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
+        case LoopbackOnly():
+            sentence = "Without API keys this server serves its own machine only"
+            return sentence, "Its operator makes keys with `inpaint-server keys create`."
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
         case Conflict():
