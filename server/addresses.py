@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from server.settings import IpNetwork
+from server.settings import FetchSettings, IpNetwork, WebhookSettings
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -104,6 +104,31 @@ class AddressPolicy:
     def names(self, host: str) -> bool:
         """Whether an operator allows this host by name."""
         return host.lower() in map(str.lower, self.allow_hosts)
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """On whose behalf an address is reached: what is limited or kept is told apart by it.
+
+    allow_cidrs, allow_hosts: what this caller may reach besides what the settings allow everybody.
+    """
+
+    key_id: str = "anonymous"
+    allow_cidrs: Sequence[IpNetwork] = ()
+    allow_hosts: Sequence[str] = ()
+
+    def widen(
+        self,
+        settings: FetchSettings | WebhookSettings,
+        nat64_prefixes: Sequence[ipaddress.IPv6Network],
+    ) -> AddressPolicy:
+        """The policy for this caller."""
+        return AddressPolicy(
+            (*settings.allow_cidrs, *self.allow_cidrs),
+            (*settings.allow_hosts, *self.allow_hosts),
+            settings.allow_ports,
+            nat64_prefixes,
+        )
 
 
 def is_public(address: IpAddress) -> bool:

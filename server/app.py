@@ -64,7 +64,13 @@ def create_app(settings: Settings) -> FastAPI:
         listeners = listeners_of(settings)
         fetch_door, webhook_door = (Door(settings.egress, listeners) for _ in range(2))
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        webhooks = WebhookSender(settings.webhook, deliveries, store, webhook_door)
+        webhooks = WebhookSender(
+            settings.webhook,
+            deliveries,
+            store,
+            webhook_door,
+            rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
+        )
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
         with (
             Threads(STORE_THREADS, "store") as store_threads,

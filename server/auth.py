@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.addresses import Rights
 from server.errors import InvalidApiKey, RateLimited
-from server.keys import IpNetwork, KeyLimits, KeyStore, digest_of
+from server.keys import KeyLimits, KeyStore, digest_of
 from server.limits import TokenBuckets
 from server.settings import MIN_KEY_CHARS, AuthSettings
 from server.telemetry import learn_secrets
@@ -41,9 +42,14 @@ class Caller:
     limits: KeyLimits = KeyLimits()
 
     @property
-    def fetch_networks(self) -> tuple[IpNetwork, ...]:
-        """Private networks this caller's images may come from, besides those of the settings."""
-        return self.limits.fetch_networks
+    def fetch_rights(self) -> Rights:
+        """Where this caller's images may come from."""
+        return Rights(self.key_id, self.limits.fetch_networks, self.limits.fetch_hosts)
+
+    @property
+    def webhook_rights(self) -> Rights:
+        """Where this caller's webhooks may go."""
+        return Rights(self.key_id, self.limits.webhook_networks, self.limits.webhook_hosts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class KeyRing:
         self._failures = TokenBuckets(monotonic)
         self._trusted: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._known: Mapping[str, Sequence[KnownKey]] = {}
+        self._callers: Mapping[str, Caller] = {}
         self._is_open = False
         self.refresh()
 
@@ -109,6 +116,7 @@ class KeyRing:
         has_keys = bool(known or stored or self._settings.keys_file)
         self._is_open = self._is_open_allowed and not has_keys
         self._known = dict(by_head)
+        self._callers = {each.caller.key_id: each.caller for each in known}
 
     @property
     def serves_loopback_only(self) -> bool:
@@ -143,6 +151,10 @@ class KeyRing:
             if wait_s is not None:
                 raise RateLimited(wait_s, per_minute)
         return caller
+
+    def caller_of(self, key_id: str) -> Caller:
+        """Whose jobs these are, with the limits of today: none are left of a key that has ended."""
+        return self._callers.get(key_id, Caller(key_id))
 
     def _find(self, digest: str) -> Caller | None:
         # All candidates are compared whole, so that the time taken says nothing about them.

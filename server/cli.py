@@ -126,14 +126,25 @@ def add_keys_commands(
     each.add_argument("--requests-per-minute", type=int, metavar="N", help="API calls it may make")
     each.add_argument("--max-waiting", type=int, metavar="N", help="its jobs that may wait")
     each.add_argument("--priority", type=int, default=0, metavar="N", help="higher goes first")
-    each.add_argument(
-        "--fetch-network",
-        type=ipaddress.ip_network,
-        action="append",
-        default=[],
-        metavar="CIDR",
-        help="private network its images may come from; may be repeated",
-    )
+    for what, reach in (
+        ("fetch", "its images may come from"),
+        ("webhook", "its webhooks may go to"),
+    ):
+        each.add_argument(
+            f"--{what}-network",
+            type=ipaddress.ip_network,
+            action="append",
+            default=[],
+            metavar="CIDR",
+            help=f"private network {reach}; may be repeated",
+        )
+        each.add_argument(
+            f"--{what}-host",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help=f"exact host name {reach}, whatever its address; may be repeated",
+        )
     each.add_argument(
         "--force-safety-checker", action="store_true", help="its pictures are always checked"
     )

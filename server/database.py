@@ -247,6 +247,9 @@ api_keys = Table(
     Column("max_waiting", Integer),
     Column("priority", Integer, nullable=False),
     Column("fetch_networks", JSON, nullable=False),
+    Column("fetch_hosts", JSON),
+    Column("webhook_networks", JSON),
+    Column("webhook_hosts", JSON),
     Column("force_safety_checker", Boolean, nullable=False),
 )
 

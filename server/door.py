@@ -15,6 +15,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import httpx
 
@@ -114,7 +115,7 @@ class Door:
         self._listeners = listeners
         self._lookups = Lookups(resolver)
         self._dialler = dialler or dial
-        self._tls = tls or default_tls()
+        self._tls = tls or tls_context(settings.ca_file)
         self._kept: list[Kept] = []
         self._unreachable: dict[tuple[str, int], float] = {}
 
@@ -343,6 +344,12 @@ def is_local(address: str) -> bool:
 
 
 @functools.cache
-def default_tls() -> ssl.SSLContext:
-    """Certificates are verified against the public authorities. Built once: that takes 20 ms."""
-    return httpx.create_ssl_context(trust_env=False)
+def tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Certificates are verified against the public authorities, and those of the file.
+
+    Built once: that takes 20 ms. Raises: OSError.
+    """
+    context = httpx.create_ssl_context(trust_env=False)
+    if ca_file is not None:
+        context.load_verify_locations(ca_file)
+    return context

@@ -6,7 +6,8 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from server.egress import ANYBODY, Fetcher, FetchFailed, FetchRights
+from server.addresses import Rights
+from server.egress import ANYBODY, Fetcher, FetchFailed
 from server.errors import ImageProblem, ImageUnavailable
 from server.jobs import OUTPUT_STEM
 
@@ -66,7 +67,7 @@ async def download_images(
     sources: dict[str, ImageSource],
     fetcher: Fetcher,
     max_bytes: int,
-    rights: FetchRights = ANYBODY,
+    rights: Rights = ANYBODY,
     own: OwnOutputs | None = None,
 ) -> dict[str, bytes]:
     """All images at once, by parameter name.

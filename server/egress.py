@@ -9,16 +9,16 @@ log has the reason.
 import asyncio
 import email.utils
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import httpx
 
-from server.addresses import AddressPolicy, Refused, checked_url, host_of, redirected
+from server.addresses import AddressPolicy, Refused, Rights, checked_url, host_of, redirected
 from server.door import NETWORK_ERRORS, Door
 from server.errors import ImageProblem
 from server.exchange import BodyTooLarge
-from server.settings import FetchSettings, IpNetwork
+from server.settings import FetchSettings
 from server.slots import Slots
 from server.telemetry import get_logger
 
@@ -42,19 +42,7 @@ class FetchFailed(Exception):
         super().__init__(kind.value)
 
 
-@dataclass(frozen=True, slots=True)
-class FetchRights:
-    """On whose behalf a fetch is made: places and pictures kept are told apart by it.
-
-    allow_cidrs, allow_hosts: what this caller may reach besides what the settings allow everybody.
-    """
-
-    key_id: str = "anonymous"
-    allow_cidrs: Sequence[IpNetwork] = ()
-    allow_hosts: Sequence[str] = ()
-
-
-ANYBODY = FetchRights()
+ANYBODY = Rights()
 
 
 class Fetcher:
@@ -75,7 +63,7 @@ class Fetcher:
         if self._is_own_door:
             await self._door.aclose()
 
-    async def get(self, url: str, rights: FetchRights = ANYBODY) -> bytes:
+    async def get(self, url: str, rights: Rights = ANYBODY) -> bytes:
         """The body behind a URL. Raises: FetchFailed."""
         try:
             target = checked_url(url)
@@ -96,8 +84,8 @@ class Fetcher:
             logger.info(event, detail=f"{host_of(target)}: {type(error).__name__}: {error}")
             raise FetchFailed(ImageProblem.NOT_REACHABLE) from error
 
-    async def _follow(self, target: httpx.URL, rights: FetchRights) -> bytes:
-        policy = self._policy_of(rights)
+    async def _follow(self, target: httpx.URL, rights: Rights) -> bytes:
+        policy = rights.widen(self._settings, self._door.nat64_prefixes)
         for _ in range(MAX_REDIRECTS + 1):
             answer = await self._ask(target, rights.key_id, policy)
             if isinstance(answer, bytes):
@@ -127,15 +115,6 @@ class Fetcher:
             body = await answer.read(self._settings.connect_timeout_s)
             self._pictures.put(key_id, str(url), Picture(body, conditions_of(answer.headers)))
             return body
-
-    def _policy_of(self, rights: FetchRights) -> AddressPolicy:
-        settings = self._settings
-        return AddressPolicy(
-            (*settings.allow_cidrs, *rights.allow_cidrs),
-            (*settings.allow_hosts, *rights.allow_hosts),
-            settings.allow_ports,
-            self._door.nat64_prefixes,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from models.params import InpaintParams
 from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
-from server.egress import FetchRights
 from server.errors import ApiError, JobNotFound, QueueFull, ServerBusy
 from server.idempotency import Idempotency
 from server.jobs import OUTPUT_FOLDER, Job, JobStore, NewJob, QueueShare
@@ -157,7 +156,7 @@ async def take_in(
         sources,
         services.fetcher,
         max_bytes,
-        FetchRights(caller.key_id, caller.fetch_networks),
+        caller.fetch_rights,
         OwnOutputs(f"{base_url}/{OUTPUT_FOLDER}/", functools.partial(read_output, services)),
     )
     fetched = time.perf_counter()

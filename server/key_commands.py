@@ -34,6 +34,9 @@ def create(store: KeyStore, options: argparse.Namespace) -> int:
         max_waiting=options.max_waiting,
         priority=options.priority,
         fetch_networks=tuple(options.fetch_network),
+        fetch_hosts=tuple(options.fetch_host),
+        webhook_networks=tuple(options.webhook_network),
+        webhook_hosts=tuple(options.webhook_host),
         force_safety_checker=options.force_safety_checker,
     )
     show(*store.create(options.name, limits, options.expires_in))

@@ -22,6 +22,10 @@ from server.database import api_keys, read_only
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 KEY_PREFIX = "sd_"
+LISTS_OF_NETWORKS = ("fetch_networks", "webhook_networks")
+LISTS_OF_HOSTS = ("fetch_hosts", "webhook_hosts")
+"""Limits that are lists. NULL is an empty one: an earlier release does not know the column."""
+
 PREFIX_CHARS = 9
 """Of a key, shown in lists so that people can tell keys apart: 6 of its 43 random characters."""
 
@@ -33,7 +37,8 @@ class KeyLimits:
     requests_per_minute: API calls, polls included.
     max_waiting: jobs of this key that may wait at a time.
     priority: of its jobs in the queue; higher goes first.
-    fetch_networks: private networks its images may come from, besides those of the settings.
+    fetch_networks, fetch_hosts: where its images may come from, besides what the settings allow.
+    webhook_networks, webhook_hosts: where its webhooks may go.
     force_safety_checker: its pictures are always checked.
     """
 
@@ -41,6 +46,9 @@ class KeyLimits:
     max_waiting: int | None = None
     priority: int = 0
     fetch_networks: tuple[IpNetwork, ...] = ()
+    fetch_hosts: tuple[str, ...] = ()
+    webhook_networks: tuple[IpNetwork, ...] = ()
+    webhook_hosts: tuple[str, ...] = ()
     force_safety_checker: bool = False
 
     def __post_init__(self) -> None:
@@ -138,7 +146,8 @@ class KeyStore:
     ) -> tuple[str, StoredKey]:
         key = KEY_PREFIX + secrets.token_urlsafe(32)
         values: dict[str, Any] = asdict(limits)
-        values["fetch_networks"] = [str(network) for network in limits.fetch_networks]
+        for column in LISTS_OF_NETWORKS:
+            values[column] = [str(network) for network in getattr(limits, column)]
         query = insert(api_keys).values(
             digest=digest_of(key),
             key_id=key_id,
@@ -161,5 +170,8 @@ def to_stored_key(row: Row[Any]) -> StoredKey:
     """A row of `api_keys`, its limits gathered."""
     values = dict(row._mapping)
     limits = {name: values.pop(name) for name in KeyLimits.__dataclass_fields__}
-    limits["fetch_networks"] = tuple(map(ipaddress.ip_network, limits["fetch_networks"]))
+    for name in LISTS_OF_NETWORKS:
+        limits[name] = tuple(map(ipaddress.ip_network, limits[name] or ()))
+    for name in LISTS_OF_HOSTS:
+        limits[name] = tuple(limits[name] or ())
     return StoredKey(**values, limits=KeyLimits(**limits))

@@ -123,6 +123,7 @@ async def create_job(
             body,
             force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
             models=settings.offered_models,
+            https_webhooks=settings.webhook.https_only,
         )
         return asked, native.read_idempotency(idempotency_key, asked.request)
 
@@ -251,14 +252,14 @@ async def list_deliveries(
     responses=declare(400, 413, 422),
     openapi_extra=describe_body(native.PingRequest),
 )
-async def ping(request: Request, services: ServicesOf, key_id: KeyId) -> PingAnswer:
+async def ping(request: Request, services: ServicesOf, caller: CallerOf) -> PingAnswer:
     """Send a signed test event to a URL, as a webhook would be sent, and tell what came back.
 
     30 a minute. Why there was no answer is not told: it is in the server's log.
     """
     body = await read_json(request, services.settings.max_body_bytes)
-    url = native.read_ping(body)
-    return native_answers.write_ping(*await services.webhooks.ping(url, key_id))
+    url = native.read_ping(body, https_only=services.settings.webhook.https_only)
+    return native_answers.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
 
 
 async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:

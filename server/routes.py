@@ -201,6 +201,7 @@ def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:
         force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
         enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
         models=settings.offered_models,
+        https_webhooks=settings.webhook.https_only,
     )
 
 

@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FilePath,
     SecretStr,
     model_validator,
 )
@@ -90,6 +91,13 @@ def checked_nat64(prefix: ipaddress.IPv6Network) -> ipaddress.IPv6Network:
     return prefix
 
 
+def checked_authorities(file: Path) -> Path:
+    """A file of certificates in PEM. Raises: ValueError."""
+    if b"-----BEGIN CERTIFICATE-----" not in file.read_bytes():
+        raise ValueError("must be certificates in PEM")
+    return file
+
+
 class StepsPolicy(StrEnum):
     """`vendor`: the vendor's listed values, one step less; `exact`: as asked."""
 
@@ -152,10 +160,12 @@ class EgressSettings(Section):
 
     proxy: `http://host:port` through which all of them go; it then decides where names lead.
     nat64_prefixes: networks whose addresses are judged by the IPv4 address within.
+    ca_file: certificates in PEM of authorities that are trusted besides the public ones.
     """
 
     proxy: Annotated[SecretStr, AfterValidator(checked_proxy)] | None = None
     nat64_prefixes: ListOf[Annotated[ipaddress.IPv6Network, AfterValidator(checked_nat64)]] = ()
+    ca_file: Annotated[FilePath, AfterValidator(checked_authorities)] | None = None
 
 
 class FetchSettings(Section):
@@ -183,6 +193,7 @@ class WebhookSettings(Section):
     """Where webhooks may go, and how they are sent.
 
     secret: Standard Webhooks secrets `whsec_…`; several while one replaces another.
+    https_only: calls to http addresses are neither accepted nor made.
     hold_after_failures: failures in a row after which a host is spared.
     hold_s: for so long at first, doubled with each failure up to a quarter of an hour.
     """
@@ -190,6 +201,7 @@ class WebhookSettings(Section):
     allow_cidrs: ListOf[IpNetwork] = ()
     allow_hosts: ListOf[str] = ()
     allow_ports: ListOf[Port] = ()
+    https_only: bool = False
     secret: ListOf[Annotated[SecretStr, AfterValidator(checked_secret)]] = ()
     timeout_s: float = 15
     max_concurrent: int = 64

@@ -14,13 +14,13 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.addresses import AddressPolicy, Refused, checked_url
+from server.addresses import Refused, Rights, checked_url
 from server.circuits import Circuits
 from server.deliveries import Attempt, Delivery, DeliveryStore, host_of
 from server.dialects import native, native_answers, v3
@@ -53,8 +53,8 @@ PINGS_PER_MINUTE = 30
 PING_PLACES, PING_PLACES_PER_KEY = 16, 4
 """Pings under way at a time."""
 
-OPERATOR = "operator"
-"""In the place of a key's id, for what no key has asked for."""
+OPERATOR = Rights("operator")
+"""For what no key has asked for."""
 
 NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
@@ -67,12 +67,6 @@ class WebhookCaller:
         self._settings = settings
         self._is_own_door = door is None
         self._door = door or Door()
-        self._policy = AddressPolicy(
-            settings.allow_cidrs,
-            settings.allow_hosts,
-            settings.allow_ports,
-            self._door.nat64_prefixes,
-        )
 
     async def __aenter__(self) -> "WebhookCaller":
         return self
@@ -81,17 +75,17 @@ class WebhookCaller:
         if self._is_own_door:
             await self._door.aclose()
 
-    async def ping(self, url: str, key_id: str = OPERATOR) -> tuple[str, Attempt]:
+    async def ping(self, url: str, rights: Rights = OPERATOR) -> tuple[str, Attempt]:
         """A test event to any address that a webhook may have: its id, and how it went."""
         message_id = f"msg_{uuid.uuid4().hex}"
-        return message_id, await self.send(url, message_id, {"type": "ping"}, key_id)
+        return message_id, await self.send(url, message_id, {"type": "ping"}, rights)
 
     async def send(
-        self, url: str, message_id: str, values: dict[str, Any], key_id: str = OPERATOR
+        self, url: str, message_id: str, values: dict[str, Any], rights: Rights = OPERATOR
     ) -> Attempt:
         """One signed POST, and how it went.
 
-        values: the body, as JSON. key_id: of who named the URL.
+        values: the body, as JSON. rights: of who named the URL.
         """
         started_at, started = time.time(), time.perf_counter()
         status, retry_after_s, outcome = None, None, "answered"
@@ -99,23 +93,26 @@ class WebhookCaller:
             body = json.dumps(values).encode()
             headers = sign(message_id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(url, body, headers, key_id)
+                status, retry_after_s = await self._post(url, body, headers, rights)
         except (Refused, *NETWORK_ERRORS) as error:
             outcome = outcome_of(error)
-            reason = f"{host_of(key_id, url)}: {type(error).__name__}: {error}"
+            reason = f"{host_of(rights.key_id, url)}: {type(error).__name__}: {error}"
             logger.info("webhook not answered", detail=reason)
         duration_s = time.perf_counter() - started
         return Attempt(started_at, duration_s, status, outcome, retry_after_s)
 
     async def _post(
-        self, url: str, body: bytes, headers: dict[str, str], key_id: str
+        self, url: str, body: bytes, headers: dict[str, str], rights: Rights
     ) -> tuple[int, float | None]:
         """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
+        target = checked_url(url)
+        if self._settings.https_only and target.scheme != "https":
+            raise Refused("not https")
         async with self._door.request(
             "POST",
-            checked_url(url),
-            self._policy,
-            owner=key_id,
+            target,
+            rights.widen(self._settings, self._door.nat64_prefixes),
+            owner=rights.key_id,
             headers={"Content-Type": "application/json", **headers},
             max_body_bytes=MAX_REPLY_BYTES,
             timeout_s=self._settings.timeout_s,
@@ -127,7 +124,10 @@ class WebhookCaller:
 
 
 class WebhookSender:
-    """Sends what is due; run `run` as a task beside the server."""
+    """Sends what is due; run `run` as a task beside the server.
+
+    rights_of: what a key's webhooks may reach, by its id; nothing more than the settings' say.
+    """
 
     def __init__(
         self,
@@ -135,8 +135,10 @@ class WebhookSender:
         deliveries: DeliveryStore,
         jobs: JobStore,
         door: Door | None = None,
+        rights_of: Callable[[str], Rights] = Rights,
     ) -> None:
         self._settings = settings
+        self._rights_of = rights_of
         self._caller = WebhookCaller(settings, door)
         self._deliveries = deliveries
         self._jobs = jobs
@@ -171,13 +173,13 @@ class WebhookSender:
             async with asyncio.timeout(seconds):
                 await self._has_ended.wait()
 
-    async def ping(self, url: str, key_id: str) -> tuple[str, Attempt]:
+    async def ping(self, url: str, rights: Rights) -> tuple[str, Attempt]:
         """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
-        wait_s = self._pings.take(key_id, PINGS_PER_MINUTE)
+        wait_s = self._pings.take(rights.key_id, PINGS_PER_MINUTE)
         if wait_s is not None:
             raise RateLimited(wait_s, PINGS_PER_MINUTE)
-        async with self._ping_places.taken_by(key_id):
-            return await self._caller.ping(url, key_id)
+        async with self._ping_places.taken_by(rights.key_id):
+            return await self._caller.ping(url, rights)
 
     @property
     def held_hosts(self) -> list[str]:
@@ -251,8 +253,8 @@ class WebhookSender:
 
     async def _call(self, delivery: Delivery) -> Attempt:
         job = await self._threads.call(self._jobs.get, delivery.job_id)
-        body, key_id = (write_body(job), job.key_id) if job else ({}, OPERATOR)
-        return await self._caller.send(delivery.url, delivery.id, body, key_id)
+        body, rights = (write_body(job), self._rights_of(job.key_id)) if job else ({}, OPERATOR)
+        return await self._caller.send(delivery.url, delivery.id, body, rights)
 
 
 def outcome_of(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from server.intake import FEW_ARRIVALS
 from tests.http_stub import running_app
-from tests.test_app import settings_in
+from tests.test_app import FIRST, KEYS, SECOND, settings_in
 from tests.test_native_routes import BODY, client_of, create, problem_of
 
 BOUND_S = 60
@@ -44,14 +44,14 @@ def test_requests_of_one_key_are_limited_while_their_images_are_fetched(tmp_path
     patient = {"connect_timeout_s": BOUND_S, "total_timeout_s": BOUND_S}
     settings = settings_in(
         tmp_path,
-        auth={"keys": ["one", "two"]},
+        auth={"keys": KEYS},
         queue={"max_waiting_per_key": 1},
         fetch={"allow_cidrs": "127.0.0.0/8", **patient},
     )
     with (
         running_app(settings) as app,
-        client_of(app, "one") as greedy,
-        client_of(app, "two") as modest,
+        client_of(app, FIRST) as greedy,
+        client_of(app, SECOND) as modest,
         silent_host() as (url, is_let),
         ThreadPoolExecutor(FEW_ARRIVALS + 1) as threads,
     ):

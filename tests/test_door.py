@@ -304,6 +304,20 @@ class TestTls:
         trusting = ssl.create_default_context(cafile=certificate)
         run_with_door(work, lambda: Door(resolver=on_loopback, tls=trusting))
 
+    def test_authority_of_the_settings_is_trusted_for_images_and_webhooks(
+        self, certificate: Path
+    ) -> None:
+        async def work(door: Door) -> None:
+            async with keeping_host(tls=server_tls(certificate)) as host:
+                url = f"https://pictures.example:{host.port}/"
+                assert await ask(door, url) == b"picture"
+                assert await ask(door, url, method="POST") == b"picture"
+                with pytest.raises(ssl.SSLCertVerificationError, match="others.example"):
+                    await ask(door, url.replace("pictures", "others"))
+
+        settings = EgressSettings(ca_file=certificate)
+        run_with_door(work, lambda: Door(settings, resolver=on_loopback))
+
     def test_unknown_signer_is_refused(self, certificate: Path) -> None:
         async def work(door: Door) -> None:
             async with keeping_host(tls=server_tls(certificate)) as host:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from server.addresses import Rights
 from server.egress import (
     MAX_REDIRECTS,
     Fetcher,
     FetchFailed,
-    FetchRights,
     Picture,
     Pictures,
     conditions_of,
@@ -409,7 +409,7 @@ class TestPicturesKept:
                 if key_id is None:
                     host.version += 1
                 else:
-                    bodies.append(await fetcher.get(f"{stub.url}/a.png", FetchRights(key_id)))
+                    bodies.append(await fetcher.get(f"{stub.url}/a.png", Rights(key_id)))
             await fetcher.aclose()
             return bodies
 
@@ -495,9 +495,9 @@ class TestPicturesKept:
         async def run() -> tuple[object, object]:
             async with running_stub(answering(OK)) as stub:
                 fetcher = Fetcher(FetchSettings())
-                insider = await fetcher.get(stub.url, FetchRights("one", [LOOPBACK]))
+                insider = await fetcher.get(stub.url, Rights("one", [LOOPBACK]))
                 with pytest.raises(FetchFailed) as failed:
-                    await fetcher.get(stub.url, FetchRights("two"))
+                    await fetcher.get(stub.url, Rights("two"))
                 await fetcher.aclose()
                 return insider, failed.value.kind
 

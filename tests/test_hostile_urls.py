@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from server.addresses import Refused
+from server.addresses import Refused, Rights
 from server.door import Door, dial
 from server.egress import Fetcher, FetchFailed
 from server.errors import ImageProblem
@@ -108,7 +108,10 @@ def test_no_webhook_reaches_what_is_denied() -> None:
         caller = WebhookCaller(WebhookSettings(), trap.door)
         for hostile in HOSTILE_URLS:
             url = hostile.replace("PORT", str(trap.stub.port))
-            for attempt in (await caller.send(url, "msg_1", {}, "k"), (await caller.ping(url))[1]):
+            for attempt in (
+                await caller.send(url, "msg_1", {}, Rights("k")),
+                (await caller.ping(url))[1],
+            ):
                 assert (attempt.status, attempt.is_success) == (None, False), url
             assert (trap.recorder.dialled, trap.stub.connections) == ([], 0), url
 
@@ -121,7 +124,7 @@ def test_webhook_reaches_what_is_allowed() -> None:
     async def try_it(trap: Trap) -> None:
         settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.1"})
         url = f"http://loopback.example:{trap.stub.port}/"
-        attempt = await WebhookCaller(settings, trap.door).send(url, "msg_1", {}, "k")
+        attempt = await WebhookCaller(settings, trap.door).send(url, "msg_1", {}, Rights("k"))
         assert attempt.status == 200
 
     trap = trapped(try_it)

@@ -18,6 +18,9 @@ LIMITS = KeyLimits(
     max_waiting=5,
     priority=2,
     fetch_networks=(ip_network("10.1.0.0/16"), ip_network("fd00::/8")),
+    fetch_hosts=("nas.internal",),
+    webhook_networks=(ip_network("10.2.0.0/16"),),
+    webhook_hosts=("hooks.internal", "hooks2.internal"),
     force_safety_checker=True,
 )
 
@@ -93,6 +96,21 @@ def test_a_revoked_key_is_still_a_key(store: KeyStore) -> None:
     assert store.has_keys()
 
 
+def test_key_of_an_earlier_release_reaches_no_more_than_it_did(
+    store: KeyStore, engine: Engine
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO api_keys (digest, key_id, name, prefix, created_at, priority,"
+                " fetch_networks, force_safety_checker)"
+                " VALUES ('d', 'k', 'old', 'sd_', 0, 0, '[\"10.1.0.0/16\"]', false)"
+            )
+        )
+    (key,) = store.list_keys()
+    assert key.limits == KeyLimits(fetch_networks=(ip_network("10.1.0.0/16"),))
+
+
 @pytest.mark.parametrize("limits", [{"requests_per_minute": 0}, {"max_waiting": -1}])
 def test_limits_that_allow_nothing_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
@@ -106,6 +124,8 @@ class TestCommands:
     def test_life_of_a_key(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--expires-in", "90d", "--requests-per-minute", "60", "--max-waiting", "5"]
         networks = ["--fetch-network", "10.1.0.0/16", "--fetch-network", "fd00::/8"]
+        networks += ["--fetch-host", "nas.internal", "--webhook-network", "10.2.0.0/16"]
+        networks += ["--webhook-host", "hooks.internal", "--webhook-host", "hooks2.internal"]
         more = ["--priority", "2", "--force-safety-checker"]
         assert self.run(tmp_path, "create", "the team", *options, *networks, *more) == 0
         key, _ = capsys.readouterr()
@@ -120,7 +140,9 @@ class TestCommands:
         assert row[5][:10] == time.strftime("%Y-%m-%d", time.gmtime(time.time() + 90 * DAY_S))
         assert row[6] == (
             "requests_per_minute=60 max_waiting=5 priority=2 "
-            "fetch_networks=10.1.0.0/16,fd00::/8 force_safety_checker=True"
+            "fetch_networks=10.1.0.0/16,fd00::/8 fetch_hosts=nas.internal "
+            "webhook_networks=10.2.0.0/16 webhook_hosts=hooks.internal,hooks2.internal "
+            "force_safety_checker=True"
         )
         assert key.strip() not in listed
 

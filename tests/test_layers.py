@@ -65,7 +65,7 @@ SERVER = {
     "keys": "database",
     "key_commands": "database keys settings",
     "model_commands": "settings models.errors models.fingerprint models.manifests models.registry",
-    "auth": "errors keys limits settings telemetry",
+    "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
     "storage": "errors",
@@ -75,7 +75,7 @@ SERVER = {
     "lookups": "slots",
     "door": "addresses exchange lookups settings",
     "egress": "addresses door errors exchange settings slots telemetry",
-    "downloads": "egress errors jobs",
+    "downloads": "addresses egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
@@ -103,7 +103,7 @@ SERVER = {
     " slots telemetry threads",
     "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
     " storage threads waiters webhooks",
-    "intake": "auth decoder downloads egress errors idempotency jobs receipts sandbox services"
+    "intake": "auth decoder downloads errors idempotency jobs receipts sandbox services"
     " settings slots storage models.params",
     "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
     "native_events": "dialects followers jobs",

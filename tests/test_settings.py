@@ -238,3 +238,12 @@ def test_unknown_dtype_and_too_much_memory_are_refused(
     environment(**{name: value})
     with pytest.raises(ValidationError):
         load_settings()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate"])
+def test_authorities_must_be_certificates(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValidationError, match="ca_file"):
+        load_settings(egress={"ca_file": str(file)})

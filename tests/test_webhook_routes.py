@@ -17,8 +17,9 @@ from server.jobs import JobStore
 from server.settings import Settings
 from server.webhooks import PINGS_PER_MINUTE
 from tests.http_stub import LiveApp, running_app
+from tests.test_app import BODY as V3_BODY
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
-from tests.test_native_routes import claim, client_of, create, problem_of
+from tests.test_native_routes import BODY, claim, client_of, create, problem_of
 from tests.test_webhooks import WAIT_S, answer, receiver
 
 SECRET = "whsec_" + "A" * 32
@@ -184,6 +185,32 @@ def test_ping_of_no_url(body: dict[str, str], code: str, client: httpx.Client) -
     refused = client.post("/api/webhooks/ping", json=body)
     assert problem_of(refused) == (422, "invalid_fields")
     assert [each["code"] for each in refused.json()["errors"]] == [code]
+
+
+def test_only_https_where_that_is_wanted(tmp_path: Path) -> None:
+    """Said at once; and calls that were accepted before are not made."""
+    webhook: dict[str, Any] = {"allow_cidrs": "127.0.0.0/8"}
+    url = "http://127.0.0.1:1/hook"
+    with running_app(settings_in(tmp_path, webhook=webhook)) as app:
+        earlier = create(app.client, webhook=url)["id"]
+    webhook["https_only"] = True
+    settings = settings_in(tmp_path, webhook=webhook)
+    with running_app(settings) as app, store_of(settings) as store:
+        for path, body in (
+            ("/api/jobs", BODY | {"webhook": url}),
+            ("/api/webhooks/ping", {"url": url}),
+        ):
+            refused = app.client.post(path, json=body)
+            assert [each["code"] for each in refused.json()["errors"]] == ["not_https"]
+        told = app.client.post("/api/v3/inpaint", json=V3_BODY | {"webhook": url}).json()
+        assert told["message"] == {"webhook": ["The webhook must be an https URL."]}
+        create(app.client, webhook="HTTPS://127.0.0.1:1/hook")
+        store.cancel(earlier)
+        deliveries_of(app.client, earlier, 1)
+        engine = open_engine(settings.sqlalchemy_url)
+        (call,) = DeliveryStore(engine).of_job(earlier)
+        engine.dispose()
+        assert [each.outcome for _, each in call.attempts] == ["address not allowed"]
 
 
 class TestCommandLine:

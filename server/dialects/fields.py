@@ -134,11 +134,14 @@ class FieldReader:
             return None
         return SchedulerName(name)
 
-    def web_address(self, name: str) -> str | None:
-        """An http or https URL."""
+    def web_address(self, name: str, *, https_only: bool = False) -> str | None:
+        """An http or https URL, or the latter alone."""
         url = self.text(name, max_chars=2_048)
         if url is not None and not is_web_address(url):
             self._refuse(name, "must be a valid URL.")
+            return None
+        if url is not None and https_only and not is_https(url):
+            self._refuse(name, "must be an https URL.")
             return None
         return url
 
@@ -168,6 +171,11 @@ def is_web_address(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+def is_https(url: str) -> bool:
+    """Of what `is_web_address` holds for."""
+    return urlsplit(url).scheme == "https"
 
 
 def to_number(value: Any) -> float | None:

@@ -33,7 +33,7 @@ from models.params import (
     InpaintParams,
     SchedulerName,
 )
-from server.dialects.fields import MAX_TRACK_ID_CHARS, is_web_address
+from server.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.downloads import ImageSource
 from server.errors import InvalidBody, InvalidRequest, JobNotFound
 from server.idempotency import Idempotency
@@ -59,6 +59,7 @@ class FieldProblem(StrEnum):
     EMPTY = "empty"
     NOT_A_CHOICE = "not_a_choice"
     NOT_A_URL = "not_a_url"
+    NOT_HTTPS = "not_https"
     NOT_A_KEY = "not_a_key"
     TOO_MANY_STEPS = "too_many_steps"
 
@@ -72,6 +73,7 @@ SENTENCES = {
     FieldProblem.EMPTY: "must not be empty",
     FieldProblem.NOT_A_CHOICE: "is none of the allowed values",
     FieldProblem.NOT_A_URL: "must be an absolute http or https URL",
+    FieldProblem.NOT_HTTPS: "must be an https URL",
     FieldProblem.NOT_A_KEY: "must be 1 to 255 visible ASCII characters",
     FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
 }
@@ -292,7 +294,11 @@ class NativeJob:
 
 
 def read_job(
-    body: bytes, *, force_safety_check: bool = False, models: Sequence[str] = ()
+    body: bytes,
+    *,
+    force_safety_check: bool = False,
+    models: Sequence[str] = (),
+    https_webhooks: bool = False,
 ) -> NativeJob:
     """Understand a request for pictures. models: those it may ask for.
 
@@ -304,18 +310,23 @@ def read_job(
         raise to_api_error(error) from error
     if request.model is not None and request.model not in models:
         raise InvalidRequest({"model": [FieldProblem.NOT_A_CHOICE]})
+    if https_webhooks and request.webhook is not None and not is_https(request.webhook):
+        raise InvalidRequest({"webhook": [FieldProblem.NOT_HTTPS]})
     seed = secrets.randbelow(SEED_MODULUS) if request.seed is None else request.seed
     asked = NativeJob(request, seed, force_safety_check)
     asked.params(request.width or 512, request.height or 512)  # refused before anything is fetched
     return asked
 
 
-def read_ping(body: bytes) -> str:
+def read_ping(body: bytes, *, https_only: bool = False) -> str:
     """The URL to try. Raises: InvalidBody, InvalidRequest."""
     try:
-        return PingRequest.model_validate_json(body).url
+        url = PingRequest.model_validate_json(body).url
     except ValidationError as error:
         raise to_api_error(error) from error
+    if https_only and not is_https(url):
+        raise InvalidRequest({"url": [FieldProblem.NOT_HTTPS]})
+    return url
 
 
 def to_api_error(error: ValidationError) -> InvalidBody | InvalidRequest:

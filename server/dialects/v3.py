@@ -50,12 +50,16 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReadingPolicy:
-    """What of the reading an operator can set. models: those a request may ask for."""
+    """What of the reading an operator can set.
+
+    models: those a request may ask for. https_webhooks: no others are taken.
+    """
 
     steps_policy: StepsPolicy
     force_safety_check: bool
     enhancement: Enhancement
     models: Sequence[str] = ()
+    https_webhooks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
         must_be_checked=policy.force_safety_check,
         wants_base64=reader.flag("base64", default=False),
-        webhook=reader.web_address("webhook"),
+        webhook=reader.web_address("webhook", https_only=policy.https_webhooks),
         track_id=reader.scalar("track_id", MAX_TRACK_ID_CHARS),
     )
     if reader.errors:
