@@ -50,7 +50,7 @@ class Call:
 class Answer:
     """What became of a call. latency_s: until the last byte of the PNG.
 
-    sent_at, started_at: seconds since the epoch; the latter when the server took up the work.
+    sent_at, started_at: seconds since the epoch; the latter when the first step could begin.
     """
 
     num_inference_steps: int
@@ -61,7 +61,7 @@ class Answer:
 
     @property
     def start_delay_s(self) -> float:
-        """Seconds from sending until the server took up the work."""
+        """Seconds from sending until the first step could begin."""
         return self.started_at - self.sent_at
 
 
@@ -97,16 +97,24 @@ class Ours:
         return Answer(call.num_inference_steps, sent_at, latency_s, job_id=answer["id"])
 
     def complete(self, answers: Sequence[Answer]) -> list[Answer]:
-        """When each job was claimed."""
+        """When each job's first step could begin: claimed, its prompt and pictures encoded."""
         engine = open_engine(Settings(data_dir=self.data_dir).sqlalchemy_url)
         store = JobStore(engine)
-        jobs = [store.get(answer.job_id or 0) for answer in answers]
+        begun = [first_step_at(store, answer.job_id or 0) for answer in answers]
         engine.dispose()
         return [
-            replace(answer, started_at=job.started_at)
-            for answer, job in zip(answers, jobs, strict=True)
-            if job is not None and job.started_at is not None
+            replace(answer, started_at=started_at)
+            for answer, started_at in zip(answers, begun, strict=True)
+            if started_at is not None
         ]
+
+
+def first_step_at(store: JobStore, job_id: int) -> float | None:
+    """Seconds since the epoch, None for a job without a receipt."""
+    job, receipt = store.get(job_id), store.receipt_of(job_id)
+    if job is None or job.started_at is None or receipt is None:
+        return None
+    return job.started_at + receipt.times.prepare_ms / 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,7 +294,7 @@ def to_text(findings: dict[str, Any]) -> str:
             ],
             ratios,
         ),
-        "Seconds until the last byte of the PNG; start: until the work was taken up.",
+        "Seconds until the last byte of the PNG; start: until the first step could begin.",
         "",
         report.table(
             [
