@@ -13,7 +13,7 @@ import httpx
 from benchmarks.orders import GUIDANCE_SCALE, example_image, example_mask, make_prompt
 from benchmarks.rivals.obvious import STARTED_AT
 from server.database import open_engine
-from server.jobs import JobStore
+from server.job_store import JobStore
 from server.settings import Settings
 
 TIMEOUT_S = 600.0

@@ -33,7 +33,8 @@ from models.decoding import ImageLimits, decode_image, decode_mask
 from models.images import encode_png
 from server.database import migrate, open_engine
 from server.decoder import Wanted
-from server.jobs import JobStore, NewJob
+from server.job_store import JobStore
+from server.jobs import NewJob
 from server.sandbox import DecodedPair, Decoder
 from server.settings import Settings
 from server.storage import Storage

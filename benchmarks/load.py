@@ -35,7 +35,8 @@ from models.params import InpaintParams
 from server.database import deliveries, jobs, migrate, open_engine, read_only
 from server.deliveries import DeliveryState
 from server.http import raise_open_file_limit
-from server.jobs import Job, JobState, JobStore, NewJob
+from server.job_store import JobStore
+from server.jobs import Job, JobState, NewJob
 from server.settings import Settings
 from tests.processes import ServerProcess
 

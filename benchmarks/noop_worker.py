@@ -17,7 +17,7 @@ from models.params import InpaintParams
 from models.pipeline import InpaintPipeline, Picture, Sample, Source
 from models.residency import Residency
 from server.database import open_engine
-from server.jobs import JobStore
+from server.job_store import JobStore
 from server.settings import load_settings
 from server.storage import Storage
 from server.telemetry import configure_logging

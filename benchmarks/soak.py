@@ -26,7 +26,8 @@ from benchmarks import measure, report
 from benchmarks.clients import TIMEOUT_S, check_png
 from benchmarks.orders import example_image, example_mask, make_prompt
 from server.database import jobs, open_engine, read_only
-from server.jobs import JobState, JobStore
+from server.job_store import JobStore
+from server.jobs import JobState
 from server.settings import Settings
 from tests.processes import ServerProcess, image_host, serving
 

@@ -24,7 +24,7 @@ from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound
 from server.followers import Followers
 from server.intake import get_services
 from server.janitor import Janitor
-from server.jobs import JobStore
+from server.job_store import JobStore
 from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
 from server.middleware import ErrorAnswers, RequestContext

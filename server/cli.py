@@ -191,7 +191,7 @@ def serve(options: argparse.Namespace) -> int:
     from server.database import open_engine
     from server.devices import expand_devices
     from server.http import Server, bind, raise_open_file_limit
-    from server.jobs import JobStore
+    from server.job_store import JobStore
     from server.keys import KeyStore
     from server.supervisor import WORKER_COMMAND, Supervisor
     from server.telemetry import configure_logging, get_logger, learn_secrets

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from server.database import open_engine
-from server.jobs import JobStore
+from server.job_store import JobStore
 from server.settings import ENV_PREFIX, REPOSITORY, Settings
 
 EXAMPLES = REPOSITORY / "models" / "builtin" / "examples"

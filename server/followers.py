@@ -13,7 +13,8 @@ from types import TracebackType
 
 from server.database import ChangeSignal
 from server.errors import TooManyStreams
-from server.jobs import JobStore, Standing
+from server.job_store import JobStore
+from server.jobs import Standing
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)

@@ -21,7 +21,8 @@ from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
 from server.errors import ApiError, JobNotFound, QueueFull, ServerBusy
 from server.idempotency import Idempotency
-from server.jobs import OUTPUT_FOLDER, Job, JobStore, NewJob, QueueShare
+from server.job_store import JobStore
+from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
 from server.receipts import Intake
 from server.sandbox import DecodedPair
 from server.services import Services

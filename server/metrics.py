@@ -13,7 +13,8 @@ from sqlalchemy import Column, Connection, Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.database import deliveries, delivery_attempts, jobs, read_only
-from server.jobs import JobState, JobStore, WorkerStatus
+from server.job_store import JobStore, WorkerStatus
+from server.jobs import JobState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNKNOWN_ROUTE = "unknown"

@@ -11,7 +11,8 @@ from server.endings import Step
 from server.errors import StorageUnavailable
 from server.failures import Failure
 from server.inspection import Stages, inspect_pictures, repaired_parts, run_times, versions
-from server.jobs import Job, JobState, JobStore
+from server.job_store import JobStore
+from server.jobs import Job, JobState
 from server.receipts import Model, Receipt
 from server.storage import Storage
 from server.telemetry import get_logger

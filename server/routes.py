@@ -27,7 +27,8 @@ from server.intake import (
     find_job,
     get_services,
 )
-from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState, WorkerStatus
+from server.job_store import WorkerStatus
+from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState
 from server.services import WEBHOOKS, Services
 from server.settings import Base64Output, Settings
 

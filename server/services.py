@@ -9,7 +9,7 @@ from server.background import Background
 from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.followers import Followers
-from server.jobs import JobStore
+from server.job_store import JobStore
 from server.metrics import Metrics
 from server.sandbox import Sandbox
 from server.settings import Settings

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.jobs import JobStore, WorkerStatus
+from server.job_store import JobStore, WorkerStatus
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from server.database import ChangeSignal
-from server.jobs import Job, JobStore
+from server.job_store import JobStore
+from server.jobs import Job
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)

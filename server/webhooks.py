@@ -27,7 +27,8 @@ from server.dialects import native, native_answers, v3
 from server.door import NETWORK_ERRORS, Door
 from server.errors import RateLimited
 from server.exchange import BodyTooLarge
-from server.jobs import Job, JobStore
+from server.job_store import JobStore
+from server.jobs import Job
 from server.limits import TokenBuckets
 from server.settings import WebhookSettings
 from server.slots import Slots

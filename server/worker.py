@@ -32,7 +32,8 @@ from server.endings import Endings
 from server.errors import StorageUnavailable
 from server.failures import Failure
 from server.inspection import Stages
-from server.jobs import Beat, Job, JobStore, WorkerStatus
+from server.job_store import JobStore, WorkerStatus
+from server.jobs import Beat, Job
 from server.previews import DaemonThread, PreviewFiles
 from server.receipts import Model
 from server.results import Result, Stores

@@ -11,7 +11,7 @@ import sys
 import time
 
 from server.database import ChangeSignal, open_engine
-from server.jobs import JobStore, WorkerStatus
+from server.job_store import JobStore, WorkerStatus
 
 BAD_PREFIX = "bad"
 """Jobs whose files are named so kill a worker that crashes."""

@@ -9,11 +9,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from server.database import open_engine
-from server.jobs import WorkerStatus
+from server.job_store import WorkerStatus
 from server.settings import Settings
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit
-from tests.test_jobs import status
+from tests.test_job_store import status
 
 
 @pytest.fixture

@@ -23,12 +23,13 @@ from sqlalchemy import text
 
 from server.database import migrate, open_engine
 from server.janitor import HOUR_S, Janitor
-from server.jobs import START_S, Job, JobStore, WorkerStatus
+from server.job_store import START_S, JobStore, WorkerStatus
+from server.jobs import Job
 from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings
 from server.storage import Storage
 from tests.http_stub import LiveApp, png_bytes, running_app
-from tests.test_jobs import new_job, status
+from tests.test_job_store import new_job, status
 
 IMAGE = base64.b64encode(png_bytes()).decode()
 BODY: dict[str, Any] = {

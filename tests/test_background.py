@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from server.background import STEADY_S, Background
-from tests.test_jobs import Clock
+from tests.test_job_store import Clock
 
 WAIT_S = 20
 AT_ONCE = (0.0, 0.0)

@@ -35,7 +35,7 @@ from benchmarks.soak import Fate, growth_of, make_calls, parts_of
 from benchmarks.soak import run as soak
 from benchmarks.wire import Receivers, Wire, post_bytes, split_message
 from server.database import migrate, open_engine
-from server.jobs import JobStore
+from server.job_store import JobStore
 
 BENCHMARKS = Path(measure.__file__).parent
 

@@ -33,7 +33,7 @@ from server.database import (
     open_engine,
     read_only,
 )
-from server.jobs import SUBMIT_LOCK
+from server.job_store import SUBMIT_LOCK
 from server.services import STORE_THREADS
 from server.webhooks import THREADS
 from tests.chaos.hosts import LoopThread, running_proxy

@@ -15,11 +15,12 @@ from models.pipeline import Picture, Source
 from server.endings import STORAGE_PATIENCE_S, Endings, is_away
 from server.failures import Failure
 from server.inspection import Stages
-from server.jobs import Job, JobState, JobStore
+from server.job_store import JobStore
+from server.jobs import Job, JobState
 from server.receipts import Model
 from server.results import Result, Stores
 from server.storage import Storage
-from tests.test_jobs import Clock, claim_one, get, new_job
+from tests.test_job_store import Clock, claim_one, get, new_job
 from tests.test_supervisor import rename
 
 WAIT_S = 60.0

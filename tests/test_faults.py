@@ -29,7 +29,8 @@ from server.deliveries import Attempt, DeliveryState, DeliveryStore
 from server.door import Dialler, Door, dial
 from server.errors import StorageUnavailable
 from server.janitor import ORPHAN_S, Janitor
-from server.jobs import MAX_ATTEMPTS, Job, JobState, JobStore
+from server.job_store import MAX_ATTEMPTS, JobStore
+from server.jobs import Job, JobState
 from server.receipts import Model
 from server.sandbox import DecodedPair
 from server.settings import RetentionSettings, Settings, WebhookSettings
@@ -39,7 +40,7 @@ from server.worker import Worker
 from tests.chaos.pipeline import ScriptedPipeline
 from tests.conftest import migrated_sqlite
 from tests.http_stub import Behaviour, answering, response, running_stub
-from tests.test_jobs import Clock, new_job
+from tests.test_job_store import Clock, new_job
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -14,9 +14,10 @@ from sqlalchemy import Engine, delete, select
 from server.database import deliveries, delivery_attempts, jobs
 from server.deliveries import Attempt, Delivery, DeliveryStore
 from server.errors import QueueFull
-from server.jobs import LEASE_S, MAX_ATTEMPTS, Job, JobStore, QueueShare
+from server.job_store import LEASE_S, MAX_ATTEMPTS, JobStore
+from server.jobs import Job, QueueShare
 from server.silence import LOOK_S
-from tests.test_jobs import Clock, new_job
+from tests.test_job_store import Clock, new_job
 
 CALL_LEASE_S = 60.0
 MAX_WAITING = 6

@@ -10,11 +10,11 @@ from sqlalchemy.exc import OperationalError
 from server.errors import Conflict, QueueFull
 from server.idempotency import Idempotency
 from server.intake import submit
-from server.jobs import JobStore
+from server.job_store import JobStore
 from server.sandbox import DecodedPair
 from server.storage import Storage
 from tests.test_faults import Fault, answer_is_lost, commit_fails
-from tests.test_jobs import new_job
+from tests.test_job_store import new_job
 
 PAIR = DecodedPair(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8))
 ONCE = Idempotency("key", "digest")

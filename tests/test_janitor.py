@@ -18,10 +18,11 @@ from server.deliveries import Attempt, DeliveryStore
 from server.dialects import v3
 from server.errors import StorageUnavailable
 from server.janitor import HOUR_S, ORPHAN_S, Janitor, Removed
-from server.jobs import Job, JobState, JobStore
+from server.job_store import JobStore
+from server.jobs import Job, JobState
 from server.settings import RetentionSettings
 from server.storage import Storage
-from tests.test_jobs import ROW, Clock, claim_one, get, new_job, state_of
+from tests.test_job_store import ROW, Clock, claim_one, get, new_job, state_of
 
 SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, rows_h=100)
 DELIVERED = Attempt(0.0, 0.1, 200, "answered")

@@ -87,52 +87,53 @@ SERVER = {
     "commits": "",
     "turns": "database",
     "silence": "",
-    "jobs": "commits database deliveries errors failures idempotency receipts silence turns"
-    " models.params",
+    "jobs": "models.params",
+    "job_store": "commits database deliveries errors failures idempotency jobs receipts"
+    " silence turns models.params",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "threads": "",
-    "waiters": "database jobs telemetry",
-    "followers": "database errors jobs telemetry",
+    "waiters": "database job_store jobs telemetry",
+    "followers": "database errors job_store jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
-    "webhooks": "addresses circuits deliveries dialects door errors exchange jobs limits settings"
-    " slots telemetry threads",
-    "services": "auth background deliveries egress followers jobs metrics sandbox settings slots"
-    " storage threads waiters webhooks",
-    "intake": "auth decoder downloads errors idempotency jobs receipts sandbox services"
-    " settings slots storage models.params",
-    "routes": "auth bodies dialects errors intake jobs services settings models.enhance",
+    "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
+    " limits settings slots telemetry threads",
+    "services": "auth background deliveries egress followers job_store metrics sandbox"
+    " settings slots storage threads waiters webhooks",
+    "intake": "auth decoder downloads errors idempotency job_store jobs receipts sandbox"
+    " services settings slots storage models.params",
+    "routes": "auth bodies dialects errors intake job_store jobs services settings models.enhance",
     "native_events": "dialects followers jobs",
-    "native_routes": "auth native_events bodies deliveries dialects errors followers idempotency"
-    " intake jobs services",
-    "checkpoints": "receipts settings telemetry"
-    " models.acceleration models.errors models.fingerprint models.manifests models.pipeline"
-    " models.registry models.residency",
+    "native_routes": "auth bodies deliveries dialects errors followers idempotency intake"
+    " jobs native_events services",
+    "checkpoints": "receipts settings telemetry models.acceleration models.errors"
+    " models.fingerprint models.manifests models.pipeline models.registry models.residency",
     "endings": "errors failures jobs telemetry",
-    "results": "endings errors failures inspection jobs receipts storage telemetry"
+    "results": "endings errors failures inspection job_store jobs receipts storage telemetry"
     " models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database endings errors failures inspection jobs previews receipts"
-    " results sandbox settings storage telemetry"
-    " models.captions models.engine models.errors models.pipeline models.residency",
+    "worker": "checkpoints database endings errors failures inspection job_store jobs"
+    " previews receipts results sandbox settings storage telemetry models.captions"
+    " models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
-    "supervisor": "jobs telemetry",
-    "app": "auth background database deliveries dialects door egress errors followers"
-    " intake janitor jobs keys metrics middleware native_routes routes sandbox services"
-    " settings silence storage telemetry threads waiters webhooks models.decoding",
-    "metrics": "database jobs",
+    "supervisor": "job_store telemetry",
+    "app": "auth background database deliveries dialects door egress errors followers intake"
+    " janitor job_store keys metrics middleware native_routes routes sandbox services settings"
+    " silence storage telemetry threads waiters webhooks models.decoding",
+    "metrics": "database job_store jobs",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
     "connections": "auth bodies settings",
     "http": "admin connections settings supervisor",
     "cluster": "app worker settings",
-    "demo": "database jobs settings",
-    "cli": "app auth cluster database deliveries demo devices door http jobs key_commands keys"
-    " model_commands settings supervisor telemetry webhooks worker models.errors",
+    "demo": "database job_store settings",
+    "cli": "app auth cluster database deliveries demo devices door http job_store"
+    " key_commands keys model_commands settings supervisor telemetry webhooks worker"
+    " models.errors",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 

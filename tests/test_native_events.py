@@ -17,11 +17,12 @@ from server import native_events
 from server.database import open_engine
 from server.dialects.native_answers import JobAnswer
 from server.followers import Followers
-from server.jobs import Beat, JobState, JobStore, Standing
+from server.job_store import JobStore
+from server.jobs import Beat, JobState, Standing
 from server.storage import Storage
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
-from tests.test_jobs import new_job
+from tests.test_job_store import new_job
 from tests.test_native_routes import BODY, claim, client_of
 from tests.test_waiters import statements_fail
 

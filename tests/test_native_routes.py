@@ -15,7 +15,8 @@ from sqlalchemy import update
 
 from server.database import idempotency_keys, open_engine
 from server.failures import Failure
-from server.jobs import MAX_ATTEMPTS, Beat, Job, JobStore
+from server.job_store import MAX_ATTEMPTS, JobStore
+from server.jobs import Beat, Job
 from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.settings import Settings
 from server.storage import Storage

@@ -10,10 +10,11 @@ import pytest
 from sqlalchemy import Engine
 
 from server.errors import StorageUnavailable
-from server.jobs import Job, JobStore
+from server.job_store import JobStore
+from server.jobs import Job
 from server.previews import PreviewFiles
 from server.storage import Storage
-from tests.test_jobs import claim_one, new_job
+from tests.test_job_store import claim_one, new_job
 
 PICTURE = np.zeros((2, 3, 3), np.uint8)
 

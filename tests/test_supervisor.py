@@ -10,12 +10,13 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from server.jobs import WORKER_LOST, Job, JobState, JobStore
+from server.job_store import WORKER_LOST, JobStore
+from server.jobs import Job, JobState
 from server.supervisor import Supervisor, Watch
 from server.waiters import Waiters
 from tests.conftest import migrated_sqlite
 from tests.odd_worker import BAD_PREFIX
-from tests.test_jobs import Clock, new_job, status
+from tests.test_job_store import Clock, new_job, status
 
 WAIT_S = 60
 BROKEN = ["--config", "no-such-file.toml"]

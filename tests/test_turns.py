@@ -11,9 +11,10 @@ from sqlalchemy import Engine, delete, event, insert, text
 
 from server.database import jobs, open_engine
 from server.errors import QueueFull
-from server.jobs import JobStore, QueueShare
+from server.job_store import JobStore
+from server.jobs import QueueShare
 from tests.conftest import migrated_sqlite
-from tests.test_jobs import PARAMS, new_job
+from tests.test_job_store import PARAMS, new_job
 
 MANY = 10_000
 

@@ -11,9 +11,10 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.database import open_engine
-from server.jobs import Job, JobState, JobStore
+from server.job_store import JobStore
+from server.jobs import Job, JobState
 from server.waiters import Waiters
-from tests.test_jobs import claim_one, new_job
+from tests.test_job_store import claim_one, new_job
 
 LONG_S = 20
 """Longer than any test: who waits so long was not woken."""

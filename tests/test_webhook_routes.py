@@ -13,7 +13,7 @@ from svix.webhooks import Webhook
 from server.cli import main
 from server.database import open_engine
 from server.deliveries import DeliveryStore
-from server.jobs import JobStore
+from server.job_store import JobStore
 from server.settings import Settings
 from server.webhooks import PINGS_PER_MINUTE
 from tests.http_stub import LiveApp, running_app

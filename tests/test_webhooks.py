@@ -36,7 +36,8 @@ from server.deliveries import (
     host_of,
 )
 from server.failures import Failure
-from server.jobs import MAX_ATTEMPTS, Job, JobStore, NewJob
+from server.job_store import MAX_ATTEMPTS, JobStore
+from server.jobs import Job, NewJob
 from server.settings import WebhookSettings
 from server.webhooks import (
     CALLS_PER_HOST,

@@ -21,7 +21,8 @@ from typing import Any  # noqa: E402
 import server.worker  # noqa: E402
 from models.residency import Residency  # noqa: E402
 from server.cli import main  # noqa: E402
-from server.jobs import Job, JobStore  # noqa: E402
+from server.job_store import JobStore  # noqa: E402
+from server.jobs import Job  # noqa: E402
 from server.receipts import Model  # noqa: E402
 from server.storage import Storage  # noqa: E402
 from server.worker import Worker  # noqa: E402

@@ -18,7 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, Table
 
 from server.database import MIGRATIONS, open_engine
-from server.jobs import LEASE_S
+from server.job_store import LEASE_S
 from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
 from tests.chaos.faults_storage import refused

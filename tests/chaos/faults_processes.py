@@ -10,7 +10,7 @@ from typing import Any
 
 from server.database import open_engine
 from server.deliveries import RETRY_DELAYS_S
-from server.jobs import LEASE_S, JobStore
+from server.job_store import LEASE_S, JobStore
 from tests.chaos.clients import asking
 from tests.chaos.matrix import Found, fault
 from tests.chaos.oracle import Oracle

@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from models.params import InpaintParams, SchedulerName
 from server.database import jobs, open_engine, workers
 from server.errors import QueueFull
-from server.jobs import (
+from server.job_store import (
     GUESSED_SPEED,
     LEASE_S,
     MAX_ATTEMPTS,
@@ -26,13 +26,10 @@ from server.jobs import (
     WORKER_KEPT_S,
     WORKER_LOST,
     WORKER_SEEN_S,
-    Beat,
-    Job,
-    JobState,
     JobStore,
-    NewJob,
     WorkerStatus,
 )
+from server.jobs import Beat, Job, JobState, NewJob
 from server.silence import LOOK_S
 
 PARAMS = InpaintParams(prompt="a cat", seed=7, samples=2, scheduler=SchedulerName.DDIM)
@@ -573,8 +570,8 @@ def test_two_writers_never_overfill_the_queue(engine: Engine) -> None:
 WRITER = """
 import sys
 from server.database import open_engine
-from server.jobs import JobStore
-from tests.test_jobs import new_job
+from server.job_store import JobStore
+from tests.test_job_store import new_job
 store = JobStore(open_engine(sys.argv[1]))
 while True:
     print(store.submit(new_job()).id, flush=True)

@@ -1,0 +1,613 @@
+"""`JobStore`: jobs as rows, and every change of their state as one guarded statement.
+
+    queued ──claim──> running ──finish──> finished
+      ^                 │ ├────fail────> failed
+      └──requeue────────┘ └──(third lost attempt)──> failed
+    queued or running ──cancel──> cancelled
+
+A claim gives a lease and a number. The number is the fencing token: `beat`, `finish`, `fail` and
+`release` name it, and have no effect once the job was given to somebody else. It only ever grows,
+unlike the count of attempts, of which a released one is taken back.
+
+A lease runs out when its holder has not beaten for `LEASE_S`, as the process that looks has seen by
+its own steady clock (`silence.py`). No time of a row is compared with any clock for that.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Executable,
+    Row,
+    Select,
+    bindparam,
+    case,
+    func,
+    insert,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from models.params import InpaintParams
+from server.commits import GroupCommit
+from server.database import ChangeSignal, jobs, read_only, receipts, workers
+from server.deliveries import queue_delivery
+from server.errors import ApiError, QueueFull, StorageUnavailable
+from server.failures import Failure
+from server.idempotency import Idempotency, find, reserve
+from server.jobs import (
+    USUAL_SHARE,
+    Beat,
+    Job,
+    JobState,
+    NewJob,
+    QueueFigures,
+    QueueShare,
+    Standing,
+)
+from server.receipts import Receipt
+from server.silence import Silence
+from server.turns import GOES_BEFORE, IS_WAITING, ORDER, Arrival, Place, look_at
+
+LEASE_S = 35.0
+"""It takes two looks more until a lost job is queued again: 45 s in all."""
+
+MAX_ATTEMPTS = 3
+WORKER_LOST = Failure.WORKER_LOST.sentence
+RECENT_JOBS = 20
+"""How many of the last finished jobs tell the speed."""
+
+GUESSED_SPEED = 1_000_000.0
+"""Pixel steps per second of a worker nothing is known of: about 5 s for 20 steps at 512×512."""
+
+WORKER_SEEN_S = 30.0
+"""A worker not heard of for so long is not counted."""
+
+WORKER_KEPT_S = 600.0
+"""The row of one not heard of for so long is removed."""
+
+START_S = 30.0
+"""Until somebody works, where nobody does: a guess at the start of a worker. A client told less
+would ask again and again for nothing."""
+
+SUBMIT_LOCK = 0x1_4E_9A_15
+"""An advisory lock's number: any, but the same for all processes of this server."""
+
+# What every job needs is built once: building costs more than running.
+INSERT = insert(jobs).returning(jobs)
+GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
+ENDED = select(jobs).where(
+    jobs.c.id.in_(bindparam("job_ids", expanding=True)),
+    jobs.c.state.in_([state for state in JobState if state.is_terminal]),
+)
+FIRST = (
+    select(jobs.c.id, jobs.c.attempt)
+    .where(IS_WAITING)
+    .order_by(*ORDER)
+    .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True)
+)
+CLAIM = (
+    update(jobs)
+    .where(
+        jobs.c.id.in_(bindparam("chosen", expanding=True)),
+        jobs.c.state == JobState.QUEUED,
+    )
+    .values(
+        state=JobState.RUNNING,
+        worker_id=bindparam("claimed_by"),
+        beaten_at=bindparam("now"),
+        started_at=bindparam("now"),
+        attempt=jobs.c.attempt + 1,
+        claim=jobs.c.claim + 1,
+        preview_step=None,
+    )
+    .returning(jobs)
+)
+
+PLACE = select(jobs.c.priority, jobs.c.turn, jobs.c.id).where(
+    jobs.c.id == bindparam("job_id"), IS_WAITING
+)
+RECENT = (
+    select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
+    .where(jobs.c.state == JobState.FINISHED)
+    .order_by(jobs.c.id.desc())
+    .limit(RECENT_JOBS)
+)
+IS_RUNNING: ColumnElement[bool] = jobs.c.state == JobState.RUNNING
+
+
+def sum_up(which: ColumnElement[bool]) -> Select[int, int, float]:
+    """How many of these jobs wait, how many run, and the pixel steps that all have left."""
+    steps = case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
+    left = jobs.c.work * (1 - 1.0 * jobs.c.step / steps)
+    return select(
+        func.count().filter(jobs.c.state == JobState.QUEUED),
+        func.count().filter(jobs.c.state == JobState.RUNNING),
+        func.coalesce(func.sum(left), 0.0),
+    ).where(which)
+
+
+IN_ALL = sum_up(IS_RUNNING | IS_WAITING)
+BEFORE_WAITING = sum_up(IS_RUNNING | IS_WAITING & GOES_BEFORE)
+BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
+"""A running job runs beside those that began before it."""
+
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
+"""What `JobStore._run` asks of each job that it changes."""
+
+
+def is_held(job_id: Any, claim: Any) -> ColumnElement[bool]:
+    """The job runs and this claim of it is still the present one."""
+    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.claim == claim)
+    return is_claim & (jobs.c.state == JobState.RUNNING)
+
+
+HELD = is_held(bindparam("held_id"), bindparam("held_claim"))
+"""With parameters; `_held` gives them."""
+
+BEAT = (
+    update(jobs)
+    .where(HELD)
+    .values(
+        beaten_at=bindparam("now"),
+        step=bindparam("done"),
+        total_steps=bindparam("in_all"),
+        preview_step=bindparam("shown"),
+    )
+    .returning(*CHANGED)
+)
+FINISH = (
+    update(jobs)
+    .where(HELD)
+    .values(
+        state=JobState.FINISHED,
+        finished_at=bindparam("now"),
+        worker_id=None,
+        beaten_at=None,
+        run_s=bindparam("took_s"),
+        flagged=bindparam("verdicts", type_=jobs.c.flagged.type),
+        step=jobs.c.total_steps,
+    )
+    .returning(*CHANGED)
+)
+KEEP = insert(receipts)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a worker last said of itself. state: loading, ready or failed."""
+
+    id: str
+    device: str
+    model: str
+    state: str
+    detail: str
+    seen_at: float
+
+
+class JobStore:
+    """All access to job rows. Synchronous; safe to call from several threads and processes.
+
+    max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
+    says otherwise. clock: seconds since the epoch. steady_clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 1_000,
+        max_waiting_per_key: int = 100,
+        clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._max_waiting = max_waiting
+        self._max_waiting_per_key = max_waiting_per_key
+        self._clock = clock
+        # What `_insert` raises of ours it raises before it writes.
+        self._commits = GroupCommit(engine, refusals=(ApiError,))
+        self._claims = Silence[tuple[int, int]](steady_clock)
+        self._workers = Silence[str](steady_clock)
+
+    def change_signal(self) -> ChangeSignal:
+        """For one thread that waits for others' commits."""
+        return ChangeSignal(self._engine)
+
+    def submit(self, new: NewJob, once: Idempotency | None = None) -> Job:
+        """Make a job durable; when this returns it survives the death of every process.
+
+        once: where it came with an idempotency key. The job of an earlier request with the same
+            key and body is given instead; its file prefix tells.
+        Raises: QueueFull, Conflict, StorageUnavailable.
+        """
+        return self._commits.run(functools.partial(self._insert, new, once))
+
+    def _insert(self, new: NewJob, once: Idempotency | None, connection: Connection) -> Job:
+        if once is not None and (row := self._find_replayed(connection, new.key_id, once)):
+            return _to_job(row)
+        self._lock_queue(connection)
+        arrival = look_at(connection, new.key_id, new.share.priority)
+        self._refuse_when_full_at(arrival, new.share)
+        if once is not None and not reserve(
+            connection, new.key_id, once, new.file_prefix, self._clock()
+        ):
+            # On PostgreSQL another request may have taken the key since the look above.
+            row = self._find_replayed(connection, new.key_id, once)
+            if row is None:
+                raise StorageUnavailable  # and its job is gone again already
+            return _to_job(row)
+        values = {
+            "state": JobState.QUEUED,
+            "key_id": new.key_id,
+            "dialect": new.dialect,
+            "request": new.request,
+            "params": new.params.to_json(),
+            "file_prefix": new.file_prefix,
+            "work": new.work,
+            "priority": new.share.priority,
+            "turn": arrival.turn,
+            "webhook": new.webhook,
+            "track_id": new.track_id,
+            "created_at": self._clock(),
+        }
+        return _to_job(connection.execute(INSERT, values).one())
+
+    def replayed(self, key_id: str, once: Idempotency) -> Job | None:
+        """The job that an earlier request with this idempotency key made. Raises: Conflict."""
+        with read_only(self._engine) as connection:
+            row = self._find_replayed(connection, key_id, once)
+        return None if row is None else _to_job(row)
+
+    def refuse_when_full(self, key_id: str, share: QueueShare = USUAL_SHARE) -> None:
+        """Before anything is fetched for a job that `submit` would refuse. Raises: QueueFull."""
+        with read_only(self._engine) as connection:
+            self._refuse_when_full_at(look_at(connection, key_id, share.priority), share)
+
+    def _refuse_when_full_at(self, arrival: Arrival, share: QueueShare) -> None:
+        if arrival.waiting >= self._max_waiting:
+            raise QueueFull(self._max_waiting)
+        limit = self._max_waiting_per_key if share.max_waiting is None else share.max_waiting
+        if arrival.waiting_of_key >= limit:
+            raise QueueFull(limit)
+
+    def get(self, job_id: int) -> Job | None:
+        """The job, None where there is none."""
+        with read_only(self._engine) as connection:
+            row = connection.execute(GET, {"job_id": job_id}).one_or_none()
+        return None if row is None else _to_job(row)
+
+    def list_of(
+        self, key_id: str, *, state: JobState | None, limit: int, before_id: int | None
+    ) -> list[Job]:
+        """A key's jobs, newest first. before_id: older ones than this only."""
+        query = select(jobs).where(jobs.c.key_id == key_id)
+        if state is not None:
+            query = query.where(jobs.c.state == state)
+        if before_id is not None:
+            query = query.where(jobs.c.id < before_id)
+        query = query.order_by(jobs.c.id.desc()).limit(limit)
+        with read_only(self._engine) as connection:
+            return [_to_job(row) for row in connection.execute(query)]
+
+    def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
+        """How far those of the jobs are that there are, in one look."""
+        progress = (jobs.c.step, jobs.c.total_steps, jobs.c.preview_step)
+        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, *progress)
+        queue = select(jobs.c.id).where(IS_WAITING).order_by(*ORDER)
+        with read_only(self._engine) as connection:
+            rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids))).all()
+            is_queued = any(row.state == JobState.QUEUED for row in rows)
+            waiting = connection.scalars(queue).all() if is_queued else []
+        positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
+        return {
+            row.id: Standing(
+                JobState(row.state),
+                row.attempt,
+                row.step,
+                row.total_steps,
+                positions.get(row.id),
+                row.preview_step,
+            )
+            for row in rows
+        }
+
+    def receipt_of(self, job_id: int) -> Receipt | None:
+        """How a finished job's pictures were made; None for all others."""
+        query = select(receipts.c.receipt).where(receipts.c.job_id == job_id)
+        with read_only(self._engine) as connection:
+            values = connection.execute(query).scalar_one_or_none()
+        return None if values is None else Receipt.from_json(values)
+
+    def ended(self, job_ids: Sequence[int]) -> list[Job]:
+        """Those of the jobs that are in a terminal state."""
+        with read_only(self._engine) as connection:
+            found = connection.execute(ENDED, {"job_ids": job_ids})
+            return [_to_job(row) for row in found]
+
+    def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
+        """Take up to `limit` queued jobs, first to last, each with a new claim.
+
+        A job whose worker was lost may be what killed it: it is given out alone, and only to a
+        worker without any other, so that it cannot take neighbours down.
+        is_idle: whether the worker holds no job.
+        """
+        now = self._clock()
+        with self._engine.begin() as connection:
+            waiting = connection.execute(FIRST, {"limit": limit}).all()
+            chosen = _claimable(waiting, is_idle)
+            if not chosen:
+                return []
+            values = {
+                "chosen": chosen,
+                "claimed_by": worker_id,
+                "now": now,
+            }
+            rows = connection.execute(CLAIM, values).all()
+        return sorted((_to_job(row) for row in rows), key=lambda job: chosen.index(job.id))
+
+    def release(self, job: Job) -> bool:
+        """Running to queued through no fault of the job: the attempt does not count."""
+        with self._engine.begin() as connection:
+            changed = self._change(
+                connection,
+                is_held(job.id, job.claim),
+                state=JobState.QUEUED,
+                attempt=jobs.c.attempt - 1,
+                worker_id=None,
+                beaten_at=None,
+                step=0,
+                total_steps=0,
+            )
+        return changed == 1
+
+    def beat(self, job: Job, step: int, total_steps: int) -> bool:
+        """Renew the lease and note the progress; False when the job is no longer ours."""
+        return not self.beat_all([Beat(job, step, total_steps)])
+
+    def beat_all(self, beats: Sequence[Beat]) -> list[Job]:
+        """`beat` for many, with one commit. Gives those no longer ours."""
+        now = self._clock()
+        with self._engine.begin() as connection:
+            return [
+                beat.job
+                for beat in beats
+                if not self._run(
+                    connection,
+                    BEAT,
+                    {
+                        **_held(beat.job),
+                        "now": now,
+                        "done": beat.step,
+                        "in_all": beat.total_steps,
+                        "shown": beat.preview_step,
+                    },
+                )
+            ]
+
+    def finish(
+        self, job: Job, flagged: Sequence[bool | None], receipt: Receipt | None = None
+    ) -> bool:
+        """Running to finished, after the pictures are stored; False when no longer ours."""
+        now = self._clock()
+        with self._engine.begin() as connection:
+            values = {"now": now, "took_s": now - (job.started_at or now), "verdicts": [*flagged]}
+            is_ours = self._run(connection, FINISH, {**_held(job), **values}) == 1
+            if is_ours and receipt is not None:
+                connection.execute(KEEP, {"job_id": job.id, "receipt": receipt.to_json()})
+        return is_ours
+
+    def fail(self, job: Job, error: str) -> bool:
+        """Running to failed; error is for the client. False when the job is no longer ours."""
+        return self._end(is_held(job.id, job.claim), JobState.FAILED, error=error)
+
+    def cancel(self, job_id: int) -> bool:
+        """Queued or running to cancelled; False when it had ended already."""
+        is_live = jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING])
+        return self._end((jobs.c.id == job_id) & is_live, JobState.CANCELLED)
+
+    def requeue_expired(self) -> int:
+        """Give back the jobs whose lease has run out; how many there were.
+
+        To be called every `silence.LOOK_S`: what was not seen to be silent has not run out.
+        """
+        beats = select(jobs.c.id, jobs.c.claim, jobs.c.beaten_at)
+        with read_only(self._engine) as connection:
+            rows = connection.execute(beats.where(jobs.c.state == JobState.RUNNING)).all()
+        silent_s = self._claims.look({(row.id, row.claim): row.beaten_at for row in rows})
+        lost = [tuple(row) for row in rows if silent_s[row.id, row.claim] > LEASE_S]
+        # One that has beaten since the look is spared.
+        return self._requeue(tuple_(*beats.selected_columns).in_(lost)) if lost else 0
+
+    def requeue_of(self, worker_id: str) -> int:
+        """Give back all jobs of a worker known to be dead; how many there were."""
+        return self._requeue(jobs.c.worker_id == worker_id)
+
+    def figures(self, before_id: int | None = None) -> QueueFigures:
+        """The queue as a whole, or as the job `before_id` sees it in front of itself.
+
+        A job that comes later may yet go before it, when it is the turn of its key.
+        """
+        with read_only(self._engine) as connection:
+            seen = self._seen(connection)
+            speed = self._speed(connection, len(seen))
+            if before_id is None:
+                row = connection.execute(IN_ALL).one()
+            elif (place := self._place(connection, before_id)) is not None:
+                row = connection.execute(BEFORE_WAITING, place.to_parameters()).one()
+            else:
+                row = connection.execute(BEFORE_OTHER, {"job_id": before_id}).one()
+        waiting, running, ahead = row
+        is_worked_on = any(worker.state == "ready" for worker in seen)
+        return QueueFigures(waiting, running, ahead, speed, 0.0 if is_worked_on else START_S)
+
+    @staticmethod
+    def _place(connection: Connection, job_id: int) -> Place | None:
+        """Where a waiting job stands, None for any other."""
+        row = connection.execute(PLACE, {"job_id": job_id}).one_or_none()
+        return None if row is None else Place(*row)
+
+    def report_worker(self, status: WorkerStatus) -> None:
+        """Write a worker's word of itself, in place of its earlier one."""
+        values = {each.name: getattr(status, each.name) for each in fields(status)}
+        is_sqlite = self._engine.dialect.name == "sqlite"
+        upsert = (sqlite_insert if is_sqlite else postgresql_insert)(workers).values(values)
+        with self._engine.begin() as connection:
+            connection.execute(upsert.on_conflict_do_update(index_elements=["id"], set_=values))
+
+    def forget_worker(self, worker_id: str) -> None:
+        """A worker has ended."""
+        with self._engine.begin() as connection:
+            connection.execute(workers.delete().where(workers.c.id == worker_id))
+
+    def workers_seen(self) -> list[WorkerStatus]:
+        """The workers heard of lately."""
+        with read_only(self._engine) as connection:
+            return self._seen(connection)
+
+    def forget_silent_workers(self) -> int:
+        """Remove the rows of workers long dead; how many there were."""
+        with read_only(self._engine) as connection:
+            words = connection.execute(select(workers.c.id, workers.c.seen_at)).all()
+        silent_s = self._listen({row.id: row.seen_at for row in words})
+        dead = [tuple(row) for row in words if silent_s[row.id] > WORKER_KEPT_S]
+        if not dead:
+            return 0
+        is_dead = tuple_(workers.c.id, workers.c.seen_at).in_(dead)
+        with self._engine.begin() as connection:
+            return connection.execute(workers.delete().where(is_dead)).rowcount
+
+    def worker(self, worker_id: str) -> WorkerStatus | None:
+        """A worker's last word, however old; None before its first."""
+        query = select(workers).where(workers.c.id == worker_id)
+        with read_only(self._engine) as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else WorkerStatus(**row._mapping)
+
+    def _seen(self, connection: Connection) -> list[WorkerStatus]:
+        rows = connection.execute(select(workers)).all()
+        silent_s = self._listen({row.id: row.seen_at for row in rows})
+        return [WorkerStatus(**row._mapping) for row in rows if silent_s[row.id] < WORKER_SEEN_S]
+
+    def _listen(self, words: Mapping[str, float]) -> dict[str, float]:
+        """Seconds since each worker was last heard. words: `seen_at` by id, of all workers."""
+
+        def guess(seen_at: float) -> float:
+            # At the first look there is nothing but the wall clock. Where it is wrong, a living
+            # worker is not counted until it speaks again, some seconds later.
+            return min(abs(self._clock() - seen_at), WORKER_SEEN_S)
+
+        return self._workers.look(words, guess)
+
+    def _speed(self, connection: Connection, count: int) -> float:
+        """Pixel steps per second of the last finished jobs.
+
+        Before there are any a guess. count: of the workers.
+        """
+        recent = connection.execute(RECENT).all()
+        busy_s = covered_s([(row.started_at, row.finished_at) for row in recent])
+        if busy_s > 0:
+            return float(sum(row.work for row in recent) / busy_s)
+        return GUESSED_SPEED * max(count, 1)
+
+    def _requeue(self, which: ColumnElement[bool]) -> int:
+        """Running to queued, or to failed where the attempts are used up."""
+        is_last = jobs.c.attempt >= MAX_ATTEMPTS
+        with self._engine.begin() as connection:
+            return self._change(
+                connection,
+                (jobs.c.state == JobState.RUNNING) & which,
+                state=case((is_last, JobState.FAILED), else_=JobState.QUEUED),
+                error=case((is_last, WORKER_LOST), else_=None),
+                finished_at=case((is_last, self._clock()), else_=None),
+                worker_id=None,
+                beaten_at=None,
+                step=0,
+                total_steps=0,
+            )
+
+    def _end(self, which: ColumnElement[bool], state: JobState, **values: Any) -> bool:
+        """Bring a job to its terminal state; False where there was none to bring."""
+        with self._engine.begin() as connection:
+            changed = self._change(
+                connection,
+                which,
+                state=state,
+                finished_at=self._clock(),
+                worker_id=None,
+                beaten_at=None,
+                **values,
+            )
+        return changed == 1
+
+    def _find_replayed(
+        self, connection: Connection, key_id: str, once: Idempotency
+    ) -> Row[Any] | None:
+        """Raises: Conflict."""
+        file_prefix = find(connection, key_id, once, self._clock())
+        if file_prefix is None:
+            return None
+        return connection.execute(select(jobs).where(jobs.c.file_prefix == file_prefix)).one()
+
+    def _change(self, connection: Connection, which: ColumnElement[bool], **values: Any) -> int:
+        """`_run` for a change that is not made all the time."""
+        return self._run(connection, update(jobs).where(which).values(values).returning(*CHANGED))
+
+    def _run(
+        self, connection: Connection, change: Executable, values: Mapping[str, Any] | None = None
+    ) -> int:
+        """Change jobs; those that end so get their webhook call in the same transaction.
+
+        change: gives back `CHANGED` of each. The result is how many there were.
+        """
+        rows = connection.execute(change, values).all()
+        for row in rows:
+            if row.webhook is not None and JobState(row.state).is_terminal:
+                queue_delivery(connection, row.id, row.key_id, row.webhook, self._clock())
+        return len(rows)
+
+    @staticmethod
+    def _lock_queue(connection: Connection) -> None:
+        """Nobody else submits until the transaction's end: what was counted stays true."""
+        if connection.dialect.name != "sqlite":  # there every write transaction is alone
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
+
+
+def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:
+    """Of queued jobs (id, attempt) in order, those to give out together."""
+    if queued and queued[0].attempt > 0:
+        return [queued[0].id] if is_idle else []
+    return [row.id for row in itertools.takewhile(lambda row: row.attempt == 0, queued)]
+
+
+def _held(job: Job) -> dict[str, int]:
+    """The parameters of `HELD`."""
+    return {"held_id": job.id, "held_claim": job.claim}
+
+
+def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
+    """Seconds in at least one of the intervals: jobs run side by side, and pauses do not count."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _to_job(row: Row[Any]) -> Job:
+    values = dict(row._mapping)
+    del values["beaten_at"]
+    values["state"] = JobState(values["state"])
+    values["params"] = InpaintParams.from_json(values["params"])
+    return Job(**values)
