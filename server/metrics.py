@@ -4,6 +4,7 @@ No text of a client is ever a label: labels come from routes, enums and our own 
 processes take part in is read from the database at the moment somebody asks.
 """
 
+from collections import Counter as Counts
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -13,6 +14,7 @@ from sqlalchemy import Column, Connection, Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.database import deliveries, delivery_attempts, jobs, read_only
+from server.failures import Failure
 from server.job_store import JobStore, WorkerStatus
 from server.jobs import JobState
 
@@ -79,10 +81,12 @@ class StoredFigures(Collector):
         seen = self._store.workers_seen()
         with read_only(self._engine) as connection:
             in_state = dict(count_by(connection, jobs.c.state))
+            sentences = count_by(connection, jobs.c.error)
             calls = count_by(connection, deliveries.c.state)
             attempts = count_by(connection, delivery_attempts.c.outcome)
         states = [(state, in_state.get(state, 0)) for state in JobState]
         yield gauge("inpaint_jobs", "Jobs by state; queued ones wait", "state", states)
+        yield gauge("inpaint_failed_jobs", "Failed jobs by reason", "reason", by_reason(sentences))
         yield Metric("inpaint_queue_wait_seconds", "Until a new job would start", figures.wait_s)
         yield gauge("inpaint_webhooks", "Webhook calls by state", "state", calls)
         yield gauge("inpaint_webhook_attempts", "Attempts by outcome", "outcome", attempts)
@@ -95,9 +99,18 @@ def by_worker_state(seen: Sequence[WorkerStatus]) -> list[tuple[str, int]]:
     return [(state, states.count(state)) for state in ("loading", "ready", "failed")]
 
 
+def by_reason(sentences: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """How many jobs have failed of each reason. sentences: what stands in their rows."""
+    counts = Counts(dict.fromkeys(Failure, 0))
+    for sentence, count in sentences:
+        counts[Failure.of(sentence)] += count
+    return [*counts.items()]
+
+
 def count_by(connection: Connection, column: Column[str]) -> list[tuple[str, int]]:
     """How many rows there are of each value."""
-    rows = connection.execute(select(column, func.count()).group_by(column))
+    present = column.is_not(None)
+    rows = connection.execute(select(column, func.count()).where(present).group_by(column))
     return [(value, count) for value, count in rows]
 
 

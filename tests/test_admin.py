@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from server.database import open_engine
+from server.failures import Failure
 from server.job_store import WorkerStatus
 from server.settings import Settings
 from tests.http_stub import LiveApp, running_app
@@ -52,25 +53,30 @@ def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings
     post(app.client, "inpaint", **(BODY | {"init_image": "http://127.0.0.1:1/"}))
     post(app.client, "inpaint", **(BODY | {"init_image": "AAAA"}))
     app.client.post("/canary-path")
+    submit(app.client)
     with store_of(settings) as store:
         store.cancel(2)
+        (job,) = store.claim("w", 1)
+        store.fail(job, Failure.OUT_OF_MEMORY.sentence)
         store.report_worker(seen_now(status("w", 0)))
 
     figures = figures_of(admin)
 
     expected = {
-        "inpaint_requests_total{/api/v3/inpaint}{200}": 4,
+        "inpaint_requests_total{/api/v3/inpaint}{200}": 5,
         "inpaint_requests_total{unknown}{404}": 1,
-        "inpaint_request_seconds_count{/api/v3/inpaint}": 4,
+        "inpaint_request_seconds_count{/api/v3/inpaint}": 5,
         "inpaint_refusals_total{ImageUnavailable}": 2,
         "inpaint_refusals_total{RouteNotFound}": 1,
         "inpaint_image_problems_total{not_reachable}": 1,
         "inpaint_image_problems_total{not_an_image}": 1,
-        "inpaint_decodes_total{decoded}": 2,
+        "inpaint_decodes_total{decoded}": 3,
         "inpaint_decodes_total{refused}": 1,
         "inpaint_jobs{finished}": 1,
         "inpaint_jobs{cancelled}": 1,
         "inpaint_jobs{queued}": 0,
+        "inpaint_failed_jobs{out_of_memory}": 1,
+        "inpaint_failed_jobs{worker_lost}": 0,
         "inpaint_workers{ready}": 1,
         "inpaint_workers{failed}": 0,
         "inpaint_database_up": 1,

@@ -124,7 +124,7 @@ SERVER = {
     "app": "auth background database deliveries dialects door egress errors followers intake"
     " janitor job_store keys metrics middleware native_routes routes sandbox services settings"
     " silence storage telemetry threads waiters webhooks models.decoding",
-    "metrics": "database job_store jobs",
+    "metrics": "database failures job_store jobs",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
     "connections": "auth bodies settings",

@@ -198,11 +198,11 @@ def out_of_memory(room: Path) -> Found:
         expect({oracle.row(each)["attempt"] for each in once} == {1}, "a process was lost")
         admin = site.log_events("admin listening")[-1]["url"]
         figures = site.client.get(f"{admin}/metrics").text
-        is_counted = "memory" in figures.replace("process_resident_memory", "")
-        gaps = () if is_counted else ("no metric counts them",)
+        counted = 'inpaint_failed_jobs{reason="out_of_memory"} 3.0'
+        expect(counted in figures, "no metric counts them")
         injected = f"OutOfMemory once and always when {', '.join(stages)}"
         checked = f"once: made by the same process; always: failed, told why; {oracle.last_check()}"
-        return Found(injected, checked, None, gaps)
+        return Found(injected, checked)
 
 
 @fault("F12", "NaN or black picture")
