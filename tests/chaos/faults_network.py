@@ -326,7 +326,7 @@ def request_bytes(script: Script, seed: int) -> bytes:
         "seed": seed,
     }
     content = json.dumps(fields).encode()
-    head = f"POST /api/v3/inpaint HTTP/1.1\r\nHost: us\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /api/v3/inpaint HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 
@@ -394,7 +394,7 @@ def slow_clients(room: Path) -> Found:
     with running_site(room) as site:
         oracle = Oracle(site)
         port = int(site.url.rpartition(":")[2])
-        half = b"POST /api/v3/inpaint HTTP/1.1\r\nHost: us\r\nContent-Length: 1000\r\n"
+        half = b"POST /api/v3/inpaint HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n"
         with ExitStack() as stack:
             clients = many_clients(stack, port, count)
             for client in clients:
