@@ -326,8 +326,8 @@ def request_bytes(script: Script, seed: int) -> bytes:
         "seed": seed,
     }
     content = json.dumps(fields).encode()
-    head = f"POST /api/v3/inpaint HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n\r\n"
-    return head.encode() + content
+    head = b"POST /api/v3/inpaint HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+    return head % len(content) + content
 
 
 @fault("F18", "queue full")
