@@ -38,6 +38,7 @@ from server.http import raise_open_file_limit
 from server.job_store import JobStore
 from server.jobs import Job, JobState, NewJob
 from server.settings import Settings
+from server.storage import Storage
 from tests.processes import ServerProcess
 
 SIDE_PX = 64
@@ -348,6 +349,7 @@ class LoadBench:
                     self._loop(f"native, {clients}", site, native, wanted, clients)
                 self._loop("V3, 32", site, v3, b'"status":"', 32)  # may be ended by the draining
             ids = newest_ids(site.engine)
+            store_pictures(site, ids)
             fetches = [get_bytes(f"{site.url}/api/jobs/{each}") for each in ids]
             self._loop("native GET", site, itertools.cycle(fetches), b'"finished"', 32)
             fetches = [post_bytes(f"{site.url}/api/v3/fetch/{each}", {}) for each in ids]
@@ -448,7 +450,15 @@ class LoadBench:
         print(f"  {name}: {shown}", flush=True)
 
 
-def newest_ids(engine: Engine, count: int = 500) -> list[int]:
+def store_pictures(site: Site, job_ids: Sequence[int]) -> None:
+    """What a worker would have left: a fetch looks whether it is there."""
+    storage = Storage(Settings(data_dir=site.server.data_dir).storage_url)
+    for job in map(site.store.get, job_ids):
+        for key in job.output_keys if job else ():
+            storage.put(key, b"a picture")
+
+
+def newest_ids(engine: Engine, count: int = 200) -> list[int]:
     """Of jobs that have finished."""
     query = select(jobs.c.id).where(jobs.c.state == JobState.FINISHED)
     with read_only(engine) as connection:
