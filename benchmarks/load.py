@@ -156,7 +156,7 @@ class Site:
 def running_site(data_dir: Path, settings: Mapping[str, str]) -> Iterator[Site]:
     """An API process without workers, once it answers."""
     began = time.perf_counter()
-    server = ServerProcess(data_dir, {"INPAINT_HTTP__KEEP_ALIVE_S": "300", **settings}, *NO_WORKERS)
+    server = ServerProcess(data_dir, {**LASTING_CONNECTIONS, **settings}, *NO_WORKERS)
     with ExitStack() as stack:
         stack.callback(server.client.close)
         stack.callback(server.stop)
@@ -168,6 +168,8 @@ def running_site(data_dir: Path, settings: Mapping[str, str]) -> Iterator[Site]:
 
 
 NO_WORKERS = ("--workers", "0")
+LASTING_CONNECTIONS = {"INPAINT_HTTP__KEEP_ALIVE_S": "300", "INPAINT_HTTP__HEAD_TIMEOUT_S": "300"}
+"""A steady run opens connections ahead, and needs some of them late."""
 
 
 async def ask_once(url: str, request: bytes) -> Message:
