@@ -16,7 +16,7 @@ its own steady clock (`silence.py`). No time of a row is compared with any clock
 import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,6 +80,9 @@ START_S = 30.0
 """Until somebody works, where nobody does: a guess at the start of a worker. A client told less
 would ask again and again for nothing."""
 
+MOST_IDS = 256
+"""In one statement."""
+
 SUBMIT_LOCK = 0x1_4E_9A_15
 """An advisory lock's number: any, but the same for all processes of this server."""
 
@@ -89,6 +92,9 @@ GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
 ENDED = select(jobs).where(
     jobs.c.id.in_(bindparam("job_ids", expanding=True)),
     jobs.c.state.in_([state for state in JobState if state.is_terminal]),
+)
+LIVE = select(jobs.c.id).where(
+    jobs.c.state.in_([state for state in JobState if not state.is_terminal])
 )
 FIRST = (
     select(jobs.c.id, jobs.c.attempt)
@@ -307,7 +313,11 @@ class JobStore:
         columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, *progress)
         queue = select(jobs.c.id).where(IS_WAITING).order_by(*ORDER)
         with read_only(self._engine) as connection:
-            rows = connection.execute(select(*columns).where(jobs.c.id.in_(job_ids))).all()
+            rows = [
+                row
+                for some in in_few_sizes(job_ids)
+                for row in connection.execute(select(*columns).where(jobs.c.id.in_(some)))
+            ]
             is_queued = any(row.state == JobState.QUEUED for row in rows)
             waiting = connection.scalars(queue).all() if is_queued else []
         positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
@@ -333,8 +343,15 @@ class JobStore:
     def ended(self, job_ids: Sequence[int]) -> list[Job]:
         """Those of the jobs that are in a terminal state."""
         with read_only(self._engine) as connection:
-            found = connection.execute(ENDED, {"job_ids": job_ids})
-            return [_to_job(row) for row in found]
+            if len(job_ids) > MOST_IDS:
+                # Of thousands that are waited for nearly all are alive; one short question tells.
+                live = {*connection.scalars(LIVE)}
+                job_ids = [job_id for job_id in job_ids if job_id not in live]
+            return [
+                _to_job(row)
+                for some in in_few_sizes(job_ids)
+                for row in connection.execute(ENDED, {"job_ids": some})
+            ]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
         """Take up to `limit` queued jobs, first to last, each with a new claim.
@@ -582,6 +599,18 @@ class JobStore:
         """Nobody else submits until the transaction's end: what was counted stays true."""
         if connection.dialect.name != "sqlite":  # there every write transaction is alone
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
+
+
+def in_few_sizes(job_ids: Sequence[int]) -> Iterator[list[int]]:
+    """The ids in lists whose lengths are powers of two; the last id may be repeated.
+
+    Each length is a statement of its own, which drivers keep: with a thousand lengths they would
+    keep hundreds of megabytes.
+    """
+    for start in range(0, len(job_ids), MOST_IDS):
+        some = [*job_ids[start : start + MOST_IDS]]
+        size = 1 << (len(some) - 1).bit_length()
+        yield some + some[-1:] * (size - len(some))
 
 
 def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:

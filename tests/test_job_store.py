@@ -22,12 +22,14 @@ from server.job_store import (
     GUESSED_SPEED,
     LEASE_S,
     MAX_ATTEMPTS,
+    MOST_IDS,
     START_S,
     WORKER_KEPT_S,
     WORKER_LOST,
     WORKER_SEEN_S,
     JobStore,
     WorkerStatus,
+    in_few_sizes,
 )
 from server.jobs import Beat, Job, JobState, NewJob
 from server.silence import LOOK_S
@@ -316,6 +318,25 @@ def test_ended_lists_the_ended_ones_of_those_asked_for(store: JobStore) -> None:
     assert {job.id for job in store.ended(ids)} == set(ids[:3])
     assert [job.id for job in store.ended(ids[1:2])] == ids[1:2]
     assert store.ended([]) == []
+
+
+def test_ended_ones_are_found_among_hundreds(engine: Engine) -> None:
+    store = JobStore(engine, max_waiting=1_000, max_waiting_per_key=1_000)
+    ids = [store.submit(new_job()).id for _ in range(MOST_IDS + 50)]
+    ended = {ids[0], ids[MOST_IDS], ids[-1]}
+    for job_id in ended:
+        store.cancel(job_id)
+
+    assert {job.id for job in store.ended([*ids, 999_999])} == ended
+    assert store.standings(ids).keys() == {*ids}
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 256, 257, 1_000])
+def test_ids_are_asked_for_in_few_sizes(count: int) -> None:
+    asked = [*in_few_sizes(range(count))]
+
+    assert {each for some in asked for each in some} == {*range(count)}
+    assert all(len(some).bit_count() == 1 and len(some) <= MOST_IDS for some in asked)
 
 
 def test_queue_has_an_end(engine: Engine) -> None:
