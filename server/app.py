@@ -22,6 +22,7 @@ from server.door import Door, listeners_of
 from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.followers import Followers
+from server.holding import Holding
 from server.intake import get_services
 from server.janitor import Janitor
 from server.job_store import JobStore
@@ -113,6 +114,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
     # The last one added is the outermost.
+    app.add_middleware(Holding)
     app.add_middleware(
         ErrorAnswers,
         settings,

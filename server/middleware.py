@@ -3,6 +3,7 @@
 RequestContext   id, forgiving path, headers of every answer, one log line
 CORSMiddleware   Starlette's; outside of the next, so that pages can read errors too
 ErrorAnswers     Host header and free room; any exception becomes an answer
+Holding          `holding.py`: waits for the jobs of held calls
 """
 
 import re
@@ -86,7 +87,7 @@ class RequestContext:
 
 
 class ErrorAnswers:
-    """Innermost: refuses what no endpoint should see, and answers what none foresaw.
+    """Refuses what no endpoint should see, and answers what none foresaw.
 
     serves_loopback_only: whether requests from elsewhere are refused, at the moment.
     """

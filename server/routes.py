@@ -18,6 +18,7 @@ from server.auth import Caller
 from server.bodies import Fields, read_fields, release_body
 from server.dialects import v3
 from server.errors import RouteNotFound, StorageUnavailable
+from server.holding import Held
 from server.intake import (
     ServicesOf,
     accept,
@@ -70,7 +71,7 @@ KeyId = Annotated[str, Depends(get_key_id)]
 @router.post("/api/v3/inpaint", openapi_extra=v3.INPAINT_OPENAPI)
 async def inpaint(
     request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
-) -> JSONResponse:
+) -> Response:
     """Repaint the white part of a mask in an image."""
     hold_until = time.monotonic() + services.settings.hold_s
     if v3.is_fetch(fields):
@@ -78,16 +79,19 @@ async def inpaint(
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
     job, _ = await accept(services, asked, caller, base_url)
-    # Inline pictures: thousands of calls may be held. FastAPI keeps what it gave us till the end.
-    fields.clear()
-    del asked
     release_body(request)
-    ended = await services.waiters.wait(job.id, max(0.0, hold_until - time.monotonic()))
-    if ended is None:
-        return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
-    if ended.state is JobState.FINISHED:
-        return JSONResponse(v3.write_success(ended, await outputs(services, ended, base_url)))
-    return JSONResponse(v3.write_failed(ended))
+    job_id, key_id = job.id, job.key_id  # all that thousands of held calls need to keep
+
+    async def answer() -> JSONResponse:
+        ended = await services.waiters.wait(job_id, max(0.0, hold_until - time.monotonic()))
+        if ended is None:
+            job = await find_job(services, job_id, key_id)
+            return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
+        if ended.state is JobState.FINISHED:
+            return JSONResponse(v3.write_success(ended, await outputs(services, ended, base_url)))
+        return JSONResponse(v3.write_failed(ended))
+
+    return Held(answer)
 
 
 @router.post("/api/v3/fetch", openapi_extra=v3.FETCH_OPENAPI)

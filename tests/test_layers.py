@@ -106,7 +106,9 @@ SERVER = {
     " settings slots storage threads waiters webhooks",
     "intake": "auth decoder downloads errors idempotency job_store jobs receipts sandbox"
     " services settings slots storage models.params",
-    "routes": "auth bodies dialects errors intake job_store jobs services settings models.enhance",
+    "holding": "",
+    "routes": "auth bodies dialects errors holding intake job_store jobs services settings"
+    " models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth bodies deliveries dialects errors followers idempotency intake"
     " jobs native_events services",
@@ -121,9 +123,9 @@ SERVER = {
     " models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
     "supervisor": "job_store telemetry",
-    "app": "auth background database deliveries dialects door egress errors followers intake"
-    " janitor job_store keys metrics middleware native_routes routes sandbox services settings"
-    " silence storage telemetry threads waiters webhooks models.decoding",
+    "app": "auth background database deliveries dialects door egress errors followers holding"
+    " intake janitor job_store keys metrics middleware native_routes routes sandbox services"
+    " settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database failures job_store jobs",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
