@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import psycopg
 import pysqlite3.dbapi2 as sqlite
 from alembic import command
 from alembic.config import Config
@@ -34,8 +33,6 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import PoolProxiedConnection
 
 from server.telemetry import get_logger
 
@@ -75,8 +72,6 @@ STATEMENT_S = 30
 CHANNEL = "inpaint_changes"
 """Where PostgreSQL tells listeners of every commit."""
 
-LOOK_ANYWAY_S = 1.0
-"""A connection may be dead without anybody knowing: PostgreSQL's silence is believed no longer."""
 
 SqliteVersion = tuple[int, int, int]
 
@@ -389,106 +384,3 @@ def migrate(engine: Engine) -> None:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
-
-
-class ChangeSignal:
-    """Tells whether anybody else has committed since the last look, without a lock or a query.
-
-    A look costs microseconds and may say yes for nothing. With SQLite it sees every commit that has
-    returned; PostgreSQL's word of one comes some milliseconds later. Belongs to one thread.
-    look_anyway_s: see `LOOK_ANYWAY_S`.
-    """
-
-    def __init__(self, engine: Engine, look_anyway_s: float = LOOK_ANYWAY_S) -> None:
-        is_sqlite = engine.dialect.name == "sqlite"
-        self._watch: Watch = (
-            DataVersion(engine) if is_sqlite else Notifications(engine, look_anyway_s)
-        )
-
-    def has_changed(self) -> bool:
-        """Also yes where the database fails: who looks closer meets the error where it is
-        handled.
-        """
-        try:
-            return self._watch.look()
-        except (SQLAlchemyError, sqlite.Error, psycopg.Error):
-            self._watch.close()
-            return True
-
-    def __enter__(self) -> "ChangeSignal":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the connection back."""
-        self._watch.close()
-
-
-class Watch(Protocol):
-    """How one kind of database tells of others' commits."""
-
-    def look(self) -> bool:
-        """Whether there were any since the last look; connects where it is not connected."""
-
-    def close(self) -> None:
-        """The next look connects anew, and says yes."""
-
-
-class DataVersion:
-    """SQLite counts others' commits for each connection: `PRAGMA data_version`."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._connection: PoolProxiedConnection | None = None
-        self._version: int | None = None
-
-    def look(self) -> bool:
-        # The driver's own connection: a look happens a hundred times a second.
-        self._connection = self._connection or self._engine.raw_connection()
-        cursor = self._connection.cursor()
-        cursor.execute("PRAGMA data_version")
-        (version,) = cursor.fetchone() or (None,)
-        cursor.close()
-        is_new, self._version = version != self._version, version
-        return is_new
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = self._version = None
-
-
-class Notifications:
-    """PostgreSQL sends `_notify`'s word to who listens."""
-
-    def __init__(self, engine: Engine, look_anyway_s: float) -> None:
-        self._engine = engine
-        self._look_anyway_s = look_anyway_s
-        self._connection: psycopg.Connection[Any] | None = None
-        self._said_yes_at = 0.0
-
-    def look(self) -> bool:
-        if self._connection is None:
-            self._connection = self._listen()
-            is_new = True
-        else:
-            is_new = bool([*self._connection.notifies(timeout=0)])
-        now = time.monotonic()
-        if is_new or now - self._said_yes_at >= self._look_anyway_s:
-            self._said_yes_at = now
-            return True
-        return False
-
-    def _listen(self) -> psycopg.Connection[Any]:
-        # Not of the pool, which would reset it: a listening connection is never between two uses.
-        args, options = self._engine.dialect.create_connect_args(self._engine.url)
-        connection = psycopg.connect(*args, autocommit=True, **options)
-        connection.execute(f"LISTEN {CHANNEL}")
-        return connection
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None

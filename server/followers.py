@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from server.database import ChangeSignal
+from server.changes import ChangeSignal
 from server.errors import TooManyStreams
 from server.job_store import JobStore
 from server.jobs import Standing

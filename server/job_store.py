@@ -39,8 +39,9 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from models.params import InpaintParams
+from server.changes import ChangeSignal
 from server.commits import GroupCommit
-from server.database import ChangeSignal, jobs, read_only, receipts, workers
+from server.database import jobs, read_only, receipts, workers
 from server.deliveries import queue_delivery
 from server.errors import ApiError, QueueFull, StorageUnavailable
 from server.failures import Failure

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from types import TracebackType
 
-from server.database import ChangeSignal
+from server.changes import ChangeSignal
 from server.job_store import JobStore
 from server.jobs import Job
 from server.telemetry import get_logger

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 
-from server.database import ChangeSignal, open_engine
+from server.changes import ChangeSignal
+from server.database import open_engine
 from server.job_store import JobStore, WorkerStatus
 
 BAD_PREFIX = "bad"

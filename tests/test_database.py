@@ -21,11 +21,11 @@ from alembic.migration import MigrationContext
 from sqlalchemy import URL, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from server.changes import ChangeSignal
 from server.database import (
     MIGRATION_LOCK,
     MORE_CONNECTIONS,
     POOL_SIZE,
-    ChangeSignal,
     SqliteVersion,
     has_sound_wal,
     metadata,

@@ -68,6 +68,8 @@ SERVER = {
     "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
+    "changes": "notifications",
+    "notifications": "database",
     "storage": "errors",
     "addresses": "settings",
     "slots": "",
@@ -88,14 +90,14 @@ SERVER = {
     "turns": "database",
     "silence": "",
     "jobs": "models.params",
-    "job_store": "commits database deliveries errors failures idempotency jobs receipts"
+    "job_store": "changes commits database deliveries errors failures idempotency jobs receipts"
     " silence turns models.params",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "threads": "",
-    "waiters": "database job_store jobs telemetry",
-    "followers": "database errors job_store jobs telemetry",
+    "waiters": "changes job_store jobs telemetry",
+    "followers": "changes errors job_store jobs telemetry",
     "bodies": "errors",
     "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
