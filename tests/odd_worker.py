@@ -14,7 +14,7 @@ from server.changes import ChangeSignal
 from server.database import open_engine
 from server.job_store import JobStore, WorkerStatus
 
-BAD_PREFIX = "bad"
+BAD_PREFIX = "poison"
 """Jobs whose files are named so kill a worker that crashes."""
 
 
