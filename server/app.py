@@ -30,6 +30,7 @@ from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
 from server.middleware import ErrorAnswers, RequestContext
 from server.native_routes import router as native_router
+from server.outlook import Outlook
 from server.routes import router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, SUBMIT_THREADS, WEBHOOKS, Services
@@ -87,6 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
                         settings=settings,
                         keys=keys,
                         store=store,
+                        outlook=Outlook(store),
                         storage=storage,
                         fetcher=Fetcher(settings.fetch, fetch_door),
                         sandbox=sandbox,

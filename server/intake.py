@@ -112,7 +112,8 @@ async def accept(
         if earlier is not None:
             return earlier, False
     share = QueueShare(caller.limits.max_waiting, caller.limits.priority)
-    await services.in_store_thread(services.store.refuse_when_full, caller.key_id, share)
+    if not services.outlook.has_room(caller.key_id):
+        await services.in_store_thread(services.outlook.look_for_room, caller.key_id, share)
     with one_of_arrivals(services, caller):
         pair, intake = await take_in(services, asked, caller, base_url)
     height, width = pair.mask.shape
@@ -237,5 +238,5 @@ def submit(
 
 async def eta_s(services: Services, job: Job) -> float:
     """Seconds until a job that has not ended probably will have."""
-    figures = await services.in_store_thread(services.store.figures, job.id)
+    figures = await services.in_store_thread(services.outlook.figures, job)
     return figures.eta_s(job)

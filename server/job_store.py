@@ -52,6 +52,7 @@ from server.jobs import (
     Job,
     JobState,
     NewJob,
+    Pace,
     QueueFigures,
     QueueShare,
     Standing,
@@ -122,9 +123,6 @@ CLAIM = (
     .returning(jobs)
 )
 
-PLACE = select(jobs.c.priority, jobs.c.turn, jobs.c.id).where(
-    jobs.c.id == bindparam("job_id"), IS_WAITING
-)
 RECENT = (
     select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
     .where(jobs.c.state == JobState.FINISHED)
@@ -246,7 +244,7 @@ class JobStore:
             return _to_job(row)
         self._lock_queue(connection)
         arrival = look_at(connection, new.key_id, new.share.priority)
-        self._refuse_when_full_at(arrival, new.share)
+        self._room_at(arrival, new.share)
         if once is not None and not reserve(
             connection, new.key_id, once, new.file_prefix, self._clock()
         ):
@@ -277,17 +275,19 @@ class JobStore:
             row = self._find_replayed(connection, key_id, once)
         return None if row is None else _to_job(row)
 
-    def refuse_when_full(self, key_id: str, share: QueueShare = USUAL_SHARE) -> None:
-        """Before anything is fetched for a job that `submit` would refuse. Raises: QueueFull."""
+    def room_for(self, key_id: str, share: QueueShare = USUAL_SHARE) -> int:
+        """How many more jobs of a key `submit` would take now, at least one. Raises: QueueFull."""
         with read_only(self._engine) as connection:
-            self._refuse_when_full_at(look_at(connection, key_id, share.priority), share)
+            return self._room_at(look_at(connection, key_id, share.priority), share)
 
-    def _refuse_when_full_at(self, arrival: Arrival, share: QueueShare) -> None:
+    def _room_at(self, arrival: Arrival, share: QueueShare) -> int:
+        """Raises: QueueFull."""
         if arrival.waiting >= self._max_waiting:
             raise QueueFull(self._max_waiting)
         limit = self._max_waiting_per_key if share.max_waiting is None else share.max_waiting
         if arrival.waiting_of_key >= limit:
             raise QueueFull(limit)
+        return min(self._max_waiting - arrival.waiting, limit - arrival.waiting_of_key)
 
     def get(self, job_id: int) -> Job | None:
         """The job, None where there is none."""
@@ -452,29 +452,29 @@ class JobStore:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
 
-    def figures(self, before_id: int | None = None) -> QueueFigures:
-        """The queue as a whole, or as the job `before_id` sees it in front of itself.
-
-        A job that comes later may yet go before it, when it is the turn of its key.
-        """
+    def pace(self) -> Pace:
+        """How fast jobs are made now."""
         with read_only(self._engine) as connection:
             seen = self._seen(connection)
             speed = self._speed(connection, len(seen))
-            if before_id is None:
+        is_worked_on = any(worker.state == "ready" for worker in seen)
+        return Pace(speed, 0.0 if is_worked_on else START_S)
+
+    def figures(self, before: Job | None = None, pace: Pace | None = None) -> QueueFigures:
+        """The queue as a whole, or as a job sees it in front of itself.
+
+        A job that comes later may yet go before it, when it is the turn of its key.
+        before: as read lately; it is taken to wait where it did then. pace: where it is known.
+        """
+        with read_only(self._engine) as connection:
+            if before is None:
                 row = connection.execute(IN_ALL).one()
-            elif (place := self._place(connection, before_id)) is not None:
+            elif before.state is JobState.QUEUED:
+                place = Place(before.priority, before.turn, before.id)
                 row = connection.execute(BEFORE_WAITING, place.to_parameters()).one()
             else:
-                row = connection.execute(BEFORE_OTHER, {"job_id": before_id}).one()
-        waiting, running, ahead = row
-        is_worked_on = any(worker.state == "ready" for worker in seen)
-        return QueueFigures(waiting, running, ahead, speed, 0.0 if is_worked_on else START_S)
-
-    @staticmethod
-    def _place(connection: Connection, job_id: int) -> Place | None:
-        """Where a waiting job stands, None for any other."""
-        row = connection.execute(PLACE, {"job_id": job_id}).one_or_none()
-        return None if row is None else Place(*row)
+                row = connection.execute(BEFORE_OTHER, {"job_id": before.id}).one()
+        return QueueFigures(*row, pace or self.pace())
 
     def report_worker(self, status: WorkerStatus) -> None:
         """Write a worker's word of itself, in place of its earlier one."""

@@ -162,28 +162,37 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast jobs are made.
+
+    speed: pixel steps per second of all workers together; a guess before the first job has ended.
+    pause_s: until anybody works; 0 where a worker is ready.
+    """
+
+    speed: float
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class QueueFigures:
     """The queue, as a whole or in front of one job.
 
     waiting, running: jobs. ahead: their pixel steps not yet done.
-    speed: pixel steps per second of all workers together; a guess before the first job has ended.
-    pause_s: until anybody works; 0 where a worker is ready.
     """
 
     waiting: int
     running: int
     ahead: float
-    speed: float
-    pause_s: float
+    pace: Pace
 
     @property
     def wait_s(self) -> float:
         """Seconds until a new job would start."""
-        return self.pause_s + self.ahead / self.speed
+        return self.pace.pause_s + self.ahead / self.pace.speed
 
     def eta_s(self, job: Job) -> float:
         """Seconds until a job behind these probably ends."""
-        return round(self.pause_s + (self.ahead + job.work_left) / self.speed, 1)
+        return round(self.pace.pause_s + (self.ahead + job.work_left) / self.pace.speed, 1)
 
 
 @dataclass(frozen=True, slots=True)

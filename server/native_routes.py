@@ -268,7 +268,7 @@ async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
     if job.state is JobState.FINISHED:
         receipt = await services.in_store_thread(services.store.receipt_of, job.id)
     elif not job.state.is_terminal:
-        figures = await services.in_store_thread(services.store.figures, job.id)
+        figures = await services.in_store_thread(services.outlook.figures, job)
         position = figures.waiting + 1 if job.state is JobState.QUEUED else None
         eta_s = figures.eta_s(job)
     return native_answers.write_job(job, receipt, base_url, position, eta_s)

@@ -11,6 +11,7 @@ from server.egress import Fetcher
 from server.followers import Followers
 from server.job_store import JobStore
 from server.metrics import Metrics
+from server.outlook import Outlook
 from server.sandbox import Sandbox
 from server.settings import Settings
 from server.slots import Headcount
@@ -45,6 +46,7 @@ class Services:
     settings: Settings
     keys: KeyRing
     store: JobStore
+    outlook: Outlook
     storage: Storage
     fetcher: Fetcher
     sandbox: Sandbox

@@ -342,13 +342,13 @@ def test_ids_are_asked_for_in_few_sizes(count: int) -> None:
 def test_queue_has_an_end(engine: Engine) -> None:
     store = JobStore(engine, max_waiting=2)
     store.submit(new_job())
-    store.refuse_when_full("somebody")
+    store.room_for("somebody")
     store.submit(new_job())
     with pytest.raises(QueueFull) as refused:
         store.submit(new_job())
     assert refused.value.limit == 2
     with pytest.raises(QueueFull):
-        store.refuse_when_full("somebody")
+        store.room_for("somebody")
     claim_one(store)  # a running job waits no longer
     store.submit(new_job())
 
@@ -414,7 +414,7 @@ class TestFigures:
     def test_empty_queue(self, store: JobStore) -> None:
         figures = store.figures()
         assert (figures.waiting, figures.running, figures.wait_s) == (0, 0, 0)
-        assert figures.speed == GUESSED_SPEED
+        assert figures.pace.speed == GUESSED_SPEED
 
     @pytest.mark.parametrize("state", ["loading", "failed", None])
     def test_without_a_ready_worker_nothing_starts_at_once(
@@ -425,7 +425,7 @@ class TestFigures:
         else:
             store.forget_worker("a")
         job = store.submit(new_job(work=2 * GUESSED_SPEED))
-        assert store.figures(job.id).eta_s(job) == START_S + 2
+        assert store.figures(job).eta_s(job) == START_S + 2
         assert store.figures().wait_s == START_S + 2
 
     def test_work_in_front_counts_what_is_left_of_running_jobs(self, store: JobStore) -> None:
@@ -434,9 +434,9 @@ class TestFigures:
         store.beat(running, 5, 20)
         whole = store.figures()
         assert (whole.waiting, whole.running, whole.ahead) == (2, 1, 2_750)
-        assert store.figures(third.id).ahead == 1_750
-        assert store.figures(first.id).ahead == 0
-        assert store.figures(second.id).waiting == 0
+        assert store.figures(third).ahead == 1_750
+        assert store.figures(running).ahead == 0
+        assert store.figures(second).waiting == 0
 
     def test_speed_is_that_of_the_last_jobs(self, store: JobStore, clock: Clock) -> None:
         for seconds, work in [(1_000, 1.0)] + [(2, 1_000.0), (3, 4_000.0)] * 10:
@@ -444,7 +444,7 @@ class TestFigures:
             job = claim_one(store)
             clock.now += seconds
             store.finish(job, [])
-        assert store.figures().speed == 50_000 / 50
+        assert store.pace().speed == 50_000 / 50
 
     def test_eta_is_work_in_front_and_own_work_over_speed(
         self, store: JobStore, clock: Clock
@@ -454,22 +454,23 @@ class TestFigures:
         clock.now += 2
         store.finish(job, [])
         first, second = (store.submit(new_job(work=2_000.0)) for _ in range(2))
-        assert store.figures(second.id).eta_s(second) == 8.0
+        assert store.figures(second).eta_s(second) == 8.0
         assert store.figures().wait_s == 8.0
         store.beat(claim_one(store), 15, 20)
-        assert store.figures(first.id).eta_s(get(store, first.id)) == 1.0
-        assert store.figures(second.id).eta_s(second) == 5.0
+        running = get(store, first.id)
+        assert store.figures(running).eta_s(running) == 1.0
+        assert store.figures(second).eta_s(second) == 5.0
 
     def test_workers_add_up_while_they_are_seen(self, store: JobStore, clock: Clock) -> None:
         store.report_worker(status("b", clock()))
-        assert store.figures().speed == 2 * GUESSED_SPEED
+        assert store.pace().speed == 2 * GUESSED_SPEED
         hear_nothing(store, clock, WORKER_SEEN_S)
-        assert store.figures().speed == GUESSED_SPEED
+        assert store.pace().speed == GUESSED_SPEED
 
     def test_instant_jobs_do_not_divide_by_zero(self, store: JobStore) -> None:
         store.submit(new_job())
         store.finish(claim_one(store), [])
-        assert store.figures().speed == GUESSED_SPEED
+        assert store.pace().speed == GUESSED_SPEED
 
 
 def status(worker_id: str, seen_at: float, state: str = "ready") -> WorkerStatus:

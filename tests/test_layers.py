@@ -104,7 +104,8 @@ SERVER = {
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
-    "services": "auth background deliveries egress followers job_store metrics sandbox"
+    "outlook": "job_store jobs",
+    "services": "auth background deliveries egress followers job_store metrics outlook sandbox"
     " settings slots storage threads waiters webhooks",
     "intake": "auth decoder downloads errors idempotency job_store jobs receipts sandbox"
     " services settings slots storage models.params",
@@ -126,8 +127,8 @@ SERVER = {
     "devices": "telemetry",
     "supervisor": "job_store telemetry",
     "app": "auth background database deliveries dialects door egress errors followers holding"
-    " intake janitor job_store keys metrics middleware native_routes routes sandbox services"
-    " settings silence storage telemetry threads waiters webhooks models.decoding",
+    " intake janitor job_store keys metrics middleware native_routes outlook routes sandbox"
+    " services settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database failures job_store jobs",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
