@@ -19,7 +19,7 @@ from models.params import InpaintParams
 from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
-from server.errors import ApiError, JobNotFound, QueueFull, ServerBusy
+from server.errors import ApiError, JobNotFound, QueueFull, ServerBusy, StorageUnavailable
 from server.idempotency import Idempotency
 from server.job_store import JobStore
 from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
@@ -29,6 +29,9 @@ from server.services import Services
 from server.settings import Settings
 from server.slots import NoPlace
 from server.storage import Storage
+
+LARGE_BYTES = 500_000
+"""Of images: a megabyte takes a millisecond to hash."""
 
 FEW_ARRIVALS = 16
 """Requests of any key that are worked on at a time, however few of its jobs may wait."""
@@ -172,7 +175,7 @@ async def take_in(
         raise
     services.metrics.decodes.labels("decoded").inc()
     decoded = time.perf_counter()
-    digests = sha256_of(images)  # a millisecond per megabyte
+    digests = await hash_images(services, images)
     return pair, Intake(
         fetch_ms=round((fetched - started) * 1000, 1),
         decode_ms=round((decoded - fetched) * 1000, 1),
@@ -206,6 +209,13 @@ async def read_output(services: Services, name: str) -> bytes | None:
     return await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
 
 
+async def hash_images(services: Services, images: Mapping[str, bytes]) -> dict[str, str]:
+    """`sha256_of`, in a thread where it would keep all others waiting."""
+    if sum(map(len, images.values())) < LARGE_BYTES:
+        return sha256_of(images)
+    return await services.in_store_thread(sha256_of, images)
+
+
 def sha256_of(images: Mapping[str, bytes]) -> dict[str, str]:
     """Hexadecimal digests by the same names."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
@@ -221,9 +231,11 @@ def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:
 def submit(
     store: JobStore, storage: Storage, new: NewJob, pair: DecodedPair, once: Idempotency | None
 ) -> Job:
-    """Store the input, then the row. Raises: QueueFull, Conflict, StorageUnavailable."""
-    # The inputs come first: a job that can be claimed must have them.
-    storage.put(new.input_key, pair.to_bytes())
+    """Store the input and the row, both for good. Raises: QueueFull, Conflict, StorageUnavailable.
+
+    A job that can be claimed has its input. The disk is waited for once, not for each of the two.
+    """
+    stored = storage.put_early(new.input_key, pair.to_bytes())
     try:
         job = store.submit(new, once)
     except ApiError:  # refused for certain
@@ -233,6 +245,12 @@ def submit(
         raise
     if job.file_prefix != new.file_prefix:
         storage.delete(new.input_key)
+        return job
+    try:
+        stored.result()
+    except StorageUnavailable:
+        store.withdraw(job)
+        raise
     return job
 
 

@@ -29,6 +29,7 @@ from sqlalchemy import (
     Select,
     bindparam,
     case,
+    delete,
     func,
     insert,
     select,
@@ -434,6 +435,14 @@ class JobStore:
         """Queued or running to cancelled; False when it had ended already."""
         is_live = jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING])
         return self._end((jobs.c.id == job_id) & is_live, JobState.CANCELLED)
+
+    def withdraw(self, job: Job) -> None:
+        """Remove a job that its client was not told of, as if it had never been submitted.
+
+        Whoever makes it already finds it taken away.
+        """
+        with self._engine.begin() as connection:
+            connection.execute(delete(jobs).where(jobs.c.id == job.id))
 
     def requeue_expired(self) -> int:
         """Give back the jobs whose lease has run out; how many there were.

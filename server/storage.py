@@ -1,9 +1,10 @@
-"""Where pictures and inputs lie: a local folder or an object store, behind seven calls."""
+"""Where pictures and inputs lie: a local folder or an object store, behind eight calls."""
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,10 @@ class StoredFile:
     changed_at: float
 
 
+MAX_SYNCS = 64
+"""Files at a time that `put_early` brings to the disk; the disk takes many as quickly as one."""
+
+
 class Storage:
     """Bytes under a key such as `generations/<uuid>-0.png`.
 
@@ -44,6 +49,7 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         self._folder: Path | None = None
+        self._syncs = ThreadPoolExecutor(MAX_SYNCS, "sync")
         if url.startswith("file:"):
             self._store: ObjectStore = LocalStore.from_url(url, mkdir=True)
             self._folder = Path(unquote(urlsplit(url).path))
@@ -61,13 +67,36 @@ class Storage:
 
         Raises: StorageUnavailable.
         """
+        self._show(key, content)()
+
+    def put_early(self, key: str, content: bytes) -> Future[None]:
+        """`put` for a caller who has more to do: once this returns readers see the content, and it
+        survives a power cut once the result is there.
+
+        Raises: StorageUnavailable, as may the result.
+        """
+        return self._syncs.submit(self._show(key, content))
+
+    def _show(self, key: str, content: bytes) -> Callable[[], None]:
+        """Store for readers; the call that is given back waits for the disk.
+
+        Both raise: StorageUnavailable.
+        """
         try:
             if self._folder is None:
                 self._store.put(key, content)
-            else:
-                write_durably(self._folder / relative_path(key), content)
+                return lambda: None
+            sync = write(self._folder / relative_path(key), content)
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot write {key}") from error
+
+        def wait() -> None:
+            try:
+                sync()
+            except OSError as error:
+                raise StorageUnavailable(f"cannot write {key}") from error
+
+        return wait
 
     def get(self, key: str) -> bytes | None:
         """The content, None where there is none. Raises: StorageUnavailable."""
@@ -139,26 +168,33 @@ def relative_path(key: str) -> Path:
     return Path(*parts)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole under its name, or not there, whenever the power is cut.
+def write(path: Path, content: bytes) -> Callable[[], None]:
+    """Write a file that is whole under its name, or not there, for whoever looks.
 
-    obstore renames a file before its bytes are on disk, and the rename waits in memory as well.
-    Raises: OSError; whether the file is there then is not known.
+    The call that is given back, which must be made, brings it to the disk. The name is there before
+    that: what a power cut leaves may be half a file, but then nobody was told that there is one.
+    Both raise: OSError. Where the second does, the file is there, and may be lost.
     """
     make_folder(path.parent)
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
+    file = unfinished.open("xb", buffering=0)
     try:
-        with unfinished.open("xb", buffering=0) as file:
-            view = memoryview(content)
-            while view:
-                view = view[file.write(view) :]
-            os.fsync(file.fileno())
+        view = memoryview(content)
+        while view:
+            view = view[file.write(view) :]
         unfinished.rename(path)
     except OSError:
+        file.close()
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise
-    sync_folder(path.parent)
+
+    def sync() -> None:
+        with file:
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+
+    return sync
 
 
 def make_folder(folder: Path) -> None:

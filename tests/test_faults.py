@@ -10,6 +10,7 @@ import struct
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,6 +251,20 @@ class FaultyStorage(Storage):
         yield
         if strikes:
             raise StorageUnavailable("after")
+
+    def put_early(self, key: str, content: bytes) -> Future[None]:
+        """As the base class, with two places to fail: before readers see it, and on the way to the
+        disk."""
+        with self._at_risk():
+            stored = super().put_early(key, content)
+        failing: Future[None] = Future()
+        try:
+            with self._at_risk():
+                stored.result()
+            failing.set_result(None)
+        except StorageUnavailable as error:
+            failing.set_exception(error)
+        return failing
 
     def put(self, key: str, content: bytes) -> None:
         """As the base class."""

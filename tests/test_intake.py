@@ -1,5 +1,6 @@
 """From decoded pictures to a durable job: what is kept when the last step fails."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
-from server.errors import Conflict, QueueFull
+from server.errors import Conflict, QueueFull, StorageUnavailable
 from server.idempotency import Idempotency
 from server.intake import submit
 from server.job_store import JobStore
+from server.jobs import JobState
 from server.sandbox import DecodedPair
 from server.storage import Storage
 from tests.test_faults import Fault, answer_is_lost, commit_fails
@@ -50,6 +52,28 @@ def test_input_of_a_commit_that_failed_is_left_to_the_janitor(
     with commit_fails(engine, Fault(1)), pytest.raises(OperationalError):
         submit(JobStore(engine), storage, new, PAIR, None)
     assert storage.has(new.input_key)
+
+
+class FailingDisk(Storage):
+    """What readers see does not reach the disk."""
+
+    def put_early(self, key: str, content: bytes) -> Future[None]:
+        """As the base class."""
+        super().put_early(key, content).result()
+        stored: Future[None] = Future()
+        stored.set_exception(StorageUnavailable("EIO"))
+        return stored
+
+
+def test_job_whose_input_does_not_reach_the_disk_was_never_there(
+    engine: Engine, tmp_path: Path
+) -> None:
+    store, storage = JobStore(engine), FailingDisk((tmp_path / "files").as_uri())
+    with pytest.raises(StorageUnavailable):
+        submit(store, storage, new_job(webhook="http://x/"), PAIR, ONCE)
+    assert store.figures().waiting == 0
+    job = submit(store, Storage((tmp_path / "files").as_uri()), new_job(), PAIR, ONCE)
+    assert job.state is JobState.QUEUED  # its idempotency key was free again
 
 
 def test_input_of_a_refused_job_is_removed(engine: Engine, storage: Storage) -> None:

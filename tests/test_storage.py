@@ -113,8 +113,8 @@ def test_put_returns_when_bytes_and_names_are_on_disk(strace: str, tmp_path: Pat
     written = ours[1][0]
     assert ours == [
         [files],
-        [written],
         [written, picture],
+        [picture],
         [picture.parent],
         [answer, tmp_path / "answer.answered"],
     ]
