@@ -33,7 +33,7 @@ from server.native_routes import router as native_router
 from server.outlook import Outlook
 from server.routes import router
 from server.sandbox import Sandbox
-from server.services import STORE_THREADS, SUBMIT_THREADS, WEBHOOKS, Services
+from server.services import STORE_THREADS, WEBHOOKS, Services
 from server.settings import Settings
 from server.silence import LOOK_S
 from server.storage import Storage
@@ -74,10 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
             rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
         )
         sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
-        with (
-            Threads(STORE_THREADS, "store") as store_threads,
-            Threads(SUBMIT_THREADS, "submit") as submit_threads,
-        ):
+        with Threads(STORE_THREADS, "store") as store_threads:
             async with Background() as background:
                 background.start(WEBHOOKS, webhooks.run)
                 background.start("janitor", Janitor(engine, storage, settings.retention).run)
@@ -99,7 +96,6 @@ def create_app(settings: Settings) -> FastAPI:
                         background=background,
                         metrics=metrics,
                         store_threads=store_threads,
-                        submit_threads=submit_threads,
                     )
                     background.start("keys", lambda: keep_fresh(services))
                     background.start("watch", lambda: watch_workers(services))

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from server.admin import ByPort, create_admin_app
 from server.connections import Gate, GuardedConfig
+from server.cores import stay_on_one_core
 from server.settings import Settings
 from server.supervisor import Supervisor
 
@@ -39,6 +40,7 @@ class Server(uvicorn.Server):
     ) -> None:
         self._app = app
         self._workers = workers
+        self._is_on_one_core = settings.http.one_core
         self.gate = Gate(
             settings.http,
             min(settings.http.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
@@ -66,6 +68,8 @@ class Server(uvicorn.Server):
 
     def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
+        if self._is_on_one_core:
+            stay_on_one_core()
         # uvicorn raises the signal again once it is done, for handlers that stood before its own;
         # with the default ones the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -19,7 +19,14 @@ from models.params import InpaintParams
 from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
-from server.errors import ApiError, JobNotFound, QueueFull, ServerBusy, StorageUnavailable
+from server.errors import (
+    ApiError,
+    ImageUnavailable,
+    JobNotFound,
+    QueueFull,
+    ServerBusy,
+    StorageUnavailable,
+)
 from server.idempotency import Idempotency
 from server.job_store import JobStore
 from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
@@ -29,9 +36,6 @@ from server.services import Services
 from server.settings import Settings
 from server.slots import NoPlace
 from server.storage import Storage
-
-LARGE_BYTES = 500_000
-"""Of images: a megabyte takes a millisecond to hash."""
 
 FEW_ARRIVALS = 16
 """Requests of any key that are worked on at a time, however few of its jobs may wait."""
@@ -114,26 +118,32 @@ async def accept(
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
             return earlier, False
-    share = QueueShare(caller.limits.max_waiting, caller.limits.priority)
     if not services.outlook.has_room(caller.key_id):
+        share = share_of(caller)
         await services.in_store_thread(services.outlook.look_for_room, caller.key_id, share)
+    file_prefix = str(uuid.uuid4())
     with one_of_arrivals(services, caller):
-        pair, intake = await take_in(services, asked, caller, base_url)
-    height, width = pair.mask.shape
-    params = asked.params(*canvas_size(asked, width, height))
-    new = NewJob(
-        dialect=asked.dialect,
-        request=asked.record(base_url) | {"intake": intake.to_json()},
-        params=params,
-        key_id=caller.key_id,
-        share=share,
-        file_prefix=str(uuid.uuid4()),
-        work=params.work,
-        webhook=asked.webhook,
-        track_id=asked.track_id,
-    )
-    job = await services.in_submit_thread(submit, services.store, services.storage, new, pair, once)
-    return job, job.file_prefix == new.file_prefix
+        images, fetch_s = await fetch_images(services, asked, caller, base_url)
+        fetched = time.perf_counter()
+
+        def keep(pair: DecodedPair) -> Job:
+            """All that is left, in the thread that has waited for the decoder."""
+            services.metrics.decodes.labels("decoded").inc()
+            intake = take_note(images, fetch_s, time.perf_counter() - fetched)
+            new = write_job(asked, caller, base_url, file_prefix, pair, intake)
+            return submit(services.store, services.storage, new, pair, once)
+
+        try:
+            job = await services.sandbox.decode_then(images, keep, wanted_of(asked), caller.key_id)
+        except ImageUnavailable:
+            services.metrics.decodes.labels("refused").inc()
+            raise
+    return job, job.file_prefix == file_prefix
+
+
+def share_of(caller: Caller) -> QueueShare:
+    """What a caller may have of the queue."""
+    return QueueShare(caller.limits.max_waiting, caller.limits.priority)
 
 
 @contextmanager
@@ -150,37 +160,60 @@ def one_of_arrivals(services: Services, caller: Caller) -> Iterator[None]:
         raise QueueFull(limit) from error
 
 
-async def take_in(
+async def fetch_images(
     services: Services, asked: AskedJob, caller: Caller, base_url: str
-) -> tuple[DecodedPair, Intake]:
-    """Both images as arrays, and how that went. Raises: ImageUnavailable."""
-    max_bytes = services.settings.fetch.max_image_bytes
-    sources = {"init_image": asked.init_image, "mask_image": asked.mask_image}
+) -> tuple[dict[str, bytes], float]:
+    """Both images' bytes by parameter name, and the seconds it took. Raises: ImageUnavailable."""
     started = time.perf_counter()
     images = await download_images(
-        sources,
+        {"init_image": asked.init_image, "mask_image": asked.mask_image},
         services.fetcher,
-        max_bytes,
+        services.settings.fetch.max_image_bytes,
         caller.fetch_rights,
         OwnOutputs(f"{base_url}/{OUTPUT_FOLDER}/", functools.partial(read_output, services)),
     )
-    fetched = time.perf_counter()
-    wanted = (
-        Wanted(keeps_own_size=True) if asked.keeps_own_size else Wanted(asked.width, asked.height)
-    )
-    try:
-        pair = await services.sandbox.decode_pair(images, wanted, caller.key_id)
-    except ApiError:
-        services.metrics.decodes.labels("refused").inc()
-        raise
-    services.metrics.decodes.labels("decoded").inc()
-    decoded = time.perf_counter()
-    digests = await hash_images(services, images)
-    return pair, Intake(
-        fetch_ms=round((fetched - started) * 1000, 1),
-        decode_ms=round((decoded - fetched) * 1000, 1),
+    return images, time.perf_counter() - started
+
+
+def wanted_of(asked: AskedJob) -> Wanted:
+    """The size at which a job's images are decoded."""
+    if asked.keeps_own_size:
+        return Wanted(keeps_own_size=True)
+    return Wanted(asked.width, asked.height)
+
+
+def take_note(images: Mapping[str, bytes], fetch_s: float, decode_s: float) -> Intake:
+    """How the images came in. Takes a millisecond per megabyte."""
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
+    return Intake(
+        fetch_ms=round(fetch_s * 1000, 1),
+        decode_ms=round(decode_s * 1000, 1),
         init_image_sha256=digests["init_image"],
         mask_image_sha256=digests["mask_image"],
+    )
+
+
+def write_job(
+    asked: AskedJob,
+    caller: Caller,
+    base_url: str,
+    file_prefix: str,
+    pair: DecodedPair,
+    intake: Intake,
+) -> NewJob:
+    """What is submitted. Raises: InvalidRequest."""
+    height, width = pair.mask.shape
+    params = asked.params(*canvas_size(asked, width, height))
+    return NewJob(
+        dialect=asked.dialect,
+        request=asked.record(base_url) | {"intake": intake.to_json()},
+        params=params,
+        key_id=caller.key_id,
+        share=share_of(caller),
+        file_prefix=file_prefix,
+        work=params.work,
+        webhook=asked.webhook,
+        track_id=asked.track_id,
     )
 
 
@@ -207,18 +240,6 @@ def look_up(services: Services, job_id: int) -> Job | None:
 async def read_output(services: Services, name: str) -> bytes | None:
     """A finished picture, None where there is none. Raises: StorageUnavailable."""
     return await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
-
-
-async def hash_images(services: Services, images: Mapping[str, bytes]) -> dict[str, str]:
-    """`sha256_of`, in a thread where it would keep all others waiting."""
-    if sum(map(len, images.values())) < LARGE_BYTES:
-        return sha256_of(images)
-    return await services.in_store_thread(sha256_of, images)
-
-
-def sha256_of(images: Mapping[str, bytes]) -> dict[str, str]:
-    """Hexadecimal digests by the same names."""
-    return {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
 
 
 def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ after whoever asked has gone. So each owner has a few threads, and keeps them un
 """
 
 import asyncio
+import functools
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,8 @@ class Lookups:
             return literals
         async with asyncio.timeout(TIMEOUT_S):
             await self._places.take(owner)
-            return await self._places.use_in_thread(
-                owner, self._threads, self._resolver, host, port
-            )
+            look_up = functools.partial(self._resolver, host, port)
+            return await self._places.use_in_thread(owner, self._threads, look_up, list)
 
 
 def resolve(host: str, port: int) -> Sequence[str]:

@@ -51,11 +51,11 @@ class Outlook:
         until = self._clock() + ROOM_S
         self._rooms[key_id] = Room(self._store.room_for(key_id, share) - 1, until)
 
-    def figures(self, before: Job | None = None) -> QueueFigures:
-        """As `JobStore.figures`, at the pace of the last second."""
+    def figures(self, job: Job) -> QueueFigures:
+        """The queue in front of a job, at the pace of the last second."""
         now = self._clock()
         pace, until = self._pace or (None, now)
         if pace is None or now >= until:
             pace = self._store.pace()
             self._pace = pace, now + PACE_S
-        return self._store.figures(before, pace)
+        return self._store.figures(job, pace)

@@ -113,7 +113,7 @@ async def fetch_by_path(
 @router.post("/api/v3/system_load", openapi_extra=v3.KEY_OPENAPI)
 async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
     """The queue's length in jobs and seconds."""
-    figures = await services.in_store_thread(services.outlook.figures)
+    figures = await services.in_store_thread(services.store.figures)
     return JSONResponse(v3.write_system_load(figures.waiting, figures.wait_s))
 
 

@@ -6,6 +6,7 @@ picture and nothing else: the next one meets a fresh child. What a child answers
 
 import asyncio
 import contextlib
+import functools
 import os
 import queue
 import select
@@ -15,16 +16,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.decoding import ImageLimits
 from models.errors import ImageFault
+from server.cores import on_all_cores
 from server.decoder import (
     FAULTS,
     PICTURE,
@@ -41,6 +44,8 @@ from server.telemetry import get_logger
 
 logger = get_logger(__name__)
 
+R = TypeVar("R")
+
 CHILDREN, CHILDREN_PER_KEY = 3, 2
 """Pairs of pictures decoded at a time. One child is left for others, whatever one key sends."""
 
@@ -49,6 +54,10 @@ PATIENCE_S = 30.0
 
 WALL_S = 10
 """A picture may take so long before its child is killed."""
+
+AFTERWARDS = 64
+"""Threads that may go on with decoded pictures at a time. They wait for the disk, and share commits
+and one connection of the database's, so that many cost little."""
 
 START_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 1.0
@@ -187,15 +196,16 @@ class Decoder:
         limits = self._limits
         numbers = (limits.max_bytes, limits.max_pixels, limits.max_side)
         paths = [str(REPOSITORY), *(path for path in sys.path if os.path.isabs(path))]
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            cwd="/",
-            env={},
-            start_new_session=True,  # an operator's Ctrl-C is for the server
-        )
+        with on_all_cores():
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                cwd="/",
+                env={},
+                start_new_session=True,  # an operator's Ctrl-C is for the server
+            )
         self.starts += 1
         for descriptor in self._descriptors():
             os.set_blocking(descriptor, False)
@@ -332,7 +342,7 @@ def widen(pipe: int) -> None:
 
 
 class Sandbox:
-    """The API process's decoders: a few children, each with a thread that waits for it.
+    """The API process's decoders: a few children, and threads that wait for them.
 
     Use as a context manager: leaving ends the children.
     """
@@ -353,7 +363,7 @@ class Sandbox:
         self._idle: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for decoder in self._decoders:
             self._idle.put(decoder)
-        self._threads = ThreadPoolExecutor(children, thread_name_prefix="decoder")
+        self._threads = ThreadPoolExecutor(children + AFTERWARDS, thread_name_prefix="sandbox")
         self._places = Slots(children, children_per_key)
         self._patience_s = patience_s
         self._max_waiting_bytes = max_waiting_bytes
@@ -361,12 +371,18 @@ class Sandbox:
         self._waiting = 0
         self._waiting_bytes: Counter[str] = Counter()
 
-    async def decode_pair(
-        self, images: Mapping[str, bytes], wanted: Wanted = OWN, key_id: str = "anybody"
-    ) -> DecodedPair:
-        """As `Decoder.decode_pair`. A caller that is cancelled leaves its child in order.
+    async def decode_then(
+        self,
+        images: Mapping[str, bytes],
+        then: Callable[[DecodedPair], R],
+        wanted: Wanted = OWN,
+        key_id: str = "anybody",
+    ) -> R:
+        """As `Decoder.decode_pair`, and what follows from it in the same thread, without a child.
 
-        key_id: children are handed round by it. Raises: ImageUnavailable, QueueFull, ApiError.
+        A caller that is cancelled leaves its child in order, and what follows is done.
+        key_id: children are handed round by it.
+        Raises: ImageUnavailable, QueueFull, ApiError; what `then` raises.
         """
         size = sum(map(len, images.values()))
         if (
@@ -378,9 +394,8 @@ class Sandbox:
         self._waiting_bytes[key_id] += size
         try:
             await self._wait_for_place(key_id)
-            return await self._places.use_in_thread(
-                key_id, self._threads, self._decode, images, wanted
-            )
+            decode = functools.partial(self._decode, images, wanted)
+            return await self._places.use_in_thread(key_id, self._threads, decode, then)
         finally:
             self._waiting -= 1
             self._waiting_bytes -= Counter({key_id: size})  # drops keys with nothing waiting

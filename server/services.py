@@ -31,10 +31,6 @@ STORE_THREADS = 8
 thread of the webhooks and the one of the janitor; waiters and followers take two each, and all that
 share commits one for each kind."""
 
-SUBMIT_THREADS = 64
-"""Jobs that may wait for the disk at a time. They share commits and one connection, so that many
-cost little and each makes the others' share cheaper."""
-
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -57,7 +53,6 @@ class Services:
     background: Background
     metrics: Metrics
     store_threads: Threads
-    submit_threads: Threads
     arrivals: Headcount = field(default_factory=Headcount)
 
     async def in_store_thread(
@@ -65,9 +60,3 @@ class Services:
     ) -> R:
         """Call a synchronous part without blocking the event loop."""
         return await self.store_threads.call(function, *args, **kwargs)
-
-    async def in_submit_thread(
-        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        """Call what waits for a shared commit without blocking the event loop."""
-        return await self.submit_threads.call(function, *args, **kwargs)

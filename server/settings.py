@@ -221,7 +221,7 @@ class HttpSettings(Section):
     head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
     a client that takes too little of its answer. max_buffered_bytes: of all bodies, and of answers
     not taken, in memory.
-    max_streams_per_key: jobs a key may follow at a time.
+    max_streams_per_key: jobs a key may follow at a time. one_core: see `cores.py`.
     """
 
     head_timeout_s: float = Field(default=10, gt=0)
@@ -232,6 +232,7 @@ class HttpSettings(Section):
     max_connections_per_address: int = Field(default=512, ge=1)
     max_buffered_bytes: int = Field(default=512_000_000, ge=1)
     max_streams_per_key: int = Field(default=256, ge=1)
+    one_core: bool = True
 
 
 class AdminSettings(Section):

@@ -1,13 +1,14 @@
 """A limited number of places, shared out fairly among those who ask."""
 
 import asyncio
+import contextvars
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar, TypeVarTuple
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
 
-Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -59,17 +60,40 @@ class Slots:
         self._hand_out()
 
     async def use_in_thread(
-        self, owner: str, threads: Executor, function: Callable[[*Ts], R], *args: *Ts
+        self,
+        owner: str,
+        threads: Executor,
+        function: Callable[[], T],
+        then: Callable[[T], R],
     ) -> R:
-        """Call a function in a place that was taken. It is given back when the thread is free: a
-        caller that gives up earlier cannot stop it."""
-        answer = asyncio.get_running_loop().run_in_executor(threads, function, *args)
+        """Call a function in a place that was taken, and then another one with what it gave.
+
+        The place is given back when the thread is done with the first: a caller that gives up
+        earlier cannot stop it. Log lines keep the caller's context.
+        """
+        loop = asyncio.get_running_loop()
+        has_left = False
+
+        def leave() -> None:
+            nonlocal has_left
+            if not has_left:
+                has_left = True
+                self.give_back(owner)
+
+        def work() -> R:
+            try:
+                value = function()
+            finally:
+                with suppress(RuntimeError):  # the loop has ended, and with it all who wait
+                    loop.call_soon_threadsafe(leave)
+            return then(value)
 
         def end(ended: asyncio.Future[R]) -> None:
-            self.give_back(owner)
+            leave()  # where it never began
             if not ended.cancelled():
                 ended.exception()  # nobody may be waiting for it
 
+        answer = loop.run_in_executor(threads, contextvars.copy_context().run, work)
         answer.add_done_callback(end)
         return await asyncio.shield(answer)
 

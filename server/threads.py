@@ -1,7 +1,6 @@
 """`Threads`: synchronous calls made from the event loop, each kind in threads of its own.
 
-`concurrent.futures` takes a fifth of the time of a hop through anyio, and an accepted job makes
-four.
+`concurrent.futures` takes a fifth of the time of a hop through anyio, and most calls make one.
 """
 
 import asyncio

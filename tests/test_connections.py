@@ -61,7 +61,7 @@ def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
 
 class TestGate:
     def gate(self, max_connections: int = 3, **limits: int) -> Gate:
-        return Gate(HttpSettings(**limits), max_connections, ["127.0.0.1"])
+        return Gate(HttpSettings.model_validate(limits), max_connections, ["127.0.0.1"])
 
     def test_the_one_that_waited_longest_makes_room(self) -> None:
         gate, lines = self.gate(), [Line() for _ in range(5)]

@@ -80,7 +80,8 @@ SERVER = {
     "downloads": "addresses egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
-    "sandbox": "decoder errors slots telemetry models.decoding models.errors models.params",
+    "cores": "",
+    "sandbox": "cores decoder errors slots telemetry models.decoding models.errors models.params",
     "clocks": "database",
     "deliveries": "clocks commits database",
     "failures": "",
@@ -133,7 +134,7 @@ SERVER = {
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
     "connections": "auth bodies settings",
-    "http": "admin connections settings supervisor",
+    "http": "admin connections cores settings supervisor",
     "cluster": "app worker settings",
     "demo": "database job_store settings",
     "cli": "app auth cluster database deliveries demo devices door http job_store"

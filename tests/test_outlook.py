@@ -74,15 +74,15 @@ def test_pace_is_looked_up_once_a_second_and_the_queue_each_time(
     store: JobStore, clock: Clock, outlook: Outlook
 ) -> None:
     store.report_worker(status("w", clock()))
-    store.submit(new_job(work=1_000.0))
-    guessed = outlook.figures()
-    job = claim_one(store)
+    _, last = (store.submit(new_job(work=1_000.0)) for _ in range(2))
+    guessed = outlook.figures(last)
+    first = claim_one(store)
     clock.now += PACE_S / 2
-    store.finish(job, [])
+    store.finish(first, [])
 
-    empty = outlook.figures()
+    empty = outlook.figures(last)
     assert (guessed.waiting, empty.waiting, empty.running) == (1, 0, 0)
     assert empty.pace == guessed.pace
 
     clock.now += PACE_S / 2
-    assert outlook.figures().pace.speed == 1_000.0 / (PACE_S / 2)
+    assert outlook.figures(last).pace.speed == 1_000.0 / (PACE_S / 2)

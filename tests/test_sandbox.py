@@ -483,10 +483,17 @@ def wait_until_gone(pid: int) -> None:
 # Many requests
 
 
+async def decode(
+    sandbox: Sandbox, images: dict[str, bytes], *, key_id: str = "anybody"
+) -> DecodedPair:
+    """A pair with nothing to follow from it."""
+    return await sandbox.decode_then(images, lambda pair: pair, key_id=key_id)
+
+
 def test_requests_share_the_children() -> None:
     async def run() -> None:
         with Sandbox(LIMITS) as sandbox:
-            calls = [sandbox.decode_pair(images_of((side, side))) for side in SIDES]
+            calls = [decode(sandbox, images_of((side, side))) for side in SIDES]
             pairs = await asyncio.gather(*calls)
         assert [pair.mask.shape for pair in pairs] == [(side, side) for side in SIDES]
 
@@ -496,10 +503,28 @@ def test_requests_share_the_children() -> None:
 SIDES = range(64, 1024, 16)
 
 
+def test_what_follows_from_a_pair_keeps_no_child() -> None:
+    may_go_on = threading.Event()
+
+    def follow(pair: DecodedPair) -> tuple[int, ...]:
+        assert may_go_on.wait(60)
+        return pair.mask.shape
+
+    async def run() -> None:
+        with Sandbox(LIMITS, children=1) as sandbox:
+            first = asyncio.create_task(sandbox.decode_then(images_of((64, 64)), follow))
+            pair = await decode(sandbox, images_of((128, 128)))
+            assert pair.mask.shape == (128, 128)
+            may_go_on.set()
+            assert await first == (64, 64)
+
+    asyncio.run(run())
+
+
 def test_loop_goes_on_while_a_child_works() -> None:
     async def run() -> None:
         with Sandbox(LIMITS, wall_s=30) as sandbox:
-            task = asyncio.create_task(sandbox.decode_pair(images_of((900, 900))))
+            task = asyncio.create_task(decode(sandbox, images_of((900, 900))))
             turns = 0
             while not task.done():
                 turns += 1
@@ -512,14 +537,14 @@ def test_loop_goes_on_while_a_child_works() -> None:
 def test_cancelled_request_leaves_its_child_in_order() -> None:
     async def run() -> None:
         with Sandbox(LIMITS, children=1) as sandbox:
-            await sandbox.decode_pair(images_of((64, 64)))
+            await decode(sandbox, images_of((64, 64)))
             for side in (512, 1000, 72):
-                lost = asyncio.create_task(sandbox.decode_pair(images_of((800, 800))))
-                queued = asyncio.create_task(sandbox.decode_pair(images_of((64, 64))))
+                lost = asyncio.create_task(decode(sandbox, images_of((800, 800))))
+                queued = asyncio.create_task(decode(sandbox, images_of((64, 64))))
                 await asyncio.sleep(0)
                 lost.cancel()
                 queued.cancel()
-                pair = await sandbox.decode_pair(images_of((side, side)))
+                pair = await decode(sandbox, images_of((side, side)))
                 assert pair.mask.shape == (side - side % 8, side - side % 8)
                 assert lost.cancelled()
 
@@ -532,12 +557,12 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
 
     async def run() -> None:
         with Sandbox(LIMITS, max_waiting_bytes=10 * size) as sandbox:
-            calls = [sandbox.decode_pair(images) for _ in range(100)]
+            calls = [decode(sandbox, images) for _ in range(100)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
             assert sum(isinstance(each, DecodedPair) for each in answers) == 10
             refused = [each for each in answers if isinstance(each, QueueFull)]
             assert len(refused) == 90
-            assert isinstance(await sandbox.decode_pair(images), DecodedPair)
+            assert isinstance(await decode(sandbox, images), DecodedPair)
 
     asyncio.run(run())
 
@@ -553,11 +578,10 @@ def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_k
         limits = ImageLimits()
         with Sandbox(limits, children=children, children_per_key=children_per_key) as sandbox:
             greedy = [
-                asyncio.create_task(sandbox.decode_pair(slow_pair(), key_id="greedy"))
-                for _ in range(4)
+                asyncio.create_task(decode(sandbox, slow_pair(), key_id="greedy")) for _ in range(4)
             ]
             await asyncio.sleep(0)
-            await sandbox.decode_pair(images_of((64, 64)), key_id="modest")
+            await decode(sandbox, images_of((64, 64)), key_id="modest")
             assert not all(each.done() for each in greedy)
             for each in greedy:
                 each.cancel()
@@ -569,12 +593,12 @@ def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_k
 def test_request_that_finds_no_child_is_refused_in_time() -> None:
     async def run() -> None:
         with Sandbox(ImageLimits(), children=1, children_per_key=1, patience_s=0.05) as sandbox:
-            slow = asyncio.create_task(sandbox.decode_pair(slow_pair()))
+            slow = asyncio.create_task(decode(sandbox, slow_pair()))
             await asyncio.sleep(0)
             with pytest.raises(QueueFull):
-                await sandbox.decode_pair(images_of((64, 64)))
+                await decode(sandbox, images_of((64, 64)))
             assert isinstance(await slow, DecodedPair)
-            assert isinstance(await sandbox.decode_pair(images_of((64, 64))), DecodedPair)
+            assert isinstance(await decode(sandbox, images_of((64, 64))), DecodedPair)
 
     asyncio.run(run())
 
@@ -585,8 +609,8 @@ def test_files_of_one_key_do_not_take_all_room() -> None:
 
     async def run() -> None:
         with Sandbox(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
-            calls = [sandbox.decode_pair(images, key_id="greedy") for _ in range(20)]
-            modest = sandbox.decode_pair(images, key_id="modest")
+            calls = [decode(sandbox, images, key_id="greedy") for _ in range(20)]
+            modest = decode(sandbox, images, key_id="modest")
             *greedy, pair = await asyncio.gather(*calls, modest, return_exceptions=True)
             assert sum(isinstance(each, QueueFull) for each in greedy) == 10
             assert isinstance(pair, DecodedPair)
@@ -597,7 +621,7 @@ def test_files_of_one_key_do_not_take_all_room() -> None:
 def test_leaving_ends_the_children() -> None:
     async def run() -> list[int]:
         with Sandbox(LIMITS) as sandbox:
-            calls = [sandbox.decode_pair(images_of((900, 900))) for _ in range(4)]
+            calls = [decode(sandbox, images_of((900, 900))) for _ in range(4)]
             await asyncio.gather(*calls)
             pids = [decoder.pid for decoder in sandbox._decoders if decoder.pid]
             assert pids

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -137,7 +138,9 @@ def test_place_of_a_thread_is_held_until_the_thread_is_free() -> None:
         slots = Slots(1, 1)
         with ThreadPoolExecutor(1) as threads:
             await slots.take("a")
-            lost = asyncio.create_task(slots.use_in_thread("a", threads, is_over.wait, 60))
+            lost = asyncio.create_task(
+                slots.use_in_thread("a", threads, partial(is_over.wait, 60), bool)
+            )
             await settle()
             lost.cancel()
             taking = asyncio.create_task(slots.take("b"))
@@ -149,6 +152,34 @@ def test_place_of_a_thread_is_held_until_the_thread_is_free() -> None:
                 await taking
 
     asyncio.run(run())
+
+
+def test_place_of_a_thread_is_free_for_others_while_it_goes_on() -> None:
+    may_go_on = threading.Event()
+
+    def go_on(value: int) -> int:
+        assert may_go_on.wait(60)
+        return value + 1
+
+    async def run() -> int:
+        slots = Slots(1, 1)
+        with ThreadPoolExecutor(1) as threads:
+            await slots.take("a")
+            first = asyncio.create_task(slots.use_in_thread("a", threads, lambda: 1, go_on))
+            async with asyncio.timeout(60):
+                await slots.take("b")
+            may_go_on.set()
+            slots.give_back("b")
+            result = await first
+            # One place, not two: it was given back once.
+            await slots.take("a")
+            another = asyncio.create_task(slots.take("b"))
+            await settle()
+            assert not another.done()
+            another.cancel()
+        return result
+
+    assert asyncio.run(run()) == 2
 
 
 def test_headcount_of_each_owner_is_limited() -> None:
