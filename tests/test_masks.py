@@ -203,6 +203,21 @@ def test_growing_one_pixel_makes_a_disc(radius: int) -> None:
     assert np.array_equal(grow(strengths, radius), np.where(disc, 200, 0))
 
 
+@given(MASKS, st.integers(1, 20), st.booleans())
+def test_hard_masks_grow_as_soft_ones(
+    repaint: NDArray[np.bool_], radius: int, is_growing: bool
+) -> None:
+    """The short way for two values against the disc itself, which a third value asks for."""
+    strengths = repaint.astype(np.uint8) * np.uint8(200)
+    # Far enough off, in a corner, not to be seen from the mask.
+    height, width = strengths.shape
+    framed = np.pad(strengths, ((0, 2 * radius + 1), (0, 0)), mode="edge")
+    framed[-1, -1] = 100
+    size = radius if is_growing else -radius
+    whole = np.pad(strengths, ((0, 2 * radius + 1), (0, 0)), mode="edge")
+    assert np.array_equal(grow(whole, size)[:height], grow(framed, size)[:height])
+
+
 @given(GREYS, st.integers(1, 6))
 def test_shrinking_is_growing_what_is_kept(strengths: NDArray[np.uint8], radius: int) -> None:
     assert np.array_equal(grow(strengths, -radius), 255 - grow(255 - strengths, radius))
