@@ -2,7 +2,10 @@
 
 import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 PAGE = b"x" * 4_096
@@ -18,6 +21,25 @@ def fsync_ms(folder: Path, count: int = 60) -> float:
     finally:
         os.close(descriptor)
         path.unlink()
+
+
+def start_again_on_slow_disk(fsync_ms: float, folder: Path, command: Sequence[str]) -> None:
+    """Put a Python command in the place of this process, with every fsync so much longer.
+
+    Its children see the same disk. folder: for the library, which is built with `cc`.
+    Raises: OSError, subprocess.CalledProcessError without a compiler.
+    """
+    library = folder / "slow_disk.so"
+    source = Path(__file__).with_name("slow_disk.c")
+    build = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(build, check=True)
+    slow = {"LD_PRELOAD": str(library), "SLOW_DISK_US": str(round(1000 * fsync_ms))}
+    os.execve(sys.executable, [sys.executable, *command], {**os.environ, **slow})
+
+
+def is_slowed_down() -> bool:
+    """Whether this process is one that `start_again_on_slow_disk` made."""
+    return "SLOW_DISK_US" in os.environ
 
 
 def append_s(descriptor: int) -> float:

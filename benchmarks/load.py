@@ -12,6 +12,7 @@ import dataclasses
 import io
 import itertools
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -28,7 +29,13 @@ from PIL import Image
 from sqlalchemy import Engine, func, select, update
 
 from benchmarks import measure, report
-from benchmarks.disks import MEMORY_FILESYSTEMS, filesystem_of, fsync_ms
+from benchmarks.disks import (
+    MEMORY_FILESYSTEMS,
+    filesystem_of,
+    fsync_ms,
+    is_slowed_down,
+    start_again_on_slow_disk,
+)
 from benchmarks.orders import example_image, example_mask, make_prompt
 from benchmarks.wire import Message, Receivers, Wire, get_bytes, post_bytes
 from models.params import InpaintParams
@@ -728,6 +735,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
+    parser.add_argument("--fsync-ms", type=float, help="make the disk so much slower; needs cc")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--budget-s", type=float, default=420, help="wall time, about")
     return parser.parse_args(arguments)
@@ -737,9 +745,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write `load.json`, `.md` and `.png`."""
     options = parse(arguments)
     raise_open_file_limit()
+    if options.fsync_ms and not is_slowed_down():
+        options.out.mkdir(parents=True, exist_ok=True)
+        command = ["-m", "benchmarks.load", *(sys.argv[1:] if arguments is None else arguments)]
+        start_again_on_slow_disk(options.fsync_ms, options.out, command)
     with tempfile.TemporaryDirectory(prefix="bench-load-", dir=options.scratch) as scratch:
         findings = run(options, Path(scratch))
-    report.write_report(options.out, "load", findings, to_text(findings), to_charts(findings))
+    name = f"load_{options.fsync_ms:g}ms" if options.fsync_ms else "load"
+    report.write_report(options.out, name, findings, to_text(findings), to_charts(findings))
 
 
 if __name__ == "__main__":
