@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -47,70 +47,20 @@ logger = get_logger(__name__)
 
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its parts are built when it starts, in `app.state.services`."""
-
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = open_engine(settings.sqlalchemy_url)
-        migrate(engine)
-        store = JobStore(
-            engine,
-            max_waiting=settings.queue.max_waiting,
-            max_waiting_per_key=settings.queue.max_waiting_per_key,
-        )
-        metrics.registry.register(StoredFigures(engine, store))
-        keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
-        storage = Storage(settings.storage_url)
-        # One each, so that neither waits for the other's look-ups.
-        listeners = listeners_of(settings)
-        fetch_door, webhook_door = (Door(settings.egress, listeners) for _ in range(2))
-        deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        webhooks = WebhookSender(
-            settings.webhook,
-            deliveries,
-            store,
-            webhook_door,
-            rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
-        )
-        sandbox = Sandbox(ImageLimits(settings.fetch.max_image_bytes))
-        with Threads(STORE_THREADS, "store") as store_threads:
-            async with Background() as background:
-                background.start(WEBHOOKS, webhooks.run)
-                background.start("janitor", Janitor(engine, storage, settings.retention).run)
-                followers = Followers(store, settings.http.max_streams_per_key)
-                with Waiters(store) as waiters, followers, sandbox:
-                    sandbox.warm()
-                    services = app.state.services = Services(
-                        settings=settings,
-                        keys=keys,
-                        store=store,
-                        outlook=Outlook(store),
-                        storage=storage,
-                        fetcher=Fetcher(settings.fetch, fetch_door),
-                        sandbox=sandbox,
-                        waiters=waiters,
-                        followers=followers,
-                        deliveries=deliveries,
-                        webhooks=webhooks,
-                        background=background,
-                        metrics=metrics,
-                        store_threads=store_threads,
-                    )
-                    background.start("keys", lambda: keep_fresh(services))
-                    background.start("watch", lambda: watch_workers(services))
-                    yield
-        for door in (fetch_door, webhook_door):
-            await door.aclose()
-        engine.dispose()
+        async with running_services(settings, metrics) as services:
+            app.state.services = services
+            yield
 
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
     app = FastAPI(title="inpaint-server", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(router)
     app.include_router(native_router)
-    app.add_exception_handler(ApiError, answer_error)
-    app.add_exception_handler(RequestValidationError, answer_error)
-    app.add_exception_handler(HTTPException, answer_error)
+    for kind in (ApiError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer_error)
     # The last one added is the outermost.
     app.add_middleware(Holding)
     app.add_middleware(
@@ -128,6 +78,63 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestContext, metrics)
     app.state.metrics = metrics
     return app
+
+
+@asynccontextmanager
+async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
+    """All parts of the API process, at work; leaving ends them, last ones first."""
+    async with AsyncExitStack() as stack:
+        engine = open_engine(settings.sqlalchemy_url)
+        stack.callback(engine.dispose)
+        migrate(engine)
+        store = JobStore(
+            engine,
+            max_waiting=settings.queue.max_waiting,
+            max_waiting_per_key=settings.queue.max_waiting_per_key,
+        )
+        metrics.registry.register(StoredFigures(engine, store))
+        keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
+        storage = Storage(settings.storage_url)
+        # One each, so that neither waits for the other's look-ups.
+        listeners = listeners_of(settings)
+        fetch_door, webhook_door = (Door(settings.egress, listeners) for _ in range(2))
+        for door in (fetch_door, webhook_door):
+            stack.push_async_callback(door.aclose)
+        deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
+        webhooks = WebhookSender(
+            settings.webhook,
+            deliveries,
+            store,
+            webhook_door,
+            rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
+        )
+        store_threads = stack.enter_context(Threads(STORE_THREADS, "store"))
+        background = await stack.enter_async_context(Background())
+        background.start(WEBHOOKS, webhooks.run)
+        background.start("janitor", Janitor(engine, storage, settings.retention).run)
+        waiters = stack.enter_context(Waiters(store))
+        followers = stack.enter_context(Followers(store, settings.http.max_streams_per_key))
+        sandbox = stack.enter_context(Sandbox(ImageLimits(settings.fetch.max_image_bytes)))
+        sandbox.warm()
+        services = Services(
+            settings=settings,
+            keys=keys,
+            store=store,
+            outlook=Outlook(store),
+            storage=storage,
+            fetcher=Fetcher(settings.fetch, fetch_door),
+            sandbox=sandbox,
+            waiters=waiters,
+            followers=followers,
+            deliveries=deliveries,
+            webhooks=webhooks,
+            background=background,
+            metrics=metrics,
+            store_threads=store_threads,
+        )
+        background.start("keys", lambda: keep_fresh(services))
+        background.start("watch", lambda: watch_workers(services))
+        yield services
 
 
 async def keep_fresh(services: Services) -> None:
