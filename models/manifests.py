@@ -5,6 +5,7 @@ named beforehand counts from the first use. Torch-free.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
@@ -13,6 +14,10 @@ from models.errors import ModelUnavailable
 from models.fingerprint import write_whole
 
 FOLDER = "manifests"
+HUB_FOLDER = "blobs"
+"""Where the hub's cache keeps the files that a model's folder links to."""
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def manifest_path(data_dir: Path, model_id: str) -> Path:
@@ -41,6 +46,27 @@ def check_files(
             )
     if first != (now := first | dict(found)):
         write_whole(manifest, json.dumps(now, indent=1, sort_keys=True))
+
+
+def check_downloads(found: Mapping[str, str], files: Mapping[str, Path]) -> None:
+    """Compare files in the hub's cache with what the hub said of them.
+
+    The cache keeps a large file under the SHA-256 that the hub gave for it, so that one damaged on
+    its way or on the disk is noticed before its first use.
+    found, files: the digest and the path of each file by its name in the model.
+    Raises: ModelUnavailable.
+    """
+    for name, digest in found.items():
+        kept_as = files[name].resolve()
+        if (
+            kept_as.parent.name == HUB_FOLDER
+            and SHA256.fullmatch(kept_as.name)
+            and (kept_as.name != digest)
+        ):
+            raise ModelUnavailable(
+                f"{name} is damaged: the hub gave it another SHA-256; delete {kept_as} and run "
+                "`inpaint-server models download`"
+            )
 
 
 def _read(manifest: Path) -> dict[str, str]:

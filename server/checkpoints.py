@@ -12,7 +12,7 @@ from tqdm import tqdm
 from models.acceleration import Acceleration, accelerated
 from models.errors import ModelUnavailable
 from models.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
-from models.manifests import check_files, manifest_path
+from models.manifests import check_downloads, check_files, manifest_path
 from models.pipeline import InpaintPipeline
 from models.registry import (
     Components,
@@ -126,6 +126,7 @@ class Checkpoints:
                 lambda share: self._hear(share, CHECKING),
             )
             found = {name: digests[str(path)] for name, path in files.items()}
+            check_downloads(found, files)
             manifest = manifest_path(data_dir, spec.id)
             check_files(spec.id, found, manifest, pinned_digests(spec))
         except ModelUnavailable as error:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from models.errors import ModelUnavailable
 from models.fingerprint import file_sha256s
-from models.manifests import check_files, manifest_path
+from models.manifests import check_downloads, check_files, manifest_path
 from models.registry import (
     ModelSpec,
     download,
@@ -66,5 +66,6 @@ def verify(spec: ModelSpec, settings: Settings) -> int:
     found = {name: digests[str(path)] for name, path in files.items()}
     for name, digest in found.items():
         print(f"{digest}  {name}")  # noqa: T201 - the command's output, as sha256sum's
+    check_downloads(found, files)
     check_files(spec.id, found, manifest_path(settings.data_dir, spec.id), pinned_digests(spec))
     return 0

@@ -1,5 +1,6 @@
 """From a model id to weights: the catalog, what a folder must hold, what is said where it lacks."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from models.errors import ModelUnavailable
+from models.manifests import check_downloads
 from models.pipeline import InpaintPipeline
 from models.registry import (
     BUILTIN_FOLDER,
@@ -26,7 +28,7 @@ from models.registry import (
     load_components,
     read_catalog,
 )
-from tests.hub_stub import running_hub
+from tests.hub_stub import Hub, running_hub
 from tests.tiny import save_tiny_checkpoint
 
 CATALOG_FILE = Path(__file__).parents[1] / "configs" / "models.toml"
@@ -164,6 +166,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 from models.errors import ModelUnavailable
+from models.manifests import check_downloads
 from models.registry import ModelSpec, fetch_folder
 
 try:
@@ -497,32 +500,53 @@ sys.stdout.write(str(fetch_folder(spec)))
 """
 
 
+def fetch(hub: Hub, cache: Path, *arguments: str) -> tuple[Path, int]:
+    """In a process of its own, as a start is; the folder, and requests to the hub."""
+    hub.asked.clear()
+    answer = subprocess.run(
+        [sys.executable, "-c", FETCH, *arguments],
+        env={**os.environ, **hub.environment(cache)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return Path(answer.stdout), len(hub.asked)
+
+
 def test_hub_is_asked_until_all_is_here(checkpoint: Path, tmp_path: Path) -> None:
     repository = shutil.copytree(checkpoint, tmp_path / "repository")
     (repository / "unet" / "diffusion_pytorch_model.bin").touch()
+    cache = tmp_path / "cache"
     with running_hub(repository) as hub:
-
-        def fetch(*arguments: str) -> tuple[Path, int]:
-            """In a process of its own, as a start is; the folder, and requests to the hub."""
-            hub.asked.clear()
-            answer = subprocess.run(
-                [sys.executable, "-c", FETCH, *arguments],
-                env={**os.environ, **hub.environment(tmp_path / "cache")},
-                stdout=subprocess.PIPE,
-                text=True,
-                timeout=120,
-                check=True,
-            )
-            return Path(answer.stdout), len(hub.asked)
-
-        first, asked = fetch()
+        first, asked = fetch(hub, cache)
         assert asked > 0
         assert (first / "unet" / WEIGHTS["unet"]).read_bytes() == (
             checkpoint / "unet" / WEIGHTS["unet"]
         ).read_bytes()
         assert not [*first.rglob("*.bin")], "pickles are not even downloaded"
-        assert fetch() == (first, 0)
-        assert fetch("anew")[1] > 0
+        assert fetch(hub, cache) == (first, 0)
+        assert fetch(hub, cache, "anew")[1] > 0
         (first / "vae" / WEIGHTS["vae"]).unlink()
-        assert fetch()[1] > 0
-        assert fetch() == (first, 0)
+        assert fetch(hub, cache)[1] > 0
+        assert fetch(hub, cache) == (first, 0)
+
+
+def test_damaged_download_is_noticed_before_its_first_use(checkpoint: Path, tmp_path: Path) -> None:
+    with running_hub(checkpoint) as hub:
+        folder, _ = fetch(hub, tmp_path / "cache")
+    name = f"unet/{WEIGHTS['unet']}"
+    files = {name: folder / name, "model_index.json": folder / "model_index.json"}
+
+    def check() -> None:
+        contents = {each: path.read_bytes() for each, path in files.items()}
+        digests = {each: hashlib.sha256(content) for each, content in contents.items()}
+        check_downloads({each: digest.hexdigest() for each, digest in digests.items()}, files)
+
+    check()
+    kept_as = files[name].resolve()
+    content = bytearray(kept_as.read_bytes())
+    content[-1] ^= 1
+    kept_as.write_bytes(content)
+    with pytest.raises(ModelUnavailable, match=rf"^{name} is damaged.*delete {kept_as} and run"):
+        check()
