@@ -8,9 +8,13 @@ Python.
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
 
 MAY_USE: frozenset[int] = (
     frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset()
@@ -24,24 +28,28 @@ LAST_CORE = 36
 def stay_on_one_core() -> None:
     """The calling thread, and those that it starts from now on.
 
-    It stays where it is: the system has put it where there was room. Does nothing on systems that
-    know no such thing.
+    It stays where it is: the system has put it where there was room. Where the system knows no such
+    thing, or does not let us, nothing changes.
     """
     if sys.platform == "linux":
-        stat = Path("/proc/thread-self/stat").read_text()
-        core = int(stat.rpartition(")")[2].split()[LAST_CORE])
-        os.sched_setaffinity(0, {core})
+        try:
+            stat = Path("/proc/thread-self/stat").read_text()
+            os.sched_setaffinity(0, {int(stat.rpartition(")")[2].split()[LAST_CORE])})
+        except (OSError, ValueError, IndexError):
+            logger.warning("threads are not kept on one core", exc_info=True)
 
 
 @contextmanager
 def on_all_cores() -> Iterator[None]:
     """A process that the calling thread starts in this block may run wherever this server may."""
+    own: Collection[int] = ()
     if sys.platform == "linux":
         own = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, MAY_USE)
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, own)
-    else:
+        with suppress(OSError):  # not permitted, or a container that has other cores by now
+            os.sched_setaffinity(0, MAY_USE)
+    try:
         yield
+    finally:
+        if own:
+            with suppress(OSError):
+                os.sched_setaffinity(0, own)

@@ -9,7 +9,8 @@ import hashlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import wait
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
@@ -254,23 +255,31 @@ def submit(
 ) -> Job:
     """Store the input and the row, both for good. Raises: QueueFull, Conflict, StorageUnavailable.
 
-    A job that can be claimed has its input. The disk is waited for once, not for each of the two.
+    A job that can be claimed has its input. The disk is waited for once, not for each of the two,
+    where nobody can be told of the job before this returns.
     """
     stored = storage.put_early(new.input_key, pair.to_bytes())
     try:
+        if once is not None or new.webhook is not None:
+            stored.result()
         job = store.submit(new, once)
     except ApiError:  # refused for certain
         # Not after any other: the commit may have taken effect, and only its answer be lost. Where
         # it did not, the janitor finds a file without a row.
         storage.delete(new.input_key)
         raise
+    finally:
+        wait([stored])  # so that there are no more of them than threads
     if job.file_prefix != new.file_prefix:
         storage.delete(new.input_key)
         return job
     try:
         stored.result()
     except StorageUnavailable:
-        store.withdraw(job)
+        if not store.withdraw(job):
+            return store.get(job.id) or job  # it has ended, and needs its input no longer
+        with suppress(StorageUnavailable):
+            storage.delete(new.input_key)
         raise
     return job
 

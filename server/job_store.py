@@ -96,9 +96,10 @@ ENDED = select(jobs).where(
     jobs.c.id.in_(bindparam("job_ids", expanding=True)),
     jobs.c.state.in_([state for state in JobState if state.is_terminal]),
 )
-LIVE = select(jobs.c.id).where(
-    jobs.c.state.in_([state for state in JobState if not state.is_terminal])
+IS_LIVE: ColumnElement[bool] = jobs.c.state.in_(
+    [state for state in JobState if not state.is_terminal]
 )
+LIVE = select(jobs.c.id).where(IS_LIVE)
 FIRST = (
     select(jobs.c.id, jobs.c.attempt)
     .where(IS_WAITING)
@@ -145,7 +146,8 @@ def sum_up(which: ColumnElement[bool]) -> Select[int, int, float]:
 
 
 IN_ALL = sum_up(IS_RUNNING | IS_WAITING)
-BEFORE_WAITING = sum_up(IS_RUNNING | IS_WAITING & GOES_BEFORE)
+IS_ANOTHER: ColumnElement[bool] = jobs.c.id != bindparam("place_id")
+BEFORE_WAITING = sum_up(IS_RUNNING & IS_ANOTHER | IS_WAITING & GOES_BEFORE)
 BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
 """A running job runs beside those that began before it."""
 
@@ -433,16 +435,15 @@ class JobStore:
 
     def cancel(self, job_id: int) -> bool:
         """Queued or running to cancelled; False when it had ended already."""
-        is_live = jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING])
-        return self._end((jobs.c.id == job_id) & is_live, JobState.CANCELLED)
+        return self._end((jobs.c.id == job_id) & IS_LIVE, JobState.CANCELLED)
 
-    def withdraw(self, job: Job) -> None:
-        """Remove a job that its client was not told of, as if it had never been submitted.
+    def withdraw(self, job: Job) -> bool:
+        """Remove a job that nobody was told of, as if it had never been submitted.
 
-        Whoever makes it already finds it taken away.
+        Whoever makes it already finds it taken away. False where it has ended.
         """
-        with self._engine.begin() as connection:
-            connection.execute(delete(jobs).where(jobs.c.id == job.id))
+        remove = delete(jobs).where(jobs.c.id == job.id, IS_LIVE)
+        return self._commits.run(lambda connection: connection.execute(remove).rowcount == 1)
 
     def requeue_expired(self) -> int:
         """Give back the jobs whose lease has run out; how many there were.
@@ -473,7 +474,8 @@ class JobStore:
         """The queue as a whole, or as a job sees it in front of itself.
 
         A job that comes later may yet go before it, when it is the turn of its key.
-        before: as read lately; it is taken to wait where it did then. pace: where it is known.
+        before: as read lately; it is taken to wait where it did then, though it may run by now.
+        pace: where it is known.
         """
         with read_only(self._engine) as connection:
             if before is None:

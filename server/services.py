@@ -36,7 +36,7 @@ share commits one for each kind."""
 class Services:
     """The API process's parts, built once by `app.create_app`.
 
-    arrivals: requests by key whose images are fetched and decoded now.
+    arrivals: requests by key that are fetched, decoded and stored now.
     """
 
     settings: Settings

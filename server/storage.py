@@ -25,6 +25,9 @@ PIECE_BYTES = 65_536
 REMOTE_PATIENCE_S = 15
 """How long a call of an object store is made again before its caller hears of it."""
 
+MAX_SYNCS = 64
+"""Files at a time that `put_early` brings to the disk; the disk takes many as quickly as one."""
+
 UNFINISHED = ".unfinished"
 """Suffix of a file that is being written; the janitor finds what a crash left of it."""
 
@@ -35,10 +38,6 @@ class StoredFile:
 
     key: str
     changed_at: float
-
-
-MAX_SYNCS = 64
-"""Files at a time that `put_early` brings to the disk; the disk takes many as quickly as one."""
 
 
 class Storage:

@@ -1,19 +1,21 @@
 """From decoded pictures to a durable job: what is kept when the last step fails."""
 
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import QueuePool
 
 from server.errors import Conflict, QueueFull, StorageUnavailable
 from server.idempotency import Idempotency
 from server.intake import submit
 from server.job_store import JobStore
 from server.jobs import JobState
-from server.sandbox import DecodedPair
+from server.sandbox import AFTERWARDS, DecodedPair
 from server.storage import Storage
 from tests.test_faults import Fault, answer_is_lost, commit_fails
 from tests.test_job_store import new_job
@@ -55,25 +57,78 @@ def test_input_of_a_commit_that_failed_is_left_to_the_janitor(
 
 
 class FailingDisk(Storage):
-    """What readers see does not reach the disk."""
+    """What readers see does not reach the disk. meanwhile: what happens until that is known."""
+
+    def __init__(self, folder: Path, meanwhile: Callable[[], object] = bool) -> None:
+        super().__init__(folder.as_uri())
+        self._meanwhile = meanwhile
 
     def put_early(self, key: str, content: bytes) -> Future[None]:
         """As the base class."""
         super().put_early(key, content).result()
-        stored: Future[None] = Future()
+        stored = Late(self._meanwhile)
         stored.set_exception(StorageUnavailable("EIO"))
         return stored
 
 
+class Late(Future[None]):
+    """Something happens before its result is there."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        super().__init__()
+        self._meanwhile = meanwhile
+
+    def result(self, timeout: float | None = None) -> None:
+        """As the base class."""
+        self._meanwhile()
+        super().result(timeout)
+
+
+@pytest.mark.parametrize(
+    ("webhook", "once", "rows"),
+    [(None, None, 1), ("http://x/", None, 0), (None, ONCE, 0)],
+    ids=["nobody hears of it", "webhook", "idempotency key"],
+)
 def test_job_whose_input_does_not_reach_the_disk_was_never_there(
-    engine: Engine, tmp_path: Path
+    webhook: str | None, once: Idempotency | None, rows: int, engine: Engine, tmp_path: Path
 ) -> None:
-    store, storage = JobStore(engine), FailingDisk((tmp_path / "files").as_uri())
+    """A row before that only where nobody else can hear of the job."""
+    store, seen, new = JobStore(engine), list[int](), new_job(webhook=webhook)
+    storage = FailingDisk(tmp_path / "files", lambda: seen.append(store.figures().waiting))
     with pytest.raises(StorageUnavailable):
-        submit(store, storage, new_job(webhook="http://x/"), PAIR, ONCE)
+        submit(store, storage, new, PAIR, once)
+    assert seen == [rows]
     assert store.figures().waiting == 0
-    job = submit(store, Storage((tmp_path / "files").as_uri()), new_job(), PAIR, ONCE)
+    assert not storage.has(new.input_key)
+    sound = Storage((tmp_path / "files").as_uri())
+    job = submit(store, sound, new_job(), PAIR, once)
     assert job.state is JobState.QUEUED  # its idempotency key was free again
+
+
+def test_job_that_has_ended_needs_its_input_no_longer(engine: Engine, tmp_path: Path) -> None:
+    store = JobStore(engine)
+
+    def work() -> None:
+        for job in store.claim("w", 1):
+            assert store.finish(job, [False])
+
+    job = submit(store, FailingDisk(tmp_path / "files", work), new_job(), PAIR, None)
+    assert job.state is JobState.FINISHED
+
+
+def test_many_jobs_are_withdrawn_together(engine: Engine) -> None:
+    """A disk that fails, fails for all who wait for it; they take one connection, not one each."""
+    store = JobStore(engine, max_waiting=1_000, max_waiting_per_key=1_000)
+    jobs = [store.submit(new_job()) for _ in range(AFTERWARDS)]
+    in_use: list[int] = []
+    pool = engine.pool
+    assert isinstance(pool, QueuePool)
+    with ThreadPoolExecutor(AFTERWARDS) as threads:
+        event.listen(engine, "checkout", lambda *_: in_use.append(pool.checkedout()))
+        assert all(threads.map(store.withdraw, jobs))
+    assert {*in_use} == {1}
+    assert store.figures().waiting == 0
+    assert not store.withdraw(jobs[0])
 
 
 def test_input_of_a_refused_job_is_removed(engine: Engine, storage: Storage) -> None:

@@ -461,6 +461,12 @@ class TestFigures:
         assert store.figures(running).eta_s(running) == 1.0
         assert store.figures(second).eta_s(second) == 5.0
 
+    def test_job_is_not_ahead_of_itself(self, store: JobStore) -> None:
+        as_submitted = store.submit(new_job(work=1_000.0))
+        claim_one(store)
+        seen = store.figures(as_submitted)
+        assert (seen.waiting, seen.running, seen.ahead) == (0, 0, 0)
+
     def test_workers_add_up_while_they_are_seen(self, store: JobStore, clock: Clock) -> None:
         store.report_worker(status("b", clock()))
         assert store.pace().speed == 2 * GUESSED_SPEED

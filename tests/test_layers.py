@@ -80,7 +80,7 @@ SERVER = {
     "downloads": "addresses egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
-    "cores": "",
+    "cores": "telemetry",
     "sandbox": "cores decoder errors slots telemetry models.decoding models.errors models.params",
     "clocks": "database",
     "deliveries": "clocks commits database",
