@@ -197,7 +197,7 @@ class Decoder:
         numbers = (limits.max_bytes, limits.max_pixels, limits.max_side)
         paths = [str(REPOSITORY), *(path for path in sys.path if os.path.isabs(path))]
         with on_all_cores():
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -206,7 +206,6 @@ class Decoder:
                 env={},
                 start_new_session=True,  # an operator's Ctrl-C is for the server
             )
-        self._process = process
         self.starts += 1
         for descriptor in self._descriptors():
             os.set_blocking(descriptor, False)
