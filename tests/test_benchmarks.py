@@ -5,6 +5,9 @@ import asyncio
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,6 +279,24 @@ def test_disk_is_told_from_memory(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert filesystem_of(Path("/proc")) == "proc"
     assert "proc" not in MEMORY_FILESYSTEMS
+
+
+SLOW_DISK = """
+import sys
+from pathlib import Path
+from benchmarks.disks import fsync_ms, is_slowed_down, start_again_on_slow_disk
+folder = Path(sys.argv[1])
+if not is_slowed_down():
+    start_again_on_slow_disk(30, folder, sys.orig_argv[1:])
+print(fsync_ms(folder, count=3))
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the slow disk is a library in C")
+def test_disk_is_as_slow_as_asked_for(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_DISK, str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert float(answer.stdout) >= 30
 
 
 def test_messages_are_split_where_their_length_says() -> None:
