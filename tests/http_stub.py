@@ -123,7 +123,10 @@ def running_app(settings: Settings, host: str = "127.0.0.1") -> Iterator[LiveApp
         server.handle_exit(signal.SIGTERM, None)
 
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        # Long before the server closes a connection, which may happen as a call is sent.
+        limits = httpx.Limits(keepalive_expiry=1)
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, trust_env=False, limits=limits) as client:
             yield LiveApp(client, port, admin_port, app, server, stop)
     finally:
         stop()

@@ -95,7 +95,13 @@ class ServerProcess(Process):
             {**ours, **environment}, "serve", "--port", "0", "--data-dir", str(data_dir), *flags
         )
         self.url: str = self.wait_for("listening")["url"]
-        self.client = httpx.Client(base_url=self.url, timeout=2 * HOLD_S, trust_env=False)
+        self.client = httpx.Client(
+            base_url=self.url,
+            timeout=2 * HOLD_S,
+            trust_env=False,
+            # Long before the server closes the connection, which may happen as a call is sent.
+            limits=httpx.Limits(keepalive_expiry=1),
+        )
 
     def inpaint(self, **fields: Any) -> dict[str, Any]:
         """Post to the inpaint path; the answer's body."""

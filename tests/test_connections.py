@@ -21,7 +21,7 @@ from server.storage import PIECE_BYTES, Storage
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY, settings_in, store_of
 
-SHORT = {"head_timeout_s": 0.3, "body_timeout_s": 0.3, "keep_alive_s": 1, "send_timeout_s": 0.3}
+SHORT = {"head_timeout_s": 0.5, "body_timeout_s": 0.5, "keep_alive_s": 1, "send_timeout_s": 0.5}
 POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: localhost\r\n"
 LIMIT_S = 30.0
 """For what takes less than one on a quiet machine."""
@@ -207,16 +207,23 @@ def test_is_trusted(address: str, trusted: list[str], expected: bool) -> None:
     assert is_trusted(address, trusted) is expected
 
 
+OPEN = {"max_body_bytes": 100_000, "auth": {"allow_anonymous": True}}
+
+
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
-    """A server without patience, under any name."""
-    settings = settings_in(
-        tmp_path_factory.mktemp("data"),
-        http=SHORT,
-        max_body_bytes=100_000,
-        auth={"allow_anonymous": True},
-    )
+    """A server without patience, for what it cuts: on a machine that stands still, all."""
+    settings = settings_in(tmp_path_factory.mktemp("data"), http=SHORT, **OPEN)
     with running_app(settings) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
+    """One that waits for requests, under any name, and closes idle connections soon."""
+    settings = settings_in(tmp_path_factory.mktemp("data"), http={"keep_alive_s": 1}, **OPEN)
+    with running_app(settings) as app:
+        app.client.headers["connection"] = "close"
         yield app
 
 
@@ -242,19 +249,23 @@ class TestDeadlines:
             client.sendall(POST)
             drip_until_cut(client, b"x: y\r\n", 0.05)
 
-    def test_a_refused_body_does_not_stay_open(self, hasty: LiveApp) -> None:
-        with socket.create_connection(("127.0.0.1", hasty.port), timeout=LIMIT_S) as client:
+    def test_a_refused_body_does_not_stay_open(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path, http={"body_timeout_s": 2}, **OPEN)
+        with (
+            running_app(settings) as app,
+            socket.create_connection(("127.0.0.1", app.port), timeout=LIMIT_S) as client,
+        ):
             client.sendall(POST + b"Content-Length: 9000000\r\n\r\n{")
             assert client.recv(65_536).startswith(b"HTTP/1.1 200")
             drip_until_cut(client, b"x", 0.05)
 
-    def test_an_idle_connection_is_closed(self, hasty: LiveApp) -> None:
-        with socket.create_connection(("127.0.0.1", hasty.port), timeout=LIMIT_S) as client:
+    def test_an_idle_connection_is_closed(self, patient: LiveApp) -> None:
+        with socket.create_connection(("127.0.0.1", patient.port), timeout=LIMIT_S) as client:
             client.sendall(POST + b"\r\n")
             assert end_of(client).startswith(b"HTTP/1.1 200")
 
-    def test_one_connection_serves_many_requests(self, hasty: LiveApp) -> None:
-        with socket.create_connection(("127.0.0.1", hasty.port), timeout=LIMIT_S) as client:
+    def test_one_connection_serves_many_requests(self, patient: LiveApp) -> None:
+        with socket.create_connection(("127.0.0.1", patient.port), timeout=LIMIT_S) as client:
             client.sendall((POST + b"Content-Length: 2\r\n\r\n{}") * 10)
             assert end_of(client).count(b'"status":"ok"') == 10
 
@@ -367,30 +378,30 @@ class TestHeads:
         ],
         ids=["many", "endless", "long", "url", "total", "smuggled", "tls", "http2"],
     )
-    def test_head_beyond_the_limits(self, head: bytes, hasty: LiveApp) -> None:
-        with socket.create_connection(("127.0.0.1", hasty.port), timeout=LIMIT_S) as client:
+    def test_head_beyond_the_limits(self, head: bytes, patient: LiveApp) -> None:
+        with socket.create_connection(("127.0.0.1", patient.port), timeout=LIMIT_S) as client:
             client.sendall(head)
             refusal = end_of(client)
         # A reset may overtake the refusal.
         assert refusal == b"" or refusal.startswith(b"HTTP/1.1 400")
         assert len(refusal) < 500
-        assert hasty.client.get("/healthz").json() == {"status": "ok"}
+        assert patient.client.get("/healthz").json() == {"status": "ok"}
 
-    def test_large_body_in_one_piece_is_no_large_head(self, hasty: LiveApp) -> None:
+    def test_large_body_in_one_piece_is_no_large_head(self, patient: LiveApp) -> None:
         body = json.dumps({"x": "y" * 90_000}).encode()
-        with socket.create_connection(("127.0.0.1", hasty.port), timeout=LIMIT_S) as client:
+        with socket.create_connection(("127.0.0.1", patient.port), timeout=LIMIT_S) as client:
             client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             assert client.recv(15) == b"HTTP/1.1 200 OK"
 
     @pytest.mark.parametrize("host", ["a b", "h/x", "h?x=", "h#", "u@h", "h:x", "[::1", "é", "h,i"])
-    def test_malformed_host_is_refused(self, host: str, hasty: LiveApp) -> None:
+    def test_malformed_host_is_refused(self, host: str, patient: LiveApp) -> None:
         headers = [(b"Host", host.encode())]
-        answer = hasty.client.post("/api/v3/system_load", headers=headers).json()
+        answer = patient.client.post("/api/v3/system_load", headers=headers).json()
         assert answer["message"] == "Invalid API Request"
 
     @pytest.mark.parametrize("host", ["h", "h:80", "a-b.example.", "127.0.0.1:1", "[::1]:8000"])
-    def test_well_formed_hosts(self, host: str, hasty: LiveApp) -> None:
-        answer = hasty.client.post("/api/v3/system_load", headers={"host": host}).json()
+    def test_well_formed_hosts(self, host: str, patient: LiveApp) -> None:
+        answer = patient.client.post("/api/v3/system_load", headers={"host": host}).json()
         assert answer["status"] == "ok"
 
     @pytest.mark.parametrize(
@@ -403,9 +414,9 @@ class TestHeads:
         ],
     )
     def test_host_is_missing_in_the_oldest_requests_only(
-        self, version: bytes, headers: bytes, is_taken: bool, hasty: LiveApp
+        self, version: bytes, headers: bytes, is_taken: bool, patient: LiveApp
     ) -> None:
-        answer = answer_to(hasty.port, version, headers)
+        answer = answer_to(patient.port, version, headers)
         assert (b'"status":"ok"' in answer) is is_taken
 
     @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
@@ -442,15 +453,15 @@ def answer_to(port: int, version: bytes, headers: bytes) -> bytes:
 
 class TestAnswers:
     @pytest.mark.parametrize("path", ["/healthz", "/nowhere", "/openapi.json", "/api/v3/fetch/1"])
-    def test_every_answer_has_the_headers(self, path: str, hasty: LiveApp) -> None:
+    def test_every_answer_has_the_headers(self, path: str, patient: LiveApp) -> None:
         for method in ("GET", "POST", "OPTIONS"):
-            headers = hasty.client.request(method, path).headers
+            headers = patient.client.request(method, path).headers
             assert headers["x-content-type-options"] == "nosniff"
             assert headers["cache-control"] == "no-store"
             assert len(headers["x-request-id"]) == 32
             assert "server" not in headers
 
-    def test_clients_may_name_their_requests(self, hasty: LiveApp) -> None:
+    def test_clients_may_name_their_requests(self, patient: LiveApp) -> None:
         for given, is_taken in [
             ("order-2026.11_22", True),
             ("short", False),
@@ -458,7 +469,7 @@ class TestAnswers:
             ("white space", False),
             ('"quotes"', False),
         ]:
-            answer = hasty.client.get("/healthz", headers={"x-request-id": given})
+            answer = patient.client.get("/healthz", headers={"x-request-id": given})
             assert (answer.headers["x-request-id"] == given) is is_taken
 
     def test_busy_server_says_so_and_answers_probes(self, tmp_path: Path) -> None:
