@@ -70,38 +70,35 @@ async def download_images(
     rights: Rights = ANYBODY,
     own: OwnOutputs | None = None,
 ) -> dict[str, bytes]:
-    """All images at once, by parameter name.
+    """All images, those that are downloaded at once, by parameter name.
 
     Raises: ImageUnavailable, naming every image that cannot be had.
     """
 
-    async def load(source: ImageSource) -> bytes:
+    async def load(source: ImageSource) -> bytes | ImageProblem:
         name = own.name_of(source) if own else None
-        if own and name:
-            image = await own.read(name)
-        elif source.is_url:
-            image = await fetcher.get(str(source.content), rights)
-        else:
-            image = await load_inline(source.content, max_bytes)
+        try:
+            if own and name:
+                image = await own.read(name)
+            elif source.is_url:
+                image = await fetcher.get(str(source.content), rights)
+            else:
+                image = await load_inline(source.content, max_bytes)
+        except FetchFailed as error:
+            return error.kind
         if image is None:
-            raise FetchFailed(ImageProblem.NOT_REACHABLE)
-        if len(image) > max_bytes:
-            raise FetchFailed(ImageProblem.TOO_LARGE)
-        return image
+            return ImageProblem.NOT_REACHABLE
+        return image if len(image) <= max_bytes else ImageProblem.TOO_LARGE
 
-    results = await asyncio.gather(*map(load, sources.values()), return_exceptions=True)
-    problems: dict[str, ImageProblem] = {}
-    images: dict[str, bytes] = {}
-    for name, result in zip(sources, results, strict=True):
-        if isinstance(result, bytes):
-            images[name] = result
-        elif isinstance(result, FetchFailed):
-            problems[name] = result.kind
-        else:
-            raise result
+    if any(source.is_url for source in sources.values()):
+        results = await asyncio.gather(*map(load, sources.values()))
+    else:  # with nothing to wait for, a task each would cost more than it does
+        results = [await load(source) for source in sources.values()]
+    loaded = dict(zip(sources, results, strict=True))
+    problems = {name: each for name, each in loaded.items() if isinstance(each, ImageProblem)}
     if problems:
         raise ImageUnavailable(problems)
-    return images
+    return {name: each for name, each in loaded.items() if isinstance(each, bytes)}
 
 
 async def load_inline(content: str | bytes, max_bytes: int) -> bytes:

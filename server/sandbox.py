@@ -401,6 +401,8 @@ class Sandbox:
             self._waiting_bytes -= Counter({key_id: size})  # drops keys with nothing waiting
 
     async def _wait_for_place(self, key_id: str) -> None:
+        if self._places.take_at_once(key_id):
+            return
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._places.take(key_id)

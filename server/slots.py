@@ -38,8 +38,18 @@ class Slots:
         finally:
             self.give_back(owner)
 
+    def take_at_once(self, owner: str) -> bool:
+        """A place until it is given back, where there is one and nobody waits."""
+        is_free = bool(self._free) and not self._waiting and self._taken[owner] < self._per_owner
+        if is_free:
+            self._free -= 1
+            self._taken[owner] += 1
+        return is_free
+
     async def take(self, owner: str) -> None:
         """A place until it is given back; waits for one."""
+        if self.take_at_once(owner):
+            return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
         self._hand_out()
@@ -56,7 +66,7 @@ class Slots:
     def give_back(self, owner: str) -> None:
         """A place of this owner's, for the next."""
         self._free += 1
-        self._taken -= Counter([owner])  # drops owners without places
+        leave(self._taken, owner)
         self._hand_out()
 
     async def use_in_thread(
@@ -74,7 +84,7 @@ class Slots:
         loop = asyncio.get_running_loop()
         has_left = False
 
-        def leave() -> None:
+        def give_back_once() -> None:
             nonlocal has_left
             if not has_left:
                 has_left = True
@@ -85,11 +95,11 @@ class Slots:
                 value = function()
             finally:
                 with suppress(RuntimeError):  # the loop has ended, and with it all who wait
-                    loop.call_soon_threadsafe(leave)
+                    loop.call_soon_threadsafe(give_back_once)
             return then(value)
 
         def end(ended: asyncio.Future[R]) -> None:
-            leave()  # where it never began
+            give_back_once()  # where it never began
             if not ended.cancelled():
                 ended.exception()  # nobody may be waiting for it
 
@@ -133,4 +143,11 @@ class Headcount:
         try:
             yield
         finally:
-            self._inside -= Counter([owner])  # drops owners with nobody inside
+            leave(self._inside, owner)
+
+
+def leave(counts: Counter[str], owner: str) -> None:
+    """One less; those with none are forgotten."""
+    counts[owner] -= 1
+    if not counts[owner]:
+        del counts[owner]

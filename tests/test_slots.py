@@ -55,6 +55,22 @@ def test_one_owner_cannot_take_all_places() -> None:
     asyncio.run(run())
 
 
+def test_nobody_overtakes_those_who_wait() -> None:
+    async def run() -> None:
+        slots = Slots(2, 1)
+        assert slots.take_at_once("a")
+        assert not slots.take_at_once("a"), "has its share"
+        waiting = asyncio.create_task(slots.take("a"))
+        await settle()
+        assert not slots.take_at_once("b")
+        slots.give_back("a")
+        await waiting
+        assert slots.take_at_once("b")
+        assert not slots.take_at_once("c"), "none is left"
+
+    asyncio.run(run())
+
+
 def test_freed_places_go_round() -> None:
     async def run() -> list[str]:
         crowd = Crowd(Slots(1, 1))
