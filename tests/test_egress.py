@@ -195,7 +195,7 @@ class TestHosts:
     def test_plain_host_behind_https(self) -> None:
         async def run() -> bytes | ImageProblem:
             async with running_stub(answering(OK)) as stub:
-                return await get(stub.url.replace("http:", "https:"))
+                return await get(stub.url.replace("http:", "https:"), **IMPATIENT)
 
         assert asyncio.run(run()) is ImageProblem.NOT_REACHABLE
 
