@@ -20,6 +20,9 @@ from server.settings import Settings
 Behaviour = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 """What a stub does with a request's path; the connection is closed afterwards."""
 
+ANSWER_S = 60.0
+"""For an answer that is to come; the first one also waits for the server's start."""
+
 
 def png_bytes(width: int = 64, height: int = 64, shade: int = 128) -> bytes:
     """A small valid picture."""
@@ -59,8 +62,10 @@ class Stub:
 
 
 @asynccontextmanager
-async def running_stub(behaviour: Behaviour, host: str = "127.0.0.1") -> AsyncIterator[Stub]:
-    """A stub on a free port of a loopback address."""
+async def running_stub(
+    behaviour: Behaviour, host: str = "127.0.0.1", port: int = 0
+) -> AsyncIterator[Stub]:
+    """A stub on a port of a loopback address, a free one unless told which."""
     stub = Stub(host)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -80,7 +85,7 @@ async def running_stub(behaviour: Behaviour, host: str = "127.0.0.1") -> AsyncIt
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(accept, host, 0)
+    server = await asyncio.start_server(accept, host, port)
     stub.port = server.sockets[0].getsockname()[1]
     try:
         yield stub
@@ -126,7 +131,7 @@ def running_app(settings: Settings, host: str = "127.0.0.1") -> Iterator[LiveApp
         # Long before the server closes a connection, which may happen as a call is sent.
         limits = httpx.Limits(keepalive_expiry=1)
         url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, trust_env=False, limits=limits) as client:
+        with httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False, limits=limits) as client:
             yield LiveApp(client, port, admin_port, app, server, stop)
     finally:
         stop()

@@ -93,7 +93,7 @@ class PostgresServer:
                 cwd=self._folder,
                 stdout=log,
                 stderr=log,
-                timeout=60,
+                timeout=300,
                 check=True,
             )
 

@@ -12,7 +12,7 @@ from server.database import open_engine
 from server.failures import Failure
 from server.job_store import WorkerStatus
 from server.settings import Settings
-from tests.http_stub import LiveApp, running_app
+from tests.http_stub import ANSWER_S, LiveApp, running_app
 from tests.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit
 from tests.test_job_store import status
 
@@ -32,7 +32,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 def admin(app: LiveApp) -> Iterator[httpx.Client]:
     """A client of the second port."""
     url = f"http://127.0.0.1:{app.admin_port}"
-    with httpx.Client(base_url=url, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as client:
         yield client
 
 
@@ -149,6 +149,6 @@ def test_names_that_nobody_gave_to_the_port_are_refused(
         headers = {"host": host.replace("PORT", str(app.admin_port))}
         for path in ("/metrics", "/healthz", "/unknown"):
             url = f"http://127.0.0.1:{app.admin_port}{path}"
-            answer = httpx.get(url, headers=headers, trust_env=False)
+            answer = httpx.get(url, headers=headers, timeout=ANSWER_S, trust_env=False)
             expected = 404 if (path, status) == ("/unknown", 200) else status
             assert answer.status_code == expected

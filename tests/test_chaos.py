@@ -28,9 +28,10 @@ from tests.test_supervisor import rename
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server with two workers around the fake backend."""
+    """A server with two workers around the fake backend; every receiver here answers at once."""
     room = tmp_path_factory.mktemp("site")
-    with running_site(room, workers=2, launch=SHIFTED_COMMAND_LINE) as running:
+    patient = {"INPAINT_WEBHOOK__TIMEOUT_S": "30"}
+    with running_site(room, patient, workers=2, launch=SHIFTED_COMMAND_LINE) as running:
         yield running
 
 
@@ -73,13 +74,22 @@ def test_accepted_job_survives_the_death_of_the_api(site: Site, oracle: Oracle) 
     until(lambda: bool(site.host.calls_for(job)), 30, "the webhook is called")
 
 
+def begun(site: Site, tag: str) -> tuple[int, int]:
+    """A job whose worker stands still half-way, and the worker's process."""
+    job = site.accept(Script(tag=tag, fault=FaultKind.STOP, at=Stage.HALF))
+    until(lambda: bool(stopped_workers(site)), 60, "the worker stands still")
+    (pid,) = stopped_workers(site)
+    return job, pid
+
+
 def test_picture_waits_for_the_file_store(site: Site, oracle: Oracle) -> None:
     pictures = site.data_dir / "files" / "generations"
     aside = pictures.with_name("aside")
-    job = site.accept(Script(tag="kept", step_s=0.2))
-    site.claimed(job)
+    job, pid = begun(site, "kept")
+    pictures.mkdir(exist_ok=True)  # where no other test has made a picture
     pictures.rename(aside)
     pictures.touch()  # no folder can be made there
+    signal_process(pid, signal.SIGCONT)
     until(lambda: waits(site, job), 60, "the store has refused the picture")
     other = site.accept(Script(tag="other"))
     until(lambda: waits(site, other), 60, "the worker goes on with other jobs")
@@ -93,9 +103,9 @@ def test_picture_waits_for_the_file_store(site: Site, oracle: Oracle) -> None:
 
 
 def test_commit_waits_for_the_database(site: Site, oracle: Oracle) -> None:
-    job = site.accept(Script(tag="uncommitted", step_s=0.2))
-    site.claimed(job)
+    job, pid = begun(site, "uncommitted")
     rename_jobs(site, "jobs", "away")
+    signal_process(pid, signal.SIGCONT)
     until(lambda: waits(site, job), 60, "the commit was refused")
 
     rename_jobs(site, "away", "jobs")
@@ -154,7 +164,7 @@ def test_poison_job_is_set_aside_and_its_neighbours_are_made(site: Site, oracle:
 
 def test_webhook_is_tried_again_after_an_error(site: Site, oracle: Oracle) -> None:
     job = site.accept(Script(tag="hook"), webhook=f"{site.host.url}/once500/hook")
-    until(lambda: tries(site, job) == 1, 30, "the first try")
+    until(lambda: tries(site, job) >= 1, 30, "the first try")
 
     site.shift_clock(10)
 

@@ -18,6 +18,8 @@ from models.unet import EagerUNet, UNetInputs
 from tests.test_graphs import HostRecorder, make_shares
 from tests.tiny import save_tiny_checkpoint
 
+WAIT_S = 600
+
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
@@ -46,7 +48,7 @@ class Watched:
         def compiled(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             is_main = threading.current_thread() is threading.main_thread()
             if not is_main:
-                assert self.may_go_on.wait(30)
+                assert self.may_go_on.wait(WAIT_S)
             self.calls.append((is_main, latents.shape[0]))
             return unet(latents, *args, **kwargs)
 
@@ -74,7 +76,7 @@ def test_whole_unet_can_be_compiled_and_agrees(tmp_path: Path) -> None:
     call = CompiledUNet(components.unet, plain, compiler)
     inputs = UNetInputs.gather(make_shares(components, [2]))
     call(inputs)
-    call.settle(120)
+    call.settle(WAIT_S)
 
     result = call(UNetInputs.gather(make_shares(components, [2], seed=3)))
 
@@ -94,7 +96,7 @@ def test_calls_are_plain_until_the_swap(small: Components) -> None:
     assert call.is_changing
     assert (call.version, compiler.calls) == (0, [])
     compiler.may_go_on.set()
-    call.settle(30)
+    call.settle(WAIT_S)
     after = call(inputs)
 
     assert not call.is_changing
@@ -111,7 +113,7 @@ def test_graphs_are_recorded_over_compiled_code(small: Components) -> None:
         unet(shares)
     assert recorder.attempts == 0, "the compiler uses the device too, from the first call on"
     compiler.may_go_on.set()
-    call.settle(30)
+    call.settle(WAIT_S)
     for _ in range(3):
         unet(shares)
 
@@ -135,7 +137,7 @@ def test_failure_is_told_once_and_plain_calls_go_on(
             inputs = UNetInputs.gather(make_shares(small, [rows]))
             for _ in range(2):
                 assert torch.equal(call(inputs), plain(inputs))
-            call.settle(30)
+            call.settle(WAIT_S)
 
     assert len(caplog.records) == 1
     assert call.version == 0
@@ -147,7 +149,7 @@ def test_number_of_shapes_is_bounded(small: Components) -> None:
     call = CompiledUNet(small.unet, EagerUNet(small.unet), compiler)
     for rows in range(1, MOST_SHAPES + 3):
         call(UNetInputs.gather(make_shares(small, [rows])))
-    call.settle(60)
+    call.settle(WAIT_S)
 
     assert len([call for call in compiler.calls if not call[0]]) == MOST_SHAPES
 

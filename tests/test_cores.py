@@ -27,11 +27,14 @@ def test_server_is_on_one_core_and_its_children_on_all(is_on_one: bool, tmp_path
         pixel = "data:image/png;base64,AAAA"
         refused = server.inpaint(prompt="x", init_image=pixel, mask_image=pixel)
         assert "image" in str(refused["message"])
-        (decoder,) = {child.pid for child in psutil.Process(server.pid).children()} - {worker_pid}
+        # One, or two where the one that starts beforehand was not there yet.
+        children = {child.pid for child in psutil.Process(server.pid).children()}
+        decoders = children - {worker_pid}
+        assert decoders
 
         threads = [thread.id for thread in psutil.Process(server.pid).threads()]
-        cores_of = {pid: os.sched_getaffinity(pid) for pid in (*threads, worker_pid, decoder)}
-        assert cores_of[worker_pid] == cores_of[decoder] == CORES
+        cores_of = {pid: os.sched_getaffinity(pid) for pid in (*threads, *children)}
+        assert all(cores_of[child] == CORES for child in (worker_pid, *decoders))
         assert len(cores_of[server.pid]) == (1 if is_on_one else len(CORES))
         # Of the others only those that keep a worker were there before.
         astray = [thread for thread in threads if cores_of[thread] != cores_of[server.pid]]

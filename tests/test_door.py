@@ -18,7 +18,7 @@ from server.addresses import AddressPolicy, checked_url
 from server.door import MAX_UNREACHABLE, Door, dial
 from server.exchange import BodyTooLarge, ExchangeFailed
 from server.settings import EgressSettings
-from tests.http_stub import answering, response, running_stub
+from tests.http_stub import ANSWER_S, answering, response, running_stub
 
 LOOPBACK = AddressPolicy([ip_network("127.0.0.0/8")])
 OK = response("200 OK", body=b"picture")
@@ -79,17 +79,17 @@ async def ask(
         "owner": "k",
         "headers": {},
         "max_body_bytes": 100,
-        "timeout_s": 5,
+        "timeout_s": ANSWER_S,
     } | changes
     async with door.request(method, checked_url(url), policy, **given) as answer:
-        return await answer.read(5)
+        return await answer.read(ANSWER_S)
 
 
 def run_with_door(work: Callable[[Door], Awaitable[None]], door: Callable[[], Door] = Door) -> None:
     async def run() -> None:
         opened = door()
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(2 * ANSWER_S):
                 await work(opened)
         finally:
             await opened.aclose()
@@ -212,7 +212,8 @@ class TestDialling:
 
         run_with_door(work, lambda: Door(resolver=resolver))
 
-    def test_two_tries_and_then_a_pause(self) -> None:
+    def test_two_tries_and_then_a_pause(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("server.door.UNREACHABLE_S", ANSWER_S)
         dialled: list[str] = []
 
         async def nobody(address: str, _port: int) -> Any:

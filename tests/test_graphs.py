@@ -143,7 +143,7 @@ def test_result_is_the_eager_calls(
         result = unet(shares)
 
         assert result.shape[0] == sum(row_counts)
-        torch.testing.assert_close(result, eager(components, shares), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result, eager(components, shares), atol=1e-4, rtol=1e-4)
     assert len(recorder.recordings) == 1
     assert recorder.recordings[0].replays == 3
 

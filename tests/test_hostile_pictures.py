@@ -179,7 +179,7 @@ def test_server_stays_small_and_quick_while_a_picture_is_decoded(
     with ThreadPoolExecutor(1) as thread:
         posting = thread.submit(post, server, content, png_bytes())
         while not posting.done():
-            with httpx.Client(base_url=server.url, timeout=10, trust_env=False) as client:
+            with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
                 assert client.get("/healthz").json() == {"status": "ok"}
             answered_meanwhile += not posting.done()
     assert posting.result()["status"] in ("processing", "error")

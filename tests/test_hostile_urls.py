@@ -191,8 +191,10 @@ def test_name_that_flips_between_judging_and_dialling() -> None:
         return next(lookups)
 
     async def run() -> tuple[list[object], int, list[str]]:
-        async with running_stub(answering(OK), "127.0.0.2") as good:
-            denied = await asyncio.start_server(lambda *_: None, "127.0.0.1", good.port)
+        # In this order: a port that is free on 127.0.0.1 hardly ever is not on 127.0.0.2.
+        denied = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        port = denied.sockets[0].getsockname()[1]
+        async with running_stub(answering(OK), "127.0.0.2", port) as good:
             recorder = Recorder()
             door = Door(resolver=flip, dialler=recorder)
             settings = FetchSettings.model_validate({"allow_cidrs": "127.0.0.2"})

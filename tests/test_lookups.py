@@ -60,6 +60,9 @@ def test_slow_names_of_one_owner_hold_up_no_other() -> None:
             await give_up_on(lookups, "greedy", 4 * THREADS)
             async with asyncio.timeout(BOUND_S):
                 assert await lookups.find("quick.example", 80, "modest") == ["8.8.8.8"]
+                # Threads that are slow to begin have not asked yet.
+                while resolver.asked.total() <= THREADS_PER_OWNER:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
             assert resolver.asked.total() == THREADS_PER_OWNER + 1
 
     asyncio.run(run())

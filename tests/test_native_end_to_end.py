@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 
 from server.database import open_engine
 from server.keys import KeyLimits, KeyStore
+from tests.chaos.site import until
 from tests.conftest import migrated_sqlite
-from tests.processes import ServerProcess, serving
+from tests.processes import START_TIMEOUT_S, ServerProcess, serving
 from tests.test_native_events import events_of
 from tests.tiny import save_tiny_checkpoint
 
@@ -115,11 +116,8 @@ def test_previews_lead_to_the_picture(server: ServerProcess) -> None:
     picture = decoded(server.client.get(job["outputs"][0]["url"]).content)
     small = Image.fromarray(picture).resize((SIDE // 8, SIDE // 8), Image.Resampling.BOX)
     assert np.abs(preview.astype(int) - np.asarray(small)).mean() < 20
-    for _ in range(2_000):  # each a round trip; the worker removes it after it has told the end
-        if not preview_files(server):
-            break
-        server.client.get("/healthz")
-    assert preview_files(server) == []
+    # The worker removes it after it has told the end.
+    until(lambda: not preview_files(server), START_TIMEOUT_S, "the preview is gone")
 
 
 def preview_files(server: ServerProcess) -> list[Path]:
@@ -177,7 +175,9 @@ def test_same_key_same_picture_other_seed_other_picture(server: ServerProcess) -
 
 
 def test_running_job_is_cancelled_and_the_worker_goes_on(server: ServerProcess) -> None:
-    job_id = create(server, num_inference_steps=150, samples=4)["id"]
+    # Minutes of work, so that it cannot have ended before it is cancelled.
+    large = {"width": 512, "height": 512}
+    job_id = create(server, num_inference_steps=150, samples=4, **large)["id"]
     events = follow(server, job_id)
     assert any(name == "step" for name, _ in events)
     answer = server.client.post(f"/api/jobs/{job_id}/cancel")

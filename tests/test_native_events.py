@@ -20,13 +20,14 @@ from server.followers import Followers
 from server.job_store import JobStore
 from server.jobs import Beat, JobState, Standing
 from server.storage import Storage
+from tests.chaos.site import until
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_job_store import new_job
 from tests.test_native_routes import BODY, claim, client_of
 from tests.test_waiters import statements_fail
 
-LONG_S = 20
+LONG_S = 60
 KEY = "a holder"
 R = TypeVar("R")
 Event = tuple[str, dict[str, Any]]
@@ -296,8 +297,8 @@ class TestStream:
             with store_of(settings) as store:
                 store.cancel(jobs[FIRST])
             assert all("event: cancelled" in streams[n].read().decode() for n in (0, 1))
-            while len(app.app.state.services.followers) > 1:
-                pass
+            followers: Followers = app.app.state.services.followers
+            until(lambda: len(followers) == 1, LONG_S, "the ended streams give their places back")
             assert follow(FIRST).status_code == 200
 
     def test_preview_comes_with_its_step(
@@ -309,6 +310,9 @@ class TestStream:
             assert next(events)[0] == "started"
             live_store.beat_all([Beat(job, 3, 14, preview_step=2)])
             assert next(events) == ("step", {"step": 3, "total_steps": 14})
+            # Told once the first preview has been looked for.
+            live_store.beat_all([Beat(job, 4, 14, preview_step=2)])
+            assert next(events) == ("step", {"step": 4, "total_steps": 14})
             storage.put(job.preview_key, b"\x89PNG")
             live_store.beat_all([Beat(job, 6, 14, preview_step=5)])
             assert next(events)[0] == "step", "the first one was gone before it could be read"
@@ -358,17 +362,15 @@ class TestStream:
         for client in clients:
             received = b""
             while b"queued" not in received:
-                received += client.recv(4_096)
+                piece = client.recv(4_096)
+                assert piece, "it was cut"
+                received += piece
         assert len(followers) == 200
         for client in clients:
             client.close()
         with following(app, job_id) as events:
             assert next(events)[0] == "queued"
-            for _ in range(2_000):  # each a round trip; the server notices on its own loop
-                if len(followers) == 1:
-                    break
-                app.client.get("/healthz")
-            assert len(followers) == 1
+            until(lambda: len(followers) == 1, LONG_S, "the server notices")
 
     def test_stopping_server_ends_streams(self, app: LiveApp) -> None:
         with following(app, create(app)) as events:

@@ -543,7 +543,7 @@ def test_another_seed_encodes_only_what_the_first_did_not(tiny_components: Compo
     assert sum(encoded) == first + (pipeline.channels == 9)
     fresh, _ = counting_encodings(tiny_components)
     (expected,) = fresh.prepare(make_params(seed=2, strength=0.5), SOURCE)
-    torch.testing.assert_close(samples[0].latents, expected.latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(samples[0].latents, expected.latents, rtol=0, atol=1e-4)
 
 
 def counting_encodings(components: Components) -> tuple[InpaintPipeline, list[int]]:

@@ -400,7 +400,7 @@ def test_texts_are_encoded_in_one_call_and_equal_themselves_alone(
 
     assert rows == [5]
     for key, states in zip(keys, found, strict=True):
-        torch.testing.assert_close(states, alone.encode(*key), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(states, alone.encode(*key), atol=1e-4, rtol=1e-4)
 
 
 def test_text_that_cannot_be_remembered_is_refused(encoder: PromptEncoder) -> None:

@@ -180,7 +180,7 @@ except ModelUnavailable as error:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=300,
         check=True,
     )
 
@@ -508,7 +508,7 @@ def fetch(hub: Hub, cache: Path, *arguments: str) -> tuple[Path, int]:
         env={**os.environ, **hub.environment(cache)},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     return Path(answer.stdout), len(hub.asked)

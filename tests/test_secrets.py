@@ -186,7 +186,7 @@ def admin_pages(server: ServerProcess) -> str:
     """All that the second port tells."""
     lines = [json.loads(line) for line in server.log if '"admin listening"' in line]
     return "".join(
-        httpx.get(f"{lines[0]['url']}/{page}", trust_env=False).text
+        httpx.get(f"{lines[0]['url']}/{page}", timeout=60, trust_env=False).text
         for page in ("metrics", "readyz")
     )
 

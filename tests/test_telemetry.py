@@ -105,11 +105,13 @@ asyncio.error("something else")
         "something else",
         "something else",
     ]
-    (line,) = lines_of("""
-for _ in range(2):
+    lines = lines_of("""
+for _ in range(200):
     logging.getLogger("asyncio").error("at the same time")
 """)
-    assert line["event"] == "at the same time"
+    # One, but where the machine stood still for a second.
+    assert 1 <= len(lines) < 20
+    assert {line["event"] for line in lines} == {"at the same time"}
 
 
 def test_keys_that_a_file_gets_later_are_taken_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from server.threads import Threads
 
+WAIT_S = 60
 NAME = contextvars.ContextVar("NAME", default="nobody")
 
 
@@ -23,7 +24,7 @@ def test_result_error_and_context_come_and_go() -> None:
 
 
 def test_so_many_at_a_time() -> None:
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=WAIT_S)
 
     async def call() -> list[int]:
         with Threads(2, "test") as threads:
@@ -37,14 +38,14 @@ def test_leaving_waits_for_what_has_begun_though_its_caller_is_gone() -> None:
 
     def work() -> None:
         has_begun.set()
-        assert may_end.wait(10)
+        assert may_end.wait(WAIT_S)
         done.append("work")
 
     async def call() -> None:
         with Threads(1, "test") as threads:
             task = asyncio.create_task(threads.call(work))
             late = asyncio.create_task(threads.call(done.append, "late"))
-            await asyncio.to_thread(has_begun.wait, 10)
+            await asyncio.to_thread(has_begun.wait, WAIT_S)
             for each in (task, late):
                 each.cancel()
                 with pytest.raises(asyncio.CancelledError):

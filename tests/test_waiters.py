@@ -16,7 +16,7 @@ from server.jobs import Job, JobState
 from server.waiters import Waiters
 from tests.test_job_store import claim_one, new_job
 
-LONG_S = 20
+LONG_S = 60
 """Longer than any test: who waits so long was not woken."""
 
 R = TypeVar("R")
