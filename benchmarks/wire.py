@@ -149,6 +149,7 @@ class Receivers:
     async def wait_for(self, count: int, timeout_s: float) -> None:
         """Until so many calls have come, or the time is over."""
         self._awaited = count
+        self._look()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._has_come.wait()
@@ -172,6 +173,9 @@ class Receivers:
     def _note(self, webhook_id: str, at: float) -> None:
         if self.arrived.setdefault(webhook_id, at) != at:
             self.repeats += 1
+        self._look()
+
+    def _look(self) -> None:
         if self._awaited and len(self.arrived) >= self._awaited:
             self._has_come.set()
 
