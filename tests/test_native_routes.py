@@ -86,10 +86,11 @@ def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
 
 def claim(store: JobStore, job_id: int) -> Job:
     """The job, held by a worker; those before it are held too."""
-    while True:
-        for job in store.claim("test", 10):
+    while jobs := store.claim("test", 10):
+        for job in jobs:
             if job.id == job_id:
                 return job
+    raise AssertionError(f"no job {job_id} waits")
 
 
 def read(client: httpx.Client, job_id: int) -> dict[str, Any]:
