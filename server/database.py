@@ -48,6 +48,10 @@ MORE_CONNECTIONS = 26
 POOL_TIMEOUT_S = 5
 """For a connection of the pool to come free."""
 
+CHECKPOINT_PAGES = 4_000
+"""Of the write-ahead log, 16 MB, before they are moved to the database: who commits then waits for
+two more flushes, and a new job alone takes 24 pages."""
+
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
 
@@ -337,6 +341,7 @@ def _set_pragmas(journal_mode: str, connection: sqlite.Connection, _record: obje
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     _switch_journal(connection, journal_mode)
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     connection.execute("PRAGMA foreign_keys = ON")
 
 

@@ -8,8 +8,8 @@ import functools
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from concurrent.futures import wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Annotated, Any, Protocol
@@ -261,7 +261,7 @@ def submit(
     stored = storage.put_early(new.input_key, pair.to_bytes())
     try:
         if once is not None or new.webhook is not None:
-            stored.result()
+            raise_of(stored)
         job = store.submit(new, once)
     except ApiError:  # refused for certain
         # Not after any other: the commit may have taken effect, and only its answer be lost. Where
@@ -269,12 +269,12 @@ def submit(
         storage.delete(new.input_key)
         raise
     finally:
-        wait([stored])  # so that there are no more of them than threads
+        wait(stored)  # so that there are no more of them than threads
     if job.file_prefix != new.file_prefix:
         storage.delete(new.input_key)
         return job
     try:
-        stored.result()
+        raise_of(stored)
     except StorageUnavailable:
         if not store.withdraw(job):
             return store.get(job.id) or job  # it has ended, and needs its input no longer
@@ -282,6 +282,12 @@ def submit(
             storage.delete(new.input_key)
         raise
     return job
+
+
+def raise_of(stored: Sequence[Future[None]]) -> None:
+    """Wait for all. Raises: what one of them raises."""
+    for each in stored:
+        each.result()
 
 
 async def eta_s(services: Services, job: Job) -> float:

@@ -1,6 +1,7 @@
 """Where pictures and inputs lie: a local folder or an object store, behind eight calls."""
 
 import contextlib
+import functools
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ PIECE_BYTES = 65_536
 REMOTE_PATIENCE_S = 15
 """How long a call of an object store is made again before its caller hears of it."""
 
-MAX_SYNCS = 64
-"""Files at a time that `put_early` brings to the disk; the disk takes many as quickly as one."""
+MAX_SYNCS = 128
+"""Flushes that `put_early` waits for at a time, two a file; a disk takes many as soon as one."""
 
 UNFINISHED = ".unfinished"
 """Suffix of a file that is being written; the janitor finds what a crash left of it."""
@@ -66,36 +67,37 @@ class Storage:
 
         Raises: StorageUnavailable.
         """
-        self._show(key, content)()
+        for sync in self._show(key, content):
+            sync()
 
-    def put_early(self, key: str, content: bytes) -> Future[None]:
+    def put_early(self, key: str, content: bytes) -> list[Future[None]]:
         """`put` for a caller who has more to do: once this returns readers see the content, and it
-        survives a power cut once the result is there.
+        survives a power cut once all results are there.
 
-        Raises: StorageUnavailable, as may the result.
+        Raises: StorageUnavailable, as may the results.
         """
-        return self._syncs.submit(self._show(key, content))
+        return [self._syncs.submit(sync) for sync in self._show(key, content)]
 
-    def _show(self, key: str, content: bytes) -> Callable[[], None]:
-        """Store for readers; the call that is given back waits for the disk.
+    def _show(self, key: str, content: bytes) -> list[Callable[[], None]]:
+        """Store for readers; the calls that are given back wait for the disk, each for its part.
 
-        Both raise: StorageUnavailable.
+        All raise: StorageUnavailable.
         """
         try:
             if self._folder is None:
                 self._store.put(key, content)
-                return lambda: None
-            sync = write(self._folder / relative_path(key), content)
+                return []
+            syncs = write(self._folder / relative_path(key), content)
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot write {key}") from error
 
-        def wait() -> None:
+        def wait(sync: Callable[[], None]) -> None:
             try:
                 sync()
             except OSError as error:
                 raise StorageUnavailable(f"cannot write {key}") from error
 
-        return wait
+        return [functools.partial(wait, sync) for sync in syncs]
 
     def get(self, key: str) -> bytes | None:
         """The content, None where there is none. Raises: StorageUnavailable."""
@@ -167,12 +169,13 @@ def relative_path(key: str) -> Path:
     return Path(*parts)
 
 
-def write(path: Path, content: bytes) -> Callable[[], None]:
+def write(path: Path, content: bytes) -> list[Callable[[], None]]:
     """Write a file that is whole under its name, or not there, for whoever looks.
 
-    The call that is given back, which must be made, brings it to the disk. The name is there before
-    that: what a power cut leaves may be half a file, but then nobody was told that there is one.
-    Both raise: OSError. Where the second does, the file is there, and may be lost.
+    The calls that are given back, which must be made, bring its bytes and its name to the disk, in
+    any order or at once. The name is there before that: what a power cut leaves may be half a file,
+    but then nobody was told that there is one.
+    All raise: OSError. Where one of the calls does, the file is there, and may be lost.
     """
     make_folder(path.parent)
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
@@ -188,12 +191,11 @@ def write(path: Path, content: bytes) -> Callable[[], None]:
             unfinished.unlink()
         raise
 
-    def sync() -> None:
+    def sync_bytes() -> None:
         with file:
             os.fsync(file.fileno())
-        sync_folder(path.parent)
 
-    return sync
+    return [sync_bytes, functools.partial(sync_folder, path.parent)]
 
 
 def make_folder(folder: Path) -> None:

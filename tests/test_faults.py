@@ -252,7 +252,7 @@ class FaultyStorage(Storage):
         if strikes:
             raise StorageUnavailable("after")
 
-    def put_early(self, key: str, content: bytes) -> Future[None]:
+    def put_early(self, key: str, content: bytes) -> list[Future[None]]:
         """As the base class, with two places to fail: before readers see it, and on the way to the
         disk."""
         with self._at_risk():
@@ -260,11 +260,11 @@ class FaultyStorage(Storage):
         failing: Future[None] = Future()
         try:
             with self._at_risk():
-                stored.result()
+                intake.raise_of(stored)
             failing.set_result(None)
         except StorageUnavailable as error:
             failing.set_exception(error)
-        return failing
+        return [failing]
 
     def put(self, key: str, content: bytes) -> None:
         """As the base class."""

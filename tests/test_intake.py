@@ -63,12 +63,11 @@ class FailingDisk(Storage):
         super().__init__(folder.as_uri())
         self._meanwhile = meanwhile
 
-    def put_early(self, key: str, content: bytes) -> Future[None]:
+    def put_early(self, key: str, content: bytes) -> list[Future[None]]:
         """As the base class."""
-        super().put_early(key, content).result()
         stored = Late(self._meanwhile)
         stored.set_exception(StorageUnavailable("EIO"))
-        return stored
+        return [*super().put_early(key, content), stored]
 
 
 class Late(Future[None]):
