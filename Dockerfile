@@ -2,10 +2,11 @@
 # CUDA's own libraries come with the torch wheel; the base image adds what the driver needs to find.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
-# The base image fixes the distribution; its security updates are wanted.
+# The base image fixes the distribution; its security updates are wanted. Triton builds its kernels'
+# launchers with a C compiler at their first use.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends python3 python3-venv gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --create-home --uid 10001 inpaint \
     && install --directory --owner inpaint /data /models-cache

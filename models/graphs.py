@@ -32,6 +32,10 @@ the kernels, on the fastest cards there are; a recording would gain nothing, and
 WARM_UPS = 2
 """Calls before a recording, in which libraries choose their kernels and get their workspaces."""
 
+SPARE_BYTES = 2 * 2**30
+"""Free device memory below which torch's cache is emptied before a recording, which cannot take
+from it. To do so each time costs more than the recording: all is asked for anew afterwards."""
+
 
 @dataclass(frozen=True, slots=True)
 class GraphLimits:
@@ -140,6 +144,10 @@ class GraphedUNet:
         recording.replay()
         # The next replay overwrites it, and some schedulers keep predictions for later steps.
         return recording.output[:rows].clone()
+
+    def recorded_rows(self, area: int) -> list[int]:
+        """Of which numbers of rows there are recordings, for rows of so many latent pixels."""
+        return [rows for rows in ROW_BUCKETS if rows * area <= LAUNCH_BOUND_AREA]
 
     def release(self) -> None:
         """Forget all recordings; sizes are recorded anew when they come up again."""
@@ -256,31 +264,35 @@ class CudaRecorder:
     def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> CudaRecording:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
-            free_before = self._free_bytes()
+            torch.cuda.synchronize()
+            if free_bytes() < SPARE_BYTES:
+                torch.cuda.empty_cache()
+            free_before = free_bytes()
             try:
                 graph, output = self._capture(call, inputs, pool)
             finally:
                 torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
-            return CudaRecording(graph, output, max(0, free_before - self._free_bytes()))
+            return CudaRecording(graph, output, max(0, free_before - free_bytes()))
 
     def _capture(
         self, call: UNetCall, inputs: UNetInputs, pool: Any
     ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads of this process may go on using the device.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                output = call(inputs)
+            with torch.cuda.stream(self._stream):
+                # Other threads of this process may go on using the device.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    output = call(inputs)
+                finally:
+                    graph.capture_end()
         except torch.OutOfMemoryError:  # asking for memory does not cut a recording off
             raise
         except RuntimeError as error:
             raise RecordingBroken from error
         return graph, output
 
-    def _free_bytes(self) -> int:
-        """What nobody holds, torch's own cache of free blocks included."""
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
+
+def free_bytes() -> int:
+    """Of the current device, without torch's own cache of free blocks."""
+    return torch.cuda.mem_get_info()[0]

@@ -23,6 +23,8 @@ from models.canvas import Canvas, prepare_canvas
 from models.conditioning import Conditioning, create_conditioner
 from models.encoding import INPAINT_CHANNELS, CanvasEncoder, EncodedCanvas
 from models.errors import DeviceLost, ModelUnavailable, NoSafetyChecker, OutOfMemory
+from models.fusion import fuse
+from models.noise import rounded_noise
 from models.params import InpaintParams, SchedulerName
 from models.previews import Colours, estimate_clean, fit_colours, paint
 from models.registry import Components
@@ -136,6 +138,8 @@ class InpaintPipeline:
         # Convolutions are a fifth quicker with the channels last, on CPUs as on tensor cores.
         vae = components.vae.to(memory_format=torch.channels_last)
         unet = components.unet.to(memory_format=torch.channels_last)
+        fuse(vae)
+        fuse(unet)
         self._unet = call_batches(unet)
         self._schedulers = SchedulerSource(components.scheduler_config)
         self._colours: Colours | None = None
@@ -147,6 +151,7 @@ class InpaintPipeline:
                 f"a UNet of {self.channels} input channels is no inpainting UNet"
             )
         self._codec = LatentCodec(vae, self.dtype)
+        self._usual_side_px: int = (unet.config.sample_size or 64) * self._codec.scale
         self._encoder = CanvasEncoder(self._codec, self.channels, self.device, self.dtype)
         self.latent_scale: int = self._codec.scale
         self._conditioner = create_conditioner(components, self.device, self.dtype)
@@ -160,6 +165,33 @@ class InpaintPipeline:
     def has_safety_checker(self) -> bool:
         """False for checkpoints that were published without one."""
         return self._safety is not None
+
+    def warm_up(self) -> None:
+        """Make the calls of a picture of the model's own size, and those of several at once.
+
+        A device's libraries choose their kernels at first calls, and graphs are recorded then: a
+        few seconds, which else the first clients would wait for.
+        Raises: UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        side_px = self._usual_side_px
+        params = InpaintParams(
+            prompt="",
+            seed=0,
+            width=side_px,
+            height=side_px,
+            num_inference_steps=1,
+            safety_check=False,
+        )
+        source = Source(
+            np.zeros((side_px, side_px, 3), np.uint8), np.full((side_px, side_px), 255, np.uint8)
+        )
+        (sample,) = self.prepare(params, source)
+        # The largest first: the graphs of a size share memory.
+        recorded = reversed(self._unet.recorded_rows(sample.mask.numel()))
+        for count in [*(rows // sample.rows for rows in recorded if rows % sample.rows == 0), 1]:
+            (prediction, *_) = self.denoise_step([sample] * count)
+        self.advance(sample, prediction)
+        self.decode([sample])
 
     @torch.inference_mode()
     def prepare(self, params: InpaintParams, source: Source) -> list[Sample]:
@@ -216,7 +248,7 @@ class InpaintPipeline:
         prediction: `(1, 4, h/8, w/8)` from `denoise_step`.
         Raises: OutOfMemory, DeviceLost.
         """
-        with translated_errors(), host_tables(self.device):
+        with translated_errors(), host_tables(self.device), rounded_noise(self.dtype):
             timestep = sample.timesteps[sample.step_index]
             sample.latents = sample.scheduler.step(
                 prediction, timestep, sample.latents, return_dict=False, **sample.step_arguments
@@ -326,7 +358,9 @@ class InpaintPipeline:
         timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
         # A generator on the host gives the same numbers on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
-        image_latents, noise, masked_image_latents = self._encoder.draw(params, encoded, generator)
+        with rounded_noise(self.dtype):
+            draws = self._encoder.draw(params, encoded, generator)
+        image_latents, noise, masked_image_latents = draws
         latents = noise * scheduler.init_noise_sigma
         if image_latents is not None:
             begun = noised(scheduler, image_latents, noise, timesteps[0])

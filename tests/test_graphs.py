@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from models.acceleration import Acceleration, accelerated
 from models.families import Family
 from models.graphs import LAUNCH_BOUND_AREA, ROW_BUCKETS, GraphedUNet, GraphLimits, RecordingBroken
 from models.params import SchedulerName
-from models.pipeline import InpaintPipeline, Sample
+from models.pipeline import InpaintPipeline, Sample, Source
 from models.registry import Components, ModelSpec, load_components
 from models.unet import EagerUNet, GatheredUNet, UNetCall, UNetInputs, UNetRows
 from tests.test_pipeline import MIXED_BATCH, SOURCE, denoise, make_params
@@ -212,6 +213,25 @@ def test_bucket_is_the_next_larger(components: Components, recorder: HostRecorde
         unet(make_shares(components, [1] * rows))
 
     assert recorder.rows == [4, 6, 2, 1]
+
+
+def test_warm_up_records_what_pictures_of_that_size_need(
+    components: Components, recorder: HostRecorder
+) -> None:
+    pipeline = InpaintPipeline(components, lambda unet: graphed(components, recorder))
+    pipeline.warm_up()
+    side_px = components.unet.config.sample_size * pipeline.latent_scale
+    params = make_params(width=side_px, height=side_px, num_inference_steps=2)
+    source = Source(
+        np.zeros((side_px, side_px, 3), np.uint8), np.full((side_px, side_px), 255, np.uint8)
+    )
+    recorded = recorder.rows
+    for count in (1, 3, 8):
+        denoise(pipeline, [pipeline.prepare(params, source)[0] for _ in range(count)])
+
+    assert recorded == sorted(recorded, reverse=True)
+    assert recorded[-1] == 2
+    assert recorder.rows == recorded
 
 
 def test_buckets_waste_little_on_even_rows() -> None:

@@ -44,10 +44,13 @@ MODELS = {
     "attention": "unet",
     "compiling": "unet",
     "acceleration": "attention compiling graphs unet",
+    "kernels": "",
+    "noise": "",
+    "fusion": "kernels",
     "registry": "errors folders lora parts single_file",
     "safety": "images",
-    "pipeline": "acceleration canvas conditioning encoding errors params previews schedulers"
-    " registry safety unet uploads vae",
+    "pipeline": "acceleration canvas conditioning encoding errors fusion noise params previews"
+    " schedulers registry safety unet uploads vae",
     "residency": "errors pipeline registry",
     "batching": "pipeline",
     "engine": "batching errors params pipeline residency",
