@@ -97,6 +97,7 @@ class ScenarioMaker:
     """Makes scenarios whose calls differ in seed, prompt and picture."""
 
     side_px: int
+    steps: Sequence[int] = STEPS
     _made: int = 0
 
     def closed(self, clients: int, count: int, max_rounds: int = 4) -> Scenario:
@@ -123,7 +124,7 @@ class ScenarioMaker:
         return Scenario("20 steps behind 50", 2, parts, judged_steps=min(STEPS))
 
     def _mixed(self, count: int) -> tuple[Call, ...]:
-        return self._calls(mixed_steps(STEPS, count, seed=count))
+        return self._calls(mixed_steps(self.steps, count, seed=count))
 
     def _calls(self, step_counts: Sequence[int]) -> tuple[Call, ...]:
         first = self._made = self._made + 100
@@ -132,9 +133,12 @@ class ScenarioMaker:
         )
 
 
-def make_scenarios(side_px: int, per_s: float) -> list[Scenario]:
-    """What says most comes first, what takes longest comes last and once."""
-    maker = ScenarioMaker(side_px)
+def make_scenarios(side_px: int, per_s: float, steps: Sequence[int] = STEPS) -> list[Scenario]:
+    """What says most comes first, what takes longest comes last and once.
+
+    steps: mixed in equal shares, but for the pairs of a long and a short call.
+    """
+    maker = ScenarioMaker(side_px, steps)
     return [
         maker.behind(5),
         maker.closed(8, 24),
@@ -276,10 +280,11 @@ def to_text(findings: dict[str, Any]) -> str:
         for side, figures in row["servers"].items()
     ]
     names = ("ours", "batched")
+    steps = "/".join(map(str, findings["steps"]))
     lines = [
         f"# Serving: {measure.machine_line(findings['machine'])}",
         "",
-        f"{findings['model']}, {findings['side_px']}², {'/'.join(map(str, STEPS))} steps mixed,",
+        f"{findings['model']}, {findings['side_px']}², {steps} steps mixed,",
         "relative to the obvious server (one pipeline, one lock). Throughput: more is better;",
         "latency: less is better. Behind: the 20-step call alone is timed.",
         *(f"- {name}: no time left." for name in findings["left_out"]),
@@ -342,7 +347,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         capacity_per_s = bench.warm_up(options.side)
         scenarios = [
             each
-            for each in make_scenarios(options.side, options.load * capacity_per_s)
+            for each in make_scenarios(options.side, options.load * capacity_per_s, options.steps)
             if each.name.startswith(options.only)
         ]
         results = measure.run_in_turns(scenarios, SIDES, bench.run, deadline)
@@ -350,12 +355,23 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "machine": machine,
         "model": options.family,
         "side_px": options.side,
+        "steps": options.steps,
         "threads": options.threads,
         "left_out": [each.name for each in scenarios if not results[each][OURS]],
         "scenarios": {
             each.name: summarise(results[each]) for each in scenarios if results[each][OURS]
         },
     }
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`one,two` as a tuple."""
+    return tuple(text.split(","))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`20,30` as integers."""
+    return tuple(map(int, text.split(",")))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -373,7 +389,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=measure.core_count(), help="of each server, for torch"
     )
-    parser.add_argument("--only", default="", help="scenarios whose names begin so")
+    parser.add_argument("--only", type=words, default=("",), help="scenarios whose names begin so")
+    parser.add_argument("--steps", type=numbers, default=STEPS, help="mixed in equal shares")
     parser.add_argument("--budget-s", type=float, default=480, help="wall time, about")
     return parser.parse_args(arguments)
 
