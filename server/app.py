@@ -26,6 +26,7 @@ from server.holding import Holding
 from server.intake import get_services
 from server.janitor import Janitor
 from server.job_store import JobStore
+from server.keeping import Keeper
 from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
 from server.middleware import ErrorAnswers, RequestContext
@@ -124,6 +125,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             storage=storage,
             fetcher=Fetcher(settings.fetch, fetch_door),
             sandbox=sandbox,
+            keeper=Keeper(store, storage, store_threads),
             waiters=waiters,
             followers=followers,
             deliveries=deliveries,

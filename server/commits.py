@@ -1,121 +1,79 @@
-"""`GroupCommit`: writes that arrive together share one transaction, and one wait for the disk.
+"""`GroupCommit`: writes that arrive together share one transaction, and one wait for the disk."""
 
-A commit waits some milliseconds for the disk, whatever is in it. The first of several callers
-becomes their leader: it takes what has gathered, runs it in the order of arrival, commits, and each
-caller gets its own result only then. Those who come meanwhile make up the next group. There is no
-thread of its own and so nothing to stop: every write belongs to a caller that waits for it.
-"""
-
-import threading
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Generic, TypeVar
 
 from sqlalchemy import Connection, Engine
 
+from server.batches import Batches
+
+T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Write(Generic[R]):
-    """One caller's part of a transaction.
+class WorkFailed(Exception):
+    """Raised in a transaction that is thus rolled back; the cause is what the work raised."""
 
-    woken: the caller may go on; its part `is_done`, or it is to lead the next group.
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class GroupCommit(Generic[T, R]):
+    """Writes of several threads in shared transactions.
+
+    work: makes the writes of a group; for each, in order, its result, or an error for its caller
+        alone, before which it has written nothing. Where the work raises, all is rolled back and
+        every member is done again in a transaction of its own.
+    name: of the thread.
     """
 
-    def __init__(self, work: Callable[[Connection], R]) -> None:
-        self.work = work
-        self.woken = threading.Event()
-        self.is_done = False
-        self.error: BaseException | None = None
-        self._result: list[R] = []
-
-    def run(self, connection: Connection) -> None:
-        """Do it; it may be done again where a neighbour's failure undid it."""
-        self.error = None
-        self._result = [self.work(connection)]
-
-    def result(self) -> R:
-        """What the work gave; raises what it raised, or what kept it from being committed."""
-        if self.error is not None:
-            raise self.error
-        return self._result[0]
-
-
-class GroupCommit:
-    """Runs writes of several threads in shared transactions.
-
-    refusals: errors that a work raises before it has written anything. Its neighbours go on, where
-    after any other error all is undone and they are done again.
-    """
-
-    def __init__(self, engine: Engine, refusals: tuple[type[Exception], ...] = ()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        work: Callable[[Connection, Sequence[T]], Sequence[R | Exception]],
+        name: str,
+    ) -> None:
         self._engine = engine
-        self._refusals = refusals
-        self._waiting: list[Write[Any]] = []
-        self._has_leader = False
-        self._lock = threading.Lock()
+        self._work = work
+        self._batches: Batches[T, R] = Batches(self._commit, name)
 
-    def run(self, work: Callable[[Connection], R]) -> R:
-        """The work's result, once it is durable. The work may run more than once.
+    def begin(self, item: T) -> Future[R]:
+        """Have a write made; its result is there once it is durable."""
+        return self._batches.begin(item)
 
-        Raises: what the work raises, then nothing of it is kept; sqlalchemy.exc.SQLAlchemyError.
+    def run(self, item: T) -> R:
+        """The same, and wait for it.
+
+        Raises: what the work has for it, then nothing of it is kept; what the commit raises.
         """
-        write = Write(work)
-        with self._lock:
-            self._waiting.append(write)
-            is_leader, self._has_leader = not self._has_leader, True
-        if not is_leader:
-            write.woken.wait()
-        if not write.is_done:
-            self._lead()
-        return write.result()
+        return self._batches.run(item)
 
-    def _lead(self) -> None:
-        """Commit what has gathered, and hand over to the first who came meanwhile."""
-        with self._lock:
-            group, self._waiting = self._waiting, []
+    def _commit(self, group: list[T]) -> Sequence[R | Exception]:
         try:
-            self._commit(group)
-        finally:
-            with self._lock:
-                successor = self._waiting[0] if self._waiting else None
-                self._has_leader = successor is not None
-            # First of all, so that the disk is not idle while the others are told.
-            if successor is not None:
-                successor.woken.set()
-            for write in group:
-                write.is_done = True
-                write.woken.set()
+            return self._attempt(group)
+        except WorkFailed as failed:
+            return [failed.cause] if len(group) == 1 else [self._alone(item) for item in group]
 
-    def _commit(self, group: list[Write[Any]]) -> None:
-        """Commit the group, without the members that fail; each has its result or its error."""
-        left = group
+    def _alone(self, item: T) -> R | Exception:
         try:
-            while left:
-                failed = self._attempt(left)
-                if failed is None:
-                    return
-                # Those that were refused may find more room now.
-                left = [write for write in left if write is not failed]
-        except BaseException as error:
-            for write in left:
-                write.error = error
-            # Only the leader's own thread is to stop for an interrupt.
-            if not isinstance(error, Exception):
-                raise
+            (outcome,) = self._attempt([item])
+        except WorkFailed as failed:
+            return failed.cause
+        except Exception as error:  # noqa: BLE001 - its caller raises it
+            return error
+        return outcome
 
-    def _attempt(self, group: list[Write[Any]]) -> Write[Any] | None:
-        """Run and commit all. The first that fails is given back, and all is rolled back.
+    def _attempt(self, group: Sequence[T]) -> Sequence[R | Exception]:
+        """Raises: WorkFailed; what kept the transaction from beginning or from being committed."""
+        with self._engine.begin() as connection:
+            try:
+                return self._work(connection, group)
+            except Exception as error:
+                raise WorkFailed(error) from error
 
-        Raises: what kept the transaction from beginning or from being committed.
-        """
-        with self._engine.connect() as connection, connection.begin() as transaction:
-            for write in group:
-                try:
-                    write.run(connection)
-                except self._refusals as error:
-                    write.error = error
-                except Exception as error:  # noqa: BLE001 - its caller raises it
-                    write.error = error
-                    transaction.rollback()
-                    return write
-        return None
+
+def each(work: Callable[[Connection, T], R]) -> Callable[[Connection, Sequence[T]], list[R]]:
+    """Work for a group, one member after the other."""
+    return lambda connection, group: [work(connection, item) for item in group]

@@ -44,7 +44,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 READY, READY_UNFILTERED = b"R", b"r"
 REQUEST = struct.Struct("<BIHHB")
 """Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, and
-whether the picture may keep its own."""
+marks: `MAY_KEEP_OWN`, `LIKE_LAST`."""
+MAY_KEEP_OWN = 1
+"""The picture may keep its own size."""
+LIKE_LAST = 2
+"""It is to have that of the last picture, where that one could be read."""
 REPLY = struct.Struct("<BHH")
 """Outcome, and for a picture its width and height; its pixels follow."""
 PICTURE = 0
@@ -82,11 +86,11 @@ class Wanted:
         return fit_size(own_width, own_height, self.width, self.height)
 
 
-def write_request(kind: Kind, file_bytes: int, wanted: Wanted) -> bytes:
-    """What goes before the file."""
-    return REQUEST.pack(
-        kind, file_bytes, wanted.width or 0, wanted.height or 0, wanted.keeps_own_size
-    )
+def write_request(kind: Kind, content: bytes, wanted: Wanted, *, like_last: bool = False) -> bytes:
+    """A request, with its file."""
+    marks = MAY_KEEP_OWN * wanted.keeps_own_size | LIKE_LAST * like_last
+    head = REQUEST.pack(kind, len(content), wanted.width or 0, wanted.height or 0, marks)
+    return head + content
 
 
 def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
@@ -100,14 +104,19 @@ def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
     is_filtered = confine(MEMORY_BYTES, CPU_S)
     replies.write(READY if is_filtered else READY_UNFILTERED)
     replies.flush()
+    last: tuple[int, int] | None = None
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
-        kind, size, width, height, keeps_own_size = REQUEST.unpack(head)
-        wanted = Wanted(width or None, height or None, bool(keeps_own_size))
+        kind, size, width, height, marks = REQUEST.unpack(head)
+        if marks & LIKE_LAST and last is not None:
+            width, height = last
+        wanted = Wanted(width or None, height or None, bool(marks & MAY_KEEP_OWN))
         match decode(Kind(kind), requests.read(size), limits, wanted):
             case ImageFault() as fault:
+                last = None
                 replies.write(REPLY.pack(1 + FAULTS.index(fault), 0, 0))
             case pixels:
-                replies.write(REPLY.pack(PICTURE, pixels.shape[1], pixels.shape[0]))
+                last = pixels.shape[1], pixels.shape[0]
+                replies.write(REPLY.pack(PICTURE, *last))
                 replies.write(np.ascontiguousarray(pixels).data)
         replies.flush()
 

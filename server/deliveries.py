@@ -11,7 +11,6 @@ Due times are compared with a `SharedClock`. A call that was never tried is due 
 one that is due later than any schedule says was written by a clock that has jumped, and is due now.
 """
 
-import functools
 import random
 import uuid
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from sqlalchemy import (
 )
 
 from server.clocks import SharedClock
-from server.commits import GroupCommit
+from server.commits import GroupCommit, each
 from server.database import deliveries, delivery_attempts, jobs, read_only
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -155,7 +154,7 @@ class DeliveryStore:
         self._lease_s = lease_s
         self._clock = clock or SharedClock(engine)
         self._jitter = jitter or random.Random()
-        self._commits = GroupCommit(engine)
+        self._commits = GroupCommit(engine, each(self._record), "record")
 
     def claim_due(
         self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
@@ -309,11 +308,12 @@ class DeliveryStore:
         Nothing follows for a call that was claimed anew since. One that was given up since stays
         so, unless it was received after all.
         """
-        return self._commits.run(functools.partial(self._record, delivery, attempt))
+        return self._commits.run((delivery, attempt))
 
     def _record(
-        self, delivery: Delivery, attempt: Attempt, connection: Connection
+        self, connection: Connection, tried_call: tuple[Delivery, Attempt]
     ) -> DeliveryState:
+        delivery, attempt = tried_call
         state = self._state_after(delivery, attempt)
         tried = {
             "delivery_id": delivery.id,

@@ -1,14 +1,12 @@
 """Requests that are sent again: a client's key names the job that its first request made.
 
-The row is written in the transaction that makes the job durable, and its primary key decides
-between requests that come at the same moment.
+The row is written in the transaction that makes the job durable. Submits run one after the other,
+so that the second of two requests that come at the same moment finds the first one's.
 """
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import Connection, delete, insert, select
 
 from server.database import idempotency_keys
 from server.errors import Conflict, ConflictKind
@@ -46,19 +44,17 @@ def find(connection: Connection, key_id: str, once: Idempotency, now: float) -> 
 
 def reserve(
     connection: Connection, key_id: str, once: Idempotency, file_prefix: str, now: float
-) -> bool:
-    """Take the key for the job of this file prefix; False when it was taken just now."""
+) -> None:
+    """Take the key for the job of this file prefix, where `find` has found none."""
     connection.execute(
         delete(idempotency_keys).where(idempotency_keys.c.created_at <= now - KEPT_S)
     )
-    is_sqlite = connection.dialect.name == "sqlite"
-    taking = (sqlite_insert if is_sqlite else postgresql_insert)(idempotency_keys).values(
-        key_id=key_id,
-        key=once.key,
-        body_sha256=once.body_sha256,
-        file_prefix=file_prefix,
-        created_at=now,
+    connection.execute(
+        insert(idempotency_keys).values(
+            key_id=key_id,
+            key=once.key,
+            body_sha256=once.body_sha256,
+            file_prefix=file_prefix,
+            created_at=now,
+        )
     )
-    # An error instead would end the whole transaction on PostgreSQL, which counts no inserted rows.
-    taken = taking.on_conflict_do_nothing().returning(idempotency_keys.c.key)
-    return connection.execute(taken).one_or_none() is not None

@@ -8,9 +8,8 @@ import functools
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
@@ -21,22 +20,19 @@ from server.auth import Caller
 from server.decoder import Wanted
 from server.downloads import ImageSource, OwnOutputs, download_images
 from server.errors import (
-    ApiError,
     ImageUnavailable,
     JobNotFound,
     QueueFull,
     ServerBusy,
-    StorageUnavailable,
 )
 from server.idempotency import Idempotency
-from server.job_store import JobStore
-from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare
+from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare, Submitted
+from server.keeping import Kept
 from server.receipts import Intake
 from server.sandbox import DecodedPair
 from server.services import Services
 from server.settings import Settings
 from server.slots import NoPlace
-from server.storage import Storage
 
 FEW_ARRIVALS = 16
 """Requests of any key that are worked on at a time, however few of its jobs may wait."""
@@ -107,10 +103,9 @@ async def accept(
     caller: Caller,
     base_url: str,
     once: Idempotency | None = None,
-) -> tuple[Job, bool]:
+) -> Submitted:
     """Make a job of a request, or find the one that an earlier request with its key made.
 
-    True with the job where it is a new one.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
     if services.waiters.is_released:
@@ -118,7 +113,7 @@ async def accept(
     if once is not None:
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
-            return earlier, False
+            return Submitted(earlier, None)
     if not services.outlook.has_room(caller.key_id):
         share = share_of(caller)
         await services.in_store_thread(services.outlook.look_for_room, caller.key_id, share)
@@ -127,19 +122,19 @@ async def accept(
         images, fetch_s = await fetch_images(services, asked, caller, base_url)
         fetched = time.perf_counter()
 
-        def keep(pair: DecodedPair) -> Job:
-            """All that is left, in the thread that has waited for the decoder."""
+        def keep(pair: DecodedPair) -> Kept:
+            """What is left but for waiting, in the thread that has waited for the decoder."""
             services.metrics.decodes.labels("decoded").inc()
             intake = take_note(images, fetch_s, time.perf_counter() - fetched)
             new = write_job(asked, caller, base_url, file_prefix, pair, intake)
-            return submit(services.store, services.storage, new, pair, once)
+            return services.keeper.begin(new, pair, once)
 
         try:
-            job = await services.sandbox.decode_then(images, keep, wanted_of(asked), caller.key_id)
+            kept = await services.sandbox.decode_then(images, keep, wanted_of(asked), caller.key_id)
         except ImageUnavailable:
             services.metrics.decodes.labels("refused").inc()
             raise
-    return job, job.file_prefix == file_prefix
+        return await services.keeper.finish(kept)
 
 
 def share_of(caller: Caller) -> QueueShare:
@@ -248,46 +243,6 @@ def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:
     if not asked.keeps_own_size:
         return width, height
     return asked.width or 512, asked.height or 512
-
-
-def submit(
-    store: JobStore, storage: Storage, new: NewJob, pair: DecodedPair, once: Idempotency | None
-) -> Job:
-    """Store the input and the row, both for good. Raises: QueueFull, Conflict, StorageUnavailable.
-
-    A job that can be claimed has its input. The disk is waited for once, not for each of the two,
-    where nobody can be told of the job before this returns.
-    """
-    stored = storage.put_early(new.input_key, pair.to_bytes())
-    try:
-        if once is not None or new.webhook is not None:
-            raise_of(stored)
-        job = store.submit(new, once)
-    except ApiError:  # refused for certain
-        # Not after any other: the commit may have taken effect, and only its answer be lost. Where
-        # it did not, the janitor finds a file without a row.
-        storage.delete(new.input_key)
-        raise
-    finally:
-        wait(stored)  # so that there are no more of them than threads
-    if job.file_prefix != new.file_prefix:
-        storage.delete(new.input_key)
-        return job
-    try:
-        raise_of(stored)
-    except StorageUnavailable:
-        if not store.withdraw(job):
-            return store.get(job.id) or job  # it has ended, and needs its input no longer
-        with suppress(StorageUnavailable):
-            storage.delete(new.input_key)
-        raise
-    return job
-
-
-def raise_of(stored: Sequence[Future[None]]) -> None:
-    """Wait for all. Raises: what one of them raises."""
-    for each in stored:
-        each.result()
 
 
 async def eta_s(services: Services, job: Job) -> float:

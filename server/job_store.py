@@ -13,10 +13,10 @@ A lease runs out when its holder has not beaten for `LEASE_S`, as the process th
 its own steady clock (`silence.py`). No time of a row is compared with any clock for that.
 """
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,11 +26,9 @@ from sqlalchemy import (
     Engine,
     Executable,
     Row,
-    Select,
     bindparam,
     case,
     delete,
-    func,
     insert,
     select,
     tuple_,
@@ -39,14 +37,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from models.params import InpaintParams
 from server.changes import ChangeSignal
-from server.commits import GroupCommit
+from server.commits import GroupCommit, each
 from server.database import jobs, read_only, receipts, workers
 from server.deliveries import queue_delivery
-from server.errors import ApiError, QueueFull, StorageUnavailable
 from server.failures import Failure
-from server.idempotency import Idempotency, find, reserve
+from server.idempotency import Idempotency
+from server.job_rows import load_before, load_beside, to_job, whole_load
 from server.jobs import (
     USUAL_SHARE,
     Beat,
@@ -57,10 +54,12 @@ from server.jobs import (
     QueueFigures,
     QueueShare,
     Standing,
+    Submitted,
 )
 from server.receipts import Receipt
 from server.silence import Silence
-from server.turns import GOES_BEFORE, IS_WAITING, ORDER, Arrival, Place, look_at
+from server.submissions import QueueLimits, Submissions
+from server.turns import IS_WAITING, ORDER, Place
 
 LEASE_S = 35.0
 """It takes two looks more until a lost job is queued again: 45 s in all."""
@@ -86,11 +85,7 @@ would ask again and again for nothing."""
 MOST_IDS = 256
 """In one statement."""
 
-SUBMIT_LOCK = 0x1_4E_9A_15
-"""An advisory lock's number: any, but the same for all processes of this server."""
-
 # What every job needs is built once: building costs more than running.
-INSERT = insert(jobs).returning(jobs)
 GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
 ENDED = select(jobs).where(
     jobs.c.id.in_(bindparam("job_ids", expanding=True)),
@@ -131,25 +126,6 @@ RECENT = (
     .order_by(jobs.c.id.desc())
     .limit(RECENT_JOBS)
 )
-IS_RUNNING: ColumnElement[bool] = jobs.c.state == JobState.RUNNING
-
-
-def sum_up(which: ColumnElement[bool]) -> Select[int, int, float]:
-    """How many of these jobs wait, how many run, and the pixel steps that all have left."""
-    steps = case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
-    left = jobs.c.work * (1 - 1.0 * jobs.c.step / steps)
-    return select(
-        func.count().filter(jobs.c.state == JobState.QUEUED),
-        func.count().filter(jobs.c.state == JobState.RUNNING),
-        func.coalesce(func.sum(left), 0.0),
-    ).where(which)
-
-
-IN_ALL = sum_up(IS_RUNNING | IS_WAITING)
-IS_ANOTHER: ColumnElement[bool] = jobs.c.id != bindparam("place_id")
-BEFORE_WAITING = sum_up(IS_RUNNING & IS_ANOTHER | IS_WAITING & GOES_BEFORE)
-BEFORE_OTHER = sum_up(IS_RUNNING & (jobs.c.id < bindparam("job_id")))
-"""A running job runs beside those that began before it."""
 
 CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
@@ -221,11 +197,11 @@ class JobStore:
         steady_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
-        self._max_waiting = max_waiting
-        self._max_waiting_per_key = max_waiting_per_key
         self._clock = clock
-        # What `_insert` raises of ours it raises before it writes.
-        self._commits = GroupCommit(engine, refusals=(ApiError,))
+        limits = QueueLimits(max_waiting, max_waiting_per_key)
+        self._submissions = Submissions(engine, limits, clock)
+        # Many at once, where a disk fails for all who wait for it.
+        self._withdrawals = GroupCommit(engine, each(withdraw), "withdraw")
         self._claims = Silence[tuple[int, int]](steady_clock)
         self._workers = Silence[str](steady_clock)
 
@@ -238,65 +214,27 @@ class JobStore:
 
         once: where it came with an idempotency key. The job of an earlier request with the same
             key and body is given instead; its file prefix tells.
-        Raises: QueueFull, Conflict, StorageUnavailable.
+        Raises: QueueFull, Conflict; sqlalchemy.exc.SQLAlchemyError.
         """
-        return self._commits.run(functools.partial(self._insert, new, once))
+        return self.begin_submit(new, once).result().job
 
-    def _insert(self, new: NewJob, once: Idempotency | None, connection: Connection) -> Job:
-        if once is not None and (row := self._find_replayed(connection, new.key_id, once)):
-            return _to_job(row)
-        self._lock_queue(connection)
-        arrival = look_at(connection, new.key_id, new.share.priority)
-        self._room_at(arrival, new.share)
-        if once is not None and not reserve(
-            connection, new.key_id, once, new.file_prefix, self._clock()
-        ):
-            # On PostgreSQL another request may have taken the key since the look above.
-            row = self._find_replayed(connection, new.key_id, once)
-            if row is None:
-                raise StorageUnavailable  # and its job is gone again already
-            return _to_job(row)
-        values = {
-            "state": JobState.QUEUED,
-            "key_id": new.key_id,
-            "dialect": new.dialect,
-            "request": new.request,
-            "params": new.params.to_json(),
-            "file_prefix": new.file_prefix,
-            "work": new.work,
-            "priority": new.share.priority,
-            "turn": arrival.turn,
-            "webhook": new.webhook,
-            "track_id": new.track_id,
-            "created_at": self._clock(),
-        }
-        return _to_job(connection.execute(INSERT, values).one())
+    def begin_submit(self, new: NewJob, once: Idempotency | None = None) -> Future[Submitted]:
+        """`submit` for a caller who has more to do; the result raises what `submit` raises."""
+        return self._submissions.begin(new, once)
 
     def replayed(self, key_id: str, once: Idempotency) -> Job | None:
         """The job that an earlier request with this idempotency key made. Raises: Conflict."""
-        with read_only(self._engine) as connection:
-            row = self._find_replayed(connection, key_id, once)
-        return None if row is None else _to_job(row)
+        return self._submissions.replayed(key_id, once)
 
     def room_for(self, key_id: str, share: QueueShare = USUAL_SHARE) -> int:
         """How many more jobs of a key `submit` would take now, at least one. Raises: QueueFull."""
-        with read_only(self._engine) as connection:
-            return self._room_at(look_at(connection, key_id, share.priority), share)
-
-    def _room_at(self, arrival: Arrival, share: QueueShare) -> int:
-        """Raises: QueueFull."""
-        if arrival.waiting >= self._max_waiting:
-            raise QueueFull(self._max_waiting)
-        limit = self._max_waiting_per_key if share.max_waiting is None else share.max_waiting
-        if arrival.waiting_of_key >= limit:
-            raise QueueFull(limit)
-        return min(self._max_waiting - arrival.waiting, limit - arrival.waiting_of_key)
+        return self._submissions.room_for(key_id, share)
 
     def get(self, job_id: int) -> Job | None:
         """The job, None where there is none."""
         with read_only(self._engine) as connection:
             row = connection.execute(GET, {"job_id": job_id}).one_or_none()
-        return None if row is None else _to_job(row)
+        return None if row is None else to_job(row)
 
     def list_of(
         self, key_id: str, *, state: JobState | None, limit: int, before_id: int | None
@@ -309,7 +247,7 @@ class JobStore:
             query = query.where(jobs.c.id < before_id)
         query = query.order_by(jobs.c.id.desc()).limit(limit)
         with read_only(self._engine) as connection:
-            return [_to_job(row) for row in connection.execute(query)]
+            return [to_job(row) for row in connection.execute(query)]
 
     def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
         """How far those of the jobs are that there are, in one look."""
@@ -352,7 +290,7 @@ class JobStore:
                 live = {*connection.scalars(LIVE)}
                 job_ids = [job_id for job_id in job_ids if job_id not in live]
             return [
-                _to_job(row)
+                to_job(row)
                 for some in in_few_sizes(job_ids)
                 for row in connection.execute(ENDED, {"job_ids": some})
             ]
@@ -376,7 +314,7 @@ class JobStore:
                 "now": now,
             }
             rows = connection.execute(CLAIM, values).all()
-        return sorted((_to_job(row) for row in rows), key=lambda job: chosen.index(job.id))
+        return sorted((to_job(row) for row in rows), key=lambda job: chosen.index(job.id))
 
     def release(self, job: Job) -> bool:
         """Running to queued through no fault of the job: the attempt does not count."""
@@ -442,8 +380,7 @@ class JobStore:
 
         Whoever makes it already finds it taken away. False where it has ended.
         """
-        remove = delete(jobs).where(jobs.c.id == job.id, IS_LIVE)
-        return self._commits.run(lambda connection: connection.execute(remove).rowcount == 1)
+        return self._withdrawals.run(job.id)
 
     def requeue_expired(self) -> int:
         """Give back the jobs whose lease has run out; how many there were.
@@ -479,13 +416,12 @@ class JobStore:
         """
         with read_only(self._engine) as connection:
             if before is None:
-                row = connection.execute(IN_ALL).one()
+                load = whole_load(connection)
             elif before.state is JobState.QUEUED:
-                place = Place(before.priority, before.turn, before.id)
-                row = connection.execute(BEFORE_WAITING, place.to_parameters()).one()
+                load = load_before(connection, Place(before.priority, before.turn, before.id))
             else:
-                row = connection.execute(BEFORE_OTHER, {"job_id": before.id}).one()
-        return QueueFigures(*row, pace or self.pace())
+                load = load_beside(connection, before.id)
+        return QueueFigures(*load, pace or self.pace())
 
     def report_worker(self, status: WorkerStatus) -> None:
         """Write a worker's word of itself, in place of its earlier one."""
@@ -580,15 +516,6 @@ class JobStore:
             )
         return changed == 1
 
-    def _find_replayed(
-        self, connection: Connection, key_id: str, once: Idempotency
-    ) -> Row[Any] | None:
-        """Raises: Conflict."""
-        file_prefix = find(connection, key_id, once, self._clock())
-        if file_prefix is None:
-            return None
-        return connection.execute(select(jobs).where(jobs.c.file_prefix == file_prefix)).one()
-
     def _change(self, connection: Connection, which: ColumnElement[bool], **values: Any) -> int:
         """`_run` for a change that is not made all the time."""
         return self._run(connection, update(jobs).where(which).values(values).returning(*CHANGED))
@@ -605,12 +532,6 @@ class JobStore:
             if row.webhook is not None and JobState(row.state).is_terminal:
                 queue_delivery(connection, row.id, row.key_id, row.webhook, self._clock())
         return len(rows)
-
-    @staticmethod
-    def _lock_queue(connection: Connection) -> None:
-        """Nobody else submits until the transaction's end: what was counted stays true."""
-        if connection.dialect.name != "sqlite":  # there every write transaction is alone
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
 
 
 def in_few_sizes(job_ids: Sequence[int]) -> Iterator[list[int]]:
@@ -646,9 +567,7 @@ def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def _to_job(row: Row[Any]) -> Job:
-    values = dict(row._mapping)
-    del values["beaten_at"]
-    values["state"] = JobState(values["state"])
-    values["params"] = InpaintParams.from_json(values["params"])
-    return Job(**values)
+def withdraw(connection: Connection, job_id: int) -> bool:
+    """As `JobStore.withdraw`."""
+    remove = delete(jobs).where(jobs.c.id == job_id, IS_LIVE)
+    return connection.execute(remove).rowcount == 1

@@ -5,7 +5,7 @@ No database and no change of state here; that is `job_store.py`.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.params import InpaintParams
 
@@ -171,6 +171,30 @@ class Pace:
 
     speed: float
     pause_s: float
+
+
+class Load(NamedTuple):
+    """Jobs that wait, jobs that run, and the pixel steps that all of them have left."""
+
+    waiting: int
+    running: int
+    ahead: float
+
+    def and_behind(self, work: float) -> "Load":
+        """With one more job that waits."""
+        return Load(self.waiting + 1, self.running, self.ahead + work)
+
+
+NO_LOAD = Load(0, 0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """What became of a `NewJob`. before: the queue in front of it, None for an earlier job that its
+    idempotency key stands for."""
+
+    job: Job
+    before: Load | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class Lookups:
         async with asyncio.timeout(TIMEOUT_S):
             await self._places.take(owner)
             look_up = functools.partial(self._resolver, host, port)
-            return await self._places.use_in_thread(owner, self._threads, look_up, list)
+            return await self._places.use_in_thread(owner, self._threads, look_up)
 
 
 def resolve(host: str, port: int) -> Sequence[str]:

@@ -3,7 +3,7 @@
 Each endpoint reads and writes with the native dialect; errors become problems in `app.py`.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
@@ -26,14 +26,14 @@ from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
 from server.followers import Follower
 from server.idempotency import Idempotency
-from server.intake import ServicesOf, accept, admit, base_url_of, find_job
-from server.jobs import Job, JobState
+from server.intake import ServicesOf, accept, admit, base_url_of, find_job, get_services
+from server.jobs import Job, JobState, Load
 from server.services import Services
 
 router = APIRouter(tags=["jobs"])
 
 MAX_PAGE = 100
-REPLAYED = "Idempotency-Replayed"
+IDEMPOTENCY_KEY, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """Proxies must pass each event on at once."""
 
@@ -72,6 +72,22 @@ def describe_body(model: Any) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+CREATE_CALL = {
+    "security": [{Bearer.scheme_name: []}, {KeyHeader.scheme_name: []}],
+    "parameters": [
+        {
+            "name": IDEMPOTENCY_KEY,
+            "in": "header",
+            "required": False,
+            "description": "1 to 255 visible ASCII characters. For 24 hours the same key with the "
+            "same body gives the same job, with another body an error",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+        }
+    ],
+}
+"""OpenAPI's description of what `create_job` reads itself."""
+
+
 async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
     """The job of the path. Raises: JobNotFound, for another key's too."""
     return await find_job(services, job_id, key_id)
@@ -98,25 +114,15 @@ FollowerOf = Annotated[Follower, Depends(get_follower)]
         200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
         **declare(400, 413, 422),
     },
-    openapi_extra=describe_body(native.JobRequest),
+    openapi_extra={**describe_body(native.JobRequest), **CREATE_CALL},
 )
-async def create_job(
-    request: Request,
-    response: Response,
-    services: ServicesOf,
-    caller: CallerOf,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            description="1 to 255 visible ASCII characters. For 24 hours the same key with the "
-            "same body gives the same job, with another body an error",
-            json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
-        ),
-    ] = None,
-) -> JobAnswer:
+async def create_job(request: Request) -> Response:
     """Repaint the white part of a mask in an image."""
-    body = await read_json(request, services.settings.max_body_bytes)
+    # Without dependencies: to solve them would take a tenth of the time of the whole call.
+    services = get_services(request)
     settings = services.settings
+    caller = admit(request, native.read_key(request.headers))
+    body = await read_json(request, settings.max_body_bytes)
 
     def understand(body: bytes) -> tuple[native.NativeJob, Idempotency | None]:
         asked = native.read_job(
@@ -125,16 +131,17 @@ async def create_job(
             models=settings.offered_models,
             https_webhooks=settings.webhook.https_only,
         )
-        return asked, native.read_idempotency(idempotency_key, asked.request)
+        once = native.read_idempotency(request.headers.get(IDEMPOTENCY_KEY), asked.request)
+        return asked, once
 
     asked, once = await parsed(understand, body)
     base_url = base_url_of(request, settings)
-    job, is_new = await accept(services, asked, caller, base_url, once)
-    if not is_new:
-        response.status_code = 200
-        response.headers[REPLAYED] = "true"
-    response.headers["Location"] = f"{base_url}/api/jobs/{job.id}"
-    return await tell(services, job, base_url)
+    submitted = await accept(services, asked, caller, base_url, once)
+    headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
+    if is_earlier := submitted.before is None:
+        headers[REPLAYED] = "true"
+    answer = await tell(services, submitted.job, base_url, submitted.before)
+    return to_response(answer, 200 if is_earlier else 202, headers)
 
 
 @router.get("/api/jobs", responses=declare(422))
@@ -155,10 +162,10 @@ async def list_jobs(
     )
 
 
-@router.get("/api/jobs/{job_id}", responses=declare(404))
-async def read_job(request: Request, services: ServicesOf, job: JobOf) -> JobAnswer:
+@router.get("/api/jobs/{job_id}", response_model=JobAnswer, responses=declare(404))
+async def read_job(request: Request, services: ServicesOf, job: JobOf) -> Response:
     """A job: how far it is, what came of it, and how it was made."""
-    return await tell(services, job, base_url_of(request, services.settings))
+    return to_response(await tell(services, job, base_url_of(request, services.settings)))
 
 
 @router.post("/api/jobs/{job_id}/cancel", responses=declare(404, 409))
@@ -262,13 +269,24 @@ async def ping(request: Request, services: ServicesOf, caller: CallerOf) -> Ping
     return native_answers.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
 
 
-async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
-    """A job with what has to be looked up for its state."""
+def to_response(
+    answer: JobAnswer, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """What the framework would send, without looking at our own answer a second time."""
+    return Response(answer.model_dump_json(), status, headers, "application/json")
+
+
+async def tell(
+    services: Services, job: Job, base_url: str, before: Load | None = None
+) -> JobAnswer:
+    """A job with what has to be looked up for its state. before: where the queue is known."""
     receipt = position = eta_s = None
     if job.state is JobState.FINISHED:
         receipt = await services.in_store_thread(services.store.receipt_of, job.id)
     elif not job.state.is_terminal:
-        figures = await services.in_store_thread(services.outlook.figures, job)
+        figures = None if before is None else services.outlook.figures_at(before)
+        if figures is None:
+            figures = await services.in_store_thread(services.outlook.figures, job)
         position = figures.waiting + 1 if job.state is JobState.QUEUED else None
         eta_s = figures.eta_s(job)
     return native_answers.write_job(job, receipt, base_url, position, eta_s)

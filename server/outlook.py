@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.job_store import JobStore
-from server.jobs import Job, Pace, QueueFigures, QueueShare
+from server.jobs import Job, Load, Pace, QueueFigures, QueueShare
 
 PACE_S = 1.0
 """How long the last look at the pace counts."""
@@ -50,6 +50,14 @@ class Outlook:
         """Ask for a key's room, for one more job now. Raises: QueueFull."""
         until = self._clock() + ROOM_S
         self._rooms[key_id] = Room(self._store.room_for(key_id, share) - 1, until)
+
+    def figures_at(self, before: Load) -> QueueFigures | None:
+        """A load at the pace of the last second, None where that is not known.
+
+        For the event loop: asks nobody.
+        """
+        pace, until = self._pace or (None, 0.0)
+        return None if pace is None or self._clock() >= until else QueueFigures(*before, pace)
 
     def figures(self, job: Job) -> QueueFigures:
         """The queue in front of a job, at the pace of the last second."""

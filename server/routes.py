@@ -78,9 +78,10 @@ async def inpaint(
         return await fetch(request, services, fields, caller.key_id)
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
-    job, _ = await accept(services, asked, caller, base_url)
+    submitted = await accept(services, asked, caller, base_url)
     release_body(request)
-    job_id, key_id = job.id, job.key_id  # all that thousands of held calls need to keep
+    # All that thousands of held calls need to keep.
+    job_id, key_id = submitted.job.id, caller.key_id
 
     async def answer() -> JSONResponse:
         ended = await services.waiters.wait(job_id, max(0.0, hold_until - time.monotonic()))

@@ -33,6 +33,7 @@ from server.decoder import (
     PICTURE,
     READY_UNFILTERED,
     REPLY,
+    REQUEST,
     Kind,
     Wanted,
     limits_of,
@@ -54,10 +55,6 @@ PATIENCE_S = 30.0
 
 WALL_S = 10
 """A picture may take so long before its child is killed."""
-
-AFTERWARDS = 64
-"""Threads that may go on with decoded pictures at a time. They wait for the disk, and share commits
-and one connection of the database's, so that many cost little."""
 
 START_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 1.0
@@ -141,6 +138,8 @@ class Decoder:
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ready = False
+        self._is_asked = False
+        self._request_room = 0
         self._is_stopped = False
         self._pictures = 0
         self.starts = 0
@@ -155,7 +154,8 @@ class Decoder:
 
         images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all at fault.
         """
-        init_image = self.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
+        mask_too = self._request_ahead(images, wanted)
+        init_image = self.decode(Kind.INIT_IMAGE, images["init_image"], wanted, mask_too)
         if not isinstance(init_image, ImageProblem):
             height, width = init_image.shape[:2]
             wanted = replace(wanted, width=width, height=height)
@@ -168,16 +168,17 @@ class Decoder:
         return DecodedPair(init_image, mask)
 
     def decode(
-        self, kind: Kind, content: bytes, wanted: Wanted = OWN
+        self, kind: Kind, content: bytes, wanted: Wanted = OWN, ahead: bytes = b""
     ) -> NDArray[np.uint8] | ImageProblem:
         """The picture at the wanted size, `(h, w, 3)` or `(h, w)`, or what is wrong with it.
 
+        ahead: the request that comes next, sent along.
         Raises: ApiError when no child can be started.
         """
         if len(content) > self._limits.max_bytes:
             return ImageProblem.TOO_LARGE
         try:
-            return self._ask(kind, content, wanted)
+            return self._ask(kind, content, wanted, ahead)
         except ChildKilled:
             # By somebody else, who cannot be told from a picture that takes the host's last memory.
             # Asked again, the first one succeeds and the second one is refused.
@@ -209,7 +210,7 @@ class Decoder:
         self.starts += 1
         for descriptor in self._descriptors():
             os.set_blocking(descriptor, False)
-            widen(descriptor)
+        self._request_room, _ = map(widen, self._descriptors())
 
     def stop(self) -> None:
         """Kill the child and start no other; may be called from any thread."""
@@ -222,11 +223,25 @@ class Decoder:
         self._is_stopped = True
         self._end()
 
-    def _ask(self, kind: Kind, content: bytes, wanted: Wanted) -> NDArray[np.uint8] | ImageProblem:
+    def _request_ahead(self, images: Mapping[str, bytes], wanted: Wanted) -> bytes:
+        """The mask's request, where both fit into a pipe: the child has work while we are away.
+
+        Larger ones could wait for us to read while we wait for them to be read.
+        """
+        mask, size = images["mask_image"], sum(map(len, images.values())) + 2 * REQUEST.size
+        if size > self._request_room or len(mask) > self._limits.max_bytes:
+            return b""
+        return write_request(Kind.MASK_IMAGE, mask, wanted, like_last=True)
+
+    def _ask(
+        self, kind: Kind, content: bytes, wanted: Wanted, ahead: bytes = b""
+    ) -> NDArray[np.uint8] | ImageProblem:
         self._make_ready()
         until = time.monotonic() + self._wall_s
         try:
-            self._send(write_request(kind, len(content), wanted) + content, until)
+            if not self._is_asked:
+                self._send(write_request(kind, content, wanted) + ahead, until)
+            self._is_asked = bool(ahead)
             return self._read_reply(kind, wanted, until)
         except (DecoderEnded, TimeoutError) as error:
             return self._bury(is_late=isinstance(error, TimeoutError))
@@ -282,7 +297,8 @@ class Decoder:
         may_finish: a child that is about to end by itself is let, for its status tells why.
         """
         process, self._process = self._process, None
-        self._is_ready, self._pictures = False, 0
+        self._is_ready = self._is_asked = False
+        self._pictures = 0
         if process is None:
             return None
         if may_finish:
@@ -298,9 +314,10 @@ class Decoder:
         rest = memoryview(content)
         descriptor, _ = self._descriptors()
         while rest:
-            wait_for(descriptor, select.POLLOUT, until)
             try:
                 rest = rest[os.write(descriptor, rest) :]
+            except BlockingIOError:
+                wait_for(descriptor, select.POLLOUT, until)
             except BrokenPipeError as error:
                 raise DecoderEnded from error
 
@@ -309,8 +326,11 @@ class Decoder:
         rest = memoryview(content)
         _, descriptor = self._descriptors()
         while rest:
-            wait_for(descriptor, select.POLLIN, until)
-            received = os.readv(descriptor, [rest])
+            try:
+                received = os.readv(descriptor, [rest])
+            except BlockingIOError:
+                wait_for(descriptor, select.POLLIN, until)
+                continue
             if not received:
                 raise DecoderEnded
             rest = rest[received:]
@@ -332,13 +352,18 @@ def wait_for(descriptor: int, event: int, until: float) -> None:
         raise TimeoutError
 
 
-def widen(pipe: int) -> None:
-    """So that a picture crosses in one go. Not granted to every user; it works without."""
-    if sys.platform == "linux":
-        import fcntl
+def widen(pipe: int) -> int:
+    """How many bytes a pipe takes that nobody reads, 0 where that is not known.
 
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    It is widened so that a picture crosses in one go. Not granted to every user; it works without.
+    """
+    if sys.platform != "linux":
+        return 0
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
 
 class Sandbox:
@@ -363,7 +388,7 @@ class Sandbox:
         self._idle: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for decoder in self._decoders:
             self._idle.put(decoder)
-        self._threads = ThreadPoolExecutor(children + AFTERWARDS, thread_name_prefix="sandbox")
+        self._threads = ThreadPoolExecutor(children, thread_name_prefix="sandbox")
         self._places = Slots(children, children_per_key)
         self._patience_s = patience_s
         self._max_waiting_bytes = max_waiting_bytes
@@ -378,9 +403,10 @@ class Sandbox:
         wanted: Wanted = OWN,
         key_id: str = "anybody",
     ) -> R:
-        """As `Decoder.decode_pair`, and what follows from it in the same thread, without a child.
+        """As `Decoder.decode_pair`, and what follows from it in the same thread.
 
         A caller that is cancelled leaves its child in order, and what follows is done.
+        then: must not wait for anything, as it holds up the next picture.
         key_id: children are handed round by it.
         Raises: ImageUnavailable, QueueFull, ApiError; what `then` raises.
         """
@@ -394,8 +420,8 @@ class Sandbox:
         self._waiting_bytes[key_id] += size
         try:
             await self._wait_for_place(key_id)
-            decode = functools.partial(self._decode, images, wanted)
-            return await self._places.use_in_thread(key_id, self._threads, decode, then)
+            work = functools.partial(self._decode, images, wanted, then)
+            return await self._places.use_in_thread(key_id, self._threads, work)
         finally:
             self._waiting -= 1
             self._waiting_bytes -= Counter({key_id: size})  # drops keys with nothing waiting
@@ -424,12 +450,15 @@ class Sandbox:
         for decoder in self._decoders:
             decoder.close()
 
-    def _decode(self, images: Mapping[str, bytes], wanted: Wanted) -> DecodedPair:
+    def _decode(
+        self, images: Mapping[str, bytes], wanted: Wanted, then: Callable[[DecodedPair], R]
+    ) -> R:
         decoder = self._idle.get()
         try:
-            return decoder.decode_pair(images, wanted)
+            pair = decoder.decode_pair(images, wanted)
         finally:
             self._idle.put(decoder)
+        return then(pair)
 
     def _start(self) -> None:
         decoder = self._idle.get()

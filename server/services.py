@@ -10,6 +10,7 @@ from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.followers import Followers
 from server.job_store import JobStore
+from server.keeping import Keeper
 from server.metrics import Metrics
 from server.outlook import Outlook
 from server.sandbox import Sandbox
@@ -46,6 +47,7 @@ class Services:
     storage: Storage
     fetcher: Fetcher
     sandbox: Sandbox
+    keeper: Keeper
     waiters: Waiters
     followers: Followers
     deliveries: DeliveryStore

@@ -6,6 +6,7 @@ names. Built once in `cli.py` and passed in by argument.
 
 import base64
 import binascii
+import functools
 import ipaddress
 import json
 import os
@@ -434,6 +435,7 @@ def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
             raise ValueError(f"unknown setting {variable}")
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """True for an address, or the name localhost, that only this machine can reach."""
     if host == "localhost":

@@ -2,13 +2,15 @@
 
 import asyncio
 import contextvars
+import functools
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
-T = TypeVar("T")
+from server.threads import settled
+
 R = TypeVar("R")
 
 
@@ -69,43 +71,15 @@ class Slots:
         leave(self._taken, owner)
         self._hand_out()
 
-    async def use_in_thread(
-        self,
-        owner: str,
-        threads: Executor,
-        function: Callable[[], T],
-        then: Callable[[T], R],
-    ) -> R:
-        """Call a function in a place that was taken, and then another one with what it gave.
+    async def use_in_thread(self, owner: str, threads: Executor, function: Callable[[], R]) -> R:
+        """Call a function in a place that was taken.
 
-        The place is given back when the thread is done with the first: a caller that gives up
-        earlier cannot stop it. Log lines keep the caller's context.
+        The place is given back when the thread is done: a caller that gives up earlier cannot stop
+        it. Log lines keep the caller's context.
         """
-        loop = asyncio.get_running_loop()
-        has_left = False
-
-        def give_back_once() -> None:
-            nonlocal has_left
-            if not has_left:
-                has_left = True
-                self.give_back(owner)
-
-        def work() -> R:
-            try:
-                value = function()
-            finally:
-                with suppress(RuntimeError):  # the loop has ended, and with it all who wait
-                    loop.call_soon_threadsafe(give_back_once)
-            return then(value)
-
-        def end(ended: asyncio.Future[R]) -> None:
-            give_back_once()  # where it never began
-            if not ended.cancelled():
-                ended.exception()  # nobody may be waiting for it
-
-        answer = loop.run_in_executor(threads, contextvars.copy_context().run, work)
-        answer.add_done_callback(end)
-        return await asyncio.shield(answer)
+        answer = threads.submit(contextvars.copy_context().run, function)
+        await settled(answer, first=functools.partial(self.give_back, owner))
+        return answer.result()
 
     def _hand_out(self) -> None:
         for owner, turns in list(self._waiting.items()):

@@ -1,10 +1,9 @@
 """Where pictures and inputs lie: a local folder or an object store, behind eight calls."""
 
 import contextlib
-import functools
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +14,9 @@ from urllib.parse import unquote, urlsplit
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from server.batches import Batches
 from server.errors import StorageUnavailable
+from server.threads import all_of
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -26,8 +27,9 @@ PIECE_BYTES = 65_536
 REMOTE_PATIENCE_S = 15
 """How long a call of an object store is made again before its caller hears of it."""
 
-MAX_SYNCS = 128
-"""Flushes that `put_early` waits for at a time, two a file; a disk takes many as soon as one."""
+SYNCS, UPLOADS = 8, 64
+"""Files that `put_early` brings to the disk, or to an object store, at a time. A thread that comes
+back from the disk waits for the interpreter, and many that do so slow down all others."""
 
 UNFINISHED = ".unfinished"
 """Suffix of a file that is being written; the janitor finds what a crash left of it."""
@@ -49,7 +51,6 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         self._folder: Path | None = None
-        self._syncs = ThreadPoolExecutor(MAX_SYNCS, "sync")
         if url.startswith("file:"):
             self._store: ObjectStore = LocalStore.from_url(url, mkdir=True)
             self._folder = Path(unquote(urlsplit(url).path))
@@ -61,43 +62,43 @@ class Storage:
                     "retry_timeout": timedelta(seconds=REMOTE_PATIENCE_S),
                 },
             )
+        self._threads = ThreadPoolExecutor(SYNCS if self.shows_early else UPLOADS, "put")
+        self._folders = Batches(sync_folders, "sync")
+
+    @property
+    def shows_early(self) -> bool:
+        """Whether readers see what was given to `put_early` once that returns."""
+        return self._folder is not None
 
     def put(self, key: str, content: bytes) -> None:
         """Store; readers see all of it or nothing, and once this returns it survives a power cut.
 
         Raises: StorageUnavailable.
         """
-        for sync in self._show(key, content):
-            sync()
-
-    def put_early(self, key: str, content: bytes) -> list[Future[None]]:
-        """`put` for a caller who has more to do: once this returns readers see the content, and it
-        survives a power cut once all results are there.
-
-        Raises: StorageUnavailable, as may the results.
-        """
-        return [self._syncs.submit(sync) for sync in self._show(key, content)]
-
-    def _show(self, key: str, content: bytes) -> list[Callable[[], None]]:
-        """Store for readers; the calls that are given back wait for the disk, each for its part.
-
-        All raise: StorageUnavailable.
-        """
-        try:
+        with telling_of(f"cannot write {key}"):
             if self._folder is None:
                 self._store.put(key, content)
-                return []
-            syncs = write(self._folder / relative_path(key), content)
-        except (BaseError, OSError) as error:
-            raise StorageUnavailable(f"cannot write {key}") from error
+                return
+            path = self._folder / relative_path(key)
+            write(path, content)()
+            sync_folder(path.parent)
 
-        def wait(sync: Callable[[], None]) -> None:
-            try:
+    def put_early(self, key: str, content: bytes) -> Future[None]:
+        """`put` for a caller who has more to do: its promises hold once the result is there.
+
+        Raises: StorageUnavailable, as may the result.
+        """
+        if self._folder is None:
+            return self._threads.submit(self.put, key, content)
+        path = self._folder / relative_path(key)
+        with telling_of(f"cannot write {key}"):
+            sync = write(path, content)
+
+        def sync_bytes() -> None:
+            with telling_of(f"cannot write {key}"):
                 sync()
-            except OSError as error:
-                raise StorageUnavailable(f"cannot write {key}") from error
 
-        return [functools.partial(wait, sync) for sync in syncs]
+        return all_of([self._threads.submit(sync_bytes), self._folders.begin(path.parent)])
 
     def get(self, key: str) -> bytes | None:
         """The content, None where there is none. Raises: StorageUnavailable."""
@@ -140,12 +141,11 @@ class Storage:
 
     def delete(self, key: str) -> None:
         """Remove; a missing key is fine. Raises: StorageUnavailable."""
-        try:
+        with (
+            telling_of(f"cannot delete {key}"),
+            contextlib.suppress(NotFoundError, FileNotFoundError),
+        ):
             self._store.delete(key)
-        except (NotFoundError, FileNotFoundError):
-            return
-        except (BaseError, OSError) as error:
-            raise StorageUnavailable(f"cannot delete {key}") from error
 
     def list(self, folder: str, batch: int = 500) -> Iterator[list[StoredFile]]:
         """All files under a folder, in any order, up to `batch` at a time.
@@ -161,6 +161,15 @@ class Storage:
             raise StorageUnavailable(f"cannot list {folder}") from error
 
 
+@contextlib.contextmanager
+def telling_of(failure: str) -> Iterator[None]:
+    """What goes wrong inside as `StorageUnavailable`."""
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        raise StorageUnavailable(failure) from error
+
+
 def relative_path(key: str) -> Path:
     """Where below a local store's folder a key lies. Raises: ValueError for a way out of it."""
     parts = [part for part in key.split("/") if part]
@@ -169,13 +178,13 @@ def relative_path(key: str) -> Path:
     return Path(*parts)
 
 
-def write(path: Path, content: bytes) -> list[Callable[[], None]]:
+def write(path: Path, content: bytes) -> Callable[[], None]:
     """Write a file that is whole under its name, or not there, for whoever looks.
 
-    The calls that are given back, which must be made, bring its bytes and its name to the disk, in
-    any order or at once. The name is there before that: what a power cut leaves may be half a file,
+    The call that is given back, which must be made, brings its bytes to the disk; `sync_folder`
+    brings its name there, before or after. What a power cut leaves until then may be half a file,
     but then nobody was told that there is one.
-    All raise: OSError. Where one of the calls does, the file is there, and may be lost.
+    Both raise: OSError. Where the call does, the file is there, and may be lost.
     """
     make_folder(path.parent)
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
@@ -195,7 +204,7 @@ def write(path: Path, content: bytes) -> list[Callable[[], None]]:
         with file:
             os.fsync(file.fileno())
 
-    return [sync_bytes, functools.partial(sync_folder, path.parent)]
+    return sync_bytes
 
 
 def make_folder(folder: Path) -> None:
@@ -214,3 +223,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folders(folders: Sequence[Path]) -> list[StorageUnavailable | None]:
+    """`sync_folder` for each, once for all that are the same; what they raise is given back."""
+    outcomes: dict[Path, StorageUnavailable | None] = {}
+    for folder in dict.fromkeys(folders):
+        try:
+            with telling_of(f"cannot write to {folder.name}"):
+                sync_folder(folder)
+            outcomes[folder] = None
+        except StorageUnavailable as error:
+            outcomes[folder] = error
+    return [outcomes[folder] for folder in folders]

@@ -1,15 +1,18 @@
-"""`Threads`: synchronous calls made from the event loop, each kind in threads of its own.
+"""Threads and the event loop: calls made in threads, and results of threads that are waited for.
 
-`concurrent.futures` takes a fifth of the time of a hop through anyio, and most calls make one.
+`concurrent.futures` takes a fifth of the time of a hop through anyio, and most calls make one. The
+loop is told by us: each of asyncio's own futures around those would be one more turn of the loop.
 """
 
 import asyncio
 import contextvars
 import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,8 +30,13 @@ class Threads:
     async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The result, without blocking the event loop. Log lines keep the caller's context."""
         bound = functools.partial(function, *args, **kwargs)
-        context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, context.run, bound)
+        answer = self._pool.submit(contextvars.copy_context().run, bound)
+        try:
+            await settled(answer)
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+        return answer.result()
 
     def __enter__(self) -> "Threads":
         return self
@@ -40,3 +48,56 @@ class Threads:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def when_done(futures: Sequence[Future[Any]], then: Callable[[], None]) -> None:
+    """Call something once all are there, whatever they are; in the thread that ends the last."""
+    left, lock = len(futures), threading.Lock()
+
+    def count_down(_: object) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            is_last = left == 0
+        if is_last:
+            then()
+
+    for future in futures:
+        future.add_done_callback(count_down)
+
+
+def all_of(futures: Sequence[Future[None]]) -> Future[None]:
+    """Is there once all are; raises what the first raises that fails."""
+    together: Future[None] = Future()
+
+    def end() -> None:
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            together.set_exception(errors[0])
+        else:
+            together.set_result(None)
+
+    when_done(futures, end)
+    return together
+
+
+async def settled(*futures: Future[Any], first: Callable[[], None] | None = None) -> None:
+    """Wait until all are there, whatever they are; the event loop is woken once.
+
+    first: called in the event loop before that, also where the caller was cancelled meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+    are_there: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        if first is not None:
+            first()
+        if not are_there.done():
+            are_there.set_result(None)
+
+    def end() -> None:
+        with suppress(RuntimeError):  # the loop has ended, and with it all who wait
+            loop.call_soon_threadsafe(tell)
+
+    when_done(futures, end)
+    await are_there

@@ -7,6 +7,7 @@ Lower turns go first; within one, who came first. Jobs of a higher priority go b
 A number given once stays true, so the next job, and a job's position, are looked up in an index.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +68,53 @@ class Arrival:
     waiting_of_key: int
 
 
-def look_at(connection: Connection, key_id: str, priority: int) -> Arrival:
-    """The queue as a job submitted now would meet it."""
-    row = connection.execute(_ARRIVAL, {"key": key_id, "class": priority}).one()
-    turn = max(int(row.present), int(row.own_last) + 1)
-    return Arrival(turn, int(row.waiting), int(row.waiting_of_key))
+class Line:
+    """The queue as jobs meet it that are submitted in one transaction, one behind the other.
+
+    owners: their keys and priorities; each is looked up once, before any of the jobs is written.
+    """
+
+    def __init__(self, connection: Connection, owners: Iterable[tuple[str, int]]) -> None:
+        self._waiting = 0
+        self._waiting_of: dict[str, int] = {}
+        self._own_last: dict[tuple[str, int], int] = {}
+        self._present: dict[int, int | None] = {}
+        self._newest: dict[int, int | None] = {}
+        for key_id, priority in owners:
+            row = connection.execute(_ARRIVAL, {"key": key_id, "class": priority}).one()
+            self._waiting = row.waiting
+            self._waiting_of[key_id] = row.waiting_of_key
+            self._own_last[key_id, priority] = row.own_last
+            self._present[priority], self._newest[priority] = row.present, row.newest
+        self._newest_before = {**self._newest}
+
+    def look(self, key_id: str, priority: int) -> Arrival:
+        """As a job submitted now would meet it."""
+        present = self._present[priority]
+        if present is None:  # none waits
+            present = self._newest[priority] or 0
+        turn = max(present, self._own_last[key_id, priority] + 1)
+        return Arrival(turn, self._waiting, self._waiting_of[key_id])
+
+    def join(self, key_id: str, priority: int) -> Arrival:
+        """The same, for a job that is submitted."""
+        arrival = self.look(key_id, priority)
+        self._waiting += 1
+        self._waiting_of[key_id] += 1
+        self._own_last[key_id, priority] = arrival.turn
+        if self._present[priority] is None:
+            self._present[priority] = arrival.turn
+        self._newest[priority] = max(self._newest[priority] or 0, arrival.turn)
+        return arrival
+
+    def is_last_turn(self, priority: int, turn: int) -> bool:
+        """Whether nothing that was looked up has a later one than this, in its class."""
+        newest = self._newest_before[priority]
+        return newest is None or newest <= turn
 
 
 def _build_arrival() -> Select[Any]:
-    """The question of `look_at`; built once, as every accepted job asks it."""
+    """The question of `Line`; built once, as every accepted job asks it."""
     of_key = jobs.c.key_id == bindparam("key")
     of_class = jobs.c.priority == bindparam("class")
     count = select(func.count()).where(IS_WAITING)
@@ -90,7 +129,8 @@ def _build_arrival() -> Select[Any]:
     # Turns that a key took back are not held against it.
     own = first(jobs.c.turn.desc(), of_key, jobs.c.state != "cancelled")
     return select(
-        func.coalesce(next_one, newest, 0).label("present"),
+        next_one.label("present"),
+        newest.label("newest"),
         func.coalesce(own, -1).label("own_last"),
         count.scalar_subquery().label("waiting"),
         count.where(of_key).scalar_subquery().label("waiting_of_key"),

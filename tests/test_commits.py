@@ -1,24 +1,30 @@
 """Shared transactions: who is committed with whom, who is told what, and in which order."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from server.commits import GroupCommit
+from server.commits import GroupCommit, each
 
 WAIT_S = 20
+Work: TypeAlias = Callable[[Connection], Any]
+"""May give an error for its caller, or raise one."""
+
+
+def do(connection: Connection, work: Work) -> Any:
+    return work(connection)
 
 
 @pytest.fixture
-def commits(engine: Engine) -> GroupCommit:
+def commits(engine: Engine) -> GroupCommit[Work, Any]:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE notes (note INTEGER PRIMARY KEY)"))
-    return GroupCommit(engine)
+    return GroupCommit(engine, each(do), "test")
 
 
 def note(number: int) -> Callable[[Connection], int]:
@@ -35,34 +41,32 @@ def notes_of(engine: Engine) -> list[int]:
 
 
 class Crowd:
-    """A group that gathers behind a leader who is held inside its transaction."""
+    """A group that gathers behind one that is held inside its transaction."""
 
-    def __init__(self, commits: GroupCommit) -> None:
+    def __init__(self, commits: GroupCommit[Work, Any]) -> None:
         self._commits = commits
-        self._threads = ThreadPoolExecutor(40)
         self._release = threading.Event()
-        is_leading = threading.Event()
+        has_begun = threading.Event()
 
         def lead(_connection: Connection) -> str:
-            is_leading.set()
+            has_begun.set()
             assert self._release.wait(WAIT_S)
             return "leader"
 
-        self.leader = self._threads.submit(commits.run, lead)
-        assert is_leading.wait(WAIT_S)
+        self.leader = commits.begin(lead)
+        assert has_begun.wait(WAIT_S)
+        self._all = [self.leader]
 
-    def add(self, work: Callable[[Connection], Any]) -> Future[Any]:
-        """A further caller; returns when it stands in the queue."""
-        before = len(self._commits._waiting)
-        future = self._threads.submit(self._commits.run, work)
-        while len(self._commits._waiting) == before:
-            assert not future.done()
-        return future
+    def add(self, work: Work) -> Future[Any]:
+        """A further caller."""
+        self._all.append(self._commits.begin(work))
+        return self._all[-1]
 
     def go(self) -> None:
         """Let the leader go on, and everybody after it."""
         self._release.set()
-        self._threads.shutdown()
+        for future in self._all:
+            future.exception(WAIT_S)
 
 
 def count_commits(engine: Engine) -> list[str]:
@@ -71,13 +75,15 @@ def count_commits(engine: Engine) -> list[str]:
     return seen
 
 
-def test_one_caller_gets_its_result_after_the_commit(commits: GroupCommit, engine: Engine) -> None:
+def test_one_caller_gets_its_result_after_the_commit(
+    commits: GroupCommit[Work, Any], engine: Engine
+) -> None:
     assert commits.run(note(7)) == 7
     assert notes_of(engine) == [7]
 
 
 def test_callers_that_come_during_a_commit_share_the_next(
-    commits: GroupCommit, engine: Engine
+    commits: GroupCommit[Work, Any], engine: Engine
 ) -> None:
     seen = count_commits(engine)
     crowd = Crowd(commits)
@@ -88,10 +94,10 @@ def test_callers_that_come_during_a_commit_share_the_next(
     assert len(seen) == 2, "the leader's own, and one for all others"
 
 
-def test_order_is_that_of_arrival(commits: GroupCommit) -> None:
+def test_order_is_that_of_arrival(commits: GroupCommit[Work, Any]) -> None:
     order: list[int] = []
 
-    def append(number: int) -> Callable[[Connection], None]:
+    def append(number: int) -> Work:
         return lambda _connection: order.append(number)
 
     crowd = Crowd(commits)
@@ -101,7 +107,9 @@ def test_order_is_that_of_arrival(commits: GroupCommit) -> None:
     assert order == [*range(20)]
 
 
-def test_nobody_is_answered_before_the_commit(commits: GroupCommit, engine: Engine) -> None:
+def test_nobody_is_answered_before_the_commit(
+    commits: GroupCommit[Work, Any], engine: Engine
+) -> None:
     answered: list[bool] = []
     crowd = Crowd(commits)
     futures = [crowd.add(note(number)) for number in range(3)]
@@ -110,33 +118,33 @@ def test_nobody_is_answered_before_the_commit(commits: GroupCommit, engine: Engi
     assert answered == [False, False]
 
 
-def test_member_that_fails_does_so_alone(commits: GroupCommit, engine: Engine) -> None:
+def test_member_that_fails_does_so_alone(commits: GroupCommit[Work, Any], engine: Engine) -> None:
     commits.run(note(3))
     crowd = Crowd(commits)
 
-    def refuse(_connection: Connection) -> None:
-        raise KeyError("refused")
+    def fail(_connection: Connection) -> None:
+        raise KeyError("failed")
 
     good = [crowd.add(note(number)) for number in (1, 2)]
-    twice, refused = crowd.add(note(3)), crowd.add(refuse)
+    twice, failing = crowd.add(note(3)), crowd.add(fail)
     good.append(crowd.add(note(4)))
     crowd.go()
     assert [future.result() for future in good] == [1, 2, 4]
     assert isinstance(twice.exception(), DBAPIError)
-    assert isinstance(refused.exception(), KeyError)
+    assert isinstance(failing.exception(), KeyError)
     assert notes_of(engine) == [1, 2, 3, 4]
 
 
-def test_refusals_cost_nobody_a_second_run(engine: Engine, commits: GroupCommit) -> None:
-    crowd = Crowd(GroupCommit(engine, refusals=(KeyError,)))
+def test_errors_that_are_given_back_cost_nobody_a_second_run(
+    commits: GroupCommit[Work, Any], engine: Engine
+) -> None:
+    crowd = Crowd(commits)
     runs: list[int] = []
 
-    def work(number: int) -> Callable[[Connection], int]:
-        def write(connection: Connection) -> int:
+    def work(number: int) -> Work:
+        def write(connection: Connection) -> int | KeyError:
             runs.append(number)
-            if number % 4:
-                raise KeyError("refused")
-            return note(number)(connection)
+            return KeyError("refused") if number % 4 else note(number)(connection)
 
         return write
 
@@ -147,17 +155,18 @@ def test_refusals_cost_nobody_a_second_run(engine: Engine, commits: GroupCommit)
     assert [future.result() for future in futures[::4]] == notes_of(engine) == [*range(0, 20, 4)]
 
 
-def test_refused_member_that_is_run_again_may_succeed(engine: Engine, commits: GroupCommit) -> None:
+def test_refused_member_that_is_run_again_may_succeed(
+    commits: GroupCommit[Work, Any], engine: Engine
+) -> None:
     """There is room for it when a neighbour before it has failed."""
-    commits = GroupCommit(engine, refusals=(KeyError,))
     commits.run(note(1))
     is_full = [True]
     crowd = Crowd(commits)
 
-    def hesitate(connection: Connection) -> int:
+    def hesitate(connection: Connection) -> int | KeyError:
         if is_full.pop():
             is_full.append(False)
-            raise KeyError("refused")
+            return KeyError("refused")
         return note(5)(connection)
 
     hesitant, twice = crowd.add(hesitate), crowd.add(note(1))
@@ -166,7 +175,9 @@ def test_refused_member_that_is_run_again_may_succeed(engine: Engine, commits: G
     assert (hesitant.result(), notes_of(engine)) == (5, [1, 5])
 
 
-def test_commit_that_fails_is_told_to_every_member(commits: GroupCommit, engine: Engine) -> None:
+def test_commit_that_fails_is_told_to_every_member(
+    commits: GroupCommit[Work, Any], engine: Engine
+) -> None:
     crowd = Crowd(commits)
     futures = [crowd.add(note(number)) for number in range(3)]
     remaining = ["leader"]
@@ -185,7 +196,50 @@ def test_commit_that_fails_is_told_to_every_member(commits: GroupCommit, engine:
     assert commits.run(note(9)) == 9, "the next group is not burdened with it"
 
 
-def test_many_threads_lose_and_double_nothing(commits: GroupCommit, engine: Engine) -> None:
+def test_a_commit_may_fail_for_one_member_of_a_group_that_is_taken_apart(
+    commits: GroupCommit[Work, Any], engine: Engine
+) -> None:
+    commits.run(note(1))
+    crowd = Crowd(commits)
+    first, twice, last = (crowd.add(note(number)) for number in (2, 1, 3))
+    commits_left = [True, True]  # the leader's, and the first member's
+
+    def fail(_connection: Connection) -> None:
+        if not commits_left:
+            raise OperationalError("COMMIT", None, Exception("disk full"))
+        commits_left.pop()
+
+    event.listen(engine, "commit", fail)
+    crowd.go()
+    event.remove(engine, "commit", fail)
+    assert first.result() == 2
+    assert isinstance(twice.exception(), DBAPIError)
+    assert isinstance(last.exception(), OperationalError)
+    assert notes_of(engine) == [1, 2]
+
+
+def test_a_group_is_worked_off_as_one(engine: Engine, commits: GroupCommit[Work, Any]) -> None:
+    groups: list[list[int]] = []
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def work(_connection: Connection, group: Sequence[int]) -> list[int]:
+        has_begun.set()
+        assert may_go_on.wait(WAIT_S)
+        groups.append([*group])
+        return [10 * number for number in group]
+
+    together = GroupCommit(engine, work, "test")
+    first = together.begin(0)
+    assert has_begun.wait(WAIT_S)
+    others = [together.begin(number) for number in range(1, 5)]
+    may_go_on.set()
+    assert [future.result(WAIT_S) for future in (first, *others)] == [0, 10, 20, 30, 40]
+    assert groups == [[0], [1, 2, 3, 4]]
+
+
+def test_many_threads_lose_and_double_nothing(
+    commits: GroupCommit[Work, Any], engine: Engine
+) -> None:
     with ThreadPoolExecutor(16) as threads:
         assert [*threads.map(lambda number: commits.run(note(number)), range(400))] == [*range(400)]
     assert notes_of(engine) == [*range(400)]

@@ -33,8 +33,8 @@ from server.database import (
     open_engine,
     read_only,
 )
-from server.job_store import SUBMIT_LOCK
 from server.services import STORE_THREADS
+from server.submissions import SUBMIT_LOCK
 from server.webhooks import THREADS
 from tests.chaos.hosts import LoopThread, running_proxy
 from tests.postgres import PostgresServer

@@ -24,18 +24,20 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from models.params import InpaintParams
 from models.residency import Residency
-from server import intake
 from server.database import deliveries, delivery_attempts, jobs, open_engine
 from server.deliveries import Attempt, DeliveryState, DeliveryStore
 from server.door import Dialler, Door, dial
 from server.errors import StorageUnavailable
+from server.idempotency import Idempotency
 from server.janitor import ORPHAN_S, Janitor
 from server.job_store import MAX_ATTEMPTS, JobStore
-from server.jobs import Job, JobState
+from server.jobs import Job, JobState, NewJob
+from server.keeping import Keeper
 from server.receipts import Model
 from server.sandbox import DecodedPair
 from server.settings import RetentionSettings, Settings, WebhookSettings
 from server.storage import Storage, StoredFile
+from server.threads import Threads
 from server.webhooks import WebhookSender
 from server.worker import Worker
 from tests.chaos.pipeline import ScriptedPipeline
@@ -252,7 +254,7 @@ class FaultyStorage(Storage):
         if strikes:
             raise StorageUnavailable("after")
 
-    def put_early(self, key: str, content: bytes) -> list[Future[None]]:
+    def put_early(self, key: str, content: bytes) -> Future[None]:
         """As the base class, with two places to fail: before readers see it, and on the way to the
         disk."""
         with self._at_risk():
@@ -260,11 +262,11 @@ class FaultyStorage(Storage):
         failing: Future[None] = Future()
         try:
             with self._at_risk():
-                intake.raise_of(stored)
+                stored.result()
             failing.set_result(None)
         except StorageUnavailable as error:
             failing.set_exception(error)
-        return [failing]
+        return failing
 
     def put(self, key: str, content: bytes) -> None:
         """As the base class."""
@@ -360,17 +362,33 @@ def test_promises_hold_wherever_the_file_store_fails(is_lost: bool, tmp_path: Pa
     engine.dispose()
 
 
+def keep(
+    store: JobStore, storage: Storage, new: NewJob, pair: DecodedPair, once: Idempotency | None
+) -> Job:
+    """As the intake has a job kept."""
+
+    async def run() -> Job:
+        with Threads(1, "test") as threads:
+            keeper = Keeper(store, storage, threads)
+            kept = keeper.begin(new, pair, once)
+            if isinstance(begun := getattr(storage, "has_begun", None), threading.Event):
+                begun.set()
+            return (await keeper.finish(kept)).job
+
+    return asyncio.run(run())
+
+
 def run_with_files(engine: Engine, storage: Storage, data_dir: Path) -> list[int]:
     """Submit jobs, as the intake does, and have a worker make them; the ids."""
     stopping = threading.Event()
     store = LastJobStops(engine, stopping)
 
-    def submit() -> Job:
+    def accept() -> Job:
         params = InpaintParams(prompt="", seed=7, width=64, height=64, num_inference_steps=2)
         new = new_job(file_prefix=str(uuid.uuid4()), params=params)
-        return intake.submit(store, storage, new, PAIR, None)
+        return keep(store, storage, new, PAIR, None)
 
-    accepted = [insist_on_files(submit).id for _ in range(STORED_JOBS)]
+    accepted = [insist_on_files(accept).id for _ in range(STORED_JOBS)]
     PlainWorker("w", "cpu", Settings(data_dir=data_dir), store, storage, stopping).run()
     return accepted
 

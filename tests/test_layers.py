@@ -73,9 +73,9 @@ SERVER = {
     "migrations": "database",
     "changes": "notifications",
     "notifications": "database",
-    "storage": "errors",
+    "storage": "batches errors threads",
     "addresses": "settings",
-    "slots": "",
+    "slots": "threads",
     "exchange": "",
     "lookups": "slots",
     "door": "addresses exchange lookups settings",
@@ -90,12 +90,16 @@ SERVER = {
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
-    "commits": "",
+    "batches": "",
+    "commits": "batches",
     "turns": "database",
     "silence": "",
     "jobs": "models.params",
-    "job_store": "changes commits database deliveries errors failures idempotency jobs receipts"
-    " silence turns models.params",
+    "job_rows": "database jobs turns models.params",
+    "submissions": "commits database errors idempotency job_rows jobs turns",
+    "job_store": "changes commits database deliveries failures idempotency job_rows jobs receipts"
+    " silence submissions turns",
+    "keeping": "errors idempotency job_store jobs sandbox storage threads",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
@@ -109,10 +113,10 @@ SERVER = {
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
     "outlook": "job_store jobs",
-    "services": "auth background deliveries egress followers job_store metrics outlook sandbox"
-    " settings slots storage threads waiters webhooks",
-    "intake": "auth decoder downloads errors idempotency job_store jobs receipts sandbox"
-    " services settings slots storage models.params",
+    "services": "auth background deliveries egress followers job_store keeping metrics outlook"
+    " sandbox settings slots storage threads waiters webhooks",
+    "intake": "auth decoder downloads errors idempotency jobs keeping receipts sandbox"
+    " services settings slots models.params",
     "holding": "",
     "routes": "auth bodies dialects errors holding intake job_store jobs services settings"
     " models.enhance",
@@ -131,7 +135,7 @@ SERVER = {
     "devices": "telemetry",
     "supervisor": "job_store telemetry",
     "app": "auth background database deliveries dialects door egress errors followers holding"
-    " intake janitor job_store keys metrics middleware native_routes outlook routes sandbox"
+    " intake janitor job_store keeping keys metrics middleware native_routes outlook routes sandbox"
     " services settings silence storage telemetry threads waiters webhooks models.decoding",
     "metrics": "database failures job_store jobs",
     "middleware": "errors metrics settings telemetry",

@@ -21,7 +21,7 @@ from models.errors import ImageFault
 from server import confinement
 from server.decoder import PICTURE, REPLY, Kind, Wanted
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
-from server.sandbox import PROBLEM_OF_FAULT, DecodedPair, Decoder, Sandbox
+from server.sandbox import OWN, PROBLEM_OF_FAULT, DecodedPair, Decoder, Sandbox
 from tests import hostile_pictures as hostile
 from tests.http_stub import png_bytes
 from tests.test_layers import REPOSITORY, loaded_by
@@ -70,6 +70,55 @@ def test_pair_has_the_size_asked_for_or_its_own(
     assert pair.init_image.shape == (height, width, 3)
     assert pair.mask.shape == (height, width)
     assert pair.init_image.dtype == pair.mask.dtype == np.uint8
+
+
+@pytest.mark.parametrize("room", [0, 2**20], ids=["one after the other", "together"])
+def test_pair_is_the_same_however_it_is_handed_over(decoder: Decoder, room: int) -> None:
+    asked = [((96, 64), OWN), ((1500, 750), OWN), ((64, 64), Wanted(128, 192))]
+    broken = {"init_image": b"x", "mask_image": hostile.saved(hostile.noise("L", 80))}
+    decoder.start()
+    decoder._request_room = room
+    for own, wanted in asked:
+        images = images_of(own)
+        alone = decoder.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
+        assert not isinstance(alone, ImageProblem)
+        height, width = alone.shape[:2]
+        mask = decoder.decode(Kind.MASK_IMAGE, images["mask_image"], Wanted(width, height))
+        pair = decoder.decode_pair(images, wanted)
+        np.testing.assert_array_equal(pair.init_image, alone)
+        np.testing.assert_array_equal(pair.mask, mask)
+        with pytest.raises(ImageUnavailable) as refused:
+            decoder.decode_pair(broken, wanted)
+        assert refused.value.problems == {"init_image": ImageProblem.NOT_AN_IMAGE}
+
+
+@pytest.mark.parametrize("room", [0, 2**20], ids=["one after the other", "together"])
+@pytest.mark.parametrize("bad", ["init_image", "mask_image"])
+def test_child_that_dies_of_one_picture_is_asked_for_the_other(room: int, bad: str) -> None:
+    """The one that was sent along is sent again."""
+    program = """
+import os, sys
+sys.path[:] = sys.argv[4:]
+from server import decoder
+plain = decoder.decode
+def decode(kind, content, *rest):
+    if content.endswith(b"deadly"):
+        os._exit(3)
+    return plain(kind, content, *rest)
+decoder.decode = decode
+decoder.main(*map(int, sys.argv[1:4]))
+"""
+    decoder = Decoder(LIMITS, program=program)
+    decoder.start()
+    decoder._request_room = room
+    images = images_of((64, 64))
+    try:
+        with pytest.raises(ImageUnavailable) as refused:
+            decoder.decode_pair({**images, bad: images[bad] + b"deadly"})
+        assert refused.value.problems == {bad: ImageProblem.DAMAGED}
+        assert decoder.decode_pair(images).mask.shape == (64, 64)
+    finally:
+        decoder.close()
 
 
 def test_pixels_cross_unchanged(decoder: Decoder) -> None:
@@ -502,24 +551,6 @@ def test_requests_share_the_children() -> None:
 
 
 SIDES = range(64, 1024, 16)
-
-
-def test_what_follows_from_a_pair_keeps_no_child() -> None:
-    may_go_on = threading.Event()
-
-    def follow(pair: DecodedPair) -> tuple[int, ...]:
-        assert may_go_on.wait(60)
-        return pair.mask.shape
-
-    async def run() -> None:
-        with Sandbox(LIMITS, children=1) as sandbox:
-            first = asyncio.create_task(sandbox.decode_then(images_of((64, 64)), follow))
-            pair = await decode(sandbox, images_of((128, 128)))
-            assert pair.mask.shape == (128, 128)
-            may_go_on.set()
-            assert await first == (64, 64)
-
-    asyncio.run(run())
 
 
 def test_loop_goes_on_while_a_child_works() -> None:

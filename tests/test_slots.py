@@ -154,9 +154,7 @@ def test_place_of_a_thread_is_held_until_the_thread_is_free() -> None:
         slots = Slots(1, 1)
         with ThreadPoolExecutor(1) as threads:
             await slots.take("a")
-            lost = asyncio.create_task(
-                slots.use_in_thread("a", threads, partial(is_over.wait, 60), bool)
-            )
+            lost = asyncio.create_task(slots.use_in_thread("a", threads, partial(is_over.wait, 60)))
             await settle()
             lost.cancel()
             taking = asyncio.create_task(slots.take("b"))
@@ -170,24 +168,12 @@ def test_place_of_a_thread_is_held_until_the_thread_is_free() -> None:
     asyncio.run(run())
 
 
-def test_place_of_a_thread_is_free_for_others_while_it_goes_on() -> None:
-    may_go_on = threading.Event()
-
-    def go_on(value: int) -> int:
-        assert may_go_on.wait(60)
-        return value + 1
-
+def test_place_of_a_thread_is_given_back_once() -> None:
     async def run() -> int:
         slots = Slots(1, 1)
         with ThreadPoolExecutor(1) as threads:
             await slots.take("a")
-            first = asyncio.create_task(slots.use_in_thread("a", threads, lambda: 1, go_on))
-            async with asyncio.timeout(60):
-                await slots.take("b")
-            may_go_on.set()
-            slots.give_back("b")
-            result = await first
-            # One place, not two: it was given back once.
+            result = await slots.use_in_thread("a", threads, lambda: 2)
             await slots.take("a")
             another = asyncio.create_task(slots.take("b"))
             await settle()

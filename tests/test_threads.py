@@ -3,10 +3,11 @@
 import asyncio
 import contextvars
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from server.threads import Threads
+from server.threads import Threads, all_of, settled
 
 WAIT_S = 60
 NAME = contextvars.ContextVar("NAME", default="nobody")
@@ -54,3 +55,63 @@ def test_leaving_waits_for_what_has_begun_though_its_caller_is_gone() -> None:
         assert done == ["work"]
 
     asyncio.run(call())
+
+
+def test_settled_waits_for_all_and_raises_nothing() -> None:
+    async def wait() -> list[str]:
+        order: list[str] = []
+        futures: list[Future[None]] = [Future() for _ in range(3)]
+        waiting = asyncio.create_task(settled(*futures, first=lambda: order.append("first")))
+        with ThreadPoolExecutor(1) as thread:
+            for number, future in enumerate(futures):
+                await asyncio.sleep(0)
+                assert not waiting.done()
+                end = future.set_exception if number == 1 else future.set_result
+                await asyncio.wrap_future(
+                    thread.submit(end, KeyError() if number == 1 else None)  # type: ignore[arg-type]
+                )
+            await waiting
+        return [*order, "then"]
+
+    assert asyncio.run(wait()) == ["first", "then"]
+
+
+def test_what_comes_first_is_done_though_the_caller_is_gone() -> None:
+    async def give_up() -> None:
+        future: Future[None] = Future()
+        is_done = asyncio.Event()
+        waiting = asyncio.create_task(settled(future, first=is_done.set))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not is_done.is_set()
+        future.set_result(None)
+        async with asyncio.timeout(WAIT_S):
+            await is_done.wait()
+
+    asyncio.run(give_up())
+
+
+def test_results_of_a_loop_that_has_ended_are_dropped() -> None:
+    future: Future[None] = Future()
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await settled(future)
+
+    asyncio.run(give_up())
+    future.set_result(None)
+    assert future.done()
+
+
+def test_all_of_is_there_with_the_last_and_tells_of_a_failure() -> None:
+    first, second, third = (Future[None]() for _ in range(3))
+    together = all_of([first, second, third])
+    third.set_exception(KeyError("third"))
+    first.set_result(None)
+    assert not together.done()
+    second.set_result(None)
+    assert isinstance(together.exception(0), KeyError)
+    assert all_of([first, second]).result(0) is None

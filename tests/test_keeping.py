@@ -1,5 +1,6 @@
 """From decoded pictures to a durable job: what is kept when the last step fails."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +13,22 @@ from sqlalchemy.pool import QueuePool
 
 from server.errors import Conflict, QueueFull, StorageUnavailable
 from server.idempotency import Idempotency
-from server.intake import submit
 from server.job_store import JobStore
 from server.jobs import JobState
-from server.sandbox import AFTERWARDS, DecodedPair
+from server.sandbox import DecodedPair
 from server.storage import Storage
-from tests.test_faults import Fault, answer_is_lost, commit_fails
+from tests.test_faults import Fault, answer_is_lost, commit_fails, keep
 from tests.test_job_store import new_job
 
 PAIR = DecodedPair(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8))
 ONCE = Idempotency("key", "digest")
+MANY = 64
+WAIT_S = 20
+
+
+def wait_for_rows(store: JobStore) -> None:
+    """Until all that have begun are there: they are written one after the other."""
+    assert store.withdraw(store.submit(new_job()))
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def test_job_is_durable_with_its_input(engine: Engine, storage: Storage) -> None:
-    job = submit(JobStore(engine), storage, new_job(), PAIR, None)
+    job = keep(JobStore(engine), storage, new_job(), PAIR, None)
     assert storage.has(job.input_key)
 
 
@@ -40,9 +47,9 @@ def test_input_stays_when_the_answer_of_the_commit_is_lost(
     """The client asks again, and the job that there is needs it."""
     store, new = JobStore(engine), new_job()
     with answer_is_lost(engine, Fault(1)), pytest.raises(OperationalError):
-        submit(store, storage, new, PAIR, ONCE)
+        keep(store, storage, new, PAIR, ONCE)
     again = new_job()
-    job = submit(store, storage, again, PAIR, ONCE)
+    job = keep(store, storage, again, PAIR, ONCE)
     assert job.file_prefix == new.file_prefix
     assert (storage.has(new.input_key), storage.has(again.input_key)) == (True, False)
 
@@ -52,35 +59,55 @@ def test_input_of_a_commit_that_failed_is_left_to_the_janitor(
 ) -> None:
     new = new_job()
     with commit_fails(engine, Fault(1)), pytest.raises(OperationalError):
-        submit(JobStore(engine), storage, new, PAIR, None)
+        keep(JobStore(engine), storage, new, PAIR, None)
     assert storage.has(new.input_key)
 
 
 class FailingDisk(Storage):
-    """What readers see does not reach the disk. meanwhile: what happens until that is known."""
+    """What readers see does not reach the disk.
+
+    meanwhile: what happens until that is known, once the job's row has begun, if it has.
+    """
 
     def __init__(self, folder: Path, meanwhile: Callable[[], object] = bool) -> None:
         super().__init__(folder.as_uri())
         self._meanwhile = meanwhile
+        self._thread = ThreadPoolExecutor(1)
+        self.has_begun = threading.Event()
 
-    def put_early(self, key: str, content: bytes) -> list[Future[None]]:
+    def put_early(self, key: str, content: bytes) -> Future[None]:
         """As the base class."""
-        stored = Late(self._meanwhile)
-        stored.set_exception(StorageUnavailable("EIO"))
-        return [*super().put_early(key, content), stored]
+        shown = super().put_early(key, content)
+
+        def fail() -> None:
+            shown.result()
+            assert self.has_begun.wait(WAIT_S)
+            self._meanwhile()
+            raise StorageUnavailable("EIO")
+
+        return self._thread.submit(fail)
 
 
-class Late(Future[None]):
-    """Something happens before its result is there."""
+class DistantStorage(Storage):
+    """As an object store: nobody sees a file before it is there for good."""
 
-    def __init__(self, meanwhile: Callable[[], object]) -> None:
-        super().__init__()
-        self._meanwhile = meanwhile
+    shows_early = False
 
-    def result(self, timeout: float | None = None) -> None:
+    def __init__(self, folder: Path, may_end: threading.Event) -> None:
+        super().__init__(folder.as_uri())
+        self._thread = ThreadPoolExecutor(1)
+        self._may_end = may_end
+        self.is_asked = threading.Event()
+
+    def put_early(self, key: str, content: bytes) -> Future[None]:
         """As the base class."""
-        self._meanwhile()
-        super().result(timeout)
+
+        def put() -> None:
+            self.is_asked.set()
+            assert self._may_end.wait(WAIT_S)
+            self.put(key, content)
+
+        return self._thread.submit(put)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +120,19 @@ def test_job_whose_input_does_not_reach_the_disk_was_never_there(
 ) -> None:
     """A row before that only where nobody else can hear of the job."""
     store, seen, new = JobStore(engine), list[int](), new_job(webhook=webhook)
-    storage = FailingDisk(tmp_path / "files", lambda: seen.append(store.figures().waiting))
+
+    def look() -> None:
+        wait_for_rows(store)
+        seen.append(store.figures().waiting)
+
+    storage = FailingDisk(tmp_path / "files", look)
     with pytest.raises(StorageUnavailable):
-        submit(store, storage, new, PAIR, once)
+        keep(store, storage, new, PAIR, once)
     assert seen == [rows]
     assert store.figures().waiting == 0
     assert not storage.has(new.input_key)
     sound = Storage((tmp_path / "files").as_uri())
-    job = submit(store, sound, new_job(), PAIR, once)
+    job = keep(store, sound, new_job(), PAIR, once)
     assert job.state is JobState.QUEUED  # its idempotency key was free again
 
 
@@ -108,21 +140,38 @@ def test_job_that_has_ended_needs_its_input_no_longer(engine: Engine, tmp_path: 
     store = JobStore(engine)
 
     def work() -> None:
+        wait_for_rows(store)
         for job in store.claim("w", 1):
             assert store.finish(job, [False])
 
-    job = submit(store, FailingDisk(tmp_path / "files", work), new_job(), PAIR, None)
+    job = keep(store, FailingDisk(tmp_path / "files", work), new_job(), PAIR, None)
     assert job.state is JobState.FINISHED
+
+
+@pytest.mark.parametrize("once", [None, ONCE], ids=["plain", "idempotency key"])
+def test_row_waits_for_a_store_that_shows_nothing_early(
+    once: Idempotency | None, engine: Engine, tmp_path: Path
+) -> None:
+    store, may_end = JobStore(engine), threading.Event()
+    storage = DistantStorage(tmp_path / "files", may_end)
+    with ThreadPoolExecutor(1) as thread:
+        kept = thread.submit(keep, store, storage, new_job(), PAIR, once)
+        assert storage.is_asked.wait(WAIT_S)
+        wait_for_rows(store)
+        assert store.figures().waiting == 0
+        may_end.set()
+        assert storage.has(kept.result(WAIT_S).input_key)
+    assert store.figures().waiting == 1
 
 
 def test_many_jobs_are_withdrawn_together(engine: Engine) -> None:
     """A disk that fails, fails for all who wait for it; they take one connection, not one each."""
     store = JobStore(engine, max_waiting=1_000, max_waiting_per_key=1_000)
-    jobs = [store.submit(new_job()) for _ in range(AFTERWARDS)]
+    jobs = [store.submit(new_job()) for _ in range(MANY)]
     in_use: list[int] = []
     pool = engine.pool
     assert isinstance(pool, QueuePool)
-    with ThreadPoolExecutor(AFTERWARDS) as threads:
+    with ThreadPoolExecutor(MANY) as threads:
         event.listen(engine, "checkout", lambda *_: in_use.append(pool.checkedout()))
         assert all(threads.map(store.withdraw, jobs))
     assert {*in_use} == {1}
@@ -132,9 +181,9 @@ def test_many_jobs_are_withdrawn_together(engine: Engine) -> None:
 
 def test_input_of_a_refused_job_is_removed(engine: Engine, storage: Storage) -> None:
     full, new = JobStore(engine, max_waiting=1), new_job()
-    submit(full, storage, new_job(), PAIR, ONCE)
+    keep(full, storage, new_job(), PAIR, ONCE)
     with pytest.raises(QueueFull):
-        submit(full, storage, new, PAIR, None)
+        keep(full, storage, new, PAIR, None)
     with pytest.raises(Conflict):
-        submit(full, storage, new, PAIR, Idempotency("key", "another digest"))
+        keep(full, storage, new, PAIR, Idempotency("key", "another digest"))
     assert not storage.has(new.input_key)
