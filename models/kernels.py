@@ -21,6 +21,9 @@ jit: Callable[[Callable[..., Any]], Any] = triton.jit
 TILE_PIXELS, TILE_CHANNELS = 128, 64
 TILE_WARPS = 8
 COMBINED_TILES = 64
+LINE_NUMBERS = 4_096
+"""That one program of a layer norm holds, channels padded to powers of two. How many lines that is
+depends on the channels alone: a line's last bit must not depend on how many others there are."""
 SMALL_GROUP = 128 * 128
 """Numbers of a group, padded to powers of two, that one program can hold in its registers."""
 
@@ -115,6 +118,31 @@ def group_norm(
         PIXELS=TILE_PIXELS,
         CHANNELS=TILE_CHANNELS,
         num_warps=TILE_WARPS,
+    )
+    return normed
+
+
+def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Over the last dimension. hidden: `(…, channels)`, contiguous; the result is as it is.
+
+    weight, bias: `(channels,)`.
+    """
+    normed = torch.empty_like(hidden)
+    channels = hidden.shape[-1]
+    lines = hidden.numel() // channels
+    padded = triton.next_power_of_2(channels)
+    at_once = max(1, LINE_NUMBERS // padded)
+    _norm_lines[(triton.cdiv(lines, at_once),)](
+        hidden,
+        weight,
+        bias,
+        normed,
+        lines,
+        channels,
+        eps,
+        LINES=at_once,
+        CHANNELS=padded,
+        num_warps=4,
     )
     return normed
 
@@ -359,6 +387,33 @@ def _store_normed(
     begin = normed + row.to(tl.int64) * pixels * channels
     place = begin + pixel[:, None] * channels + channel[None, :]
     tl.store(place, tile.to(normed.dtype.element_ty), is_inside)
+
+
+@jit
+def _norm_lines(
+    hidden: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    normed: tl.tensor,
+    lines: tl.tensor,
+    channels: tl.tensor,
+    eps: tl.tensor,
+    LINES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    channel = tl.arange(0, CHANNELS)
+    is_channel = channel < channels
+    is_inside = (line[:, None] < lines) & is_channel[None, :]
+    place = line[:, None] * channels + channel[None, :]
+    tile = tl.load(hidden + place, is_inside, 0.0).to(tl.float32)
+    mean = tl.sum(tile, 1) / channels
+    apart = tl.where(is_inside, tile - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(apart * apart, 1) / channels + eps)
+    scale = tl.load(weight + channel, is_channel, 0.0).to(tl.float32)
+    offset = tl.load(bias + channel, is_channel, 0.0).to(tl.float32)
+    tile = apart * rstd[:, None] * scale[None, :] + offset[None, :]
+    tl.store(normed + place, tile.to(normed.dtype.element_ty), is_inside)
 
 
 @jit

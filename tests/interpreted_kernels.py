@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from models.fusion import FusedResnetBlock, PixelwiseConv, fuse_modules
-from models.kernels import add_bias, gated_gelu, group_norm
+from models.fusion import (
+    FusedResnetBlock,
+    FusedTransformer,
+    LineNorm,
+    PixelwiseConv,
+    fuse_modules,
+)
+from models.kernels import add_bias, gated_gelu, group_norm, layer_norm
 from models.registry import ModelSpec, load_components
 
 GROUPS = 32
@@ -65,6 +71,21 @@ def check_norms(generator: torch.Generator) -> None:
         check(f"norm of {rows, pixels, channels, dtype}", found, expected, bound)
 
 
+def check_line_norms(generator: torch.Generator) -> None:
+    """Several lines to a program, and one; channels that fill none of their power of two."""
+    for lines, channels in ((37, 320), (5, 640), (3, 1280), (2, 6_000), (70, 32)):
+        for dtype, bound in ((torch.float32, 1e-4), (torch.float16, HALF)):
+            hidden = (torch.randn(2, lines, channels, generator=generator) + 50).to(dtype)
+            weight, bias = torch.randn(2, channels, generator=generator).to(dtype)
+            expected = torch.nn.functional.layer_norm(
+                hidden.double(), (channels,), weight.double(), bias.double(), EPS
+            )
+            found = layer_norm(hidden, weight, bias, EPS)
+            check(f"norm of lines {lines, channels, dtype}", found, expected, bound)
+            alone = layer_norm(hidden[1:, -1:].contiguous(), weight, bias, EPS)
+            assert torch.equal(alone, found[1:, -1:]), "a line depends on itself alone"
+
+
 def check_sums(generator: torch.Generator) -> None:
     """Of the residual, and of the gate."""
     left, right = torch.randn(2, 2, 100, 96, generator=generator)
@@ -87,6 +108,7 @@ def check_models(generator: torch.Generator) -> None:
         fuse_modules(model.to(memory_format=torch.channels_last))
         kinds = {type(module) for module in model.modules()}
         assert {FusedResnetBlock, PixelwiseConv} <= kinds
+        assert model is fused_vae or {FusedTransformer, LineNorm} <= kinds
     inputs: dict[str, Any] = {
         "sample": torch.randn(2, 9, 16, 16, generator=generator),
         "timestep": torch.tensor([500.0, 20.0]),
@@ -108,6 +130,7 @@ def main() -> None:
     """Raises: AssertionError."""
     generator = torch.Generator().manual_seed(0)
     check_norms(generator)
+    check_line_norms(generator)
     check_sums(generator)
     check_models(generator)
 
