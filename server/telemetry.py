@@ -118,7 +118,7 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
     learn_secrets(secrets)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
+        structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
         keep_listed_fields,
@@ -142,11 +142,10 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
     for chatty in ("httpx", "httpcore", "alembic", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("asyncio").filters[:] = [Repeats()]
-    # Our own lines, one for every call, do not go through `logging`, which takes as long again.
     structlog.configure(
-        processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
 

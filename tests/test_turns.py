@@ -247,7 +247,7 @@ class TestLongQueue:
     def test_new_job_finds_its_turn_in_an_index(self, engine: Engine) -> None:
         insert_many(engine)
         store = JobStore(engine, max_waiting=2 * MANY, max_waiting_per_key=MANY)
-        (plan,) = plans_of(engine, lambda: store.submit(new_job(key_id="key7")))
+        plan, _load_before = plans_of(engine, lambda: store.submit(new_job(key_id="key7")))
         # PostgreSQL finds either index good for the third question while all jobs wait.
         third = {"jobs_in_order"} if engine.dialect.name == "sqlite" else set()
         assert {"jobs_by_turn", "jobs_by_turn_of_key"} | third <= {*re.split(r"\W", plan)}
