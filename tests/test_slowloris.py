@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -18,6 +18,8 @@ import pytest
 from tests.http_stub import LiveApp, running_app
 from tests.processes import ServerProcess
 from tests.test_app import BODY, settings_in, store_of
+
+T = TypeVar("T")
 
 SOCKETS = 2_000
 CALLS = 11
@@ -109,14 +111,14 @@ def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
     )
     with running_app(settings) as app, store_of(settings) as store:
         app.client.get("/healthz", headers={"connection": "close"})
-        wait_until(lambda: app.server.gate.open_count == 0)
+        wait_until(lambda: sum(left_in(app)[:3]), 0)
         before = left_in(app)
         with ExitStack() as stack:
             for _ in range(CLIENTS):
                 each = stack.enter_context(socket.create_connection(("127.0.0.1", app.port)))
                 each.sendall(request + body)
-            wait_until(lambda: store.figures().waiting == CLIENTS)
-        wait_until(lambda: left_in(app) == before)
+            wait_until(lambda: store.figures().waiting, CLIENTS)
+        wait_until(lambda: left_in(app), before)
         assert app.client.post("/api/v3/fetch/1").json()["status"] == "processing"
         assert store.figures().waiting == CLIENTS
 
@@ -137,9 +139,9 @@ def link_of(number: str) -> str:
         return ""
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
+def wait_until(look: Callable[[], T], wanted: T) -> None:
     """Look now and then, leaving the interpreter to the server; fails after two minutes."""
     limit, never = time.monotonic() + LIMIT_S, threading.Event()
-    while not is_so():
-        assert time.monotonic() < limit
+    while (seen := look()) != wanted and time.monotonic() < limit:
         never.wait(0.1)
+    assert seen == wanted
