@@ -33,6 +33,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
+from sqlalchemy.exc import OperationalError
 
 from server.telemetry import get_logger
 
@@ -54,6 +55,12 @@ two more flushes, and a new job alone takes 24 pages."""
 
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
+LOCK_PAUSE_MS = 2
+"""Between two looks whether SQLite can be written to. By itself it looks ever more seldom, every
+100 ms in the end, and a process that is busy with commits keeps another one out for seconds."""
+
+PRIMARY_CODE = 0xFF
+"""The bits of SQLite's result codes that say what is wrong; those above say why."""
 
 POSTGRESQL = "postgresql+psycopg"
 
@@ -253,13 +260,18 @@ api_keys = Table(
 )
 
 
-def open_engine(url: str, sqlite_version: SqliteVersion = sqlite.sqlite_version_info) -> Engine:
+def open_engine(
+    url: str,
+    sqlite_version: SqliteVersion = sqlite.sqlite_version_info,
+    busy_timeout_ms: int = BUSY_TIMEOUT_MS,
+) -> Engine:
     """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing.
 
     Its errors name no parameters: prompts are among them, and errors are logged.
+    busy_timeout_ms: how long a SQLite transaction waits for others.
     """
     if make_url(url).get_backend_name() == "sqlite":
-        return _open_sqlite(url, sqlite_version)
+        return _open_sqlite(url, sqlite_version, busy_timeout_ms)
     return _open_postgresql(url)
 
 
@@ -303,7 +315,7 @@ def _notify(connection: Connection) -> None:
     connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
 
-def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
+def _open_sqlite(url: str, version: SqliteVersion, busy_timeout_ms: int) -> Engine:
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -325,8 +337,8 @@ def _open_sqlite(url: str, version: SqliteVersion) -> Engine:
             "this SQLite can lose commits in WAL mode: using its slower rollback journal",
             version=".".join(map(str, version)),
         )
-    event.listen(engine, "connect", functools.partial(_set_pragmas, journal_mode))
-    event.listen(engine, "begin", _begin_immediate)
+    event.listen(engine, "connect", functools.partial(_set_pragmas, journal_mode, busy_timeout_ms))
+    event.listen(engine, "begin", functools.partial(_begin_immediate, busy_timeout_ms))
     return engine
 
 
@@ -336,9 +348,11 @@ def has_sound_wal(version: SqliteVersion) -> bool:
     return version >= repaired
 
 
-def _set_pragmas(journal_mode: str, connection: sqlite.Connection, _record: object) -> None:
+def _set_pragmas(
+    journal_mode: str, busy_timeout_ms: int, connection: sqlite.Connection, _record: object
+) -> None:
     # The timeout comes first: switching the journal already needs the lock.
-    connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    connection.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
     _switch_journal(connection, journal_mode)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
@@ -358,14 +372,41 @@ def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
     connection.execute(f"PRAGMA journal_mode = {mode}")
 
 
-def _begin_immediate(connection: Connection) -> None:
+def _begin_immediate(busy_timeout_ms: int, connection: Connection) -> None:
     # A deferred transaction that turns from reading to writing fails at once when another one
     # writes, whatever the timeout; taking the lock at the start waits instead. Readers that run
     # outside a write transaction use `read_only`.
     if connection.get_execution_options().get("is_read_only"):
         connection.exec_driver_sql("BEGIN")
-    else:
+        return
+    limit = time.monotonic() + busy_timeout_ms / 1000
+    raw: sqlite.Connection = connection.connection.driver_connection
+    raw.execute("PRAGMA busy_timeout = 0")
+    try:
+        while not _takes_lock(connection, is_last_try=time.monotonic() > limit):
+            time.sleep(LOCK_PAUSE_MS / 1000)
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
+
+
+def _takes_lock(connection: Connection, *, is_last_try: bool) -> bool:
+    """Whether the transaction has begun: not while another one writes. Raises: OperationalError."""
+    try:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+    except OperationalError as error:
+        if is_last_try or not _is_busy(error.orig):
+            raise
+        return False
+    return True
+
+
+def _is_busy(error: BaseException | None) -> bool:
+    """Whether another one holds what is asked for."""
+    if not isinstance(error, sqlite.Error):
+        return False
+    code: int = error.sqlite_errorcode & PRIMARY_CODE
+    busy: int = sqlite.SQLITE_BUSY
+    return code == busy
 
 
 @contextmanager

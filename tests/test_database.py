@@ -327,6 +327,20 @@ def test_write_transactions_take_the_lock_at_their_start(sqlite_engine: Engine) 
     impatient.dispose()
 
 
+def test_who_waits_too_long_for_a_writer_gives_up(sqlite_engine: Engine) -> None:
+    impatient = open_engine(str(sqlite_engine.url), busy_timeout_ms=50)
+    with (
+        sqlite_engine.begin(),
+        pytest.raises(OperationalError, match="locked"),
+        impatient.begin(),
+    ):
+        pass
+    report(impatient, "after")
+    # For its other waits SQLite keeps to the same.
+    assert pragma(impatient, "busy_timeout") == 50
+    impatient.dispose()
+
+
 def test_errors_do_not_show_parameters(engine: Engine) -> None:
     query = text("SELECT nothing FROM workers WHERE id = :prompt")
     with engine.connect() as connection, pytest.raises(DBAPIError) as failed:
