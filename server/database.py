@@ -33,7 +33,6 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.exc import OperationalError
 
 from server.telemetry import get_logger
 
@@ -383,30 +382,23 @@ def _begin_immediate(busy_timeout_ms: int, connection: Connection) -> None:
     raw: sqlite.Connection = connection.connection.driver_connection
     raw.execute("PRAGMA busy_timeout = 0")
     try:
-        while not _takes_lock(connection, is_last_try=time.monotonic() > limit):
+        while (code := _take_lock(raw)) == sqlite.SQLITE_BUSY and time.monotonic() < limit:
             time.sleep(LOCK_PAUSE_MS / 1000)
+        if code != sqlite.SQLITE_OK:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises it as an error of SQLAlchemy's
     finally:
         raw.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
 
 
-def _takes_lock(connection: Connection, *, is_last_try: bool) -> bool:
-    """Whether the transaction has begun: not while another one writes. Raises: OperationalError."""
+def _take_lock(connection: sqlite.Connection) -> int:
+    """SQLite's result code."""
     try:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    except OperationalError as error:
-        if is_last_try or not _is_busy(error.orig):
-            raise
-        return False
-    return True
-
-
-def _is_busy(error: BaseException | None) -> bool:
-    """Whether another one holds what is asked for."""
-    if not isinstance(error, sqlite.Error):
-        return False
-    code: int = error.sqlite_errorcode & PRIMARY_CODE
-    busy: int = sqlite.SQLITE_BUSY
-    return code == busy
+        connection.execute("BEGIN IMMEDIATE")
+    except sqlite.Error as error:
+        # The driver's own complaints have none.
+        code: int = getattr(error, "sqlite_errorcode", sqlite.SQLITE_ERROR)
+        return code & PRIMARY_CODE
+    return int(sqlite.SQLITE_OK)
 
 
 @contextmanager
