@@ -77,9 +77,11 @@ class Fault:
 
 @contextmanager
 def statement_fails(engine: Engine, fault: Fault) -> Iterator[None]:
-    """Nothing of it takes effect."""
+    """Nothing of it takes effect; to begin a transaction is one too."""
+    event.listen(engine, "begin", fault.count, insert=True)  # before ours, which begins it
     event.listen(engine, "before_cursor_execute", fault.count)
     yield
+    event.remove(engine, "begin", fault.count)
     event.remove(engine, "before_cursor_execute", fault.count)
 
 
