@@ -1,8 +1,9 @@
 """How much one API process bears, on a disk that takes its time: `python -m benchmarks.load`.
 
-A real `inpaint-server serve --workers 0`, HTTP over loopback, SQLite on a disk folder. Jobs are
-ended by this process through `JobStore`, so that no model is in the way. Each figure stands beside
-the fsync time measured just before it, which bounds what can be durable in a second.
+A real `inpaint-server serve --workers 0`, HTTP over loopback, SQLite on a disk folder, or a
+PostgreSQL of the benchmark's own there. Jobs are ended by this process through `JobStore`, so that
+no model is in the way. Each figure stands beside the fsync time measured just before it, which
+bounds what can be durable in a second.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from server.job_store import JobStore
 from server.jobs import Job, JobState, NewJob
 from server.settings import Settings
 from server.storage import Storage
+from tests.postgres import PostgresServer, find_binaries, running_postgres
 from tests.processes import ServerProcess
 
 SIDE_PX = 64
@@ -159,17 +161,27 @@ class Site:
         return self.server.url
 
 
+DatabaseUrl = Callable[[Path], str]
+"""The address of a database for a data folder, another one for each."""
+
+
+def sqlite_url(data_dir: Path) -> str:
+    """That of the file in the folder."""
+    return Settings(data_dir=data_dir).sqlalchemy_url
+
+
 @contextmanager
-def running_site(data_dir: Path, settings: Mapping[str, str]) -> Iterator[Site]:
+def running_site(data_dir: Path, settings: Mapping[str, str], database_url: str) -> Iterator[Site]:
     """An API process without workers, once it answers."""
     began = time.perf_counter()
-    server = ServerProcess(data_dir, {**LASTING_CONNECTIONS, **settings}, *NO_WORKERS)
+    own = {**LASTING_CONNECTIONS, "INPAINT_DATABASE_URL": database_url}
+    server = ServerProcess(data_dir, {**own, **settings}, *NO_WORKERS)
     with ExitStack() as stack:
         stack.callback(server.client.close)
         stack.callback(server.stop)
         asyncio.run(ask_once(server.url, get_bytes(f"{server.url}/healthz")))
         started_s = time.perf_counter() - began
-        engine = open_engine(Settings(data_dir=data_dir).sqlalchemy_url)
+        engine = open_engine(database_url)
         stack.callback(engine.dispose)
         yield Site(server, engine, JobStore(engine), started_s)
 
@@ -315,8 +327,15 @@ class LoadBench:
     figures: by name; what a deadline left out is missing.
     """
 
-    def __init__(self, scratch: Path, size: Size, deadline: measure.Deadline) -> None:
+    def __init__(
+        self,
+        scratch: Path,
+        size: Size,
+        deadline: measure.Deadline,
+        database_url: DatabaseUrl = sqlite_url,
+    ) -> None:
         self._scratch = scratch
+        self._database_url = database_url
         self._size = size
         self._deadline = deadline
         self._bodies = make_bodies()
@@ -367,7 +386,8 @@ class LoadBench:
     def rows(self) -> None:
         """The durable row alone: `JobStore.submit` in threads of this process."""
         folder = self._scratch / "rows"
-        engine = open_engine(Settings(data_dir=folder).sqlalchemy_url)
+        folder.mkdir()
+        engine = open_engine(self._database_url(folder))
         migrate(engine)
         store = JobStore(engine, max_waiting=100_000, max_waiting_per_key=100_000)
         for threads in CLIENTS:
@@ -403,12 +423,15 @@ class LoadBench:
             hosts = [*receivers.living, *receivers.dead]
             urls = [hosts[index % RECEIVERS] for index in range(count)]
             folder = self._scratch / "webhooks"
-            engine = await asyncio.to_thread(end_jobs_with_webhooks, folder, urls)
+            folder.mkdir()
+            url = self._database_url(folder)
+            engine = await asyncio.to_thread(end_jobs_with_webhooks, url, urls)
             fsync = fsync_ms(folder)
             wanted = DELIVERED_SHARE * sum(url in set(receivers.living) for url in urls)
             settings = {"INPAINT_WEBHOOK__ALLOW_CIDRS": "127.0.0.0/8"}
             with ExitStack() as stack:
-                site = await asyncio.to_thread(stack.enter_context, running_site(folder, settings))
+                starting = running_site(folder, settings, url)
+                site = await asyncio.to_thread(stack.enter_context, starting)
                 self._starts.append(site.started_s)
                 cpu = Cpu(site.server.pid)
                 await receivers.wait_for(
@@ -435,7 +458,8 @@ class LoadBench:
 
     @contextmanager
     def _site(self, name: str, settings: Mapping[str, str]) -> Iterator[Site]:
-        with running_site(self._scratch / name, settings) as site:
+        folder = self._scratch / name
+        with running_site(folder, settings, self._database_url(folder)) as site:
             self._starts.append(site.started_s)
             yield site
 
@@ -447,8 +471,7 @@ class LoadBench:
 
     def _count(self, name: str, site: Site, work: Callable[[], Any]) -> None:
         """Do it, and note its figures with what they cost the server."""
-        database = Path(str(site.engine.url.database))
-        fsync = fsync_ms(database.parent)
+        fsync = fsync_ms(site.server.data_dir)
         cpu = Cpu(site.server.pid)
         figures: dict[str, float] = asyncio.run(work())
         self._note(name, {"fsync_ms": fsync, **figures, **cpu.ms_per(int(figures["calls"]))})
@@ -591,9 +614,9 @@ async def until_waiting(engine: Engine, asking: Sequence[asyncio.Future[Message]
             await asyncio.sleep(0.02)
 
 
-def end_jobs_with_webhooks(data_dir: Path, urls: Sequence[str]) -> Engine:
+def end_jobs_with_webhooks(database_url: str, urls: Sequence[str]) -> Engine:
     """A finished job for each of the URLs, as a worker leaves it: with its call in a row."""
-    engine = open_engine(Settings(data_dir=data_dir).sqlalchemy_url)
+    engine = open_engine(database_url)
     migrate(engine)
     store = JobStore(engine, max_waiting=len(urls), max_waiting_per_key=len(urls))
     made = [new_job(index, url) for index, url in enumerate(urls)]
@@ -632,8 +655,8 @@ def to_text(findings: dict[str, Any]) -> str:
     lines = [
         f"# Load: {measure.machine_line(findings['machine'])}",
         "",
-        f"One API process without workers, the generator on the same cores; SQLite on "
-        f"{findings['filesystem']},",
+        f"One API process without workers, the generator on the same cores; "
+        f"{findings['database']} on {findings['filesystem']},",
         f"fsync {min(fsyncs):.2f} to {max(fsyncs):.2f} ms, load average before "
         f"{findings['machine']['load_average_before']}.",
         *(
@@ -718,10 +741,17 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         raise SystemExit(f"{scratch} lies on {filesystem}: name a folder on a disk with --scratch")
     machine = measure.describe_machine()
     size = QUICK if options.quick else Size()
-    bench = LoadBench(scratch, size, measure.Deadline(options.budget_s))
-    bench.run()
+    deadline = measure.Deadline(options.budget_s)
+    with ExitStack() as stack:
+        database_url: DatabaseUrl = sqlite_url
+        if options.postgresql:
+            server = stack.enter_context(durable_postgres(options.scratch))
+            database_url = lambda _: str(server.url(server.create_database()))  # noqa: E731
+        bench = LoadBench(scratch, size, deadline, database_url)
+        bench.run()
     return {
         "machine": machine,
+        "database": "PostgreSQL" if options.postgresql else "SQLite",
         "filesystem": filesystem,
         "size": dataclasses.asdict(size),
         "left_out": bench.left_out,
@@ -730,12 +760,21 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
+def durable_postgres(parent: Path | None) -> AbstractContextManager[PostgresServer]:
+    """Raises: SystemExit where there is none."""
+    binaries = find_binaries()
+    if binaries is None:
+        raise SystemExit("no PostgreSQL is installed")
+    return running_postgres(binaries, parent, is_durable=True)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
     parser.add_argument("--fsync-ms", type=float, help="make the disk so much slower; needs cc")
+    parser.add_argument("--postgresql", action="store_true", help="start one; not SQLite")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--budget-s", type=float, default=420, help="wall time, about")
     return parser.parse_args(arguments)
@@ -751,7 +790,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start_again_on_slow_disk(options.fsync_ms, options.out, command)
     with tempfile.TemporaryDirectory(prefix="bench-load-", dir=options.scratch) as scratch:
         findings = run(options, Path(scratch))
-    name = f"load_{options.fsync_ms:g}ms" if options.fsync_ms else "load"
+    name = "load_postgresql" if options.postgresql else "load"
+    name += f"_{options.fsync_ms:g}ms" if options.fsync_ms else ""
     report.write_report(options.out, name, findings, to_text(findings), to_charts(findings))
 
 

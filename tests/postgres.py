@@ -26,11 +26,15 @@ def find_binaries() -> Path | None:
 
 
 class PostgresServer:
-    """A running server, whose databases are cheap: nothing of them must survive a power cut."""
+    """A running server, whose databases are cheap: nothing of them must survive a power cut.
 
-    def __init__(self, binaries: Path, folder: Path) -> None:
+    is_durable: they wait for the disk after all.
+    """
+
+    def __init__(self, binaries: Path, folder: Path, *, is_durable: bool = False) -> None:
         self._binaries = binaries
         self._folder = folder
+        self._fsync = "on" if is_durable else "off"
         # It refuses to run as root.
         self._user = "nobody" if os.geteuid() == 0 else None
         if self._user:
@@ -39,8 +43,9 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        options = f"-k {self._folder} -c listen_addresses='' -c fsync=off -c max_connections=60"
-        self._run("pg_ctl", "-w", "-o", options, "-l", str(self._folder / "log"), "start")
+        options = {"listen_addresses": "''", "fsync": self._fsync, "max_connections": 60}
+        flags = [f"-k {self._folder}", *(f"-c {name}={value}" for name, value in options.items())]
+        self._run("pg_ctl", "-w", "-o", " ".join(flags), "-l", str(self._folder / "log"), "start")
 
     def stop(self) -> None:
         """As a crash does: no connection is waited for."""
@@ -99,11 +104,13 @@ class PostgresServer:
 
 
 @contextmanager
-def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
-    """A server that runs until the end of the block."""
+def running_postgres(
+    binaries: Path, parent: Path | None = None, *, is_durable: bool = False
+) -> Iterator[PostgresServer]:
+    """A server that runs until the end of the block. parent: where its folder is made."""
     # A short path: that of a socket has little room.
-    with tempfile.TemporaryDirectory(prefix="inpaint-pg-") as folder:
-        server = PostgresServer(binaries, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="inpaint-pg-", dir=parent) as folder:
+        server = PostgresServer(binaries, Path(folder), is_durable=is_durable)
         server.start()
         try:
             yield server
