@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from server.job_store import JobStore
 from server.jobs import Job, JobState, NewJob
 from server.settings import Settings
 from server.storage import Storage
-from tests.postgres import PostgresServer, find_binaries, running_postgres
+from tests.postgres import find_binaries, running_postgres
 from tests.processes import ServerProcess
 
 SIDE_PX = 64
@@ -744,11 +744,8 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     machine = measure.describe_machine()
     size = QUICK if options.quick else Size()
     deadline = measure.Deadline(options.budget_s)
-    with ExitStack() as stack:
-        database_url: DatabaseUrl = sqlite_url
-        if options.postgresql:
-            server = stack.enter_context(durable_postgres(options.scratch))
-            database_url = lambda _: str(server.url(server.create_database()))  # noqa: E731
+    databases = postgresql_urls(options.scratch) if options.postgresql else nullcontext(sqlite_url)
+    with databases as database_url:
         bench = LoadBench(scratch, size, deadline, database_url)
         bench.run()
     return {
@@ -762,12 +759,14 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
-def durable_postgres(parent: Path | None) -> AbstractContextManager[PostgresServer]:
-    """Raises: SystemExit where there is none."""
+@contextmanager
+def postgresql_urls(parent: Path | None) -> Iterator[DatabaseUrl]:
+    """Databases of a server that waits for the disk. Raises: SystemExit where there is none."""
     binaries = find_binaries()
     if binaries is None:
         raise SystemExit("no PostgreSQL is installed")
-    return running_postgres(binaries, parent, is_durable=True)
+    with running_postgres(binaries, parent, is_durable=True) as server:
+        yield lambda _data_dir: str(server.url(server.create_database()))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -385,7 +385,8 @@ def _begin_immediate(busy_timeout_ms: int, connection: Connection) -> None:
         while (code := _take_lock(raw)) == sqlite.SQLITE_BUSY and time.monotonic() < limit:
             time.sleep(LOCK_PAUSE_MS / 1000)
         if code != sqlite.SQLITE_OK:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises it as an error of SQLAlchemy's
+            # Once more, for an error of SQLAlchemy's; a lock that came free just now is taken.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
     finally:
         raw.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
 
