@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
-from prometheus_client import Gauge
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -18,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.connections import Gate
-from server.metrics import CONTENT_TYPE
+from server.metrics import CONTENT_TYPE, Metrics
 from server.middleware import HOST, is_allowed
 from server.routes import readiness
 from server.services import Services
@@ -69,6 +68,12 @@ def names_address(host: bytes) -> bool:
     return True
 
 
+def note_connections(metrics: Metrics, gate: Gate) -> None:
+    """This process's connections, as they are now."""
+    metrics.connections.set(gate.open_count)
+    metrics.connections_cut.set(gate.cut_count)
+
+
 def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> Starlette:
     """The application of the second port.
 
@@ -80,6 +85,7 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
         return found
 
     async def metrics(_request: Request) -> Response:
+        note_connections(main.state.metrics, gate)
         content = await services().in_store_thread(services().metrics.text)
         return Response(content, headers={**HEADERS, "Content-Type": CONTENT_TYPE})
 
@@ -110,13 +116,6 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
         }
         return JSONResponse(details, 200 if is_ready else 503, HEADERS)
 
-    registry = main.state.metrics.registry
-    Gauge("inpaint_connections", "Open connections", registry=registry).set_function(
-        lambda: gate.open_count
-    )
-    Gauge(
-        "inpaint_connections_cut", "Closed for want of room since the start", registry=registry
-    ).set_function(lambda: gate.cut_count)
     return Starlette(
         routes=[Route(f"/{each.__name__}", each) for each in (metrics, healthz, readyz)],
         middleware=[Middleware(KnownHosts, names)],

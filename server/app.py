@@ -93,7 +93,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             max_waiting=settings.queue.max_waiting,
             max_waiting_per_key=settings.queue.max_waiting_per_key,
         )
-        metrics.registry.register(StoredFigures(engine, store))
+        metrics.stored.register(StoredFigures(engine, store))
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
         # One each, so that neither waits for the other's look-ups.

@@ -5,21 +5,20 @@ Imports stand inside each command, so that `--help` is quick and the API process
 
 import argparse
 import ipaddress
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from server.settings import Settings, load_settings
-
-if TYPE_CHECKING:
-    import socket
+from server.settings import SHARED_FIGURES, Settings, load_settings
 
 SHARED_FLAGS = ("config", "data_dir", "model")
-"""Flags that `serve` passes on to its workers."""
+"""Flags that `serve` passes on to its children."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +58,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     each.add_argument(
         "--worker-command", metavar="COMMAND", help="what starts a worker; default: this program"
     )
+    # Of a further process on the same port: its number, its parent, and what that has chosen.
+    for flag in ("--process", "--parent", "--admin-port"):
+        each.add_argument(flag, type=int, help=argparse.SUPPRESS)
     each.set_defaults(run=serve)
 
     each = commands.add_parser("worker", parents=[shared], help="make pictures for a server")
@@ -184,7 +186,27 @@ def settings_of(options: argparse.Namespace, *names: str) -> Settings:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Listen, migrate, start the workers, answer until SIGTERM or SIGINT."""
+    """Listen, migrate, start workers and further servers, answer until SIGTERM or SIGINT."""
+    settings = settings_of(options, "host", "port", "devices", "workers")
+    if settings.http.processes > 1:
+        with shared_figures():
+            return answer(options, settings)
+    return answer(options, settings)
+
+
+@contextmanager
+def shared_figures() -> Iterator[None]:
+    """Where the processes of one port count together; see `metrics.py`, which is imported later."""
+    if SHARED_FIGURES in os.environ:  # the first process's, or the operator's
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="inpaint-figures-") as folder:
+        os.environ[SHARED_FIGURES] = folder
+        yield
+
+
+def answer(options: argparse.Namespace, settings: Settings) -> int:
+    """`serve`, once its settings are known."""
     from server.app import create_app
     from server.auth import read_keys_file
     from server.database import migrate as migrate_tables
@@ -193,10 +215,9 @@ def serve(options: argparse.Namespace) -> int:
     from server.http import Server, bind, raise_open_file_limit
     from server.job_store import JobStore
     from server.keys import KeyStore
-    from server.supervisor import WORKER_COMMAND, Supervisor
+    from server.supervisor import Supervisor, children_of
     from server.telemetry import configure_logging, get_logger, learn_secrets
 
-    settings = settings_of(options, "host", "port", "devices", "workers")
     settings.make_data_dir()
     configure_logging(secrets=settings.secrets)
     if settings.auth.keys_file is not None:
@@ -205,17 +226,14 @@ def serve(options: argparse.Namespace) -> int:
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
     settings.refuse_open_server(KeyStore(engine).has_keys())
-    listener: socket.socket = bind(settings.host, settings.port)
-    flags = [
-        word
-        for name in SHARED_FLAGS
-        if getattr(options, name) is not None
-        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
-    ]
-    admin = None
-    if settings.admin.port is not None:
-        admin = bind(settings.admin.host, settings.admin.port)
-    admin_port = None if admin is None else admin.getsockname()[1]
+    is_first = options.process is None
+    label = {} if is_first else {"process": options.process}
+    listener = bind(settings.host, settings.port, is_shared=settings.http.processes > 1)
+    listeners = {"listening": listener}
+    admin_port = options.admin_port
+    if is_first and settings.admin.port is not None:
+        listeners["admin listening"] = bind(settings.admin.host, settings.admin.port)
+        admin_port = listeners["admin listening"].getsockname()[1]
     # The ports taken for 0: the server must know where it listens, to stay out of there.
     settings = settings.model_copy(
         update={
@@ -224,18 +242,29 @@ def serve(options: argparse.Namespace) -> int:
             "devices": expand_devices(settings.devices),
         }
     )
-    listeners = {"listening": listener} | ({"admin listening": admin} if admin else {})
-    store = JobStore(engine)
-    stalls_s = (settings.worker_stall_s, settings.worker_load_stall_s)
-    command = shlex.split(options.worker_command or "") or WORKER_COMMAND
-    supervisor = Supervisor(
-        settings.worker_devices, flags, store, stalls_s=stalls_s, command=command
+    app = create_app(settings)
+    flags = [
+        word
+        for name in SHARED_FLAGS
+        if getattr(options, name) is not None
+        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
+    command = shlex.split(options.worker_command or "")
+    children = Supervisor(
+        children_of(settings, flags, JobStore(engine), command) if is_first else ()
     )
-    server = Server(create_app(settings), settings, admin_port, supervisor)
-    with supervisor:
+    server = Server(
+        app,
+        settings,
+        admin_port if is_first else None,
+        children,
+        options.process or 0,
+        options.parent,
+    )
+    with children:
         for event, each in listeners.items():
             host, port = each.getsockname()[:2]
-            get_logger(__name__).info(event, url=f"http://{host}:{port}")
+            get_logger(__name__).info(event, url=f"http://{host}:{port}", **label)
         server.run_until_stopped(*listeners.values())
     return 0
 

@@ -25,18 +25,30 @@ LAST_CORE = 36
 """Of the fields of `/proc/thread-self/stat` behind the name: where the thread ran last."""
 
 
-def stay_on_one_core() -> None:
+def stay_on_one_core(index: int | None = None) -> None:
     """The calling thread, and those that it starts from now on.
 
-    It stays where it is: the system has put it where there was room. Where the system knows no such
-    thing, or does not let us, nothing changes.
+    index: of this process, where several must not meet on a core. One that is alone stays where it
+    is: the system has put it where there was room. Where the system knows no such thing, or does
+    not let us, nothing changes.
     """
     if sys.platform == "linux":
         try:
-            stat = Path("/proc/thread-self/stat").read_text()
-            os.sched_setaffinity(0, {int(stat.rpartition(")")[2].split()[LAST_CORE])})
+            os.sched_setaffinity(0, {core_now() if index is None else nth_core(index)})
         except (OSError, ValueError, IndexError):
             logger.warning("threads are not kept on one core", exc_info=True)
+
+
+def core_now() -> int:
+    """The one on which the calling thread ran last. Raises: OSError, ValueError, IndexError."""
+    stat = Path("/proc/thread-self/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[LAST_CORE])
+
+
+def nth_core(index: int) -> int:
+    """One of those that this process may use, all of them before one comes again."""
+    cores = sorted(MAY_USE)
+    return cores[index % len(cores)]
 
 
 @contextmanager

@@ -1,6 +1,12 @@
-"""The HTTP server around the application: listening sockets, limits, and an orderly end."""
+"""The HTTP server around the application: listening sockets, limits, and an orderly end.
+
+Several processes may answer on one port, as one takes no more than a core. Each listens for itself,
+and the kernel shares connections out. The first one has the workers and the admin port, keeps the
+others alive and is the last to end; they end when they are told to, or when it is gone.
+"""
 
 import gc
+import os
 import resource
 import signal
 import socket
@@ -10,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from server.admin import ByPort, create_admin_app
+from server.admin import ByPort, create_admin_app, note_connections
 from server.connections import Gate, GuardedConfig
 from server.cores import stay_on_one_core
 from server.settings import Settings
@@ -27,8 +33,11 @@ OWN_FILES = 256
 class Server(uvicorn.Server):
     """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop.
 
-    Told to stop, it goes on answering until its workers have ended: new jobs are refused, earlier
-    ones can be fetched. admin_port: connections to it get the admin application.
+    Told to stop, it goes on answering until its children have ended: new jobs are refused, earlier
+    ones can be fetched.
+
+    admin_port: connections to it get the admin application. children: workers and other servers.
+    index, parent: of a further process on the same port, from 1; and of which it is the child.
     """
 
     def __init__(
@@ -36,14 +45,19 @@ class Server(uvicorn.Server):
         app: FastAPI,
         settings: Settings,
         admin_port: int | None = None,
-        workers: Supervisor | None = None,
+        children: Supervisor | None = None,
+        index: int = 0,
+        parent: int | None = None,
     ) -> None:
         self._app = app
-        self._workers = workers
+        self._children = children
+        self._parent = parent
         self._is_on_one_core = settings.http.one_core
+        self._core = index if settings.http.processes > 1 else None
+        limits = settings.http.of_one_process
         self.gate = Gate(
-            settings.http,
-            min(settings.http.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
+            limits,
+            min(limits.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
             settings.forwarded_allow_ips,
         )
         served: ASGIApp = app
@@ -54,7 +68,7 @@ class Server(uvicorn.Server):
             GuardedConfig(
                 served,
                 self.gate,
-                settings.http,
+                limits,
                 settings.max_body_bytes,
                 ws="none",
                 lifespan="on",
@@ -69,7 +83,7 @@ class Server(uvicorn.Server):
     def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
         if self._is_on_one_core:
-            stay_on_one_core()
+            stay_on_one_core(self._core)
         # uvicorn raises the signal again once it is done, for handlers that stood before its own;
         # with the default ones the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -85,9 +99,9 @@ class Server(uvicorn.Server):
         gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Workers end, and held requests get their "processing" answer now."""
-        if self._workers is not None:
-            self._workers.stop()
+        """Children end, and held requests get their "processing" answer now."""
+        if self._children is not None:
+            self._children.stop()
         services = getattr(self._app.state, "services", None)
         if services is not None:
             services.waiters.release_all()
@@ -96,18 +110,26 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to close the listening sockets and end."""
+        note_connections(self._app.state.metrics, self.gate)
+        if self._parent not in (None, os.getppid()) and not self.should_exit:
+            self.handle_exit(signal.SIGTERM, None)
         is_told = await super().on_tick(counter)
-        are_workers_gone = self._workers is None or self._workers.has_ended
-        return is_told and (are_workers_gone or self.force_exit)
+        are_children_gone = self._children is None or self._children.has_ended
+        return is_told and (are_children_gone or self.force_exit)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises: OSError."""
+def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """A listening socket; port 0 takes a free one. is_shared: other processes may listen there too.
+
+    Raises: OSError.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio switches Nagle's algorithm off only where it is: the
     # second half of an answer would wait for the client's delayed acknowledgement, 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((host, port))
     listener.listen(BACKLOG)
     return listener

@@ -38,6 +38,10 @@ from pydantic_settings import (
 from models.enhance import Enhancement
 
 ENV_PREFIX = "INPAINT_"
+SHARED_FIGURES = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable that names the folder in which several processes count together; it is the library's,
+which reads it when it is imported."""
+
 REPOSITORY = Path(__file__).parent.parent
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -223,6 +227,8 @@ class HttpSettings(Section):
     a client that takes too little of its answer. max_buffered_bytes: of all bodies, and of answers
     not taken, in memory.
     max_streams_per_key: jobs a key may follow at a time. one_core: see `cores.py`.
+    processes: that answer requests on the same port. They share `max_connections` and
+    `max_buffered_bytes`; what is limited per address or key each of them counts for itself.
     """
 
     head_timeout_s: float = Field(default=10, gt=0)
@@ -234,6 +240,14 @@ class HttpSettings(Section):
     max_buffered_bytes: int = Field(default=512_000_000, ge=1)
     max_streams_per_key: int = Field(default=256, ge=1)
     one_core: bool = True
+    processes: int = Field(default=1, ge=1, le=64)
+
+    @property
+    def of_one_process(self) -> "HttpSettings":
+        """With its part of what the processes share."""
+        shared = ("max_connections", "max_buffered_bytes")
+        parts = {name: max(1, getattr(self, name) // self.processes) for name in shared}
+        return self.model_copy(update=parts)
 
 
 class AdminSettings(Section):

@@ -1,4 +1,7 @@
-"""Starts one worker process per device, restarts it, and hands its jobs back at once."""
+"""Keeps processes alive: one worker per device, and the further ones that answer requests.
+
+One that ends is started again; what a worker had is handed back at once.
+"""
 
 import os
 import secrets
@@ -8,22 +11,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
+from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.job_store import JobStore, WorkerStatus
+from server.metrics import forget_process
+from server.settings import Settings
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
 
 POLL_S = 0.05
-FIRST_DELAY_S = 1.0
-LAST_DELAY_S = 30.0
+DELAYS_S = (1.0, 30.0)
+"""Before a process is started again: the first time, and the longest."""
+
 STEADY_S = 60.0
-"""A worker that lived so long starts again with the first delay."""
+"""One that lived so long starts again with the first delay."""
 
 GRACE_S = 25.0
 """From SIGTERM to SIGKILL; the rest of the half minute that a stop may take is the server's own."""
@@ -38,7 +45,8 @@ of one says nothing."""
 WATCHES_PER_STALL = 20
 """How often a worker's last word is read, in the shorter of the two times."""
 
-WORKER_COMMAND = (sys.executable, "-m", "server.cli", "worker")
+PROGRAM = (sys.executable, "-m", "server.cli")
+WORKER_COMMAND = (*PROGRAM, "worker")
 
 
 def new_worker_id() -> str:
@@ -90,38 +98,152 @@ class Watch:
         return now - self._heard_at > (self._stall_s if is_ready else self._load_stall_s)
 
 
-class Supervisor:
-    """Use as a context manager: entering starts the workers, leaving stops them and waits.
+class Child(Protocol):
+    """A process that is started again when it ends."""
 
-    devices: one worker each. flags: for the worker command, besides its id and device.
-    delays_s: before a worker is started again, the first and the longest.
-    stalls_s: see `STALL_S` and `LOAD_STALL_S`.
-    command: what starts a worker; gets the flags, `--parent`, `--worker-id` and `--device`.
-    """
+    @property
+    def kind(self) -> str:
+        """What log lines call it."""
+
+    @property
+    def label(self) -> Mapping[str, object]:
+        """What tells it from others there."""
+
+    @property
+    def command(self) -> Sequence[str]: ...
+
+    def new_watch(self) -> Callable[[], bool]:
+        """For one life: whether it hangs."""
+
+    def take_back(self, pid: int | None) -> None:
+        """A life has ended, or none could begin; never raises."""
+
+    def forget(self) -> None:
+        """There will be no other; never raises."""
+
+
+def event_of(child: Child, what: str) -> str:
+    """What has happened to it, for the log."""
+    return f"{child.kind} {what}"
+
+
+class WorkerChild:
+    """A worker, and what the database knows of it. stalls_s: see `STALL_S` and `LOAD_STALL_S`."""
+
+    kind = "worker"
 
     def __init__(
-        self,
-        devices: Sequence[str],
-        flags: Sequence[str],
-        store: JobStore,
-        delays_s: tuple[float, float] = (FIRST_DELAY_S, LAST_DELAY_S),
-        stalls_s: tuple[float, float] = (STALL_S, LOAD_STALL_S),
-        command: Sequence[str] = WORKER_COMMAND,
+        self, device: str, command: Sequence[str], store: JobStore, stalls_s: tuple[float, float]
     ) -> None:
+        self._id = new_worker_id()
         self._store = store
         self._stalls_s = stalls_s
-        # Told and not asked for: a worker takes seconds to start, and we may be gone by then.
-        self._command = [*command, *flags, "--parent", str(os.getpid())]
+        self.label = {"worker_id": self._id, "device": device}
+        self.command = [*command, "--worker-id", self._id, "--device", device]
+
+    def new_watch(self) -> Callable[[], bool]:
+        return Watch(self._store, self._id, *self._stalls_s).has_stalled
+
+    def take_back(self, pid: int | None) -> None:
+        """Queue the jobs of a worker that has ended; where that fails, their leases run out.
+
+        It is not ready any more, whatever it said. Only why it failed is worth keeping.
+        """
+        try:
+            self._store.requeue_of(self._id)
+            word = self._store.worker(self._id)
+            if word is None or word.state != "failed":
+                self._store.forget_worker(self._id)
+        except SQLAlchemyError:
+            logger.exception("jobs not taken back", **self.label)
+
+    def forget(self) -> None:
+        with suppress(SQLAlchemyError):
+            self._store.forget_worker(self._id)
+
+
+class ServerChild:
+    """A further process that answers requests on this one's port. index: from 1.
+
+    when_ended: told of each that has, by its process id.
+    """
+
+    kind = "server"
+
+    def __init__(
+        self, index: int, command: Sequence[str], when_ended: Callable[[int], None]
+    ) -> None:
+        self._when_ended = when_ended
+        self.label = {"process": index}
+        self.command = [*command, "--process", str(index)]
+
+    def new_watch(self) -> Callable[[], bool]:
+        return lambda: False
+
+    def take_back(self, pid: int | None) -> None:
+        """Its jobs are in the database, and stay there."""
+        if pid is not None:
+            self._when_ended(pid)
+
+    def forget(self) -> None:
+        """Nobody knows of it."""
+
+
+def worker_children(
+    devices: Sequence[str],
+    flags: Sequence[str],
+    store: JobStore,
+    stalls_s: tuple[float, float] = (STALL_S, LOAD_STALL_S),
+    command: Sequence[str] = WORKER_COMMAND,
+) -> list[WorkerChild]:
+    """A worker for each device.
+
+    flags: for the worker command, besides its id and device. stalls_s: see the constants.
+    command: what starts a worker; gets the flags, `--parent`, `--worker-id` and `--device`.
+    """
+    # Told and not asked for: a worker takes seconds to start, and we may be gone by then.
+    whole = [*command, *flags, "--parent", str(os.getpid())]
+    return [WorkerChild(device, whole, store, stalls_s) for device in devices]
+
+
+def children_of(
+    settings: Settings, flags: Sequence[str], store: JobStore, worker_command: Sequence[str] = ()
+) -> list[Child]:
+    """What the first process of a server keeps alive.
+
+    settings: with the ports that it has. flags: for all. worker_command: see `worker_children`.
+    """
+    stalls_s = (settings.worker_stall_s, settings.worker_load_stall_s)
+    workers = worker_children(
+        settings.worker_devices, flags, store, stalls_s, worker_command or WORKER_COMMAND
+    )
+    chosen = {
+        "host": settings.host,
+        "port": settings.port,
+        "devices": ",".join(settings.devices),
+        "workers": settings.workers,
+        "admin-port": settings.admin.port,
+        "parent": os.getpid(),
+    }
+    command = [*PROGRAM, "serve", *flags]
+    command += [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+    others = range(1, settings.http.processes)
+    return [*workers, *(ServerChild(index, command, forget_process) for index in others)]
+
+
+class Supervisor:
+    """Use as a context manager: entering starts the processes, leaving stops them and waits.
+
+    delays_s: before a process is started again, the first and the longest.
+    """
+
+    def __init__(self, children: Sequence[Child], delays_s: tuple[float, float] = DELAYS_S) -> None:
         self._first_delay_s, self._last_delay_s = delays_s
         self._is_told = False
         self._is_stopping = threading.Event()
         self._keepers = [
-            threading.Thread(
-                target=self._keep,
-                args=(new_worker_id(), device),
-                name=f"keeper-{index}",
-            )
-            for index, device in enumerate(devices)
+            threading.Thread(target=self._keep, args=(child,), name=f"keeper-{index}")
+            for index, child in enumerate(children)
         ]
 
     def __enter__(self) -> "Supervisor":
@@ -140,7 +262,7 @@ class Supervisor:
             keeper.join()
 
     def stop(self) -> None:
-        """Tell the workers to end, and do not wait. May be called by a signal's handler."""
+        """Tell the processes to end, and do not wait. May be called by a signal's handler."""
         # Not set twice: a second signal could come while the event's own lock is taken.
         if not self._is_told:
             self._is_told = True
@@ -148,59 +270,49 @@ class Supervisor:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all workers are gone for good."""
+        """Whether all processes are gone for good."""
         return not any(keeper.is_alive() for keeper in self._keepers)
 
-    def _keep(self, worker_id: str, device: str) -> None:
-        """One worker's life after life."""
+    def _keep(self, child: Child) -> None:
+        """One child's life after life."""
         delay_s = self._first_delay_s
         while not self._is_stopping.is_set():
             started = time.monotonic()
-            exit_code = self._live(worker_id, device)
-            self._take_back(worker_id)
+            exit_code = self._live(child)
             if self._is_stopping.is_set():
                 break
             if time.monotonic() - started > STEADY_S:
                 delay_s = self._first_delay_s
-            logger.error("worker ended", worker_id=worker_id, exit_code=exit_code, delay_s=delay_s)
+            logger.error(
+                event_of(child, "ended"), **child.label, exit_code=exit_code, delay_s=delay_s
+            )
             self._is_stopping.wait(delay_s)
             delay_s = min(delay_s * 2, self._last_delay_s)
-        with suppress(SQLAlchemyError):
-            self._store.forget_worker(worker_id)
+        child.forget()
 
-    def _live(self, worker_id: str, device: str) -> int | None:
+    def _live(self, child: Child) -> int | None:
         """One life, from start to exit status; None where there was no room for a process."""
-        # A group of its own: Ctrl-C is for the server, which tells its workers in its own time.
-        command = [*self._command, "--worker-id", worker_id, "--device", device]
         try:
-            process = subprocess.Popen(command, process_group=0)
+            # A group of its own: Ctrl-C is for us, and we tell our children in our own time.
+            process = subprocess.Popen(child.command, process_group=0)
         except OSError:
-            logger.exception("worker cannot be started", worker_id=worker_id)
+            logger.exception(event_of(child, "cannot be started"), **child.label)
+            child.take_back(None)
             return None
-        logger.info("worker started", worker_id=worker_id, pid=process.pid, device=device)
-        return self._wait(process, worker_id)
-
-    def _take_back(self, worker_id: str) -> None:
-        """Queue the jobs of a worker that has ended; where that fails, their leases run out.
-
-        It is not ready any more, whatever it said. Only why it failed is worth keeping.
-        """
+        logger.info(event_of(child, "started"), **child.label, pid=process.pid)
         try:
-            self._store.requeue_of(worker_id)
-            word = self._store.worker(worker_id)
-            if word is None or word.state != "failed":
-                self._store.forget_worker(worker_id)
-        except SQLAlchemyError:
-            logger.exception("jobs not taken back", worker_id=worker_id)
+            return self._wait(process, child)
+        finally:
+            child.take_back(process.pid)
 
-    def _wait(self, process: subprocess.Popen[bytes], worker_id: str) -> int:
+    def _wait(self, process: subprocess.Popen[bytes], child: Child) -> int:
         """Until the process ends: by itself, because it hangs, or because we are stopping."""
-        watch = Watch(self._store, worker_id, *self._stalls_s)
+        has_stalled = child.new_watch()
         while not self._is_stopping.wait(POLL_S):
             if process.poll() is not None:
                 return process.returncode
-            if watch.has_stalled():
-                logger.error("worker hangs", worker_id=worker_id, pid=process.pid)
+            if has_stalled():
+                logger.error(event_of(child, "hangs"), **child.label, pid=process.pid)
                 process.kill()  # it would not hear anything gentler
                 return process.wait()
         process.send_signal(signal.SIGTERM)

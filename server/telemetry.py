@@ -17,7 +17,7 @@ import structlog
 FIELDS = frozenset(
     "event level timestamp logger exception action request_id method path status duration_ms url "
     "job_id job_ids worker_id device model state detail count pid exit_code delay_s seconds "
-    "error version".split()
+    "error version process".split()
 )
 
 

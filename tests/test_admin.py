@@ -37,8 +37,12 @@ def admin(app: LiveApp) -> Iterator[httpx.Client]:
 
 
 def figures_of(admin: httpx.Client) -> dict[str, float]:
-    """Every sample as `name{label="value"}`."""
-    answer = admin.get("/metrics")
+    """What the second port tells, see `figures_from`."""
+    return figures_from(admin.get("/metrics"))
+
+
+def figures_from(answer: httpx.Response) -> dict[str, float]:
+    """Every sample as `name{value of a label}`."""
     assert answer.headers["content-type"].startswith("text/plain; version=")
     return {
         sample.name + "".join(f"{{{v}}}" for v in sample.labels.values()): sample.value

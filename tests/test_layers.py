@@ -133,11 +133,11 @@ SERVER = {
     " previews receipts results sandbox settings storage telemetry models.captions"
     " models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
-    "supervisor": "job_store telemetry",
+    "supervisor": "job_store metrics settings telemetry",
     "app": "auth background database deliveries dialects door egress errors followers holding"
     " intake janitor job_store keeping keys metrics middleware native_routes outlook routes sandbox"
     " services settings silence storage telemetry threads waiters webhooks models.decoding",
-    "metrics": "database failures job_store jobs",
+    "metrics": "database failures job_store jobs settings",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
     "connections": "auth bodies settings",

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from server.job_store import WORKER_LOST, JobStore
 from server.jobs import Job, JobState
-from server.supervisor import Supervisor, Watch
+from server.supervisor import LOAD_STALL_S, STALL_S, Supervisor, Watch, worker_children
 from server.waiters import Waiters
 from tests.conftest import migrated_sqlite
 from tests.odd_worker import BAD_PREFIX
@@ -62,18 +62,18 @@ class CountingStore(JobStore):
 @pytest.mark.parametrize("failures", [0, 2])
 def test_worker_that_ends_is_started_again(engine: Engine, failures: int) -> None:
     store = CountingStore(engine, failures, enough=3)
-    with Supervisor(["cpu"], BROKEN, store, AT_ONCE):
+    with Supervisor(worker_children(["cpu"], BROKEN, store), AT_ONCE):
         assert store.is_enough.wait(WAIT_S), "a failing database must not end the keeper"
 
 
 def test_each_device_has_a_worker_of_its_own(engine: Engine) -> None:
     store = CountingStore(engine, failures=0, enough=2, workers=2)
-    with Supervisor(["cpu", "cpu"], BROKEN, store, AT_ONCE):
+    with Supervisor(worker_children(["cpu", "cpu"], BROKEN, store), AT_ONCE):
         assert store.is_enough.wait(WAIT_S)
 
 
 def test_supervisor_has_ended_when_its_workers_are_gone(engine: Engine) -> None:
-    running = Supervisor(["cpu"], BROKEN, JobStore(engine), AT_ONCE)
+    running = Supervisor(worker_children(["cpu"], BROKEN, JobStore(engine)), AT_ONCE)
     with running:
         assert not running.has_ended
         running.stop()
@@ -83,17 +83,27 @@ def test_supervisor_has_ended_when_its_workers_are_gone(engine: Engine) -> None:
 def test_killed_worker_is_not_ready_any_more(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=1)
     store.submit(new_job(file_prefix=BAD_PREFIX))
-    with Supervisor(["cpu"], [], store, NEVER, command=odd_worker(url, "crash")):
+    with keeping(store, odd_worker(url, "crash"), NEVER):
         assert store.forgotten.wait(WAIT_S)
         assert store.workers_seen() == []
 
 
 def test_why_a_worker_failed_is_told_until_the_end(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=3)
-    with Supervisor(["cpu"], [], store, AT_ONCE, command=odd_worker(url, "fail")):
+    with keeping(store, odd_worker(url, "fail"), AT_ONCE):
         assert store.is_enough.wait(WAIT_S)
         assert not store.forgotten.is_set()
     assert store.workers_seen() == []
+
+
+def keeping(
+    store: JobStore,
+    command: Sequence[str],
+    delays_s: tuple[float, float],
+    stalls_s: tuple[float, float] = (STALL_S, LOAD_STALL_S),
+) -> Supervisor:
+    """Of one worker, which this command starts."""
+    return Supervisor(worker_children(["cpu"], [], store, stalls_s, command), delays_s)
 
 
 def odd_worker(url: str, manner: str) -> Sequence[str]:
@@ -115,7 +125,7 @@ def ended(store: JobStore, job_ids: Sequence[int]) -> list[Job]:
 def test_worker_that_hangs_is_killed_and_its_job_made_by_the_next(engine: Engine, url: str) -> None:
     store = JobStore(engine)
     job_id = store.submit(new_job()).id
-    with Supervisor(["cpu"], [], store, AT_ONCE, (3.0, 60.0), odd_worker(url, "hang")):
+    with keeping(store, odd_worker(url, "hang"), AT_ONCE, (3.0, 60.0)):
         (job,) = ended(store, [job_id])
     assert job.state is JobState.FINISHED
     assert job.attempt > 1  # on a machine that stands still the next one may be killed too
@@ -123,7 +133,7 @@ def test_worker_that_hangs_is_killed_and_its_job_made_by_the_next(engine: Engine
 
 def test_worker_that_hangs_while_it_starts_is_killed(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=1)
-    with Supervisor(["cpu"], [], store, NEVER, (60.0, 0.5), odd_worker(url, "never-ready")):
+    with keeping(store, odd_worker(url, "never-ready"), NEVER, (60.0, 0.5)):
         assert store.is_enough.wait(WAIT_S)
 
 
@@ -134,7 +144,7 @@ def test_job_that_kills_its_workers_is_set_aside_and_the_others_are_made(
     ids = [store.submit(new_job()).id for _ in range(2)]
     bad = store.submit(new_job(file_prefix=BAD_PREFIX)).id
     ids += [store.submit(new_job()).id for _ in range(2)]
-    with Supervisor(["cpu"], [], store, AT_ONCE, command=odd_worker(url, "crash")):
+    with keeping(store, odd_worker(url, "crash"), AT_ONCE):
         jobs = {job.id: job for job in ended(store, [*ids, bad])}
     assert (jobs[bad].state, jobs[bad].error) == (JobState.FAILED, WORKER_LOST)
     assert {jobs[job_id].state for job_id in ids} == {JobState.FINISHED}
@@ -142,7 +152,7 @@ def test_job_that_kills_its_workers_is_set_aside_and_the_others_are_made(
 
 def test_worker_that_cannot_be_started_is_tried_again(engine: Engine) -> None:
     store = CountingStore(engine, failures=0, enough=3)
-    with Supervisor(["cpu"], [], store, AT_ONCE, command=("/no/such/program",)):
+    with keeping(store, ("/no/such/program",), AT_ONCE):
         assert store.is_enough.wait(WAIT_S)
 
 
