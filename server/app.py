@@ -1,7 +1,7 @@
 """`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -10,7 +10,8 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from models.decoding import ImageLimits
 from server.auth import REFRESH_S, KeyRing
@@ -30,9 +31,10 @@ from server.keeping import Keeper
 from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
 from server.middleware import ErrorAnswers, RequestContext
+from server.native_routes import create_job
 from server.native_routes import router as native_router
 from server.outlook import Outlook
-from server.routes import router
+from server.routes import inpaint, router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, WEBHOOKS, Services
 from server.settings import Settings
@@ -60,6 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="inpaint-server", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(router)
     app.include_router(native_router)
+    put_first(app, {"/api/jobs": create_job, "/api/v3/inpaint": inpaint})
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
     # The last one added is the outermost.
@@ -79,6 +82,20 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestContext, metrics)
     app.state.metrics = metrics
     return app
+
+
+def put_first(
+    app: FastAPI, endpoints: Mapping[str, Callable[[Request], Awaitable[Response]]]
+) -> None:
+    """Route POSTs to the busiest endpoints past the framework, which has described them by now.
+
+    For each call it would match one route after the other and look at what the endpoint wants,
+    which takes a fifth of the event loop's time for it. These want the request and nothing else.
+    """
+    app.router.routes[:0] = [
+        Route(path, endpoint, methods=["POST"], include_in_schema=False)
+        for path, endpoint in endpoints.items()
+    ]
 
 
 @asynccontextmanager

@@ -118,7 +118,6 @@ FollowerOf = Annotated[Follower, Depends(get_follower)]
 )
 async def create_job(request: Request) -> Response:
     """Repaint the white part of a mask in an image."""
-    # Without dependencies: to solve them would take a tenth of the time of the whole call.
     services = get_services(request)
     settings = services.settings
     caller = admit(request, native.read_key(request.headers))

@@ -69,10 +69,11 @@ KeyId = Annotated[str, Depends(get_key_id)]
 
 
 @router.post("/api/v3/inpaint", openapi_extra=v3.INPAINT_OPENAPI)
-async def inpaint(
-    request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
-) -> Response:
+async def inpaint(request: Request) -> Response:
     """Repaint the white part of a mask in an image."""
+    services = get_services(request)
+    fields = await get_fields(request)
+    caller = await get_caller(request, fields)
     hold_until = time.monotonic() + services.settings.hold_s
     if v3.is_fetch(fields):
         return await fetch(request, services, fields, caller.key_id)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import secrets
+import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -187,22 +187,25 @@ def write(path: Path, content: bytes) -> Callable[[], None]:
     Both raise: OSError. Where the call does, the file is there, and may be lost.
     """
     make_folder(path.parent)
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
-    file = unfinished.open("xb", buffering=0)
+    # Of the system's calls alone: those of paths and files take as long again.
+    unfinished = f"{path}.{random.getrandbits(32):08x}{UNFINISHED}"
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        view = memoryview(content)
-        while view:
-            view = view[file.write(view) :]
-        unfinished.rename(path)
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.rename(unfinished, path)
     except OSError:
-        file.close()
+        os.close(descriptor)
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            os.unlink(unfinished)
         raise
 
     def sync_bytes() -> None:
-        with file:
-            os.fsync(file.fileno())
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     return sync_bytes
 
