@@ -6,6 +6,7 @@ together, and then wait for each other.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -19,10 +20,17 @@ class Batches(Generic[T, R]):
 
     work: does all of a batch; for each item, in order, its result or what it is to raise. What the
     work raises itself is raised for all. name: of the thread, which is there when it is needed.
+    rest_s: between two batches, for others who want what the work takes hold of.
     """
 
-    def __init__(self, work: Callable[[list[T]], Sequence[R | Exception]], name: str) -> None:
+    def __init__(
+        self,
+        work: Callable[[list[T]], Sequence[R | Exception]],
+        name: str,
+        rest_s: float = 0.0,
+    ) -> None:
         self._work = work
+        self._rest_s = rest_s
         self._thread = ThreadPoolExecutor(1, name)
         self._waiting: list[tuple[T, Future[R]]] = []
         self._is_busy = False
@@ -60,3 +68,5 @@ class Batches(Generic[T, R]):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+            if self._rest_s:
+                time.sleep(self._rest_s)

@@ -8,6 +8,10 @@ from sqlalchemy import Connection, Engine
 
 from server.batches import Batches
 
+REST_S = 0.001
+"""Between two commits of SQLite, twice as long as others wait until they look whether it is free.
+Who went on at once would keep them out for a dozen commits; and the next one is all the larger."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -37,7 +41,8 @@ class GroupCommit(Generic[T, R]):
     ) -> None:
         self._engine = engine
         self._work = work
-        self._batches: Batches[T, R] = Batches(self._commit, name)
+        rest_s = REST_S if engine.dialect.name == "sqlite" else 0.0
+        self._batches: Batches[T, R] = Batches(self._commit, name, rest_s)
 
     def begin(self, item: T) -> Future[R]:
         """Have a write made; its result is there once it is durable."""
