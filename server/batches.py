@@ -20,7 +20,8 @@ class Batches(Generic[T, R]):
 
     work: does all of a batch; for each item, in order, its result or what it is to raise. What the
     work raises itself is raised for all. name: of the thread, which is there when it is needed.
-    rest_s: between two batches, for others who want what the work takes hold of.
+    rest_s: before the next batch, for others who want what the work takes hold of. Not after a
+        single item, as then there is no hurry.
     """
 
     def __init__(
@@ -68,5 +69,5 @@ class Batches(Generic[T, R]):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
-            if self._rest_s:
+            if self._rest_s and len(batch) > 1:
                 time.sleep(self._rest_s)
