@@ -245,6 +245,8 @@ def _to_8_bit(image: Image.Image, data: bytes, field: str) -> Image.Image:
     """The same pixels in mode L, LA, RGB or RGBA."""
     has_colour_key = "transparency" in image.info
     match image.mode:
+        case "L" if not has_colour_key:
+            return image
         case "1" | "L" | "I;16":
             return _grey(image, data)
         case "RGB" if has_colour_key and _png_bit_depth(data) == 16:

@@ -84,15 +84,17 @@ class Storage:
             sync_folder(path.parent)
 
     def put_early(self, key: str, content: bytes) -> Future[None]:
-        """`put` for a caller who has more to do: its promises hold once the result is there.
+        """`put` of a new key, for a caller who has more to do.
 
+        The content can be read when this returns, or when the result is there, see `shows_early`;
+        it survives a power cut once the result is there. What a crash leaves may be a part of it.
         Raises: StorageUnavailable, as may the result.
         """
         if self._folder is None:
             return self._threads.submit(self.put, key, content)
         path = self._folder / relative_path(key)
         with telling_of(f"cannot write {key}"):
-            sync = write(path, content)
+            sync = write_new(path, content)
 
         def sync_bytes() -> None:
             with telling_of(f"cannot write {key}"):
@@ -186,19 +188,33 @@ def write(path: Path, content: bytes) -> Callable[[], None]:
     but then nobody was told that there is one.
     Both raise: OSError. Where the call does, the file is there, and may be lost.
     """
+    unfinished = path.with_name(f"{path.name}.{random.getrandbits(32):08x}{UNFINISHED}")
+    sync_bytes = write_new(unfinished, content)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            sync_bytes()  # which closes the file
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+    return sync_bytes
+
+
+def write_new(path: Path, content: bytes) -> Callable[[], None]:
+    """`write` for a name that nobody looks for until this has returned."""
     make_folder(path.parent)
-    # Of the system's calls alone: those of paths and files take as long again.
-    unfinished = f"{path}.{random.getrandbits(32):08x}{UNFINISHED}"
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    # By the system's calls alone: those of paths and files take as long again.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
     try:
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        os.rename(unfinished, path)
     except OSError:
         os.close(descriptor)
         with contextlib.suppress(OSError):
-            os.unlink(unfinished)
+            os.unlink(path)
         raise
 
     def sync_bytes() -> None:
