@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine
 
 from server.batches import Batches
 
-REST_S = 0.001
+REST_S = 0.002
 """Between two commits of SQLite, twice as long as others wait until they look whether it is free.
 Who went on at once would keep them out for a dozen commits; and the next one is all the larger."""
 

@@ -54,7 +54,7 @@ two more flushes, and a new job alone takes 24 pages."""
 
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
-LOCK_PAUSE_MS = 0.5
+LOCK_PAUSE_MS = 1
 """Between two looks whether SQLite can be written to. By itself it looks ever more seldom, every
 100 ms in the end, and a process that is busy with commits keeps another one out for seconds; see
 `commits.py` as well."""
