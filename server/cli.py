@@ -212,7 +212,7 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     from server.database import migrate as migrate_tables
     from server.database import open_engine
     from server.devices import expand_devices
-    from server.http import Server, bind, raise_open_file_limit
+    from server.http import Server, bind, bind_first, raise_open_file_limit
     from server.job_store import JobStore
     from server.keys import KeyStore
     from server.supervisor import Supervisor, children_of
@@ -228,7 +228,12 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     settings.refuse_open_server(KeyStore(engine).has_keys())
     is_first = options.process is None
     label = {} if is_first else {"process": options.process}
-    listener = bind(settings.host, settings.port, is_shared=settings.http.processes > 1)
+    if settings.http.processes == 1:
+        listener = bind(settings.host, settings.port)
+    elif is_first:
+        listener = bind_first(settings.host, settings.port)
+    else:
+        listener = bind(settings.host, settings.port, is_shared=True)
     listeners = {"listening": listener}
     admin_port = options.admin_port
     if is_first and settings.admin.port is not None:

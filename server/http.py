@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -25,6 +26,9 @@ from server.supervisor import Supervisor
 BACKLOG = 2_048
 GRACE_S = 4
 """From the end of the last worker until connections that are still open are cut."""
+
+FREE_LOOKS, FREE_PAUSE_S = 10 * (GRACE_S + 2), 0.1
+"""For a port to be given up by those who are about to end."""
 
 OWN_FILES = 256
 """File descriptors kept for the database, pictures, downloads and webhooks."""
@@ -133,6 +137,30 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     listener.bind((host, port))
     listener.listen(BACKLOG)
     return listener
+
+
+def bind_first(host: str, port: int) -> socket.socket:
+    """A listening socket on a port that this process will share with its children alone.
+
+    Two servers that were given one port by mistake would each get half of the calls. Waits for
+    children of a server that was killed, which still answer for a moment. Raises: OSError.
+    """
+    for _ in range(FREE_LOOKS):
+        if is_free(host, port):
+            break
+        time.sleep(FREE_PAUSE_S)
+    with bind(host, port) as alone:
+        port = alone.getsockname()[1]
+    return bind(host, port, is_shared=True)
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there, or may not be asked."""
+    try:
+        bind(host, port).close()
+    except OSError:
+        return False
+    return True
 
 
 def open_file_limit() -> int:
