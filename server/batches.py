@@ -6,7 +6,6 @@ together, and then wait for each other.
 """
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -20,7 +19,7 @@ class Batches(Generic[T, R]):
 
     work: does all of a batch; for each item, in order, its result or what it is to raise. What the
     work raises itself is raised for all. name: of the thread, which is there when it is needed.
-    rest_s: before the next batch, for others who want what the work takes hold of. Not after a
+    rest: called before the next batch, for others who want what the work takes hold of. Not after a
         single item, as then there is no hurry.
     """
 
@@ -28,10 +27,10 @@ class Batches(Generic[T, R]):
         self,
         work: Callable[[list[T]], Sequence[R | Exception]],
         name: str,
-        rest_s: float = 0.0,
+        rest: Callable[[], None] | None = None,
     ) -> None:
         self._work = work
-        self._rest_s = rest_s
+        self._rest = rest
         self._thread = ThreadPoolExecutor(1, name)
         self._waiting: list[tuple[T, Future[R]]] = []
         self._is_busy = False
@@ -69,5 +68,5 @@ class Batches(Generic[T, R]):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
-            if self._rest_s and len(batch) > 1:
-                time.sleep(self._rest_s)
+            if self._rest is not None and len(batch) > 1:
+                self._rest()

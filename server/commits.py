@@ -1,5 +1,6 @@
 """`GroupCommit`: writes that arrive together share one transaction, and one wait for the disk."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -41,8 +42,8 @@ class GroupCommit(Generic[T, R]):
     ) -> None:
         self._engine = engine
         self._work = work
-        rest_s = REST_S if engine.dialect.name == "sqlite" else 0.0
-        self._batches: Batches[T, R] = Batches(self._commit, name, rest_s)
+        rest = let_others_write if engine.dialect.name == "sqlite" else None
+        self._batches: Batches[T, R] = Batches(self._commit, name, rest)
 
     def begin(self, item: T) -> Future[R]:
         """Have a write made; its result is there once it is durable."""
@@ -77,6 +78,11 @@ class GroupCommit(Generic[T, R]):
                 return self._work(connection, group)
             except Exception as error:
                 raise WorkFailed(error) from error
+
+
+def let_others_write() -> None:
+    """Leave the database alone for a moment."""
+    time.sleep(REST_S)
 
 
 def each(work: Callable[[Connection, T], R]) -> Callable[[Connection, Sequence[T]], list[R]]:

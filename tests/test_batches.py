@@ -38,6 +38,18 @@ def test_what_comes_during_a_call_is_done_by_the_next() -> None:
     assert batches.run(4) == 40, "it can go on after a pause"
 
 
+def test_rest_follows_a_batch_of_several_and_none_of_one() -> None:
+    gate, rests = Gate(), list[int]()
+    batches = Batches(gate.work, "test", lambda: rests.append(len(gate.batches)))
+    first = batches.begin(0)
+    assert gate.has_begun.wait(WAIT_S)
+    others = [batches.begin(item) for item in (1, 2)]
+    gate.may_end.set()
+    assert [each.result(WAIT_S) for each in (first, *others)] == [0, 10, 20]
+    assert batches.run(3) == 30
+    assert rests == [2]
+
+
 def test_an_item_may_fail_alone() -> None:
     gate = Gate()
     gate.may_end.set()
