@@ -33,8 +33,8 @@ SETTINGS = {"INPAINT_HTTP__PROCESSES": str(PROCESSES), "INPAINT_ADMIN__PORT": "0
 class Site:
     """The server under test, once both of its processes listen."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self.server = ServerProcess(data_dir, SETTINGS, "--workers", "0")
+    def __init__(self, server: ServerProcess) -> None:
+        self.server = server
         assert self.server.wait_for("listening")["process"] == 1  # the last of the two
         (self.admin_url,) = (line["url"] for line in self.server.events("admin listening"))
         (self.second_pid,) = (line["pid"] for line in self.server.events("server started"))
@@ -54,12 +54,12 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
+    server = ServerProcess(tmp_path, SETTINGS, "--workers", "0")
     try:
-        yield site
+        yield Site(server)
     finally:
-        site.server.stop()
-        site.server.client.close()
+        server.stop()
+        server.client.close()
 
 
 @pytest.fixture
