@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import time
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -21,7 +22,7 @@ from server.admin import ByPort, create_admin_app, note_connections
 from server.connections import Gate, GuardedConfig
 from server.cores import stay_on_one_core
 from server.settings import Settings
-from server.supervisor import Supervisor
+from server.supervisor import Supervisor, beats_of
 
 BACKLOG = 2_048
 GRACE_S = 4
@@ -29,6 +30,9 @@ GRACE_S = 4
 
 FREE_LOOKS, FREE_PAUSE_S = 10 * (GRACE_S + 2), 0.1
 """For a port to be given up by those who are about to end."""
+
+TICKS_PER_BEAT = 10
+"""A tick is a tenth of a second."""
 
 OWN_FILES = 256
 """File descriptors kept for the database, pictures, downloads and webhooks."""
@@ -56,6 +60,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._children = children
         self._parent = parent
+        self._index = index
         self._is_on_one_core = settings.http.one_core
         self._core = index if settings.http.processes > 1 else None
         limits = settings.http.of_one_process
@@ -115,6 +120,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to close the listening sockets and end."""
         note_connections(self._app.state.metrics, self.gate)
+        if self._index and counter % TICKS_PER_BEAT == 0:
+            with suppress(OSError):  # then our parent will end us, which is soon enough
+                beats_of(self._index).touch()
         if self._parent not in (None, os.getppid()) and not self.should_exit:
             self.handle_exit(signal.SIGTERM, None)
         is_told = await super().on_tick(counter)
