@@ -302,8 +302,8 @@ class JobStore:
         worker without any other, so that it cannot take neighbours down.
         is_idle: whether the worker holds no job.
         """
-        now = self._clock()
         with self._engine.begin() as connection:
+            now = self._clock()  # not before: a job may be written while we wait for our turn
             waiting = connection.execute(FIRST, {"limit": limit}).all()
             chosen = _claimable(waiting, is_idle)
             if not chosen:

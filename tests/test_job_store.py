@@ -129,6 +129,19 @@ def test_claim_takes_the_oldest_first_and_skips_leased_jobs(store: JobStore) -> 
     assert store.claim("b", 5) == []
 
 
+def test_job_is_not_claimed_before_it_was_written(engine: Engine) -> None:
+    """Where a claim waits for the database, what it then finds may be younger than its question."""
+    seen: list[str] = []
+    event.listen(engine, "begin", lambda _connection: seen.append("begin"))
+
+    def look() -> float:
+        seen.append("clock")
+        return 1_000.0
+
+    JobStore(engine, clock=look).claim("w", 1)
+    assert seen == ["begin", "clock"]
+
+
 def test_claim_names_worker_attempt_and_start(store: JobStore, clock: Clock) -> None:
     store.submit(new_job())
     clock.now = 1_010.0
