@@ -212,7 +212,7 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     from server.database import migrate as migrate_tables
     from server.database import open_engine
     from server.devices import expand_devices
-    from server.http import Server, bind, bind_first, raise_open_file_limit
+    from server.http import ADMIN_LISTENING, Server, listen, raise_open_file_limit
     from server.job_store import JobStore
     from server.keys import KeyStore
     from server.supervisor import Supervisor, children_of
@@ -228,50 +228,42 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     settings.refuse_open_server(KeyStore(engine).has_keys())
     is_first = options.process is None
     label = {} if is_first else {"process": options.process}
-    if settings.http.processes == 1:
-        listener = bind(settings.host, settings.port)
-    elif is_first:
-        listener = bind_first(settings.host, settings.port)
-    else:
-        listener = bind(settings.host, settings.port, is_shared=True)
-    listeners = {"listening": listener}
-    admin_port = options.admin_port
-    if is_first and settings.admin.port is not None:
-        listeners["admin listening"] = bind(settings.admin.host, settings.admin.port)
-        admin_port = listeners["admin listening"].getsockname()[1]
+    listeners = listen(settings, is_first=is_first)
+    admin = listeners.get(ADMIN_LISTENING)
+    own_admin_port = None if admin is None else admin.getsockname()[1]
     # The ports taken for 0: the server must know where it listens, to stay out of there.
     settings = settings.model_copy(
         update={
-            "port": listener.getsockname()[1],
-            "admin": settings.admin.model_copy(update={"port": admin_port}),
+            "port": listeners["listening"].getsockname()[1],
+            "admin": settings.admin.model_copy(
+                update={"port": own_admin_port if is_first else options.admin_port}
+            ),
             "devices": expand_devices(settings.devices),
         }
     )
     app = create_app(settings)
-    flags = [
-        word
-        for name in SHARED_FLAGS
-        if getattr(options, name) is not None
-        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
-    ]
     command = shlex.split(options.worker_command or "")
     children = Supervisor(
-        children_of(settings, flags, JobStore(engine), command) if is_first else ()
+        children_of(settings, shared_flags(options), JobStore(engine), command) if is_first else ()
     )
-    server = Server(
-        app,
-        settings,
-        admin_port if is_first else None,
-        children,
-        options.process or 0,
-        options.parent,
-    )
+    index = 0 if is_first else options.process
+    server = Server(app, settings, own_admin_port, children, index, options.parent)
     with children:
         for event, each in listeners.items():
             host, port = each.getsockname()[:2]
             get_logger(__name__).info(event, url=f"http://{host}:{port}", **label)
         server.run_until_stopped(*listeners.values())
     return 0
+
+
+def shared_flags(options: argparse.Namespace) -> list[str]:
+    """Those of `SHARED_FLAGS` that were given, as they are written."""
+    return [
+        word
+        for name in SHARED_FLAGS
+        if getattr(options, name) is not None
+        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
 
 
 def work(options: argparse.Namespace) -> int:

@@ -34,6 +34,8 @@ FREE_LOOKS, FREE_PAUSE_S = 10 * (GRACE_S + 2), 0.1
 TICKS_PER_BEAT = 10
 """A tick is a tenth of a second."""
 
+ADMIN_LISTENING = "admin listening"
+
 OWN_FILES = 256
 """File descriptors kept for the database, pictures, downloads and webhooks."""
 
@@ -128,6 +130,22 @@ class Server(uvicorn.Server):
         is_told = await super().on_tick(counter)
         are_children_gone = self._children is None or self._children.has_ended
         return is_told and (are_children_gone or self.force_exit)
+
+
+def listen(settings: Settings, *, is_first: bool) -> dict[str, socket.socket]:
+    """The listening sockets of one process, by what the log says of them.
+
+    is_first: of the processes on the port, which has the admin port as well. Raises: OSError.
+    """
+    if settings.http.processes == 1:
+        listeners = {"listening": bind(settings.host, settings.port)}
+    elif is_first:
+        listeners = {"listening": bind_first(settings.host, settings.port)}
+    else:
+        listeners = {"listening": bind(settings.host, settings.port, is_shared=True)}
+    if is_first and settings.admin.port is not None:
+        listeners[ADMIN_LISTENING] = bind(settings.admin.host, settings.admin.port)
+    return listeners
 
 
 def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:

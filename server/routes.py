@@ -63,7 +63,6 @@ async def get_key_id(caller: Annotated[Caller, Depends(get_caller)]) -> str:
     return caller.key_id
 
 
-CallerOf = Annotated[Caller, Depends(get_caller)]
 FieldsOf = Annotated[Fields, Depends(get_fields)]
 KeyId = Annotated[str, Depends(get_key_id)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import REPOSITORY, Base64Output, StepsPolicy, load_settings
+from server.settings import REPOSITORY, Base64Output, HttpSettings, StepsPolicy, load_settings
 
 Environment = Callable[..., None]
 
@@ -247,3 +247,10 @@ def test_authorities_must_be_certificates(content: bytes | None, tmp_path: Path)
         file.write_bytes(content)
     with pytest.raises(ValidationError, match="ca_file"):
         load_settings(egress={"ca_file": str(file)})
+
+
+def test_processes_share_the_room_of_the_server() -> None:
+    whole = HttpSettings(processes=3, max_connections=100, max_buffered_bytes=2)
+    part = whole.of_one_process
+    assert (part.max_connections, part.max_buffered_bytes) == (33, 1)
+    assert part.max_connections_per_address == whole.max_connections_per_address
