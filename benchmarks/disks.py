@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,22 +24,24 @@ def fsync_ms(folder: Path, count: int = 60) -> float:
         path.unlink()
 
 
-def start_again_on_slow_disk(fsync_ms: float, folder: Path, command: Sequence[str]) -> None:
-    """Put a Python command in the place of this process, with every fsync so much longer.
+def run_again_on_slow_disk(fsync_ms: float, command: Sequence[str]) -> int:
+    """Run a Python command in a process whose every fsync takes so much longer; its exit status.
 
-    Its children see the same disk. folder: for the library, which is built with `cc`.
-    Raises: OSError, subprocess.CalledProcessError without a compiler.
+    Its children see the same disk. Raises: OSError, subprocess.CalledProcessError without a
+    compiler.
     """
-    library = folder / "slow_disk.so"
     source = Path(__file__).with_name("slow_disk.c")
-    build = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
-    subprocess.run(build, check=True)
-    slow = {"LD_PRELOAD": str(library), "SLOW_DISK_US": str(round(1000 * fsync_ms))}
-    os.execve(sys.executable, [sys.executable, *command], {**os.environ, **slow})
+    with tempfile.TemporaryDirectory(prefix="slow-disk-") as folder:
+        library = Path(folder, "slow_disk.so")
+        build = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+        subprocess.run(build, check=True)
+        slow = {"LD_PRELOAD": str(library), "SLOW_DISK_US": str(round(1000 * fsync_ms))}
+        environment = {**os.environ, **slow}
+        return subprocess.run([sys.executable, *command], env=environment, check=False).returncode
 
 
 def is_slowed_down() -> bool:
-    """Whether this process is one that `start_again_on_slow_disk` made."""
+    """Whether this process is one that `run_again_on_slow_disk` started."""
     return "SLOW_DISK_US" in os.environ
 
 

@@ -35,6 +35,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def words(text: str) -> tuple[str, ...]:
+    """`one,two` of a command line."""
+    return tuple(text.split(","))
+
+
 def core_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))

@@ -364,11 +364,6 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
-def words(text: str) -> tuple[str, ...]:
-    """`one,two` as a tuple."""
-    return tuple(text.split(","))
-
-
 def numbers(text: str) -> tuple[int, ...]:
     """`20,30` as integers."""
     return tuple(map(int, text.split(",")))
@@ -389,7 +384,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=measure.core_count(), help="of each server, for torch"
     )
-    parser.add_argument("--only", type=words, default=("",), help="scenarios whose names begin so")
+    parser.add_argument(
+        "--only", type=measure.words, default=("",), help="scenarios whose names begin so"
+    )
     parser.add_argument("--steps", type=numbers, default=STEPS, help="mixed in equal shares")
     parser.add_argument("--budget-s", type=float, default=480, help="wall time, about")
     return parser.parse_args(arguments)
