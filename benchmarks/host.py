@@ -33,9 +33,9 @@ from models.decoding import ImageLimits, decode_image, decode_mask
 from models.images import encode_png
 from server.database import migrate, open_engine
 from server.decoder import Wanted
+from server.decoders import DecodedPair, Decoder
 from server.job_store import JobStore
 from server.jobs import NewJob
-from server.sandbox import DecodedPair, Decoder
 from server.settings import Settings
 from server.storage import Storage
 from tests.processes import ServerProcess, image_host

@@ -18,6 +18,7 @@ from fastapi import Depends, Request
 from models.params import InpaintParams
 from server.auth import Caller
 from server.decoder import Wanted
+from server.decoders import DecodedPair
 from server.downloads import ImageSource, OwnOutputs, download_images
 from server.errors import (
     ImageUnavailable,
@@ -27,9 +28,7 @@ from server.errors import (
 )
 from server.idempotency import Idempotency
 from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare, Submitted
-from server.keeping import Kept
 from server.receipts import Intake
-from server.sandbox import DecodedPair
 from server.services import Services
 from server.settings import Settings
 from server.slots import NoPlace
@@ -122,19 +121,19 @@ async def accept(
         images, fetch_s = await fetch_images(services, asked, caller, base_url)
         fetched = time.perf_counter()
 
-        def keep(pair: DecodedPair) -> Kept:
-            """What is left but for waiting, in the thread that has waited for the decoder."""
-            services.metrics.decodes.labels("decoded").inc()
-            intake = take_note(images, fetch_s, time.perf_counter() - fetched)
-            new = write_job(asked, caller, base_url, file_prefix, pair, intake)
-            return services.keeper.begin(new, pair, once)
-
         try:
-            kept = await services.sandbox.decode_then(images, keep, wanted_of(asked), caller.key_id)
+            async with services.sandbox.decoded(images, wanted_of(asked), caller.key_id) as pair:
+                decode_s = time.perf_counter() - fetched
+                services.metrics.decodes.labels("decoded").inc()
+
+                def write() -> NewJob:
+                    intake = take_note(images, fetch_s, decode_s)
+                    return write_job(asked, caller, base_url, file_prefix, pair, intake)
+
+                return await services.keeper.keep(write, pair, once)
         except ImageUnavailable:
             services.metrics.decodes.labels("refused").inc()
             raise
-        return await services.keeper.finish(kept)
 
 
 def share_of(caller: Caller) -> QueueShare:

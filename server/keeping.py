@@ -1,26 +1,17 @@
 """`Keeper`: makes a durable job of a decoded pair, its input and row at once where that may be."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
+from server.decoders import DecodedPair
 from server.errors import ApiError, StorageUnavailable
 from server.idempotency import Idempotency
 from server.job_store import JobStore
 from server.jobs import NewJob, Submitted
-from server.sandbox import DecodedPair
 from server.storage import Storage
 from server.threads import Threads, settled
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A job on its way to the disk. row: None where it has to wait for the input."""
-
-    new: NewJob
-    once: Idempotency | None
-    stored: Future[None]
-    row: Future[Submitted] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +26,37 @@ class Keeper:
     storage: Storage
     threads: Threads
 
-    def begin(self, new: NewJob, pair: DecodedPair, once: Idempotency | None) -> Kept:
-        """Start both; does not wait for the disk. Raises: StorageUnavailable."""
-        stored = self.storage.put_early(new.input_key, pair.to_bytes())
-        is_told_early = once is not None or new.webhook is not None
-        must_wait = is_told_early or not self.storage.shows_early
-        row = None if must_wait else self.store.begin_submit(new, once)
-        return Kept(new, once, stored, row)
+    async def keep(
+        self, write: Callable[[], NewJob], pair: DecodedPair, once: Idempotency | None
+    ) -> Submitted:
+        """The job, once its row and its input are there for good.
 
-    async def finish(self, kept: Kept) -> Submitted:
-        """Once both are there for good. Raises: QueueFull, Conflict, StorageUnavailable."""
-        new, stored, row = kept.new, kept.stored, kept.row
+        write: the job, called in a thread. Raises: QueueFull, Conflict, StorageUnavailable; what
+        that raises.
+        """
+        written: list[NewJob] = []
+        rows: list[Future[Submitted]] = []
+
+        def make() -> tuple[str, bytes]:
+            written.append(new := write())
+            return new.input_key, pair.to_bytes()
+
+        def begin_row() -> None:
+            (new,) = written
+            if once is None and new.webhook is None:  # else somebody could be told at once
+                rows.append(self.store.begin_submit(new, None))
+
+        stored = self.storage.put_early(make, begin_row)
+        await settled(stored, more=lambda: rows)
+        if not written:
+            stored.result()
+        (new,) = written
         try:
-            if row is None:
-                await settled(stored)
+            if not rows:
                 stored.result()
-                row = self.store.begin_submit(new, kept.once)
-            await settled(stored, row)
-            submitted = row.result()
+                rows.append(self.store.begin_submit(new, once))
+                await settled(*rows)
+            submitted = rows[0].result()
         except ApiError:  # refused for certain
             # Not after any other: the commit may have taken effect, and only its answer be lost.
             # Where it did not, the janitor finds a file without a row.

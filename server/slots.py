@@ -48,13 +48,16 @@ class Slots:
             self._taken[owner] += 1
         return is_free
 
-    async def take(self, owner: str) -> None:
-        """A place until it is given back; waits for one."""
+    async def take(self, owner: str, patience_s: float | None = None) -> None:
+        """A place until it is given back; waits for one. Raises: NoPlace, when patience ends."""
         if self.take_at_once(owner):
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
         self._hand_out()
+        # By hand: for a call that finds its place soon, a timeout of asyncio's is half the work.
+        timer = None if patience_s is None else loop.call_later(patience_s, self._end, owner, turn)
         try:
             await turn
         except asyncio.CancelledError:
@@ -64,6 +67,14 @@ class Slots:
             else:
                 self.give_back(owner)
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _end(self, owner: str, turn: asyncio.Future[None]) -> None:
+        if not turn.done():
+            self._forget(owner, turn)
+            turn.set_exception(NoPlace())
 
     def give_back(self, owner: str) -> None:
         """A place of this owner's, for the next."""

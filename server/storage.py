@@ -31,6 +31,8 @@ SYNCS, UPLOADS = 8, 64
 """Files that `put_early` brings to the disk, or to an object store, at a time. A thread that comes
 back from the disk waits for the interpreter, and many that do so slow down all others."""
 
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
 UNFINISHED = ".unfinished"
 """Suffix of a file that is being written; the janitor finds what a crash left of it."""
 
@@ -62,13 +64,8 @@ class Storage:
                     "retry_timeout": timedelta(seconds=REMOTE_PATIENCE_S),
                 },
             )
-        self._threads = ThreadPoolExecutor(SYNCS if self.shows_early else UPLOADS, "put")
+        self._threads = ThreadPoolExecutor(UPLOADS if self._folder is None else SYNCS, "put")
         self._folders = Batches(sync_folders, "sync")
-
-    @property
-    def shows_early(self) -> bool:
-        """Whether readers see what was given to `put_early` once that returns."""
-        return self._folder is not None
 
     def put(self, key: str, content: bytes) -> None:
         """Store; readers see all of it or nothing, and once this returns it survives a power cut.
@@ -83,24 +80,33 @@ class Storage:
             write(path, content)()
             sync_folder(path.parent)
 
-    def put_early(self, key: str, content: bytes) -> Future[None]:
-        """`put` of a new key, for a caller who has more to do.
+    def put_early(
+        self, make: Callable[[], tuple[str, bytes]], is_shown: Callable[[], None]
+    ) -> Future[None]:
+        """`put` of a new key in a thread; is there once the content survives a power cut.
 
-        The content can be read when this returns, or when the result is there, see `shows_early`;
-        it survives a power cut once the result is there. What a crash leaves may be a part of it.
-        Raises: StorageUnavailable, as may the result.
+        make: key and content. is_shown: called in the thread as soon as the content can be read;
+        what a crash leaves then may be a part of it. The result raises: StorageUnavailable, and
+        what those two raise.
         """
-        if self._folder is None:
-            return self._threads.submit(self.put, key, content)
-        path = self._folder / relative_path(key)
-        with telling_of(f"cannot write {key}"):
-            sync = write_new(path, content)
+        folders: list[Future[None]] = []
 
-        def sync_bytes() -> None:
+        def put() -> None:
+            key, content = make()
+            if self._folder is None:
+                self.put(key, content)
+                is_shown()
+                return
+            path = self._folder / relative_path(key)
             with telling_of(f"cannot write {key}"):
-                sync()
+                sync_bytes = write_new(path, content)
+                folders.append(self._folders.begin(path.parent))
+                try:
+                    is_shown()
+                finally:
+                    sync_bytes()
 
-        return all_of([self._threads.submit(sync_bytes), self._folders.begin(path.parent)])
+        return all_of([self._threads.submit(put)], more=lambda: folders)
 
     def get(self, key: str) -> bytes | None:
         """The content, None where there is none. Raises: StorageUnavailable."""
@@ -203,10 +209,12 @@ def write(path: Path, content: bytes) -> Callable[[], None]:
 
 def write_new(path: Path, content: bytes) -> Callable[[], None]:
     """`write` for a name that nobody looks for until this has returned."""
-    make_folder(path.parent)
     # By the system's calls alone: those of paths and files take as long again.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+    try:
+        descriptor = os.open(path, NEW_FILE, 0o666)
+    except FileNotFoundError:
+        make_folder(path.parent)
+        descriptor = os.open(path, NEW_FILE, 0o666)
     try:
         rest = memoryview(content)
         while rest:

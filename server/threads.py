@@ -53,6 +53,8 @@ class Threads:
 def when_done(futures: Sequence[Future[Any]], then: Callable[[], None]) -> None:
     """Call something once all are there, whatever they are; in the thread that ends the last."""
     left, lock = len(futures), threading.Lock()
+    if not left:
+        then()
 
     def count_down(_: object) -> None:
         nonlocal left
@@ -66,25 +68,41 @@ def when_done(futures: Sequence[Future[Any]], then: Callable[[], None]) -> None:
         future.add_done_callback(count_down)
 
 
-def all_of(futures: Sequence[Future[None]]) -> Future[None]:
-    """Is there once all are; raises what the first raises that fails."""
+def nothing_more() -> Sequence[Future[Any]]:
+    """No futures."""
+    return ()
+
+
+def all_of(
+    futures: Sequence[Future[None]], more: Callable[[], Sequence[Future[None]]] = nothing_more
+) -> Future[None]:
+    """Is there once all are; raises what the first raises that fails.
+
+    more: asked for others, in a thread, once those are there.
+    """
     together: Future[None] = Future()
 
     def end() -> None:
-        errors = [error for future in futures if (error := future.exception()) is not None]
+        every = [*futures, *more()]
+        errors = [error for future in every if (error := future.exception()) is not None]
         if errors:
             together.set_exception(errors[0])
         else:
             together.set_result(None)
 
-    when_done(futures, end)
+    when_done(futures, lambda: when_done(more(), end))
     return together
 
 
-async def settled(*futures: Future[Any], first: Callable[[], None] | None = None) -> None:
+async def settled(
+    *futures: Future[Any],
+    more: Callable[[], Sequence[Future[Any]]] = nothing_more,
+    first: Callable[[], None] | None = None,
+) -> None:
     """Wait until all are there, whatever they are; the event loop is woken once.
 
-    first: called in the event loop before that, also where the caller was cancelled meanwhile.
+    more: asked for others to wait for, in a thread, once those are there.
+    first: called in the event loop before the end, also where the caller was cancelled meanwhile.
     """
     loop = asyncio.get_running_loop()
     are_there: asyncio.Future[None] = loop.create_future()
@@ -99,5 +117,5 @@ async def settled(*futures: Future[Any], first: Callable[[], None] | None = None
         with suppress(RuntimeError):  # the loop has ended, and with it all who wait
             loop.call_soon_threadsafe(tell)
 
-    when_done(futures, end)
+    when_done(futures, lambda: when_done(more(), end))
     await are_there

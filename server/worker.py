@@ -28,6 +28,7 @@ from models.pipeline import Picture, Source
 from models.residency import Residency
 from server.checkpoints import Checkpoints
 from server.database import open_engine
+from server.decoders import DecodedPair
 from server.endings import Endings
 from server.errors import StorageUnavailable
 from server.failures import Failure
@@ -37,7 +38,6 @@ from server.jobs import Beat, Job
 from server.previews import DaemonThread, PreviewFiles
 from server.receipts import Model
 from server.results import Result, Stores
-from server.sandbox import DecodedPair
 from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger

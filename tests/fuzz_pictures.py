@@ -17,8 +17,8 @@ from PIL import Image
 
 from models.decoding import ImageLimits
 from server.decoder import Kind
+from server.decoders import Decoder
 from server.errors import ImageProblem
-from server.sandbox import Decoder
 from tests import hostile_pictures as hostile
 
 LIMITS = ImageLimits(max_bytes=1_000_000)

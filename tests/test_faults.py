@@ -25,6 +25,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from models.params import InpaintParams
 from models.residency import Residency
 from server.database import deliveries, delivery_attempts, jobs, open_engine
+from server.decoders import DecodedPair
 from server.deliveries import Attempt, DeliveryState, DeliveryStore
 from server.door import Dialler, Door, dial
 from server.errors import StorageUnavailable
@@ -34,7 +35,6 @@ from server.job_store import MAX_ATTEMPTS, JobStore
 from server.jobs import Job, JobState, NewJob
 from server.keeping import Keeper
 from server.receipts import Model
-from server.sandbox import DecodedPair
 from server.settings import RetentionSettings, Settings, WebhookSettings
 from server.storage import Storage, StoredFile
 from server.threads import Threads
@@ -256,11 +256,27 @@ class FaultyStorage(Storage):
         if strikes:
             raise StorageUnavailable("after")
 
-    def put_early(self, key: str, content: bytes) -> Future[None]:
-        """As the base class, with two places to fail: before readers see it, and on the way to the
-        disk."""
-        with self._at_risk():
-            stored = super().put_early(key, content)
+    def put_early(
+        self, make: Callable[[], tuple[str, bytes]], is_shown: Callable[[], None]
+    ) -> Future[None]:
+        """As the base class, with two places to fail: before its caller learns that readers see it,
+        and on the way to the disk."""
+        is_struck = False
+
+        def make_at_risk() -> tuple[str, bytes]:
+            nonlocal is_struck
+            is_struck = self._fault.strikes
+            if is_struck and not self._is_lost:
+                raise StorageUnavailable("before")
+            return make()
+
+        def show_at_risk() -> None:
+            if is_struck:
+                raise StorageUnavailable("after")
+            is_shown()
+
+        stored = super().put_early(make_at_risk, show_at_risk)
+        stored.exception()  # all of it has been done
         failing: Future[None] = Future()
         try:
             with self._at_risk():
@@ -372,10 +388,7 @@ def keep(
     async def run() -> Job:
         with Threads(1, "test") as threads:
             keeper = Keeper(store, storage, threads)
-            kept = keeper.begin(new, pair, once)
-            if isinstance(begun := getattr(storage, "has_begun", None), threading.Event):
-                begun.set()
-            return (await keeper.finish(kept)).job
+            return (await keeper.keep(lambda: new, pair, once)).job
 
     return asyncio.run(run())
 

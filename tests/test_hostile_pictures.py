@@ -14,8 +14,8 @@ import pytest
 
 from models.decoding import ImageLimits
 from server.decoder import Kind, Wanted
+from server.decoders import Decoder
 from server.errors import ImageProblem
-from server.sandbox import Decoder
 from tests import hostile_pictures as hostile
 from tests.fuzz_pictures import fuzz
 from tests.http_stub import png_bytes

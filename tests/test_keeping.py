@@ -11,11 +11,11 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool
 
+from server.decoders import DecodedPair
 from server.errors import Conflict, QueueFull, StorageUnavailable
 from server.idempotency import Idempotency
 from server.job_store import JobStore
 from server.jobs import JobState
-from server.sandbox import DecodedPair
 from server.storage import Storage
 from tests.test_faults import Fault, answer_is_lost, commit_fails, keep
 from tests.test_job_store import new_job
@@ -73,15 +73,15 @@ class FailingDisk(Storage):
         super().__init__(folder.as_uri())
         self._meanwhile = meanwhile
         self._thread = ThreadPoolExecutor(1)
-        self.has_begun = threading.Event()
 
-    def put_early(self, key: str, content: bytes) -> Future[None]:
+    def put_early(
+        self, make: Callable[[], tuple[str, bytes]], is_shown: Callable[[], None]
+    ) -> Future[None]:
         """As the base class."""
-        shown = super().put_early(key, content)
+        stored = super().put_early(make, is_shown)
 
         def fail() -> None:
-            shown.result()
-            assert self.has_begun.wait(WAIT_S)
+            stored.result()
             self._meanwhile()
             raise StorageUnavailable("EIO")
 
@@ -91,21 +91,22 @@ class FailingDisk(Storage):
 class DistantStorage(Storage):
     """As an object store: nobody sees a file before it is there for good."""
 
-    shows_early = False
-
     def __init__(self, folder: Path, may_end: threading.Event) -> None:
         super().__init__(folder.as_uri())
         self._thread = ThreadPoolExecutor(1)
         self._may_end = may_end
         self.is_asked = threading.Event()
 
-    def put_early(self, key: str, content: bytes) -> Future[None]:
+    def put_early(
+        self, make: Callable[[], tuple[str, bytes]], is_shown: Callable[[], None]
+    ) -> Future[None]:
         """As the base class."""
 
         def put() -> None:
             self.is_asked.set()
             assert self._may_end.wait(WAIT_S)
-            self.put(key, content)
+            self.put(*make())
+            is_shown()
 
         return self._thread.submit(put)
 

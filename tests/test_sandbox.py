@@ -20,8 +20,9 @@ from models.decoding import ImageLimits
 from models.errors import ImageFault
 from server import confinement
 from server.decoder import PICTURE, REPLY, Kind, Wanted
+from server.decoders import OWN, PROBLEM_OF_FAULT, DecodedPair, Decoder
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
-from server.sandbox import OWN, PROBLEM_OF_FAULT, DecodedPair, Decoder, Sandbox
+from server.sandbox import Sandbox
 from tests import hostile_pictures as hostile
 from tests.http_stub import png_bytes
 from tests.test_layers import REPOSITORY, loaded_by
@@ -501,7 +502,7 @@ def test_child_ends_with_its_parent() -> None:
     program = """
 import os, signal
 from models.decoding import ImageLimits
-from server.sandbox import Decoder
+from server.decoders import Decoder
 from tests.http_stub import png_bytes
 decoder = Decoder(ImageLimits())
 decoder.decode_pair(dict.fromkeys(["init_image", "mask_image"], png_bytes()))
@@ -537,7 +538,8 @@ async def decode(
     sandbox: Sandbox, images: dict[str, bytes], *, key_id: str = "anybody"
 ) -> DecodedPair:
     """A pair with nothing to follow from it."""
-    return await sandbox.decode_then(images, lambda pair: pair, key_id=key_id)
+    async with sandbox.decoded(images, key_id=key_id) as pair:
+        return pair
 
 
 def test_requests_share_the_children() -> None:
@@ -595,6 +597,55 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
             refused = [each for each in answers if isinstance(each, QueueFull)]
             assert len(refused) == 90
             assert isinstance(await decode(sandbox, images), DecodedPair)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("room", "is_let_in"), [(2**20, True), (0, False)])
+def test_pixels_that_are_held_take_room(room: int, is_let_in: bool) -> None:
+    """The next request gets the child at once, or when the pixels are needed no longer."""
+
+    async def run() -> None:
+        with Sandbox(LIMITS, children=1, max_decoded_bytes=room) as sandbox:
+            async with sandbox.decoded(images_of((64, 64))) as pair:
+                assert pair.mask.shape == (64, 64)
+                next_one = asyncio.create_task(decode(sandbox, images_of((72, 72))))
+                if is_let_in:
+                    await next_one
+                else:
+                    await asyncio.wait([next_one], timeout=0.2)
+                assert next_one.done() == is_let_in
+            assert (await next_one).mask.shape == (72, 72)
+            with pytest.raises(KeyError):
+                async with sandbox.decoded(images_of((64, 64))):
+                    raise KeyError
+            assert (await decode(sandbox, images_of((64, 64)))).mask.shape == (64, 64)
+
+    asyncio.run(run())
+
+
+def test_refused_pictures_give_their_places_back() -> None:
+    async def run() -> None:
+        with Sandbox(LIMITS, children=2, children_per_key=1) as sandbox:
+            too_large = dict.fromkeys(["init_image", "mask_image"], bytes(LIMITS.max_bytes + 1))
+            for images in (dict.fromkeys(too_large, b"GIF89a"), too_large) * 3:
+                with pytest.raises(ImageUnavailable):
+                    await decode(sandbox, images)
+            assert (await decode(sandbox, images_of((64, 64)))).mask.shape == (64, 64)
+
+    asyncio.run(run())
+
+
+def test_first_request_finds_a_child_that_is_ready() -> None:
+    async def run() -> None:
+        with Sandbox(LIMITS) as sandbox:
+            sandbox.warm()
+            async with asyncio.timeout(60):
+                while len(sandbox._idle) < len(sandbox._children):  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+            for _ in range(3):
+                await decode(sandbox, images_of((64, 64)))
+            assert [child.decoder.starts for child in sandbox._children] == [0, 0, 1]
 
     asyncio.run(run())
 
@@ -659,7 +710,7 @@ def test_leaving_ends_the_children() -> None:
         with Sandbox(LIMITS) as sandbox:
             calls = [decode(sandbox, images_of((900, 900))) for _ in range(4)]
             await asyncio.gather(*calls)
-            pids = [decoder.pid for decoder in sandbox._decoders if decoder.pid]
+            pids = [child.decoder.pid for child in sandbox._children if child.decoder.pid]
             assert pids
         return pids
 

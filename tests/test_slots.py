@@ -119,6 +119,24 @@ def test_place_handed_to_who_is_just_cancelled_is_not_lost() -> None:
     assert asyncio.run(run())[-1] == "c"
 
 
+def test_patience_ends_and_the_place_goes_to_the_next() -> None:
+    async def run() -> None:
+        slots = Slots(1, 1)
+        await slots.take("a", patience_s=60)
+        with pytest.raises(NoPlace):
+            await slots.take("b", patience_s=0)
+        waiting = asyncio.create_task(slots.take("c", patience_s=60))
+        await settle()
+        assert not waiting.done()
+        slots.give_back("a")
+        await waiting
+        assert not slots.take_at_once("b")
+        slots.give_back("c")
+        assert slots.take_at_once("b")
+
+    asyncio.run(run())
+
+
 def test_place_is_not_handed_to_who_gives_up_at_the_same_moment() -> None:
     async def run() -> list[str]:
         crowd = Crowd(Slots(1, 1))

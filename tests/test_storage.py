@@ -79,7 +79,9 @@ from server.storage import Storage
 Storage(sys.argv[1]).put("generations/a-0.png", b"content")
 os.rename(sys.argv[2], sys.argv[2] + ".answered")
 """
-PUT_EARLY = PUT.replace("put(", "put_early(").replace('b"content")', 'b"content").result()')
+PUT_EARLY = PUT.replace("put(", "put_early(lambda: (").replace(
+    'b"content")', 'b"content"), bool).result()'
+)
 
 
 @pytest.fixture
@@ -121,6 +123,29 @@ def test_put_returns_when_bytes_and_names_are_on_disk(
         assert (written.parent, renamed) == (picture.parent, picture)
     assert sorted(ours) == [[picture.parent], [picture]]  # at once, where it is `put_early`
     assert "fsync" in log.read_text()
+
+
+def test_early_content_is_told_of_once_it_can_be_read(storage: Storage) -> None:
+    seen: list[bytes | None] = []
+    stored = storage.put_early(
+        lambda: ("inputs/a", b"content"), lambda: seen.append(storage.get("inputs/a"))
+    )
+    stored.result()
+    assert seen == [b"content"]
+
+
+def test_early_content_that_cannot_be_made_is_not_stored(storage: Storage) -> None:
+    shown: list[bool] = []
+
+    def fail() -> tuple[str, bytes]:
+        raise KeyError("made")
+
+    with pytest.raises(KeyError, match="made"):
+        storage.put_early(fail, lambda: shown.append(True)).result()
+    storage.put("inputs/a", b"content")
+    with pytest.raises(StorageUnavailable):
+        storage.put_early(lambda: ("inputs/a/b", b""), lambda: shown.append(True)).result()
+    assert shown == []
 
 
 def test_write_that_fails_is_told_of_and_leaves_nothing(tmp_path: Path) -> None:

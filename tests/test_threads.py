@@ -76,6 +76,23 @@ def test_settled_waits_for_all_and_raises_nothing() -> None:
     assert asyncio.run(wait()) == ["first", "then"]
 
 
+def test_settled_asks_for_more_once_the_first_are_there() -> None:
+    async def wait() -> None:
+        first: Future[None] = Future()
+        later: list[Future[None]] = []
+        waiting = asyncio.create_task(settled(first, more=lambda: later))
+        later.append(Future())
+        await asyncio.sleep(0)
+        first.set_exception(KeyError())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        later[0].set_result(None)
+        await waiting
+        await settled(first, more=list)
+
+    asyncio.run(wait())
+
+
 def test_what_comes_first_is_done_though_the_caller_is_gone() -> None:
     async def give_up() -> None:
         future: Future[None] = Future()
@@ -104,6 +121,22 @@ def test_results_of_a_loop_that_has_ended_are_dropped() -> None:
     asyncio.run(give_up())
     future.set_result(None)
     assert future.done()
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_all_of_waits_for_more_and_tells_of_its_failure(is_failing: bool) -> None:
+    first: Future[None] = Future()
+    later: list[Future[None]] = []
+    together = all_of([first], more=lambda: later)
+    later.append(Future())
+    first.set_result(None)
+    assert not together.done()
+    if is_failing:
+        later[0].set_exception(KeyError("later"))
+        assert isinstance(together.exception(0), KeyError)
+    else:
+        later[0].set_result(None)
+        assert together.result(0) is None
 
 
 def test_all_of_is_there_with_the_last_and_tells_of_a_failure() -> None:
