@@ -48,9 +48,9 @@ MORE_CONNECTIONS = 26
 POOL_TIMEOUT_S = 5
 """For a connection of the pool to come free."""
 
-CHECKPOINT_PAGES = 4_000
-"""Of the write-ahead log, 16 MB, before they are moved to the database: who commits then waits for
-two more flushes, and a new job alone takes 24 pages."""
+CHECKPOINT_PAGES = 64_000
+"""Of the write-ahead log, 256 MiB, before who commits moves them to the database: only where no API
+process does it long before, see `wal.py`."""
 
 BUSY_TIMEOUT_MS = 10_000
 SWITCH_PAUSE_MS = 20
@@ -126,7 +126,8 @@ jobs = Table(
     Column("dialect", Text, nullable=False),
     Column("request", JSON, nullable=False),
     Column("params", JSON, nullable=False),
-    Column("file_prefix", Text, nullable=False, unique=True),
+    # The sentinel: many rows come with one statement, and their ids are told apart by it.
+    Column("file_prefix", Text, nullable=False, unique=True, insert_sentinel=True),
     Column("work", Float, nullable=False),
     Column("priority", Integer, nullable=False, server_default="0"),
     Column("turn", BigInteger, nullable=False, server_default="0"),

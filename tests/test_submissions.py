@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, delete
+from sqlalchemy import Engine, delete, event
 
 from server.database import idempotency_keys, jobs, open_engine
 from server.errors import ApiError, Conflict, QueueFull
@@ -156,3 +156,22 @@ def test_one_that_cannot_be_written_costs_its_neighbours_nothing(engine: Engine)
     assert twice.exception(20) is not None
     assert store.figures().waiting == 7
     assert all(store.get(job.id) == job for job in kept)
+
+
+def test_jobs_that_come_together_take_one_statement(engine: Engine) -> None:
+    """Whose ids stand in the order of arrival, and belong to their own jobs."""
+    group = [submission(key_id=key_id) for key_id in "abcab"]
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        statements.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    outcomes = submit_together(engine, group)
+    event.remove(engine, "before_cursor_execute", note)
+    assert sum(each.startswith("INSERT INTO jobs") for each in statements) == 1
+    told = [each.job for each in outcomes if isinstance(each, Submitted)]
+    assert [job.id for job in told] == sorted(job.id for job in told)
+    store = JobStore(engine)
+    assert [store.get(job.id) for job in told] == told
+    assert [job.file_prefix for job in told] == [new.file_prefix for new, _ in group]
