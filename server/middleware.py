@@ -4,17 +4,19 @@ RequestContext   id, forgiving path, headers of every answer, one log line
 CORSMiddleware   Starlette's; outside of the next, so that pages can read errors too
 ErrorAnswers     Host header and free room; any exception becomes an answer
 Holding          `holding.py`: waits for the jobs of held calls
+DirectRoutes     the busiest endpoints, past the framework
 """
 
+import random
 import re
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
@@ -38,6 +40,7 @@ ANSWER_HEADERS = (
 )
 """Where the endpoint has not set its own."""
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 
 
@@ -159,6 +162,29 @@ class ErrorAnswers:
         return is_loopback(client[0])
 
 
+class DirectRoutes:
+    """ASGI middleware that takes POSTs to the busiest endpoints past the framework.
+
+    That has described them, and for each call would match one route after the other and look at
+    what the endpoint wants, which takes a fourth of the event loop's time for it. These want the
+    request and nothing else. endpoints: by path.
+    """
+
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
+        self._app = app
+        self._routes = {path: Route(path, endpoint) for path, endpoint in endpoints.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        route = self._routes.get(scope["path"]) if is_post else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route  # as the framework notes its own, for log and figures
+        response = await route.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
 def host_of(url: str) -> str:
     """The host that a URL names, in lower case; `""` for what is no URL."""
     try:
@@ -186,7 +212,7 @@ def request_id_of(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             return str(value.decode())
-    return uuid.uuid4().hex
+    return f"{random.getrandbits(128):032x}"  # no secret: it need not be hard to guess
 
 
 def with_answer_headers(

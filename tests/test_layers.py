@@ -84,7 +84,10 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.params",
     "cores": "telemetry",
-    "sandbox": "cores decoder errors slots telemetry models.decoding models.errors models.params",
+    "talks": "",
+    "decoders": "cores decoder errors talks telemetry models.decoding models.errors",
+    "sandbox": "decoder decoders errors slots talks models.decoding",
+    "wal": "database",
     "clocks": "database",
     "deliveries": "clocks commits database",
     "failures": "",
@@ -99,7 +102,7 @@ SERVER = {
     "submissions": "commits database errors idempotency job_rows jobs turns",
     "job_store": "changes commits database deliveries failures idempotency job_rows jobs receipts"
     " silence submissions turns",
-    "keeping": "errors idempotency job_store jobs sandbox storage threads",
+    "keeping": "decoders errors idempotency job_store jobs storage threads",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
@@ -115,8 +118,8 @@ SERVER = {
     "outlook": "job_store jobs",
     "services": "auth background deliveries egress followers job_store keeping metrics outlook"
     " sandbox settings slots storage threads waiters webhooks",
-    "intake": "auth decoder downloads errors idempotency jobs keeping receipts sandbox"
-    " services settings slots models.params",
+    "intake": "auth decoder decoders downloads errors idempotency jobs receipts services settings"
+    " slots models.params",
     "holding": "",
     "routes": "auth bodies dialects errors holding intake job_store jobs services settings"
     " models.enhance",
@@ -129,14 +132,14 @@ SERVER = {
     "results": "endings errors failures inspection job_store jobs receipts storage telemetry"
     " models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
-    "worker": "checkpoints database endings errors failures inspection job_store jobs"
-    " previews receipts results sandbox settings storage telemetry models.captions"
+    "worker": "checkpoints database decoders endings errors failures inspection job_store jobs"
+    " previews receipts results settings storage telemetry models.captions"
     " models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
     "supervisor": "job_store metrics settings telemetry",
     "app": "auth background database deliveries dialects door egress errors followers holding"
     " intake janitor job_store keeping keys metrics middleware native_routes outlook routes sandbox"
-    " services settings silence storage telemetry threads waiters webhooks models.decoding",
+    " services settings silence storage telemetry threads waiters wal webhooks models.decoding",
     "metrics": "database failures job_store jobs settings",
     "middleware": "errors metrics settings telemetry",
     "admin": "connections intake metrics middleware routes services",
