@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -113,6 +114,17 @@ class Repeats(logging.Filter):
         return True
 
 
+class Lines(structlog.WriteLogger):
+    """Writes lines, or drops them: a full disk under the log fails no request."""
+
+    def msg(self, message: str) -> None:
+        """Of any level."""
+        with suppress(OSError):
+            super().msg(message)
+
+    debug = info = warning = error = critical = exception = msg
+
+
 def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) -> None:
     """Send our log lines and those of the libraries to standard error.
 
@@ -149,7 +161,7 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
         # Past `logging`, whose records take as long again as all of this.
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=lambda *_names: Lines(sys.stderr),
         cache_logger_on_first_use=True,
     )
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PREPARE = """
 import logging
 from server.telemetry import configure_logging, get_logger
@@ -86,6 +88,31 @@ def test_ordinary_lines_stay_as_they_are() -> None:
 def test_one_field_does_not_fill_the_disk() -> None:
     (line,) = lines_of("""logger.info("x", detail="a " * 1_000_000)""")
     assert len(line["detail"]) == 16_000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_full_disk_under_the_log_fails_nobody() -> None:
+    program = (
+        PREPARE
+        + """
+for level in ("debug", "info", "warning", "error", "critical", "exception"):
+    getattr(logger, level)("lost")
+logging.getLogger("uvicorn.error").warning("lost too")
+print("goes on", flush=True)
+import os
+os._exit(0)
+"""
+    )
+    with Path("/dev/full").open("w") as full:
+        answer = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    assert answer.stdout == "goes on\n"
 
 
 def test_asyncio_repeats_itself_once_a_second_at_most() -> None:
