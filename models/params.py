@@ -154,7 +154,7 @@ class InpaintParams:
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for a job row; `from_json` is the way back."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in PARAMETERS}
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "InpaintParams":
@@ -163,6 +163,9 @@ class InpaintParams:
         if known.get("scheduler") is not None:
             known["scheduler"] = SchedulerName(str(known["scheduler"]))
         return cls(**known)  # type: ignore[arg-type]  # checked field by field in __post_init__
+
+
+PARAMETERS = tuple(field.name for field in fields(InpaintParams))
 
 
 def fit_size(

@@ -47,7 +47,7 @@ class KnownHosts:
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
         self._app = app
-        self._names = ["localhost", *(name.lower() for name in names)]
+        self._names = ("localhost", *(name.lower() for name in names))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         hosts = [value for name, value in scope.get("headers", ()) if name == b"host"]

@@ -75,12 +75,13 @@ def create_app(settings: Settings) -> FastAPI:
         lambda: app.state.services.keys.serves_loopback_only,
         answer_error,
     )
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=list(settings.cors_origins),
-        allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
-        allow_headers=["*"],
-    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
+            allow_headers=["*"],
+        )
     app.add_middleware(RequestContext, metrics)
     app.state.metrics = metrics
     return app

@@ -324,6 +324,7 @@ def _open_sqlite(url: str, version: SqliteVersion, busy_timeout_ms: int) -> Engi
         url,
         module=sqlite,
         connect_args={"isolation_level": None},
+        pool_use_lifo=True,
         pool_size=POOL_SIZE,
         max_overflow=MORE_CONNECTIONS,
         pool_timeout=POOL_TIMEOUT_S,

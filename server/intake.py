@@ -93,7 +93,12 @@ def admit(request: Request, key: str | None) -> Caller:
 
 def base_url_of(request: Request, settings: Settings) -> str:
     """Scheme and host the client used, or the configured public address; no slash at the end."""
-    return (settings.public_url or str(request.base_url)).rstrip("/")
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    scope, host = request.scope, request.headers.get("host")
+    # Else the framework finds one. For this it takes ten times as long.
+    base_url = f"{scope['scheme']}://{host}{scope.get('root_path', '')}" if host else ""
+    return (base_url or str(request.base_url)).rstrip("/")
 
 
 async def accept(

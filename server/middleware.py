@@ -7,6 +7,7 @@ Holding          `holding.py`: waits for the jobs of held calls
 DirectRoutes     the busiest endpoints, past the framework
 """
 
+import functools
 import random
 import re
 import time
@@ -31,6 +32,9 @@ PROBES = ("/healthz", "/readyz")
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 """Of a client's own id that is taken over into answers and log lines."""
+
+KNOWN_HOSTS = 64
+"""Of which it is remembered what they mean. A header may have 64 kB."""
 
 HOST = re.compile(r"(?P<name>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?")
 
@@ -104,7 +108,7 @@ class ErrorAnswers:
     ) -> None:
         self._app = app
         self._settings = settings
-        self._allowed_hosts = [host.lower() for host in settings.allowed_hosts]
+        self._allowed_hosts = tuple(host.lower() for host in settings.allowed_hosts)
         self._serves_loopback_only = serves_loopback_only
         self._answer = answer
 
@@ -185,6 +189,7 @@ class DirectRoutes:
         await response(scope, receive, send)
 
 
+@functools.lru_cache(KNOWN_HOSTS)
 def host_of(url: str) -> str:
     """The host that a URL names, in lower case; `""` for what is no URL."""
     try:
@@ -193,7 +198,8 @@ def host_of(url: str) -> str:
         return ""
 
 
-def is_allowed(host: bytes, allowed: Sequence[str]) -> bool:
+@functools.lru_cache(KNOWN_HOSTS)
+def is_allowed(host: bytes, allowed: tuple[str, ...]) -> bool:
     """Whether a Host header is well formed, and one of these names where there are any.
 
     URLs in answers are made of it.

@@ -25,7 +25,12 @@ class Intake:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a job row; `from_json` is the way back."""
-        return asdict(self)
+        return {
+            "fetch_ms": self.fetch_ms,
+            "decode_ms": self.decode_ms,
+            "init_image_sha256": self.init_image_sha256,
+            "mask_image_sha256": self.mask_image_sha256,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Intake":

@@ -66,7 +66,8 @@ class Sandbox:
         self._max_waiting_bytes_per_key = max_waiting_bytes_per_key
         self._max_decoded_bytes = max_decoded_bytes
         self._waiting = 0
-        self._waiting_bytes: Counter[str] = Counter()
+        self._waiting_bytes = 0
+        self._waiting_bytes_of: Counter[str] = Counter()
         self._decoded_bytes = 0
 
     @asynccontextmanager
@@ -97,12 +98,13 @@ class Sandbox:
         """In a place that is still to be given back when this returns, and only then."""
         size = sum(map(len, images.values()))
         if (
-            self._waiting_bytes.total() + size > self._max_waiting_bytes
-            or self._waiting_bytes[key_id] + size > self._max_waiting_bytes_per_key
+            self._waiting_bytes + size > self._max_waiting_bytes
+            or self._waiting_bytes_of[key_id] + size > self._max_waiting_bytes_per_key
         ):
             raise QueueFull(self._waiting)
         self._waiting += 1
-        self._waiting_bytes[key_id] += size
+        self._waiting_bytes += size
+        self._waiting_bytes_of[key_id] += size
         try:
             await self._places.take(key_id, self._patience_s)
             return await self._use_child(images, wanted, key_id)
@@ -110,7 +112,10 @@ class Sandbox:
             raise QueueFull(self._waiting) from error
         finally:
             self._waiting -= 1
-            self._waiting_bytes -= Counter({key_id: size})  # drops keys with nothing waiting
+            self._waiting_bytes -= size
+            self._waiting_bytes_of[key_id] -= size
+            if not self._waiting_bytes_of[key_id]:
+                del self._waiting_bytes_of[key_id]
 
     async def _use_child(
         self, images: Mapping[str, bytes], wanted: Wanted, key_id: str

@@ -5,6 +5,7 @@ out, and what looks like a secret is taken out of those that are, so that neithe
 nor a library's exception can tell one.
 """
 
+import json
 import logging
 import re
 import sys
@@ -114,6 +115,14 @@ class Repeats(logging.Filter):
         return True
 
 
+encode = json.JSONEncoder(default=repr).encode
+
+
+def to_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+    """structlog processor: the last one."""
+    return encode(event)
+
+
 class Lines(structlog.WriteLogger):
     """Writes lines, or drops them: a full disk under the log fails no request."""
 
@@ -140,9 +149,7 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
         _redaction,
     ]
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer()
-        if sys.stderr.isatty()
-        else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else to_json
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
