@@ -148,7 +148,8 @@ class Sandbox:
             self._places.give_back(owner)
 
         result = child.talker.begin(child.decoder.talk_of_start(), free)
-        result.add_done_callback(asyncio.Future.exception)  # the first request meets it again
+        # Looked at, so that nobody complains: the first request meets the same error.
+        result.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     def __enter__(self) -> "Sandbox":
         return self

@@ -650,6 +650,20 @@ def test_first_request_finds_a_child_that_is_ready() -> None:
     asyncio.run(run())
 
 
+def test_leaving_while_a_child_starts_is_no_fault() -> None:
+    async def run() -> list[dict[str, object]]:
+        faults: list[dict[str, object]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: faults.append(context))
+        with Sandbox(LIMITS) as sandbox:
+            sandbox.warm()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return faults
+
+    assert asyncio.run(run()) == []
+
+
 def slow_pair() -> dict[str, bytes]:
     """Pictures that take a second or two each."""
     return dict.fromkeys(["init_image", "mask_image"], hostile.scans((2_000, 2_000), 300))
