@@ -5,13 +5,13 @@ and the kernel shares connections out. The first one has the workers and the adm
 others alive and is the last to end; they end when they are told to, or when it is gone.
 """
 
+import asyncio
 import gc
 import os
 import resource
 import signal
 import socket
 import time
-from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -22,7 +22,8 @@ from server.admin import ByPort, create_admin_app, note_connections
 from server.connections import Gate, GuardedConfig
 from server.cores import stay_on_one_core
 from server.settings import Settings
-from server.supervisor import Supervisor, beats_of
+from server.supervisor import Supervisor
+from server.watchdog import LOOK_S, Watchdog
 
 BACKLOG = 2_048
 GRACE_S = 4
@@ -30,9 +31,6 @@ GRACE_S = 4
 
 FREE_LOOKS, FREE_PAUSE_S = 10 * (GRACE_S + 2), 0.1
 """For a port to be given up by those who are about to end."""
-
-TICKS_PER_BEAT = 10
-"""A tick is a tenth of a second."""
 
 ADMIN_LISTENING = "admin listening"
 
@@ -62,7 +60,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._children = children
         self._parent = parent
-        self._index = index
+        self._watchdog: Watchdog | None = None
         self._is_on_one_core = settings.http.one_core
         self._core = index if settings.http.processes > 1 else None
         limits = settings.http.of_one_process
@@ -99,11 +97,14 @@ class Server(uvicorn.Server):
         # with the default ones the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        self.run(sockets=list(listeners))
+        with Watchdog() as self._watchdog:
+            self.run(sockets=list(listeners))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
+        if self._watchdog is not None:
+            self._tick(self._watchdog, asyncio.get_running_loop())
         # What has been made so far stays for good. To look through it for garbage takes a tenth of
         # a second each time, in which nobody is answered.
         gc.collect()
@@ -111,8 +112,15 @@ class Server(uvicorn.Server):
         # A request leaves none: to look through 700 new objects each time is in vain.
         gc.set_threshold(10_000)
 
+    def _tick(self, watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell the watchdog that the loop runs, and again before its next look."""
+        watchdog.tick()
+        loop.call_later(LOOK_S / 2, self._tick, watchdog, loop)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Children end, and held requests get their "processing" answer now."""
+        if self._watchdog is not None:
+            self._watchdog.expect_end()
         if self._children is not None:
             self._children.stop()
         services = getattr(self._app.state, "services", None)
@@ -124,9 +132,6 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to close the listening sockets and end."""
         note_connections(self._app.state.metrics, self.gate)
-        if self._index and counter % TICKS_PER_BEAT == 0:
-            with suppress(OSError):  # then our parent will end us, which is soon enough
-                beats_of(self._index).touch()
         if self._parent not in (None, os.getppid()) and not self.should_exit:
             self.handle_exit(signal.SIGTERM, None)
         is_told = await super().on_tick(counter)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -21,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.job_store import JobStore, WorkerStatus
 from server.metrics import forget_process
-from server.settings import SHARED_FIGURES, Settings
+from server.settings import Settings
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
@@ -42,9 +41,6 @@ STALL_S = 120.0
 LOAD_STALL_S = 1_800.0
 """The same for one that starts or loads: it speaks after each part of the model, but a download
 of one says nothing."""
-
-SERVER_STALL_S = 30.0
-"""The same for a further server: it speaks every second, unless its event loop stands still."""
 
 WATCHES_PER_STALL = 20
 """How often a worker's last word is read, in the shorter of the two times."""
@@ -169,42 +165,21 @@ class WorkerChild:
 class ServerChild:
     """A further process that answers requests on this one's port. index: from 1.
 
-    A connection that the kernel has given to one that hangs gets no answer, so it must not stay.
-    when_ended: told of each that has, by its process id.
+    One that hangs ends itself (`watchdog.py`). when_ended: told of each that has ended, by its
+    process id.
     """
 
     kind = "server"
 
     def __init__(
-        self,
-        index: int,
-        command: Sequence[str],
-        when_ended: Callable[[int], None],
-        clock: Callable[[], float] = time.monotonic,
+        self, index: int, command: Sequence[str], when_ended: Callable[[int], None]
     ) -> None:
-        self._beats = beats_of(index)
         self._when_ended = when_ended
-        self._clock = clock
         self.label = {"process": index}
         self.command = [*command, "--process", str(index)]
 
     def new_watch(self) -> Callable[[], bool]:
-        last, heard_at = self._last_beat(), self._clock()
-
-        def has_stalled() -> bool:
-            nonlocal last, heard_at
-            beat, now = self._last_beat(), self._clock()
-            if beat != last:
-                last, heard_at = beat, now
-            return now - heard_at > SERVER_STALL_S
-
-        return has_stalled
-
-    def _last_beat(self) -> int | None:
-        """When it was, by whatever clock: only that it changes is of interest."""
-        with suppress(OSError):
-            return self._beats.stat().st_mtime_ns
-        return None
+        return lambda: False
 
     def take_back(self, pid: int | None) -> None:
         """Its jobs are in the database, and stay there."""
@@ -213,11 +188,6 @@ class ServerChild:
 
     def forget(self) -> None:
         """Nobody knows of it."""
-
-
-def beats_of(index: int) -> Path:
-    """The file that a further server touches, again and again. index: from 1."""
-    return Path(os.environ[SHARED_FIGURES]) / f"beats-{index}"
 
 
 def worker_children(

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -22,11 +23,13 @@ HOLD_S = 110
 
 
 class Process:
-    """A command of ours, followed through its log."""
+    """A command of ours, followed through its log. program: the module that is run."""
 
-    def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], *arguments: str, program: str = "server.cli"
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", *arguments],
+            [sys.executable, "-m", program, *arguments],
             stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             text=True,
@@ -64,6 +67,10 @@ class Process:
             self._process.terminate()
         return self._end()
 
+    def stop_loop(self) -> None:
+        """The main thread of `tests.chaos.stopped_loop` is busy from now on."""
+        self._process.send_signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()
@@ -88,12 +95,17 @@ class Process:
 class ServerProcess(Process):
     """`inpaint-server serve` on a free port."""
 
-    def __init__(self, data_dir: Path, environment: Mapping[str, str], *flags: str) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        environment: Mapping[str, str],
+        *flags: str,
+        program: str = "server.cli",
+    ) -> None:
         self.data_dir = data_dir
         ours = {"INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8", "INPAINT_HOLD_S": str(HOLD_S)}
-        super().__init__(
-            {**ours, **environment}, "serve", "--port", "0", "--data-dir", str(data_dir), *flags
-        )
+        arguments = ["serve", "--port", "0", "--data-dir", str(data_dir), *flags]
+        super().__init__({**ours, **environment}, *arguments, program=program)
         self.url: str = self.wait_for("listening")["url"]
         self.client = httpx.Client(
             base_url=self.url,

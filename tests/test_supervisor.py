@@ -1,7 +1,6 @@
 """Workers are started, started again, and their jobs taken back, whatever the database says."""
 
 import asyncio
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -13,15 +12,11 @@ from sqlalchemy.exc import OperationalError
 
 from server.job_store import WORKER_LOST, JobStore
 from server.jobs import Job, JobState
-from server.settings import SHARED_FIGURES
 from server.supervisor import (
     LOAD_STALL_S,
-    SERVER_STALL_S,
     STALL_S,
-    ServerChild,
     Supervisor,
     Watch,
-    beats_of,
     worker_children,
 )
 from server.waiters import Waiters
@@ -165,22 +160,6 @@ def test_worker_that_cannot_be_started_is_tried_again(engine: Engine) -> None:
     store = CountingStore(engine, failures=0, enough=3)
     with keeping(store, ("/no/such/program",), AT_ONCE):
         assert store.is_enough.wait(WAIT_S)
-
-
-def test_server_that_does_not_beat_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SHARED_FIGURES, str(tmp_path))
-    clock = Clock()
-    child = ServerChild(1, [], lambda _pid: None, clock)
-    has_stalled = child.new_watch()
-    for moment in range(3):
-        clock.now += SERVER_STALL_S
-        assert not has_stalled()
-        beats_of(1).touch()
-        os.utime(beats_of(1), (moment, moment))
-        assert not has_stalled()
-    clock.now += SERVER_STALL_S + 1
-    assert has_stalled()
-    assert not child.new_watch()(), "the next one has as long again"
 
 
 class TestWatch:
