@@ -1,7 +1,9 @@
 """`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import functools
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -10,8 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from models.decoding import ImageLimits
 from server.auth import REFRESH_S, KeyRing
@@ -30,7 +31,7 @@ from server.job_store import JobStore
 from server.keeping import Keeper
 from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
-from server.middleware import DirectRoutes, ErrorAnswers, RequestContext
+from server.middleware import CrossOrigin, DirectRoutes, ErrorAnswers, RequestContext
 from server.native_routes import create_job
 from server.native_routes import router as native_router
 from server.outlook import Outlook
@@ -61,7 +62,8 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
-    app = FastAPI(title="inpaint-server", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="inpaint-server", lifespan=lifespan, openapi_url=None)
+    app.add_route("/openapi.json", describing(app), include_in_schema=False)
     app.include_router(router)
     app.include_router(native_router)
     for kind in (ApiError, RequestValidationError, HTTPException):
@@ -69,22 +71,30 @@ def create_app(settings: Settings) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(DirectRoutes, {"/api/jobs": create_job, "/api/v3/inpaint": inpaint})
     app.add_middleware(Holding)
-    app.add_middleware(
-        ErrorAnswers,
-        settings,
-        lambda: app.state.services.keys.serves_loopback_only,
-        answer_error,
-    )
+
+    def serves_loopback_only() -> bool:
+        services: Services = app.state.services
+        return services.keys.serves_loopback_only
+
+    app.add_middleware(ErrorAnswers, settings, serves_loopback_only, answer_error)
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
-            allow_headers=["*"],
-        )
+        app.add_middleware(CrossOrigin, settings.cors_origins, serves_loopback_only)
     app.add_middleware(RequestContext, metrics)
     app.state.metrics = metrics
     return app
+
+
+def describing(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of `/openapi.json`: the description is made and encoded once."""
+
+    @functools.cache
+    def description() -> bytes:
+        return json.dumps(app.openapi()).encode()
+
+    async def openapi(_request: Request) -> Response:
+        return Response(description(), media_type="application/json")
+
+    return openapi
 
 
 @asynccontextmanager

@@ -24,6 +24,9 @@ MAX_HEADERS = 100
 MAX_HEAD_BYTES = 65_536
 """Request line and headers. A query string may hold two prompts, but no picture."""
 
+MAX_HEADER_BYTES = 8_192
+"""Name and value of one header, as proxies have it."""
+
 MAX_PIPELINED = 16
 """Requests sent ahead on one connection."""
 
@@ -316,8 +319,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
-        if len(self.headers) > MAX_HEADERS:
-            raise ValueError("too many headers")  # the parser stops, and uvicorn answers 400
+        if len(self.headers) > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
+            raise ValueError("too much")  # the parser stops, and uvicorn answers 400
 
     def on_headers_complete(self) -> None:
         head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)

@@ -2,7 +2,10 @@
 
 ApiError
 ├── InvalidBody         the body is in no format we read
-│   └── BodyTooLarge    the body is larger than we read
+│   ├── BodyTooLarge    the body is larger than we read
+│   ├── EncodedBody     the body is compressed
+│   └── TooManyFields   the query or the form has more parameters than we read
+├── InvalidHost         the Host header is missing, repeated, malformed or not ours
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
 ├── ImageUnavailable    an init or mask image that cannot be had or read
 ├── InvalidApiKey       no key, or one we do not know
@@ -36,6 +39,18 @@ class InvalidBody(ApiError):
 
 class BodyTooLarge(InvalidBody):
     """More bytes than the server reads of one request."""
+
+
+class EncodedBody(InvalidBody):
+    """The request has a `Content-Encoding`, and its body is read as it comes."""
+
+
+class TooManyFields(InvalidBody):
+    """A query string or a form with more parameters than any request has."""
+
+
+class InvalidHost(ApiError):
+    """The `Host` header is missing, sent twice, malformed, or names none of the allowed hosts."""
 
 
 class InvalidRequest(ApiError):

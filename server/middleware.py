@@ -1,7 +1,7 @@
 """What every request passes before and after its endpoint, as plain ASGI middleware.
 
 RequestContext   id, forgiving path, headers of every answer, one log line
-CORSMiddleware   Starlette's; outside of the next, so that pages can read errors too
+CrossOrigin      CORS; outside of the next, so that pages can read errors too
 ErrorAnswers     Host header and free room; any exception becomes an answer
 Holding          `holding.py`: waits for the jobs of held calls
 DirectRoutes     the busiest endpoints, past the framework
@@ -15,13 +15,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from server.errors import InvalidBody, LoopbackOnly, ServerBusy
+from server.bodies import refuse_many_fields
+from server.errors import InvalidHost, LoopbackOnly, ServerBusy
 from server.metrics import UNKNOWN_ROUTE, Metrics
 from server.settings import Settings, is_loopback
 from server.telemetry import get_logger
@@ -43,6 +45,9 @@ ANSWER_HEADERS = (
     (b"cache-control", b"no-store"),
 )
 """Where the endpoint has not set its own."""
+
+EXPOSED_HEADERS = ("Location", "Retry-After", "Idempotency-Replayed", "X-Request-ID")
+"""Answer headers that a page of another origin may read."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
@@ -87,10 +92,33 @@ class RequestContext:
             log(
                 "request",
                 method=scope["method"],
-                path=scope["path"],
+                path=ascii(scope["path"])[1:-1],  # JSON needs six for each that is not ASCII
                 status=status,
                 duration_ms=round(duration_s * 1000, 1),
             )
+
+
+class CrossOrigin(CORSMiddleware):
+    """Starlette's, whose preflight promises no more than the call itself will get.
+
+    origins: as `Settings.cors_origins`. serves_loopback_only: as for `ErrorAnswers`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, origins: Sequence[str], serves_loopback_only: Callable[[], bool]
+    ) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+        self._serves_loopback_only = serves_loopback_only
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        is_local = is_loopback(host_of(origin)) or origin in self.allow_origins
+        return super().is_allowed_origin(origin) and (is_local or not self._serves_loopback_only())
 
 
 class ErrorAnswers:
@@ -124,6 +152,8 @@ class ErrorAnswers:
             await send(message)
 
         try:
+            # The framework reads the query for every path, probes included.
+            refuse_many_fields(scope["query_string"])
             if scope["path"] not in PROBES:
                 self._refuse(scope)
             await self._app(scope, receive, send_noting)
@@ -134,7 +164,7 @@ class ErrorAnswers:
             await answer(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> None:
-        """Raises: ServerBusy, InvalidBody, LoopbackOnly."""
+        """Raises: ServerBusy, InvalidHost, LoopbackOnly."""
         if "inpaint.busy" in scope.get("extensions", ()):
             raise ServerBusy
         hosts = [value for name, value in scope["headers"] if name == b"host"]
@@ -142,7 +172,7 @@ class ErrorAnswers:
         is_missing = not hosts and not may_lack
         is_wrong = not all(is_allowed(host, self._allowed_hosts) for host in hosts)
         if is_missing or is_wrong or len(hosts) > 1:
-            raise InvalidBody
+            raise InvalidHost
         if self._serves_loopback_only() and not self._is_from_here(scope):
             raise LoopbackOnly
 
@@ -150,10 +180,15 @@ class ErrorAnswers:
         """Whether a request comes from this machine, and from no page of elsewhere.
 
         A browser sends any page's requests to a server on its own machine. It names the page as
-        `Origin`; or, where the page's name was made to lead here, that name as `Host`.
+        `Origin`, or where it does not, says `cross-site`; or, where the page's name was made to
+        lead here (DNS rebinding), it sends that name as `Host`. A link that a person follows is
+        cross-site too, and shows the page that linked nothing.
         """
         headers, client = Headers(scope=scope), scope["client"] or ("", 0)
         host, origin = headers.get("host"), headers.get("origin")
+        if origin is None and headers.get("sec-fetch-site") == "cross-site":
+            if headers.get("sec-fetch-mode") != "navigate" or scope["method"] != "GET":
+                return False
         if (
             host is not None and not self._allowed_hosts
         ):  # where they are listed, it was found there

@@ -30,10 +30,16 @@ def keep_listed_fields(
     return {name: value for name, value in event.items() if name in FIELDS or name[0] == "_"}
 
 
-MAX_FIELD_CHARS = 16_000
-"""Of one field: a traceback fits, a body does not."""
+MAX_CHARS = {"exception": 16_000, "path": 300}
+"""Of a field: a traceback fits, a body does not. Anybody chooses the path of a request."""
+
+MAX_FIELD_CHARS = 2_000
+"""Of any other field."""
 
 MIN_SECRET_CHARS = 6
+MAX_SECRET_CHARS = 512
+"""Longer ones may show their first part at the end of a field that is cut."""
+
 OUR_OWN = ("timestamp", "level", "method", "request_id")
 """Fields that hold nothing of anybody else's."""
 
@@ -73,17 +79,20 @@ class Redaction:
         self, _logger: Any, _method: str, event: MutableMapping[str, Any]
     ) -> MutableMapping[str, Any]:
         return {
-            name: self.clean(value) if isinstance(value, str) and name not in OUR_OWN else value
+            name: self.clean(value, MAX_CHARS.get(name, MAX_FIELD_CHARS))
+            if isinstance(value, str) and name not in OUR_OWN
+            else value
             for name, value in event.items()
         }
 
-    def clean(self, text: str) -> str:
-        """The text without secrets."""
-        text = self._secrets.sub("(secret)", text[:MAX_FIELD_CHARS])
+    def clean(self, text: str, max_chars: int = MAX_FIELD_CHARS) -> str:
+        """The text without secrets, cut."""
+        # Half a secret looks like nothing, so that more is read than is kept.
+        text = self._secrets.sub("(secret)", text[: max_chars + MAX_SECRET_CHARS])
         if ANY_SHAPE.search(text):
             for shape, stand_in in SHAPES:
                 text = shape.sub(stand_in, text)
-        return text
+        return text[:max_chars]
 
 
 _redaction = Redaction()

@@ -379,8 +379,8 @@ class TestBrowsers:
     }
 
     @pytest.mark.parametrize("path", ["/api/v3/inpaint", "/api/v3/fetch/5", "/api/v3/system_load"])
-    def test_preflight(self, path: str, client: httpx.Client) -> None:
-        answer = client.options(path, headers=self.PREFLIGHT)
+    def test_preflight(self, path: str, locked: httpx.Client) -> None:
+        answer = locked.options(path, headers=self.PREFLIGHT)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "*"
         assert "POST" in answer.headers["access-control-allow-methods"]
@@ -393,6 +393,21 @@ class TestBrowsers:
     def test_answers_may_be_read(self, path: str, client: httpx.Client) -> None:
         answer = client.post(path, headers={"origin": "https://site.example"})
         assert answer.headers["access-control-allow-origin"] == "*"
+
+    def test_pages_may_read_what_answers_tell_in_headers(self, locked: httpx.Client) -> None:
+        answer = locked.post("/api/v3/inpaint", headers={"origin": "https://site.example"})
+        exposed = set(answer.headers["access-control-expose-headers"].lower().split(", "))
+        assert exposed == {"location", "retry-after", "idempotency-replayed", "x-request-id"}
+
+    @pytest.mark.parametrize(
+        ("origin", "status"), [("https://site.example", 400), ("http://localhost:3000", 200)]
+    )
+    def test_a_preflight_promises_what_the_call_will_get(
+        self, origin: str, status: int, client: httpx.Client
+    ) -> None:
+        preflight = client.options("/api/v3/inpaint", headers={**self.PREFLIGHT, "origin": origin})
+        call = client.post("/api/jobs", headers={"origin": origin})
+        assert (preflight.status_code, call.status_code == 403) == (status, status == 400)
 
     def test_origins_can_be_restricted(self, tmp_path: Path) -> None:
         with running_app(settings_in(tmp_path, cors_origins=["https://ours.example"])) as app:
@@ -427,6 +442,7 @@ class TestPagesOfElsewhere:
             {"host": "site.example:8000", "origin": "http://site.example:8000"},
             {"host": "localhost.site.example"},
             {"x-forwarded-for": "192.0.2.1"},
+            {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
         ],
         ids=str,
     )
@@ -447,6 +463,8 @@ class TestPagesOfElsewhere:
             {"host": "127.0.0.9"},
             {"host": "[::1]:8000"},
             {"x-forwarded-for": "127.0.0.1"},
+            {"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"},
+            {"sec-fetch-site": "cross-site", "origin": "http://localhost:3000"},
         ],
         ids=str,
     )
@@ -455,6 +473,11 @@ class TestPagesOfElsewhere:
     ) -> None:
         answer = client.post("/api/v3/system_load", headers=headers)
         assert answer.json()["status"] == "ok"
+
+    def test_a_link_of_elsewhere_may_be_followed(self, client: httpx.Client) -> None:
+        headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+        assert client.get("/api/jobs", headers=headers).status_code == 200
+        assert client.post("/api/jobs", headers=headers).status_code == 403
 
     def test_named_pages_and_hosts_are_served(self, tmp_path: Path) -> None:
         page, headers = "https://ours.example", {"host": "front.example"}

@@ -370,6 +370,7 @@ class TestHeads:
         "head",
         [
             b"GET /healthz HTTP/1.1\r\n" + b"x: y\r\n" * 101 + b"\r\n",
+            b"GET /healthz HTTP/1.1\r\nHost: h\r\nx: " + b"y" * 8_200 + b"\r\n\r\n",
             b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 70_000,
             b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 70_000 + b"\r\n\r\n",
             b"GET /healthz?" + b"y" * 70_000 + b" HTTP/1.1\r\n\r\n",
@@ -378,7 +379,7 @@ class TestHeads:
             b"\x16\x03\x01\x02\x00\x01\x00",
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         ],
-        ids=["many", "endless", "long", "url", "total", "smuggled", "tls", "http2"],
+        ids=["many", "large", "endless", "long", "url", "total", "smuggled", "tls", "http2"],
     )
     def test_head_beyond_the_limits(self, head: bytes, patient: LiveApp) -> None:
         with socket.create_connection(("127.0.0.1", patient.port), timeout=LIMIT_S) as client:
@@ -401,6 +402,9 @@ class TestHeads:
         headers = [(b"Host", host.encode())]
         answer = patient.client.post("/api/v3/system_load", headers=headers).json()
         assert answer["message"] == "Invalid API Request"
+        assert "Host header" in answer["tip"]
+        problem = patient.client.get("/api/jobs", headers=headers)
+        assert (problem.status_code, problem.json()["code"]) == (400, "invalid_host")
 
     @pytest.mark.parametrize("host", ["h", "h:80", "a-b.example.", "127.0.0.1:1", "[::1]:8000"])
     def test_well_formed_hosts(self, host: str, patient: LiveApp) -> None:

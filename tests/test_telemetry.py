@@ -87,7 +87,12 @@ def test_ordinary_lines_stay_as_they_are() -> None:
 
 def test_one_field_does_not_fill_the_disk() -> None:
     (line,) = lines_of("""logger.info("x", detail="a " * 1_000_000)""")
-    assert len(line["detail"]) == 16_000
+    assert len(line["detail"]) == 2_000
+
+
+def test_a_cut_shows_no_part_of_a_secret() -> None:
+    (line,) = lines_of("""logger.info("x", path="/" + "a." * 148 + "/sd_canarycanary/b")""")
+    assert line["path"] == ("/" + "a." * 148 + "/(key)/b")[:300]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")

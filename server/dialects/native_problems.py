@@ -11,10 +11,12 @@ from server.errors import (
     BodyTooLarge,
     Conflict,
     ConflictKind,
+    EncodedBody,
     ImageProblem,
     ImageUnavailable,
     InvalidApiKey,
     InvalidBody,
+    InvalidHost,
     InvalidRequest,
     JobNotFound,
     LoopbackOnly,
@@ -23,6 +25,7 @@ from server.errors import (
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    TooManyFields,
     TooManyStreams,
 )
 
@@ -54,6 +57,17 @@ class Problem(BaseModel):
 PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     InvalidBody: (400, "invalid_body", "The body is no JSON object"),
     BodyTooLarge: (413, "body_too_large", "The body is too large"),
+    EncodedBody: (
+        415,
+        "unsupported_encoding",
+        "The body has a Content-Encoding; send it without compression",
+    ),
+    TooManyFields: (400, "too_many_fields", "The request has more than 200 parameters"),
+    InvalidHost: (
+        400,
+        "invalid_host",
+        "The Host header is missing, repeated, malformed or not a name of this server",
+    ),
     InvalidRequest: (422, "invalid_fields", "Fields are missing or wrong"),
     ImageUnavailable: (422, "image_unavailable", "An image cannot be used"),
     InvalidApiKey: (401, "invalid_api_key", "The API key is missing or unknown"),

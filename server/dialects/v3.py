@@ -24,10 +24,12 @@ from server.errors import (
     ApiError,
     BodyTooLarge,
     Conflict,
+    EncodedBody,
     ImageProblem,
     ImageUnavailable,
     InvalidApiKey,
     InvalidBody,
+    InvalidHost,
     InvalidRequest,
     JobNotFound,
     LoopbackOnly,
@@ -36,6 +38,7 @@ from server.errors import (
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    TooManyFields,
     TooManyStreams,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState
@@ -331,6 +334,9 @@ IMAGE_SENTENCES = {
 HTTP_STATUS: dict[type[ApiError], int] = {
     InvalidBody: 400,
     BodyTooLarge: 413,
+    EncodedBody: 415,
+    TooManyFields: 400,
+    InvalidHost: 400,
     InvalidRequest: 400,
     ImageUnavailable: 400,
     InvalidApiKey: 401,
@@ -415,6 +421,12 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return sentence, "Its operator makes keys with `inpaint-server keys create`."
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
+        case EncodedBody():
+            return "Invalid API Request", "Send the body without a Content-Encoding."
+        case TooManyFields():
+            return "Invalid API Request", "Send 200 parameters at most."
+        case InvalidHost():
+            return "Invalid API Request", "Send one Host header with a name of this server."
         case Conflict():
             return "Not possible now", "Fetch the job to see how it stands."
         case InvalidBody():
