@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.connections import Gate
 from server.metrics import CONTENT_TYPE, Metrics
-from server.middleware import HOST, is_allowed
+from server.proxies import HOST, is_allowed
 from server.routes import readiness
 from server.services import Services
 

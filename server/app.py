@@ -35,6 +35,7 @@ from server.middleware import CrossOrigin, DirectRoutes, ErrorAnswers, RequestCo
 from server.native_routes import create_job
 from server.native_routes import router as native_router
 from server.outlook import Outlook
+from server.proxies import TrustedProxies
 from server.routes import inpaint, router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, WEBHOOKS, Services
@@ -80,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         app.add_middleware(CrossOrigin, settings.cors_origins, serves_loopback_only)
     app.add_middleware(RequestContext, metrics)
+    app.add_middleware(TrustedProxies, settings.forwarded_allow_ips, settings.allowed_hosts)
     app.state.metrics = metrics
     return app
 

@@ -6,18 +6,19 @@ closed. A request that has come in whole is never cut, but for shutdown.
 """
 
 import asyncio
-import ipaddress
 import socket
 import struct
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.auth import network_of, plain_address
-from server.bodies import RELEASE
+from server.bodies import RELEASE, RESERVE_BODY
+from server.proxies import is_trusted
 from server.settings import HttpSettings
 
 MAX_HEADERS = 100
@@ -26,6 +27,8 @@ MAX_HEAD_BYTES = 65_536
 
 MAX_HEADER_BYTES = 8_192
 """Name and value of one header, as proxies have it."""
+
+INVALID_REQUEST = "Invalid HTTP request received."
 
 MAX_PIPELINED = 16
 """Requests sent ahead on one connection."""
@@ -215,21 +218,6 @@ class Gate:
         connection.cut()
 
 
-def is_trusted(address: str, trusted: Sequence[str]) -> bool:
-    """Whether an address is one of the proxies, named by address, network or `*`."""
-    if "*" in trusted or address in trusted:
-        return True
-    try:
-        ip = ipaddress.ip_network(address)
-    except ValueError:
-        return False
-    networks = [each for each in trusted if "/" in each]
-    return any(
-        ip.version == network.version and ip.subnet_of(network)  # type: ignore[arg-type]
-        for network in map(ipaddress.ip_network, networks)
-    )
-
-
 class GuardedConfig(uvicorn.Config):
     """uvicorn's configuration with what `GuardedProtocol` needs besides."""
 
@@ -266,6 +254,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Bytes of answers, at least, since the last look."""
         self._is_in_head = True
         self._head_bytes = 0
+        self._plain_head = b""
+        """Of a request to upgrade: its head without that wish, while the parser reads it."""
         self._received = 0
         """Whole requests so far."""
         self._answered = 0
@@ -303,19 +293,40 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._note_taken()
+        self._unset_keepalive_if_required()
         was_in_head, received = self._is_in_head, self._received
         if not was_in_head:
             self._gate.take(self, len(data))
         elif self._deadline is None and self._received == self._answered:
             self._expect_within(self._limits.head_timeout_s)
-        super().data_received(data)
+        self._feed(data)
         if was_in_head and self._is_in_head and received == self._received:
             # The parser keeps a header to itself until it is whole.
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self.send_400_response("Invalid HTTP request received.")
+                self.send_400_response(INVALID_REQUEST)
         elif self.body_bytes > self._max_wire_bytes:
             self.cut()
+
+    def _feed(self, data: bytes) -> None:
+        """Parse; a request to upgrade is served as it would be without, which HTTP allows.
+
+        The parser stops at the head of such a request and takes what follows for the other
+        protocol. A new one gets the head again without the header, and then what follows.
+        """
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                head, self._plain_head = self._plain_head, b""
+                if not head:  # CONNECT
+                    raise httptools.HttpParserError("no tunnel") from upgrade
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self._feed(head + data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.logger.warning(INVALID_REQUEST)
+            self.send_400_response(INVALID_REQUEST)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -326,15 +337,23 @@ class GuardedProtocol(HttpToolsProtocol):
         head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head > MAX_HEAD_BYTES or len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too much")
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._plain_head = plain_head(self.parser, self.url, self.headers)
+            return
         self._is_in_head = False
         if self._received == self._answered:
             self._expect_within(self._limits.body_timeout_s)
-        self.scope["extensions"] = {RELEASE: {"call": lambda: self._gate.release(self)}}
+        self.scope["extensions"] = {
+            RELEASE: {"call": lambda: self._gate.release(self)},
+            RESERVE_BODY: {"call": self._reserve},
+        }
         if self._gate.is_busy_for(self):
             self.scope["extensions"]["inpaint.busy"] = {}
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self._plain_head:
+            return  # its head only, which is read again
         super().on_message_complete()
         self._is_in_head = True
         self._head_bytes = 0
@@ -344,6 +363,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._gate.work(self)
         else:  # answered before it was whole; uvicorn has no timer now
             self._expect_within(self._limits.head_timeout_s)
+
+    def _reserve(self, size: int) -> bool:
+        """Count so many bytes more as the body's; False where they are too many."""
+        self._gate.take(self, size)
+        return not self._gate.is_busy_for(self)
 
     def on_response_complete(self) -> None:
         self._answered += 1
@@ -412,3 +436,13 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._send_deadline is not None:
             self._send_deadline.cancel()
             self._send_deadline = None
+
+
+def plain_head(
+    parser: httptools.HttpRequestParser, url: bytes, headers: Sequence[tuple[bytes, bytes]]
+) -> bytes:
+    """The head of a request without its wish to upgrade."""
+    version = parser.get_http_version().encode()
+    lines = [b"%s %s HTTP/%s" % (parser.get_method(), url, version)]
+    lines += [b"%s: %s" % header for header in headers if header[0] != b"upgrade"]
+    return b"\r\n".join([*lines, b"", b""])

@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                forwarded_allow_ips=list(settings.forwarded_allow_ips),
+                proxy_headers=False,  # `proxies.py` reads more of them
                 timeout_graceful_shutdown=GRACE_S,
             )
         )

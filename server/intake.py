@@ -28,6 +28,7 @@ from server.errors import (
 )
 from server.idempotency import Idempotency
 from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare, Submitted
+from server.proxies import BASE_URL
 from server.receipts import Intake
 from server.services import Services
 from server.settings import Settings
@@ -96,6 +97,8 @@ def base_url_of(request: Request, settings: Settings) -> str:
     if settings.public_url:
         return settings.public_url.rstrip("/")
     scope, host = request.scope, request.headers.get("host")
+    if BASE_URL in scope:
+        return str(scope[BASE_URL])
     # Else the framework finds one. For this it takes ten times as long.
     base_url = f"{scope['scheme']}://{host}{scope.get('root_path', '')}" if host else ""
     return (base_url or str(request.base_url)).rstrip("/")

@@ -1,5 +1,6 @@
 """What every request passes before and after its endpoint, as plain ASGI middleware.
 
+TrustedProxies   `proxies.py`: who asks, and by which address, where a proxy says so
 RequestContext   id, forgiving path, headers of every answer, one log line
 CrossOrigin      CORS; outside of the next, so that pages can read errors too
 ErrorAnswers     Host header and free room; any exception becomes an answer
@@ -25,6 +26,7 @@ from structlog.contextvars import bind_contextvars, clear_contextvars
 from server.bodies import refuse_many_fields
 from server.errors import InvalidHost, LoopbackOnly, ServerBusy
 from server.metrics import UNKNOWN_ROUTE, Metrics
+from server.proxies import is_allowed
 from server.settings import Settings, is_loopback
 from server.telemetry import get_logger
 
@@ -37,8 +39,6 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 
 KNOWN_HOSTS = 64
 """Of which it is remembered what they mean. A header may have 64 kB."""
-
-HOST = re.compile(r"(?P<name>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?")
 
 ANSWER_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -113,6 +113,7 @@ class CrossOrigin(CORSMiddleware):
             allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
+            allow_private_network=True,
         )
         self._serves_loopback_only = serves_loopback_only
 
@@ -231,21 +232,6 @@ def host_of(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
-
-
-@functools.lru_cache(KNOWN_HOSTS)
-def is_allowed(host: bytes, allowed: tuple[str, ...]) -> bool:
-    """Whether a Host header is well formed, and one of these names where there are any.
-
-    URLs in answers are made of it.
-    """
-    match = HOST.fullmatch(host.decode("latin-1").lower())
-    if match is None:
-        return False
-    name = match["name"]
-    return not allowed or any(
-        name == each or (each.startswith("*.") and name.endswith(each[1:])) for each in allowed
-    )
 
 
 def request_id_of(scope: Scope) -> str:

@@ -234,7 +234,7 @@ class HttpSettings(Section):
     head_timeout_s: float = Field(default=10, gt=0)
     body_timeout_s: float = Field(default=60, gt=0)
     send_timeout_s: float = Field(default=30, gt=0)
-    keep_alive_s: int = Field(default=5, ge=1)
+    keep_alive_s: int = Field(default=75, ge=1)
     max_connections: int = Field(default=8_000, ge=1)
     max_connections_per_address: int = Field(default=512, ge=1)
     max_buffered_bytes: int = Field(default=512_000_000, ge=1)

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.connections import RESERVE, Gate, is_trusted
+from server.connections import RESERVE, Gate
 from server.http import bind
+from server.proxies import is_trusted
 from server.settings import HttpSettings
 from server.storage import PIECE_BYTES, Storage
 from tests.http_stub import LiveApp, running_app

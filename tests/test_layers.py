@@ -118,8 +118,8 @@ SERVER = {
     "outlook": "job_store jobs",
     "services": "auth background deliveries egress followers job_store keeping metrics outlook"
     " sandbox settings slots storage threads waiters webhooks",
-    "intake": "auth decoder decoders downloads errors idempotency jobs receipts services settings"
-    " slots models.params",
+    "intake": "auth decoder decoders downloads errors idempotency jobs proxies receipts services"
+    " settings slots models.params",
     "holding": "",
     "routes": "auth bodies dialects errors holding intake job_store jobs services settings"
     " models.enhance",
@@ -138,13 +138,16 @@ SERVER = {
     "devices": "telemetry",
     "supervisor": "job_store metrics settings telemetry",
     "app": "auth background database deliveries dialects door egress errors followers holding"
-    " intake janitor job_store keeping keys metrics middleware native_routes outlook routes sandbox"
-    " services settings silence storage telemetry threads waiters wal webhooks models.decoding",
+    " intake janitor job_store keeping keys metrics middleware native_routes outlook proxies routes"
+    " sandbox services settings silence storage telemetry threads waiters wal webhooks"
+    " models.decoding",
     "metrics": "database failures job_store jobs settings",
-    "middleware": "errors metrics settings telemetry",
-    "admin": "connections intake metrics middleware routes services",
-    "connections": "auth bodies settings",
-    "http": "admin connections cores settings supervisor",
+    "proxies": "",
+    "middleware": "bodies errors metrics proxies settings telemetry",
+    "admin": "connections intake metrics proxies routes services",
+    "connections": "auth bodies proxies settings",
+    "watchdog": "telemetry",
+    "http": "admin connections cores settings supervisor watchdog",
     "cluster": "app worker settings",
     "demo": "database job_store settings",
     "cli": "app auth cluster database deliveries demo devices door http job_store"

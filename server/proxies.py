@@ -1,0 +1,154 @@
+"""What a trusted proxy says of the request it passes on: who asks, and by which address.
+
+Read are `X-Forwarded-For`, `-Proto`, `-Host`, `-Port` and `-Prefix`; `Forwarded` (RFC 7239) where a
+proxy sends none of these. Headers of anybody else mean nothing.
+"""
+
+import functools
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+BASE_URL = "inpaint.base_url"
+"""Key of the ASGI scope: scheme, host and prefix under which the client reached the proxy."""
+
+HOST = re.compile(r"(?P<name>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(:(?P<port>[0-9]{1,5}))?")
+"""A well formed Host header, in lower case."""
+
+KNOWN_HOSTS = 64
+"""Of which it is remembered whether they are allowed."""
+
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){1,10}/?")
+SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https", "on": "https"}
+DEFAULT_PORTS = {"http": "80", "https": "443"}
+ELEMENT = re.compile(r'(?:[^,"]|"[^"]*")+')
+PAIR = re.compile(r'([A-Za-z]+)\s*=\s*(?:"([^"]*)"|([^\s;,"]+))')
+
+
+class TrustedProxies:
+    """ASGI: sets client, scheme and base URL of requests that come from these proxies.
+
+    trusted: addresses, networks or `*`. allowed_hosts: as `Settings.allowed_hosts`; a forwarded
+    host that is none of them is ignored.
+    """
+
+    def __init__(
+        self, app: ASGIApp, trusted: Sequence[str], allowed_hosts: Sequence[str] = ()
+    ) -> None:
+        self._app = app
+        self._trusted = trusted
+        self._allowed_hosts = tuple(host.lower() for host in allowed_hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and is_trusted((scope["client"] or ("", 0))[0], self._trusted):
+            self._read(scope)
+        await self._app(scope, receive, send)
+
+    def _read(self, scope: Scope) -> None:
+        told = forwarded_of(scope["headers"])
+        client = client_of(told.get("for", ""), self._trusted)
+        if client is not None:
+            scope["client"] = client, 0
+        scheme = SCHEMES.get(first_of(told.get("proto", "")).lower())
+        if scheme is not None:
+            scope["scheme"] = scheme
+        if told.keys() & {"host", "port", "prefix"}:
+            own = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            host = self._host_of(told, own[0] if own else "", scope["scheme"])
+            if host is not None:
+                prefix = first_of(told.get("prefix", ""))
+                prefix = prefix.rstrip("/") if PREFIX.fullmatch(prefix) else ""
+                scope[BASE_URL] = f"{scope['scheme']}://{host}{prefix}"
+
+    def _host_of(self, told: Mapping[str, str], own: str, scheme: str) -> str | None:
+        """Name and port the client used; None where there is no well formed one."""
+        for each in (first_of(told.get("host", "")), own):
+            match = HOST.fullmatch(each.lower())
+            if match is not None and is_allowed(each.encode(), self._allowed_hosts):
+                break
+        else:
+            return None
+        port = match["port"] or first_of(told.get("port", ""))
+        if not (port.isascii() and port.isdigit() and len(port) <= 5):
+            port = ""
+        return match["name"] if port in ("", DEFAULT_PORTS[scheme]) else f"{match['name']}:{port}"
+
+
+def forwarded_of(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
+    """What the headers say, by `for`, `proto`, `host`, `port` and `prefix`; lists are kept."""
+    told: dict[str, str] = {}
+    standard = ""
+    for name, value in headers:
+        if name.startswith(b"x-forwarded-"):
+            kind, text = name[12:].decode("latin-1"), value.decode("latin-1").strip()
+            told[kind] = f"{told[kind]}, {text}" if kind in told else text
+        elif name == b"forwarded":
+            standard += ("," if standard else "") + value.decode("latin-1")
+    if standard and not told.keys() & {"for", "proto", "host", "port", "prefix"}:
+        for kind, value_of in elements_of(standard):
+            told[kind] = f"{told[kind]}, {value_of}" if kind in told else value_of
+    return told
+
+
+def elements_of(forwarded: str) -> Iterator[tuple[str, str]]:
+    """The pairs of a `Forwarded` header, first hop to last."""
+    for element in ELEMENT.findall(forwarded):
+        for name, quoted, plain in PAIR.findall(element):
+            yield name.lower(), quoted or plain
+
+
+def first_of(value: str) -> str:
+    """The first entry of a list: what the proxy nearest to the client saw."""
+    return value.partition(",")[0].strip()
+
+
+def client_of(chain: str, trusted: Sequence[str]) -> str | None:
+    """The address of the client: the last of the chain that is no trusted proxy.
+
+    Entries before it are the client's own word. Where all are trusted it is the first one.
+    """
+    hops = [address for each in chain.split(",") if (address := plain_host(each.strip()))]
+    if not hops:
+        return None
+    if "*" in trusted:
+        return hops[0]
+    return next((hop for hop in reversed(hops) if not is_trusted(hop, trusted)), hops[0])
+
+
+def plain_host(text: str) -> str:
+    """An address without brackets and port."""
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0] if text.count(":") == 1 else text
+
+
+@functools.lru_cache(KNOWN_HOSTS)
+def is_allowed(host: bytes, allowed: tuple[str, ...]) -> bool:
+    """Whether a Host header is well formed, and one of these names where there are any.
+
+    URLs in answers are made of it.
+    """
+    match = HOST.fullmatch(host.decode("latin-1").lower())
+    if match is None:
+        return False
+    name = match["name"]
+    return not allowed or any(
+        name == each or (each.startswith("*.") and name.endswith(each[1:])) for each in allowed
+    )
+
+
+def is_trusted(address: str, trusted: Sequence[str]) -> bool:
+    """Whether an address or network is one of the proxies, named by address, network or `*`."""
+    if "*" in trusted or address in trusted:
+        return True
+    try:
+        ip = ipaddress.ip_network(address)
+    except ValueError:
+        return False
+    networks = [each for each in trusted if "/" in each]
+    return any(
+        ip.version == network.version and ip.subnet_of(network)  # type: ignore[arg-type]
+        for network in map(ipaddress.ip_network, networks)
+    )
