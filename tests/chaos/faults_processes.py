@@ -11,12 +11,15 @@ from typing import Any
 from server.database import open_engine
 from server.deliveries import RETRY_DELAYS_S
 from server.job_store import LEASE_S, JobStore
+from server.watchdog import EXIT_CODE
+from server.watchdog import STALL_S as LOOP_STALL_S
 from tests.chaos.clients import asking
 from tests.chaos.matrix import Found, fault
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import HUNG_LOAD, FaultKind, Script, Stage
 from tests.chaos.site import (
     SHIFTED_COMMAND_LINE,
+    STOPPABLE_COMMAND_LINE,
     Site,
     expect,
     running_site,
@@ -350,3 +353,22 @@ def power_loss(room: Path) -> Found:
         injected = "SIGKILL of the API and 2 workers at one moment, 6 jobs held or waiting"
         checked = f"ready in {ready_s:.1f} s, all jobs made; {oracle.last_check()}"
         return Found(injected, checked, took_s)
+
+
+@fault("F29", "the event loop stops", within_s=5, is_patient=True)
+def stop_loop(room: Path) -> Found:
+    """The process ends by itself, as it could answer nobody, and is started again from outside."""
+    with running_site(room, launch=STOPPABLE_COMMAND_LINE) as site:
+        oracle = Oracle(site)
+        jobs = [site.accept(webhook=f"{site.host.url}/ok/{number}") for number in range(4)]
+        signal_process(site.pid, signal.SIGUSR1)
+        exit_code, noticed_s = site.wait_for_end(LOOP_STALL_S + 15)
+        expect(exit_code == EXIT_CODE, f"it ended with {exit_code}")
+        told = site.log_events("the event loop has stopped, ending")
+        expect(
+            len(told) == 1 and "never_return" in told[0]["exception"], "no word of where it hung"
+        )
+        recovery_s = site.start()
+        site.ended(*jobs)
+        checked = f"it ended after {noticed_s:.0f} s and said where it hung: {drain(site, oracle)}"
+        return Found("1 main thread that is busy for ever", checked, recovery_s)

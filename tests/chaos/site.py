@@ -92,6 +92,8 @@ def launch_program(*program: str, under: Sequence[str] = ()) -> Launch:
 
 
 COMMAND_LINE = launch_program("server.cli")
+STOPPABLE_COMMAND_LINE = launch_program("tests.chaos.stopped_loop")
+"""The same with an event loop that SIGUSR1 stops."""
 PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 """Before a command: what is mounted for it later is mounted for it alone."""
 SHIFTED_COMMAND_LINE = launch_program("tests.chaos.shifted_clock")
@@ -183,6 +185,12 @@ class Site:
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(within_s)
+
+    def wait_for_end(self, within_s: float) -> tuple[int, float]:
+        """Of the API process by itself: exit status and seconds."""
+        assert self._process is not None
+        started = time.monotonic()
+        return self._process.wait(within_s), time.monotonic() - started
 
     def kill(self) -> None:
         """SIGKILL to the API process; its workers see that it is gone."""
