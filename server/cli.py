@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from server.settings import SHARED_FIGURES, Settings, load_settings
+from server.terminal import printable
 
 SHARED_FLAGS = ("config", "data_dir", "model")
 """Flags that `serve` passes on to its children."""
@@ -28,10 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except ValidationError as error:
         for each in error.errors():
-            print(f"error: {'.'.join(map(str, each['loc']))} {each['msg']}", file=sys.stderr)  # noqa: T201
+            sentence = f"{'.'.join(map(str, each['loc']))} {each['msg']}"
+            print(f"error: {printable(sentence)}", file=sys.stderr)  # noqa: T201
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - before logging is set up
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201 - before logging is set up
         return 2
     return status
 
@@ -337,7 +339,8 @@ def list_webhooks(options: argparse.Namespace) -> int:
     for each in store.list_of(None, state=state, limit=options.limit):
         last = each.attempts[-1][1] if each.attempts else None
         outcome = "not tried" if last is None else f"{last.status or ''} {last.outcome}".strip()
-        print(each.job_id, each.state, len(each.attempts), outcome, each.url, sep="\t")  # noqa: T201
+        url = printable(each.url)
+        print(each.job_id, each.state, len(each.attempts), printable(outcome), url, sep="\t")  # noqa: T201
     return 0
 
 

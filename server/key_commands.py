@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from server.database import migrate, open_engine
 from server.keys import KeyLimits, KeyStore, StoredKey
 from server.settings import Settings
+from server.terminal import printable
 
 COLUMNS = ("id", "name", "key", "state", "created", "expires", "limits")
 
@@ -64,13 +65,14 @@ def list_keys(store: KeyStore, _options: argparse.Namespace) -> int:
     """One line a key, its columns between tabs."""
     now = time.time()
     for line in [COLUMNS, *(row_of(key, now) for key in store.list_keys())]:
-        print("\t".join(line))  # noqa: T201 - the command's output
+        print("\t".join(map(printable, line)))  # noqa: T201 - the command's output
     return 0
 
 
 def show(key: str, stored: StoredKey) -> None:
     """The one time a key is seen."""
-    print(f"{stored.name}, id {stored.key_id}; it is not shown again:", file=sys.stderr)  # noqa: T201
+    name = printable(stored.name)
+    print(f"{name}, id {stored.key_id}; it is not shown again:", file=sys.stderr)  # noqa: T201
     print(key)  # noqa: T201 - the command's output
 
 

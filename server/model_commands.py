@@ -17,6 +17,7 @@ from models.registry import (
     read_catalog,
 )
 from server.settings import Settings
+from server.terminal import printable
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
@@ -35,14 +36,14 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 def list_models(catalog: dict[str, ModelSpec]) -> int:
     """Print each model's id and where it comes from."""
     for spec in catalog.values():
-        print(f"{spec.id}\t{spec.source}")  # noqa: T201 - the command's output
+        print(f"{printable(spec.id)}\t{printable(spec.source)}")  # noqa: T201 - the command's output
     return 0
 
 
 def get(spec: ModelSpec, settings: Settings) -> int:
     """Get a model as the hub has it now, and take it for the right one."""
     for source in download(spec):
-        print(f"{source} is here", file=sys.stderr)  # noqa: T201
+        print(f"{printable(source)} is here", file=sys.stderr)  # noqa: T201
     return trust(spec, settings)
 
 
@@ -65,7 +66,7 @@ def verify(spec: ModelSpec, settings: Settings) -> int:
         )
     found = {name: digests[str(path)] for name, path in files.items()}
     for name, digest in found.items():
-        print(f"{digest}  {name}")  # noqa: T201 - the command's output, as sha256sum's
+        print(f"{digest}  {printable(name)}")  # noqa: T201 - the command's output, as sha256sum's
     check_downloads(found, files)
     check_files(spec.id, found, manifest_path(settings.data_dir, spec.id), pinned_digests(spec))
     return 0

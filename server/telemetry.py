@@ -16,6 +16,8 @@ from typing import Any
 
 import structlog
 
+from server.terminal import printable
+
 FIELDS = frozenset(
     "event level timestamp logger exception action request_id method path status duration_ms url "
     "job_id job_ids worker_id device model state detail count pid exit_code delay_s seconds "
@@ -132,6 +134,20 @@ def to_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
     return encode(event)
 
 
+def make_printable(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """structlog processor before the one that writes for a terminal. JSON escapes by itself."""
+    return {
+        name: "\n".join(map(printable, value.split("\n")))
+        if name == "exception"  # whose lines are its own
+        else printable(value)
+        if isinstance(value, str)
+        else value
+        for name, value in event.items()
+    }
+
+
 class Lines(structlog.WriteLogger):
     """Writes lines, or drops them: a full disk under the log fails no request."""
 
@@ -157,14 +173,14 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
         keep_listed_fields,
         _redaction,
     ]
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else to_json
+    renderers: list[structlog.typing.Processor] = (
+        [make_printable, structlog.dev.ConsoleRenderer()] if sys.stderr.isatty() else [to_json]
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     root = logging.getLogger()
@@ -175,7 +191,7 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
     logging.getLogger("asyncio").filters[:] = [Repeats()]
     structlog.configure(
         # Past `logging`, whose records take as long again as all of this.
-        processors=[*shared, renderer],
+        processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_names: Lines(sys.stderr),
         cache_logger_on_first_use=True,

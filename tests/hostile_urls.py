@@ -31,6 +31,27 @@ DISGUISED = """
 """.split()
 """IPv4 addresses of every class that is denied, to be written in many ways."""
 
+URLS_OF_TWO_READINGS = [
+    "http://user:secret@x/hook",
+    "http://user@x/hook",
+    "http://x/\r\nX-Header: y",
+    "http://x/\x1b[2J",
+    "http://x/a\tb",
+    "http://x/\x00",
+    "http://x/\x7f",
+    "http://x/\x9b31m",
+    "http://x/\u202egnp",
+    "http://x/\u2028y",
+    "http://x/a b",
+    "http://x\\@y/",
+    "http://x%2ey/",
+    "http://x:0/",
+    "http://x:65536/",
+    "http://xn--a/",
+    "http:///hook",
+]
+"""Texts that parsers read in different ways, or that steer what shows them."""
+
 FULL_WIDTH = str.maketrans("0123456789.", "０１２３４５６７８９．")
 CIRCLED = str.maketrans("0123456789", "⓪①②③④⑤⑥⑦⑧⑨")
 

@@ -63,11 +63,13 @@ MODELS = {
 SERVER = {
     "settings": "models.enhance",
     "errors": "",
-    "telemetry": "",
+    "telemetry": "terminal",
+    "terminal": "",
     "limits": "",
     "keys": "database",
-    "key_commands": "database keys settings",
-    "model_commands": "settings models.errors models.fingerprint models.manifests models.registry",
+    "key_commands": "database keys settings terminal",
+    "model_commands": "settings terminal models.errors models.fingerprint models.manifests"
+    " models.registry",
     "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
@@ -110,7 +112,7 @@ SERVER = {
     "waiters": "changes job_store jobs telemetry",
     "followers": "changes errors job_store jobs telemetry",
     "bodies": "errors",
-    "dialects": "deliveries downloads errors failures idempotency jobs receipts settings"
+    "dialects": "addresses deliveries downloads errors failures idempotency jobs receipts settings"
     " models.enhance models.errors models.params",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
@@ -151,7 +153,7 @@ SERVER = {
     "cluster": "app worker settings",
     "demo": "database job_store settings",
     "cli": "app auth cluster database deliveries demo devices door http job_store"
-    " key_commands keys model_commands settings supervisor telemetry webhooks worker"
+    " key_commands keys model_commands settings supervisor telemetry terminal webhooks worker"
     " models.errors",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
@@ -362,7 +364,8 @@ def test_commands_import_what_they_need_themselves() -> None:
     at_top = {each.module for each in imports_of(REPOSITORY / "server/cli.py") if each.is_at_top}
 
     assert {module for module in at_top if module.startswith(("models", "server"))} == {
-        "server.settings"
+        "server.settings",
+        "server.terminal",
     }
 
 

@@ -22,6 +22,7 @@ from server.errors import (
     RouteNotFound,
     TooManyStreams,
 )
+from tests.hostile_urls import URLS_OF_TWO_READINGS
 
 LEAST = {"prompt": "a cat", "init_image": "http://x/a.png", "mask_image": "http://x/b.png"}
 
@@ -115,6 +116,7 @@ def test_ends_of_each_range(name: str) -> None:
         ("scheduler", "Euler", FieldProblem.NOT_A_CHOICE),
         ("webhook", "ftp://x/hook", FieldProblem.NOT_A_URL),
         ("webhook", "/hook", FieldProblem.NOT_A_URL),
+        *[("webhook", url, FieldProblem.NOT_A_URL) for url in URLS_OF_TWO_READINGS],
         ("webhook", "http://x/" + "a" * 2_048, FieldProblem.TOO_LONG),
         ("track_id", ["x"], FieldProblem.WRONG_TYPE),
         ("track_id", "x" * 1_025, FieldProblem.TOO_LONG),

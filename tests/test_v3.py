@@ -31,6 +31,7 @@ from server.errors import (
 )
 from server.jobs import Job, JobState
 from server.settings import ErrorStatus, StepsPolicy
+from tests.hostile_urls import URLS_OF_TWO_READINGS
 
 POLICY = v3.ReadingPolicy(StepsPolicy.VENDOR, False, Enhancement("and more", "and less"))
 INIT = "https://x.example/init.png"
@@ -244,6 +245,7 @@ class TestFieldErrors:
             ("negative_prompt", [{}], "The negative prompt must be a string."),
             ("init_image", [5, ["a"]], "The init image must be a URL, base64 or a file."),
             ("webhook", ["ftp://x", "x", 5], "The webhook must be a valid URL."),
+            ("webhook", URLS_OF_TWO_READINGS, "The webhook must be a valid URL."),
             ("track_id", [["x"], {}, b"x"], "The track id must be a string or a number."),
             (
                 "track_id",

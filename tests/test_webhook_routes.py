@@ -17,6 +17,7 @@ from server.deliveries import DeliveryStore
 from server.job_store import JobStore
 from server.settings import Settings
 from server.webhooks import PINGS_PER_MINUTE
+from tests.hostile_urls import URLS_OF_TWO_READINGS
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY as V3_BODY
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
@@ -139,9 +140,7 @@ def test_nobody_is_told_why_a_ping_had_no_answer(tmp_path: Path) -> None:
                 "http://10.0.0.1/",
                 url.replace("127.0.0.1", "0.0.0.0"),
                 f"http://{'a' * 64}.invalid/",
-                "http://user:secret@127.0.0.1/",
                 "http://127.0.0.1:1/",
-                "http://xn--a/",
                 f"http://127.0.0.1:{silent.getsockname()[1]}/",
             )
         ]
@@ -185,6 +184,7 @@ def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx.Client) -> None:
     [
         ({}, "required"),
         ({"url": "x"}, "not_a_url"),
+        *[({"url": url}, "not_a_url") for url in URLS_OF_TWO_READINGS],
         ({"url": "http://x/" + "a" * 2_048}, "too_long"),
         ({"url": "http://x/", "key": "one"}, "unknown_field"),
     ],

@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from models.params import RANGES, SIZE_MULTIPLE, Range, SchedulerName
+from server.addresses import MAX_URL_CHARS, Refused, checked_url
 from server.downloads import ImageSource
 
 TRUE_WORDS = ("yes", "true", "1", "on")
@@ -136,7 +136,7 @@ class FieldReader:
 
     def web_address(self, name: str, *, https_only: bool = False) -> str | None:
         """An http or https URL, or the latter alone."""
-        url = self.text(name, max_chars=2_048)
+        url = self.text(name, max_chars=MAX_URL_CHARS)
         if url is not None and not is_web_address(url):
             self._refuse(name, "must be a valid URL.")
             return None
@@ -165,17 +165,20 @@ class FieldReader:
 
 
 def is_web_address(url: str) -> bool:
-    """True for an absolute http or https URL with a host, and a port that can be one."""
+    """Whether a webhook's sender would take the URL's form.
+
+    The form alone is judged, never the address: an answer says nothing of any network.
+    """
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        checked_url(url)
+    except Refused:
         return False
+    return True
 
 
 def is_https(url: str) -> bool:
     """Of what `is_web_address` holds for."""
-    return urlsplit(url).scheme == "https"
+    return checked_url(url).scheme == "https"
 
 
 def to_number(value: Any) -> float | None:

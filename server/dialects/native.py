@@ -33,13 +33,13 @@ from models.params import (
     InpaintParams,
     SchedulerName,
 )
+from server.addresses import MAX_URL_CHARS
 from server.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.downloads import ImageSource
 from server.errors import InvalidBody, InvalidRequest, JobNotFound
 from server.idempotency import Idempotency
 
 DIALECT = "native"
-MAX_URL_CHARS = 2_048
 MAX_REPORTED_FIELDS = 50
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 """Visible ASCII, as in a header of one word."""
@@ -72,7 +72,7 @@ SENTENCES = {
     FieldProblem.TOO_LONG: "is too long",
     FieldProblem.EMPTY: "must not be empty",
     FieldProblem.NOT_A_CHOICE: "is none of the allowed values",
-    FieldProblem.NOT_A_URL: "must be an absolute http or https URL",
+    FieldProblem.NOT_A_URL: "must be an absolute http or https URL, without a user name",
     FieldProblem.NOT_HTTPS: "must be an https URL",
     FieldProblem.NOT_A_KEY: "must be 1 to 255 visible ASCII characters",
     FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
