@@ -340,20 +340,27 @@ def list_webhooks(options: argparse.Namespace) -> int:
         last = each.attempts[-1][1] if each.attempts else None
         outcome = "not tried" if last is None else f"{last.status or ''} {last.outcome}".strip()
         url = printable(each.url)
-        print(each.job_id, each.state, len(each.attempts), printable(outcome), url, sep="\t")  # noqa: T201
+        print(each.job_id, each.state, each.attempts_total, printable(outcome), url, sep="\t")  # noqa: T201
     return 0
 
 
 def redeliver_webhooks(options: argparse.Namespace) -> int:
-    """Mark calls as due; a running server makes them within a second. 1 where a job has none."""
+    """Mark calls as due; a running server makes them within a second. 1 where one cannot be."""
     from server.database import open_engine
     from server.deliveries import DeliveryStore
+    from server.dialects.native_problems import CONFLICTS
+    from server.errors import Conflict
 
     store = DeliveryStore(open_engine(settings_of(options).sqlalchemy_url))
-    without = [job_id for job_id in options.job_ids if not store.redeliver(job_id)]
-    for job_id in without:
-        print(f"error: job {job_id} has no webhook call", file=sys.stderr)  # noqa: T201
-    return 1 if without else 0
+    status = 0
+    for job_id in options.job_ids:
+        try:
+            store.redeliver(job_id)
+        except Conflict as error:
+            _, sentence = CONFLICTS[error.kind]
+            print(f"error: job {job_id}: {sentence}", file=sys.stderr)  # noqa: T201
+            status = 1
+    return status
 
 
 def ping_webhook(options: argparse.Namespace) -> int:

@@ -11,11 +11,13 @@ Due times are compared with a `SharedClock`. A call that was never tried is due 
 one that is due later than any schedule says was written by a clock that has jumped, and is due now.
 """
 
+import itertools
 import random
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 from urllib.parse import urlsplit
 
 from sqlalchemy import (
@@ -23,8 +25,10 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Row,
     bindparam,
     case,
+    delete,
     exists,
     func,
     insert,
@@ -36,15 +40,23 @@ from sqlalchemy import (
 from server.clocks import SharedClock
 from server.commits import GroupCommit, each
 from server.database import deliveries, delivery_attempts, jobs, read_only
+from server.errors import Conflict, ConflictKind
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """After the first try, the second, …: ten tries over about three days."""
 
 JITTER = 0.2
 MAX_AGE_S = sum(RETRY_DELAYS_S) * (1 + JITTER)
-"""After which a call to a host that always fails is given up, tries left or not."""
+"""From the job's end: after that a call to a host that always fails is given up, tries left or not,
+and a call that is still pending keeps neither the job's pictures nor its row."""
 MAX_RETRY_AFTER_S = 86_400.0
 LONGEST_DELAY_S = max(RETRY_DELAYS_S[-1] * (1 + JITTER), MAX_RETRY_AFTER_S)
+
+LISTED_ATTEMPTS = 20
+"""Tries of a call that are answered, the last ones."""
+
+KEPT_ATTEMPTS = 100
+"""Rows of a call's tries: it may be made again for as long as its job's row stands."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -65,6 +77,10 @@ class DeliveryState(StrEnum):
 
 # What every call needs is built once: building costs more than running.
 NOTE = insert(delivery_attempts)
+FORGET = delete(delivery_attempts).where(
+    delivery_attempts.c.delivery_id == bindparam("held_id"),
+    delivery_attempts.c.attempt <= bindparam("last_forgotten"),
+)
 FOLLOW = (
     update(deliveries)
     .where(
@@ -124,7 +140,8 @@ class Attempt:
 class DeliveryStatus:
     """A webhook call as an owner or operator sees it.
 
-    due_at: of the next try of a pending one. attempts: each with its number, first to last.
+    due_at: of the next try of a pending one. attempts: the last tries, each with its number, first
+    to last. attempts_total: tries begun so far, whether or not their sender lived to note them.
     """
 
     id: str
@@ -134,6 +151,7 @@ class DeliveryStatus:
     state: DeliveryState
     due_at: float
     attempts: tuple[tuple[int, Attempt], ...]
+    attempts_total: int
 
 
 class DeliveryStore:
@@ -183,11 +201,13 @@ class DeliveryStore:
             )
         return changed.rowcount
 
-    def redeliver(self, job_id: int) -> bool:
-        """Make a job's call again at once, under the same id; False where it has none.
+    def redeliver(self, job_id: int) -> None:
+        """Make a job's call again at once, under the same id.
 
         One that was given up gets one more try, one that is pending its next one now. One that is
-        being made at this moment is left to its sender.
+        being made at this moment is left to its sender. Its age stays that of the job's end.
+        Raises: Conflict where the job has no call, or its pictures have been removed: receivers
+        know the call by its id, and it cannot name the pictures any more.
         """
         now = self._clock()
         is_told = exists().where(
@@ -201,16 +221,19 @@ class DeliveryStore:
             & ~is_told
         )
         with self._engine.begin() as connection:
+            expired_at = connection.scalar(select(jobs.c.expired_at).where(jobs.c.id == job_id))
+            if expired_at is not None:
+                raise Conflict(ConflictKind.PICTURES_EXPIRED)
             changed = connection.execute(
                 update(deliveries)
                 .where(deliveries.c.job_id == job_id)
                 .values(
                     state=DeliveryState.PENDING,
                     due_at=case((is_under_way, deliveries.c.due_at), else_=AT_ONCE),
-                    created_at=now,
                 )
             )
-        return changed.rowcount > 0
+            if not changed.rowcount:
+                raise Conflict(ConflictKind.NO_DELIVERY)
 
     def of_job(self, job_id: int) -> list[DeliveryStatus]:
         """A job's webhook calls: one at most, and none before it has ended."""
@@ -235,33 +258,37 @@ class DeliveryStore:
         return self._statuses(which, limit)
 
     def _statuses(self, which: ColumnElement[bool], limit: int) -> list[DeliveryStatus]:
-        query = select(deliveries).where(which).order_by(deliveries.c.job_id.desc()).limit(limit)
+        call = (
+            select(deliveries).where(which).order_by(deliveries.c.job_id.desc()).limit(limit).cte()
+        )
+        each_try = delivery_attempts.c
+        newness = func.row_number().over(
+            partition_by=each_try.delivery_id, order_by=each_try.attempt.desc()
+        )
+        # Joined here too, so that the tries of these calls alone are ranked.
+        ranked = (
+            select(delivery_attempts, newness.label("newness"))
+            .join(call, call.c.id == each_try.delivery_id)
+            .subquery()
+        )
+        is_listed = (ranked.c.delivery_id == call.c.id) & (ranked.c.newness <= LISTED_ATTEMPTS)
+        query = (
+            select(
+                call,
+                ranked.c.attempt.label("number"),
+                ranked.c.started_at,
+                ranked.c.duration_s,
+                ranked.c.status,
+                ranked.c.outcome,
+            )
+            .outerjoin(ranked, is_listed)
+            .order_by(call.c.job_id.desc(), call.c.id, ranked.c.attempt)
+        )
         with read_only(self._engine) as connection:
             rows = connection.execute(query).all()
-            tries = connection.execute(
-                select(delivery_attempts)
-                .where(delivery_attempts.c.delivery_id.in_([row.id for row in rows]))
-                .order_by(delivery_attempts.c.attempt)
-            ).all()
-        return [
-            DeliveryStatus(
-                id=row.id,
-                job_id=row.job_id,
-                url=row.url,
-                host=row.host,
-                state=DeliveryState(row.state),
-                due_at=row.due_at or row.created_at,
-                attempts=tuple(
-                    (
-                        each.attempt,
-                        Attempt(each.started_at, each.duration_s, each.status, each.outcome),
-                    )
-                    for each in tries
-                    if each.delivery_id == row.id
-                ),
-            )
-            for row in rows
-        ]
+        by_call = itertools.groupby(rows, key=lambda row: row.id)
+        now = self._clock()
+        return [to_status(list(tries), now) for _, tries in by_call]
 
     def _claim(self, which: ColumnElement[bool], limit: int, per_host: int) -> list[Delivery]:
         now = self._clock()
@@ -331,6 +358,9 @@ class DeliveryStore:
             "due": self._clock() + self._delay_s(delivery, attempt),
         }
         connection.execute(NOTE, tried)
+        if delivery.attempt > KEPT_ATTEMPTS:
+            forgotten = delivery.attempt - KEPT_ATTEMPTS
+            connection.execute(FORGET, {"held_id": delivery.id, "last_forgotten": forgotten})
         connection.execute(FOLLOW, follows)
         return state
 
@@ -345,6 +375,25 @@ class DeliveryStore:
         index = min(delivery.attempt, len(RETRY_DELAYS_S)) - 1
         scheduled = RETRY_DELAYS_S[index] * self._jitter.uniform(1 - JITTER, 1 + JITTER)
         return max(scheduled, min(attempt.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
+
+
+def to_status(rows: Sequence[Row[Any]], now: float) -> DeliveryStatus:
+    """A call from its rows, one for each listed try; a row without one where there was none."""
+    call = rows[0]
+    return DeliveryStatus(
+        id=call.id,
+        job_id=call.job_id,
+        url=call.url,
+        host=call.host,
+        state=DeliveryState(call.state),
+        due_at=call.due_at or now,
+        attempts=tuple(
+            (row.number, Attempt(row.started_at, row.duration_s, row.status, row.outcome))
+            for row in rows
+            if row.number is not None
+        ),
+        attempts_total=call.attempt,
+    )
 
 
 def queue_delivery(connection: Connection, job_id: int, key_id: str, url: str, now: float) -> None:

@@ -135,6 +135,8 @@ class ConflictKind(StrEnum):
     """It cannot be cancelled any more."""
     NO_DELIVERY = "no_delivery"
     """There is no webhook call to make again: the job has none, or has not ended."""
+    PICTURES_EXPIRED = "pictures_expired"
+    """Its webhook call cannot be made again: its pictures have been removed."""
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     """The key came before, with another body."""
 

@@ -6,8 +6,9 @@
     previews of ended jobs        at once, likewise
     files that belong to no job   after a day
 
-A job whose webhook is not delivered yet keeps its row and its pictures. Several janitors may work
-at once: each removal can be made again without harm.
+A job whose webhook is not delivered yet keeps its row and its pictures, but no longer than the
+webhook's schedule lasts after the job's end. Several janitors may work at once: each removal can be
+made again without harm.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from sqlalchemy import ColumnElement, Engine, delete, exists, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.database import deliveries, jobs, read_only
-from server.deliveries import DeliveryState
+from server.deliveries import MAX_AGE_S, DeliveryState
 from server.errors import StorageUnavailable
 from server.jobs import INPUT_FOLDER, OUTPUT_FOLDER, PREVIEW_FOLDER, JobState, output_keys_of
 from server.settings import RetentionSettings
@@ -130,7 +131,7 @@ class Janitor:
                 jobs.c.state == JobState.FINISHED,
                 jobs.c.expired_at.is_(None),
                 jobs.c.finished_at < self._clock() - self._settings.outputs_h * HOUR_S,
-                ~_has_pending_delivery(),
+                ~self._has_pending_delivery(),
             )
             .order_by(jobs.c.finished_at)
             .limit(self._batch)
@@ -150,6 +151,11 @@ class Janitor:
                 self._storage.delete(key)
         return len(rows)
 
+    def _has_pending_delivery(self) -> ColumnElement[bool]:
+        is_pending = deliveries.c.state == DeliveryState.PENDING
+        is_on_schedule = jobs.c.finished_at > self._clock() - MAX_AGE_S
+        return is_on_schedule & exists().where(deliveries.c.job_id == jobs.c.id, is_pending)
+
     def _delete_batch(self) -> int:
         """Rows of ended jobs; those of finished ones only when their pictures are gone."""
         is_finished = jobs.c.state == JobState.FINISHED
@@ -158,7 +164,7 @@ class Janitor:
             .where(
                 jobs.c.finished_at < self._clock() - self._settings.rows_h * HOUR_S,
                 ~is_finished | jobs.c.expired_at.is_not(None),
-                ~_has_pending_delivery(),
+                ~self._has_pending_delivery(),
             )
             .order_by(jobs.c.finished_at)
             .limit(self._batch)
@@ -216,8 +222,3 @@ class Janitor:
 def prefix_of(key: str) -> str:
     """The `file_prefix` in the storage key of an input or a picture."""
     return key.rpartition("/")[2][:UUID_LENGTH]
-
-
-def _has_pending_delivery() -> ColumnElement[bool]:
-    pending = deliveries.c.state == DeliveryState.PENDING
-    return exists().where(deliveries.c.job_id == jobs.c.id, pending)

@@ -227,9 +227,12 @@ async def list_deliveries_of_job(services: ServicesOf, job: JobOf) -> DeliveryLi
     "/api/jobs/{job_id}/deliveries/redeliver", status_code=202, responses=declare(404, 409)
 )
 async def redeliver(services: ServicesOf, job: JobOf) -> DeliveryList:
-    """Make the job's webhook call again now, delivered or given up, with the same `webhook-id`."""
-    if not await services.in_store_thread(services.deliveries.redeliver, job.id):
-        raise Conflict(ConflictKind.NO_DELIVERY)
+    """Make the job's webhook call again now, delivered or given up, with the same `webhook-id`.
+
+    Not once its pictures have been removed. 30 a minute, pings included.
+    """
+    services.webhooks.count_asked_call(job.key_id)
+    await services.in_store_thread(services.deliveries.redeliver, job.id)
     return await tell_deliveries(services, job)
 
 
@@ -261,7 +264,7 @@ async def list_deliveries(
 async def ping(request: Request, services: ServicesOf, caller: CallerOf) -> PingAnswer:
     """Send a signed test event to a URL, as a webhook would be sent, and tell what came back.
 
-    30 a minute. Why there was no answer is not told: it is in the server's log.
+    30 a minute, redeliveries included. Why there was no answer is not told: it is in the log.
     """
     body = await read_json(request, services.settings.max_body_bytes)
     url = native.read_ping(body, https_only=services.settings.webhook.https_only)

@@ -49,8 +49,8 @@ CALLS_PER_HOST = 4
 """Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
 the others."""
 
-PINGS_PER_MINUTE = 30
-"""Of one key."""
+ASKED_CALLS_PER_MINUTE = 30
+"""Pings and redeliveries together, of one key."""
 PING_PLACES, PING_PLACES_PER_KEY = 16, 4
 """Pings under way at a time."""
 
@@ -146,7 +146,7 @@ class WebhookSender:
         self._calls: Counter[str] = Counter()
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
-        self._pings = TokenBuckets()
+        self._asked_calls = TokenBuckets()
         self._ping_places = Slots(PING_PLACES, PING_PLACES_PER_KEY)
         self._has_ended = asyncio.Event()
         self._threads: Threads
@@ -176,11 +176,18 @@ class WebhookSender:
 
     async def ping(self, url: str, rights: Rights) -> tuple[str, Attempt]:
         """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
-        wait_s = self._pings.take(rights.key_id, PINGS_PER_MINUTE)
-        if wait_s is not None:
-            raise RateLimited(wait_s, PINGS_PER_MINUTE)
+        self.count_asked_call(rights.key_id)
         async with self._ping_places.taken_by(rights.key_id):
             return await self._caller.ping(url, rights)
+
+    def count_asked_call(self, key_id: str) -> None:
+        """Note a call that a key asks for by itself, beside those of its jobs' ends.
+
+        Raises: RateLimited.
+        """
+        wait_s = self._asked_calls.take(key_id, ASKED_CALLS_PER_MINUTE)
+        if wait_s is not None:
+            raise RateLimited(wait_s, ASKED_CALLS_PER_MINUTE)
 
     @property
     def held_hosts(self) -> list[str]:
@@ -212,6 +219,8 @@ class WebhookSender:
     async def _deliver(self, delivery: Delivery) -> None:
         try:
             attempt = await self._attempt(delivery)
+            if attempt is None:
+                return
             state = await self._threads.call(self._deliveries.record, delivery, attempt)
             await self._judge_host(delivery.host, attempt)
             logger.info(
@@ -243,7 +252,8 @@ class WebhookSender:
             given_up = await self._threads.call(self._deliveries.give_up, host)
             logger.warning("webhook host is held", detail=host, count=given_up)
 
-    async def _attempt(self, delivery: Delivery) -> Attempt:
+    async def _attempt(self, delivery: Delivery) -> Attempt | None:
+        """None where the job's row has been removed, and its calls with it."""
         started_at = time.time()
         try:
             return await self._call(delivery)
@@ -252,10 +262,12 @@ class WebhookSender:
             logger.exception("webhook call cannot be made", job_id=delivery.job_id)
             return Attempt(started_at, time.time() - started_at, None, NOT_MADE)
 
-    async def _call(self, delivery: Delivery) -> Attempt:
+    async def _call(self, delivery: Delivery) -> Attempt | None:
         job = await self._threads.call(self._jobs.get, delivery.job_id)
-        body, rights = (write_body(job), self._rights_of(job.key_id)) if job else ({}, OPERATOR)
-        return await self._caller.send(delivery.url, delivery.id, body, rights)
+        if job is None:
+            return None
+        rights = self._rights_of(job.key_id)
+        return await self._caller.send(delivery.url, delivery.id, write_body(job), rights)
 
 
 def outcome_of(error: Exception) -> str:

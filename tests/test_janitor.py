@@ -8,15 +8,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, insert, select
 
 from server.database import deliveries, jobs
-from server.deliveries import Attempt, DeliveryStore
-from server.dialects import v3
-from server.errors import StorageUnavailable
+from server.deliveries import MAX_AGE_S, Attempt, DeliveryStore
+from server.errors import Conflict, ConflictKind, StorageUnavailable
 from server.janitor import HOUR_S, ORPHAN_S, Janitor, Removed
 from server.job_store import JobStore
 from server.jobs import Job, JobState
@@ -128,16 +126,33 @@ def test_live_jobs_stay_however_old(house: House) -> None:
 
 def test_job_with_a_pending_webhook_stays_whole(house: House, engine: Engine) -> None:
     job = house.finish(webhook="http://x/hook")
-    house.pass_hours(1_000)
+    house.pass_hours(MAX_AGE_S / HOUR_S - 0.1)
     assert house.janitor.tidy() == house.janitor.sweep() == Removed()
     assert house.files() == {*job.output_keys}
     sender = DeliveryStore(engine, clock=house.clock)
     (delivery,) = sender.claim_due(1)
     sender.record(delivery, DELIVERED)
-    assert house.janitor.tidy() == Removed(outputs=1, rows=1)
+    assert house.janitor.tidy() == Removed(outputs=1)
+    house.pass_hours(100)
+    assert house.janitor.tidy() == Removed(rows=1)
     with engine.connect() as connection:
         count = select(func.count()).select_from(deliveries)
         assert connection.scalar(count) == 0, "its history goes with it"
+
+
+def test_pending_webhook_keeps_nothing_beyond_its_schedule(house: House, engine: Engine) -> None:
+    """Of a host that is dead or held; redelivering it does not make it younger."""
+    house.finish(webhook="http://x/hook")
+    sender = DeliveryStore(engine, clock=house.clock)
+    (delivery,) = sender.claim_due(1)
+    house.pass_hours(MAX_AGE_S / HOUR_S - 0.1)
+    sender.redeliver(delivery.job_id)
+    assert house.janitor.tidy() == Removed()
+    house.pass_hours(0.2)
+    assert house.janitor.tidy() == Removed(outputs=1)
+    assert house.files() == set()
+    house.pass_hours(100)
+    assert house.janitor.tidy() == Removed(rows=1)
 
 
 @pytest.mark.parametrize("verb", ["fail", "cancel", "lose"])
@@ -272,22 +287,23 @@ class HastyStorage(Storage):
         super().delete(key)
 
 
-def test_webhook_made_again_during_expiry_names_no_pictures(house: House, engine: Engine) -> None:
+def test_webhook_is_not_made_again_during_expiry(house: House, engine: Engine) -> None:
     job = house.finish(webhook="http://x/hook")
     sender = DeliveryStore(engine, clock=house.clock)
     (delivery,) = sender.claim_due(1)
     sender.record(delivery, DELIVERED)
     house.pass_hours(11)
     storage = HastyStorage(house.folder.as_uri())
-    told: list[dict[str, Any]] = []
+    told: list[ConflictKind] = []
 
     def make_again() -> None:
-        assert sender.redeliver(job.id)
-        told.append(v3.write_webhook(get(house.store, job.id)))
+        with pytest.raises(Conflict) as refused:
+            sender.redeliver(job.id)
+        told.append(refused.value.kind)
 
     storage.meanwhile = make_again
     assert Janitor(engine, storage, SETTINGS, house.clock).tidy() == Removed(outputs=1)
-    assert [(each["status"], each.get("output")) for each in told] == [("failed", None)]
+    assert told == [ConflictKind.PICTURES_EXPIRED]
     assert house.files() == set()
 
 

@@ -91,7 +91,7 @@ SERVER = {
     "sandbox": "decoder decoders errors slots talks models.decoding",
     "wal": "database",
     "clocks": "database",
-    "deliveries": "clocks commits database",
+    "deliveries": "clocks commits database errors",
     "failures": "",
     "receipts": "",
     "idempotency": "database errors",
@@ -152,7 +152,7 @@ SERVER = {
     "http": "admin connections cores settings supervisor watchdog",
     "cluster": "app worker settings",
     "demo": "database job_store settings",
-    "cli": "app auth cluster database deliveries demo devices door http job_store"
+    "cli": "app auth cluster database deliveries demo devices dialects door errors http job_store"
     " key_commands keys model_commands settings supervisor telemetry terminal webhooks worker"
     " models.errors",
 }

@@ -9,14 +9,17 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import update
 from svix.webhooks import Webhook
 
 from server.cli import main
-from server.database import open_engine
+from server.database import jobs, open_engine
 from server.deliveries import DeliveryStore
+from server.janitor import Janitor
 from server.job_store import JobStore
-from server.settings import Settings
-from server.webhooks import PINGS_PER_MINUTE
+from server.settings import RetentionSettings, Settings
+from server.storage import Storage
+from server.webhooks import ASKED_CALLS_PER_MINUTE
 from tests.hostile_urls import URLS_OF_TWO_READINGS
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY as V3_BODY
@@ -170,13 +173,43 @@ def test_owner_of_a_delivery_is_not_told_why_there_was_no_answer(
 
 def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx.Client) -> None:
     body = {"url": "http://127.0.0.1:1/"}
-    for _ in range(20 * PINGS_PER_MINUTE):  # tokens come back meanwhile
+    for _ in range(20 * ASKED_CALLS_PER_MINUTE):  # tokens come back meanwhile
         answer = client.post("/api/webhooks/ping", json=body)
         if answer.status_code != 200:
             break
     assert problem_of(answer) == (429, "rate_limited")
     with client_of(app, SECOND) as other:
         assert other.post("/api/webhooks/ping", json=body).status_code == 200
+
+
+def test_redeliveries_count_as_pings(app: LiveApp, client: httpx.Client, store: JobStore) -> None:
+    job_id = finished_job(client, store, "http://127.0.0.1:1/")
+    for _ in range(20 * ASKED_CALLS_PER_MINUTE):  # tokens come back meanwhile
+        answer = client.post(f"/api/jobs/{job_id}/deliveries/redeliver")
+        if answer.status_code != 202:
+            break
+    assert problem_of(answer) == (429, "rate_limited")
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    ping = {"url": "http://127.0.0.1:1/"}
+    assert client.post("/api/webhooks/ping", json=ping).status_code == 429
+    with client_of(app, SECOND) as other:
+        assert other.post("/api/webhooks/ping", json=ping).status_code == 200
+
+
+def test_no_call_is_made_again_once_the_pictures_are_gone(
+    client: httpx.Client, store: JobStore, settings: Settings
+) -> None:
+    with receiver() as (url, calls):
+        job_id = finished_job(client, store, url)
+        deliveries_of(client, job_id, 1)
+        engine = open_engine(settings.sqlalchemy_url)
+        retention = RetentionSettings(outputs_h=1e-9)
+        Janitor(engine, Storage(settings.storage_url), retention).tidy()
+        engine.dispose()
+        refused = client.post(f"/api/jobs/{job_id}/deliveries/redeliver")
+        assert problem_of(refused) == (409, "pictures_expired")
+        call = deliveries_of(client, job_id, 1)
+        assert (call["state"], call["attempts_total"], calls.qsize()) == ("delivered", 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +277,15 @@ class TestCommandLine:
         assert main(["webhooks", "list", "--state", "pending"]) == 0
         assert capsys.readouterr().out.startswith(f"{job_id}\tpending\t1\t")
         assert main(["webhooks", "redeliver", "999"]) == 1
-        assert capsys.readouterr().err == "error: job 999 has no webhook call\n"
+        assert capsys.readouterr().err == (
+            "error: job 999: The job has no webhook call to make again\n"
+        )
+        with engine.begin() as connection:
+            connection.execute(update(jobs).values(expired_at=1.0))
+        assert main(["webhooks", "redeliver", str(job_id)]) == 1
+        assert capsys.readouterr().err == (
+            f"error: job {job_id}: The job's pictures have been removed\n"
+        )
         engine.dispose()
 
     def test_ping(

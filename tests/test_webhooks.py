@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,23 +18,28 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import Engine
+from sqlalchemy import Engine, delete, func, select, update
 from standardwebhooks import Webhook
 from svix.webhooks import Webhook as SvixWebhook
 from svix.webhooks import WebhookVerificationError
 
 from models.params import InpaintParams
 from server.clocks import MEASURE_S, SharedClock
-from server.database import open_engine
+from server.database import delivery_attempts, open_engine
+from server.database import jobs as job_rows
 from server.deliveries import (
+    KEPT_ATTEMPTS,
+    LISTED_ATTEMPTS,
     LONGEST_DELAY_S,
     MAX_AGE_S,
     RETRY_DELAYS_S,
     Attempt,
+    Delivery,
     DeliveryState,
     DeliveryStore,
     host_of,
 )
+from server.errors import Conflict, ConflictKind
 from server.failures import Failure
 from server.job_store import MAX_ATTEMPTS, JobStore
 from server.jobs import Job, NewJob
@@ -447,7 +452,7 @@ def test_native_job_speaks_its_own_language(
     [
         (
             "v3",
-            {"status": "failed", "message": "Failed, Try Again. The pictures are no longer there"},
+            {"status": "success", "output": []},
         ),
         ("native", {"type": "job.finished", "outputs": []}),
     ],
@@ -461,12 +466,44 @@ def test_call_made_again_names_no_expired_pictures(
     assert said.items() <= write_body(replace(finished, expired_at=1.0)).items()
 
 
+class HastyDeliveries(DeliveryStore):
+    """One whose first claim meets the removal of its job's row."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def claim_due(
+        self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
+    ) -> list[Delivery]:
+        claimed = super().claim_due(limit, busy_hosts, per_host)
+        if claimed and self.meanwhile is not None:
+            act, self.meanwhile = self.meanwhile, None
+            act()
+        return claimed
+
+
+def test_call_of_a_removed_row_is_not_made(engine: Engine, jobs: JobStore, clock: Clock) -> None:
+    deliveries = HastyDeliveries(engine, clock=clock)
+    with receiver() as (url, calls):
+        jobs.finish(old := submit(jobs, url), [])
+        young = submit(jobs, url)
+
+        def remove() -> None:
+            with engine.begin() as connection:
+                connection.execute(delete(job_rows).where(job_rows.c.id == old.id))
+            jobs.finish(young, [])
+
+        deliveries.meanwhile = remove
+        asyncio.run(send_until(LOOPBACK, deliveries, jobs, young, 1))
+        told = [calls.get(timeout=WAIT_S)[1] for _ in range(calls.qsize())]
+    assert [body.get("id") for body in told] == [young.id]
+
+
 class TestRedelivery:
     def test_same_id_again(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
         with receiver() as (url, calls):
             jobs.finish(job := submit(jobs, url), [False, False])
             asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 1))
-            assert deliveries.redeliver(job.id)
+            deliveries.redeliver(job.id)
             asyncio.run(send_until(LOOPBACK, deliveries, jobs, job, 2))
             (first, one), (second, other) = (calls.get(timeout=WAIT_S) for _ in range(2))
         assert first["webhook-id"] == second["webhook-id"]
@@ -481,7 +518,7 @@ class TestRedelivery:
         deliveries.record(due, answer(410))
         dead = deliveries.list_of("somebody", state=DeliveryState.DEAD, limit=10)
         assert [each.job_id for each in dead] == [job.id]
-        assert deliveries.redeliver(job.id)
+        deliveries.redeliver(job.id)
         assert deliveries.list_of("somebody", state=DeliveryState.DEAD, limit=10) == []
         (again,) = deliveries.claim_due(1)
         assert (again.id, again.attempt) == (due.id, 2)
@@ -491,21 +528,73 @@ class TestRedelivery:
     ) -> None:
         jobs.finish(job := submit(jobs, "http://receiver.example"), [])
         (first,) = deliveries.claim_due(1)
-        assert deliveries.redeliver(job.id)
+        deliveries.redeliver(job.id)
         assert deliveries.claim_due(1) == []
         assert deliveries.record(first, answer(500)) is DeliveryState.PENDING
-        assert deliveries.redeliver(job.id)
+        deliveries.redeliver(job.id)
         (second,) = deliveries.claim_due(1)
         assert (second.id, second.attempt) == (first.id, 2)
         clock.now_s += 61
-        assert deliveries.redeliver(job.id), "its sender has died"
+        deliveries.redeliver(job.id)  # its sender has died
         assert [each.attempt for each in deliveries.claim_due(1)] == [3]
 
     def test_job_without_a_call(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
         jobs.finish(silent := submit(jobs, None), [])
         live = submit(jobs, "http://receiver.example")
-        assert not deliveries.redeliver(silent.id)
-        assert not deliveries.redeliver(live.id)
+        for job in (silent, live):
+            with pytest.raises(Conflict) as refused:
+                deliveries.redeliver(job.id)
+            assert refused.value.kind is ConflictKind.NO_DELIVERY
+
+    def test_not_once_the_pictures_have_been_removed(
+        self, engine: Engine, jobs: JobStore, deliveries: DeliveryStore
+    ) -> None:
+        jobs.finish(job := submit(jobs, "http://receiver.example"), [False, False])
+        (due,) = deliveries.claim_due(1)
+        deliveries.record(due, answer(200))
+        with engine.begin() as connection:
+            connection.execute(update(job_rows).values(expired_at=1.0))
+        with pytest.raises(Conflict) as refused:
+            deliveries.redeliver(job.id)
+        assert refused.value.kind is ConflictKind.PICTURES_EXPIRED
+        (status,) = deliveries.of_job(job.id)
+        assert status.state is DeliveryState.DELIVERED
+
+    def test_it_makes_the_call_no_younger(
+        self, jobs: JobStore, deliveries: DeliveryStore, clock: Clock
+    ) -> None:
+        jobs.finish(submit(jobs, "http://receiver.example"), [])
+        (due,) = deliveries.claim_due(1)
+        clock.now_s += MAX_AGE_S - 1
+        deliveries.redeliver(due.job_id)
+        assert deliveries.give_up(due.host) == 0
+        clock.now_s += 2
+        assert deliveries.give_up(due.host) == 1
+
+    def test_history_is_bounded(
+        self, engine: Engine, jobs: JobStore, deliveries: DeliveryStore
+    ) -> None:
+        count = KEPT_ATTEMPTS + 5
+        for _ in range(2):
+            jobs.finish(submit(jobs, "http://receiver.example"), [])
+        jobs.finish(untried := submit(jobs, "http://receiver.example"), [])
+        for _ in range(count):
+            due, other = deliveries.claim_due(2)
+            for each in (due, other):
+                deliveries.record(each, answer(200 if each is due else 204))
+                deliveries.redeliver(each.job_id)
+        latest, second, first = deliveries.list_of(None, state=None, limit=9)
+        assert (latest.job_id, latest.attempts, latest.attempts_total) == (untried.id, (), 0)
+        for call, status in ((first, 200), (second, 204)):
+            assert call.attempts_total == count
+            numbers = [number for number, _ in call.attempts]
+            assert numbers == [*range(count - LISTED_ATTEMPTS + 1, count + 1)]
+            assert {each.status for _, each in call.attempts} == {status}
+        kept = select(func.count(), func.min(delivery_attempts.c.attempt)).group_by(
+            delivery_attempts.c.delivery_id
+        )
+        with engine.connect() as connection:
+            assert [*connection.execute(kept)] == [(KEPT_ATTEMPTS, count - KEPT_ATTEMPTS + 1)] * 2
 
     def test_lists_are_of_a_key_and_paged(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
         ids = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from server.deliveries import Attempt, DeliveryState, DeliveryStatus
+from server.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryState, DeliveryStatus
 from server.failures import Failure
 from server.jobs import OUTPUT_FOLDER, Job, JobState
 from server.receipts import Intake, Model, Receipt
@@ -150,7 +150,8 @@ class DeliveryAnswer(BaseModel):
     state: DeliveryState
     is_held: bool = Field(description="The receiver's host fails, and is tried less often")
     next_attempt_at: datetime | None
-    attempts: list[AttemptAnswer]
+    attempts: list[AttemptAnswer] = Field(description=f"The last {LISTED_ATTEMPTS} tries")
+    attempts_total: int = Field(description="Tries so far, one that is under way included")
 
 
 class DeliveryList(BaseModel):
@@ -305,6 +306,7 @@ def write_delivery(status: DeliveryStatus, held_hosts: Sequence[str]) -> Deliver
         is_held=is_pending and status.host in held_hosts,
         next_attempt_at=moment(status.due_at) if is_pending else None,
         attempts=[write_attempt(number, each) for number, each in status.attempts],
+        attempts_total=status.attempts_total,
     )
 
 

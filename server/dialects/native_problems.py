@@ -92,6 +92,7 @@ METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not know the me
 CONFLICTS = {
     ConflictKind.JOB_ENDED: (409, "The job has ended already"),
     ConflictKind.NO_DELIVERY: (409, "The job has no webhook call to make again"),
+    ConflictKind.PICTURES_EXPIRED: (409, "The job's pictures have been removed"),
     ConflictKind.IDEMPOTENCY_KEY_REUSED: (
         422,
         "The idempotency key came before, with another body",

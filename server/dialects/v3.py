@@ -301,11 +301,13 @@ def write_failed(job: Job) -> Body:
 def write_webhook(job: Job) -> Body:
     """The call that tells of a job's end; pictures are named by URL, never held.
 
-    The vendor's call is the success answer, or the failure, with `track_id` at the top.
+    The vendor's call is the success answer, or the failure, with `track_id` at the top. A success
+    stays one when its pictures have been removed since: an earlier try may have told of it.
     """
-    if job.has_pictures:
+    if job.state is JobState.FINISHED:
         base_url = job.request["base_url"]
-        output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
+        names = job.output_names if job.has_pictures else []
+        output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in names]
         return {**write_success(job, output), "track_id": job.track_id}
     failed = write_failed(job)
     return {
