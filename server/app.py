@@ -160,13 +160,18 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
 
 
 async def keep_fresh(services: Services) -> None:
-    """Read the keys again and again; where that fails, the last reading goes on counting."""
+    """Read the keys again and again; where that fails, the last reading goes on counting.
+
+    Event streams of keys that have ended end here. A held call of V3 still gets its answer: the key
+    was valid when the call was admitted, and the wait for it is bounded.
+    """
     while True:
         await asyncio.sleep(REFRESH_S)
         try:
             await services.in_store_thread(services.keys.refresh)
         except (OSError, ValueError, SQLAlchemyError):
             logger.exception("keys not read")
+        services.followers.end_invalid(services.keys.is_valid)
 
 
 async def watch_workers(services: Services) -> None:

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.addresses import Rights
@@ -36,10 +36,14 @@ MAX_TRUSTED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is. key_id: the owner of its jobs."""
+    """Whose request it is.
+
+    key_id: the owner of its jobs. key_digest: of the key that the request came with.
+    """
 
     key_id: str
     limits: KeyLimits = KeyLimits()
+    key_digest: str = field(default="", compare=False, repr=False)
 
     @property
     def fetch_rights(self) -> Rights:
@@ -101,11 +105,14 @@ class KeyRing:
             if self._settings.keys_file is not None:
                 plain += read_keys_file(self._settings.keys_file)
         learn_secrets(plain)
-        known = [KnownKey(digest, Caller(digest[:12])) for digest in map(digest_of, plain)]
+        known = [
+            KnownKey(digest, Caller(digest[:12], key_digest=digest))
+            for digest in map(digest_of, plain)
+        ]
         stored = self._store.list_keys()
         now = self._clock()
         known += [
-            KnownKey(key.digest, Caller(key.key_id, key.limits), key.expires_at)
+            KnownKey(key.digest, Caller(key.key_id, key.limits, key.digest), key.expires_at)
             for key in stored
             if key.is_valid(now)
         ]
@@ -151,6 +158,10 @@ class KeyRing:
             if wait_s is not None:
                 raise RateLimited(wait_s, per_minute)
         return caller
+
+    def is_valid(self, key_digest: str) -> bool:
+        """Whether a request with this key would be admitted, but for its limits."""
+        return self._is_open or self._find(key_digest) is not None
 
     def caller_of(self, key_id: str) -> Caller:
         """Whose jobs these are, with the limits of today: none are left of a key that has ended."""

@@ -7,7 +7,7 @@ steps and nothing piles up.
 import asyncio
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -27,11 +27,16 @@ RETRY_S = 0.5
 
 
 class Follower:
-    """One client's view of one job. Belongs to the event loop that made it."""
+    """One client's view of one job. Belongs to the event loop that made it.
 
-    def __init__(self) -> None:
+    key_digest: of the key that the client came with.
+    """
+
+    def __init__(self, key_digest: str = "") -> None:
+        self.key_digest = key_digest
         self.is_over = False
-        """No more will come: the job is gone, or the server stops."""
+        """No more will come: the job is gone, the key has ended, or the server stops."""
+        self.has_key_ended = False
         self._loop = asyncio.get_running_loop()
         self._has_news = asyncio.Event()
         self._standing: Standing | None = None
@@ -55,6 +60,11 @@ class Follower:
             self._loop.call_soon_threadsafe(self._take, standing)
         except RuntimeError:
             return  # the loop has ended, and nobody listens
+
+    def end_with_key(self) -> None:
+        """On the event loop: it is over, because the key is no longer valid."""
+        self.has_key_ended = True
+        self._take(None)
 
     def _take(self, standing: Standing | None) -> None:
         # What was looked up before the end may come after it, and nothing follows an end.
@@ -111,10 +121,18 @@ class Followers:
         for follower in everybody:
             follower.tell(None)
 
+    def end_invalid(self, is_valid: Callable[[str], bool]) -> None:
+        """On the event loop: it is over for clients whose key is no longer valid, by its digest."""
+        with self._lock:
+            everybody = [each for group in self._followers.values() for each in group]
+        for follower in everybody:
+            if not is_valid(follower.key_digest):
+                follower.end_with_key()
+
     @contextmanager
-    def follow(self, job_id: int, key_id: str) -> Iterator[Follower]:
+    def follow(self, job_id: int, key_id: str, key_digest: str = "") -> Iterator[Follower]:
         """Follow a job until the block is left. Raises: TooManyStreams."""
-        follower = Follower()
+        follower = Follower(key_digest)
         with self._lock:
             if self._counts[key_id] >= self._max_per_key:
                 raise TooManyStreams(self._max_per_key)

@@ -40,13 +40,19 @@ class Preview(Step):
     image: str
 
 
+class Unauthorized(BaseModel):
+    """The key has been revoked or has expired. code: what a new connection would be refused by."""
+
+    code: str = "invalid_api_key"
+
+
 async def write_events(
     follower: Follower,
     tell: Callable[[], Awaitable[JobAnswer]],
     show: Callable[[], Awaitable[bytes | None]],
     heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[bytes]:
-    """The present state, then each change until the job has ended, or the server stops.
+    """The present state, then each change until the job or the key has ended, or the server stops.
 
     tell: the job in full, for the last event. show: its newest preview, None where it is gone.
     """
@@ -65,6 +71,8 @@ async def write_events(
         if now.state.is_terminal:
             yield write_event(now.state, await tell(), now.state)
             return
+    if follower.has_key_ended:
+        yield write_event("unauthorized", Unauthorized(), "unauthorized")
 
 
 def events_between(last: Standing | None, now: Standing) -> Iterator[tuple[str, BaseModel]]:
@@ -104,6 +112,7 @@ def describe_stream() -> dict[int | str, dict[str, Any]]:
         "Events queued, started and step, then one named after the final state, with the job; "
         "where they were asked for also preview: after how many steps it was made, and the first "
         "picture in small as a data URI, at most 128 pixels a side. "
+        "Where the API key ends before the job, the last event is unauthorized. "
         "A connection begins with the present state, and misses what comes too quickly for it."
     )
     return {

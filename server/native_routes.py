@@ -96,9 +96,11 @@ async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
 JobOf = Annotated[Job, Depends(get_job)]
 
 
-async def get_follower(services: ServicesOf, job: JobOf) -> AsyncIterator[Follower]:
+async def get_follower(
+    services: ServicesOf, caller: CallerOf, job: JobOf
+) -> AsyncIterator[Follower]:
     """A view of the job of the path, until the answer has ended. Raises: TooManyStreams."""
-    with services.followers.follow(job.id, job.key_id) as follower:
+    with services.followers.follow(job.id, caller.key_id, caller.key_digest) as follower:
         yield follower
 
 

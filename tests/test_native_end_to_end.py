@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from server.cli import main
 from server.database import open_engine
+from server.job_store import JobStore
+from server.jobs import JobState
 from server.keys import KeyLimits, KeyStore
 from tests.chaos.site import until
 from tests.conftest import migrated_sqlite
 from tests.processes import START_TIMEOUT_S, ServerProcess, serving
+from tests.test_job_store import state_of
 from tests.test_native_events import events_of
 from tests.tiny import save_tiny_checkpoint
 
@@ -185,6 +189,25 @@ def test_running_job_is_cancelled_and_the_worker_goes_on(server: ServerProcess) 
     assert [name for name, _ in follow(server, job_id)] == ["cancelled"]
     assert server.wait_for("job was taken away")["job_id"] == job_id
     assert finished(server)["state"] == "finished"
+
+
+def test_stream_ends_with_its_key_before_the_job_does(tmp_path: Path) -> None:
+    engine = open_engine(migrated_sqlite(tmp_path))
+    key, stored = KeyStore(engine).create("ending")
+    with serving(tmp_path) as server:
+        server.client.headers["x-api-key"] = key
+        # Minutes of work, so that the job cannot have ended before the stream does.
+        large = {"width": 512, "height": 512, "num_inference_steps": 150, "samples": 4}
+        job_id = create(server, previews=True, **large)["id"]
+        events = follow(server, job_id)
+        assert any(name == "preview" for name, _ in events)
+        assert main(["keys", "revoke", stored.key_id, "--data-dir", str(tmp_path)]) == 0
+        *earlier, last = events
+        assert last == ("unauthorized", {"code": "invalid_api_key"})
+        assert {name for name, _ in earlier} <= {"step", "preview"}
+        assert server.client.get(f"/api/jobs/{job_id}/events").status_code == 401
+        assert state_of(JobStore(engine), job_id) is JobState.RUNNING
+    engine.dispose()
 
 
 def test_parameters_stand_in_the_picture_where_the_operator_wants_it(server: ServerProcess) -> None:

@@ -19,8 +19,10 @@ from server.dialects.native_answers import JobAnswer
 from server.followers import Followers
 from server.job_store import JobStore
 from server.jobs import Beat, JobState, Standing
+from server.keys import KeyStore
 from server.storage import Storage
 from tests.chaos.site import until
+from tests.conftest import migrated_sqlite
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_job_store import new_job
@@ -242,10 +244,12 @@ def live_store(tmp_path: Path) -> Iterator[JobStore]:
 
 
 @contextmanager
-def following(app: LiveApp, job_id: int) -> Iterator[Iterator[Event]]:
+def following(
+    app: LiveApp, job_id: int, client: httpx.Client | None = None
+) -> Iterator[Iterator[Event]]:
     """A job's events, one by one as they come."""
     path = f"/api/jobs/{job_id}/events"
-    with app.client.stream("GET", path, timeout=LONG_S) as answer:
+    with (client or app.client).stream("GET", path, timeout=LONG_S) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         yield events_of(answer.iter_lines())
@@ -377,6 +381,37 @@ class TestStream:
             assert next(events)[0] == "queued"
             app.stop()
             assert [*events] == []
+
+    @pytest.mark.parametrize("end", ["revoked", "rotated"])
+    def test_stream_ends_with_its_key(self, end: str, tmp_path: Path) -> None:
+        engine = open_engine(migrated_sqlite(tmp_path))
+        keys = KeyStore(engine)
+        (ending, stored), (staying, _) = keys.create("ending"), keys.create("staying")
+        with running_app(settings_in(tmp_path)) as app, ExitStack() as stack:
+            streams = []
+            for key in (ending, staying):
+                client = stack.enter_context(client_of(app, key))
+                job_id = client.post("/api/jobs", json=BODY).json()["id"]
+                streams.append(stack.enter_context(following(app, job_id, client)))
+                assert next(streams[-1])[0] == "queued"
+            if end == "revoked":
+                keys.revoke(stored.key_id)
+            else:
+                # The holder has another key then; the one that the stream came with has expired.
+                keys.rotate(stored.key_id, 0.0)
+            assert [*streams[0]] == [("unauthorized", {"code": "invalid_api_key"})]
+            with store_of(settings_in(tmp_path)) as store:
+                store.cancel(job_id)
+            assert [name for name, _ in streams[1]] == ["cancelled"]
+        engine.dispose()
+
+    def test_stream_without_a_key_ends_with_the_first_key(self, tmp_path: Path) -> None:
+        engine = open_engine(migrated_sqlite(tmp_path))
+        with running_app(settings_in(tmp_path)) as app, following(app, create(app)) as events:
+            assert next(events)[0] == "queued"
+            KeyStore(engine).create("first")
+            assert [name for name, _ in events] == ["unauthorized"]
+        engine.dispose()
 
     def test_unknown_job(self, app: LiveApp) -> None:
         answer = app.client.get("/api/jobs/999/events")
