@@ -4,6 +4,7 @@ The only place where a range stands. Torch-free, so that the web side can use it
 write for these values (strings, "yes"/"no", vendor step lists) is a dialect's business.
 """
 
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -59,6 +60,15 @@ RANGES = {
     "only_masked_padding": Range(0, 256),
 }
 MAX_PROMPT_CHARS = 16_000
+MAX_PROMPT_CHUNKS = 32
+"""About 8,000 characters of prose; each chunk makes every denoising step dearer."""
+
+CHUNK_TOKENS = 75
+"""Tokens of one chunk, without the two that mark its begin and end."""
+
+BREAK = re.compile(r"\bBREAK\b")
+"""Begins a new chunk."""
+
 MAX_LCM_STEPS = 50
 """LCM models are distilled onto so many steps; the scheduler knows no more."""
 
@@ -163,6 +173,21 @@ class InpaintParams:
         if known.get("scheduler") is not None:
             known["scheduler"] = SchedulerName(str(known["scheduler"]))
         return cls(**known)  # type: ignore[arg-type]  # checked field by field in __post_init__
+
+
+def is_surely_too_long(prompt: str) -> bool:
+    """Whether a prompt needs more than `MAX_PROMPT_CHUNKS`, as far as its words and BREAKs tell.
+
+    False does not say that it fits: that only the model's tokenizer knows.
+    """
+    # BREAK begins a chunk, and a word takes a token at least. Brackets and weights may take none.
+    if len(BREAK.findall(prompt)) > MAX_PROMPT_CHUNKS:
+        return True
+    words = prompt.split()
+    if len(words) <= MAX_PROMPT_CHUNKS * CHUNK_TOKENS:
+        return False
+    tokens = sum(1 for word in words if any(map(str.isalpha, word)) and not BREAK.search(word))
+    return tokens > MAX_PROMPT_CHUNKS * CHUNK_TOKENS
 
 
 PARAMETERS = tuple(field.name for field in fields(InpaintParams))

@@ -18,12 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.errors import InvalidInput, Violation
-
-CHUNK_TOKENS = 75
-"""Tokens of one chunk, without the two that mark its begin and end."""
-
-MAX_CHUNKS = 32
-"""About 8,000 characters of prose; each chunk makes every denoising step dearer."""
+from models.params import BREAK, CHUNK_TOKENS, MAX_PROMPT_CHUNKS
 
 MAX_WEIGHT = 100.0
 """Weights are held within ± this: higher ones leave the range of half precision."""
@@ -46,7 +41,6 @@ _SYNTAX = re.compile(
     r"|(?P<bracket>[()\[\]])"
     r"|(?P<plain>[^\\()\[\]:]+|:)"
 )
-_BREAK = re.compile(r"\bBREAK\b")
 
 
 class WeightedText(NamedTuple):
@@ -97,7 +91,7 @@ class _Reader:
         self._pieces.append(text)
 
     def add_with_breaks(self, text: str) -> None:
-        sections = _BREAK.split(text)
+        sections = BREAK.split(text)
         for index, section in enumerate(sections):
             if index > 0:
                 self._pieces.append(None)
@@ -292,10 +286,9 @@ class PromptEncoder:
         if not 0 <= key.clip_skip <= layers:
             raise InvalidInput([Violation("clip_skip", 0, layers)])
         chunks = self._chunks(key.text)
-        if len(chunks) > MAX_CHUNKS:
-            raise InvalidInput(
-                [Violation(field, reason=f"must not need more than {MAX_CHUNKS} chunks of tokens")]
-            )
+        if len(chunks) > MAX_PROMPT_CHUNKS:
+            reason = f"must not need more than {MAX_PROMPT_CHUNKS} chunks of tokens"
+            raise InvalidInput([Violation(field, reason=reason)])
         return chunks
 
     def _join(

@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+from models.params import CHUNK_TOKENS, MAX_PROMPT_CHUNKS
+
 
 class Failure(StrEnum):
     """A code for programs. `sentence` is what a person reads, and what the job row keeps."""
@@ -38,7 +40,8 @@ SENTENCES = {
     Failure.INPUT_LOST: "The stored images are gone",
     Failure.MODEL_UNAVAILABLE: "The model cannot be loaded now",
     Failure.NO_SAFETY_CHECKER: "This model has no safety checker, and pictures must be checked",
-    Failure.PROMPT_TOO_LONG: "The prompt is longer than this model can read",
+    Failure.PROMPT_TOO_LONG: "The prompt or the negative prompt needs more than "
+    f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens",
     Failure.CLIP_SKIP_TOO_LARGE: "This model has fewer text encoder layers than clip_skip skips",
     Failure.OUT_OF_MEMORY: "The picture is too large for this server's memory",
     Failure.UNUSABLE_PICTURE: "The model could not make this picture",

@@ -119,13 +119,47 @@ def test_ends_of_each_range(name: str) -> None:
         *[("webhook", url, FieldProblem.NOT_A_URL) for url in URLS_OF_TWO_READINGS],
         ("webhook", "http://x/" + "a" * 2_048, FieldProblem.TOO_LONG),
         ("track_id", ["x"], FieldProblem.WRONG_TYPE),
+        ("prompt", "a " * 2_401, FieldProblem.TOO_LONG),
+        ("negative_prompt", "BREAK " * 33, FieldProblem.TOO_LONG),
         ("track_id", "x" * 1_025, FieldProblem.TOO_LONG),
+        ("track_id", 10**1_024, FieldProblem.TOO_LONG),
+        ("track_id", -(10**1_023), FieldProblem.TOO_LONG),
         ("steps", 20, FieldProblem.UNKNOWN),
         ("Seed", 20, FieldProblem.UNKNOWN),
     ],
 )
 def test_field_at_fault(field: str, value: Any, problem: FieldProblem) -> None:
     assert problems(**{field: value}) == {field: problem}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        (
+            "prompt",
+            "x" * 16_001,
+            "must have at most 16000 characters, and need at most 32 chunks of",
+        ),
+        ("model", "x" * 256, "must have at most 255 characters"),
+        ("webhook", "http://x/" + "a" * 2_048, "must have at most 2048 characters"),
+        ("track_id", 10**1_024, "must have at most 1024 characters"),
+    ],
+)
+def test_limit_of_a_text_is_told(field: str, value: Any, sentence: str) -> None:
+    found = problems(**{field: value})
+    assert native.write_field_problem(field, found[field]).startswith(sentence)
+
+
+def test_every_limited_text_has_its_limit_told() -> None:
+    models = (native.JobRequest, native.PingRequest)
+    schemas = [model.model_json_schema()["properties"] for model in models]
+    limited = {
+        name
+        for fields in schemas
+        for name, schema in fields.items()
+        if any("maxLength" in each for each in [schema, *schema.get("anyOf", [])])
+    }
+    assert limited == native.MAX_CHARS.keys()
 
 
 def test_all_fields_at_fault_are_named_once() -> None:
@@ -152,7 +186,9 @@ def test_body_that_is_no_json_object(body: bytes) -> None:
         native.read_job(body)
 
 
-@pytest.mark.parametrize("track_id", [7, "7", "", 1.0, 0.5, True, False, None, 2**70, "žluť\x00"])
+@pytest.mark.parametrize(
+    "track_id", [7, "7", "", 1.0, 0.5, True, False, None, 2**70, 10**1_023, "žluť\x00"]
+)
 def test_track_id_keeps_its_type(track_id: Any) -> None:
     kept = read(track_id=track_id).track_id
     assert (kept, type(kept)) == (track_id, type(track_id))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline
 from diffusers import UNet2DConditionModel as UNet
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.enhance import Enhancement
 from models.errors import InvalidInput
+from models.params import MAX_PROMPT_CHUNKS, is_surely_too_long
 from models.prompts import (
-    MAX_CHUNKS,
     MAX_WEIGHT,
     PromptEncoder,
     PromptKey,
@@ -422,12 +422,45 @@ def test_skipping_more_layers_than_there_are_is_refused(
 
 
 def test_too_many_chunks_are_refused_by_name(encoder: PromptEncoder) -> None:
-    limit = " BREAK ".join(["cat"] * MAX_CHUNKS)
-    assert encoder.encode(limit).shape == (1, 77 * MAX_CHUNKS, WIDTH)
+    limit = " BREAK ".join(["cat"] * MAX_PROMPT_CHUNKS)
+    assert encoder.encode(limit).shape == (1, 77 * MAX_PROMPT_CHUNKS, WIDTH)
     with pytest.raises(InvalidInput, match="^prompt: must not need more than 32 chunks"):
         encoder.encode_pair(limit + " BREAK cat", "")
     with pytest.raises(InvalidInput, match=r"^negative_prompt: must not need"):
         encoder.encode_pair("", limit + " BREAK cat")
+
+
+PIECES = ["a", "cat", "é", "e\u0301", "1", "BREAK", "(", ")", "[", "]", ":1.3)", "\\", "!", "_"]
+BLANKS = ["", " ", "\n", "\u00a0", "\u2028", "\x1c"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from(BLANKS)), min_size=1, max_size=6),
+    st.integers(30, 2_600),
+)
+@example([("a", " ")], 2_401)
+@example([("BREAK", " ")], 33)
+def test_what_the_reader_refuses_as_too_long_the_encoder_does_too(
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    pieces: list[tuple[str, str]],
+    count: int,
+) -> None:
+    encoder = PromptEncoder(tokenizer, text_encoder, CPU, torch.float32)
+    prompt = "".join("".join(piece) for piece in pieces) * count
+    if is_surely_too_long(prompt):
+        with pytest.raises(InvalidInput, match="^prompt: must not need more than 32 chunks"):
+            encoder.encode(prompt)
+
+
+def test_reader_takes_what_may_fit() -> None:
+    fitting = [
+        "a " * 2_400,
+        " BREAK ".join(["cat"] * MAX_PROMPT_CHUNKS),
+        "1 " * 4_000,
+        "( " * 4_000,
+    ]
+    assert not any(map(is_surely_too_long, fitting))
 
 
 def test_long_prompt_does_not_warn(

@@ -242,6 +242,11 @@ class TestFieldErrors:
             ("enhance_prompt", ["maybe", 2, []], "The enhance prompt field must be yes or no."),
             ("prompt", [True, ["a"], b"a"], "The prompt must be a string."),
             ("prompt", ["x" * 8_001], "The prompt may not be greater than 8000 characters."),
+            (
+                "prompt",
+                ["a " * 2_401, "BREAK " * 33],
+                "The prompt may not need more than 32 chunks of 75 tokens.",
+            ),
             ("negative_prompt", [{}], "The negative prompt must be a string."),
             ("init_image", [5, ["a"]], "The init image must be a URL, base64 or a file."),
             ("webhook", ["ftp://x", "x", 5], "The webhook must be a valid URL."),

@@ -5,7 +5,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from models.params import RANGES, SIZE_MULTIPLE, Range, SchedulerName
+from models.params import (
+    CHUNK_TOKENS,
+    MAX_PROMPT_CHUNKS,
+    RANGES,
+    SIZE_MULTIPLE,
+    Range,
+    SchedulerName,
+    is_surely_too_long,
+)
 from server.addresses import MAX_URL_CHARS, Refused, checked_url
 from server.downloads import ImageSource
 
@@ -63,6 +71,12 @@ class FieldReader:
         if text is None and name not in self.errors:
             self._refuse(name, "field is required.")
         return text or ""
+
+    def check_prompt(self, name: str, prompt: str) -> None:
+        """Refuse a prompt that the worker would, as far as that is known here."""
+        if is_surely_too_long(prompt):
+            limit = f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens"
+            self._refuse(name, f"may not need more than {limit}.")
 
     def image(self, name: str) -> ImageSource:
         """A picture: URL, data URI, base64 text or uploaded file."""

@@ -25,13 +25,16 @@ from pydantic_core import PydanticCustomError
 
 from models.errors import InvalidInput
 from models.params import (
+    CHUNK_TOKENS,
     MAX_LCM_STEPS,
     MAX_PROMPT_CHARS,
+    MAX_PROMPT_CHUNKS,
     RANGES,
     SEED_MODULUS,
     SIZE_MULTIPLE,
     InpaintParams,
     SchedulerName,
+    is_surely_too_long,
 )
 from server.addresses import MAX_URL_CHARS
 from server.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
@@ -69,7 +72,6 @@ SENTENCES = {
     FieldProblem.UNKNOWN: "is no field of this call",
     FieldProblem.WRONG_TYPE: "has the wrong JSON type",
     FieldProblem.NOT_A_MULTIPLE: f"must be a multiple of {SIZE_MULTIPLE}",
-    FieldProblem.TOO_LONG: "is too long",
     FieldProblem.EMPTY: "must not be empty",
     FieldProblem.NOT_A_CHOICE: "is none of the allowed values",
     FieldProblem.NOT_A_URL: "must be an absolute http or https URL, without a user name",
@@ -77,6 +79,17 @@ SENTENCES = {
     FieldProblem.NOT_A_KEY: "must be 1 to 255 visible ASCII characters",
     FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
 }
+
+MAX_MODEL_CHARS = 255
+MAX_CHARS = {
+    "prompt": MAX_PROMPT_CHARS,
+    "negative_prompt": MAX_PROMPT_CHARS,
+    "model": MAX_MODEL_CHARS,
+    "webhook": MAX_URL_CHARS,
+    "url": MAX_URL_CHARS,
+    "track_id": MAX_TRACK_ID_CHARS,
+}
+"""Of the texts, and of a track_id's JSON whatever it is."""
 
 PROBLEM_OF_ERROR = {
     "missing": FieldProblem.REQUIRED,
@@ -100,6 +113,13 @@ def write_field_problem(name: str, problem: FieldProblem) -> str:
         if allowed is None:
             return "is out of range"
         return f"must be between {allowed.minimum:g} and {allowed.maximum:.10g}"
+    if problem is FieldProblem.TOO_LONG:
+        if name not in MAX_CHARS:
+            return "is too long"
+        limit = f"must have at most {MAX_CHARS[name]} characters"
+        if "prompt" not in name:
+            return limit
+        return f"{limit}, and need at most {MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens"
     return SENTENCES[problem]
 
 
@@ -108,6 +128,20 @@ def web_address(url: str) -> str:
     if not is_web_address(url):
         raise PydanticCustomError("not_a_url", "not a URL")
     return url
+
+
+def prompt_within_limits(prompt: str) -> str:
+    """pydantic's validator of a prompt."""
+    if is_surely_too_long(prompt):
+        raise PydanticCustomError("string_too_long", "too long")
+    return prompt
+
+
+def track_id_within_limits(track_id: str | int | float | bool | None) -> Any:
+    """pydantic's validator of a `track_id`: a number is as long as its digits."""
+    if len(str(track_id)) > MAX_TRACK_ID_CHARS:
+        raise PydanticCustomError("string_too_long", "too long")
+    return track_id
 
 
 def ranged(name: str, text: str, **more: Any) -> Any:
@@ -155,7 +189,9 @@ WebAddress = Annotated[
     ),
     AfterValidator(web_address),
 ]
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(prompt_within_limits)]
 TrackText = Annotated[str, Field(max_length=MAX_TRACK_ID_CHARS)]
+TrackId = Annotated[TrackText | int | float | bool | None, AfterValidator(track_id_within_limits)]
 
 
 class JobRequest(BaseModel):
@@ -169,17 +205,15 @@ class JobRequest(BaseModel):
         hide_input_in_errors=True,
     )
 
-    prompt: str = Field(
-        max_length=MAX_PROMPT_CHARS,
-        description="What to paint; emphasis and weights as in A1111, any length",
+    prompt: Prompt = Field(
+        description="What to paint; emphasis and weights as in A1111, up to "
+        f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens",
     )
     init_image: str = Field(
         min_length=1, description="URL, data URI or base64 of a PNG, JPEG or WEBP picture"
     )
     mask_image: str = Field(min_length=1, description="The same; white is repainted, black is kept")
-    negative_prompt: str = plain(
-        "negative_prompt", "What to avoid; needs guidance", max_length=MAX_PROMPT_CHARS
-    )
+    negative_prompt: Prompt = plain("negative_prompt", "What to avoid; needs guidance")
     width: int | None = side("Pixels; the init image's where null, or 512 with only_masked")
     height: int | None = side("Pixels; the init image's where null, or 512 with only_masked")
     samples: int = ranged("samples", "Number of pictures; picture i is made with seed + i")
@@ -191,7 +225,9 @@ class JobRequest(BaseModel):
     )
     scheduler: Scheduler | None = plain("scheduler", "Noise scheduler; the model's own where null")
     model: str | None = plain(
-        "model", "One of the models this server offers; its own where null", max_length=255
+        "model",
+        "One of the models this server offers; its own where null",
+        max_length=MAX_MODEL_CHARS,
     )
     clip_skip: int = ranged("clip_skip", "Last layers of the text encoder to skip")
     safety_check: bool = plain("safety_check", "Replace flagged pictures by blank ones")
@@ -211,9 +247,7 @@ class JobRequest(BaseModel):
     webhook: WebAddress | None = Field(
         default=None, description="URL that is called when the job has ended"
     )
-    track_id: TrackText | int | float | bool | None = Field(
-        default=None, description="Any JSON scalar; given back as it came"
-    )
+    track_id: TrackId = Field(default=None, description="Any JSON scalar; given back as it came")
 
     @property
     def body_sha256(self) -> str:

@@ -129,6 +129,8 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
     prompt, negative_prompt = reader.required_text("prompt"), reader.text("negative_prompt")
     if reader.flag("enhance_prompt", default=True):
         prompt, negative_prompt = policy.enhancement.apply(prompt, negative_prompt)
+    reader.check_prompt("prompt", prompt)
+    reader.check_prompt("negative_prompt", negative_prompt or "")
     has_older_name = reader.value("strength") is None
     request = V3Request(
         prompt=prompt,
