@@ -86,7 +86,7 @@ class AddressPolicy:
     def allows(self, host: str, address: IpAddress, port: int) -> bool:
         """One address by itself; an IPv4 address within IPv6 is judged as IPv4."""
         address = unwrapped(address, self.nat64_prefixes)
-        named = [network for network in self.allow_cidrs if address in network]
+        named = self._networks_with(address)
         if address in METADATA:
             is_host = host in self.allow_hosts and host == str(address)
             return is_host or any(network.num_addresses == 1 for network in named)
@@ -96,6 +96,13 @@ class AddressPolicy:
         if named or self.names(host):
             return True
         return is_public(address) and self.allows_port(host, port)
+
+    def opens(self, host: str, address: IpAddress) -> bool:
+        """Whether an operator allows this very address, or its host by name."""
+        return bool(self._networks_with(address)) or self.names(host)
+
+    def _networks_with(self, address: IpAddress) -> list[IpNetwork]:
+        return [network for network in self.allow_cidrs if address in network]
 
     def allows_port(self, host: str, port: int) -> bool:
         """A port of a public address, or of a host that is allowed by name."""

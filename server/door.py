@@ -28,6 +28,7 @@ from server.addresses import (
     unwrapped,
 )
 from server.exchange import BodyTooLarge, Connection, ExchangeFailed, connect_bytes, request_bytes
+from server.interfaces import is_local, is_nearby
 from server.lookups import Lookups, Resolver, numeric_addresses
 from server.settings import EgressSettings, Settings
 
@@ -245,13 +246,18 @@ class Door:
             self._remember_unreachable(host, port)
             raise
         addresses = policy.judge(host, found, port)
-        self._refuse_own(addresses, port)
+        self._refuse_own(host, addresses, port, policy)
         return addresses
 
-    def _refuse_own(self, addresses: Sequence[str], port: int) -> None:
+    def _refuse_own(
+        self, host: str, addresses: Sequence[str], port: int, policy: AddressPolicy
+    ) -> None:
+        """Raises: Refused; OSError where the kernel does not tell what is near."""
         for address in addresses:
             if any(listener.is_at(address, port) for listener in self._listeners):
                 raise Refused("this server's own address")
+            if is_guarded(host, address, policy):
+                raise Refused(f"address {address} of this machine or its network")
 
     async def _dial(
         self, host: str, addresses: Sequence[str], port: int, timeout_s: float
@@ -279,7 +285,7 @@ class Door:
         host, port = host_of(url), port_of(url)
         literals = numeric_addresses(host, port)
         if literals:
-            self._refuse_own(policy.judge(host, literals, port), port)
+            self._refuse_own(host, policy.judge(host, literals, port), port, policy)
         elif not policy.allows_port(host, port):
             raise Refused(f"port {port}")
         async with asyncio.timeout(timeout_s):
@@ -304,7 +310,15 @@ def is_judged_well(kept: Kept, policy: AddressPolicy) -> bool:
     _, host, port = kept.origin
     if kept.address is None:
         return policy.allows_port(host, port)
-    return policy.allows(host, parse_address(kept.address), port)
+    is_allowed = policy.allows(host, parse_address(kept.address), port)
+    return is_allowed and not is_guarded(host, kept.address, policy)
+
+
+def is_guarded(host: str, address: str, policy: AddressPolicy) -> bool:
+    """Whether an address, public or not, is this machine's or of a network it is attached to, and
+    no operator has opened it: what listens there trusts its neighbours. Raises: OSError."""
+    dialled = unwrapped(parse_address(address), policy.nat64_prefixes)
+    return not policy.opens(host, dialled) and is_nearby(str(dialled))
 
 
 def origin_of(url: httpx.URL) -> tuple[str, str, int]:
@@ -330,17 +344,6 @@ async def dial(address: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def is_local(address: str) -> bool:
-    """Whether an address is this machine's: only its own can be bound."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
 
 
 @functools.cache

@@ -1,6 +1,9 @@
 """The server does not call itself: its pictures are read where they lie, the rest is refused."""
 
 import asyncio
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from server.egress import Fetcher, FetchFailed
 from server.settings import FetchSettings, Settings
 from server.storage import Storage
 from tests.http_stub import LiveApp, answering, png_bytes, response, running_app, running_stub
+from tests.network_of_its_own import ELSEWHERE, NEIGHBOURS, OWN
 from tests.test_app import BODY, post, settings_in
 
+REPOSITORY = Path(__file__).parents[1]
 NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"
 UNKNOWN = "a" * 64 + ".invalid"
 """Refused by every resolver before it asks anybody: a label has at most 63 characters."""
@@ -103,3 +108,45 @@ def test_own_address_is_not_dialled_whatever_is_allowed(allowed: dict[str, str])
             return stub.connections, type(failed.value.__cause__)
 
     assert asyncio.run(run()) == (0, Refused)
+
+
+@pytest.fixture(scope="module")
+def on_a_public_network() -> dict[str, Any]:
+    """What egress reaches in a network namespace with public addresses."""
+    try:
+        subprocess.run(["unshare", "--net", "ip", "link"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a network namespace cannot be made here: {error}")
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, "-m", "tests.network_of_its_own"],
+        check=True,
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_public_addresses_of_this_machine_and_its_network_are_refused(
+    on_a_public_network: dict[str, Any],
+) -> None:
+    refused = dict.fromkeys((*OWN, *NEIGHBOURS), "Refused")
+    dialled = dict.fromkeys(ELSEWHERE, "OSError")
+    assert on_a_public_network["nobody"] == refused | dialled
+    denied = dict.fromkeys(refused, "address not allowed")
+    assert on_a_public_network["webhook"] == denied | dict.fromkeys(dialled, "not reachable")
+
+
+def test_operator_may_open_this_machines_public_addresses(
+    on_a_public_network: dict[str, Any],
+) -> None:
+    for name in ("named", "by name"):
+        assert on_a_public_network[name] == dict.fromkeys(OWN, "admin")
+    assert on_a_public_network["nobody after others"] == dict.fromkeys(OWN, "Refused")
+
+
+def test_networks_are_as_the_kernel_says(on_a_public_network: dict[str, Any]) -> None:
+    networks = {*on_a_public_network["networks"]}
+    near = {"93.184.216.34/32", "93.184.217.0/24", "2606:4700::34/128", "2606:4700:1::/64"}
+    loopback = {"127.0.0.0/8", "::1/128"}
+    assert networks - {"fe80::/64"} == near | loopback
