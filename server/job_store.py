@@ -11,13 +11,17 @@ unlike the count of attempts, of which a released one is taken back.
 
 A lease runs out when its holder has not beaten for `LEASE_S`, as the process that looks has seen by
 its own steady clock (`silence.py`). No time of a row is compared with any clock for that.
+
+Times of rows are the wall clock's and are for people: that clock may jump. Durations come from the
+steady clock of the process that measured them, and are stored as such.
 """
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -68,6 +72,10 @@ MAX_ATTEMPTS = 3
 WORKER_LOST = Failure.WORKER_LOST.sentence
 RECENT_JOBS = 20
 """How many of the last finished jobs tell the speed."""
+
+SLOW_FACTOR = 5.0
+"""A recent job that took longer than this many times the median counts as if it took no longer:
+one that waited for its model or for a store must not multiply every estimate."""
 
 GUESSED_SPEED = 1_000_000.0
 """Pixel steps per second of a worker nothing is known of: about 5 s for 20 steps at 512×512."""
@@ -121,8 +129,8 @@ CLAIM = (
 )
 
 RECENT = (
-    select(jobs.c.work, jobs.c.started_at, jobs.c.finished_at)
-    .where(jobs.c.state == JobState.FINISHED)
+    select(jobs.c.work, jobs.c.finished_at, jobs.c.run_s)
+    .where(jobs.c.state == JobState.FINISHED, jobs.c.run_s > 0, jobs.c.work > 0)
     .order_by(jobs.c.id.desc())
     .limit(RECENT_JOBS)
 )
@@ -184,7 +192,7 @@ class JobStore:
     """All access to job rows. Synchronous; safe to call from several threads and processes.
 
     max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
-    says otherwise. clock: seconds since the epoch. steady_clock: monotonic seconds.
+    says otherwise. clock: seconds since the epoch, for people. steady_clock: monotonic seconds.
     """
 
     def __init__(
@@ -198,6 +206,7 @@ class JobStore:
     ) -> None:
         self._engine = engine
         self._clock = clock
+        self._steady_clock = steady_clock
         limits = QueueLimits(max_waiting, max_waiting_per_key)
         self._submissions = Submissions(engine, limits, clock)
         # Many at once, where a disk fails for all who wait for it.
@@ -314,7 +323,9 @@ class JobStore:
                 "now": now,
             }
             rows = connection.execute(CLAIM, values).all()
-        return sorted((to_job(row) for row in rows), key=lambda job: chosen.index(job.id))
+        claimed_s = self._steady_clock()
+        claimed = [replace(to_job(row), claimed_s=claimed_s) for row in rows]
+        return sorted(claimed, key=lambda job: chosen.index(job.id))
 
     def release(self, job: Job) -> bool:
         """Running to queued through no fault of the job: the attempt does not count."""
@@ -358,10 +369,13 @@ class JobStore:
     def finish(
         self, job: Job, flagged: Sequence[bool | None], receipt: Receipt | None = None
     ) -> bool:
-        """Running to finished, after the pictures are stored; False when no longer ours."""
+        """Running to finished, after the pictures are stored; False when no longer ours.
+
+        job: as `claim` of this store gave it.
+        """
         now = self._clock()
         with self._engine.begin() as connection:
-            values = {"now": now, "took_s": now - (job.started_at or now), "verdicts": [*flagged]}
+            values = {"now": now, "took_s": self._run_s(job), "verdicts": [*flagged]}
             is_ours = self._run(connection, FINISH, {**_held(job), **values}) == 1
             if is_ours and receipt is not None:
                 connection.execute(KEEP, {"job_id": job.id, "receipt": receipt.to_json()})
@@ -369,7 +383,8 @@ class JobStore:
 
     def fail(self, job: Job, error: str) -> bool:
         """Running to failed; error is for the client. False when the job is no longer ours."""
-        return self._end(is_held(job.id, job.claim), JobState.FAILED, error=error)
+        which = is_held(job.id, job.claim)
+        return self._end(which, JobState.FAILED, error=error, run_s=self._run_s(job))
 
     def cancel(self, job_id: int) -> bool:
         """Queued or running to cancelled; False when it had ended already."""
@@ -481,10 +496,17 @@ class JobStore:
         Before there are any a guess. count: of the workers.
         """
         recent = connection.execute(RECENT).all()
-        busy_s = covered_s([(row.started_at, row.finished_at) for row in recent])
+        usual = statistics.median([row.run_s / row.work for row in recent] or [0.0])
+        # The ends only place the jobs beside each other. Each is as long as its worker measured, so
+        # that a jump of the wall clock between two ends is one more pause, which does not count.
+        spans = [(row, min(row.run_s, SLOW_FACTOR * usual * row.work)) for row in recent]
+        busy_s = covered_s([(row.finished_at - run_s, row.finished_at) for row, run_s in spans])
         if busy_s > 0:
             return float(sum(row.work for row in recent) / busy_s)
         return GUESSED_SPEED * max(count, 1)
+
+    def _run_s(self, job: Job) -> float | None:
+        return None if job.claimed_s is None else max(0.0, self._steady_clock() - job.claimed_s)
 
     def _requeue(self, which: ColumnElement[bool]) -> int:
         """Running to queued, or to failed where the attempts are used up."""

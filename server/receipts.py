@@ -1,7 +1,7 @@
 """What is kept of how a job's pictures came about: measured where it happens, told afterwards.
 
 `Intake` is the API process's part, written with the job; `Receipt` the worker's, written with its
-end. Times are wall-clock milliseconds.
+end. Times are milliseconds that passed, whoever else had the device in them.
 """
 
 from dataclasses import asdict, dataclass

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, delete, event, insert, text
+from sqlalchemy import Engine, delete, event, insert, text, update
 from sqlalchemy.exc import IntegrityError
 
 from models.params import InpaintParams, SchedulerName
@@ -23,6 +23,7 @@ from server.job_store import (
     LEASE_S,
     MAX_ATTEMPTS,
     MOST_IDS,
+    SLOW_FACTOR,
     START_S,
     WORKER_KEPT_S,
     WORKER_LOST,
@@ -34,6 +35,7 @@ from server.job_store import (
 from server.jobs import Beat, Job, JobState, NewJob
 from server.silence import LOOK_S
 
+HOUR_S = 3_600.0
 PARAMS = InpaintParams(prompt="a cat", seed=7, samples=2, scheduler=SchedulerName.DDIM)
 
 
@@ -138,7 +140,9 @@ def test_job_is_not_claimed_before_it_was_written(engine: Engine) -> None:
         seen.append("clock")
         return 1_000.0
 
-    JobStore(engine, clock=look).claim("w", 1)
+    store = JobStore(engine, clock=look)
+    seen.clear()
+    store.claim("w", 1)
     assert seen == ["begin", "clock"]
 
 
@@ -163,6 +167,22 @@ def test_finish_ends_the_job_once(store: JobStore, clock: Clock) -> None:
     assert not store.beat(job, 5, 40)
     assert not store.cancel(job.id)
     assert get(store, job.id) == ended
+
+
+@pytest.mark.parametrize("verb", ["finish", "fail"])
+@pytest.mark.parametrize("jump_s", [30 * HOUR_S, -24 * HOUR_S])
+def test_duration_is_that_of_the_steady_clock(jump_s: float, verb: str, engine: Engine) -> None:
+    wall, steady = Clock(), Clock()
+    store = JobStore(engine, clock=wall, steady_clock=steady)
+    store.submit(new_job())
+    job = claim_one(store)
+    steady.now += 2.5
+    wall.now += jump_s
+
+    assert store.finish(job, [False, None]) if verb == "finish" else store.fail(job, "no")
+
+    ended = get(store, job.id)
+    assert (ended.run_s, ended.finished_at) == (2.5, 1_000.0 + jump_s)
 
 
 def test_fail_ends_the_job_with_its_reason(store: JobStore) -> None:
@@ -484,6 +504,56 @@ class TestFigures:
         store.report_worker(status("b", clock()))
         assert store.pace().speed == 2 * GUESSED_SPEED
         hear_nothing(store, clock, WORKER_SEEN_S)
+        assert store.pace().speed == GUESSED_SPEED
+
+    @pytest.mark.parametrize("jump_s", [30 * HOUR_S, -24 * HOUR_S])
+    def test_jump_of_the_clock_changes_no_estimate(self, jump_s: float, engine: Engine) -> None:
+        wall, steady = Clock(), Clock()
+        store = JobStore(engine, clock=wall, steady_clock=steady)
+
+        def work(seconds: float) -> None:
+            wall.now += seconds
+            steady.now += seconds
+
+        def make_together(count: int, jump_s: float = 0.0) -> list[Job]:
+            for _ in range(count):
+                store.submit(new_job(work=1_000.0))
+            claimed = store.claim("w", count)
+            work(2)
+            wall.now += jump_s
+            work(2)
+            for job in claimed:
+                store.finish(job, [])
+            return [get(store, job.id) for job in claimed]
+
+        make_together(4)
+        across = make_together(4, jump_s)
+        after = make_together(4)
+
+        assert {job.run_s for job in across + after} == {4.0}
+        assert across[0].finished_at == wall.now - 4, "what people read is the wall clock's"
+        # Turned back by a day the ends of before and after do not meet, so all three count.
+        assert store.pace().speed == 12_000 / 12
+
+    def test_one_slow_job_does_not_rule_the_estimate(self, store: JobStore, clock: Clock) -> None:
+        for seconds in (1, 1, 1, 86_400, 1):
+            store.submit(new_job(work=1_000.0))
+            job = claim_one(store)
+            clock.now += seconds
+            store.finish(job, [])
+        assert store.pace().speed == 5_000 / (4 + SLOW_FACTOR)
+
+    def test_rows_without_a_good_duration_tell_no_speed(
+        self, store: JobStore, engine: Engine, clock: Clock
+    ) -> None:
+        """Earlier versions took it from the wall clock, or had none."""
+        for run_s in (None, -86_399.2, 0.0):
+            store.submit(new_job(work=1_000.0))
+            job = claim_one(store)
+            clock.now += 1
+            store.finish(job, [])
+            with engine.begin() as connection:
+                connection.execute(update(jobs).where(jobs.c.id == job.id).values(run_s=run_s))
         assert store.pace().speed == GUESSED_SPEED
 
     def test_instant_jobs_do_not_divide_by_zero(self, store: JobStore) -> None:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from server.settings import Settings
 from server.storage import Storage
 from tests.http_stub import LiveApp, png_bytes, running_app
 from tests.test_app import FIRST, KEYS, SECOND, post, settings_in, store_of
+from tests.test_job_store import Clock
 
 PICTURE = png_bytes()
 IMAGE = base64.b64encode(PICTURE).decode()
@@ -202,6 +204,34 @@ class TestLifeOfAJob:
         assert store.finish(job, [None, None])
         answer = client.post(f"/api/v3/fetch/{job.id}").json()
         assert (answer["status"], len(answer["output"])) == ("success", 2)
+
+    @pytest.mark.parametrize("shift_s", [108_000, -86_400])
+    def test_jump_of_the_workers_clock_lengthens_no_job(
+        self, shift_s: float, client: httpx.Client, settings: Settings
+    ) -> None:
+        wall, engine = Clock(), open_engine(settings.sqlalchemy_url)
+        wall.now = time.time() + 1
+        worker = JobStore(engine, clock=wall)
+        job = claim(worker, create(client)["id"])
+        for key in job.output_keys:
+            Storage(settings.storage_url).put(key, OUTPUT)
+        wall.now += shift_s
+        assert worker.finish(job, [None, None])
+        engine.dispose()
+
+        timings = read(client, job.id)["timings_ms"]
+        took_in = timings["fetch"] + timings["decode_images"]
+        assert 0 <= timings["total"] - took_in - timings["queued"] < 60_000
+        answer = client.post(f"/api/v3/fetch/{job.id}").json()
+        assert 0 <= answer["generationTime"] < 60
+
+    def test_clock_turned_back_gives_no_negative_time(
+        self, client: httpx.Client, settings: Settings
+    ) -> None:
+        engine = open_engine(settings.sqlalchemy_url)
+        claim(JobStore(engine, clock=Clock()), job_id := create(client)["id"])
+        engine.dispose()
+        assert read(client, job_id)["timings_ms"]["queued"] == 0
 
     def test_only_masked_keeps_the_pictures_size(
         self, client: httpx.Client, settings: Settings, store: JobStore

@@ -68,7 +68,7 @@ class Mask(BaseModel):
 
 
 class Timings(BaseModel):
-    """Wall-clock milliseconds of the stages, in order; null for those not reached or not known.
+    """Milliseconds of the stages, in order; null for those not reached or not known.
 
     Prepare, denoise and decode share the device with other jobs and include waiting for it.
     """
@@ -83,7 +83,9 @@ class Timings(BaseModel):
     )
     encode: float | None = Field(default=None, description="PNG files and their figures")
     store: float | None = None
-    total: float | None = Field(default=None, description="From the request until the end")
+    total: float | None = Field(
+        default=None, description="From the request until a worker ended it"
+    )
 
 
 class Inputs(BaseModel):
@@ -277,14 +279,14 @@ def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> T
             "encode": times.encode_ms,
             "store": times.store_ms,
         }
-    stages["queued"] = span_ms(job.created_at, job.started_at)
-    stages["total"] = span_ms(job.created_at - taken_in_ms / 1000, job.finished_at)
+    queued_ms = None
+    if job.started_at is not None:
+        # Of two processes, so from the wall clock, which may have been turned back in between.
+        queued_ms = max(0.0, round((job.started_at - job.created_at) * 1000, 1))
+    stages["queued"] = queued_ms
+    if job.run_s is not None and queued_ms is not None:
+        stages["total"] = round(taken_in_ms + queued_ms + job.run_s * 1000, 1)
     return Timings(**stages)
-
-
-def span_ms(start: float, end: float | None) -> float | None:
-    """Milliseconds between two moments in seconds."""
-    return None if end is None else round((end - start) * 1000, 1)
 
 
 def write_webhook(job: Job) -> dict[str, Any]:
