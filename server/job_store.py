@@ -42,6 +42,7 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from server.changes import ChangeSignal
+from server.clocks import SharedClock
 from server.commits import GroupCommit, each
 from server.database import jobs, read_only, receipts, workers
 from server.deliveries import queue_delivery
@@ -193,6 +194,7 @@ class JobStore:
 
     max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
     says otherwise. clock: seconds since the epoch, for people. steady_clock: monotonic seconds.
+    shared_clock: for what another process compares with its own; a `SharedClock` if None.
     """
 
     def __init__(
@@ -203,12 +205,14 @@ class JobStore:
         max_waiting_per_key: int = 100,
         clock: Callable[[], float] = time.time,
         steady_clock: Callable[[], float] = time.monotonic,
+        shared_clock: Callable[[], float] | None = None,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._steady_clock = steady_clock
+        self._shared_clock = shared_clock or SharedClock(engine, clock, steady_clock)
         limits = QueueLimits(max_waiting, max_waiting_per_key)
-        self._submissions = Submissions(engine, limits, clock)
+        self._submissions = Submissions(engine, limits, clock, self._shared_clock)
         # Many at once, where a disk fails for all who wait for it.
         self._withdrawals = GroupCommit(engine, each(withdraw), "withdraw")
         self._claims = Silence[tuple[int, int]](steady_clock)
@@ -552,7 +556,7 @@ class JobStore:
         rows = connection.execute(change, values).all()
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
-                queue_delivery(connection, row.id, row.key_id, row.webhook, self._clock())
+                queue_delivery(connection, row.id, row.key_id, row.webhook, self._shared_clock())
         return len(rows)
 
 

@@ -49,12 +49,19 @@ class QueueLimits:
 
 
 class Submissions:
-    """Of one process. clock: seconds since the epoch."""
+    """Of one process. clock: seconds since the epoch. shared_clock: ages idempotency keys."""
 
-    def __init__(self, engine: Engine, limits: QueueLimits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        limits: QueueLimits,
+        clock: Callable[[], float],
+        shared_clock: Callable[[], float],
+    ) -> None:
         self._engine = engine
         self._limits = limits
         self._clock = clock
+        self._shared_clock = shared_clock
         self._commits = GroupCommit(engine, self._insert_all, "submit")
 
     def begin(self, new: NewJob, once: Idempotency | None) -> Future[Submitted]:
@@ -98,7 +105,7 @@ class Submissions:
             return Submitted(to_job(earlier), None)
         (outcome,) = self._insert_together(connection, [new])
         if isinstance(outcome, Submitted):
-            reserve(connection, new.key_id, once, new.file_prefix, self._clock())
+            reserve(connection, new.key_id, once, new.file_prefix, self._shared_clock())
         return outcome
 
     def _insert_together(
@@ -147,7 +154,7 @@ class Submissions:
         self, connection: Connection, key_id: str, once: Idempotency
     ) -> Row[Any] | None:
         """Raises: Conflict."""
-        file_prefix = find(connection, key_id, once, self._clock())
+        file_prefix = find(connection, key_id, once, self._shared_clock())
         if file_prefix is None:
             return None
         return connection.execute(select(jobs).where(jobs.c.file_prefix == file_prefix)).one()

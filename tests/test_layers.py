@@ -103,8 +103,8 @@ SERVER = {
     "jobs": "models.params",
     "job_rows": "database jobs turns models.params",
     "submissions": "commits database errors idempotency job_rows jobs turns",
-    "job_store": "changes commits database deliveries failures idempotency job_rows jobs receipts"
-    " silence submissions turns",
+    "job_store": "changes clocks commits database deliveries failures idempotency job_rows jobs"
+    " receipts silence submissions turns",
     "keeping": "decoders errors idempotency job_store jobs storage threads",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "database deliveries errors jobs settings storage telemetry",

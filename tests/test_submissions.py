@@ -1,8 +1,10 @@
 """Jobs that are submitted together: they meet the queue as if they came one after the other."""
 
+import functools
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,12 +13,12 @@ from sqlalchemy import Engine, delete, event
 
 from server.database import idempotency_keys, jobs, open_engine
 from server.errors import ApiError, Conflict, QueueFull
-from server.idempotency import Idempotency
+from server.idempotency import KEPT_S, Idempotency
 from server.job_store import JobStore
 from server.jobs import Job, Load, NewJob, QueueShare, Submitted
 from server.submissions import QueueLimits, Submission, Submissions
 from tests.conftest import migrated_sqlite
-from tests.test_job_store import new_job
+from tests.test_job_store import Clock, new_job
 
 LIMITS = QueueLimits(max_waiting=12, max_waiting_per_key=5)
 NOW = 1_000.0
@@ -33,7 +35,7 @@ def submission(
 
 
 def submit_together(engine: Engine, group: Sequence[Submission]) -> list[Submitted | ApiError]:
-    submissions = Submissions(engine, LIMITS, lambda: NOW)
+    submissions = Submissions(engine, LIMITS, lambda: NOW, lambda: NOW)
     with engine.begin() as connection:
         return submissions._insert_all(connection, group)
 
@@ -175,3 +177,36 @@ def test_jobs_that_come_together_take_one_statement(engine: Engine) -> None:
     store = JobStore(engine)
     assert [store.get(job.id) for job in told] == told
     assert [job.file_prefix for job in told] == [new.file_prefix for new, _ in group]
+
+
+@pytest.mark.parametrize("days", [3, -3])
+def test_idempotency_key_survives_a_jump_of_the_clock(days: int, tmp_path: Path) -> None:
+    """With SQLite; PostgreSQL has a clock of its own."""
+    engine = open_engine(migrated_sqlite(tmp_path))
+    wall, steady = Clock(), Clock()
+    store = JobStore(engine, clock=wall, steady_clock=steady)
+    once, other = Idempotency("x", "one"), Idempotency("y", "one")
+    first = store.submit(new_job(), once)
+
+    wall.now += days * 86_400
+    store.submit(new_job(), other)  # removes the keys that are too old
+    there = store.submit(new_job(), once)
+    wall.now -= days * 86_400
+    back = store.submit(new_job(), once)
+
+    assert (there.id, back.id) == (first.id, first.id)
+    steady.now += KEPT_S
+    assert store.submit(new_job(), once).id != first.id, "a day by the steady clock ends it"
+    engine.dispose()
+
+
+def test_idempotency_key_does_not_age_by_the_wall_clock(engine: Engine) -> None:
+    """Also of processes whose clocks differ; the shared one is the database server's, or ours."""
+    shared, once = Clock(), Idempotency("x", "one")
+    stores = [
+        JobStore(engine, clock=functools.partial(float, days * 86_400), shared_clock=shared)
+        for days in (0, 3, -3)
+    ]
+    assert len({store.submit(new_job(), once).id for store in stores}) == 1
+    shared.now += KEPT_S
+    assert stores[0].submit(new_job(), once).id != 1

@@ -76,7 +76,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def jobs(engine: Engine, clock: Clock) -> JobStore:
-    return JobStore(engine, clock=clock)
+    return JobStore(engine, clock=clock, shared_clock=clock)
 
 
 @pytest.fixture
