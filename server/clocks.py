@@ -1,4 +1,4 @@
-"""`SharedClock`: the time that processes compare with what another one wrote into a row."""
+"""Clocks for times that one process writes and another compares: `SharedClock`, `EarlierClock`."""
 
 import time
 from collections.abc import Callable
@@ -49,3 +49,23 @@ class SharedClock:
             self._measure_at = self._steady_clock()  # with the next call
         else:
             self._offset_s = now - self._steady_clock()
+
+
+class EarlierClock:
+    """Seconds since the epoch: the wall clock or the shared one, whichever says less.
+
+    For what cannot be undone. What is old by this clock is old by both, so that one jump of the
+    wall clock, forward or back, makes nothing old at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        wall_clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._wall_clock = wall_clock
+        self._shared_clock = SharedClock(engine, wall_clock, steady_clock)
+
+    def __call__(self) -> float:
+        return min(self._wall_clock(), self._shared_clock())

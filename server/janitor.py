@@ -21,6 +21,7 @@ import anyio.to_thread
 from sqlalchemy import ColumnElement, Engine, delete, exists, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.clocks import EarlierClock
 from server.database import deliveries, jobs, read_only
 from server.deliveries import MAX_AGE_S, DeliveryState
 from server.errors import StorageUnavailable
@@ -59,7 +60,7 @@ class Removed:
 class Janitor:
     """`tidy` and `sweep` are synchronous; run `run` as a task beside the server.
 
-    clock: seconds since the epoch. batch: rows or files of one step.
+    clock: seconds since the epoch; an `EarlierClock` if None. batch: rows or files of one step.
     """
 
     def __init__(
@@ -67,13 +68,13 @@ class Janitor:
         engine: Engine,
         storage: Storage,
         settings: RetentionSettings,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         batch: int = BATCH,
     ) -> None:
         self._engine = engine
         self._storage = storage
         self._settings = settings
-        self._clock = clock
+        self._clock = clock or EarlierClock(engine)
         self._batch = batch
         self._is_stopping = threading.Event()
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, func, insert, select
 
-from server.database import deliveries, jobs
+from server.clocks import EarlierClock
+from server.database import deliveries, jobs, open_engine
 from server.deliveries import MAX_AGE_S, Attempt, DeliveryStore
 from server.errors import Conflict, ConflictKind, StorageUnavailable
 from server.janitor import HOUR_S, ORPHAN_S, Janitor, Removed
@@ -20,6 +21,7 @@ from server.job_store import JobStore
 from server.jobs import Job, JobState
 from server.settings import RetentionSettings
 from server.storage import Storage
+from tests.conftest import migrated_sqlite
 from tests.test_job_store import ROW, Clock, claim_one, get, new_job, state_of
 
 SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, rows_h=100)
@@ -324,3 +326,27 @@ def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -
 
     assert asyncio.run(run())
     assert len(house.files()) == 3
+
+
+@pytest.mark.parametrize("days", [30, -30])
+def test_jump_of_the_clock_makes_nothing_old(days: int, tmp_path: Path) -> None:
+    """With SQLite; PostgreSQL has a clock of its own."""
+    engine = open_engine(migrated_sqlite(tmp_path))
+    wall, steady, folder = Clock(), Clock(), tmp_path / "files"
+    wall.now = time.time()
+    storage = Storage(folder.as_uri())
+    janitor = Janitor(engine, storage, SETTINGS, EarlierClock(engine, wall, steady))
+    store = JobStore(engine, clock=wall, steady_clock=steady)
+    house = House(store, storage, janitor, wall, folder)
+    house.finish()
+    house.submit()
+
+    wall.now += days * 86_400
+    house.finish()
+    house.submit()
+
+    assert (janitor.tidy(), janitor.sweep()) == (Removed(), Removed())
+    wall.now += SETTINGS.outputs_h * HOUR_S + 1
+    steady.now += SETTINGS.outputs_h * HOUR_S + 1
+    assert janitor.tidy() == Removed(outputs=1), "the one whose time has come by both clocks"
+    engine.dispose()

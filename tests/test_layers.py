@@ -107,7 +107,7 @@ SERVER = {
     " receipts silence submissions turns",
     "keeping": "decoders errors idempotency job_store jobs storage threads",
     "previews": "errors jobs storage telemetry models.images",
-    "janitor": "database deliveries errors jobs settings storage telemetry",
+    "janitor": "clocks database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "threads": "",
     "waiters": "changes job_store jobs telemetry",
