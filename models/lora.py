@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def _read_pairs(path: Path) -> dict[str, LowRank]:
     pairs: dict[str, LowRank] = {}
     try:
         tensors = load_file(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelUnavailable(f"{path} cannot be read: {error}") from error
     for name, tensor in tensors.items():
         if name.endswith(".alpha"):
@@ -150,5 +151,5 @@ def _peft_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
         return {
             part: float(settings[f"{part}.{key}"]) for part, _, key in found if key == "lora_alpha"
         }
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelUnavailable(f"lora_adapter_metadata cannot be read: {error}") from error

@@ -5,11 +5,12 @@ its shape, so that a checkpoint's family is known without reading a weight. Pick
 """
 
 import json
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from models.errors import ModelUnavailable
 
@@ -18,6 +19,20 @@ MAX_HEADER_BYTES = 100_000_000
 
 LENGTH_BYTES = 8
 SUFFIX = ".safetensors"
+
+MAX_ELEMENTS = 2**56
+"""Of a tensor, none of its sides counted as 0: with any dtype the bytes fit 64 bits."""
+
+DTYPE_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""The format's dtypes, and the bits of an element."""
 
 NAMED_WEIGHTS = "transformers_weights"
 """The key of a `config.json` by which transformers finds weights of another name."""
@@ -34,19 +49,89 @@ class Header:
     metadata: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """An entry of a header. start, end: bytes behind the header."""
+
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file. Raises: ModelUnavailable for anything else."""
+    """The header of a safetensors file, after every check that the format asks for.
+
+    Raises: ModelUnavailable for anything else.
+    """
     if path.suffix != SUFFIX:
         raise ModelUnavailable(
             f"{path} is no .safetensors file; other formats may hold pickled code and are not read"
         )
     try:
-        entries = json.loads(_header_bytes(path))
+        text, data_bytes = _header_text(path)
+        entries = _parse(text)
         metadata = entries.pop("__metadata__", {})
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _check_metadata(metadata)
+        tensors = {name: _tensor_of(name, entry) for name, entry in entries.items()}
+        _check_places(tensors, data_bytes)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelUnavailable(f"{path} is no safetensors file: {error}") from error
-    return Header(shapes, {str(key): str(value) for key, value in metadata.items()})
+    return Header({name: each.shape for name, each in tensors.items()}, metadata)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The header as an object. Raises: ValueError, RecursionError."""
+    if not text.startswith("{"):
+        raise ValueError("its header is no JSON object")
+    entries: dict[str, Any] = json.loads(text, object_pairs_hook=_without_duplicates)
+    return entries
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header has a name twice")
+    return found
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Raises: ValueError."""
+    texts = metadata.values() if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its __metadata__ is no object of texts")
+
+
+def _tensor_of(name: str, entry: Any) -> _Tensor:
+    """Raises: ValueError for an entry that contradicts itself."""
+    name.encode()  # half a surrogate pair is no text
+    if not isinstance(entry, dict):
+        raise ValueError(f"its entry {name!r} is no object")
+    dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"its tensor {name!r} has no known dtype")
+    if not _are_sizes(shape) or not _are_sizes(place) or len(place) != 2:
+        raise ValueError(f"its tensor {name!r} has no good shape or data_offsets")
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise ValueError(f"its tensor {name!r} is larger than any memory")
+    if math.prod(shape) * DTYPE_BITS[dtype] != (place[1] - place[0]) * 8:
+        raise ValueError(f"its tensor {name!r} has not the bytes of its shape")
+    return _Tensor(tuple(shape), place[0], place[1])
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    """A list of whole numbers from 0 on; `true` and 1.0 are none."""
+    return isinstance(values, list) and all(type(size) is int and size >= 0 for size in values)
+
+
+def _check_places(tensors: Mapping[str, _Tensor], data_bytes: int) -> None:
+    """The tensors lie side by side and fill the file. Raises: ValueError."""
+    reached = 0
+    for start, end, name in sorted((each.start, each.end, name) for name, each in tensors.items()):
+        if start != reached:
+            raise ValueError(f"its tensor {name!r} overlaps another or leaves a hole")
+        reached = end
+    if reached != data_bytes:
+        raise ValueError(f"its tensors take {reached} bytes of {data_bytes}")
 
 
 def refuse_other_weights(folder: Path) -> None:
@@ -80,13 +165,17 @@ def _named_weights(folder: Path) -> Iterator[tuple[Path, Any]]:
         yield from ((path, name) for name in names)
 
 
-def _header_bytes(path: Path) -> bytes:
-    """Raises: ValueError for a length that cannot be true, before memory is taken for it."""
+def _header_text(path: Path) -> tuple[str, int]:
+    """The header, and how many bytes of tensors follow.
+
+    Raises: ValueError for a length that cannot be true, before memory is taken for it.
+    """
     with path.open("rb") as file:
         start = file.read(LENGTH_BYTES)
         if len(start) < LENGTH_BYTES:
             raise ValueError("it ends before its header")
         (length,) = struct.unpack("<Q", start)
-        if length > MAX_HEADER_BYTES or length > path.stat().st_size - LENGTH_BYTES:
+        data_bytes = path.stat().st_size - LENGTH_BYTES - length
+        if length > MAX_HEADER_BYTES or data_bytes < 0:
             raise ValueError(f"its header claims {length} bytes")
-        return file.read(length)
+        return file.read(length).decode(), data_bytes

@@ -16,12 +16,13 @@ from models.registry import (
     pinned_digests,
     read_catalog,
 )
+from models.weights import SUFFIX, read_header
 from server.settings import Settings
 from server.terminal import printable
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    """One command; the exit status. Raises: ValueError."""
+    """One command; the exit status."""
     try:
         catalog = read_catalog(settings.models_file)
         if options.verb == "list":
@@ -30,7 +31,8 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         commands = {"download": get, "verify": verify, "trust": trust}
         return commands[options.verb](spec, settings)
     except ModelUnavailable as error:
-        raise ValueError(str(error)) from error
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
 
 
 def list_models(catalog: dict[str, ModelSpec]) -> int:
@@ -56,10 +58,13 @@ def trust(spec: ModelSpec, settings: Settings) -> int:
 def verify(spec: ModelSpec, settings: Settings) -> int:
     """Read all of a model's files and compare them with those it was first used with.
 
-    Each file's digest is printed. Raises: ModelUnavailable.
+    Each file's digest is printed. Raises: ModelUnavailable, also for weights that are damaged.
     """
     settings.make_data_dir()
     files = model_files(spec)
+    for path in files.values():
+        if path.suffix == SUFFIX:
+            read_header(path)
     with tqdm(total=100, desc="checking", unit="%", disable=None) as bar:
         digests = file_sha256s(
             [*files.values()], None, lambda share: bar.update(round(share * 100) - bar.n)

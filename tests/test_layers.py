@@ -69,7 +69,7 @@ SERVER = {
     "keys": "database",
     "key_commands": "database keys settings terminal",
     "model_commands": "settings terminal models.errors models.fingerprint models.manifests"
-    " models.registry",
+    " models.registry models.weights",
     "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",

@@ -1,6 +1,7 @@
 """A model's files are those it was first used with, or it is not loaded."""
 
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class TestStart:
         with pytest.raises(ModelUnavailable, match=f"{UNET} is not the file that was first used"):
             self.open(data, model)
         flags = ["--data-dir", str(data)]
-        assert main(["models", "verify", str(model), *flags]) == 2
+        assert main(["models", "verify", str(model), *flags]) == 1
         assert main(["models", "trust", str(model), *flags]) == 0
         assert main(["models", "verify", str(model), *flags]) == 0
         self.open(data, model)
@@ -132,6 +133,21 @@ class TestStart:
             self.open(tmp_path / "data", Path("tiny"), models_file=catalog)
 
 
+@pytest.mark.parametrize(
+    "header", [pytest.param(b"[" * 200_000, id="deep"), b'{"__metadata__": [1]}']
+)
+def test_damaged_weights_are_no_good_model(
+    header: bytes, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / UNET).write_bytes(struct.pack("<Q", len(header)) + header)
+
+    for verb in ("verify", "trust"):
+        assert main(["models", verb, str(model), "--data-dir", str(tmp_path)]) == 1
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert f"{UNET} is no safetensors file" in told.err
+
+
 def test_models_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for command in (["models"], ["models", "list"]):
         assert main(command) == 0
@@ -140,5 +156,5 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 def test_unknown_model_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["models", "verify", str(tmp_path / "none"), "--data-dir", str(tmp_path)]
-    assert main(command) == 2
+    assert main(command) == 1
     assert "is neither a folder here nor a hub id" in capsys.readouterr().err
