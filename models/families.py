@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from models.errors import ModelUnavailable
+from models.weights import read_json
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -70,11 +70,8 @@ def read_configs(folder: Path) -> Configs:
 
     Raises: ModelUnavailable.
     """
-    try:
-        return {
-            name: json.loads((folder / file).read_text())
-            for name, file in CONFIG_FILES.items()
-            if (folder / file).is_file()
-        }
-    except (OSError, ValueError) as error:
-        raise ModelUnavailable(f"{folder}: a configuration cannot be read: {error}") from error
+    return {
+        name: read_json(folder / file)
+        for name, file in CONFIG_FILES.items()
+        if (folder / file).is_file()
+    }

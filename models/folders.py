@@ -1,13 +1,12 @@
 """Checkpoints in diffusers layout: one folder per component, `model_index.json` beside them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ModelUnavailable
 from models.parts import Part, vae_dtype
-from models.weights import refuse_other_weights
+from models.weights import read_json, refuse_foreign_parts
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +14,9 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 REQUIRED = ("tokenizer", "scheduler", "text_encoder", "vae", "unet")
 XL_ONLY = ("tokenizer_2", "text_encoder_2")
+ATTENTION = "sdpa"
+"""What transformers' models compute attention with: PyTorch's own function."""
+
 CHECKER = ("feature_extractor", "safety_checker")
 
 
@@ -66,14 +68,14 @@ def _loaders(
         return lambda: load_model(model_class, folder / name, variant, dtype)
 
     def vae() -> Any:
-        config = json.loads((folder / "vae/config.json").read_text())
+        config = read_json(folder / "vae/config.json")
         own_dtype = vae_dtype(config, is_sdxl=is_sdxl, dtype=dtype)
         return load_model(AutoencoderKL, folder / "vae", variant, own_dtype)
 
     return {
         "tokenizer": lambda: load_tokenizer(folder / "tokenizer"),
         "tokenizer_2": lambda: load_tokenizer(folder / "tokenizer_2"),
-        "scheduler": lambda: json.loads((folder / "scheduler/scheduler_config.json").read_text()),
+        "scheduler": lambda: read_json(folder / "scheduler/scheduler_config.json"),
         "text_encoder": weights(CLIPTextModel, "text_encoder"),
         "text_encoder_2": weights(CLIPTextModelWithProjection, "text_encoder_2"),
         "vae": vae,
@@ -101,10 +103,14 @@ def _checker_loaders(
 def load_model(model_class: Any, folder: Path, variant: str | None, dtype: "torch.dtype") -> Any:
     """A model of diffusers or transformers from its folder.
 
-    Raises: ModelUnavailable for weights that are no good safetensors files, OSError or ValueError
-        for the rest.
+    Raises: ModelUnavailable for what `refuse_foreign_parts` refuses; for the rest whatever the
+        library does.
     """
-    refuse_other_weights(folder)
+    from transformers import PreTrainedModel
+
+    refuse_foreign_parts(folder)
+    # diffusers' classes know no such key.
+    own = attention_of(model_class) if issubclass(model_class, PreTrainedModel) else {}
     model, found = model_class.from_pretrained(
         folder,
         use_safetensors=True,
@@ -112,11 +118,23 @@ def load_model(model_class: Any, folder: Path, variant: str | None, dtype: "torc
         variant=variant or _guess_variant(folder),
         dtype=dtype,
         output_loading_info=True,
+        **own,
     )
     # Both libraries would go on with random numbers, or none, in their place.
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     return model
+
+
+def attention_of(model_class: Any) -> dict[str, Any]:
+    """For `from_pretrained` of transformers: what the model and its parts compute attention with.
+
+    A configuration that is left to choose may name a kernel of the hub, whose code would be fetched
+    and run. diffusers' safety checker takes no "sdpa", having no attention of its own.
+    """
+    parts = dict.fromkeys(model_class.config_class.sub_configs, ATTENTION)
+    itself = ATTENTION if model_class._supports_sdpa else "eager"
+    return {"attn_implementation": {"": itself, **parts}}
 
 
 def load_tokenizer(folder: Path, **changes: Any) -> Any:
@@ -127,12 +145,7 @@ def load_tokenizer(folder: Path, **changes: Any) -> Any:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text())
-        return dict(index.items())
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelUnavailable(f"{path} is not a model index") from error
+    return read_json(folder / INDEX)
 
 
 def _guess_variant(folder: Path) -> str | None:

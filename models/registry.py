@@ -313,8 +313,6 @@ def _checker_folder(source: str) -> Path:
 
 def _load(parts: dict[str, Part], device: "torch.device", report: Report) -> dict[str, Any]:
     """Every part, by name; modules on the device, frozen. Optional ones that are absent: None."""
-    from safetensors import SafetensorError
-
     total = sum(part.size for part in parts.values())
     loaded: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     done = 0
@@ -322,14 +320,7 @@ def _load(parts: dict[str, Part], device: "torch.device", report: Report) -> dic
         report(done / total, name)
         try:
             loaded[name] = part.load()
-        except (
-            ModelUnavailable,
-            OSError,
-            ValueError,
-            KeyError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+        except Exception as error:  # a bad value in a configuration raises anything
             raise ModelUnavailable(f"cannot load {part.path} ({name}): {error}") from error
         if hasattr(loaded[name], "requires_grad_"):
             loaded[name].to(device).eval().requires_grad_(False)

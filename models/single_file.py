@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models.errors import ModelUnavailable
 from models.families import Configs, Family, detect_family, published_configs, read_configs
-from models.folders import load_tokenizer
+from models.folders import ATTENTION, load_tokenizer
 from models.parts import Part, vae_dtype
 from models.weights import Header, read_header
 
@@ -172,7 +172,9 @@ def _text_loader(checkpoint: SingleFile, name: str, dtype: "torch.dtype") -> Cal
 
         is_second = name == "text_encoder_2"
         model_class = CLIPTextModelWithProjection if is_second else CLIPTextModel
-        model = _empty(model_class, CLIPTextConfig(**checkpoint.configs[name]))
+        config = CLIPTextConfig(**checkpoint.configs[name])
+        config._attn_implementation = ATTENTION  # not what the configuration may ask for
+        model = _empty(model_class, config)
         is_open_clip = is_second or checkpoint.family is Family.SD2
         convert = _open_clip_tensors if is_open_clip else _clip_tensors
         tensors = {

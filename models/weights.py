@@ -37,6 +37,12 @@ DTYPE_BITS = {
 NAMED_WEIGHTS = "transformers_weights"
 """The key of a `config.json` by which transformers finds weights of another name."""
 
+FOREIGN_KEYS = {"quantization_config", "fusion_config"}
+"""Keys of a `config.json` that choose a library or replace parts of a model."""
+
+ADAPTER = "adapter_config.json"
+"""The file by which transformers, where PEFT is installed, finds a base model somewhere else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -134,15 +140,30 @@ def _check_places(tensors: Mapping[str, _Tensor], data_bytes: int) -> None:
         raise ValueError(f"its tensors take {reached} bytes of {data_bytes}")
 
 
-def refuse_other_weights(folder: Path) -> None:
-    """Before a library loads a component's folder: what it will open are good safetensors files.
+def read_json(path: Path) -> dict[str, Any]:
+    """One of a checkpoint's configurations. Raises: ModelUnavailable for what is no JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelUnavailable(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelUnavailable(f"{path} cannot be read: it is no JSON object")
+    return content
 
-    An index of shards, or a key of transformers' configuration, may name a pickle, and either
-    library opens it whatever it was told of safetensors.
+
+def refuse_foreign_parts(folder: Path) -> None:
+    """Before a library loads a component's folder: nothing there makes it open or run other things.
+
+    What it will open are good safetensors files. An index of shards, or a key of transformers'
+    configuration, may name a pickle, and either library opens it whatever it was told of
+    safetensors. Other keys make it look for a further library, such as one for quantized weights,
+    or load a base model from elsewhere.
     Raises: ModelUnavailable.
     """
     for path in folder.glob("*.safetensors"):
         read_header(path)
+    if (folder / ADAPTER).exists():
+        raise ModelUnavailable(f"{folder / ADAPTER}: a component that is an adapter is not read")
     for path, name in _named_weights(folder):
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(SUFFIX):
             raise ModelUnavailable(
@@ -153,16 +174,30 @@ def refuse_other_weights(folder: Path) -> None:
 
 def _named_weights(folder: Path) -> Iterator[tuple[Path, Any]]:
     """Files that name weights, with each name. Raises: ModelUnavailable."""
-    for path in (*folder.glob("*.safetensors.index*.json"), *folder.glob("config.json")):
-        try:
-            content = json.loads(path.read_text())
-            if path.name != "config.json":
-                names = list(content["weight_map"].values())
-            else:
-                names = [content[key] for key in content if key == NAMED_WEIGHTS]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelUnavailable(f"{path} cannot be read: {error!r}") from error
-        yield from ((path, name) for name in names)
+    for path in folder.glob("*.safetensors.index*.json"):
+        names = read_json(path).get("weight_map")
+        if not isinstance(names, dict):
+            raise ModelUnavailable(f"{path} cannot be read: it has no weight_map")
+        yield from ((path, name) for name in names.values())
+    for path in folder.glob("config.json"):
+        content = read_json(path)
+        _refuse_foreign_keys(path, content)
+        if NAMED_WEIGHTS in content:
+            yield path, content[NAMED_WEIGHTS]
+
+
+def _refuse_foreign_keys(path: Path, content: dict[str, Any]) -> None:
+    """In the configurations within the configuration too. Raises: ModelUnavailable."""
+    left: list[Any] = [content]
+    while left:
+        match left.pop():
+            case dict() as values:
+                for key in FOREIGN_KEYS & values.keys():
+                    if values[key] is not None:
+                        raise ModelUnavailable(f"{path} has {key!r}, which is not supported here")
+                left += values.values()
+            case list() as values:
+                left += values
 
 
 def _header_text(path: Path) -> tuple[str, int]:

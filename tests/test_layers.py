@@ -26,7 +26,7 @@ MODELS = {
     "captions": "params",
     "enhance": "",
     "weights": "errors",
-    "families": "errors",
+    "families": "weights",
     "parts": "",
     "folders": "errors parts weights",
     "single_file": "errors families folders parts weights",

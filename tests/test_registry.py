@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -471,6 +472,109 @@ def test_class_named_by_the_checkpoint_is_not_believed(folder: Path) -> None:
     change_index(folder, unet=["os", "system"])
 
     assert type(load(folder).unet).__name__ == "UNet2DConditionModel"
+
+
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+@pytest.mark.parametrize("key", ATTENTION_KEYS)
+@pytest.mark.parametrize("value", ["kernels-community/flash-attn", "flash_attention_2", "eager"])
+def test_attention_is_never_the_checkpoints_choice(folder: Path, key: str, value: str) -> None:
+    save_checker(folder, folder / "safety_checker")
+    change_index(folder, safety_checker=["a", "b"], feature_extractor=["c", "d"])
+    change_json(folder / "text_encoder" / "config.json", **{key: value})
+    checker = folder / "safety_checker" / "config.json"
+    vision = json.loads(checker.read_text())["vision_config"]
+    change_json(checker, **{key: value}, vision_config={**vision, key: value})
+
+    loaded = load(folder)
+
+    parts = (loaded.text_encoder, loaded.safety_checker.vision_model)
+    assert {part.config._attn_implementation for part in parts} == {"sdpa"}
+    assert loaded.safety_checker.config._attn_implementation == "eager", "it only joins its parts"
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": {"AutoModel": "modeling.Intruder"}, "trust_remote_code": True},
+        {"_class_name": "Intruder", "architectures": ["Intruder"]},
+        {"_class_name": ["modeling", "Intruder"], "custom_pipeline": "someone/else"},
+        {"_name_or_path": "someone/else", "model_type": "intruder"},
+        {"use_kernels": True, "kernel_config": {"Linear": "someone/else"}},
+        {"device_map": "auto", "gguf_file": "x.gguf", "distributed_config": {"tp_size": 2}},
+    ],
+)
+def test_classes_and_places_named_by_a_configuration_are_not_believed(
+    folder: Path, name: str, changes: dict[str, Any]
+) -> None:
+    before = type(getattr(load(folder), name))
+    (folder / name / "modeling.py").write_text("raise SystemExit('code of a checkpoint ran')")
+    change_json(folder / name / "config.json", **changes)
+
+    assert type(getattr(load(folder), name)) is before
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"quantization_config": 7},
+        {"fusion_config": {"patch_embeddings": True}},
+        {"text_config": [{"quantization_config": {"quant_method": "torchao"}}]},
+    ],
+)
+def test_configuration_asks_for_no_further_library(
+    folder: Path, name: str, changes: dict[str, Any]
+) -> None:
+    change_json(folder / name / "config.json", **changes)
+
+    with pytest.raises(ModelUnavailable, match=r"config\.json has '\w+', which is not supported"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_adapter_in_place_of_a_model_is_refused(folder: Path, name: str) -> None:
+    """Its base model might be any other folder or hub id."""
+    adapter = folder / name / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": "someone/else"}))
+
+    with pytest.raises(ModelUnavailable, match=r"adapter_config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("text_encoder", {"dtype": "nope"}),
+        ("text_encoder", {"hidden_size": "x"}),
+        ("text_encoder", {"num_attention_heads": 0}),
+        ("text_encoder", {"sub_configs": {}}),
+        ("unet", {"norm_num_groups": 0}),
+        ("vae", {"_class_name": 7}),
+    ],
+)
+def test_configuration_that_makes_no_model_is_refused(
+    folder: Path, name: str, changes: dict[str, Any]
+) -> None:
+    change_json(folder / name / "config.json", **changes)
+
+    with pytest.raises(ModelUnavailable, match=f"cannot load .*{name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "vae/config.json", "unet/config.json", "text_encoder/config.json"]
+)
+@pytest.mark.parametrize("content", [pytest.param("[" * 200_000, id="deep"), "[]", "7", '"\\ud800'])
+def test_configuration_that_is_no_object_is_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+
+    with pytest.raises(ModelUnavailable, match=f"{name} cannot be read"):
+        load(folder)
 
 
 def test_progress_runs_from_zero_to_one(folder: Path) -> None:

@@ -205,6 +205,17 @@ def test_pickles_are_refused_by_their_name(tmp_path: Path, suffix: str) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_is_never_the_configurations_choice(sd15: Path, tmp_path: Path, key: str) -> None:
+    config = tmp_path / "config" / "text_encoder" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, key: "kernels-community/flash-attn"}))
+
+    loaded = load(sd15, config=str(tmp_path / "config"))
+
+    assert loaded.text_encoder.config._attn_implementation == "sdpa"
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match=r"nowhere\.safetensors"):
         load(tmp_path / "nowhere.safetensors")
