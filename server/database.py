@@ -134,6 +134,8 @@ jobs = Table(
     Column("webhook", Text),
     Column("track_id", JsonScalar),
     Column("created_at", Float, nullable=False),
+    Column("submitted_s", Float),
+    Column("queued_s", Float),
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("attempt", Integer, nullable=False, default=0),

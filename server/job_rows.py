@@ -15,7 +15,7 @@ IS_RUNNING: ColumnElement[bool] = jobs.c.state == JobState.RUNNING
 def to_job(row: Row[Any]) -> Job:
     """A whole row of `jobs`."""
     values = dict(row._mapping)
-    del values["beaten_at"]
+    del values["beaten_at"], values["submitted_s"]
     values["state"] = JobState(values["state"])
     values["params"] = InpaintParams.from_json(values["params"])
     return Job(**values)

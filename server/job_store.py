@@ -29,6 +29,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Executable,
+    Float,
     Row,
     bindparam,
     case,
@@ -111,6 +112,9 @@ FIRST = (
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)
 )
+QUEUED_S = bindparam("shared_now", type_=Float) - jobs.c.submitted_s
+"""Below 0 where the two processes' clocks are a moment apart."""
+
 CLAIM = (
     update(jobs)
     .where(
@@ -122,6 +126,7 @@ CLAIM = (
         worker_id=bindparam("claimed_by"),
         beaten_at=bindparam("now"),
         started_at=bindparam("now"),
+        queued_s=case((QUEUED_S < 0, 0.0), else_=QUEUED_S),
         attempt=jobs.c.attempt + 1,
         claim=jobs.c.claim + 1,
         preview_step=None,
@@ -325,6 +330,7 @@ class JobStore:
                 "chosen": chosen,
                 "claimed_by": worker_id,
                 "now": now,
+                "shared_now": self._shared_clock(),
             }
             rows = connection.execute(CLAIM, values).all()
         claimed_s = self._steady_clock()

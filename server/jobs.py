@@ -94,6 +94,7 @@ class Job:
     claim: number of the latest claim; the fencing token.
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
     preview_step: how many were done in the latest preview of the latest attempt; None without one.
+    queued_s: seconds from submission to the latest claim, by a clock that both processes share.
     run_s: seconds from claim to end by the worker's steady clock; None where no worker ended it.
     flagged: the safety checker's verdict per picture; None for a job that is not finished.
     expired_at: when the pictures of a finished job were removed; None while they are there.
@@ -125,6 +126,7 @@ class Job:
     claim: int = 0
     expired_at: float | None = None
     preview_step: int | None = None
+    queued_s: float | None = None
     claimed_s: float | None = field(default=None, compare=False, repr=False)
 
     @property

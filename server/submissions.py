@@ -49,7 +49,7 @@ class QueueLimits:
 
 
 class Submissions:
-    """Of one process. clock: seconds since the epoch. shared_clock: ages idempotency keys."""
+    """Of one process. clock: seconds since the epoch. shared_clock: `SharedClock`."""
 
     def __init__(
         self,
@@ -148,6 +148,7 @@ class Submissions:
             "webhook": new.webhook,
             "track_id": new.track_id,
             "created_at": self._clock(),
+            "submitted_s": self._shared_clock(),
         }
 
     def _find_replayed(

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import URL, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -24,6 +26,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from server.changes import ChangeSignal
 from server.database import (
     MIGRATION_LOCK,
+    MIGRATIONS,
     MORE_CONNECTIONS,
     POOL_SIZE,
     SqliteVersion,
@@ -33,11 +36,13 @@ from server.database import (
     open_engine,
     read_only,
 )
+from server.job_store import JobStore
 from server.services import STORE_THREADS
 from server.submissions import SUBMIT_LOCK
 from server.webhooks import THREADS
 from tests.chaos.hosts import LoopThread, running_proxy
 from tests.postgres import PostgresServer
+from tests.test_job_store import new_job
 
 REPORT = text(
     "INSERT INTO workers VALUES (:id, 'cpu', 'builtin', 'ready', 'ready', 0)"
@@ -114,6 +119,27 @@ def test_migrating_twice_changes_nothing(engine: Engine) -> None:
     migrate(engine)
     with read_only(engine) as connection:
         assert connection.execute(text("SELECT id FROM workers")).scalar_one() == "kept"
+
+
+def test_times_that_earlier_releases_measured_are_kept(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    store = JobStore(engine)
+    for _ in range(3):
+        store.submit(new_job())
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0008")
+        connection.exec_driver_sql("UPDATE jobs SET created_at = 100")
+        connection.exec_driver_sql("UPDATE jobs SET started_at = 107, run_s = 3 WHERE id = 1")
+        connection.exec_driver_sql("UPDATE jobs SET started_at = 7, run_s = -90 WHERE id = 2")
+
+    migrate(engine)
+
+    with read_only(engine) as connection:
+        columns = "submitted_s, queued_s, run_s"
+        rows = connection.exec_driver_sql(f"SELECT {columns} FROM jobs ORDER BY id").all()
+    assert rows == [(100, 7, 3), (100, 0, 0), (100, None, None)]
 
 
 def _migrate_in_process(url: str, start: Any) -> None:

@@ -185,6 +185,22 @@ def test_duration_is_that_of_the_steady_clock(jump_s: float, verb: str, engine: 
     assert (ended.run_s, ended.finished_at) == (2.5, 1_000.0 + jump_s)
 
 
+@pytest.mark.parametrize("jump_s", [30 * HOUR_S, -24 * HOUR_S])
+def test_time_in_the_queue_is_that_of_the_shared_clock(jump_s: float, engine: Engine) -> None:
+    wall, shared = Clock(), Clock()
+    server, worker = (JobStore(engine, clock=wall, shared_clock=shared) for _ in range(2))
+    server.submit(new_job())
+    wall.now += jump_s
+    shared.now += 7
+
+    job = claim_one(worker)
+
+    assert (job.queued_s, job.started_at) == (7, 1_000.0 + jump_s)
+    worker.release(job)
+    shared.now -= 8
+    assert claim_one(worker).queued_s == 0, "another process's clock may be behind"
+
+
 def test_fail_ends_the_job_with_its_reason(store: JobStore) -> None:
     store.submit(new_job())
     job = claim_one(store)

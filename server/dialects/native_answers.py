@@ -279,13 +279,10 @@ def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> T
             "encode": times.encode_ms,
             "store": times.store_ms,
         }
-    queued_ms = None
-    if job.started_at is not None:
-        # Of two processes, so from the wall clock, which may have been turned back in between.
-        queued_ms = max(0.0, round((job.started_at - job.created_at) * 1000, 1))
-    stages["queued"] = queued_ms
-    if job.run_s is not None and queued_ms is not None:
-        stages["total"] = round(taken_in_ms + queued_ms + job.run_s * 1000, 1)
+    if job.queued_s is not None:
+        stages["queued"] = round(job.queued_s * 1000, 1)
+        if job.run_s is not None:
+            stages["total"] = round(taken_in_ms + (job.queued_s + job.run_s) * 1000, 1)
     return Timings(**stages)
 
 
