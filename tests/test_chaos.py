@@ -9,7 +9,14 @@ import pytest
 
 from server.database import open_engine
 from tests.chaos.faults_network import delivery, refused_in_parallel, tries, waiters_leave
-from tests.chaos.faults_processes import lateness_s, picture_of, stopped_workers, take_away
+from tests.chaos.faults_processes import (
+    HOUR_S,
+    lateness_s,
+    picture_of,
+    sane_times,
+    stopped_workers,
+    take_away,
+)
 from tests.chaos.faults_storage import without_room
 from tests.chaos.light_libraries import STOOD_IN
 from tests.chaos.oracle import Oracle
@@ -112,6 +119,24 @@ def test_commit_waits_for_the_database(site: Site, oracle: Oracle) -> None:
 
     site.ended(job)
     assert oracle.row(job)["attempt"] == 1
+
+
+def test_jump_of_the_clock_bends_no_time_and_forgets_no_key(tmp_path: Path) -> None:
+    one_by_one = {"INPAINT_MAX_IN_FLIGHT": "1"}
+    with running_site(tmp_path, one_by_one, launch=SHIFTED_COMMAND_LINE) as site:
+        oracle = Oracle(site)
+        remembered = site.create("kept")
+        for hours in (30, -24):
+            jobs = [
+                site.accept(Script(tag=f"{hours}-{n}", step_s=0.1), num_inference_steps=10)
+                for n in range(3)
+            ]
+            site.claimed(jobs[0])
+            site.shift_clock(hours * HOUR_S)
+            sane_times(site)
+            site.create(f"old-ones-are-removed-{hours}")
+            assert site.create("kept") == remembered
+        oracle.check()
 
 
 def test_stopping_server_refuses_jobs_and_answers_for_earlier_ones(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ KILLS = 3
 STALL_S = 10
 RUNNING_JOBS = 4
 THREE_DAYS_S = 3 * 86_400
+HOUR_S = 3_600.0
 STAGES = [stage for stage in Stage if stage is not Stage.NONE]
 DRAINED_S = 60.0
 """For what is left in the queue after a fault."""
@@ -193,18 +194,44 @@ def clock_jumps(room: Path) -> Found:
     """Running jobs are not taken for lost, nothing is sent twice, what is due goes out in time."""
     with running_site(room, workers=2, launch=SHIFTED_COMMAND_LINE) as site:
         oracle = Oracle(site)
-        slowest_s = max(jump(site, oracle, shift_s) for shift_s in (THREE_DAYS_S, -THREE_DAYS_S, 0))
+        remembered = site.create("before-any-jump")
+        slowest_s = 0.0
+        for shift_s in (THREE_DAYS_S, -THREE_DAYS_S, 0):
+            slowest_s = max(slowest_s, jump(site, oracle, shift_s))
+            told = sane_times(site)
+            site.create(f"old-ones-are-removed-{shift_s}")
+            expect(site.create("before-any-jump") == remembered, "an idempotency key is forgotten")
         tries = Counter(oracle.row(each)["attempt"] for each in site.accepted)
         expect(set(tries) == {1}, f"running jobs were taken for lost: {dict(tries)} (tries: jobs)")
         calls = Counter(len(site.host.calls_for(each)) for each in site.accepted)
-        expected = {1: 3 * RUNNING_JOBS, 2: 3}
+        unasked = sum(webhook is None for webhook in site.accepted.values())
+        expected = {0: unasked, 1: 3 * RUNNING_JOBS, 2: 3}
         expect(calls == expected, f"webhooks were called {dict(calls)} (calls: jobs)")
         injected = (
             f"jumps of +3, -6 and +3 days, each with {RUNNING_JOBS} leases held and a webhook to be"
             " tried again"
         )
-        checked = f"one try each, one webhook call each, the retry in time; {drain(site, oracle)}"
+        checked = (
+            f"one try each, one webhook call each, the retry in time; {told}; a repeated"
+            f" idempotency key replays; {drain(site, oracle)}"
+        )
         return Found(injected, checked, slowest_s)
+
+
+def sane_times(site: Site) -> str:
+    """No estimate and no measured time is below 0 or beyond an hour. Raises: Broken."""
+    figures = site.client.post(f"{site.url}/api/v3/system_load", json={"key": site.key}).json()
+    job = site.accept(Script(tag="estimated", step_s=0.2))
+    waiting = site.native(job)
+    times = {"queue_time": figures["queue_time"], "eta_s": waiting["eta_s"] or 0.0}
+    site.ended(*site.accepted_ids())
+    for each in site.accepted_ids():
+        spans = {name: ms or 0.0 for name, ms in site.native(each)["timings_ms"].items()}
+        times |= {f"{name} of job {each}": ms / 1000 for name, ms in spans.items()}
+        times[f"generationTime of job {each}"] = site.fetch(each)["generationTime"]
+    odd = {name: seconds for name, seconds in times.items() if not 0 <= seconds < HOUR_S}
+    expect(not odd, f"seconds that cannot be: {odd}")
+    return f"{len(times)} estimates and durations from 0 to {max(times.values()):.1f} s"
 
 
 def jump(site: Site, oracle: Oracle, shift_s: int) -> float:
