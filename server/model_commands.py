@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         commands = {"download": get, "verify": verify, "trust": trust}
         return commands[options.verb](spec, settings)
     except ModelUnavailable as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201
         return 1
 
 
