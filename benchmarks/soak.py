@@ -43,8 +43,8 @@ MOST_GROWTH = 0.05
 """From the second part to the last, of either process."""
 
 CANCEL_SHARE, FAIL_SHARE = 0.05, 0.03
-TOO_LONG = "a " * 3_000
-"""A prompt that the API takes and the model cannot read."""
+TOO_LONG = "1 " * 3_000
+"""A prompt that the API takes and the model cannot read: digits are tokens, but no words."""
 
 
 class Fate(StrEnum):
