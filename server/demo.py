@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from server.database import open_engine
 from server.job_store import JobStore
 from server.settings import ENV_PREFIX, REPOSITORY, Settings
+from server.supervisor import PROGRAM
 
 EXAMPLES = REPOSITORY / "models" / "builtin" / "examples"
 DEFAULT_PROMPT = "a red circle"
@@ -116,13 +116,12 @@ def running_server(folder: Path) -> Iterator[str]:
     # The demo's own server, whatever is set for a real one.
     environment = {name: value for name, value in os.environ.items() if ENV_PREFIX not in name}
     environment["INPAINT_FETCH__ALLOW_CIDRS"] = "127.0.0.0/8"
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--model", "builtin"]
+    command = [*PROGRAM, "serve", "--port", "0", "--model", "builtin"]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, "--data-dir", str(folder / "data")],
             stderr=file,
             env=environment,
-            cwd=REPOSITORY,
         )
     try:
         yield wait_until_ready(process, log)

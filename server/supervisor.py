@@ -45,7 +45,8 @@ of one says nothing."""
 WATCHES_PER_STALL = 20
 """How often a worker's last word is read, in the shorter of the two times."""
 
-PROGRAM = (sys.executable, "-m", "server.cli")
+# -P: not from the folder where the server was called, which anybody may be able to write to.
+PROGRAM = (sys.executable, "-P", "-m", "server.cli")
 WORKER_COMMAND = (*PROGRAM, "worker")
 
 

@@ -16,6 +16,9 @@ from typing import Any
 
 import httpx
 
+COMMAND = (sys.executable, "-P", "-m", "server.cli")
+"""As the console script: nothing is imported from the working directory."""
+
 START_TIMEOUT_S = 120.0
 LOG_ENDED = "log ended"
 HOLD_S = 110
@@ -23,15 +26,24 @@ HOLD_S = 110
 
 
 class Process:
-    """A command of ours, followed through its log. program: the module that is run."""
+    """A command of ours, followed through its log.
+
+    program: the module that is run, in place of the installed command. folder: where it is called.
+    """
 
     def __init__(
-        self, environment: Mapping[str, str], *arguments: str, program: str = "server.cli"
+        self,
+        environment: Mapping[str, str],
+        *arguments: str,
+        program: str | None = None,
+        folder: Path | None = None,
     ) -> None:
+        command = COMMAND if program is None else (sys.executable, "-m", program)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", program, *arguments],
+            [*command, *arguments],
             stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            cwd=folder,
             text=True,
         )
         self.log: list[str] = []
@@ -100,12 +112,13 @@ class ServerProcess(Process):
         data_dir: Path,
         environment: Mapping[str, str],
         *flags: str,
-        program: str = "server.cli",
+        program: str | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.data_dir = data_dir
         ours = {"INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8", "INPAINT_HOLD_S": str(HOLD_S)}
         arguments = ["serve", "--port", "0", "--data-dir", str(data_dir), *flags]
-        super().__init__({**ours, **environment}, *arguments, program=program)
+        super().__init__({**ours, **environment}, *arguments, program=program, folder=folder)
         self.url: str = self.wait_for("listening")["url"]
         self.client = httpx.Client(
             base_url=self.url,

@@ -823,7 +823,7 @@ def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_HOLD_S", "0")
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--workers", "0"]
+    command = [sys.executable, "-P", "-m", "server.cli", "serve", "--port", "0", "--workers", "0"]
     folder = tmp_path / "data"
     with subprocess.Popen(
         [*command, "--data-dir", str(folder)], stderr=subprocess.PIPE, text=True, umask=0o022

@@ -152,7 +152,7 @@ SERVER = {
     "watchdog": "telemetry",
     "http": "admin connections cores settings supervisor watchdog",
     "cluster": "app worker settings",
-    "demo": "database job_store settings",
+    "demo": "database job_store settings supervisor",
     "cli": "app auth cluster database deliveries demo devices dialects door errors http job_store"
     " key_commands keys model_commands settings supervisor telemetry terminal webhooks worker"
     " models.errors",

@@ -144,7 +144,7 @@ def test_held_calls_of_all_processes_are_answered_at_a_stop(
 
 def test_port_is_shared_with_no_other_server(site: Site, tmp_path: Path) -> None:
     port = site.server.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", port]
+    command = [sys.executable, "-P", "-m", "server.cli", "serve", "--port", port]
     other = subprocess.run(
         [*command, "--data-dir", str(tmp_path / "other"), "--workers", "0"],
         env={**os.environ, **SETTINGS},
