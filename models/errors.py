@@ -4,6 +4,7 @@ EngineError
 ├── InvalidInput      the caller's fault; the same call will fail again
 │   └── UnreadableImage   bytes that do not become a picture; `kind` says why
 ├── ModelUnavailable  weights are missing, incomplete or of an unknown kind
+├── DeviceUnavailable the device is not there, or this torch cannot use it
 ├── NoSafetyChecker   pictures have to be checked, and the model has nothing to check them with
 ├── OutOfMemory       this generation did not fit; smaller or later may work
 ├── UnusablePicture   the model returned no usable numbers (not finite, or one colour)
@@ -68,6 +69,10 @@ class UnreadableImage(InvalidInput):
 
 class ModelUnavailable(EngineError):
     """The checkpoint cannot be used; the message says what is missing, and where."""
+
+
+class DeviceUnavailable(EngineError):
+    """The device is not there, or this torch cannot use it."""
 
 
 class NoSafetyChecker(EngineError):

@@ -7,8 +7,9 @@ model costs nothing.
 """
 
 import json
+import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +18,7 @@ from models.errors import ModelUnavailable
 from models.folders import INDEX, checker_parts, folder_parts
 from models.parts import Part
 from models.single_file import single_file_parts
+from models.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,23 @@ BUILTIN_DIGESTS = BUILTIN_FOLDER / "sha256.json"
 READ_SUFFIXES = (".safetensors", ".json", ".txt")
 CONFIG_PATTERNS = ("*/*.json", "*/*.txt", "model_index.json")
 CHECKER_PATTERNS = ("safety_checker/*", "feature_extractor/*", "*.json", "model.safetensors")
+
+ENTRY = {
+    "source": str,
+    "revision": str,
+    "variant": str,
+    "config": str,
+    "prediction_type": str,
+    "safety_checker": str,
+    "loras": list,
+    "sha256": dict,
+}
+LORA = {"path": str, "scale": float}
+"""Keys of `models.toml` and what they hold; the first one of each is required."""
+
+KINDS = {str: "text", float: "a number", list: "a list", dict: "a table"}
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
 """Where single files get their vocabulary; all three families use CLIP's."""
@@ -112,23 +131,84 @@ class Components:
 
 
 def read_catalog(path: Path) -> dict[str, ModelSpec]:
-    """The models of a `models.toml`. Raises: ModelUnavailable for an entry with wrong keys."""
-    with path.open("rb") as file:
-        tables = tomllib.load(file).get("models", {})
+    """The models of a `models.toml`. Raises: ModelUnavailable, which names the entry and key."""
     try:
-        return {name: _read_entry(name, table) for name, table in tables.items()}
-    except TypeError as error:
-        raise ModelUnavailable(f"{path}: an entry has unknown or missing keys") from error
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelUnavailable(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelUnavailable(f"{path} is no TOML: {error}") from error
+    for name in document:
+        if name != "models":
+            raise ModelUnavailable(f"{path}: [{name}] is no model; did you mean [models.{name}]?")
+    tables = _of_kind(document.get("models", {}), dict, f"{path}: models")
+    return {name: _read_entry(name, table, path) for name, table in tables.items()}
 
 
-def _read_entry(name: str, table: dict[str, Any]) -> ModelSpec:
-    loras = tuple(LoraSpec(**lora) for lora in table.get("loras", ()))
-    return ModelSpec(id=name, **{**table, "loras": loras})
+def _read_entry(name: str, table: Any, path: Path) -> ModelSpec:
+    where = f"{path}: [models.{name}]"
+    checked = _checked(table, ENTRY, where)
+    loras = tuple(_read_lora(lora, f"{where} loras") for lora in checked.get("loras", ()))
+    return ModelSpec(id=name, **{**checked, "loras": loras})
+
+
+def _read_lora(table: Any, where: str) -> LoraSpec:
+    return LoraSpec(**_checked(table, LORA, where))
+
+
+def _checked(table: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
+    """The table, whose values are of these kinds; the first one is required."""
+    checked: dict[str, Any] = _of_kind(table, dict, where)
+    for key, value in checked.items():
+        if key not in kinds:
+            raise ModelUnavailable(f"{where}: unknown key {key!r}{did_you_mean(key, kinds)}")
+        _of_kind(value, kinds[key], f"{where} {key}")
+    if (first := next(iter(kinds))) not in checked:
+        raise ModelUnavailable(f"{where}: {first} is missing")
+    return checked
+
+
+def _of_kind(value: Any, kind: type, where: str) -> Any:
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise ModelUnavailable(f"{where} must be {KINDS[kind]}")
+    return value
 
 
 def find_model(model_id: str, catalog: dict[str, ModelSpec]) -> ModelSpec:
     """The catalog's entry, or a spec for an id that is itself a source."""
     return catalog.get(model_id) or ModelSpec(id=model_id, source=model_id)
+
+
+def check_model(model_id: str, catalog: Mapping[str, ModelSpec]) -> None:
+    """See that a model's files can be there; a hub id may be. Reads none of them.
+
+    Raises: ModelUnavailable.
+    """
+    spec = find_model(model_id, catalog)
+    source = spec.source
+    if source != "builtin" and not (is_path(source) or HUB_ID.fullmatch(source)):
+        raise ModelUnavailable(
+            f"unknown model {source!r}: neither an id of models.toml ({', '.join(catalog)}) nor a "
+            f"folder, a .safetensors file or a hub id (owner/name){did_you_mean(source, catalog)}"
+        )
+    path = Path(source).expanduser()
+    paths = [Path(lora.path).expanduser() for lora in spec.loras]
+    if source != "builtin" and is_path(source):
+        paths.append(path)
+    for each in paths:
+        if not each.exists():
+            raise ModelUnavailable(f"model {model_id!r}: there is no file or folder {each}")
+        if each.is_file() and each.suffix != ".safetensors":
+            raise ModelUnavailable(f"model {model_id!r}: {each} is no .safetensors file")
+    if source != "builtin" and path.is_dir() and not (path / INDEX).is_file():
+        raise ModelUnavailable(f"model {model_id!r}: {path} holds no {INDEX}")
+
+
+def is_path(source: str) -> bool:
+    """Whether a source can only be a file or folder, or is one."""
+    path = Path(source).expanduser()
+    is_written_so = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return path.exists() or is_written_so or path.suffix == ".safetensors"
 
 
 def fetch_folder(spec: ModelSpec) -> Path:

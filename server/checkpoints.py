@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from models.acceleration import Acceleration, accelerated
-from models.errors import ModelUnavailable, OutOfMemory, UnusablePicture
+from models.errors import DeviceUnavailable, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
 from models.manifests import check_downloads, check_files, manifest_path
 from models.pipeline import InpaintPipeline
@@ -65,7 +66,7 @@ class Checkpoints:
     def open(self, say: Callable[[str], None]) -> Residency:
         """The models that jobs may ask for; the server's own is loaded.
 
-        say: told how far that is. Raises: ModelUnavailable.
+        say: told how far that is. Raises: DeviceUnavailable, ModelUnavailable.
         """
         device = pick_device(self.device_name)
         if device.index is not None:
@@ -191,10 +192,35 @@ def warm_up(pipeline: WarmedUp) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device where there is one, else the CPU."""
-    if name != "auto":
+    """ "auto" is the first CUDA device where there is one, else the CPU.
+
+    Raises: DeviceUnavailable.
+    """
+    if name != "auto" and not name.startswith("cuda"):
         return torch.device(name)
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say, we say in one sentence
+        is_usable = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda:0" if is_usable else "cpu")
+    device = torch.device(name)
+    if not is_usable:
+        raise DeviceUnavailable(f"device {name} cannot be used: {why_no_cuda()}")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailable(f"device {name} is not there: {torch.cuda.device_count()} are")
+    return device
+
+
+def why_no_cuda() -> str:
+    """Why torch uses no GPU, and what helps."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for the CPU; choose it with `--devices cpu`"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". Please")[0]
+        return f"{reason} (torch {torch.__version__}); the CPU is used with `--devices cpu`"
+    return f"torch {torch.__version__} finds no GPU; the CPU is used with `--devices cpu`"
 
 
 def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.dtype:

@@ -213,10 +213,10 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     from server.auth import read_keys_file
     from server.database import migrate as migrate_tables
     from server.database import open_engine
-    from server.devices import expand_devices
     from server.http import ADMIN_LISTENING, Server, listen, raise_open_file_limit
     from server.job_store import JobStore
     from server.keys import KeyStore
+    from server.preflight import check_workers
     from server.supervisor import Supervisor, children_of
     from server.telemetry import configure_logging, get_logger, learn_secrets
 
@@ -224,11 +224,14 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     configure_logging(secrets=settings.secrets)
     if settings.auth.keys_file is not None:
         learn_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
+    command = shlex.split(options.worker_command or "")
+    is_first = options.process is None
+    if is_first:
+        settings = check_workers(settings, command)
     raise_open_file_limit()
     engine = open_engine(settings.sqlalchemy_url)
     migrate_tables(engine)
     settings.refuse_open_server(KeyStore(engine).has_keys())
-    is_first = options.process is None
     label = {} if is_first else {"process": options.process}
     listeners = listen(settings, is_first=is_first)
     admin = listeners.get(ADMIN_LISTENING)
@@ -240,11 +243,9 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
             "admin": settings.admin.model_copy(
                 update={"port": own_admin_port if is_first else options.admin_port}
             ),
-            "devices": expand_devices(settings.devices),
         }
     )
     app = create_app(settings)
-    command = shlex.split(options.worker_command or "")
     children = Supervisor(
         children_of(settings, shared_flags(options), JobStore(engine), command) if is_first else ()
     )
@@ -255,6 +256,8 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
             host, port = each.getsockname()[:2]
             get_logger(__name__).info(event, url=f"http://{host}:{port}", **label)
         server.run_until_stopped(*listeners.values())
+    if children.failure is not None:
+        raise ValueError(children.failure)
     return 0
 
 
@@ -273,15 +276,16 @@ def work(options: argparse.Namespace) -> int:
     import signal
     import threading
 
-    from server.devices import open_device
-    from server.supervisor import new_worker_id
+    from server.devices import expand_devices, open_device
+    from server.supervisor import UNUSABLE, new_worker_id
 
     # Before torch is imported, which takes seconds, and looks for devices once.
     settings = settings_of(options)
     settings.make_data_dir()
-    device = open_device(options.device)
+    (device, *_) = expand_devices([options.device])
+    device = open_device(device)
 
-    from models.errors import EngineError
+    from models.errors import DeviceUnavailable, EngineError, ModelUnavailable
     from server import worker
     from server.telemetry import configure_logging, get_logger
 
@@ -292,6 +296,10 @@ def work(options: argparse.Namespace) -> int:
     try:
         worker_id = options.worker_id or new_worker_id()
         worker.run(settings, worker_id, device, stopping, options.parent)
+    except (DeviceUnavailable, ModelUnavailable) as error:
+        if options.parent is None:  # else the server says it
+            get_logger(__name__).error("worker cannot go on", detail=str(error))
+        return UNUSABLE
     except EngineError as error:
         get_logger(__name__).error("worker cannot go on", detail=str(error))
         return 1

@@ -134,6 +134,8 @@ class Server(uvicorn.Server):
         note_connections(self._app.state.metrics, self.gate)
         if self._parent not in (None, os.getppid()) and not self.should_exit:
             self.handle_exit(signal.SIGTERM, None)
+        if self._children is not None and self._children.failure and not self.should_exit:
+            self.handle_exit(signal.SIGTERM, None)
         is_told = await super().on_tick(counter)
         are_children_gone = self._children is None or self._children.has_ended
         return is_told and (are_children_gone or self.force_exit)

@@ -29,6 +29,13 @@ POLL_S = 0.05
 DELAYS_S = (1.0, 30.0)
 """Before a process is started again: the first time, and the longest."""
 
+UNUSABLE = 78
+"""Exit status of a worker whose model or device cannot be used: only somebody else can mend that.
+That of `sysexits.h` for a wrong configuration."""
+
+UNUSABLE_DELAY_S = 300.0
+"""Before such a worker is started again: the hub may be back, or a file."""
+
 STEADY_S = 60.0
 """One that lived so long starts again with the first delay."""
 
@@ -78,6 +85,8 @@ class Watch:
         self._word: WorkerStatus | None = None
         self._has_looked = self._has_spoken = False
         self._look_again_at = self._heard_at = clock()
+        self.has_been_ready = False
+        """Whether the worker has ever said so."""
 
     def has_stalled(self) -> bool:
         """Whether it hangs. Costs a query from time to time."""
@@ -93,10 +102,15 @@ class Watch:
         if not self._has_looked:
             # May be the word of an earlier life.
             self._has_looked, self._word = True, word
+            self._note(word)
         elif word != self._word:
             self._word, self._heard_at, self._has_spoken = word, now, True
+            self._note(word)
         is_ready = self._has_spoken and word is not None and word.state == "ready"
         return now - self._heard_at > (self._stall_s if is_ready else self._load_stall_s)
+
+    def _note(self, word: WorkerStatus | None) -> None:
+        self.has_been_ready |= word is not None and word.state == "ready"
 
 
 class Child(Protocol):
@@ -122,6 +136,12 @@ class Child(Protocol):
     def forget(self) -> None:
         """There will be no other; never raises."""
 
+    def complaint(self) -> str:
+        """After `UNUSABLE`: why, in its own words; never raises."""
+
+    def is_missed(self) -> bool:
+        """After `UNUSABLE`: whether it never did its work and no other does; never raises."""
+
 
 def event_of(child: Child, what: str) -> str:
     """What has happened to it, for the log."""
@@ -139,17 +159,21 @@ class WorkerChild:
         self._id = new_worker_id()
         self._store = store
         self._stalls_s = stalls_s
+        self._watch: Watch | None = None
+        self._has_been_ready = False
         self.label = {"worker_id": self._id, "device": device}
         self.command = [*command, "--worker-id", self._id, "--device", device]
 
     def new_watch(self) -> Callable[[], bool]:
-        return Watch(self._store, self._id, *self._stalls_s).has_stalled
+        self._watch = Watch(self._store, self._id, *self._stalls_s)
+        return self._watch.has_stalled
 
     def take_back(self, pid: int | None) -> None:
         """Queue the jobs of a worker that has ended; where that fails, their leases run out.
 
         It is not ready any more, whatever it said. Only why it failed is worth keeping.
         """
+        self._has_been_ready |= self._watch is not None and self._watch.has_been_ready
         try:
             self._store.requeue_of(self._id)
             word = self._store.worker(self._id)
@@ -161,6 +185,18 @@ class WorkerChild:
     def forget(self) -> None:
         with suppress(SQLAlchemyError):
             self._store.forget_worker(self._id)
+
+    def complaint(self) -> str:
+        with suppress(SQLAlchemyError):
+            word = self._store.worker(self._id)
+            return word.detail if word is not None else ""
+        return ""
+
+    def is_missed(self) -> bool:
+        with suppress(SQLAlchemyError):
+            seen = self._store.workers_seen()
+            return not (self._has_been_ready or any(each.state == "ready" for each in seen))
+        return False
 
 
 class ServerChild:
@@ -189,6 +225,12 @@ class ServerChild:
 
     def forget(self) -> None:
         """Nobody knows of it."""
+
+    def complaint(self) -> str:
+        return ""
+
+    def is_missed(self) -> bool:
+        return False  # it never ends so
 
 
 def worker_children(
@@ -236,11 +278,22 @@ def children_of(
 class Supervisor:
     """Use as a context manager: entering starts the processes, leaving stops them and waits.
 
-    delays_s: before a process is started again, the first and the longest.
+    delays_s: before a process is started again, the first and the longest. unusable_delay_s: before
+    one that cannot be used is.
     """
 
-    def __init__(self, children: Sequence[Child], delays_s: tuple[float, float] = DELAYS_S) -> None:
+    def __init__(
+        self,
+        children: Sequence[Child],
+        delays_s: tuple[float, float] = DELAYS_S,
+        unusable_delay_s: float = UNUSABLE_DELAY_S,
+    ) -> None:
         self._first_delay_s, self._last_delay_s = delays_s
+        self._unusable_delay_s = unusable_delay_s
+        self._workers = {child for child in children if isinstance(child, WorkerChild)}
+        self._unusable: set[Child] = set()
+        self.failure: str | None = None
+        """Why no worker can be used, once all have tried and none ever could."""
         self._is_told = False
         self._is_stopping = threading.Event()
         self._keepers = [
@@ -280,9 +333,13 @@ class Supervisor:
         delay_s = self._first_delay_s
         while not self._is_stopping.is_set():
             started = time.monotonic()
+            self._unusable.discard(child)
             exit_code = self._live(child)
             if self._is_stopping.is_set():
                 break
+            if exit_code == UNUSABLE:
+                self._put_off(child)
+                continue
             if time.monotonic() - started > STEADY_S:
                 delay_s = self._first_delay_s
             logger.error(
@@ -292,13 +349,28 @@ class Supervisor:
             delay_s = min(delay_s * 2, self._last_delay_s)
         child.forget()
 
+    def _put_off(self, child: Child) -> None:
+        """Wait long, or say that there is no use in waiting."""
+        self._unusable.add(child)
+        complaint = child.complaint()
+        if self._workers <= self._unusable and child.is_missed():
+            self.failure = complaint or "no worker can be started"
+        else:
+            logger.error(
+                event_of(child, "cannot be used"),
+                **child.label,
+                detail=complaint,
+                delay_s=self._unusable_delay_s,
+            )
+        self._is_stopping.wait(self._unusable_delay_s)
+
     def _live(self, child: Child) -> int | None:
         """One life, from start to exit status; None where there was no room for a process."""
         try:
             # A group of its own: Ctrl-C is for us, and we tell our children in our own time.
             process = subprocess.Popen(child.command, process_group=0)
-        except OSError:
-            logger.exception(event_of(child, "cannot be started"), **child.label)
+        except OSError as error:
+            logger.error(event_of(child, "cannot be started"), **child.label, detail=str(error))
             child.take_back(None)
             return None
         logger.info(event_of(child, "started"), **child.label, pid=process.pid)

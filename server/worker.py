@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from models.captions import CAPTION_KEYWORD, write_caption
 from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
 from models.errors import (
+    DeviceUnavailable,
     InvalidInput,
     ModelUnavailable,
     NoSafetyChecker,
@@ -128,7 +129,7 @@ class Worker:
     def run(self) -> None:
         """Work until told to stop; what runs then is finished, what waits is given back.
 
-        Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
+        Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost.
         """
         limits = EngineLimits(
             max_generations=self._max_in_flight,
@@ -263,7 +264,7 @@ class Worker:
         self._previews.drop(job)
 
     def _open_models(self) -> Residency:
-        """The models that jobs may ask for. Raises: ModelUnavailable."""
+        """The models that jobs may ask for. Raises: DeviceUnavailable, ModelUnavailable."""
         return self._checkpoints.open(lambda detail: self.report("loading", detail))
 
     def _claim(self, engine: InpaintEngine, places: int) -> None:
@@ -381,7 +382,7 @@ def run(
 ) -> None:
     """Open what a worker needs and run it.
 
-    Raises: models.errors.ModelUnavailable, models.errors.DeviceLost.
+    Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost.
     """
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()  # ours covers the whole checkpoint
@@ -393,7 +394,7 @@ def run(
     is_explained = False
     try:
         worker.run()
-    except ModelUnavailable as error:
+    except (DeviceUnavailable, ModelUnavailable) as error:
         # The row stays, and tells operators why nothing is ready.
         worker.report("failed", str(error))
         is_explained = True

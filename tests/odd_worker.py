@@ -1,7 +1,7 @@
 """Workers that hang, crash or fail, for the supervisor: our store, no engine.
 
 Usage: python -m tests.odd_worker URL MANNER --worker-id ID --device DEVICE --parent PID
-MANNER: hang, crash, fail or never-ready.
+MANNER: hang, crash, fail, unusable or never-ready.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from server.changes import ChangeSignal
 from server.database import open_engine
 from server.job_store import JobStore, WorkerStatus
+from server.supervisor import UNUSABLE
 
 BAD_PREFIX = "poison"
 """Jobs whose files are named so kill a worker that crashes."""
@@ -29,6 +30,9 @@ def main() -> None:
     engine = open_engine(options.url)
     store = JobStore(engine)
     report(store, options.worker_id, "loading")
+    if options.manner == "unusable":
+        report(store, options.worker_id, "failed")
+        sys.exit(UNUSABLE)
     if options.manner == "fail":
         report(store, options.worker_id, "failed")
         sys.exit(1)

@@ -1,6 +1,7 @@
 """What `--devices all` means, on machines that a stand-in for `nvidia-smi` tells of."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -74,11 +75,12 @@ def test_all_is_every_visible_gpu(
     assert [*expand_devices(["all"])] == expected
 
 
-def test_driver_that_does_not_answer_leaves_the_cpu(
+def test_driver_that_does_not_answer_leaves_the_choice_to_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, monkeypatch, TWO, status=9)
-    assert expand_devices(["all"]) == ("cpu",)
+    assert expand_devices(["all"]) == ("auto",)
+    assert expand_devices(["cuda:7"]) == ("cuda:7",)
 
 
 def test_machine_without_a_driver_has_the_cpu(
@@ -90,8 +92,46 @@ def test_machine_without_a_driver_has_the_cpu(
 
 def test_named_devices_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, TWO)
-    assert expand_devices(["auto"]) == ("auto",)
+    named = ["cpu", "cuda:1", "cuda", "GPU-2222"]
+    assert [*expand_devices(named)] == named
     assert expand_devices(["cpu", "all"]) == ("cpu", "cuda:0", "cuda:1")
+
+
+def test_auto_is_the_first_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, TWO)
+    assert expand_devices(["auto"]) == ("cuda:0",)
+    install(tmp_path, monkeypatch, DIVIDED)
+    assert expand_devices(["auto"]) == ("MIG-aaaaaaaa-0000-0000-0000-000000000001",)
+    install(tmp_path, monkeypatch, "")
+    assert expand_devices(["auto"]) == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "name", "sentence"),
+    [
+        (TWO, None, "foo", "unknown device 'foo': use auto, all, cpu, cuda:0"),
+        (TWO, None, "cuda:", "unknown device 'cuda:'"),
+        (TWO, None, "cuda:2", "device cuda:2 is not there: this machine has cuda:0, cuda:1"),
+        (TWO, "1", "cuda:1", "device cuda:1 is not there: this machine has cuda:0"),
+        (TWO, None, "GPU-3", "device GPU-3 is not there"),
+        (DIVIDED, None, "MIG-cc", "device MIG-cc is not there"),
+        ("", None, "cuda:0", "device cuda:0: no GPU is visible here"),
+        (TWO, "", "cuda:0", "no GPU is visible here, as CUDA_VISIBLE_DEVICES is ''"),
+    ],
+)
+def test_device_that_cannot_be_there_is_refused(
+    text: str,
+    visible: str | None,
+    name: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(tmp_path, monkeypatch, text)
+    if visible is not None:
+        monkeypatch.setenv(VISIBLE, visible)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        expand_devices([name])
 
 
 def test_device_named_by_its_id_is_all_that_a_process_sees(

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 MODELS = {
     "errors": "",
+    "spelling": "",
     "params": "errors",
     "decoding": "errors",
     "images": "",
@@ -47,7 +48,7 @@ MODELS = {
     "kernels": "",
     "noise": "",
     "fusion": "kernels",
-    "registry": "errors folders lora parts single_file",
+    "registry": "errors folders lora parts single_file spelling",
     "safety": "images",
     "pipeline": "acceleration canvas conditioning encoding errors fusion noise params previews"
     " schedulers registry safety unet uploads vae",
@@ -139,6 +140,7 @@ SERVER = {
     " previews receipts results settings storage telemetry models.captions"
     " models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
+    "preflight": "devices settings models.errors models.registry",
     "supervisor": "job_store metrics settings telemetry",
     "app": "auth background database deliveries dialects door egress errors followers holding"
     " intake janitor job_store keeping keys metrics middleware native_routes outlook proxies routes"
@@ -154,7 +156,8 @@ SERVER = {
     "cluster": "app worker settings",
     "demo": "database job_store settings supervisor",
     "cli": "app auth cluster database deliveries demo devices dialects door errors http job_store"
-    " key_commands keys model_commands settings supervisor telemetry terminal webhooks worker"
+    " key_commands keys model_commands preflight settings supervisor telemetry terminal webhooks"
+    " worker"
     " models.errors",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""

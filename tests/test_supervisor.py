@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from server.job_store import WORKER_LOST, JobStore
+from server.job_store import WORKER_LOST, JobStore, WorkerStatus
 from server.jobs import Job, JobState
 from server.supervisor import (
     LOAD_STALL_S,
@@ -48,12 +49,17 @@ class CountingStore(JobStore):
         self.calls = 0
         self.is_enough = threading.Event()
         self.forgotten = threading.Event()
+        self.others_sought = threading.Event()
         self._failures, self._enough, self._different = failures, enough, workers
         self._ended: set[str] = set()
 
     def forget_worker(self, worker_id: str) -> None:
         super().forget_worker(worker_id)
         self.forgotten.set()
+
+    def workers_seen(self) -> list[WorkerStatus]:
+        self.others_sought.set()
+        return super().workers_seen()
 
     def requeue_of(self, worker_id: str) -> int:
         self.calls += 1
@@ -100,6 +106,47 @@ def test_why_a_worker_failed_is_told_until_the_end(engine: Engine, url: str) -> 
         assert store.is_enough.wait(WAIT_S)
         assert not store.forgotten.is_set()
     assert store.workers_seen() == []
+
+
+def test_server_ends_when_no_worker_can_be_used(engine: Engine, url: str) -> None:
+    store = CountingStore(engine, failures=0, enough=2, workers=2)
+    workers = worker_children(["cpu", "cpu"], [], store, command=odd_worker(url, "unusable"))
+    with Supervisor(workers, NEVER) as running:
+        assert store.others_sought.wait(WAIT_S)
+    assert running.failure == "failed"
+    assert store.is_enough.is_set(), "before both have tried"
+
+
+def test_server_goes_on_while_another_worker_is_ready(engine: Engine, url: str) -> None:
+    store = CountingStore(engine, failures=0, enough=3)
+    store.report_worker(status("elsewhere", time.time(), "ready"))
+    workers = worker_children(["cpu"], [], store, command=odd_worker(url, "unusable"))
+    with Supervisor(workers, NEVER, unusable_delay_s=0.01) as running:
+        assert store.is_enough.wait(WAIT_S)
+    assert running.failure is None
+
+
+def test_server_goes_on_when_its_worker_was_ready_before(engine: Engine) -> None:
+    store = JobStore(engine)
+    (worker,) = worker_children(["cpu"], [], store)
+    worker_id = str(worker.label["worker_id"])
+    assert worker.is_missed()
+    store.report_worker(status(worker_id, time.time(), "ready"))
+    assert not worker.new_watch()()
+    worker.take_back(None)
+    assert store.workers_seen() == []
+    assert not worker.is_missed()
+
+
+def test_unusable_worker_is_started_again_seldom(engine: Engine, url: str) -> None:
+    """As often as it may end for other reasons: not at all while this test looks on."""
+    store = CountingStore(engine, failures=0, enough=1)
+    with keeping(store, odd_worker(url, "unusable"), AT_ONCE):
+        assert store.is_enough.wait(WAIT_S)
+        settled = CountingStore(engine, failures=0, enough=3)
+        with keeping(settled, odd_worker(url, "fail"), AT_ONCE):
+            assert settled.is_enough.wait(WAIT_S)
+        assert store.calls == 1
 
 
 def keeping(

@@ -180,6 +180,11 @@ class Site:
             until(lambda: self.readiness() == 200, within_s, "the server is ready")
         return time.monotonic() - started
 
+    @property
+    def exit_status(self) -> int | None:
+        """Of a server that has ended."""
+        return None if self._process is None else self._process.poll()
+
     def stop(self, within_s: float = 60.0) -> int:
         """SIGTERM; the exit status."""
         assert self._process is not None
