@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from server.settings import SHARED_FIGURES, Settings, load_settings
 from server.terminal import printable
 
@@ -22,20 +20,52 @@ SHARED_FLAGS = ("config", "data_dir", "model")
 """Flags that `serve` passes on to its children."""
 
 
+class Refusal(Exception):
+    """Why a command cannot do its work, in the operator's words; a line for each reason."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """While settings are read and things are opened: what fails then is the operator's to mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refusal(str(error)) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     options = parse(arguments)
+    # What a command writes is for this user alone, but for the demo's picture.
+    umask = os.umask(0o077)
+    if options.run is demo:
+        os.umask(umask)
     try:
-        status: int = options.run(options)
-    except ValidationError as error:
-        for each in error.errors():
-            sentence = f"{'.'.join(map(str, each['loc']))} {each['msg']}"
-            print(f"error: {printable(sentence)}", file=sys.stderr)  # noqa: T201
+        return run(options)
+    except Refusal as error:
+        for line in str(error).splitlines():
+            print(f"error: {printable(line)}", file=sys.stderr)  # noqa: T201 - for whoever typed the command
         return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201 - before logging is set up
-        return 2
-    return status
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        os.umask(umask)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command's function; what nobody foresaw in a long one goes to the log."""
+    if options.run not in (serve, work):
+        with refusing():
+            return int(options.run(options))
+    try:
+        return int(options.run(options))
+    except Refusal:
+        raise
+    except Exception:  # noqa: BLE001 - the outermost border
+        from server.telemetry import get_logger
+
+        get_logger(__name__).exception("serve failed" if options.run is serve else "worker failed")
+        return 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -189,7 +219,8 @@ def settings_of(options: argparse.Namespace, *names: str) -> Settings:
 
 def serve(options: argparse.Namespace) -> int:
     """Listen, migrate, start workers and further servers, answer until SIGTERM or SIGINT."""
-    settings = settings_of(options, "host", "port", "devices", "workers")
+    with refusing():
+        settings = settings_of(options, "host", "port", "devices", "workers")
     if settings.http.processes > 1:
         with shared_figures():
             return answer(options, settings)
@@ -211,8 +242,7 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     """`serve`, once its settings are known."""
     from server.app import create_app
     from server.auth import read_keys_file
-    from server.database import migrate as migrate_tables
-    from server.database import open_engine
+    from server.database import open_migrated
     from server.http import ADMIN_LISTENING, Server, listen, raise_open_file_limit
     from server.job_store import JobStore
     from server.keys import KeyStore
@@ -220,35 +250,41 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     from server.supervisor import Supervisor, children_of
     from server.telemetry import configure_logging, get_logger, learn_secrets
 
-    settings.make_data_dir()
-    configure_logging(secrets=settings.secrets)
-    if settings.auth.keys_file is not None:
-        learn_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
-    command = shlex.split(options.worker_command or "")
-    is_first = options.process is None
-    if is_first:
-        settings = check_workers(settings, command)
-    raise_open_file_limit()
-    engine = open_engine(settings.sqlalchemy_url)
-    migrate_tables(engine)
-    settings.refuse_open_server(KeyStore(engine).has_keys())
-    label = {} if is_first else {"process": options.process}
-    listeners = listen(settings, is_first=is_first)
-    admin = listeners.get(ADMIN_LISTENING)
-    own_admin_port = None if admin is None else admin.getsockname()[1]
-    # The ports taken for 0: the server must know where it listens, to stay out of there.
-    settings = settings.model_copy(
-        update={
-            "port": listeners["listening"].getsockname()[1],
-            "admin": settings.admin.model_copy(
-                update={"port": own_admin_port if is_first else options.admin_port}
-            ),
-        }
-    )
-    app = create_app(settings)
-    children = Supervisor(
-        children_of(settings, shared_flags(options), JobStore(engine), command) if is_first else ()
-    )
+    with refusing():
+        settings.make_data_dir()
+        configure_logging(secrets=settings.secrets)
+        command = shlex.split(options.worker_command or "")
+        is_first = options.process is None
+        if settings.auth.keys_file is not None:
+            learn_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
+        if is_first and settings.open_data_dir:
+            get_logger(__name__).warning(
+                "others may enter the data folder", detail=settings.open_data_dir
+            )
+        if is_first:
+            settings = check_workers(settings, command)
+        raise_open_file_limit()
+        engine = open_migrated(settings.sqlalchemy_url)
+        settings.refuse_open_server(KeyStore(engine).has_keys())
+        label = {} if is_first else {"process": options.process}
+        listeners = listen(settings, is_first=is_first)
+        admin = listeners.get(ADMIN_LISTENING)
+        own_admin_port = None if admin is None else admin.getsockname()[1]
+        # The ports taken for 0: the server must know where it listens, to stay out of there.
+        settings = settings.model_copy(
+            update={
+                "port": listeners["listening"].getsockname()[1],
+                "admin": settings.admin.model_copy(
+                    update={"port": own_admin_port if is_first else options.admin_port}
+                ),
+            }
+        )
+        app = create_app(settings)
+        children = Supervisor(
+            children_of(settings, shared_flags(options), JobStore(engine), command)
+            if is_first
+            else ()
+        )
     index = 0 if is_first else options.process
     server = Server(app, settings, own_admin_port, children, index, options.parent)
     with children:
@@ -257,7 +293,7 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
             get_logger(__name__).info(event, url=f"http://{host}:{port}", **label)
         server.run_until_stopped(*listeners.values())
     if children.failure is not None:
-        raise ValueError(children.failure)
+        raise Refusal(children.failure)
     return 0
 
 
@@ -280,10 +316,11 @@ def work(options: argparse.Namespace) -> int:
     from server.supervisor import UNUSABLE, new_worker_id
 
     # Before torch is imported, which takes seconds, and looks for devices once.
-    settings = settings_of(options)
-    settings.make_data_dir()
-    (device, *_) = expand_devices([options.device])
-    device = open_device(device)
+    with refusing():
+        settings = settings_of(options)
+        settings.make_data_dir()
+        (device, *_) = expand_devices([options.device])
+        device = open_device(device)
 
     from models.errors import DeviceUnavailable, EngineError, ModelUnavailable
     from server import worker
@@ -316,10 +353,9 @@ def demo(options: argparse.Namespace) -> int:
 
 def migrate(options: argparse.Namespace) -> int:
     """Create or update the tables; `serve` does it too."""
-    from server.database import migrate as migrate_tables
-    from server.database import open_engine
+    from server.database import open_migrated
 
-    migrate_tables(open_engine(settings_of(options).sqlalchemy_url))
+    open_migrated(settings_of(options).sqlalchemy_url)
     return 0
 
 
@@ -339,10 +375,10 @@ def models(options: argparse.Namespace) -> int:
 
 def list_webhooks(options: argparse.Namespace) -> int:
     """Print a line per call: job, state, tries, last outcome, address."""
-    from server.database import open_engine
+    from server.database import open_migrated
     from server.deliveries import DeliveryState, DeliveryStore
 
-    store = DeliveryStore(open_engine(settings_of(options).sqlalchemy_url))
+    store = DeliveryStore(open_migrated(settings_of(options).sqlalchemy_url))
     state = None if options.state == "all" else DeliveryState(options.state)
     for each in store.list_of(None, state=state, limit=options.limit):
         last = each.attempts[-1][1] if each.attempts else None
@@ -354,12 +390,12 @@ def list_webhooks(options: argparse.Namespace) -> int:
 
 def redeliver_webhooks(options: argparse.Namespace) -> int:
     """Mark calls as due; a running server makes them within a second. 1 where one cannot be."""
-    from server.database import open_engine
+    from server.database import open_migrated
     from server.deliveries import DeliveryStore
     from server.dialects.native_problems import CONFLICTS
     from server.errors import Conflict
 
-    store = DeliveryStore(open_engine(settings_of(options).sqlalchemy_url))
+    store = DeliveryStore(open_migrated(settings_of(options).sqlalchemy_url))
     status = 0
     for job_id in options.job_ids:
         try:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import pysqlite3.dbapi2 as sqlite
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -33,6 +35,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from server.telemetry import get_logger
 
@@ -371,7 +374,9 @@ def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
         try:
             connection.execute(f"PRAGMA journal_mode = {mode}")
             return
-        except sqlite.OperationalError:
+        except sqlite.OperationalError as error:
+            if code_of(error) != sqlite.SQLITE_BUSY:
+                raise
             time.sleep(SWITCH_PAUSE_MS / 1000)
     connection.execute(f"PRAGMA journal_mode = {mode}")
 
@@ -401,10 +406,15 @@ def _take_lock(connection: sqlite.Connection) -> int:
     try:
         connection.execute("BEGIN IMMEDIATE")
     except sqlite.Error as error:
-        # The driver's own complaints have none.
-        code: int = getattr(error, "sqlite_errorcode", sqlite.SQLITE_ERROR)
-        return code & PRIMARY_CODE
+        return code_of(error)
     return int(sqlite.SQLITE_OK)
+
+
+def code_of(error: sqlite.Error) -> int:
+    """SQLite's result code."""
+    # The driver's own complaints have none.
+    code: int = getattr(error, "sqlite_errorcode", sqlite.SQLITE_ERROR)
+    return code & PRIMARY_CODE
 
 
 @contextmanager
@@ -428,3 +438,34 @@ def migrate(engine: Engine) -> None:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def open_migrated(url: str) -> Engine:
+    """`open_engine` and `migrate`. Raises: ValueError, with one sentence for the operator."""
+    try:
+        engine = open_engine(url)
+        migrate(engine)
+    except (SQLAlchemyError, sqlite.Error, CommandError, OSError, ValueError) as error:
+        raise ValueError(why_unusable(url, error)) from error
+    return engine
+
+
+def why_unusable(url: str, error: Exception) -> str:
+    """Which database it is, and what is wrong with it; never the password."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return "the database's URL cannot be read"
+    reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+    if parsed.password:
+        reason = reason.replace(str(parsed.password), "(password)")
+    if isinstance(error, CommandError):
+        return f"the database is of another version of this program: {reason}"
+    if parsed.get_backend_name() != "sqlite":
+        where = f"{parsed.host or 'this machine'}:{parsed.port or 5432}"
+        return f"database {parsed.database} at {where} cannot be used: {reason}"
+    cause = getattr(error, "orig", error)
+    damaged = (sqlite.SQLITE_NOTADB, sqlite.SQLITE_CORRUPT)
+    if isinstance(cause, sqlite.Error) and code_of(cause) in damaged:
+        return f"database {parsed.database} is damaged, or no SQLite file: {reason}"
+    return f"database {parsed.database} cannot be used by uid {os.geteuid()}: {reason}"

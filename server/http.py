@@ -6,12 +6,15 @@ others alive and is the last to end; they end when they are told to, or when it 
 """
 
 import asyncio
+import errno
 import gc
 import os
 import resource
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -144,17 +147,40 @@ class Server(uvicorn.Server):
 def listen(settings: Settings, *, is_first: bool) -> dict[str, socket.socket]:
     """The listening sockets of one process, by what the log says of them.
 
-    is_first: of the processes on the port, which has the admin port as well. Raises: OSError.
+    is_first: of the processes on the port, which has the admin port as well. Raises: ValueError.
     """
-    if settings.http.processes == 1:
-        listeners = {"listening": bind(settings.host, settings.port)}
-    elif is_first:
-        listeners = {"listening": bind_first(settings.host, settings.port)}
-    else:
-        listeners = {"listening": bind(settings.host, settings.port, is_shared=True)}
-    if is_first and settings.admin.port is not None:
-        listeners[ADMIN_LISTENING] = bind(settings.admin.host, settings.admin.port)
+    host, port, admin = settings.host, settings.port, settings.admin
+    with explained(host, port, "--port"):
+        if settings.http.processes == 1:
+            listeners = {"listening": bind(host, port)}
+        elif is_first:
+            listeners = {"listening": bind_first(host, port)}
+        else:
+            listeners = {"listening": bind(host, port, is_shared=True)}
+    if is_first and admin.port is not None:
+        try:
+            with explained(admin.host, admin.port, "INPAINT_ADMIN__PORT"):
+                listeners[ADMIN_LISTENING] = bind(admin.host, admin.port)
+        except ValueError:
+            listeners["listening"].close()
+            raise
     return listeners
+
+
+@contextmanager
+def explained(host: str, port: int, setting: str) -> Iterator[None]:
+    """Raises: ValueError for an OSError, which says where it was and which setting helps."""
+    try:
+        yield
+    except OSError as error:
+        hint = f"; choose another with {setting}" if error.errno == errno.EADDRINUSE else ""
+        where = address_of(host, port)
+        raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from error
+
+
+def address_of(host: str, port: int) -> str:
+    """Of a listening socket, as a URL holds it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:

@@ -9,7 +9,7 @@ import time
 from dataclasses import fields
 from datetime import UTC, datetime
 
-from server.database import migrate, open_engine
+from server.database import open_migrated
 from server.keys import KeyLimits, KeyStore, StoredKey
 from server.settings import Settings
 from server.terminal import printable
@@ -19,8 +19,7 @@ COLUMNS = ("id", "name", "key", "state", "created", "expires", "limits")
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
     """One command; the exit status. Raises: ValueError."""
-    engine = open_engine(settings.sqlalchemy_url)
-    migrate(engine)
+    engine = open_migrated(settings.sqlalchemy_url)
     commands = {"create": create, "list": list_keys, "revoke": revoke, "rotate": rotate}
     try:
         return commands[options.verb](KeyStore(engine), options)

@@ -10,7 +10,11 @@ import functools
 import ipaddress
 import json
 import os
+import re
+import stat
+import tomllib
 from collections.abc import Mapping
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,6 +29,7 @@ from pydantic import (
     Field,
     FilePath,
     SecretStr,
+    ValidationError,
     model_validator,
 )
 from pydantic_settings import (
@@ -36,14 +41,17 @@ from pydantic_settings import (
 )
 
 from models.enhance import Enhancement
+from models.spelling import did_you_mean
+from server.settings_errors import explain
 
 ENV_PREFIX = "INPAINT_"
 SHARED_FIGURES = "PROMETHEUS_MULTIPROC_DIR"
 """Variable that names the folder in which several processes count together; it is the library's,
 which reads it when it is imported."""
 
+DATABASES = ("sqlite", "postgresql", "postgres")
+
 REPOSITORY = Path(__file__).parent.parent
-IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 MIN_KEY_CHARS = 16
 """Of the API keys an operator chooses; guessing is slowed down, not stopped."""
@@ -54,9 +62,52 @@ def split_list(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
-        return json.loads(value)
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is neither JSON nor words between commas: {error}") from error
     return [word.strip() for word in value.split(",") if word.strip()]
 
+
+UNITS = {
+    "": 1,
+    **{f"{letter}b": 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
+    **{f"{letter}ib": 1024 ** (power + 1) for power, letter in enumerate("kmgt")},
+    "b": 1,
+}
+SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?) *([A-Za-z]*)")
+
+
+def size_of(value: Any) -> Any:
+    """A number of bytes that may be written as 10MB or 2GiB. Raises: ValueError."""
+    if not isinstance(value, str):
+        return value
+    match = SIZE.fullmatch(value.strip())
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError("must be a size such as 10000000, 10MB or 2GiB")
+    return round(Decimal(match[1]) * UNITS[match[2].lower()])
+
+
+Size = Annotated[int, BeforeValidator(size_of)]
+"""In bytes."""
+
+
+def network_of(value: Any) -> Any:
+    """An IP network, of whose address no bits are set beyond its length. Raises: ValueError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError:
+        pass
+    try:
+        meant = ipaddress.ip_network(value, strict=False)
+    except ValueError as error:
+        raise ValueError(f"holds {value!r}, which is no network such as 10.0.0.0/8") from error
+    raise ValueError(f"holds {value!r}, in which host bits are set; did you mean {meant}?")
+
+
+IpNetwork = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(network_of)]
 
 T = TypeVar("T")
 ListOf = Annotated[tuple[T, ...], BeforeValidator(split_list)]
@@ -77,7 +128,9 @@ def checked_secret(secret: SecretStr) -> SecretStr:
 def checked_key(key: SecretStr) -> SecretStr:
     """An API key that is no word or number. Raises: ValueError."""
     if len(key) < MIN_KEY_CHARS:
-        raise ValueError(f"must have {MIN_KEY_CHARS} characters: try `openssl rand -hex 32`")
+        raise ValueError(
+            f"must have at least {MIN_KEY_CHARS} characters each: try `openssl rand -hex 32`"
+        )
     return key
 
 
@@ -87,6 +140,23 @@ def checked_proxy(proxy: SecretStr) -> SecretStr:
     if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ValueError("must be http://host:port")
     return proxy
+
+
+def checked_public_url(url: str) -> str:
+    """`http(s)://host[:port][/path]`. Raises: ValueError."""
+    parts = urlsplit(url)
+    is_plain = url.isprintable() and " " not in url and not parts.query and not parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+        raise ValueError("must be a URL such as https://pictures.example")
+    return url
+
+
+def checked_database(url: str) -> str:
+    """Of a kind of database that is known. Raises: ValueError."""
+    kind = url.partition(":")[0].partition("+")[0]
+    if kind not in DATABASES:
+        raise ValueError("must begin with sqlite:// or postgresql://: no other database is known")
+    return url
 
 
 def checked_nat64(prefix: ipaddress.IPv6Network) -> ipaddress.IPv6Network:
@@ -185,13 +255,13 @@ class FetchSettings(Section):
     allow_cidrs: ListOf[IpNetwork] = ()
     allow_hosts: ListOf[str] = ()
     allow_ports: ListOf[Port] = ()
-    max_image_bytes: int = 10_000_000
+    max_image_bytes: Size = 10_000_000
     connect_timeout_s: float = 5
     total_timeout_s: float = 20
     max_concurrent: int = Field(default=16, ge=1)
     max_concurrent_per_key: int = Field(default=12, ge=1)
-    cache_bytes: int = Field(default=64_000_000, ge=0)
-    cache_bytes_per_key: int = Field(default=32_000_000, ge=0)
+    cache_bytes: Size = Field(default=64_000_000, ge=0)
+    cache_bytes_per_key: Size = Field(default=32_000_000, ge=0)
 
 
 class WebhookSettings(Section):
@@ -237,7 +307,7 @@ class HttpSettings(Section):
     keep_alive_s: int = Field(default=75, ge=1)
     max_connections: int = Field(default=8_000, ge=1)
     max_connections_per_address: int = Field(default=512, ge=1)
-    max_buffered_bytes: int = Field(default=512_000_000, ge=1)
+    max_buffered_bytes: Size = Field(default=512_000_000, ge=1)
     max_streams_per_key: int = Field(default=256, ge=1)
     one_core: bool = True
     processes: int = Field(default=1, ge=1, le=64)
@@ -301,18 +371,20 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     data_dir: Path = Path(platformdirs.user_data_dir("inpaint-server"))
-    database_url: str | None = Field(default=None, repr=False)  # may hold a password
+    database_url: Annotated[str, AfterValidator(checked_database)] | None = Field(
+        default=None, repr=False
+    )  # may hold a password
     model: str = "builtin"
     models: ListOf[str] = ()
-    model_memory_bytes: int | None = Field(default=None, gt=0)
+    model_memory_bytes: Size | None = Field(default=None, gt=0)
     models_file: Path = REPOSITORY / "configs" / "models.toml"
     devices: Annotated[ListOf[str], Field(min_length=1)] = ("auto",)
-    public_url: str | None = None
+    public_url: Annotated[str, AfterValidator(checked_public_url)] | None = None
     hold_s: float = Field(default=25, ge=0)
     steps_policy: StepsPolicy = StepsPolicy.VENDOR
     base64_output: Base64Output = Base64Output.INLINE
     error_status: ErrorStatus = ErrorStatus.LEGACY
-    max_body_bytes: int = 32_000_000
+    max_body_bytes: Size = 32_000_000
     cors_origins: ListOf[str] = ("*",)
     forwarded_allow_ips: ListOf[str] = ("127.0.0.1",)
     workers: int | None = Field(default=None, ge=0)
@@ -398,9 +470,28 @@ class Settings(BaseSettings):
     def make_data_dir(self) -> None:
         """For this user alone: pictures and prompts are nobody else's. One that is there stays so.
 
-        Raises: OSError.
+        Raises: ValueError where it cannot be made or written to.
         """
-        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder, user = self.data_dir, f"uid {os.geteuid()}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ValueError(f"data folder {folder} is a file") from error
+        except OSError as error:
+            reason = error.strerror
+            raise ValueError(f"data folder {folder} cannot be made by {user}: {reason}") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            found = folder.stat()
+            raise ValueError(
+                f"data folder {folder} cannot be written by {user}: it belongs to uid "
+                f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}"
+            )
+
+    @property
+    def open_data_dir(self) -> str:
+        """What is wrong with the data folder's mode; "" where only this user may enter."""
+        mode = stat.S_IMODE(self.data_dir.stat().st_mode)
+        return f"mode {mode:04o}; chmod 700 {self.data_dir}" if mode & 0o077 else ""
 
     @property
     def may_be_open(self) -> bool:
@@ -432,13 +523,20 @@ class Settings(BaseSettings):
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """Settings from flags (None means not given), environment and an optional TOML file.
 
-    Raises: pydantic.ValidationError; ValueError for an unknown `INPAINT_…` variable; OSError.
+    Raises: ValueError, with a line for each problem; OSError.
     """
     if config is not None and not config.is_file():
         raise FileNotFoundError(f"no such settings file: {config}")
     refuse_unknown_variables(os.environ)
-    given = {"config": config, **flags}
-    return Settings(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**given, **({} if config is None else {"config": config}))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{config}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config} is not text in UTF-8") from error
+    except ValidationError as error:
+        raise ValueError(explain(error, Settings, ENV_PREFIX, config, given)) from error
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
@@ -446,7 +544,8 @@ def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     for variable in environment:
         if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known:
-            raise ValueError(f"unknown setting {variable}")
+            near = did_you_mean(variable, known)
+            raise ValueError(f"unknown setting {variable} in the environment{near}")
 
 
 @functools.lru_cache(maxsize=256)

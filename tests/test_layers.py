@@ -62,7 +62,8 @@ MODELS = {
 """Room to the rooms of `models` it may import; each file and each folder is a room."""
 
 SERVER = {
-    "settings": "models.enhance",
+    "settings": "settings_errors models.enhance models.spelling",
+    "settings_errors": "models.spelling",
     "errors": "",
     "telemetry": "terminal",
     "terminal": "",

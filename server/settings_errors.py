@@ -1,0 +1,101 @@
+"""What is wrong with settings, in an operator's words and under the operator's names."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from models.spelling import did_you_mean
+
+WORDS = {
+    "missing": "is missing",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "too_short": "must not be empty",
+    "enum": "must be {expected}",
+    "path_not_file": "names no file",
+    "value_error": "{error}",
+}
+"""By pydantic's kind of error; the names in braces are those of its context."""
+
+KINDS = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "tuple": "must be a list",
+    "path": "must be a path",
+    "model": "must be a table",
+}
+"""By the head of pydantic's kind of error."""
+
+
+def explain(
+    error: ValidationError,
+    settings: type[BaseModel],
+    prefix: str,
+    file: object,
+    flags: Iterable[str],
+) -> str:
+    """A line for each problem, without the values: secrets are among them.
+
+    prefix: of environment variables. file: of settings, or None. flags: the fields that were given.
+    """
+    problems = error.errors(include_url=False, include_input=False)
+    lines = [_line(each, settings, prefix, file, {*flags}) for each in problems]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _line(
+    problem: Mapping[str, Any],
+    settings: type[BaseModel],
+    prefix: str,
+    file: object,
+    flags: set[str],
+) -> str:
+    names, known = _path_of(problem["loc"], settings)
+    if not names:
+        return _words(problem)
+    where = _origin(names, prefix, file, flags)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown setting{did_you_mean(names[-1], known)}"
+    return f"{where} {_words(problem)}"
+
+
+def _path_of(
+    place: tuple[int | str, ...], settings: type[BaseModel]
+) -> tuple[list[str], list[str]]:
+    """The names down to a setting, and those that are known where the last one stands."""
+    names: list[str] = []
+    model: type[BaseModel] | None = settings
+    known: list[str] = []
+    for each in place:
+        if model is None or not isinstance(each, str):
+            break  # the number of an item, or pydantic's own names
+        known = [*model.model_fields]
+        names.append(each)
+        field = model.model_fields.get(each)
+        kind = None if field is None else field.annotation
+        model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return names, known
+
+
+def _origin(names: list[str], prefix: str, file: object, flags: set[str]) -> str:
+    """Where a setting was given: the flag, the variable, or the file and its key."""
+    if len(names) == 1 and names[0] in flags:
+        return f"--{names[0].replace('_', '-')}"
+    variable = prefix + "__".join(names).upper()
+    if variable in (name.upper() for name in os.environ):
+        return variable
+    key = ".".join(names)
+    return key if file is None else f"{file}: {key}"
+
+
+def _words(problem: Mapping[str, Any]) -> str:
+    kind = problem["type"]
+    if kind in WORDS:
+        return WORDS[kind].format(**problem.get("ctx", {}))
+    return KINDS.get(kind.partition("_")[0], problem["msg"])
