@@ -240,10 +240,11 @@ def shared_figures() -> Iterator[None]:
 
 def answer(options: argparse.Namespace, settings: Settings) -> int:
     """`serve`, once its settings are known."""
+    from server.announcements import STARTING, announce, ready_announced
     from server.app import create_app
     from server.auth import read_keys_file
     from server.database import open_migrated
-    from server.http import ADMIN_LISTENING, Server, listen, raise_open_file_limit
+    from server.http import ADMIN_LISTENING, Server, listen, raise_open_file_limit, url_of
     from server.job_store import JobStore
     from server.keys import KeyStore
     from server.preflight import check_workers
@@ -252,7 +253,7 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
 
     with refusing():
         settings.make_data_dir()
-        configure_logging(secrets=settings.secrets)
+        configure_logging(secrets=settings.secrets, said_to_person=STARTING)
         command = shlex.split(options.worker_command or "")
         is_first = options.process is None
         if settings.auth.keys_file is not None:
@@ -265,8 +266,8 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
             settings = check_workers(settings, command)
         raise_open_file_limit()
         engine = open_migrated(settings.sqlalchemy_url)
-        settings.refuse_open_server(KeyStore(engine).has_keys())
-        label = {} if is_first else {"process": options.process}
+        has_keys = KeyStore(engine).has_keys()
+        settings.refuse_open_server(has_keys)
         listeners = listen(settings, is_first=is_first)
         admin = listeners.get(ADMIN_LISTENING)
         own_admin_port = None if admin is None else admin.getsockname()[1]
@@ -280,17 +281,19 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
             }
         )
         app = create_app(settings)
-        children = Supervisor(
-            children_of(settings, shared_flags(options), JobStore(engine), command)
-            if is_first
-            else ()
-        )
+        store = JobStore(engine)
+        own = children_of(settings, shared_flags(options), store, command) if is_first else []
+    children = Supervisor(own)
     index = 0 if is_first else options.process
     server = Server(app, settings, own_admin_port, children, index, options.parent)
-    with children:
-        for event, each in listeners.items():
-            host, port = each.getsockname()[:2]
-            get_logger(__name__).info(event, url=f"http://{host}:{port}", **label)
+    urls = {event: url_of(each) for event, each in listeners.items()}
+    url = urls.pop("listening")
+    worker_ids = [str(each.label["worker_id"]) for each in own if "worker_id" in each.label]
+    with children, ready_announced(store, worker_ids, url):
+        if is_first:
+            announce(settings, url, settings.access(has_keys), urls)
+        else:
+            get_logger(__name__).info("listening", url=url, process=index)
         server.run_until_stopped(*listeners.values())
     if children.failure is not None:
         raise Refusal(children.failure)
@@ -324,9 +327,12 @@ def work(options: argparse.Namespace) -> int:
 
     from models.errors import DeviceUnavailable, EngineError, ModelUnavailable
     from server import worker
+    from server.announcements import STARTING
     from server.telemetry import configure_logging, get_logger
 
-    configure_logging(secrets=settings.secrets)
+    # A server tells a person of its workers.
+    said = STARTING if options.parent is not None else ()
+    configure_logging(secrets=settings.secrets, said_to_person=said)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -178,6 +178,11 @@ def explained(host: str, port: int, setting: str) -> Iterator[None]:
         raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from error
 
 
+def url_of(listener: socket.socket) -> str:
+    """Where it answers."""
+    return f"http://{address_of(*listener.getsockname()[:2])}"
+
+
 def address_of(host: str, port: int) -> str:
     """Of a listening socket, as a URL holds it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

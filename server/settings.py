@@ -446,13 +446,22 @@ class Settings(BaseSettings):
 
         has_stored_keys: whether the database has keys.
         """
-        has_keys = has_stored_keys or self.auth.keys or self.auth.keys_file is not None
-        if not (has_keys or self.may_be_open):
+        if not (self.asks_for_keys(has_stored_keys) or self.may_be_open):
             raise ValueError(
                 f"listening on {self.host} without API keys would let anybody in: make one with "
                 "`inpaint-server keys create`, set INPAINT_AUTH__KEYS, or "
                 "INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
             )
+
+    def asks_for_keys(self, has_stored_keys: bool) -> bool:
+        """Whether callers need one. has_stored_keys: whether the database has keys."""
+        return bool(has_stored_keys or self.auth.keys or self.auth.keys_file is not None)
+
+    def access(self, has_stored_keys: bool) -> str:
+        """Who may call, in words."""
+        if self.asks_for_keys(has_stored_keys):
+            return "with an API key"
+        return "this machine only, no key" if is_loopback(self.host) else "everybody, no key"
 
     @property
     def offered_models(self) -> list[str]:

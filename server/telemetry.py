@@ -10,9 +10,9 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Container, Iterable, MutableMapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import structlog
 
@@ -21,13 +21,14 @@ from server.terminal import printable
 FIELDS = frozenset(
     "event level timestamp logger exception action request_id method path status duration_ms url "
     "job_id job_ids worker_id device model state detail count pid exit_code delay_s seconds "
-    "error version process".split()
+    "error version process data_dir access".split()
 )
 
 
-def keep_listed_fields(
-    _logger: Any, _method: str, event: MutableMapping[str, Any]
-) -> MutableMapping[str, Any]:
+Event: TypeAlias = MutableMapping[str, Any]
+
+
+def keep_listed_fields(_logger: Any, _method: str, event: Event) -> Event:
     """structlog processor: drop what `FIELDS` does not name."""
     return {name: value for name, value in event.items() if name in FIELDS or name[0] == "_"}
 
@@ -77,9 +78,7 @@ class Redaction:
             self._known = found
             self._secrets = re.compile("|".join(map(re.escape, ordered)))
 
-    def __call__(
-        self, _logger: Any, _method: str, event: MutableMapping[str, Any]
-    ) -> MutableMapping[str, Any]:
+    def __call__(self, _logger: Any, _method: str, event: Event) -> Event:
         return {
             name: self.clean(value, MAX_CHARS.get(name, MAX_FIELD_CHARS))
             if isinstance(value, str) and name not in OUR_OWN
@@ -129,7 +128,7 @@ class Repeats(logging.Filter):
 encode = json.JSONEncoder(default=repr).encode
 
 
-def to_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+def to_json(_logger: Any, _method: str, event: Event) -> str:
     """structlog processor: the last one."""
     return encode(event)
 
@@ -159,13 +158,25 @@ class Lines(structlog.WriteLogger):
     debug = info = warning = error = critical = exception = msg
 
 
-def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) -> None:
+def configure_logging(
+    level: int = logging.INFO,
+    secrets: Iterable[str] = (),
+    said_to_person: Container[str] = (),
+) -> None:
     """Send our log lines and those of the libraries to standard error.
 
     JSON, or aligned text where a person looks on. secrets: texts that no line may hold.
+    said_to_person: events that a person is told of in other words.
     """
     learn_secrets(secrets)
+
+    def leave_out_what_is_said(_logger: Any, _method: str, event: Event) -> Event:
+        if event.get("event") in said_to_person and sys.stderr.isatty():
+            raise structlog.DropEvent
+        return event
+
     shared: list[structlog.typing.Processor] = [
+        leave_out_what_is_said,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -186,7 +197,7 @@ def configure_logging(level: int = logging.INFO, secrets: Iterable[str] = ()) ->
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for chatty in ("httpx", "httpcore", "alembic", "uvicorn.access"):
+    for chatty in ("httpx", "httpcore", "alembic", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("asyncio").filters[:] = [Repeats()]
     structlog.configure(

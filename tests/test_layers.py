@@ -156,9 +156,10 @@ SERVER = {
     "http": "admin connections cores settings supervisor watchdog",
     "cluster": "app worker settings",
     "demo": "database job_store settings supervisor",
-    "cli": "app auth cluster database deliveries demo devices dialects door errors http job_store"
-    " key_commands keys model_commands preflight settings supervisor telemetry terminal webhooks"
-    " worker"
+    "cli": "announcements app auth cluster database deliveries demo devices dialects door errors"
+    " http job_store key_commands keys model_commands preflight settings supervisor telemetry"
+    " terminal webhooks worker",
+    "announcements": "job_store settings telemetry"
     " models.errors",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
