@@ -211,6 +211,24 @@ def is_path(source: str) -> bool:
     return path.exists() or is_written_so or path.suffix == ".safetensors"
 
 
+def local_size(spec: ModelSpec) -> int | None:
+    """Bytes of a model's own files that are on this machine; None where it is not here."""
+    folder = BUILTIN_FOLDER if spec.source == "builtin" else Path(spec.source).expanduser()
+    if folder.is_file():
+        return folder.stat().st_size
+    if not folder.is_dir():
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = _snapshot(spec.source, _weight_patterns(spec), spec.revision, is_local=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    files = [each for each in folder.rglob("*") if each.suffix in READ_SUFFIXES]
+    if not any(each.suffix == ".safetensors" for each in files):
+        return None  # a download that has only begun
+    return sum(each.stat().st_size for each in files if each.is_file())
+
+
 def fetch_folder(spec: ModelSpec) -> Path:
     """The local diffusers folder of a model, downloaded from the hub where need be.
 

@@ -1,19 +1,21 @@
-"""The command line: `inpaint-server serve | worker | demo | migrate | models | webhooks | keys`.
+"""The command line, `inpaint-server`: serve, worker, health, demo, migrate, models, webhooks, keys.
 
 Imports stand inside each command, so that `--help` is quick and the API process has no torch.
 """
 
 import argparse
-import ipaddress
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
-from server.settings import SHARED_FIGURES, Settings, load_settings
+from server.settings import SHARED_FIGURES, IpNetwork, Settings, load_settings, network_of
 from server.terminal import printable
 
 SHARED_FLAGS = ("config", "data_dir", "model")
@@ -68,10 +70,51 @@ def run(options: argparse.Namespace) -> int:
         return 1
 
 
+EXAMPLES = """\
+examples:
+  inpaint-server serve                                     built-in model, http://127.0.0.1:8000
+  inpaint-server serve --model sd15-inpainting --host 0.0.0.0
+  inpaint-server keys create "the team" --expires-in 90d   a key for callers from elsewhere
+
+Settings and their environment variables: configs/example.toml and README.md."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of one command; its options name it, so that its own usage is shown for what is wrong."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.set_defaults(parser=self)
+
+    def refuse(self, word: str) -> NoReturn:
+        """End with the usage and the nearest flag."""
+        from models.spelling import did_you_mean
+
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        self.error(f"unknown argument {word}{did_you_mean(word.partition('=')[0], flags)}")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line as options; `run` is the command's function."""
-    parser = argparse.ArgumentParser(prog="inpaint-server", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse(unknown[0])
+    return options
+
+
+def make_parser() -> Parser:
+    """Of all commands."""
+    parser = Parser(
+        prog="inpaint-server",
+        description="A self-hosted server that repaints parts of pictures.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"inpaint-server {version('inpaint-server')}"
+    )
+    commands: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        required=True, metavar="COMMAND", title="commands"
+    )
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML)")
@@ -104,6 +147,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--parent", type=int, metavar="PID", help="end when this process is no longer the parent"
     )
     each.set_defaults(run=work)
+
+    each = commands.add_parser("health", parents=[shared], help="ask whether a server answers")
+    each.add_argument("--url", help="its address; default: this machine's, from the settings")
+    each.set_defaults(run=health)
 
     each = commands.add_parser("demo", help="make one picture through the API and save it")
     each.add_argument("--prompt", help="what to paint under the mask")
@@ -147,11 +194,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     each = commands.add_parser("keys", help="make, list and end API keys")
     add_keys_commands(each.add_subparsers(required=True, metavar="COMMAND"), shared)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def add_keys_commands(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", shared: argparse.ArgumentParser
+    commands: "argparse._SubParsersAction[Parser]", shared: argparse.ArgumentParser
 ) -> None:
     """The commands below `keys`."""
     each = commands.add_parser("create", parents=[shared], help="make a key and show it once")
@@ -166,7 +213,7 @@ def add_keys_commands(
     ):
         each.add_argument(
             f"--{what}-network",
-            type=ipaddress.ip_network,
+            type=network,
             action="append",
             default=[],
             metavar="CIDR",
@@ -204,11 +251,23 @@ def add_keys_commands(
 
 
 def seconds_of(text: str) -> float:
-    """90d, 12h, 30m or 45s. Raises: ValueError."""
+    """90d, 12h, 30m or 45s. Raises: ArgumentTypeError."""
     units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
-    if text[-1:] not in units:
-        raise ValueError(f"{text!r} has no unit")
-    return int(text[:-1]) * units[text[-1]]
+    number, unit = text[:-1], text[-1:]
+    if text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit; write {text}d, {text}h or {text}m")
+    if unit not in units or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90d, 12h, 30m or 45s")
+    return int(number) * units[unit]
+
+
+def network(text: str) -> IpNetwork:
+    """Raises: ArgumentTypeError."""
+    try:
+        found: IpNetwork = network_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return found
 
 
 def settings_of(options: argparse.Namespace, *names: str) -> Settings:
@@ -349,6 +408,13 @@ def work(options: argparse.Namespace) -> int:
     return 0
 
 
+def health(options: argparse.Namespace) -> int:
+    """0 where the server answers `/healthz`."""
+    from server.health import check, local_url
+
+    return check(options.url or local_url(settings_of(options)))
+
+
 def demo(options: argparse.Namespace) -> int:
     """Start a server of its own, send it the vendor's example request, save the result."""
     from server.demo import run_demo
@@ -383,14 +449,20 @@ def list_webhooks(options: argparse.Namespace) -> int:
     """Print a line per call: job, state, tries, last outcome, address."""
     from server.database import open_migrated
     from server.deliveries import DeliveryState, DeliveryStore
+    from server.tables import print_table
 
     store = DeliveryStore(open_migrated(settings_of(options).sqlalchemy_url))
     state = None if options.state == "all" else DeliveryState(options.state)
+    rows = []
     for each in store.list_of(None, state=state, limit=options.limit):
         last = each.attempts[-1][1] if each.attempts else None
         outcome = "not tried" if last is None else f"{last.status or ''} {last.outcome}".strip()
-        url = printable(each.url)
-        print(each.job_id, each.state, each.attempts_total, printable(outcome), url, sep="\t")  # noqa: T201
+        rows.append((str(each.job_id), each.state, str(each.attempts_total), outcome, each.url))
+    kind = "" if state is None else f" {state}"
+    print_table(
+        ("job", "state", "tries", "last outcome", "address"), rows, empty=f"no{kind} webhook calls"
+    )
+
     return 0
 
 
@@ -420,6 +492,9 @@ def ping_webhook(options: argparse.Namespace) -> int:
     from server.door import Door, listeners_of
     from server.webhooks import WebhookCaller
 
+    parts = urlsplit(options.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{options.url!r} is no http(s) URL")
     settings = settings_of(options)
 
     async def ping() -> int:

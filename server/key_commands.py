@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from server.database import open_migrated
 from server.keys import KeyLimits, KeyStore, StoredKey
 from server.settings import Settings
+from server.tables import print_table
 from server.terminal import printable
 
 COLUMNS = ("id", "name", "key", "state", "created", "expires", "limits")
@@ -56,15 +57,20 @@ def rotate(store: KeyStore, options: argparse.Namespace) -> int:
 def revoke(store: KeyStore, options: argparse.Namespace) -> int:
     """End a holder's keys; running servers refuse them within seconds."""
     count = store.revoke(options.key_id)
-    print(f"{count} revoked")  # noqa: T201 - the command's output
-    return 0 if count else 1
+    if count:
+        print(f"{count} revoked")  # noqa: T201 - the command's output
+        return 0
+    is_known = any(key.key_id == options.key_id for key in store.list_keys())
+    reason = "is revoked already" if is_known else "is no id of a key; `keys list` shows them"
+    print(f"error: {options.key_id!r} {reason}", file=sys.stderr)  # noqa: T201
+    return 1
 
 
 def list_keys(store: KeyStore, _options: argparse.Namespace) -> int:
-    """One line a key, its columns between tabs."""
+    """A line a key."""
     now = time.time()
-    for line in [COLUMNS, *(row_of(key, now) for key in store.list_keys())]:
-        print("\t".join(map(printable, line)))  # noqa: T201 - the command's output
+    rows = [row_of(key, now) for key in store.list_keys()]
+    print_table(COLUMNS, rows, empty="no keys yet: `inpaint-server keys create NAME` makes one")
     return 0
 
 

@@ -12,12 +12,14 @@ from models.registry import (
     ModelSpec,
     download,
     find_model,
+    local_size,
     model_files,
     pinned_digests,
     read_catalog,
 )
 from models.weights import SUFFIX, read_header
 from server.settings import Settings
+from server.tables import print_table, size_text
 from server.terminal import printable
 
 
@@ -26,7 +28,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     try:
         catalog = read_catalog(settings.models_file)
         if options.verb == "list":
-            return list_models(catalog)
+            return list_models(catalog, settings)
         spec = find_model(options.model_id, catalog)
         commands = {"download": get, "verify": verify, "trust": trust}
         return commands[options.verb](spec, settings)
@@ -35,10 +37,18 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         return 1
 
 
-def list_models(catalog: dict[str, ModelSpec]) -> int:
-    """Print each model's id and where it comes from."""
-    for spec in catalog.values():
-        print(f"{printable(spec.id)}\t{printable(spec.source)}")  # noqa: T201 - the command's output
+def list_models(catalog: dict[str, ModelSpec], settings: Settings) -> int:
+    """Print each model: what it is used for, its bytes on this machine, where it comes from."""
+    asked = dict.fromkeys(settings.models, "offered") | {settings.model: "default"}
+    print_table(
+        ("id", "use", "here", "source"),
+        [
+            (each, asked.get(each, "-"), size_text(local_size(spec)), spec.source)
+            for each in dict.fromkeys([*catalog, *asked])
+            for spec in [find_model(each, catalog)]
+        ],
+        empty=f"no models in {settings.models_file}",
+    )
     return 0
 
 

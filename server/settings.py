@@ -103,8 +103,8 @@ def network_of(value: Any) -> Any:
     try:
         meant = ipaddress.ip_network(value, strict=False)
     except ValueError as error:
-        raise ValueError(f"holds {value!r}, which is no network such as 10.0.0.0/8") from error
-    raise ValueError(f"holds {value!r}, in which host bits are set; did you mean {meant}?")
+        raise ValueError(f"must be a network such as 10.0.0.0/8, not {value!r}") from error
+    raise ValueError(f"must be a network: host bits are set in {value!r}; did you mean {meant}?")
 
 
 IpNetwork = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(network_of)]

@@ -69,9 +69,11 @@ SERVER = {
     "terminal": "",
     "limits": "",
     "keys": "database",
-    "key_commands": "database keys settings terminal",
-    "model_commands": "settings terminal models.errors models.fingerprint models.manifests"
+    "key_commands": "database keys settings tables terminal",
+    "model_commands": "settings tables terminal models.errors models.fingerprint models.manifests"
     " models.registry models.weights",
+    "tables": "",
+    "health": "settings",
     "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
@@ -157,10 +159,9 @@ SERVER = {
     "cluster": "app worker settings",
     "demo": "database job_store settings supervisor",
     "cli": "announcements app auth cluster database deliveries demo devices dialects door errors"
-    " http job_store key_commands keys model_commands preflight settings supervisor telemetry"
-    " terminal webhooks worker",
-    "announcements": "job_store settings telemetry"
-    " models.errors",
+    " health http job_store key_commands keys model_commands preflight settings supervisor tables"
+    " telemetry terminal webhooks worker models.errors models.spelling",
+    "announcements": "job_store settings telemetry models.errors",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
 
@@ -297,8 +298,8 @@ def importers_of(*names: str) -> set[str]:
 # `addresses` and `egress` name httpx for its URL alone.
 READS_URLS = {"addresses.py", "egress.py"}
 OPENS_CONNECTIONS = {"door.py", "exchange.py", "lookups.py"}
-# The demo is a client of a server of its own.
-CLIENTS = {"demo.py"}
+# The demo is a client of a server of its own, the health check of this machine's.
+CLIENTS = {"demo.py", "health.py"}
 LISTENS = {"connections.py", "http.py"}
 # The type of a listening socket, and the machine's name.
 NAMES_SOCKETS = {"cli.py", "supervisor.py"}

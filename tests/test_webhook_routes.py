@@ -270,12 +270,13 @@ class TestCommandLine:
         deliveries.record(due, answer(410))
         assert main(["webhooks", "list"]) == 0
         line = f"{job_id}\tdead\t1\t410 answered\thttp://127.0.0.1:1/hook\n"
-        assert capsys.readouterr().out == line
+        header = "job\tstate\ttries\tlast outcome\taddress\n"
+        assert capsys.readouterr().out == header + line
         assert main(["webhooks", "redeliver", str(job_id)]) == 0
         assert main(["webhooks", "list"]) == 0
-        assert capsys.readouterr().out == ""
+        assert capsys.readouterr() == ("", "no dead webhook calls\n")
         assert main(["webhooks", "list", "--state", "pending"]) == 0
-        assert capsys.readouterr().out.startswith(f"{job_id}\tpending\t1\t")
+        assert capsys.readouterr().out.startswith(f"{header}{job_id}\tpending\t1\t")
         assert main(["webhooks", "redeliver", "999"]) == 1
         assert capsys.readouterr().err == (
             "error: job 999: The job has no webhook call to make again\n"
