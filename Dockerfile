@@ -9,7 +9,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --create-home --uid 10001 inpaint \
-    && install --directory --owner inpaint /data /models-cache
+    && install --directory --owner inpaint --mode 0700 /data /models-cache
 
 WORKDIR /app
 ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -29,12 +29,13 @@ COPY server server
 COPY configs configs
 
 USER 10001
-# The server refuses to start here without INPAINT_AUTH__KEYS: it listens beyond loopback.
+# The server refuses to start here without API keys, as it listens beyond loopback: give
+# INPAINT_AUTH__KEYS_FILE, or make one in /data with `inpaint-server keys create`.
 ENV INPAINT_HOST=0.0.0.0 INPAINT_DATA_DIR=/data HF_HOME=/models-cache
 VOLUME ["/data", "/models-cache"]
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz')"]
+# Whether the process answers: one that downloads a model or drains must not be restarted for it.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s CMD ["inpaint-server", "health"]
 # A held request gets its answer, the picture in hand is finished or handed back.
 STOPSIGNAL SIGTERM
 CMD ["inpaint-server", "serve"]

@@ -22,6 +22,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
 $(INSTALLED): pyproject.toml $(wildcard $(LOCKS)/*.txt) | $(BIN)/pip
+	@echo "Installing what configs/locks lists into .venv: minutes; several GB where torch brings CUDA."
 	$(BIN)/pip install --quiet $(VERIFIED) --requirement $(LOCKS)/runtime.txt \
 		--requirement $(LOCKS)/dev.txt --requirement $(LOCKS)/$(TORCH).txt
 	$(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --editable .

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -83,6 +84,7 @@ def run_demo(
             (pictures / "result.png").write_bytes(httpx.get(answer["output"][0]).content)
         save_side_by_side([pictures / f"{n}.png" for n in ("init", "mask", "result")], out)
     print(f"init image, mask and result: {out.absolute()}")  # noqa: T201 - the command's output
+    print(f"next: {sys.argv[0]} serve, then a request of your own as README.md shows")  # noqa: T201
     return 0
 
 

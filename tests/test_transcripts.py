@@ -102,7 +102,7 @@ def test_start_that_cannot_succeed(name: str, folder: Path, port: int) -> None:
     command = [sys.executable, "-P", "-c", WITHOUT_TORCH]
     done = subprocess.run(
         [*(AS_NOBODY if start.is_other_user else ()), *command, *words],
-        env={**os.environ, **variables},
+        env={**os.environ, "COLUMNS": "80", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
