@@ -179,7 +179,7 @@ def find_model(model_id: str, catalog: dict[str, ModelSpec]) -> ModelSpec:
     return catalog.get(model_id) or ModelSpec(id=model_id, source=model_id)
 
 
-def check_model(model_id: str, catalog: Mapping[str, ModelSpec]) -> None:
+def check_model(model_id: str, catalog: dict[str, ModelSpec]) -> None:
     """See that a model's files can be there; a hub id may be. Reads none of them.
 
     Raises: ModelUnavailable.

@@ -216,7 +216,7 @@ def why_no_cuda() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for the CPU; choose it with `--devices cpu`"
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". Please")[0]
         return f"{reason} (torch {torch.__version__}); the CPU is used with `--devices cpu`"

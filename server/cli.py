@@ -116,7 +116,7 @@ def make_parser() -> Parser:
         required=True, metavar="COMMAND", title="commands"
     )
 
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML)")
     shared.add_argument("--data-dir", type=Path, metavar="DIR", help="database and files")
     shared.add_argument("--model", metavar="ID", help="id of configs/models.toml, folder or hub id")
@@ -197,9 +197,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_keys_commands(
-    commands: "argparse._SubParsersAction[Parser]", shared: argparse.ArgumentParser
-) -> None:
+def add_keys_commands(commands: "argparse._SubParsersAction[Parser]", shared: Parser) -> None:
     """The commands below `keys`."""
     each = commands.add_parser("create", parents=[shared], help="make a key and show it once")
     each.add_argument("name", help="who or what holds it")

@@ -538,8 +538,9 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         raise FileNotFoundError(f"no such settings file: {config}")
     refuse_unknown_variables(os.environ)
     given = {name: value for name, value in flags.items() if value is not None}
+    file: dict[str, Any] = {} if config is None else {"config": config}
     try:
-        return Settings(**given, **({} if config is None else {"config": config}))
+        return Settings(**given, **file)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{config}: {error}") from error
     except UnicodeDecodeError as error:

@@ -95,7 +95,7 @@ def _origin(names: list[str], prefix: str, file: object, flags: set[str]) -> str
 
 
 def _words(problem: Mapping[str, Any]) -> str:
-    kind = problem["type"]
+    kind, message = str(problem["type"]), str(problem["msg"])
     if kind in WORDS:
         return WORDS[kind].format(**problem.get("ctx", {}))
-    return KINDS.get(kind.partition("_")[0], problem["msg"])
+    return KINDS.get(kind.partition("_")[0], message)

@@ -5,10 +5,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from models.registry import INDEX
+from models.folders import INDEX
 from server.preflight import check_workers
 from server.settings import load_settings
 from tests.processes import COMMAND, START_TIMEOUT_S
@@ -21,7 +22,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def refusal(command: str = "", **flags: object) -> str:
+def refusal(command: str = "", **flags: Any) -> str:
     """What is wrong with these settings."""
     with pytest.raises(ValueError, match=".") as refused:
         check_workers(load_settings(**flags), shlex.split(command))
