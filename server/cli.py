@@ -447,7 +447,7 @@ def list_webhooks(options: argparse.Namespace) -> int:
     """Print a line per call: job, state, tries, last outcome, address."""
     from server.database import open_migrated
     from server.deliveries import DeliveryState, DeliveryStore
-    from server.tables import print_table
+    from server.terminal import print_table
 
     store = DeliveryStore(open_migrated(settings_of(options).sqlalchemy_url))
     state = None if options.state == "all" else DeliveryState(options.state)

@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from server.database import open_migrated
 from server.keys import KeyLimits, KeyStore, StoredKey
 from server.settings import Settings
-from server.tables import print_table
-from server.terminal import printable
+from server.terminal import print_table, printable
 
 COLUMNS = ("id", "name", "key", "state", "created", "expires", "limits")
 

@@ -19,8 +19,7 @@ from models.registry import (
 )
 from models.weights import SUFFIX, read_header
 from server.settings import Settings
-from server.tables import print_table, size_text
-from server.terminal import printable
+from server.terminal import print_table, printable, size_text
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:

@@ -1,4 +1,10 @@
-"""Text of strangers on a terminal: what could steer the terminal is written as an escape."""
+"""What commands print: tables, and text of strangers without what could steer a terminal."""
+
+import sys
+from collections.abc import Sequence
+
+GAP = "  "
+"""Between two columns on a terminal."""
 
 
 def printable(text: str) -> str:
@@ -15,3 +21,35 @@ def printable(text: str) -> str:
 def escaped(character: str) -> str:
     """As Python writes it in a string."""
     return character.encode("unicode_escape").decode("ascii")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
+    """A line a row below the header. empty: said on standard error where there are no rows."""
+    if not rows:
+        print(empty, file=sys.stderr)  # noqa: T201 - the command's output
+        return
+    safe = [[printable(entry) for entry in row] for row in (header, *rows)]
+    for line in layout(safe, is_aligned=sys.stdout.isatty()):
+        print(line)  # noqa: T201 - the command's output
+
+
+def layout(rows: Sequence[Sequence[str]], *, is_aligned: bool) -> list[str]:
+    """A line a row, its columns between tabs, or as wide as their widest entry."""
+    if not is_aligned:
+        return ["\t".join(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        GAP.join(f"{entry:{width}}" for entry, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def size_text(size: int | None) -> str:
+    """A number of bytes for a person; "-" for None."""
+    if size is None:
+        return "-"
+    number, units = float(size), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while number >= 1000 and unit != "TB":
+        number, unit = number / 1000, next(units)
+    return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"

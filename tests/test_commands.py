@@ -12,7 +12,7 @@ from server.cli import main
 from server.health import local_url
 from server.http import bind
 from server.settings import load_settings
-from server.tables import layout, size_text
+from server.terminal import layout, size_text
 from tests.processes import COMMAND, START_TIMEOUT_S, ServerProcess
 
 

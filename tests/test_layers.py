@@ -1,6 +1,6 @@
 """Who may import whom, held against the source; and what importing costs.
 
-The two tables are the layout of `models/` and `server/`: imports point one way, `models` knows
+The two terminal are the layout of `models/` and `server/`: imports point one way, `models` knows
 nothing of networks or databases, and the web side starts without torch.
 """
 
@@ -69,10 +69,9 @@ SERVER = {
     "terminal": "",
     "limits": "",
     "keys": "database",
-    "key_commands": "database keys settings tables terminal",
-    "model_commands": "settings tables terminal models.errors models.fingerprint models.manifests"
+    "key_commands": "database keys settings terminal",
+    "model_commands": "settings terminal models.errors models.fingerprint models.manifests"
     " models.registry models.weights",
-    "tables": "",
     "health": "settings",
     "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
@@ -159,7 +158,7 @@ SERVER = {
     "cluster": "app worker settings",
     "demo": "database job_store settings supervisor",
     "cli": "announcements app auth cluster database deliveries demo devices dialects door errors"
-    " health http job_store key_commands keys model_commands preflight settings supervisor tables"
+    " health http job_store key_commands keys model_commands preflight settings supervisor terminal"
     " telemetry terminal webhooks worker models.errors models.spelling",
     "announcements": "job_store settings telemetry models.errors",
 }
@@ -270,7 +269,7 @@ def test_file_imports_only_what_its_room_may(
 
 
 def test_imports_point_one_way() -> None:
-    """The tables themselves have no cycle."""
+    """The terminal themselves have no cycle."""
     waiting = {f"models.{room}": allowed_rooms("models", MODELS, room) for room in MODELS}
     waiting |= {f"server.{room}": allowed_rooms("server", SERVER, room) for room in SERVER}
     waiting["models.builtin"].clear()

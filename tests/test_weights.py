@@ -153,7 +153,9 @@ def outcome(path: Path) -> Header | None:
 
 
 SIZES = st.one_of(st.integers(-2, 30), st.sampled_from([2**31, 2**63, 2**64, 2**200]))
-ODD = st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=3), st.just({}))
+ODD: st.SearchStrategy[Any] = st.one_of(
+    st.none(), st.booleans(), st.floats(), st.text(max_size=3), st.just({})
+)
 ENTRIES = st.one_of(
     st.fixed_dictionaries(
         {},
