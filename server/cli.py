@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from server.settings import SHARED_FIGURES, IpNetwork, Settings, load_settings, network_of
+from server.settings_errors import InvalidSettings
 from server.terminal import printable
 
 SHARED_FLAGS = ("config", "data_dir", "model")
@@ -32,7 +33,8 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise Refusal(str(error)) from error
+        lines = error.lines if isinstance(error, InvalidSettings) else [str(error)]
+        raise Refusal(*lines) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except Refusal as error:
-        for line in str(error).splitlines():
+        for line in error.args:
             print(f"error: {printable(line)}", file=sys.stderr)  # noqa: T201 - for whoever typed the command
         return 2
     except KeyboardInterrupt:

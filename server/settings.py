@@ -546,7 +546,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except UnicodeDecodeError as error:
         raise ValueError(f"{config} is not text in UTF-8") from error
     except ValidationError as error:
-        raise ValueError(explain(error, Settings, ENV_PREFIX, config, given)) from error
+        raise explain(error, Settings, ENV_PREFIX, config, given) from error
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:

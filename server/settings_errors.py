@@ -33,20 +33,28 @@ KINDS = {
 """By the head of pydantic's kind of error."""
 
 
+class InvalidSettings(ValueError):
+    """lines: a sentence for each problem."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = tuple(lines)
+        super().__init__("\n".join(self.lines))
+
+
 def explain(
     error: ValidationError,
     settings: type[BaseModel],
     prefix: str,
     file: object,
     flags: Iterable[str],
-) -> str:
+) -> InvalidSettings:
     """A line for each problem, without the values: secrets are among them.
 
     prefix: of environment variables. file: of settings, or None. flags: the fields that were given.
     """
     problems = error.errors(include_url=False, include_input=False)
     lines = [_line(each, settings, prefix, file, {*flags}) for each in problems]
-    return "\n".join(dict.fromkeys(lines))
+    return InvalidSettings(dict.fromkeys(lines))
 
 
 def _line(

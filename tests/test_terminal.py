@@ -82,7 +82,7 @@ def test_listed_webhooks_are_a_line_each(
             call = {"id": str(number), "job_id": job_id, "url": url, "host": "h", "attempt": 0}
             times = {"state": "pending", "due_at": 0.0, "created_at": 0.0}
             connection.execute(insert(deliveries).values(call | times))
-    rows = printed_by(folder, "webhooks", "list", "--state", "all")
+    _head, *rows = printed_by(folder, "webhooks", "list", "--state", "all")
     assert [row[:4] for row in rows] == [[str(job_id), "pending", "0", "not tried"]] * len(urls)
     assert sorted(row[4] for row in rows) == sorted(map(printable, urls))
 
@@ -99,7 +99,7 @@ def test_listed_keys_are_a_line_each(folder: Path, engine: Engine, name: str) ->
 
 def test_refusals_are_a_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["webhooks", "list", "--config", str(tmp_path / f"x{HOSTILE}.toml")]) == 2
-    assert main(["models", "verify", f"x/{HOSTILE}", "--data-dir", str(tmp_path)]) == 2
+    assert main(["models", "verify", f"x/{HOSTILE}", "--data-dir", str(tmp_path)]) == 1
     lines = capsys.readouterr().err.removesuffix("\n").split("\n")
     assert [line[:7] for line in lines] == ["error: "] * 2
     assert all(line.isprintable() for line in lines)
