@@ -7,6 +7,7 @@ write for these values (strings, "yes"/"no", vendor step lists) is a dialect's b
 import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from fractions import Fraction
 
 from models.errors import InvalidInput, Violation
 
@@ -196,23 +197,33 @@ PARAMETERS = tuple(field.name for field in fields(InpaintParams))
 def fit_size(
     own_width: int, own_height: int, width: int | None, height: int | None
 ) -> tuple[int, int]:
-    """The size of a result of which the width, the height or both were left open.
+    """The size of a result of which the width, the height or both may be left open.
 
-    own_width, own_height: pixels of the init image, whose proportions fill what is open; an image
-    larger than the limits is scaled down to them. Given sides are taken as they are.
+    own_width, own_height: pixels of the init image, whose proportions fill what is open.
     """
     if width is not None and height is not None:
-        return width, height
+        return allowed_size(width, height)
     if width is not None:
-        return width, fit_side("height", own_height * width / own_width)
+        return allowed_size(width, Fraction(own_height * width, own_width))
     if height is not None:
-        return fit_side("width", own_width * height / own_height), height
-    # Divided, because multiplying by the inverse may end just below the limit.
-    shrink = max(1.0, own_width / RANGES["width"].maximum, own_height / RANGES["height"].maximum)
-    return fit_side("width", own_width / shrink), fit_side("height", own_height / shrink)
+        return allowed_size(Fraction(own_width * height, own_height), height)
+    return allowed_size(own_width, own_height)
 
 
-def fit_side(name: str, pixels: float) -> int:
+def allowed_size(width: float | Fraction, height: float | Fraction) -> tuple[int, int]:
+    """The largest allowed size that is not larger, of the same proportions as far as they allow.
+
+    What is above the maximum is scaled down by one factor for both sides, so that nobody is
+    squeezed. Then a side below the minimum is raised to it, and both become multiples of 8.
+    """
+    # Fractions, because a float may end just below a multiple of 8, or below the maximum.
+    exact_width, exact_height = Fraction(width), Fraction(height)
+    limits = int(RANGES["width"].maximum), int(RANGES["height"].maximum)
+    shrink = max(Fraction(1), exact_width / limits[0], exact_height / limits[1])
+    return fit_side("width", exact_width / shrink), fit_side("height", exact_height / shrink)
+
+
+def fit_side(name: str, pixels: float | Fraction) -> int:
     """The nearest allowed width or height that is not larger, or the smallest there is."""
     allowed = RANGES[name]
     clamped = int(max(allowed.minimum, min(allowed.maximum, pixels)))

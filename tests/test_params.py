@@ -18,6 +18,7 @@ from models.params import (
     SIZE_MULTIPLE,
     InpaintParams,
     SchedulerName,
+    allowed_size,
     fit_size,
 )
 
@@ -198,11 +199,39 @@ def test_fitted_size_is_always_allowed(
     assert params(width=fitted[0], height=fitted[1])
 
 
-@given(OWN_SIDES, OWN_SIDES, st.integers(1, 5_000), st.integers(1, 5_000))
-def test_given_sides_are_kept(own_width: int, own_height: int, width: int, height: int) -> None:
+@given(OWN_SIDES, OWN_SIDES, SIDES, SIDES)
+def test_given_sides_that_are_allowed_are_kept(
+    own_width: int, own_height: int, width: int, height: int
+) -> None:
     assert fit_size(own_width, own_height, width, height) == (width, height)
-    assert fit_size(own_width, own_height, width, None)[0] == width
-    assert fit_size(own_width, own_height, None, height)[1] == height
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        ((1170, 2532), (472, 1024)),
+        ((1920, 1080), (1024, 576)),
+        ((720, 1080), (680, 1024)),
+        ((1024, 1025), (1016, 1024)),
+        ((8, 8), (64, 64)),
+        ((8, 2048), (64, 1024)),
+        ((1e300, 10), (1024, 64)),
+        ((519.9, 64), (512, 64)),
+    ],
+)
+def test_too_large_size_is_scaled_down_as_a_whole(
+    asked: tuple[float, float], allowed: tuple[int, int]
+) -> None:
+    assert allowed_size(*asked) == allowed
+    assert allowed_size(*reversed(asked)) == tuple(reversed(allowed))
+
+
+@given(st.floats(1, 1e308), st.floats(1, 1e308))
+def test_allowed_size_of_an_allowed_size_is_itself(width: float, height: float) -> None:
+    fitted = allowed_size(width, height)
+
+    assert params(width=fitted[0], height=fitted[1])
+    assert allowed_size(*fitted) == fitted
 
 
 @given(OWN_SIDES, OWN_SIDES)
@@ -219,10 +248,34 @@ def test_open_size_is_the_largest_that_fits(own_width: int, own_height: int) -> 
 
 @given(OWN_SIDES, OWN_SIDES, SIDES)
 def test_open_side_keeps_the_proportions(own_width: int, own_height: int, width: int) -> None:
-    _, height = fit_size(own_width, own_height, width, None)
     exact = Fraction(width * own_height, own_width)
+    shrink = max(1, exact / 1024)
 
-    assert height == min(1024, max(64, exact // SIZE_MULTIPLE * SIZE_MULTIPLE))
+    for fitted, side in zip(
+        fit_size(own_width, own_height, width, None), (width / shrink, exact / shrink), strict=True
+    ):
+        assert fitted == max(64, side // SIZE_MULTIPLE * SIZE_MULTIPLE)
+
+
+@given(OWN_SIDES, OWN_SIDES, st.none() | SIDES, st.none() | SIDES)
+def test_fitted_picture_fits_itself(
+    own_width: int, own_height: int, width: int | None, height: int | None
+) -> None:
+    """The decoders' parent holds what a child answers against this."""
+    fitted = fit_size(own_width, own_height, width, height)
+
+    assert fit_size(*fitted, width, height) == fitted
+
+
+@pytest.mark.parametrize("width", range(64, 1025, SIZE_MULTIPLE))
+def test_proportions_are_exact(width: int) -> None:
+    assert fit_size(1599, 1664, width, None) == fit_size(123, 128, width, None)
+    assert fit_size(123, 128, 1024, None) == (984, 1024)
+
+
+def test_one_side_alone_never_squeezes_the_picture() -> None:
+    assert fit_size(1170, 2532, 1024, None) == (472, 1024)
+    assert fit_size(2532, 1170, None, 1024) == (1024, 472)
 
 
 @pytest.mark.parametrize(

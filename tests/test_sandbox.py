@@ -58,6 +58,8 @@ def images_of(
         ((1500, 750), (None, None), (1024, 512)),
         ((10, 10), (None, None), (64, 64)),
         ((1500, 10), (None, None), (1024, 64)),
+        ((600, 1500), (1024, None), (408, 1024)),
+        ((1500, 600), (None, 1024), (1024, 408)),
     ],
 )
 def test_pair_has_the_size_asked_for_or_its_own(

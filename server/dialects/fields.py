@@ -9,9 +9,10 @@ from models.params import (
     CHUNK_TOKENS,
     MAX_PROMPT_CHUNKS,
     RANGES,
-    SIZE_MULTIPLE,
     Range,
     SchedulerName,
+    allowed_size,
+    fit_side,
     is_surely_too_long,
 )
 from server.addresses import MAX_URL_CHARS, Refused, checked_url
@@ -128,15 +129,26 @@ class FieldReader:
             return default
         return False
 
-    def side(self, name: str) -> int | None:
-        """Width or height: more than the largest is clamped, then rounded down to a multiple."""
+    def size(self) -> tuple[int | None, int | None]:
+        """Width and height, made to fit the allowed sizes; None for a side that is left open."""
+        width, height = self._side("width"), self._side("height")
+        if width is not None and height is not None:
+            return allowed_size(width, height)
+        # The open side follows the init image's proportions, and both are made to fit then.
+        return (
+            None if width is None else fit_side("width", width),
+            None if height is None else fit_side("height", height),
+        )
+
+    def _side(self, name: str) -> float | None:
+        """Pixels as sent, at least 1; a fraction will be rounded down with the rest."""
         if self.value(name) is None:
             return None
-        allowed = RANGES[name]
-        clamped = min(self.integer(name, int(allowed.maximum)), int(allowed.maximum))
-        if clamped < allowed.minimum:
-            self._refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
-        return clamped - clamped % SIZE_MULTIPLE
+        pixels = self.number(name, RANGES[name].minimum)
+        if pixels < 1:
+            self._refuse(name, "must be at least 1.")
+            return RANGES[name].minimum
+        return pixels
 
     def scheduler(self) -> SchedulerName | None:
         """A noise scheduler by its diffusers name."""

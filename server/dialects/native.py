@@ -158,6 +158,12 @@ def ranged(name: str, text: str, **more: Any) -> Any:
     )
 
 
+SIDE_TEXT = (
+    "Pixels; 512 where null with only_masked, else from the init image: both its sides, or the one "
+    "that its proportions give. What would be above 1024 is then scaled down as a whole"
+)
+
+
 def side(text: str) -> Any:
     """Width or height."""
     allowed = RANGES["width"]
@@ -214,8 +220,8 @@ class JobRequest(BaseModel):
     )
     mask_image: str = Field(min_length=1, description="The same; white is repainted, black is kept")
     negative_prompt: Prompt = plain("negative_prompt", "What to avoid; needs guidance")
-    width: int | None = side("Pixels; the init image's where null, or 512 with only_masked")
-    height: int | None = side("Pixels; the init image's where null, or 512 with only_masked")
+    width: int | None = side(SIDE_TEXT)
+    height: int | None = side(SIDE_TEXT)
     samples: int = ranged("samples", "Number of pictures; picture i is made with seed + i")
     num_inference_steps: int = ranged("num_inference_steps", "Denoising steps, before strength")
     strength: float = ranged("strength", "1 forgets the init image under the mask")

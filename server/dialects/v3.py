@@ -131,14 +131,15 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         prompt, negative_prompt = policy.enhancement.apply(prompt, negative_prompt)
     reader.check_prompt("prompt", prompt)
     reader.check_prompt("negative_prompt", negative_prompt or "")
+    width, height = reader.size()
     has_older_name = reader.value("strength") is None
     request = V3Request(
         prompt=prompt,
         negative_prompt=negative_prompt or "",
         init_image=reader.image("init_image"),
         mask_image=reader.image("mask_image"),
-        width=reader.side("width"),
-        height=reader.side("height"),
+        width=width,
+        height=height,
         samples=reader.integer("samples", 1, RANGES["samples"]),
         num_inference_steps=read_steps(reader, policy.steps_policy),
         guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
@@ -466,13 +467,17 @@ def describe_field(name: str, kind: str, text: str) -> Body:
     return {"type": [*kinds, "null"], "description": text, **limits}
 
 
+SIDE_TEXT = (
+    "Pixels; a size above 1024 is scaled down as a whole, a side below 64 raised to it, both "
+    "rounded down to multiples of 8. From the init image where absent"
+)
 INPAINT_FIELDS = {
     "prompt": ("string", "What to paint"),
     "negative_prompt": ("string", "What to avoid"),
     "init_image": ("string", "URL, data URI or base64 of a PNG, JPEG or WEBP image"),
     "mask_image": ("string", "The same; white is repainted, black is kept"),
-    "width": ("integer", "Pixels, at most 1024; the init image's where absent"),
-    "height": ("integer", "Pixels, at most 1024; the init image's where absent"),
+    "width": ("number", SIDE_TEXT),
+    "height": ("number", SIDE_TEXT),
     "samples": ("integer", "Number of pictures"),
     "num_inference_steps": ("integer", "Denoising steps"),
     "safety_checker": ("string", "yes: a flagged picture is replaced by a blank one"),
