@@ -69,6 +69,19 @@ Fields = dict[str, Any]
 """Names in lower case. Values: JSON values, form texts, or bytes of an uploaded file."""
 
 
+ABSENT_WORDS = ("", "null", "none", "undefined")
+"""In any case: what Python, JavaScript and forms write where a value is missing."""
+
+
+def is_absent(value: Any) -> bool:
+    """True for null and for a text that stands for a missing value."""
+    if isinstance(value, str):
+        word = value.strip()
+        # Inline pictures are megabytes, of which no copy in lower case should be made.
+        return len(word) < 10 and word.lower() in ABSENT_WORDS
+    return value is None
+
+
 async def read_fields(request: Request, max_bytes: int) -> Fields:
     """All fields of a request. Raises: InvalidBody."""
     refuse_many_fields(request.scope["query_string"])
@@ -76,13 +89,14 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
     content_type = request.headers.get("content-type", "")
     query = with_lower_names(dict(request.query_params))
     fields = with_lower_names(await parse_body(body, content_type))
-    return query | {name: value for name, value in fields.items() if value not in (None, "")}
+    return query | fields
 
 
 def with_lower_names(fields: Fields) -> Fields:
-    """`Seed` as `seed`; where both are there, the exact one counts."""
-    return {name.lower(): value for name, value in fields.items()} | {
-        name: value for name, value in fields.items() if name.islower()
+    """The values that are there, `Seed` as `seed`; of both spellings the exact one counts."""
+    present = {name: value for name, value in fields.items() if not is_absent(value)}
+    return {name.lower(): value for name, value in present.items()} | {
+        name: value for name, value in present.items() if name.islower()
     }
 
 

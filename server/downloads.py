@@ -21,6 +21,8 @@ PIECE_CHARS = 2**18
 """A longer text is decoded in a thread, and in pieces, because each of them holds up all others."""
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 BLANKS = b" \t\r\n\f\v"
+ZERO_WIDTH = "\ufeff\u200b\u200c\u200d\u2060"
+"""Byte order mark and blanks without width, which editors and web pages leave around a text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -287,7 +287,9 @@ def test_body_wins_over_query(body: str, content_type: str | None) -> None:
     assert (int(fields["seed"]), fields["width"]) == (1, "64")
 
 
-@pytest.mark.parametrize("body", ['{"key": ""}', '{"key": null}'])
+@pytest.mark.parametrize(
+    "body", ['{"key": ""}', '{"key": null}', '{"key": "None"}', '{"key": " undefined "}']
+)
 def test_query_counts_where_the_body_says_nothing(body: str) -> None:
     assert read(body, query="key=k") == {"key": "k"}
 

@@ -116,7 +116,8 @@ SERVER = {
     "waiters": "changes job_store jobs telemetry",
     "followers": "changes errors job_store jobs telemetry",
     "bodies": "errors",
-    "dialects": "addresses deliveries downloads errors failures idempotency jobs receipts settings"
+    "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs receipts"
+    " settings"
     " models.enhance models.errors models.params",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"

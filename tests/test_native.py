@@ -162,6 +162,12 @@ def test_every_limited_text_has_its_limit_told() -> None:
     assert limited == native.MAX_CHARS.keys()
 
 
+def test_random_seed_is_null_and_nothing_else() -> None:
+    assert problems(seed=-1) == {"seed": FieldProblem.OUT_OF_RANGE}
+    sentence = native.write_field_problem("seed", FieldProblem.OUT_OF_RANGE)
+    assert sentence == "must be between 0 and 4294967295, or null for a random one"
+
+
 def test_all_fields_at_fault_are_named_once() -> None:
     with pytest.raises(InvalidRequest) as caught:
         native.read_job(b'{"samples": 9, "x": 1, "track_id": {}}')

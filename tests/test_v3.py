@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
 from models.enhance import Enhancement
-from models.params import SEED_MODULUS, InpaintParams, SchedulerName
+from models.params import RANGES, SEED_MODULUS, InpaintParams, SchedulerName
 from server.dialects import v3
 from server.downloads import ImageSource
 from server.errors import (
@@ -37,6 +37,9 @@ POLICY = v3.ReadingPolicy(StepsPolicy.VENDOR, False, Enhancement("and more", "an
 INIT = "https://x.example/init.png"
 MASK = "https://x.example/mask.png"
 REQUIRED = {"prompt": "a cat", "init_image": INIT, "mask_image": MASK}
+
+
+NOTHING = ["", "  ", None, "null", " NULL\n", "none", "None", "undefined", "\ufeff", "\u200bnone "]
 
 
 def read(policy: v3.ReadingPolicy = POLICY, /, **fields: Any) -> v3.V3Request:
@@ -82,13 +85,13 @@ class TestReading:
             track_id=None,
         )
 
-    @pytest.mark.parametrize("nothing", ["", "  ", None, "null", " NULL\n"])
+    @pytest.mark.parametrize("nothing", NOTHING)
     @pytest.mark.parametrize("name", sorted(set(v3.INPAINT_FIELDS) - set(REQUIRED)))
     def test_nothing_means_absent(self, name: str, nothing: str | None) -> None:
         absent, given = read(seed=5), read(**({"seed": 5} | {name: nothing}))
         assert replace(given, seed=5) == absent
 
-    @pytest.mark.parametrize("nothing", ["", "  ", None, "null"])
+    @pytest.mark.parametrize("nothing", NOTHING)
     def test_nothing_is_not_enough_for_required_fields(self, nothing: str | None) -> None:
         assert errors_of(dict.fromkeys(REQUIRED, nothing)) == {
             "prompt": ["The prompt field is required."],
@@ -170,14 +173,27 @@ class TestReading:
 
     @pytest.mark.parametrize(
         ("sent", "used"),
-        [(0, 0), ("42", 42), ("+42", 42), (2**32 - 1, 2**32 - 1), (2**32, 0), (-1, 2**32 - 1)]
-        + [("-1", 2**32 - 1), (2**53 + 1, 1), (str(2**64 + 3), 3), (7.0, 7), ("7.0", 7)],
+        [(0, 0), ("42", 42), ("+42", 42), (2**32 - 1, 2**32 - 1), (2**32, 0), (-2, 2**32 - 2)]
+        + [("-5", 2**32 - 5), (2**53 + 1, 1), (str(2**64 + 3), 3), (7.0, 7), ("7.0", 7)],
     )
     def test_seed_is_taken_modulo(self, sent: object, used: int) -> None:
         assert read(seed=sent).seed == used
 
-    def test_seed_is_random_where_absent(self) -> None:
-        assert read(seed=None).seed != read(seed=None).seed
+    @pytest.mark.parametrize("nothing", [None, "none", -1, "-1", -1.0, " -1 "])
+    def test_seed_is_random_where_absent_or_minus_one(self, nothing: object) -> None:
+        seeds = {read(seed=nothing).seed for _ in range(3)}
+        assert len(seeds) == 3
+        assert all(0 <= seed < SEED_MODULUS for seed in seeds)
+
+    @pytest.mark.parametrize("word", ["nobody", "a none", "null and void", "undefined behaviour"])
+    def test_absent_words_within_a_text_are_text(self, word: str) -> None:
+        assert read(prompt=word, enhance_prompt="no").prompt == word
+
+    @pytest.mark.parametrize("name", ["strength", "prompt_strength"])
+    @pytest.mark.parametrize("value", [0, "0", 0.0, "0.0001"])
+    def test_strength_of_nothing_is_the_smallest(self, name: str, value: object) -> None:
+        request = read(**{name: value})
+        assert request.params(64, 64).strength == RANGES["strength"].minimum
 
     @pytest.mark.parametrize("value", [0.3, "0.3", " .3 "])
     def test_older_name_of_strength(self, value: object) -> None:
@@ -249,8 +265,8 @@ class TestFieldErrors:
                 "The guidance scale must be between 1 and 20.",
             ),
             ("guidance_scale", ["nan", "inf", "-inf"], "The guidance scale must be a number."),
-            ("strength", [0, -0.5, 1.01, "2"], "The strength must be between 0.001 and 1."),
-            ("prompt_strength", [2], "The prompt strength must be between 0.001 and 1."),
+            ("strength", [-0.5, 1.01, "2"], "The strength must be between 0 and 1."),
+            ("prompt_strength", [2], "The prompt strength must be between 0 and 1."),
             ("width", [0, "0.9", -512], "The width must be at least 1."),
             ("height", ["tall", False, 10**400], "The height must be a number."),
             ("num_inference_steps", ["many", []], "The num inference steps must be a number."),

@@ -16,7 +16,8 @@ from models.params import (
     is_surely_too_long,
 )
 from server.addresses import MAX_URL_CHARS, Refused, checked_url
-from server.downloads import ImageSource
+from server.bodies import is_absent
+from server.downloads import ZERO_WIDTH, ImageSource
 
 TRUE_WORDS = ("yes", "true", "1", "on")
 FALSE_WORDS = ("no", "false", "0", "off")
@@ -33,7 +34,8 @@ MAX_TRACK_ID_CHARS = 1_024
 class FieldReader:
     """Takes values out of a request's fields and notes what is wrong with them.
 
-    `""`, null, the text "null" and absence mean the same; texts are trimmed.
+    `""`, null, the texts "null", "none" and "undefined" and absence mean the same, for every field:
+    a prompt "None" is nearly always Python's. Texts are trimmed.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -47,11 +49,9 @@ class FieldReader:
             # Inline pictures are megabytes of ASCII, of which no copy should be made.
             if not value.isascii():
                 # Half a surrogate pair, as JSON can spell it, fits into no answer and no row.
-                value = value.encode(errors="replace").decode()
+                value = value.encode(errors="replace").decode().strip().strip(ZERO_WIDTH)
             value = value.strip()
-            if value[:5].lower() in ("", "null"):
-                return None
-        return value
+        return None if is_absent(value) else value
 
     def text(self, name: str, max_chars: int = MAX_TEXT_CHARS) -> str | None:
         """A text; numbers are taken as they would be written."""

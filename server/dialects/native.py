@@ -112,7 +112,8 @@ def write_field_problem(name: str, problem: FieldProblem) -> str:
         allowed = RANGES.get(name)
         if allowed is None:
             return "is out of range"
-        return f"must be between {allowed.minimum:g} and {allowed.maximum:.10g}"
+        sentence = f"must be between {allowed.minimum:g} and {allowed.maximum:.10g}"
+        return f"{sentence}, or null for a random one" if name == "seed" else sentence
     if problem is FieldProblem.TOO_LONG:
         if name not in MAX_CHARS:
             return "is too long"

@@ -16,6 +16,7 @@ from models.params import (
     RANGES,
     SEED_MODULUS,
     InpaintParams,
+    Range,
     SchedulerName,
 )
 from server.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
@@ -47,6 +48,8 @@ from server.settings import ErrorStatus, StepsPolicy
 DIALECT = "v3"
 VENDOR_STEPS = (21, 31, 41, 51)
 DEFAULT_STEPS = 21
+RANDOM_SEED = -1
+STRENGTH_RANGE = Range(0, 1)
 
 Body = dict[str, Any]
 
@@ -132,7 +135,6 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
     reader.check_prompt("prompt", prompt)
     reader.check_prompt("negative_prompt", negative_prompt or "")
     width, height = reader.size()
-    has_older_name = reader.value("strength") is None
     request = V3Request(
         prompt=prompt,
         negative_prompt=negative_prompt or "",
@@ -143,10 +145,8 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
         samples=reader.integer("samples", 1, RANGES["samples"]),
         num_inference_steps=read_steps(reader, policy.steps_policy),
         guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
-        strength=reader.number(
-            "prompt_strength" if has_older_name else "strength", 0.7, RANGES["strength"]
-        ),
-        seed=reader.integer("seed", secrets.randbelow(SEED_MODULUS)) % SEED_MODULUS,
+        strength=read_strength(reader),
+        seed=read_seed(reader),
         scheduler=reader.scheduler(),
         model=read_model(reader, policy.models),
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
@@ -164,6 +164,18 @@ def read_model(reader: FieldReader, models: Sequence[str]) -> str | None:
     """The model asked for; other names are ignored, as everything V3's page does not list."""
     name = reader.value("model_id")
     return name if isinstance(name, str) and name in models else None
+
+
+def read_strength(reader: FieldReader) -> float:
+    """Strength by either of its names; 0 is raised to the smallest allowed, which runs one step."""
+    name = "prompt_strength" if reader.value("strength") is None else "strength"
+    return max(reader.number(name, 0.7, STRENGTH_RANGE), RANGES["strength"].minimum)
+
+
+def read_seed(reader: FieldReader) -> int:
+    """The seed modulo 2**32; a random one where it is absent or -1, as A1111's clients write it."""
+    seed = reader.integer("seed", RANDOM_SEED)
+    return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
 
 
 def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
@@ -460,9 +472,10 @@ def describe_body(properties: Body, required: Sequence[str] = ()) -> Body:
 
 def describe_field(name: str, kind: str, text: str) -> Body:
     """One parameter; its range comes from where it is checked."""
+    allowed = STRENGTH_RANGE if name == "strength" else RANGES.get(name)
     limits: Body = {}
-    if name in RANGES and name not in ("width", "height", "seed"):
-        limits = {"minimum": RANGES[name].minimum, "maximum": RANGES[name].maximum}
+    if allowed and name not in ("width", "height", "seed"):
+        limits = {"minimum": allowed.minimum, "maximum": allowed.maximum}
     kinds = sorted({kind, "string"})
     return {"type": [*kinds, "null"], "description": text, **limits}
 
@@ -485,7 +498,7 @@ INPAINT_FIELDS = {
     "guidance_scale": ("number", "Scale of classifier-free guidance"),
     "strength": ("number", "1 forgets the init image under the mask"),
     "base64": ("string", "yes: pictures as base64 text instead of URLs"),
-    "seed": ("integer", "Sample i is made with seed + i; random where absent"),
+    "seed": ("integer", "Sample i is made with seed + i, modulo 2^32; random where absent or -1"),
     "webhook": ("string", "URL that is called when the job has ended"),
     "track_id": ("string", "Given back in the webhook call"),
     "scheduler": ("string", "Noise scheduler, by its diffusers name"),
