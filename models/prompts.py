@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.errors import InvalidInput, Violation
 from models.params import BREAK, CHUNK_TOKENS, MAX_PROMPT_CHUNKS
+from models.prompt_syntax import without_extra_networks
 
 MAX_WEIGHT = 100.0
 """Weights are held within ± this: higher ones leave the range of half precision."""
@@ -305,7 +306,8 @@ class PromptEncoder:
         )
 
     def _chunks(self, text: str) -> list[list[WeightedToken]]:
-        sections = [self._tokens(section) for section in parse_prompt(text)]
+        known = without_extra_networks(text)
+        sections = [self._tokens(section) for section in parse_prompt(known)]
         if len(sections) > 1 and not sections[-1]:
             del sections[-1]  # A BREAK at the very end begins nothing.
         return [chunk for tokens in sections for chunk in split_chunks(tokens, self._comma_id)]

@@ -32,6 +32,9 @@ from server.job_store import WorkerStatus
 from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState
 from server.services import WEBHOOKS, Services
 from server.settings import Base64Output, Settings
+from server.telemetry import get_logger
+
+logger = get_logger(__name__)
 
 router = APIRouter()
 
@@ -80,6 +83,10 @@ async def inpaint(request: Request) -> Response:
     base_url = base_url_of(request, services.settings)
     submitted = await accept(services, asked, caller, base_url)
     release_body(request)
+    if asked.notices:
+        # By their codes: what a client wrote stays out of the log.
+        ignored = ", ".join(asked.notices)
+        logger.info("parameters ignored", job_id=submitted.job.id, detail=ignored)
     # All that thousands of held calls need to keep.
     job_id, key_id = submitted.job.id, caller.key_id
 

@@ -834,12 +834,15 @@ def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(
             url = next(line["url"] for line in lines if line["event"] == "listening")
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "others can read it"
             with httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as client:
-                assert submit(client, prompt="canary", key="canary", webhook="http://canary") == 1
+                call = {"prompt": "canary", "key": "canary", "webhook": "http://canary"}
+                assert submit(client, **call, scheduler="canary") == 1
                 client.post("/api/v3/system_load?key=canary", headers={"key": "canary"})
             process.send_signal(signal.SIGTERM)
             rest = list(lines)
             assert len([line for line in rest if line["event"] == "request"]) == 2
             assert not any("exception" in line for line in rest)
+            (ignored,) = [line for line in rest if line["event"] == "parameters ignored"]
+            assert (ignored["job_id"], ignored["detail"]) == (1, "scheduler_ignored")
             assert "canary" not in str(rest)
         finally:
             process.kill()  # without effect once it has ended

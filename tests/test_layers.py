@@ -33,7 +33,8 @@ MODELS = {
     "single_file": "errors families folders parts weights",
     "ldm_names": "",
     "lora": "errors ldm_names weights",
-    "prompts": "errors params",
+    "prompts": "errors params prompt_syntax",
+    "prompt_syntax": "",
     "vae": "errors",
     "encoding": "canvas params vae",
     "conditioning": "errors params prompts registry",
@@ -116,7 +117,9 @@ SERVER = {
     "waiters": "changes job_store jobs telemetry",
     "followers": "changes errors job_store jobs telemetry",
     "bodies": "errors",
-    "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs receipts"
+    "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs notices"
+    " receipts",
+    "notices": "models.prompt_syntax"
     " settings"
     " models.enhance models.errors models.params",
     "circuits": "",
@@ -129,7 +132,7 @@ SERVER = {
     " settings slots models.params",
     "holding": "",
     "routes": "auth bodies dialects errors holding intake job_store jobs services settings"
-    " models.enhance",
+    " telemetry models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth bodies deliveries dialects errors followers idempotency intake"
     " jobs native_events services",
@@ -182,7 +185,8 @@ WEB_AND_DATABASE = {
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
 TORCH_FREE = (
-    "params decoding images masks canvas captions errors enhance registry fingerprint".split()
+    "params decoding images masks canvas captions errors enhance prompt_syntax registry "
+    "fingerprint".split()
 )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
-from server.database import idempotency_keys, open_engine
+from server.database import idempotency_keys, jobs, open_engine
 from server.failures import Failure
 from server.job_store import MAX_ATTEMPTS, JobStore
 from server.jobs import Beat, Job
@@ -128,6 +128,35 @@ class TestLifeOfAJob:
         assert job["timings_ms"]["fetch"] >= 0
         assert job["timings_ms"]["decode_images"] > 0
         assert job["timings_ms"]["queued"] is None
+
+    def test_what_was_not_applied_is_told(self, client: httpx.Client) -> None:
+        assert create(client)["warnings"] == []
+        job = create(client, prompt="a cat <lora:x:1>", negative_prompt="[fog|rain]")
+        told = job["warnings"]
+        assert [each["code"] for each in told] == ["lora_tag_ignored", "prompt_syntax_unsupported"]
+        assert all(each["message"] for each in told)
+        assert read(client, job["id"])["warnings"] == told
+        assert job["params"]["prompt"] == "a cat <lora:x:1>"
+
+    def test_what_a_vendors_call_had_ignored_is_told(self, client: httpx.Client) -> None:
+        call = BODY | {"key": FIRST, "scheduler": "LMSDiscreteScheduler"}
+        answer = post(client, "inpaint", **call)
+        assert answer["status"] == "processing"
+        told = read(client, answer["id"])
+        assert [each["code"] for each in told["warnings"]] == ["scheduler_ignored"]
+        assert told["params"]["scheduler"] is None
+
+    def test_job_of_an_earlier_version_has_no_warnings(
+        self, client: httpx.Client, settings: Settings
+    ) -> None:
+        job_id = create(client, prompt="a <lora:x:1>")["id"]
+        engine = open_engine(settings.sqlalchemy_url)
+        with engine.begin() as connection:
+            row = connection.execute(select(jobs.c.request).where(jobs.c.id == job_id)).one()
+            earlier = {name: value for name, value in row.request.items() if name != "warnings"}
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(request=earlier))
+        engine.dispose()
+        assert read(client, job_id)["warnings"] == []
 
     def test_running_with_progress(self, client: httpx.Client, store: JobStore) -> None:
         job = claim(store, create(client)["id"])

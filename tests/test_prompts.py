@@ -207,6 +207,13 @@ def test_chunks_keep_every_token(ids: list[int]) -> None:
 # Encoding
 
 
+def test_lora_tags_are_not_encoded(encoder: PromptEncoder) -> None:
+    plain = encoder.encode("a cat, dog")
+    assert torch.equal(encoder.encode("a cat,<lora:fluffy:0.8> dog"), plain)
+    assert torch.equal(encoder.encode("<lyco:x:1><hypernet:y>a cat, dog"), plain)
+    assert not torch.equal(encoder.encode("a cat,<b:c> dog"), plain)
+
+
 def byte_alphabet() -> list[str]:
     """The characters by which byte-level BPE writes the 256 bytes (GPT-2's `bytes_to_unicode`)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -17,7 +17,9 @@ from models.params import (
 )
 from server.addresses import MAX_URL_CHARS, Refused, checked_url
 from server.bodies import is_absent
+from server.dialects.samplers import find_scheduler
 from server.downloads import ZERO_WIDTH, ImageSource
+from server.notices import Notice
 
 TRUE_WORDS = ("yes", "true", "1", "on")
 FALSE_WORDS = ("no", "false", "0", "off")
@@ -30,9 +32,11 @@ MAX_TEXT_CHARS = 8_000
 MAX_TRACK_ID_CHARS = 1_024
 """Written out. It goes into the job's row and back in the webhook call."""
 
+MAX_SCHEDULER_CHARS = 100
+
 
 class FieldReader:
-    """Takes values out of a request's fields and notes what is wrong with them.
+    """Takes values out of a request's fields and notes what is wrong with them, or ignored.
 
     `""`, null, the texts "null", "none" and "undefined" and absence mean the same, for every field:
     a prompt "None" is nearly always Python's. Texts are trimmed.
@@ -41,6 +45,7 @@ class FieldReader:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
         self.errors: dict[str, list[str]] = {}
+        self.notices: list[Notice] = []
 
     def value(self, name: str) -> Any:
         """The field, None where it says nothing."""
@@ -151,14 +156,16 @@ class FieldReader:
         return pixels
 
     def scheduler(self) -> SchedulerName | None:
-        """A noise scheduler by its diffusers name."""
-        name = self.text("scheduler")
+        """A noise scheduler by any of its names; an unknown one is noted and ignored."""
+        name = self.value("scheduler")
         if name is None:
             return None
-        if name not in list(SchedulerName):
-            self._refuse("scheduler", f"must be one of {', '.join(SchedulerName)}.")
-            return None
-        return SchedulerName(name)
+        scheduler, has_spacing = find_scheduler(str(name)[:MAX_SCHEDULER_CHARS])
+        if scheduler is None:
+            self.notices.append(Notice.SCHEDULER_IGNORED)
+        elif has_spacing:
+            self.notices.append(Notice.NOISE_SPACING_IGNORED)
+        return scheduler
 
     def web_address(self, name: str, *, https_only: bool = False) -> str | None:
         """An http or https URL, or the latter alone."""

@@ -41,6 +41,7 @@ from server.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.downloads import ImageSource
 from server.errors import InvalidBody, InvalidRequest, JobNotFound
 from server.idempotency import Idempotency
+from server.notices import prompt_notices
 
 DIALECT = "native"
 MAX_REPORTED_FIELDS = 50
@@ -213,8 +214,9 @@ class JobRequest(BaseModel):
     )
 
     prompt: Prompt = Field(
-        description="What to paint; emphasis and weights as in A1111, up to "
-        f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens",
+        description="What to paint; emphasis, weights and BREAK as in A1111, up to "
+        f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens. What else of A1111's syntax is "
+        "written comes back in the job's warnings",
     )
     init_image: str = Field(
         min_length=1, description="URL, data URI or base64 of a PNG, JPEG or WEBP picture"
@@ -331,6 +333,7 @@ class NativeJob:
             "mask_image": self.mask_image.describe(),
             "base_url": base_url,
             "previews": self.request.previews,
+            "warnings": prompt_notices([self.request.prompt, self.request.negative_prompt]),
         }
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from server.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryState, DeliveryStatus
 from server.failures import Failure
 from server.jobs import OUTPUT_FOLDER, Job, JobState
+from server.notices import SENTENCES, Notice
 from server.receipts import Intake, Model, Receipt
 
 
@@ -103,6 +104,13 @@ class ReceiptAnswer(BaseModel):
     inputs: Inputs | None
 
 
+class JobWarning(BaseModel):
+    """Something that was not done as the request says. Programs read `code`, people `message`."""
+
+    code: Notice
+    message: str
+
+
 class JobAnswer(JobSummary):
     """A job with all that is known of it."""
 
@@ -112,6 +120,7 @@ class JobAnswer(JobSummary):
     mask: Mask | None
     outputs: list[Output]
     params: dict[str, Any] = Field(description="As used, with everything that was left open")
+    warnings: list[JobWarning] = Field(description="What of the request was not applied")
     receipt: ReceiptAnswer | None = Field(description="Of a finished job")
 
 
@@ -225,8 +234,15 @@ def write_job(
         mask=Mask(coverage=receipt.coverage, box=receipt.box) if receipt else None,
         outputs=write_outputs(job, receipt, base_url),
         params=job.params.to_json(),
+        warnings=write_warnings(job),
         receipt=write_receipt(receipt, intake) if receipt else None,
     )
+
+
+def write_warnings(job: Job) -> list[JobWarning]:
+    """What was noted of the request; nothing of a job of an earlier version."""
+    notices = [Notice(code) for code in job.request.get("warnings", [])]
+    return [JobWarning(code=each, message=SENTENCES[each]) for each in notices]
 
 
 def intake_of(job: Job) -> Intake | None:

@@ -7,7 +7,7 @@ and nowhere else. Bodies are written as plain dicts, because their order is part
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models.enhance import Enhancement
@@ -43,6 +43,7 @@ from server.errors import (
     TooManyStreams,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState
+from server.notices import Notice, prompt_notices
 from server.settings import ErrorStatus, StepsPolicy
 
 DIALECT = "v3"
@@ -92,6 +93,7 @@ class V3Request:
     track_id: Any
     dialect: str = DIALECT
     keeps_own_size: bool = False
+    notices: tuple[Notice, ...] = ()
 
     def params(self, width: int, height: int) -> InpaintParams:
         """The job's parameters once its size is known. Raises: InvalidRequest."""
@@ -123,6 +125,7 @@ class V3Request:
             "mask_image": self.mask_image.describe(),
             "wants_base64": self.wants_base64,
             "base_url": base_url,
+            "warnings": list(self.notices),
         }
 
 
@@ -157,7 +160,8 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
     )
     if reader.errors:
         raise InvalidRequest(reader.errors)
-    return request
+    notices = (*reader.notices, *prompt_notices([request.prompt, request.negative_prompt]))
+    return replace(request, notices=notices)
 
 
 def read_model(reader: FieldReader, models: Sequence[str]) -> str | None:
@@ -501,7 +505,10 @@ INPAINT_FIELDS = {
     "seed": ("integer", "Sample i is made with seed + i, modulo 2^32; random where absent or -1"),
     "webhook": ("string", "URL that is called when the job has ended"),
     "track_id": ("string", "Given back in the webhook call"),
-    "scheduler": ("string", "Noise scheduler, by its diffusers name"),
+    "scheduler": (
+        "string",
+        "Noise scheduler, by its name in diffusers or A1111; an unknown one is ignored",
+    ),
     "model_id": ("string", "One of the models this server offers; others are ignored"),
 }
 INPAINT_OPENAPI = describe_body(
