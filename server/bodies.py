@@ -1,7 +1,8 @@
 """Request bodies of every form clients use, read into one mapping of fields.
 
-JSON whatever the content type says (a trailing comma is forgiven), URL-encoded forms, multipart
-forms with files, and the query string. What stands in the body wins over the query.
+JSON whatever the content type says (a trailing comma is forgiven, and raw line breaks in texts),
+URL-encoded forms, multipart forms with files, and the query string. What stands in the body wins
+over the query.
 """
 
 import asyncio
@@ -17,7 +18,14 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import BodyTooLarge, EncodedBody, InvalidBody, ServerBusy, TooManyFields
+from server.errors import (
+    BodyTooLarge,
+    EncodedBody,
+    InvalidBody,
+    InvalidForm,
+    ServerBusy,
+    TooManyFields,
+)
 
 MAX_FIELDS = 200
 """Of a form, a query string or a JSON object."""
@@ -32,6 +40,13 @@ MAX_DEPTH = 8
 
 MAX_ESCAPES = 1_000_000
 """Of a URL-encoded form, each slow to undo: two of the largest pictures in base64 have 830,000."""
+
+IMAGE_FIELDS = ("init_image", "mask_image")
+BASE64_START = re.compile(
+    rb"(?!\+*https?(?::|%3a))(?:.{0,300}?(?:,|%2c))?\+*", re.IGNORECASE | re.DOTALL
+)
+"""What stands before the base64 of an image in a URL-encoded form: a data URI's head, blanks. URLs
+do not match."""
 
 MAX_PART_BYTES = 32_000_000
 
@@ -84,10 +99,9 @@ def is_absent(value: Any) -> bool:
 
 async def read_fields(request: Request, max_bytes: int) -> Fields:
     """All fields of a request. Raises: InvalidBody."""
-    refuse_many_fields(request.scope["query_string"])
+    query = with_lower_names(parse_form(request.scope["query_string"]))
     body = await read_body(request, max_bytes)
     content_type = request.headers.get("content-type", "")
-    query = with_lower_names(dict(request.query_params))
     fields = with_lower_names(await parse_body(body, content_type))
     return query | fields
 
@@ -188,10 +202,12 @@ async def parse_body(body: bytes, content_type: str) -> Fields:
     if not start:
         return {}
     kind = content_type.partition(";")[0].strip().lower()
+    if start == b"{":
+        return await parsed(parse_json, body)
     if kind == "multipart/form-data":
         # The parser is made for streams, but has nothing to wait for here.
         return await parsed(lambda whole: at_once(parse_multipart(whole, content_type)), body)
-    if kind == "application/x-www-form-urlencoded" and start != b"{":
+    if kind == "application/x-www-form-urlencoded":
         return await parsed(parse_form, body)
     return await parsed(parse_json, body)
 
@@ -222,13 +238,26 @@ def load_json(text: str) -> Any:
     """A JSON value; a few commas before closing brackets are left out. Raises: ValueError."""
     for _ in range(MAX_TRAILING_COMMAS):
         try:
-            return json.loads(text, parse_constant=refuse_constant)
+            return load_strict(text)
         except json.JSONDecodeError as error:
             place = trailing_comma(text, error.pos)
             if place is None:
                 raise
             text = text[:place] + text[place + 1 :]
-    return json.loads(text, parse_constant=refuse_constant)
+    return load_strict(text)
+
+
+def load_strict(text: str) -> Any:
+    """A JSON value; line breaks and tabs may stand in texts as they are. Raises: ValueError."""
+    return json.loads(text, parse_constant=refuse_constant, parse_int=to_integer, strict=False)
+
+
+def to_integer(digits: str) -> int | float:
+    """A whole number; infinity where it has more digits than Python reads."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def trailing_comma(text: str, position: int) -> int | None:
@@ -267,32 +296,49 @@ def refuse_constant(name: str) -> None:
 
 
 def parse_form(body: bytes) -> Fields:
-    """A URL-encoded form. Raises: InvalidBody, TooManyFields."""
+    """A URL-encoded form. Raises: InvalidForm, TooManyFields."""
     refuse_many_fields(body)
-    if body.count(b"%") > MAX_ESCAPES:
-        raise InvalidBody
+    if body.count(b"%") + body.count(b"+") > MAX_ESCAPES:
+        raise InvalidForm
+    pairs = b"&".join(map(with_pluses, body.split(b"&")))
     try:
-        return dict(parse_qsl(body.decode(), keep_blank_values=True))
+        return dict(parse_qsl(pairs.decode(), keep_blank_values=True))
     except ValueError as error:
-        raise InvalidBody from error
+        raise InvalidForm from error
+
+
+def with_pluses(pair: bytes) -> bytes:
+    """A name and its value, with the `+` of base64 escaped, which a form reads as a blank.
+
+    Clients forget to escape it, and no blank belongs there.
+    """
+    name, equals, value = pair.partition(b"=")
+    head = BASE64_START.match(value)
+    if head is None or name.decode("latin-1").lower() not in IMAGE_FIELDS:
+        return pair
+    return name + equals + head[0] + value[head.end() :].replace(b"+", b"%2B")
 
 
 async def parse_multipart(body: bytes, content_type: str) -> Fields:
-    """A multipart form in UTF-8; files become bytes. Raises: InvalidBody.
+    """A multipart form in UTF-8; files become bytes. Raises: InvalidForm.
 
     The parser is given the boundary and nothing else of the client's content type: it would look up
-    a `charset` among all of Python's codecs, and decoding punycode takes quadratic time.
+    a `charset` among all of Python's codecs, and decoding punycode takes quadratic time. Its own
+    charset is Latin-1, which keeps the bytes of every part.
     """
     boundary = BOUNDARY.search(content_type)
     if boundary is None:
-        raise InvalidBody
+        raise InvalidForm
 
     async def stream() -> AsyncIterator[bytes]:
         yield body
 
     parser = MultiPartParser(
         headers=Headers(
-            {"content-type": f'multipart/form-data; boundary="{boundary[1] or boundary[2]}"'}
+            {
+                "content-type": "multipart/form-data; charset=latin-1; "
+                f'boundary="{boundary[1] or boundary[2]}"'
+            }
         ),
         stream=stream(),  # type: ignore[arg-type]  # an async generator by another name
         max_files=MAX_FIELDS,
@@ -303,9 +349,25 @@ async def parse_multipart(body: bytes, content_type: str) -> Fields:
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
-        raise InvalidBody from error
+        raise InvalidForm from error
     fields: Fields = {}
-    for name, value in form.multi_items():
-        fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    for latin_name, value in form.multi_items():
+        name = str(decode_part(latin_name))
+        if isinstance(value, UploadFile):
+            fields[name] = await value.read()
+        else:
+            fields[name] = decode_part(value, is_image=name.lower() in IMAGE_FIELDS)
     await form.close()
     return fields
+
+
+def decode_part(latin: str, *, is_image: bool = False) -> str | bytes:
+    """A part's text, whose bytes were read as Latin-1.
+
+    Other bytes than UTF-8 are a picture whose part has no file name, elsewhere the text they seem.
+    """
+    content = latin.encode("latin-1")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content if is_image else latin

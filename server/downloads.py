@@ -3,6 +3,7 @@
 import asyncio
 import binascii
 import re
+import string
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +22,12 @@ PIECE_CHARS = 2**18
 """A longer text is decoded in a thread, and in pieces, because each of them holds up all others."""
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 BLANKS = b" \t\r\n\f\v"
+OTHER_THAN_BASE64 = re.compile(r"[^A-Za-z0-9+/_=\s-]")
+MAX_OTHER_CHARS = 8_192
+"""Of a text that is looked at for being no base64 but a path or a URL."""
 ZERO_WIDTH = "\ufeff\u200b\u200c\u200d\u2060"
 """Byte order mark and blanks without width, which editors and web pages leave around a text."""
+MARGIN = ZERO_WIDTH + string.whitespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,9 @@ def decode_base64(text: str) -> bytes:
 
     Raises: FetchFailed.
     """
+    text = text.strip(MARGIN)
+    if is_path(text):
+        raise FetchFailed(ImageProblem.NOT_A_SOURCE)
     start = DATA_URI.match(text)
     begin = start.end() if start else 0
     if len(text) <= PIECE_CHARS:
@@ -138,5 +146,21 @@ def decode_base64(text: str) -> bytes:
         for at in range(0, len(compact), PIECE_CHARS):
             content += binascii.a2b_base64(compact[at : at + PIECE_CHARS], strict_mode=True)
     except (binascii.Error, ValueError) as error:
-        raise FetchFailed(ImageProblem.NOT_AN_IMAGE) from error
+        raise FetchFailed(problem_of(text)) from error
     return bytes(content)
+
+
+def is_path(text: str) -> bool:
+    """True for `/images/a` and `//host/a`, although base64 may be written so.
+
+    No picture begins like that: the base64 of a JPEG file begins with `/9j/`.
+    """
+    return len(text) <= MAX_OTHER_CHARS and text[:1] == "/" and text[:2] != "/9"
+
+
+def problem_of(text: str) -> ImageProblem:
+    """What a text is that is neither a URL we fetch nor base64."""
+    is_data = text[:5].lower() == "data:"
+    if not is_data and OTHER_THAN_BASE64.search(text, 0, MAX_OTHER_CHARS):
+        return ImageProblem.NOT_A_SOURCE
+    return ImageProblem.NOT_AN_IMAGE

@@ -3,6 +3,7 @@
 ApiError
 ├── InvalidBody         the body is in no format we read
 │   ├── BodyTooLarge    the body is larger than we read
+│   ├── InvalidForm     the form is broken, without a boundary or not in UTF-8
 │   ├── EncodedBody     the body is compressed
 │   └── TooManyFields   the query or the form has more parameters than we read
 ├── InvalidHost         the Host header is missing, repeated, malformed or not ours
@@ -41,6 +42,10 @@ class BodyTooLarge(InvalidBody):
     """More bytes than the server reads of one request."""
 
 
+class InvalidForm(InvalidBody):
+    """A URL-encoded or multipart form that is broken, or in another charset than UTF-8."""
+
+
 class EncodedBody(InvalidBody):
     """The request has a `Content-Encoding`, and its body is read as it comes."""
 
@@ -67,6 +72,8 @@ class ImageProblem(StrEnum):
     NOT_REACHABLE = "not_reachable"
     NOT_ALLOWED = "not_allowed"
     TOO_LARGE = "too_large"
+    NOT_A_SOURCE = "not_a_source"
+    """A path, a URL of another scheme or without one, plain words."""
     NOT_AN_IMAGE = "not_an_image"
     UNSUPPORTED = "unsupported"
     DAMAGED = "damaged"

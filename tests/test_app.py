@@ -28,6 +28,7 @@ from server.jobs import Job
 from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings
 from server.storage import Storage
+from tests.hostile_pictures import noise, saved
 from tests.http_stub import ANSWER_S, LiveApp, png_bytes, running_app
 from tests.test_job_store import new_job, status
 
@@ -40,6 +41,8 @@ BODY: dict[str, Any] = {
     "samples": "2",
 }
 PICTURE = png_bytes(shade=200)
+TALL = base64.b64encode(png_bytes(64, 92)).decode()
+NOISE = saved(noise(), "PNG")
 FIRST, SECOND = KEYS = ("key-of-the-first", "key-of-the-second")
 needs_both_families = pytest.mark.skipif(
     not socket.has_dualstack_ipv6(), reason="this machine has no IPv6"
@@ -262,6 +265,91 @@ class TestLifeOfAJob:
         in_query = client.post("/api/v3/inpaint", params=fields).json()
         answers = [urlencoded, multipart, in_query]
         assert [answer["status"] for answer in answers] == ["processing"] * 3
+
+
+class TestForgivingReading:
+    """What clients send that is not quite right, over HTTP and as far as the stored inputs."""
+
+    @pytest.mark.parametrize(
+        ("sent", "used"),
+        [
+            ({"width": "1170.0", "height": "2532.0"}, (472, 1024)),
+            ({"width": 1920, "height": 1080}, (1024, 576)),
+            ({"width": 8}, (64, 88)),
+            ({"height": 8}, (64, 64)),
+            ({"height": "1500"}, (712, 1024)),
+            ({}, (64, 88)),
+        ],
+    )
+    def test_sizes(
+        self, sent: dict[str, object], used: tuple[int, int], client: httpx.Client
+    ) -> None:
+        images = dict.fromkeys(["init_image", "mask_image"], TALL)
+        meta = post(client, "inpaint", **(BODY | images | sent))["meta"]
+        assert (meta["W"], meta["H"]) == used
+
+    def test_words_for_nothing(self, client: httpx.Client) -> None:
+        absent = {"seed": "undefined", "negative_prompt": "None", "webhook": "none", "key": "null"}
+        given = {"seed": -1, "scheduler": "LMS", "strength": 0, "enhance_prompt": "no"}
+        first, second = (
+            post(client, "inpaint", **(BODY | each)) for each in (absent, absent | given)
+        )
+        assert first["meta"]["seed"] != second["meta"]["seed"]
+        assert second["meta"]["negative_prompt"] == ""
+        assert second["meta"]["strength"] == 0.001
+
+    def test_unescaped_plus_in_a_form(self, client: httpx.Client) -> None:
+        noise = base64.b64encode(NOISE).decode()
+        assert "+" in noise
+        form = f"prompt=a+cat&init_image={noise}&mask_image=data:image/png;base64,{noise}"
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        answer = client.post("/api/v3/inpaint", content=form, headers=headers).json()
+        assert (answer["status"], answer["meta"]["W"]) == ("processing", 64)
+        assert answer["meta"]["prompt"].startswith("a cat ")
+
+    def test_multipart_parts_without_file_names(self, client: httpx.Client) -> None:
+        head = "--b\r\nContent-Disposition: form-data; name="
+        parts = [
+            head.encode() + b'"prompt"\r\n\r\na cat\r\n',
+            head.encode() + b'"init_image"\r\n\r\n' + NOISE + b"\r\n",
+            head.encode() + b"\"mask_image\"; filename*=UTF-8''m.png\r\n\r\n" + NOISE,
+            b"\r\n--b--\r\n",
+        ]
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        answer = client.post("/api/v3/inpaint", content=b"".join(parts), headers=headers).json()
+        assert answer["status"] == "processing"
+        assert answer["meta"]["mask_image"] == f"(file, {len(NOISE)} bytes)"
+
+    def test_line_breaks_in_json(self, client: httpx.Client) -> None:
+        body = json.dumps(BODY | {"prompt": "PROMPT", "enhance_prompt": "no"})
+        content = body.replace("PROMPT", "a cat\n\ton a mat")
+        answer = client.post("/api/v3/inpaint", content=content).json()
+        assert answer["meta"]["prompt"] == "a cat\n\ton a mat"
+        strict = client.post("/api/jobs", content=content)
+        assert (strict.status_code, strict.json()["code"]) == (400, "invalid_body")
+
+    @pytest.mark.parametrize(
+        ("content", "content_type", "tip"),
+        [
+            ("prompt", "application/json", "Send the parameters as a JSON object in UTF-8."),
+            (
+                "--b",
+                "multipart/form-data",
+                "Send the form in UTF-8 and whole, a multipart form with its boundary.",
+            ),
+        ],
+    )
+    def test_tip_fits_the_body(
+        self, content: str, content_type: str, tip: str, client: httpx.Client
+    ) -> None:
+        headers = {"Content-Type": content_type}
+        answer = client.post("/api/v3/inpaint", content=content, headers=headers).json()
+        assert (answer["message"], answer["tip"]) == ("Invalid API Request", tip)
+
+    def test_number_of_many_digits_names_its_field(self, client: httpx.Client) -> None:
+        content = json.dumps(BODY).replace('"seed": 5', '"seed": ' + "9" * 5_000)
+        answer = client.post("/api/v3/inpaint", content=content).json()
+        assert answer["message"] == {"seed": ["The seed must be a number."]}
 
 
 class TestHolding:
@@ -704,7 +792,8 @@ class TestErrors:
             ("http://127.0.0.1:1/a.png", "The init image could not be downloaded."),
             ("http://169.254.169.254/", "The init image could not be downloaded."),
             ("http://user@pictures.example/", "The init image address is not allowed."),
-            ("file:///etc/passwd", "The init image is not a PNG, JPEG or WEBP image."),
+            ("file:///etc/passwd", "The init image must be a URL, base64 or a file."),
+            ("/images/a.png", "The init image must be a URL, base64 or a file."),
             ("AAAA", "The init image is not a PNG, JPEG or WEBP image."),
             ("A" * 14_000_000, "The init image is too large."),
         ],

@@ -91,6 +91,9 @@ def test_limit_holds_for_every_way(size: int) -> None:
         "\r\n".join(TEXT[start : start + 76] for start in range(0, len(TEXT), 76)),
         f"data:image/png;base64,{TEXT}",
         f"DATA:image/svg+xml;charset=utf-8;name=a.png;BASE64,{TEXT}",
+        f"\ufeff{TEXT}\n",
+        f" \u200b{TEXT}\u200b\u2060 ",
+        f"\ufeffdata:image/png;base64,{TEXT}\u200d",
     ],
 )
 def test_base64_in_its_usual_forms(text: str) -> None:
@@ -147,23 +150,43 @@ def test_padding_may_be_missing(padding: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "file:///etc/passwd",
-        "ftp://127.0.0.1/a.png",
-        "gopher://x",
         "data:text/html;base64,YQ==",
         "data:image/png,raw",
         "data:image/png;base64,%20",
         "YQ=Q",
         "A",
-        "käse",
-        "not base64!",
-        "../../etc/passwd",
+        "A" * 9_000 + "!",
     ],
 )
 def test_other_texts_are_no_image(text: str) -> None:
     with pytest.raises(FetchFailed) as failed:
         decode_base64(text)
     assert failed.value.kind is ImageProblem.NOT_AN_IMAGE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("file:///etc/passwd", "ftp://127.0.0.1/a.png", "gopher://x", "blob:https://x/1-2"),
+        *(
+            "/images/a.png",
+            "/images/a",
+            "//host/a.png",
+            "//host/a",
+            "../../etc/passwd",
+            "C:\\a.png",
+        ),
+        *("127.0.0.1/a.png", "host.example:8000/a.png", "https:\\\\host\\a.png"),
+        *("http:\\/\\/host\\/a.png", "http:/host/a.png", "käse", "not base64!", "<img>"),
+    ],
+)
+def test_what_is_no_source_of_an_image_is_told_apart(text: str) -> None:
+    assert load(lambda _: {"init_image": text}) == {"init_image": ImageProblem.NOT_A_SOURCE}
+
+
+def test_base64_of_a_jpeg_is_no_path() -> None:
+    start = b"\xff\xd8\xff\xe0\x00\x10JFIF"
+    assert decode_base64(base64.b64encode(start).decode()) == start
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_tags_are_taken_out(prompt: str, rest: str) -> None:
 @pytest.mark.parametrize("piece", ["[", "[a:", "[a|", "<lora:", "[:1", "1", ": ", "AND", "[1|1:1"])
 def test_hostile_prompts_cost_linear_time(piece: str) -> None:
     """A quadratic pattern would take many minutes."""
-    prompt = "[:" + piece * 1_000_000
+    prompt = "[:" + piece * 300_000
     assert Notice.LORA_TAG_IGNORED not in prompt_notices([prompt])
     assert without_extra_networks(prompt) == prompt
 

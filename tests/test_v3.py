@@ -625,6 +625,7 @@ class TestErrors:
             (ImageProblem.NOT_REACHABLE, "The init image could not be downloaded."),
             (ImageProblem.NOT_ALLOWED, "The init image address is not allowed."),
             (ImageProblem.TOO_LARGE, "The init image is too large."),
+            (ImageProblem.NOT_A_SOURCE, "The init image must be a URL, base64 or a file."),
             (ImageProblem.NOT_AN_IMAGE, "The init image is not a PNG, JPEG or WEBP image."),
         ],
     )

@@ -33,6 +33,8 @@ MAX_TRACK_ID_CHARS = 1_024
 """Written out. It goes into the job's row and back in the webhook call."""
 
 MAX_SCHEDULER_CHARS = 100
+NOT_A_SOURCE = "must be a URL, base64 or a file."
+"""Of an image."""
 
 
 class FieldReader:
@@ -91,7 +93,7 @@ class FieldReader:
             return ImageSource(value)
         if isinstance(value, str):
             return ImageSource(value)
-        self._refuse(name, "must be a URL, base64 or a file." if value else "field is required.")
+        self._refuse(name, NOT_A_SOURCE if value else "field is required.")
         return ImageSource("")
 
     def number(self, name: str, default: float, allowed: Range | None = None) -> float:

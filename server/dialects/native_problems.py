@@ -16,6 +16,7 @@ from server.errors import (
     ImageUnavailable,
     InvalidApiKey,
     InvalidBody,
+    InvalidForm,
     InvalidHost,
     InvalidRequest,
     JobNotFound,
@@ -56,6 +57,7 @@ class Problem(BaseModel):
 
 PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     InvalidBody: (400, "invalid_body", "The body is no JSON object"),
+    InvalidForm: (400, "invalid_form", "The form is broken or not in UTF-8"),
     BodyTooLarge: (413, "body_too_large", "The body is too large"),
     EncodedBody: (
         415,
@@ -103,6 +105,7 @@ IMAGE_SENTENCES = {
     ImageProblem.NOT_REACHABLE: "could not be downloaded",
     ImageProblem.NOT_ALLOWED: "is at an address that is not allowed",
     ImageProblem.TOO_LARGE: "is too large",
+    ImageProblem.NOT_A_SOURCE: "must be an http or https URL, a data URI or base64",
     ImageProblem.NOT_AN_IMAGE: "is no picture",
     ImageProblem.UNSUPPORTED: "is in a format other than PNG, JPEG and WEBP, or an unusual form",
     ImageProblem.DAMAGED: "is damaged or incomplete",

@@ -19,7 +19,7 @@ from models.params import (
     Range,
     SchedulerName,
 )
-from server.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
+from server.dialects.fields import MAX_TRACK_ID_CHARS, NOT_A_SOURCE, FieldReader
 from server.downloads import ImageSource
 from server.errors import (
     ApiError,
@@ -30,6 +30,7 @@ from server.errors import (
     ImageUnavailable,
     InvalidApiKey,
     InvalidBody,
+    InvalidForm,
     InvalidHost,
     InvalidRequest,
     JobNotFound,
@@ -346,6 +347,7 @@ IMAGE_SENTENCES = {
     ImageProblem.NOT_REACHABLE: "could not be downloaded.",
     ImageProblem.NOT_ALLOWED: "address is not allowed.",
     ImageProblem.TOO_LARGE: "is too large.",
+    ImageProblem.NOT_A_SOURCE: NOT_A_SOURCE,
     ImageProblem.NOT_AN_IMAGE: "is not a PNG, JPEG or WEBP image.",
     ImageProblem.UNSUPPORTED: "is of an unsupported kind: send a PNG, JPEG or WEBP image.",
     ImageProblem.DAMAGED: "is damaged or incomplete.",
@@ -356,6 +358,7 @@ HTTP_STATUS: dict[type[ApiError], int] = {
     InvalidBody: 400,
     BodyTooLarge: 413,
     EncodedBody: 415,
+    InvalidForm: 400,
     TooManyFields: 400,
     InvalidHost: 400,
     InvalidRequest: 400,
@@ -450,8 +453,11 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return "Invalid API Request", "Send one Host header with a name of this server."
         case Conflict():
             return "Not possible now", "Fetch the job to see how it stands."
+        case InvalidForm():
+            tip = "Send the form in UTF-8 and whole, a multipart form with its boundary."
+            return "Invalid API Request", tip
         case InvalidBody():
-            return "Invalid API Request", "Send the parameters as a JSON object."
+            return "Invalid API Request", "Send the parameters as a JSON object in UTF-8."
         case RouteNotFound():
             return "Not found", "Pictures are made at POST /api/v3/inpaint."
         case ServerBusy():
