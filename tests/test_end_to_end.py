@@ -177,6 +177,14 @@ def test_guidance_strength_and_negative_prompt_have_effects(
     assert difference(weak, grey) < 0.95 * difference(plain, grey)
 
 
+def test_lora_tags_change_no_picture(server: ServerProcess, images: str) -> None:
+    prompts = ("a red circle", "a red circle<lora:blue:1>")
+    answers = [server.inpaint(**fields(images, prompt=each)) for each in prompts]
+    plain, tagged = (pictures(server, each)[0] for each in answers)
+    assert np.array_equal(plain, tagged)
+    assert answers[1]["meta"]["prompt"] == prompts[1]
+
+
 def test_enhanced_prompt_keeps_its_meaning(server: ServerProcess, images: str) -> None:
     answer = server.inpaint(**fields(images, enhance_prompt="yes"))
     assert centre(pictures(server, answer)[0]).argmax() == 0

@@ -249,7 +249,7 @@ def test_open_size_is_the_largest_that_fits(own_width: int, own_height: int) -> 
 @given(OWN_SIDES, OWN_SIDES, SIDES)
 def test_open_side_keeps_the_proportions(own_width: int, own_height: int, width: int) -> None:
     exact = Fraction(width * own_height, own_width)
-    shrink = max(1, exact / 1024)
+    shrink = max(Fraction(1), exact / 1024)
 
     for fitted, side in zip(
         fit_size(own_width, own_height, width, None), (width / shrink, exact / shrink), strict=True

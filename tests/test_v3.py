@@ -282,6 +282,15 @@ class TestReading:
         }
 
 
+def test_description_has_the_ranges_that_are_read() -> None:
+    schema = v3.INPAINT_OPENAPI["requestBody"]["content"]["application/json"]["schema"]
+    described = schema["properties"]
+    assert (described["strength"]["minimum"], described["strength"]["maximum"]) == (0, 1)
+    assert (described["samples"]["minimum"], described["samples"]["maximum"]) == (1, 4)
+    for name in ("width", "height", "seed"):
+        assert "minimum" not in described[name], "they are made to fit"
+
+
 class TestFieldErrors:
     @pytest.mark.parametrize(
         ("name", "values", "sentence"),
