@@ -377,6 +377,7 @@ class TestKey:
             ({"key": ""}, {"key": " header "}, "header"),
             ({"key": None}, {"Key": "header"}, "header"),
             ({"key": "null"}, {"authorization": "Bearer bearer"}, "bearer"),
+            ({"key": "None"}, {"key": "undefined", "authorization": "Bearer bearer"}, "bearer"),
             ({}, {"authorization": "bearer bearer"}, "bearer"),
             ({}, {"authorization": "Basic dTpw"}, None),
             ({}, {"authorization": "Bearer"}, None),

@@ -19,6 +19,7 @@ from models.params import (
     Range,
     SchedulerName,
 )
+from server.bodies import is_absent
 from server.dialects.fields import MAX_TRACK_ID_CHARS, NOT_A_SOURCE, FieldReader
 from server.downloads import ImageSource
 from server.errors import (
@@ -229,7 +230,9 @@ def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | Non
     scheme, _, token = headers.get("authorization", "").partition(" ")
     bearer = token if scheme.lower() == "bearer" else None
     value = FieldReader(fields).value("key")
-    key = str(value) if isinstance(value, str | int) else headers.get("key") or bearer
+    header = headers.get("key")
+    named = bearer if is_absent(header) else header
+    key = str(value) if isinstance(value, str | int) else named
     return key.strip() if key else None
 
 
