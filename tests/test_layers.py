@@ -119,9 +119,7 @@ SERVER = {
     "bodies": "errors",
     "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs notices"
     " receipts",
-    "notices": "models.prompt_syntax"
-    " settings"
-    " models.enhance models.errors models.params",
+    "notices": "models.prompt_syntax settings models.enhance models.errors models.params",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
