@@ -39,7 +39,7 @@ from server.proxies import TrustedProxies
 from server.routes import inpaint, router
 from server.sandbox import Sandbox
 from server.services import STORE_THREADS, WEBHOOKS, Services
-from server.settings import Settings
+from server.settings import ErrorStatus, Settings
 from server.silence import LOOK_S
 from server.storage import Storage
 from server.telemetry import get_logger
@@ -204,11 +204,14 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     count(get_services(request).metrics, known)
     seconds = known.retry_after_s
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
-    if native_problems.is_native(request.scope["path"]):
+    path = request.scope["path"]
+    if native_problems.is_native(path) or not v3.is_near(path):
         problem, more = native_problems.write_problem(known, request_id)
         body = problem.model_dump(mode="json")
         return JSONResponse(body, problem.status, headers | more, native_problems.MEDIA_TYPE)
-    status = v3.write_status(known, get_services(request).settings.error_status)
+    error_status = get_services(request).settings.error_status
+    # Only the vendor's clients take a 200 for an error; probes, browsers and caches do not.
+    status = v3.write_status(known, error_status if v3.is_own(path) else ErrorStatus.HTTP)
     return JSONResponse(v3.write_error(known, request_id), status, headers)
 
 

@@ -396,17 +396,15 @@ class TestPaths:
         ("method", "path"),
         [
             ("POST", "/api/v3/inpaintt"),
-            ("POST", "/"),
+            ("POST", "/api/v4/inpaint"),
             ("GET", "/api/v3/inpaint"),
             ("GET", "/api/v3/fetch/1"),
             ("PUT", "/api/v3/inpaint"),
             ("DELETE", "/api/v3/fetch/1"),
-            ("POST", "/generations/x.png"),
-            ("GET", "/docs"),
             ("GET", "/api/v3/%2e%2e/%2e%2e/etc/passwd"),
         ],
     )
-    def test_wrong_path(self, method: str, path: str, client: httpx.Client) -> None:
+    def test_wrong_path_of_the_vendor(self, method: str, path: str, client: httpx.Client) -> None:
         answer = client.request(method, path)
         assert answer.status_code == 404
         assert answer.json() == {
@@ -414,6 +412,24 @@ class TestPaths:
             "message": "Not found",
             "tip": "Pictures are made at POST /api/v3/inpaint.",
         }
+
+    @pytest.mark.parametrize(
+        ("method", "path", "status", "code"),
+        [
+            ("POST", "/", 404, "not_found"),
+            ("GET", "/docs", 404, "not_found"),
+            ("GET", "/generations/x.png", 404, "not_found"),
+            ("POST", "/generations/x.png", 405, "method_not_allowed"),
+            ("POST", "/readyz", 405, "method_not_allowed"),
+        ],
+    )
+    def test_wrong_path_elsewhere(
+        self, method: str, path: str, status: int, code: str, client: httpx.Client
+    ) -> None:
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.json()["code"]) == (status, code)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["cache-control"] == "no-store"
 
     @pytest.mark.parametrize(
         "target",
@@ -539,7 +555,7 @@ class TestPagesOfElsewhere:
     ) -> None:
         answer = client.request(method, path, headers=headers)
         assert "serves its own machine only" in answer.text
-        assert answer.status_code == (403 if path.startswith("/api/jobs") else 200)
+        assert answer.status_code == (200 if path.startswith("/api/v3/") else 403)
 
     @pytest.mark.parametrize(
         "headers",
@@ -667,7 +683,7 @@ class TestOutputs:
         target = "/generations/" + name.format(prefix=prefix)
         answer = request_raw(app.port, target, "GET")
         assert answer.startswith(b"HTTP/1.1 404")
-        assert b"application/json" in answer
+        assert b"application/problem+json" in answer
 
 
 class TestKeys:
@@ -865,6 +881,22 @@ class TestErrors:
             answer = app.client.post("/api/v3/fetch/1")
         assert (answer.status_code, answer.json()["message"]) == (code, message)
         assert "canary" not in answer.text
+
+    @pytest.mark.parametrize("path", ["/readyz", "/api/jobs/1", "/api/v3/fetch/1"])
+    def test_only_the_vendors_paths_have_errors_with_status_200(
+        self, path: str, tmp_path: Path
+    ) -> None:
+        settings = settings_in(tmp_path)
+        with running_app(settings) as app:
+            engine = open_engine(settings.sqlalchemy_url)
+            with engine.begin() as connection:
+                for table in ("jobs", "workers"):
+                    connection.execute(text(f"ALTER TABLE {table} RENAME TO canary_{table}"))
+            engine.dispose()
+            answer = app.client.request("POST" if "v3" in path else "GET", path)
+        assert answer.status_code == (200 if "v3" in path else 503)
+        assert answer.headers["retry-after"] == "10"
+        assert answer.headers["cache-control"] == "no-store"
 
 
 class TestHealth:

@@ -379,6 +379,16 @@ HTTP_STATUS: dict[type[ApiError], int] = {
 }
 
 
+def is_own(path: str) -> bool:
+    """Whether a path belongs to the vendor's API, whose errors may have the status 200."""
+    return path.startswith("/api/v3/")
+
+
+def is_near(path: str) -> bool:
+    """Whether a client of the vendor may call this path, and expects an error in its form."""
+    return path.startswith("/api/")
+
+
 def write_status(error: ApiError, error_status: ErrorStatus) -> int:
     """HTTP status of an error; the vendor sends 200 for all but wrong paths."""
     if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
