@@ -1,11 +1,14 @@
 """`ChangeSignal`: whether others have written to the database, for threads that wait for it."""
 
+from collections.abc import Collection
 from typing import ClassVar, Protocol
 
 import pysqlite3.dbapi2 as sqlite
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
+
+from server.database import Topic
 
 LOOK_ANYWAY_S = 1.0
 """A connection may be dead without anybody knowing: PostgreSQL's silence is believed no longer."""
@@ -16,17 +19,22 @@ class ChangeSignal:
 
     A look costs microseconds and may say yes for nothing. With SQLite it sees every commit that has
     returned; PostgreSQL's word of one comes some milliseconds later. Belongs to one thread.
-    look_anyway_s: see `LOOK_ANYWAY_S`.
+    topics: of which PostgreSQL tells. look_anyway_s: see `LOOK_ANYWAY_S`.
     """
 
-    def __init__(self, engine: Engine, look_anyway_s: float = LOOK_ANYWAY_S) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        topics: Collection[Topic] = tuple(Topic),
+        look_anyway_s: float = LOOK_ANYWAY_S,
+    ) -> None:
         if engine.dialect.name == "sqlite":
             self._watch: Watch = DataVersion(engine)
             return
         # PostgreSQL's driver is 8 MB that others do not need.
         from server.notifications import Notifications
 
-        self._watch = Notifications(engine, look_anyway_s)
+        self._watch = Notifications(engine, topics, look_anyway_s)
 
     def has_changed(self) -> bool:
         """Also yes where the database fails: who looks closer meets the error where it is

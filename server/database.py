@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,16 @@ LOCK_S = 20
 STATEMENT_S = 30
 """Far beyond ours, which count a queue or go through a batch; a migration has no limit."""
 
-CHANNEL = "inpaint_changes"
-"""Where PostgreSQL tells listeners of every commit."""
+
+class Topic(StrEnum):
+    """What PostgreSQL tells listeners of: a channel for each."""
+
+    QUEUED = "inpaint_queued"
+    """Jobs that a worker may claim."""
+    ENDED = "inpaint_ended"
+    """Jobs in a terminal state."""
+    PROGRESS = "inpaint_progress"
+    """Jobs that were claimed or have come further."""
 
 
 SqliteVersion = tuple[int, int, int]
@@ -283,7 +292,7 @@ def open_engine(
 
 def _open_postgresql(url: str) -> Engine:
     parsed = make_url(url)
-    engine = create_engine(
+    return create_engine(
         # In the URL, from where a listening connection takes them too.
         parsed.set(drivername=POSTGRESQL, query=_limits(parsed.query)),
         pool_pre_ping=True,
@@ -292,8 +301,6 @@ def _open_postgresql(url: str) -> Engine:
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
-    event.listen(engine, "commit", _notify)
-    return engine
 
 
 def _limits(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,11 +321,6 @@ def _limits(own: Mapping[str, Any]) -> dict[str, Any]:
         **own,
         "options": " ".join([*options, own.get("options", "")]).strip(),
     }
-
-
-def _notify(connection: Connection) -> None:
-    # Part of the transaction: listeners hear of it when, and only if, it is committed.
-    connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
 
 def _open_sqlite(url: str, version: SqliteVersion, busy_timeout_ms: int) -> Engine:
@@ -422,6 +424,16 @@ def read_only(engine: Engine) -> Iterator[Connection]:
     """A connection that never waits for a writer."""
     with engine.connect().execution_options(is_read_only=True) as connection:
         yield connection
+
+
+def notify(connection: Connection, topic: Topic) -> None:
+    """Have PostgreSQL tell listeners of the transaction's changes once, and if, it is committed.
+
+    For transactions that have changed rows of the topic only: every listener looks at the database
+    for each. SQLite's readers see commits by themselves.
+    """
+    if connection.dialect.name != "sqlite":
+        connection.exec_driver_sql(f"NOTIFY {topic}")
 
 
 def migrate(engine: Engine) -> None:

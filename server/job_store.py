@@ -45,7 +45,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from server.changes import ChangeSignal
 from server.clocks import SharedClock
 from server.commits import GroupCommit, each
-from server.database import jobs, read_only, receipts, workers
+from server.database import Topic, jobs, notify, read_only, receipts, workers
 from server.deliveries import queue_delivery
 from server.failures import Failure
 from server.idempotency import Idempotency
@@ -223,9 +223,9 @@ class JobStore:
         self._claims = Silence[tuple[int, int]](steady_clock)
         self._workers = Silence[str](steady_clock)
 
-    def change_signal(self) -> ChangeSignal:
-        """For one thread that waits for others' commits."""
-        return ChangeSignal(self._engine)
+    def change_signal(self, *topics: Topic) -> ChangeSignal:
+        """For one thread that waits for others' commits. topics: all where none is named."""
+        return ChangeSignal(self._engine, topics or tuple(Topic))
 
     def submit(self, new: NewJob, once: Idempotency | None = None) -> Job:
         """Make a job durable; when this returns it survives the death of every process.
@@ -320,9 +320,10 @@ class JobStore:
         worker without any other, so that it cannot take neighbours down.
         is_idle: whether the worker holds no job.
         """
-        with self._engine.begin() as connection:
-            now = self._clock()  # not before: a job may be written while we wait for our turn
+        # Committed by hand: a claim that finds nothing has nothing to commit.
+        with self._engine.connect() as connection:
             waiting = connection.execute(FIRST, {"limit": limit}).all()
+            now = self._clock()  # not before: a job may be written while we wait for our turn
             chosen = _claimable(waiting, is_idle)
             if not chosen:
                 return []
@@ -333,6 +334,11 @@ class JobStore:
                 "shared_now": self._shared_clock(),
             }
             rows = connection.execute(CLAIM, values).all()
+            notify(connection, Topic.PROGRESS)
+            if len(chosen) < len(waiting):
+                # Other claims have passed over what was locked here.
+                notify(connection, Topic.QUEUED)
+            connection.commit()
         claimed_s = self._steady_clock()
         claimed = [replace(to_job(row), claimed_s=claimed_s) for row in rows]
         return sorted(claimed, key=lambda job: chosen.index(job.id))
@@ -360,7 +366,7 @@ class JobStore:
         """`beat` for many, with one commit. Gives those no longer ours."""
         now = self._clock()
         with self._engine.begin() as connection:
-            return [
+            lost = [
                 beat.job
                 for beat in beats
                 if not self._run(
@@ -375,6 +381,9 @@ class JobStore:
                     },
                 )
             ]
+            if len(lost) < len(beats):
+                notify(connection, Topic.PROGRESS)
+        return lost
 
     def finish(
         self, job: Job, flagged: Sequence[bool | None], receipt: Receipt | None = None
@@ -560,6 +569,11 @@ class JobStore:
         change: gives back `CHANGED` of each. The result is how many there were.
         """
         rows = connection.execute(change, values).all()
+        states = {JobState(row.state) for row in rows}
+        if JobState.QUEUED in states:
+            notify(connection, Topic.QUEUED)
+        if any(state.is_terminal for state in states):
+            notify(connection, Topic.ENDED)
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
                 queue_delivery(connection, row.id, row.key_id, row.webhook, self._shared_clock())

@@ -1,13 +1,14 @@
-"""PostgreSQL's word of others' commits: `database.py` has it sent, who listens here gets it."""
+"""PostgreSQL's word of others' commits: `database.notify` sends it, who listens here gets it."""
 
 import time
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import psycopg
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.database import CHANNEL
+from server.database import Topic
 
 
 class Notifications:
@@ -15,8 +16,9 @@ class Notifications:
 
     errors: ClassVar[tuple[type[Exception], ...]] = (SQLAlchemyError, psycopg.Error)
 
-    def __init__(self, engine: Engine, look_anyway_s: float) -> None:
+    def __init__(self, engine: Engine, topics: Collection[Topic], look_anyway_s: float) -> None:
         self._engine = engine
+        self._topics = topics
         self._look_anyway_s = look_anyway_s
         self._connection: psycopg.Connection[Any] | None = None
         self._said_yes_at = 0.0
@@ -37,7 +39,8 @@ class Notifications:
         # Not of the pool, which would reset it: a listening connection is never between two uses.
         args, options = self._engine.dialect.create_connect_args(self._engine.url)
         connection = psycopg.connect(*args, autocommit=True, **options)
-        connection.execute(f"LISTEN {CHANNEL}")
+        for topic in self._topics:
+            connection.execute(f"LISTEN {topic}".encode())
         return connection
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, insert, select
 
 from server.commits import GroupCommit
-from server.database import jobs, read_only
+from server.database import Topic, jobs, notify, read_only
 from server.errors import ApiError, QueueFull
 from server.idempotency import Idempotency, find, reserve
 from server.job_rows import load_before, to_job
@@ -117,6 +117,8 @@ class Submissions:
         befores = loads_before(connection, line, taken)
         values = [self._values_of(*each) for each in taken]
         ids = connection.scalars(INSERT, values).all() if values else []
+        if ids:
+            notify(connection, Topic.QUEUED)
         made = iter(
             [
                 Submitted(job_of(new, arrival, job_id, row["created_at"]), before)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from server.changes import ChangeSignal
+from server.database import Topic
 from server.job_store import JobStore
 from server.jobs import Job
 from server.telemetry import get_logger
@@ -88,7 +89,7 @@ class Waiters:
                 del self._futures[job_id]
 
     def _run(self) -> None:
-        with self._store.change_signal() as signal:
+        with self._store.change_signal(Topic.ENDED) as signal:
             while not self._is_stopping.is_set():
                 try:
                     self._look(signal)

@@ -28,7 +28,7 @@ from models.errors import (
 from models.pipeline import Picture, Source
 from models.residency import Residency
 from server.checkpoints import Checkpoints
-from server.database import open_engine
+from server.database import Topic, open_engine
 from server.decoders import DecodedPair
 from server.endings import Endings
 from server.errors import StorageUnavailable
@@ -142,7 +142,7 @@ class Worker:
         with (
             closing(models),
             closing(self._endings),
-            self.store.change_signal() as signal,
+            self.store.change_signal(Topic.QUEUED) as signal,
         ):
             while not self._is_over():
                 self._keep_up(engine)
@@ -261,6 +261,7 @@ class Worker:
     def _let_go(self, job: Job) -> None:
         """A job that has ended, or is somebody else's from now on."""
         del self._held[job.id]
+        self._may_be_waiting = True  # a job that is given out alone is not claimed beside others
         self._previews.drop(job)
 
     def _open_models(self) -> Residency:
@@ -273,7 +274,8 @@ class Worker:
         except SQLAlchemyError:
             self._be_patient()
             return
-        self._may_be_waiting = False
+        # A claim takes no more than its share, and what was locked by another's claim is not seen.
+        self._may_be_waiting = bool(claimed)
         for job in claimed:
             stages = Stages()
             logger.info("job claimed", job_id=job.id)

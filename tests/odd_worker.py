@@ -11,7 +11,7 @@ import sys
 import time
 
 from server.changes import ChangeSignal
-from server.database import open_engine
+from server.database import Topic, open_engine
 from server.job_store import JobStore, WorkerStatus
 from server.supervisor import UNUSABLE
 
@@ -39,7 +39,7 @@ def main() -> None:
     if options.manner == "never-ready":
         signal.pause()
     report(store, options.worker_id, "ready")
-    with ChangeSignal(engine) as changes:
+    with ChangeSignal(engine, [Topic.QUEUED]) as changes:
         while True:
             report(store, options.worker_id, "ready")
             for job in store.claim(options.worker_id, 1) if changes.has_changed() else []:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.database import open_engine
+from tests.chaos.faults_database import idle_workers
 from tests.chaos.faults_network import delivery, refused_in_parallel, tries, waiters_leave
 from tests.chaos.faults_processes import (
     HOUR_S,
@@ -221,6 +222,11 @@ def test_clients_that_leave_while_they_wait_take_nothing_along(tmp_path: Path) -
 def test_no_more_are_taken_than_there_is_room_for(tmp_path: Path) -> None:
     with outside_world() as (thread, host):
         refused_in_parallel(tmp_path, thread, host, submits=200)
+
+
+@pytest.mark.postgres
+def test_idle_workers_leave_postgresql_alone_and_wake_at_once(tmp_path: Path) -> None:
+    idle_workers(tmp_path)
 
 
 def test_oracle_notices_what_is_wrong(site: Site) -> None:

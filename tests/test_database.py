@@ -30,9 +30,11 @@ from server.database import (
     MORE_CONNECTIONS,
     POOL_SIZE,
     SqliteVersion,
+    Topic,
     has_sound_wal,
     metadata,
     migrate,
+    notify,
     open_engine,
     read_only,
 )
@@ -377,11 +379,12 @@ def test_errors_do_not_show_parameters(engine: Engine) -> None:
 def report(engine: Engine, worker_id: str) -> None:
     with engine.begin() as connection:
         connection.execute(REPORT, {"id": worker_id})
+        notify(connection, Topic.ENDED)
 
 
 def watching(engine: Engine) -> ChangeSignal:
     """One that says yes for a reason only."""
-    return ChangeSignal(engine, look_anyway_s=math.inf)
+    return ChangeSignal(engine, [Topic.ENDED], math.inf)
 
 
 def hears(signal: ChangeSignal) -> bool:
@@ -403,6 +406,7 @@ class TestChangeSignal:
             signal.has_changed()
             with engine.begin() as connection:
                 connection.execute(REPORT, {"id": "new"})
+                notify(connection, Topic.ENDED)
                 assert not signal.has_changed()
             assert [hears(signal), signal.has_changed()] == [True, False]
 
@@ -411,6 +415,7 @@ class TestChangeSignal:
             signal.has_changed()
             with engine.connect() as connection:
                 connection.execute(REPORT, {"id": "new"})
+                notify(connection, Topic.ENDED)
             assert not signal.has_changed()
 
     def test_looking_works_while_a_writer_holds_the_lock(self, engine: Engine) -> None:

@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, delete, event, insert, text, update
 from sqlalchemy.exc import IntegrityError
 
 from models.params import InpaintParams, SchedulerName
-from server.database import jobs, open_engine, workers
+from server.database import Topic, jobs, open_engine, workers
 from server.errors import QueueFull
 from server.job_store import (
     GUESSED_SPEED,
@@ -34,6 +36,7 @@ from server.job_store import (
 )
 from server.jobs import Beat, Job, JobState, NewJob
 from server.silence import LOOK_S
+from tests.postgres import PostgresServer
 
 HOUR_S = 3_600.0
 PARAMS = InpaintParams(prompt="a cat", seed=7, samples=2, scheduler=SchedulerName.DDIM)
@@ -750,3 +753,71 @@ def test_release_that_comes_twice_does_not_disturb_the_next_claim(store: JobStor
     assert not store.release(first)
     assert store.finish(second, [False, False])
     assert not {*first.output_keys} & {*second.output_keys}
+
+
+class TestTopics:
+    """What PostgreSQL tells listeners of: every listener looks at the database for each word."""
+
+    VERBS: dict[str, tuple[Callable[[JobStore, Job], object], set[Topic]]] = {
+        "submit": (lambda store, _: store.submit(new_job()), {Topic.QUEUED}),
+        "release": (lambda store, job: store.release(job), {Topic.QUEUED}),
+        "worker lost": (lambda store, _: store.requeue_of("w"), {Topic.QUEUED}),
+        "finish": (lambda store, job: store.finish(job, []), {Topic.ENDED}),
+        "fail": (lambda store, job: store.fail(job, "reason"), {Topic.ENDED}),
+        "cancel": (lambda store, job: store.cancel(job.id), {Topic.ENDED}),
+        "beat": (lambda store, job: store.beat(job, 1, 2), {Topic.PROGRESS}),
+        "beat of nothing": (lambda store, job: store.beat(replace(job, claim=0), 1, 2), set()),
+        "late finish": (lambda store, job: store.finish(replace(job, claim=0), []), set()),
+        "empty claim": (lambda store, _: store.claim("w", 5), set()),
+        "report": (lambda store, _: store.report_worker(status("w", 0)), set()),
+        "nothing expired": (lambda store, _: store.requeue_expired(), set()),
+    }
+
+    pytestmark = pytest.mark.postgres
+
+    @pytest.fixture
+    def postgres_engine(self, postgres_server: PostgresServer) -> Iterator[Engine]:
+        name = postgres_server.create_migrated()
+        engine = open_engine(str(postgres_server.url(name)))
+        yield engine
+        engine.dispose()
+        postgres_server.drop(name)
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_only_what_has_changed_is_told(self, verb: str, postgres_engine: Engine) -> None:
+        store = JobStore(postgres_engine)
+        store.submit(new_job())
+        job = claim_one(store)
+        act, expected = self.VERBS[verb]
+        assert told_of(postgres_engine, lambda: act(store, job)) == expected
+
+    def test_claim_is_progress_and_no_reason_to_claim(self, postgres_engine: Engine) -> None:
+        store = JobStore(postgres_engine)
+        store.submit(new_job())
+        assert told_of(postgres_engine, lambda: store.claim("w", 5)) == {Topic.PROGRESS}
+
+    def test_claim_that_leaves_jobs_tells_others(self, postgres_engine: Engine) -> None:
+        """They have passed over the rows that it had locked."""
+        store = JobStore(postgres_engine)
+        store.submit(new_job())
+        claim_one(store)
+        store.requeue_of("w")  # a job that was lost is given out alone
+        store.submit(new_job())
+        told = told_of(postgres_engine, lambda: store.claim("w", 5))
+        assert told == {Topic.PROGRESS, Topic.QUEUED}
+
+
+def told_of(engine: Engine, act: Callable[[], object]) -> set[Topic]:
+    """The topics of what is committed by the call."""
+    args, options = engine.dialect.create_connect_args(engine.url)
+    with psycopg.connect(*args, autocommit=True, **options) as listener:
+        for topic in (*Topic, "last"):
+            listener.execute(f"LISTEN {topic}".encode())
+        act()
+        with engine.begin() as connection:
+            connection.exec_driver_sql("NOTIFY last")
+        # In the order of their commits: what comes after the last word was not told before it.
+        heard = [each.channel for each in listener.notifies(timeout=60, stop_after=1)]
+        while heard[-1] != "last":
+            heard += [each.channel for each in listener.notifies(timeout=60, stop_after=1)]
+    return {Topic(channel) for channel in heard[:-1]}

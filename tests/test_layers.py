@@ -77,7 +77,7 @@ SERVER = {
     "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
-    "changes": "notifications",
+    "changes": "database notifications",
     "notifications": "database",
     "storage": "batches errors threads",
     "addresses": "settings",
@@ -114,7 +114,7 @@ SERVER = {
     "janitor": "clocks database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
     "threads": "",
-    "waiters": "changes job_store jobs telemetry",
+    "waiters": "changes database job_store jobs telemetry",
     "followers": "changes errors job_store jobs telemetry",
     "bodies": "errors",
     "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs notices"

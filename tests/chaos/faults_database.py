@@ -15,8 +15,9 @@ import httpx
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import MetaData, Table
+from sqlalchemy import MetaData, Table, text
 
+from server.changes import LOOK_ANYWAY_S
 from server.database import MIGRATIONS, open_engine
 from server.job_store import LEASE_S
 from tests.chaos.clients import side_by_side
@@ -32,6 +33,10 @@ from tests.chaos.site import Site, expect, outside_world, running_site, until
 AWAY_S = (1, 10, 60)
 REFUSED_S = 45.0
 """The longest that a client may wait for a refusal while the database is silent."""
+IDLE_COMMITS_PER_S = 5
+"""Of a worker, or the API, that has nothing to do."""
+IDLE_S = 10
+"""Two reports of each worker."""
 MANY = 10_000
 SQLITE = "SQLite"
 
@@ -91,6 +96,51 @@ def takes_jobs(site: Site) -> bool:
         return site.submit(Script(tag="back")).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+@fault("F29", "PostgreSQL beside idle workers")
+def idle_workers(room: Path) -> Found:
+    """Who has nothing to do asks for nothing; a new job is claimed all the same at once."""
+    with ExitStack() as stack:
+        running = stack.enter_context(postgres())
+        url = str(running.url(running.create_database()))
+        site = stack.enter_context(running_site(room, {"INPAINT_DATABASE_URL": url}, workers=3))
+        rate = idle_commits_per_s(site)
+        expect(rate <= 4 * IDLE_COMMITS_PER_S, f"{rate:.1f} commits/s with nothing to do")
+        claimed_s = claims_s(site)
+        expect(max(claimed_s) < LOOK_ANYWAY_S / 2, f"jobs wait {claimed_s} s for a free worker")
+        checked = (
+            f"{rate:.1f} commits/s of three idle workers and the API; jobs sent to them waited "
+            f"{', '.join(f'{1000 * each:.0f}' for each in claimed_s)} ms"
+        )
+        return Found(f"nothing, for {IDLE_S} s", checked)
+
+
+def idle_commits_per_s(site: Site) -> float:
+    """Of all processes together."""
+    engine = open_engine(site.database_url)
+
+    def commits() -> int:
+        query = text("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()")
+        with engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    before = commits()
+    time.sleep(IDLE_S)
+    after = commits()
+    engine.dispose()
+    return (after - before) / IDLE_S
+
+
+def claims_s(site: Site, count: int = 5) -> list[float]:
+    """Seconds that jobs wait in the queue, each sent when the one before has ended."""
+    oracle, waits = Oracle(site), []
+    for number in range(count):
+        job = site.accept(Script(tag=f"idle{number}"))
+        site.ended(job)
+        row = oracle.row(job)
+        waits.append(row["started_at"] - row["created_at"])
+    return waits
 
 
 @fault("F22", "line between node and database is cut", within_s=20, is_patient=True)
