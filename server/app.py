@@ -38,7 +38,7 @@ from server.outlook import Outlook
 from server.proxies import TrustedProxies
 from server.routes import inpaint, router
 from server.sandbox import Sandbox
-from server.services import STORE_THREADS, WEBHOOKS, Services
+from server.services import FILE_THREADS, STORE_THREADS, WEBHOOKS, Services
 from server.settings import ErrorStatus, Settings
 from server.silence import LOOK_S
 from server.storage import Storage
@@ -128,6 +128,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
         )
         store_threads = stack.enter_context(Threads(STORE_THREADS, "store"))
+        file_threads = stack.enter_context(Threads(FILE_THREADS, "files"))
         background = await stack.enter_async_context(Background())
         background.start(WEBHOOKS, webhooks.run)
         background.start("janitor", Janitor(engine, storage, settings.retention).run)
@@ -143,7 +144,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             storage=storage,
             fetcher=Fetcher(settings.fetch, fetch_door),
             sandbox=sandbox,
-            keeper=Keeper(store, storage, store_threads),
+            keeper=Keeper(store, storage, file_threads),
             waiters=waiters,
             followers=followers,
             deliveries=deliveries,
@@ -151,6 +152,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             background=background,
             metrics=metrics,
             store_threads=store_threads,
+            file_threads=file_threads,
         )
         background.start("keys", lambda: keep_fresh(services))
         background.start("watch", lambda: watch_workers(services))

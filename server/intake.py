@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -222,27 +221,15 @@ def write_job(
 
 async def find_job(services: Services, job_id: int, key_id: str) -> Job:
     """A job of this key. Raises: JobNotFound, for another key's too; StorageUnavailable."""
-    job = await services.in_store_thread(look_up, services, job_id)
+    job = await services.in_store_thread(services.store.get, job_id)
     if job is None or job.key_id != key_id:
         raise JobNotFound
     return job
 
 
-def look_up(services: Services, job_id: int) -> Job | None:
-    """A job; one whose pictures are gone, by whatever hand, is as good as expired.
-
-    Its row is left alone: the disk may just not be there, and come back with all pictures.
-    """
-    job = services.store.get(job_id)
-    if job is None or not job.has_pictures:
-        return job
-    is_whole = all(services.storage.has(key) for key in job.output_keys)
-    return job if is_whole else replace(job, expired_at=time.time())
-
-
 async def read_output(services: Services, name: str) -> bytes | None:
     """A finished picture, None where there is none. Raises: StorageUnavailable."""
-    return await services.in_store_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
+    return await services.in_file_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
 
 
 def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@
     previews of ended jobs        at once, likewise
     files that belong to no job   after a day
 
+Of a finished job whose pictures are gone, by whatever hand, the row is made to tell so.
+
 A job whose webhook is not delivered yet keeps its row and its pictures, but no longer than the
 webhook's schedule lasts after the job's end. Several janitors may work at once: each removal can be
 made again without harm.
@@ -50,11 +52,15 @@ UUID_LENGTH = 36
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What one round removed. outputs: jobs whose pictures are gone; files: found by listing."""
+    """What one round removed. outputs: jobs whose pictures were; files: found by listing.
+
+    gone: finished jobs whose pictures somebody else had removed.
+    """
 
     outputs: int = 0
     rows: int = 0
     files: int = 0
+    gone: int = 0
 
 
 class Janitor:
@@ -111,14 +117,14 @@ class Janitor:
         return Removed(outputs=outputs, rows=sum(self._batches(self._delete_batch)))
 
     def sweep(self) -> Removed:
-        """Go through all files, and remove those that no job needs.
+        """Go through all files, and remove those that no job needs; then look for missing ones.
 
         Raises: SQLAlchemyError, StorageUnavailable.
         """
         inputs = self._sweep(INPUT_FOLDER, self._unneeded_inputs)
         previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
         outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
-        return Removed(files=inputs + previews + outputs)
+        return Removed(files=inputs + previews + outputs, gone=self._note_missing())
 
     def _batches(self, step: Callable[[], int]) -> Iterator[int]:
         """What each step has done, until one finds nothing to do."""
@@ -156,6 +162,57 @@ class Janitor:
         is_pending = deliveries.c.state == DeliveryState.PENDING
         is_on_schedule = jobs.c.finished_at > self._clock() - MAX_AGE_S
         return is_on_schedule & exists().where(deliveries.c.job_id == jobs.c.id, is_pending)
+
+    def _note_missing(self) -> int:
+        """Let the rows of finished jobs tell that their pictures are gone; how many jobs that were.
+
+        None where most are missing: then the store is another one, or its disk is not mounted, and
+        may come back with all of them. The files of a job that is told to be gone are removed.
+        """
+        missing: list[int] = []
+        whole_count = 0
+        for job_id, files in self._finished():
+            is_whole = all(self._storage.has(key) for key in output_keys_of(*files))
+            if is_whole:
+                whole_count += 1
+            else:
+                missing.append(job_id)
+        if len(missing) > whole_count:
+            logger.error(
+                "most pictures are missing in the file store, is it the right one?",
+                detail=f"of {len(missing)} jobs, those of {whole_count} are there",
+            )
+            return 0
+        for start in range(0, len(missing), self._batch):
+            some = missing[start : start + self._batch]
+            is_unexpired = jobs.c.id.in_(some) & jobs.c.expired_at.is_(None)
+            with self._engine.begin() as connection:
+                note = update(jobs).where(is_unexpired).values(expired_at=self._clock())
+                connection.execute(note)
+        return len(missing)
+
+    def _finished(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
+        """Jobs that have pictures by their rows: the id, and what `output_keys_of` wants."""
+        files = (jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.claim)
+        last_id = 0
+        while not self._is_stopping.is_set():
+            query = (
+                select(jobs.c.id, *files)
+                .where(
+                    jobs.c.state == JobState.FINISHED,
+                    jobs.c.expired_at.is_(None),
+                    jobs.c.id > last_id,
+                )
+                .order_by(jobs.c.id)
+                .limit(self._batch)
+            )
+            with read_only(self._engine) as connection:
+                rows = connection.execute(query).all()
+            if not rows:
+                return
+            for job_id, prefix, samples, claim in rows:
+                yield job_id, (prefix, samples, claim)
+            last_id = rows[-1].id
 
     def _delete_batch(self) -> int:
         """Rows of ended jobs; those of finished ones only when their pictures are gone."""

@@ -4,6 +4,7 @@ Each endpoint reads and writes with the native dialect; errors become problems i
 """
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
@@ -177,7 +178,8 @@ async def cancel_job(request: Request, services: ServicesOf, job: JobOf) -> JobA
     """
     is_changed = await services.in_store_thread(services.store.cancel, job.id)
     if is_changed:
-        await services.in_store_thread(services.storage.delete, job.input_key)
+        with suppress(StorageUnavailable):  # then the janitor removes it
+            await services.in_file_thread(services.storage.delete, job.input_key)
     ended = await services.in_store_thread(services.store.get, job.id)
     if ended is None:
         raise JobNotFound
@@ -211,7 +213,7 @@ async def follow_job(
 
     async def show() -> bytes | None:
         try:
-            return await services.in_store_thread(services.storage.get, job.preview_key)
+            return await services.in_file_thread(services.storage.get, job.preview_key)
         except StorageUnavailable:
             return None  # not worth the stream
 

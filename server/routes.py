@@ -17,7 +17,7 @@ from models.enhance import Enhancement
 from server.auth import Caller
 from server.bodies import Fields, read_fields, release_body
 from server.dialects import v3
-from server.errors import RouteNotFound, StorageUnavailable
+from server.errors import RouteNotFound
 from server.holding import Held
 from server.intake import (
     ServicesOf,
@@ -96,7 +96,9 @@ async def inpaint(request: Request) -> Response:
             job = await find_job(services, job_id, key_id)
             return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
         if ended.state is JobState.FINISHED:
-            return JSONResponse(v3.write_success(ended, await outputs(services, ended, base_url)))
+            output = await outputs(services, ended, base_url)
+            if output is not None:
+                return JSONResponse(v3.write_success(ended, output))
         return JSONResponse(v3.write_failed(ended))
 
     return Held(answer)
@@ -131,7 +133,7 @@ async def output(request: Request, services: ServicesOf, name: str) -> Response:
     """A picture, or its base64 text; no more of it in memory than the client is about to take."""
     match = OUTPUT_NAME.fullmatch(name)
     key = f"{OUTPUT_FOLDER}/{match[1]}.png" if match else None
-    found = await services.in_store_thread(services.storage.open, key) if key else None
+    found = await services.in_file_thread(services.storage.open, key) if key else None
     if match is None or found is None:
         raise RouteNotFound
     size, pieces = found
@@ -143,7 +145,7 @@ async def output(request: Request, services: ServicesOf, name: str) -> Response:
         return Response(b"", 200, headers, media_type)
 
     async def content() -> AsyncIterator[bytes]:
-        while (piece := await services.in_store_thread(next, pieces, None)) is not None:
+        while (piece := await services.in_file_thread(next, pieces, None)) is not None:
             yield piece
 
     return StreamingResponse(content(), 200, headers, media_type)
@@ -182,29 +184,28 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
     """A job as fetch tells of it. Raises: JobNotFound, StorageUnavailable."""
     job = await find_job(services, job_id, key_id)
     if job.has_pictures:
-        base_url = base_url_of(request, services.settings)
-        return JSONResponse(v3.write_fetch_success(job, await outputs(services, job, base_url)))
+        output = await outputs(services, job, base_url_of(request, services.settings))
+        if output is not None:
+            return JSONResponse(v3.write_fetch_success(job, output))
     if job.state.is_terminal:
         return JSONResponse(v3.write_failed(job))
     return JSONResponse(v3.write_fetch_processing(job, await eta_s(services, job)))
 
 
-async def outputs(services: Services, job: Job, base_url: str) -> list[str]:
+async def outputs(services: Services, job: Job, base_url: str) -> list[str] | None:
     """The finished pictures as the client asked for them: URLs, or base64 texts.
 
-    Raises: StorageUnavailable, also where one was removed at this moment.
+    The row says whether there are any; the files of texts are read, and without one of them the
+    result is None. Raises: StorageUnavailable.
     """
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
     if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
         return urls
     if services.settings.base64_output is Base64Output.LINK:
         return [url.removesuffix(".png") + ".base64" for url in urls]
-    pictures = [
-        await services.in_store_thread(services.storage.get, key) for key in job.output_keys
-    ]
-    if None in pictures:
-        raise StorageUnavailable
-    return [base64.b64encode(picture).decode() for picture in pictures if picture is not None]
+    pictures = [await services.in_file_thread(services.storage.get, key) for key in job.output_keys]
+    texts = [base64.b64encode(each).decode() for each in pictures if each is not None]
+    return texts if len(texts) == len(pictures) else None
 
 
 def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:

@@ -1,5 +1,6 @@
 """What the API process is made of, and how endpoints reach its synchronous parts."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
@@ -8,6 +9,7 @@ from server.auth import KeyRing
 from server.background import Background
 from server.deliveries import DeliveryStore
 from server.egress import Fetcher
+from server.errors import StorageUnavailable
 from server.followers import Followers
 from server.job_store import JobStore
 from server.keeping import Keeper
@@ -28,9 +30,16 @@ WEBHOOKS = "webhooks"
 """Name of the background task without which a server is not ready."""
 
 STORE_THREADS = 8
-"""Database and file calls at a time. Each may take a connection of the database's pool, as may each
-thread of the webhooks and the one of the janitor; waiters and followers take two each, and all that
-share commits one for each kind."""
+"""Database calls at a time. Each may take a connection of the database's pool, as may each thread
+of the webhooks and the one of the janitor; waiters and followers take two each, and all that share
+commits one for each kind."""
+
+FILE_THREADS = 8
+"""File calls at a time, apart from those of the database: a file store that hangs may take all of
+them for some seconds, and stops nothing else."""
+
+FILE_PATIENCE_S = 10.0
+"""For a file call, with the time until a thread is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +64,21 @@ class Services:
     background: Background
     metrics: Metrics
     store_threads: Threads
+    file_threads: Threads
     arrivals: Headcount = field(default_factory=Headcount)
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Call a synchronous part without blocking the event loop."""
+        """Call what reads or writes the database without blocking the event loop."""
         return await self.store_threads.call(function, *args, **kwargs)
+
+    async def in_file_thread(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """The same for what reads or removes files. Raises: StorageUnavailable, also when late."""
+        try:
+            async with asyncio.timeout(FILE_PATIENCE_S):
+                return await self.file_threads.call(function, *args, **kwargs)
+        except TimeoutError as error:
+            raise StorageUnavailable("the file store does not answer") from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import unquote, urlsplit
 
 from obstore.exceptions import BaseError, NotFoundError
@@ -19,12 +19,46 @@ from server.threads import all_of
 
 if TYPE_CHECKING:
     from obstore import GetResult
+    from obstore.store import ClientConfig, RetryConfig
 
 PIECE_BYTES = 65_536
 """What is held for a client that takes its picture slowly."""
 
-REMOTE_PATIENCE_S = 15
-"""How long a call of an object store is made again before its caller hears of it."""
+READ_S = 5
+"""For an object store to connect, and for the next bytes of its answer: one that hangs is not
+waited for longer. Slow ones are."""
+
+STREAM_S = 300
+"""For a whole file, which a client may take slowly."""
+
+READ_AGAIN_S = 2
+"""How long a refused call is made again; one that has hung for `READ_S` is not."""
+
+PUT_S, PUT_AGAIN_S = 15, 10
+"""The same for storing a whole file, which is worth more patience."""
+
+MAX_RETRIES = 3
+
+CLIENT_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+"""Where the environment has options of an object store's client, by the scheme of its URL."""
+
+CLIENT_OPTIONS = (
+    "allow_http",
+    "allow_invalid_certificates",
+    "connect_timeout",
+    "pool_idle_timeout",
+    "pool_max_idle_per_host",
+    "proxy_url",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "randomize_addresses",
+    "read_timeout",
+    "timeout",
+    "user_agent",
+)
+
+CONTENT_TYPES = {".png": "image/png"}
+"""What an object store tells browsers of a file, by its suffix."""
 
 SYNCS, UPLOADS = 8, 64
 """Files that `put_early` brings to the disk, or to an object store, at a time. A thread that comes
@@ -56,12 +90,19 @@ class Storage:
             self._store: ObjectStore = LocalStore.from_url(url, mkdir=True)
             self._folder = unquote(urlsplit(url).path)
         else:
+            options = client_options(url)
+            read: ClientConfig = {
+                "connect_timeout": f"{READ_S}s",
+                "read_timeout": f"{READ_S}s",
+                "timeout": f"{STREAM_S}s",
+            }
             self._store = from_url(
+                url, client_options=read | options, retry_config=retries(READ_AGAIN_S)
+            )
+            self._puts = from_url(
                 url,
-                retry_config={
-                    "max_retries": 3,
-                    "retry_timeout": timedelta(seconds=REMOTE_PATIENCE_S),
-                },
+                client_options={"timeout": f"{PUT_S}s", **options},
+                retry_config=retries(PUT_AGAIN_S),
             )
         self._threads = ThreadPoolExecutor(UPLOADS if self._folder is None else SYNCS, "put")
         self._folders = Batches(sync_folders, "sync")
@@ -73,7 +114,8 @@ class Storage:
         """
         with telling_of(f"cannot write {key}"):
             if self._folder is None:
-                self._store.put(key, content)
+                kind = CONTENT_TYPES.get(os.path.splitext(key)[1], "application/octet-stream")
+                self._puts.put(key, content, attributes={"Content-Type": kind})
                 return
             path = os.path.join(self._folder, relative_path(key))
             write(path, content)()
@@ -166,6 +208,22 @@ class Storage:
                 ]
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot list {folder}") from error
+
+
+def client_options(url: str) -> "ClientConfig":
+    """What the environment says of an object store's client, which options of ours would hide."""
+    prefix = CLIENT_VARIABLES.get(url.partition(":")[0], "AWS_")
+    found = {
+        name.removeprefix(prefix).lower(): value
+        for name, value in os.environ.items()
+        if name.startswith(prefix)
+    }
+    return cast("ClientConfig", {name: found[name] for name in CLIENT_OPTIONS if name in found})
+
+
+def retries(again_s: float) -> "RetryConfig":
+    """How a call of an object store is made again. again_s: not later than this after the first."""
+    return {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=again_s)}
 
 
 @contextlib.contextmanager

@@ -138,6 +138,13 @@ def expire(settings: Settings, now: float) -> None:
     engine.dispose()
 
 
+def sweep(settings: Settings) -> None:
+    """What the janitor does every few hours."""
+    engine = open_engine(settings.sqlalchemy_url)
+    assert Janitor(engine, Storage(settings.storage_url), settings.retention).sweep().gone == 1
+    engine.dispose()
+
+
 def request_raw(port: int, target: str, method: str = "POST") -> bytes:
     """An answer to a request line that no HTTP library would write."""
     headers = "Host: localhost\r\nContent-Length: 0\r\nConnection: close\r\n"
@@ -227,7 +234,9 @@ class TestLifeOfAJob:
                 later = time.time() + (settings.retention.outputs_h + 1) * HOUR_S
                 expire(settings, later)
             else:
+                finish(settings, submit(app.client))
                 storage.delete(job.output_keys[0])
+                sweep(settings)
             gone = post(app.client, f"fetch/{job.id}")
             told = app.client.get(f"/api/jobs/{job.id}").json()
             sentence = "Failed, Try Again. The pictures are no longer there"
@@ -240,6 +249,14 @@ class TestLifeOfAJob:
         }
         assert (told["state"], told["outputs"]) == ("finished", [])
         assert told["expired_at"] is not None
+
+    def test_text_of_a_picture_that_was_removed_by_hand(self, tmp_path: Path) -> None:
+        settings = settings_in(tmp_path)
+        with running_app(settings) as app:
+            job = finish(settings, submit(app.client, base64="yes"))
+            Storage(settings.storage_url).delete(job.output_keys[0])
+            gone = post(app.client, f"fetch/{job.id}")
+        assert gone["message"] == "Failed, Try Again. The pictures are no longer there"
 
     def test_base64_as_links(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, base64_output="link")

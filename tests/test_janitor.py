@@ -231,6 +231,26 @@ def test_pictures_stored_after_their_expiry_are_removed(house: House) -> None:
     assert house.janitor.sweep() == Removed(files=1)
 
 
+def test_row_of_a_job_whose_picture_was_removed_by_hand_says_so(house: House) -> None:
+    gone, whole, other = house.finish(), house.finish(), house.finish()
+    house.storage.delete(gone.output_keys[1])
+    assert house.janitor.sweep() == Removed(gone=1)
+    assert get(house.store, gone.id).expired_at == house.clock.now
+    assert house.janitor.sweep() == Removed(files=1), "what is left of it"
+    assert [get(house.store, each.id).has_pictures for each in (whole, other)] == [True, True]
+
+
+def test_store_that_lacks_most_pictures_is_not_believed(house: House) -> None:
+    """A disk that is not mounted may come back with all of them."""
+    gone = [house.finish() for _ in range(3)]
+    for job in gone:
+        for key in job.output_keys:
+            house.storage.delete(key)
+    house.finish()
+    assert house.janitor.sweep() == Removed()
+    assert all(get(house.store, job.id).has_pictures for job in gone)
+
+
 def test_many_rows_go_in_batches(house: House, engine: Engine) -> None:
     ended = {"state": "finished", "finished_at": 0.0, "params": {"samples": 1}}
     rows = [ROW | ended | {"file_prefix": str(uuid.uuid4())} for _ in range(35)]

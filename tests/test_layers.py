@@ -124,8 +124,8 @@ SERVER = {
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
     "outlook": "job_store jobs",
-    "services": "auth background deliveries egress followers job_store keeping metrics outlook"
-    " sandbox settings slots storage threads waiters webhooks",
+    "services": "auth background deliveries egress errors followers job_store keeping metrics"
+    " outlook sandbox settings slots storage threads waiters webhooks",
     "intake": "auth decoder decoders downloads errors idempotency jobs proxies receipts services"
     " settings slots models.params",
     "holding": "",

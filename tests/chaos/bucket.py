@@ -12,17 +12,24 @@ from tests.chaos.hosts import LoopThread, close_server, reset_connection
 from tests.http_stub import response
 
 NAME = "pictures"
+HANG_LOOK_S = 0.05
 WRITTEN = "2026-01-01T00:00:00.000Z"
 STAMPS = ('ETag: "1"', "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT")
 
 
 @dataclass(slots=True)
 class Bucket:
-    """files: by key. is_away: every request is reset. tries: requests that were."""
+    """files: by key. kinds: their content types. is_away: every request is reset.
+
+    is_hung: requests are read and not answered, until it is well again. tries: those that were
+    reset or hung.
+    """
 
     port: int = 0
     files: dict[str, bytes] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     is_away: bool = False
+    is_hung: bool = False
     tries: int = 0
 
     @property
@@ -37,12 +44,12 @@ class Bucket:
             "AWS_SECRET_ACCESS_KEY": "nothing",
         }
 
-    def answer(self, method: str, target: str, content: bytes) -> bytes:
+    def answer(self, method: str, target: str, content: bytes, kind: str = "") -> bytes:
         """The answer to a request for `/bucket/key`, or `/bucket?query`."""
         url = urlsplit(target)
         key, query = unquote(url.path.removeprefix(f"/{NAME}").lstrip("/")), parse_qs(url.query)
         if method == "PUT":
-            self.files[key] = content
+            self.files[key], self.kinds[key] = content, kind
             return response("200 OK", *STAMPS)
         if method == "DELETE":
             self.files.pop(key, None)
@@ -84,8 +91,13 @@ def running_bucket(thread: LoopThread) -> Iterator[Bucket]:
                     bucket.tries += 1
                     reset_connection(writer)
                     return
+                if bucket.is_hung:
+                    bucket.tries += 1
+                    while bucket.is_hung:  # noqa: ASYNC110 - another thread ends it
+                        await asyncio.sleep(HANG_LOOK_S)
                 method, target, _ = head.split(" ", 2)
-                writer.write(bucket.answer(method, target, content))
+                kind = re.search(r"(?i)\r\ncontent-type: *([^\r]+)", head)
+                writer.write(bucket.answer(method, target, content, kind[1] if kind else ""))
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client has gone, or all is over

@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+from server.services import FILE_PATIENCE_S
 from tests.chaos.bucket import Bucket, running_bucket
 from tests.chaos.faults_processes import drain, picture_of
 from tests.chaos.matrix import Found, NotCovered, fault
@@ -29,6 +31,10 @@ NOT_READY_S = 45.0
 """From the last sign of life of a worker to 503, and a bit."""
 KEPT = "a store is away, the job's end waits"
 """What a worker logs then."""
+
+POLLS, PICTURES = 40, 16
+POLL_WITHIN_S = 1.0
+HUNG_SUBMIT_S = 25.0
 
 KEPT_S = 8.0
 """The file store is away for so long after that."""
@@ -235,6 +241,63 @@ def store_full(room: Path) -> Found:
             f"first try; {full_told}; {away_told}"
         )
         return Found(injected, checked, max(full_s, away_s))
+
+
+@fault("F30", "object store hangs", within_s=30)
+def store_hangs(room: Path) -> Found:
+    """It takes requests and never answers; what needs no file goes on meanwhile."""
+    with ExitStack() as stack:
+        thread, host = stack.enter_context(outside_world())
+        bucket = stack.enter_context(running_bucket(thread))
+        site = Site(room, host, bucket.environment)
+        stack.callback(site.close)
+        site.start()
+        oracle = Oracle(site, bucket=bucket)
+        finished = site.accept(Script(tag="finished"))
+        site.ended(finished)
+        picture = site.outputs(finished, "v3")[0]
+        oracle.check()
+        bucket.is_hung = True
+        try:
+            slowest_s = polled_while_hung(site, finished, picture)
+            started = time.monotonic()
+            answer = site.submit(Script(tag="hung"))
+            told = f"{answer.status_code} after {time.monotonic() - started:.1f} s"
+            expect(answer.status_code == 503 and "retry-after" in answer.headers, f"submit: {told}")
+            expect(time.monotonic() - started < HUNG_SUBMIT_S, f"submit: {told}")
+            expect(bucket.tries > 0, "the bucket was not asked")
+        finally:
+            bucket.is_hung = False
+        healed_s = healing_s(site)
+        expect(site.client.get(picture).status_code == 200, "the picture is not served again")
+        kinds = {key.partition("/")[0]: kind for key, kind in bucket.kinds.items()}
+        expect(kinds.get("generations") == "image/png", f"content types are {kinds}")
+        checked = (
+            f"{POLLS} polls of a finished job answered from its row, the slowest after "
+            f"{slowest_s:.2f} s, probes and lists beside them; pictures told 503, a submit {told}; "
+            f"{drain(site, oracle)}"
+        )
+        return Found("a bucket that answers nothing", checked, healed_s)
+
+
+def polled_while_hung(site: Site, finished: int, picture: str) -> float:
+    """Polls of a job while pictures are asked for in vain; the slowest, in seconds."""
+
+    def timed(url: str, status: int) -> float:
+        started = time.monotonic()
+        answer = site.client.get(url)
+        expect(answer.status_code == status, f"{url} got {answer.status_code}")
+        return time.monotonic() - started
+
+    with ThreadPoolExecutor(POLLS + PICTURES) as clients:
+        pictures = [clients.submit(timed, picture, 503) for _ in range(PICTURES)]
+        paths = ["/healthz", "/api/jobs", *[f"/api/jobs/{finished}"] * POLLS]
+        polls = [clients.submit(timed, site.url + path, 200) for path in paths]
+        slowest_s = max(poll.result() for poll in polls)
+        expect(slowest_s < POLL_WITHIN_S, f"the slowest poll took {slowest_s:.1f} s")
+        late_s = max(each.result() for each in pictures)
+        expect(late_s < 2 * FILE_PATIENCE_S, f"a picture was refused after {late_s:.1f} s only")
+    return slowest_s
 
 
 @contextmanager
