@@ -134,7 +134,7 @@ def running_server(scratch: Path) -> Iterator[HostBench]:
         server = ServerProcess(data_dir, settings, "--workers", "0")
         stack.callback(server.stop)
         worker = stack.enter_context(running_worker(data_dir, scratch / "worker.log"))
-        wait_until_ready(f"{server.url}/readyz", START_TIMEOUT_S)
+        wait_until_ready(f"{server.url}/readyz/workers", START_TIMEOUT_S)
         target = Ours(server.url, images_url, data_dir)
         yield HostBench(target, server.pid, worker.pid, images)
 

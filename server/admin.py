@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -17,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.connections import Gate
+from server.errors import StorageUnavailable
 from server.metrics import CONTENT_TYPE, Metrics
 from server.proxies import HOST, is_allowed
 from server.routes import readiness
@@ -92,31 +94,38 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
     async def healthz(_request: Request) -> Response:
         return JSONResponse({"status": "ok"}, headers=HEADERS)
 
-    async def readyz(_request: Request) -> Response:
-        store = services().store
-        workers = await services().in_store_thread(store.workers_seen)
-        queue = await services().in_store_thread(store.figures)
-        is_ready, reason = readiness(
-            workers,
-            len(services().settings.worker_devices),
-            services().background.failing(),
-            services().waiters.is_released,
-        )
+    async def readyz(request: Request) -> Response:
+        found = await readiness(services())
+        is_ready = found.is_ready(needs_worker=request.url.path.endswith("/workers"))
         details = {
             "status": "ok" if is_ready else "unavailable",
-            "reason": reason,
+            "reason": found.reason,
             "version": version("inpaint-server"),
-            "workers": [asdict(worker) for worker in workers],
-            "queue": {
-                "waiting": queue.waiting,
-                "running": queue.running,
-                "wait_s": round(queue.wait_s, 1),
-            },
+            "workers": [asdict(worker) for worker in found.workers],
+            "queue": await queue(),
             "connections": {"open": gate.open_count, "cut": gate.cut_count},
         }
         return JSONResponse(details, 200 if is_ready else 503, HEADERS)
 
+    async def queue() -> dict[str, float] | None:
+        """None where the database does not answer."""
+        try:
+            services().health.refuse_writes()
+            figures = await services().in_store_thread(services().store.figures)
+        except (StorageUnavailable, SQLAlchemyError):
+            return None
+        return {
+            "waiting": figures.waiting,
+            "running": figures.running,
+            "wait_s": round(figures.wait_s, 1),
+        }
+
     return Starlette(
-        routes=[Route(f"/{each.__name__}", each) for each in (metrics, healthz, readyz)],
+        routes=[
+            Route("/metrics", metrics),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/readyz/workers", readyz),
+        ],
         middleware=[Middleware(KnownHosts, names)],
     )

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -24,10 +25,12 @@ from server.door import Door, listeners_of
 from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.followers import Followers
+from server.health import Health, Store, write_nothing
 from server.holding import Holding
 from server.intake import get_services
 from server.janitor import Janitor
 from server.job_store import JobStore
+from server.jobs import INPUT_FOLDER
 from server.keeping import Keeper
 from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
@@ -134,6 +137,14 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
         background.start("janitor", Janitor(engine, storage, settings.retention).run)
         waiters = stack.enter_context(Waiters(store))
         followers = stack.enter_context(Followers(store, settings.http.max_streams_per_key))
+        probe_key = f"{INPUT_FOLDER}/probe-{uuid.uuid4()}"
+        health = Health(
+            {
+                Store.DATABASE: lambda: write_nothing(engine),
+                Store.FILES: lambda: storage.probe(probe_key),
+            }
+        )
+        background.start("health", health.run)
         sandbox = stack.enter_context(Sandbox(ImageLimits(settings.fetch.max_image_bytes)))
         sandbox.warm()
         services = Services(
@@ -151,6 +162,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             webhooks=webhooks,
             background=background,
             metrics=metrics,
+            health=health,
             store_threads=store_threads,
             file_threads=file_threads,
         )

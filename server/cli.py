@@ -410,7 +410,7 @@ def work(options: argparse.Namespace) -> int:
 
 def health(options: argparse.Namespace) -> int:
     """0 where the server answers `/healthz`."""
-    from server.health import check, local_url
+    from server.health_command import check, local_url
 
     return check(options.url or local_url(settings_of(options)))
 

@@ -139,7 +139,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     with tqdm(total=100, desc="loading the model", unit="%", disable=None) as bar:
         while time.monotonic() < deadline and process.poll() is None:
             url = url or next(iter(re.findall(r'"url": "([^"]+)"', log.read_text())), None)
-            reason = httpx.get(f"{url}/readyz").json() if url else {}
+            reason = httpx.get(f"{url}/readyz/workers").json() if url else {}
             if reason.get("status") == "ok":
                 bar.update(bar.total - bar.n)
                 return str(url)

@@ -1,30 +1,108 @@
-"""`inpaint-server health`: whether a server answers; for Docker's HEALTHCHECK and the like."""
+"""`Health`: whether the database and the file store take what this process has to write.
 
-import sys
-from http.client import HTTPException
-from urllib.request import ProxyHandler, build_opener
+A store counts as failing from a call that failed until a probe write has succeeded, so that an
+idle server notices that a disk has room again, and costs an object store nothing while all is well.
+"""
 
-from server.settings import Settings
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
 
-TIMEOUT_S = 5.0
-LOCAL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Where a server is reached that listens on all addresses."""
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from server.errors import StorageUnavailable
+from server.telemetry import get_logger
+from server.threads import Threads
+
+logger = get_logger(__name__)
+
+PROBE_S = 1.0
+"""Between two probe writes of a store that fails."""
+
+PROBE_PATIENCE_S = 2.0
+"""For a probe write: one that takes longer has failed."""
+
+# It changes nothing, but takes the lock and is written like any other change.
+WRITE = text("UPDATE alembic_version SET version_num = version_num")
 
 
-def check(url: str) -> int:
-    """0 where `/healthz` answers, else 1 and the reason on standard error."""
-    try:
-        # No proxy: the server is near.
-        build_opener(ProxyHandler({})).open(f"{url.rstrip('/')}/healthz", timeout=TIMEOUT_S).close()
-    except (OSError, HTTPException, ValueError) as error:
-        print(f"error: {url} does not answer: {getattr(error, 'reason', error)}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
+DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 
 
-def local_url(settings: Settings) -> str:
-    """Of a server of this machine with these settings. Raises: ValueError."""
-    if settings.port == 0:
-        raise ValueError("the server chooses its port itself: name its address with --url")
-    host = LOCAL.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+class Store(StrEnum):
+    """What can fail, in words for readiness."""
+
+    DATABASE = "database"
+    FILES = "file store"
+
+
+class Health:
+    """Belongs to the event loop. probes: a write to each store; what they raise is a failure."""
+
+    def __init__(self, probes: Mapping[Store, Callable[[], None]]) -> None:
+        self._probes = probes
+        self._failing: set[Store] = set()
+        self._has_failed = asyncio.Event()
+
+    @property
+    def failing(self) -> list[Store]:
+        """The stores that do not take writes now."""
+        return sorted(self._failing)
+
+    def refuse_writes(self) -> None:
+        """At once, where they would be waited for in vain. Raises: StorageUnavailable."""
+        if self._failing:
+            raise StorageUnavailable(f"failing: {', '.join(self.failing)}")
+
+    def note(self, store: Store, error: Exception) -> None:
+        """A call has failed; probe writes begin at once, and end that again."""
+        if store not in self._failing:
+            logger.error("store fails", detail=store, error=type(error).__name__)
+            self._failing.add(store)
+            self._has_failed.set()
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what a call inside raises, unless what was asked for may be the reason."""
+        try:
+            yield
+        except DATABASE_ERRORS as error:
+            self.note(Store.DATABASE, error)
+            raise
+        except StorageUnavailable as error:
+            self.note(Store.FILES, error)
+            raise
+
+    async def run(self) -> None:
+        """Probe the stores that fail, until cancelled."""
+        with ExitStack() as stack:
+            # One thread each: a store that hangs holds up nothing else, and no second probe.
+            threads = {
+                store: stack.enter_context(Threads(1, f"probe of {store}")) for store in Store
+            }
+            while True:
+                await self._has_failed.wait()
+                self._has_failed.clear()
+                while self._failing:
+                    for store in self.failing:
+                        await self._probe(store, threads[store])
+                    if self._failing:
+                        await asyncio.sleep(PROBE_S)
+
+    async def _probe(self, store: Store, threads: Threads) -> None:
+        try:
+            async with asyncio.timeout(PROBE_PATIENCE_S):
+                await threads.call(self._probes[store])
+        except (SQLAlchemyError, StorageUnavailable, TimeoutError):
+            return
+        self._failing.discard(store)
+        logger.info("store works again", detail=store)
+
+
+def write_nothing(engine: Engine) -> None:
+    """A write transaction that changes nothing. Raises: SQLAlchemyError."""
+    with engine.begin() as connection:
+        connection.execute(WRITE)

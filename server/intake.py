@@ -116,6 +116,7 @@ async def accept(
     """
     if services.waiters.is_released:
         raise ServerBusy
+    services.health.refuse_writes()
     if once is not None:
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
@@ -137,7 +138,8 @@ async def accept(
                     intake = take_note(images, fetch_s, decode_s)
                     return write_job(asked, caller, base_url, file_prefix, pair, intake)
 
-                return await services.keeper.keep(write, pair, once)
+                with services.health.noting():
+                    return await services.keeper.keep(write, pair, once)
         except ImageUnavailable:
             services.metrics.decodes.labels("refused").inc()
             raise

@@ -32,7 +32,7 @@ from server.telemetry import get_logger
 
 logger = get_logger(__name__)
 
-PROBES = ("/healthz", "/readyz")
+PROBES = ("/healthz", "/readyz", "/readyz/workers")
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 """Of a client's own id that is taken over into answers and log lines."""

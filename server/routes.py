@@ -3,14 +3,17 @@
 Each reads with the dialect, calls the services, and writes with the dialect.
 """
 
+import asyncio
 import base64
 import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from models.enhance import Enhancement
@@ -18,6 +21,7 @@ from server.auth import Caller
 from server.bodies import Fields, read_fields, release_body
 from server.dialects import v3
 from server.errors import RouteNotFound
+from server.health import PROBE_PATIENCE_S, Store
 from server.holding import Held
 from server.intake import (
     ServicesOf,
@@ -41,6 +45,8 @@ router = APIRouter()
 OUTPUT_NAME = re.compile(rf"({OUTPUT_STEM})\.(png|base64)")
 PLAIN_STATES = ("ready", "loading")
 """Of workers; told by their number and by how far they are."""
+
+NOT_READY_HEADERS = {"Retry-After": "5"}
 
 OUTPUT_HEADERS = {
     "Cache-Control": "public, max-age=86400, immutable",
@@ -170,14 +176,14 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(services: ServicesOf) -> JSONResponse:
-    """Whether a request made now would be worked on; the reason where not."""
-    expected = len(services.settings.worker_devices)
-    workers = await services.in_store_thread(services.store.workers_seen)
-    is_ready, reason = readiness(
-        workers, expected, services.background.failing(), services.waiters.is_released
-    )
-    status = {"status": "ok" if is_ready else "unavailable", "reason": reason}
-    return JSONResponse(status, 200 if is_ready else 503)
+    """Whether this process takes requests; the reason where not, and how many workers there are."""
+    return to_probe_answer(await readiness(services), needs_worker=False)
+
+
+@router.get("/readyz/workers")
+async def readyz_workers(services: ServicesOf) -> JSONResponse:
+    """Whether a request made now would be worked on: the same, and a worker is ready."""
+    return to_probe_answer(await readiness(services), needs_worker=True)
 
 
 async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
@@ -219,20 +225,65 @@ def reading_policy(settings: Settings, caller: Caller) -> v3.ReadingPolicy:
     )
 
 
-def readiness(
-    workers: Sequence[WorkerStatus], expected: int, failing: Sequence[str], is_stopping: bool
-) -> tuple[bool, str]:
-    """Whether a job would be made and told of, and how things stand, in words for anybody.
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """How things stand.
 
-    Why a worker failed names paths and tells of libraries: that is on the admin port.
-    failing: background tasks that have failed lately.
+    troubles: why no requests can be taken, in words. workers: those heard of lately, none where the
+    database does not answer. reason: all of it in words for anybody; why a worker failed names
+    paths and tells of libraries, that is on the admin port.
     """
+
+    troubles: Sequence[str]
+    workers: Sequence[WorkerStatus]
+    reason: str
+
+    def is_ready(self, *, needs_worker: bool) -> bool:
+        """needs_worker: whether a job would be made too."""
+        has_worker = any(worker.state == "ready" for worker in self.workers)
+        return not self.troubles and (has_worker or not needs_worker)
+
+
+async def readiness(services: Services) -> Readiness:
+    """Ask the database for its workers, unless it is known to fail."""
+    workers = await workers_seen(services)
+    failing = services.background.failing()
+    troubles = ["draining"] if services.waiters.is_released else []
+    troubles += [f"the {store} fails" for store in services.health.failing]
+    troubles += [f"{name} failed lately" for name in failing if name == WEBHOOKS]
+    others = [f"{name} failed lately" for name in failing if name != WEBHOOKS]
+    counts = describe_workers(workers, len(services.settings.worker_devices))
+    return Readiness(troubles, workers, "; ".join([*troubles, *counts, *others]))
+
+
+async def workers_seen(services: Services) -> list[WorkerStatus]:
+    """None are seen where the database does not answer in time."""
+    if Store.DATABASE in services.health.failing:
+        return []
+    try:
+        async with asyncio.timeout(PROBE_PATIENCE_S):
+            return await services.in_store_thread(services.store.workers_seen)
+    except (TimeoutError, SQLAlchemyError) as error:
+        services.health.note(Store.DATABASE, error)
+    return []
+
+
+def describe_workers(workers: Sequence[WorkerStatus], expected: int) -> list[str]:
+    """How many are in each state, and how far those are that load."""
     states = Counter(worker.state for worker in workers)
     total = max(expected, len(workers))
     loading = [worker.detail for worker in workers if worker.state == "loading"]
     others = [f"{states[each]} {each}" for each in sorted(states) if each not in PLAIN_STATES]
-    failures = [f"{name} failed lately" for name in failing]
-    draining = ["draining"] if is_stopping else []
-    is_ready = bool(states["ready"]) and WEBHOOKS not in failing and not is_stopping
-    told = [*draining, f"{states['ready']}/{total} workers ready", *loading, *others, *failures]
-    return is_ready, "; ".join(told)
+    return [f"{states['ready']}/{total} workers ready", *loading, *others]
+
+
+def to_probe_answer(found: Readiness, *, needs_worker: bool) -> JSONResponse:
+    """The public one."""
+    is_ready = found.is_ready(needs_worker=needs_worker)
+    states = Counter(worker.state for worker in found.workers)
+    body = {
+        "status": "ok" if is_ready else "unavailable",
+        "reason": found.reason,
+        "workers": {state: states[state] for state in ("ready", "loading", "failed")},
+    }
+    return JSONResponse(body, 200 if is_ready else 503, {} if is_ready else NOT_READY_HEADERS)

@@ -11,6 +11,7 @@ from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.errors import StorageUnavailable
 from server.followers import Followers
+from server.health import Health
 from server.job_store import JobStore
 from server.keeping import Keeper
 from server.metrics import Metrics
@@ -63,6 +64,7 @@ class Services:
     webhooks: WebhookSender
     background: Background
     metrics: Metrics
+    health: Health
     store_threads: Threads
     file_threads: Threads
     arrivals: Headcount = field(default_factory=Headcount)
@@ -71,14 +73,16 @@ class Services:
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Call what reads or writes the database without blocking the event loop."""
-        return await self.store_threads.call(function, *args, **kwargs)
+        with self.health.noting():
+            return await self.store_threads.call(function, *args, **kwargs)
 
     async def in_file_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """The same for what reads or removes files. Raises: StorageUnavailable, also when late."""
-        try:
-            async with asyncio.timeout(FILE_PATIENCE_S):
-                return await self.file_threads.call(function, *args, **kwargs)
-        except TimeoutError as error:
-            raise StorageUnavailable("the file store does not answer") from error
+        with self.health.noting():
+            try:
+                async with asyncio.timeout(FILE_PATIENCE_S):
+                    return await self.file_threads.call(function, *args, **kwargs)
+            except TimeoutError as error:
+                raise StorageUnavailable("the file store does not answer") from error

@@ -60,6 +60,9 @@ CLIENT_OPTIONS = (
 CONTENT_TYPES = {".png": "image/png"}
 """What an object store tells browsers of a file, by its suffix."""
 
+PROBE_BYTES = 1_000_000
+"""Of a probe: what the input of a picture at 512×512 takes."""
+
 SYNCS, UPLOADS = 8, 64
 """Files that `put_early` brings to the disk, or to an object store, at a time. A thread that comes
 back from the disk waits for the interpreter, and many that do so slow down all others."""
@@ -177,6 +180,21 @@ class Storage:
                 yield bytes(piece)
         except (BaseError, OSError) as error:
             raise StorageUnavailable(f"cannot read {key}") from error
+
+    def probe(self, key: str) -> None:
+        """Write a file and remove it, to see that the store takes files.
+
+        As large as a usual input, because a disk that is nearly full still takes small ones.
+        Raises: StorageUnavailable.
+        """
+        content = bytes(PROBE_BYTES)
+        if self._folder is None:
+            # With the patience of reads: who asks wants to know now.
+            with telling_of("cannot write"):
+                self._store.put(key, content)
+        else:
+            self.put(key, content)
+        self.delete(key)
 
     def has(self, key: str) -> bool:
         """Whether there is such a key. Raises: StorageUnavailable."""

@@ -103,8 +103,9 @@ def test_figures_without_a_database(app: LiveApp, admin: httpx.Client, settings:
 
 
 def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
-    answer = admin.get("/readyz")
-    assert (answer.status_code, answer.json()["reason"]) == (503, "0/1 workers ready")
+    for path, code in (("/readyz", 200), ("/readyz/workers", 503)):
+        answer = admin.get(path)
+        assert (answer.status_code, answer.json()["reason"]) == (code, "0/1 workers ready")
     with store_of(settings) as store:
         store.report_worker(seen_now(status("w", 0)))
         failed = WorkerStatus("x", "cpu", "builtin", "failed", "/srv/model: no such file", 0)

@@ -628,7 +628,7 @@ class TestPagesOfElsewhere:
             probe = app.client.get("/healthz", headers=headers)
             assert probe.status_code == 200
 
-    @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/readyz/workers"])
     def test_probes_come_under_any_name(self, path: str, client: httpx.Client) -> None:
         answer = client.get(path, headers={"host": "10.0.0.7"})
         assert answer.status_code in (200, 503)
@@ -912,7 +912,7 @@ class TestErrors:
             engine.dispose()
             answer = app.client.request("POST" if "v3" in path else "GET", path)
         assert answer.status_code == (200 if "v3" in path else 503)
-        assert answer.headers["retry-after"] == "10"
+        assert answer.headers["retry-after"] == ("5" if path == "/readyz" else "10")
         assert answer.headers["cache-control"] == "no-store"
 
 
@@ -933,8 +933,11 @@ class TestHealth:
             ]:
                 if worker is not None:
                     store.report_worker(seen_now(worker))
-                answer = app.client.get("/readyz")
+                answer = app.client.get("/readyz/workers")
                 assert (answer.status_code, answer.json()["reason"]) == (code, reason)
+                # A request is taken all the same, and waits.
+                answer = app.client.get("/readyz")
+                assert (answer.status_code, answer.json()["reason"]) == (200, reason)
 
     def test_load_is_told_in_integers(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path)

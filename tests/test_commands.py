@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.cli import main
-from server.health import local_url
+from server.health_command import local_url
 from server.http import bind
 from server.settings import load_settings
 from server.terminal import layout, size_text

@@ -289,7 +289,7 @@ def test_bad_input_is_answered_and_the_server_goes_on(
         if change.get(name, "").endswith(".png"):
             change = {**change, name: f"{images}/{change[name]}"}
     assert server.inpaint(**fields(images, **change)) == {"status": "error", "message": message}
-    assert server.client.get("/readyz").json()["status"] == "ok"
+    assert server.client.get("/readyz/workers").json()["status"] == "ok"
 
 
 def test_image_host_that_never_answers_is_given_up(tmp_path: Path, images: str) -> None:

@@ -73,7 +73,7 @@ SERVER = {
     "key_commands": "database keys settings terminal",
     "model_commands": "settings terminal models.errors models.fingerprint models.manifests"
     " models.registry models.weights",
-    "health": "settings",
+    "health_command": "settings",
     "auth": "addresses errors keys limits settings telemetry",
     "database": "settings telemetry",
     "migrations": "database",
@@ -123,13 +123,14 @@ SERVER = {
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
+    "health": "errors telemetry threads",
     "outlook": "job_store jobs",
-    "services": "auth background deliveries egress errors followers job_store keeping metrics"
-    " outlook sandbox settings slots storage threads waiters webhooks",
+    "services": "auth background deliveries egress errors followers health job_store keeping"
+    " metrics outlook sandbox settings slots storage threads waiters webhooks",
     "intake": "auth decoder decoders downloads errors idempotency jobs proxies receipts services"
     " settings slots models.params",
     "holding": "",
-    "routes": "auth bodies dialects errors holding intake job_store jobs services settings"
+    "routes": "auth bodies dialects errors health holding intake job_store jobs services settings"
     " telemetry models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth bodies deliveries dialects errors followers idempotency intake"
@@ -146,21 +147,21 @@ SERVER = {
     "devices": "telemetry",
     "preflight": "devices settings models.errors models.registry",
     "supervisor": "job_store metrics settings telemetry",
-    "app": "auth background database deliveries dialects door egress errors followers holding"
-    " intake janitor job_store keeping keys metrics middleware native_routes outlook proxies routes"
-    " sandbox services settings silence storage telemetry threads waiters wal webhooks"
-    " models.decoding",
+    "app": "auth background database deliveries dialects door egress errors followers health"
+    " holding intake janitor job_store jobs keeping keys metrics middleware native_routes outlook"
+    " proxies routes sandbox services settings silence storage telemetry threads waiters wal"
+    " webhooks models.decoding",
     "metrics": "database failures job_store jobs settings",
     "proxies": "",
     "middleware": "bodies errors metrics proxies settings telemetry",
-    "admin": "connections intake metrics proxies routes services",
+    "admin": "connections errors intake metrics middleware proxies routes services",
     "connections": "auth bodies proxies settings",
     "watchdog": "telemetry",
     "http": "admin connections cores settings supervisor watchdog",
     "cluster": "app worker settings",
     "demo": "database job_store settings supervisor",
     "cli": "announcements app auth cluster database deliveries demo devices dialects door errors"
-    " health http job_store key_commands keys model_commands preflight settings settings_errors"
+    " health_command http job_store key_commands keys model_commands preflight settings settings_errors"
     " supervisor telemetry terminal webhooks worker models.errors models.spelling",
     "announcements": "job_store settings telemetry models.errors",
 }
@@ -301,7 +302,7 @@ def importers_of(*names: str) -> set[str]:
 READS_URLS = {"addresses.py", "egress.py"}
 OPENS_CONNECTIONS = {"door.py", "exchange.py", "lookups.py"}
 # The demo is a client of a server of its own, the health check of this machine's.
-CLIENTS = {"demo.py", "health.py"}
+CLIENTS = {"demo.py", "health_command.py"}
 LISTENS = {"connections.py", "http.py"}
 # The type of a listening socket, and the machine's name.
 NAMES_SOCKETS = {"cli.py", "supervisor.py"}

@@ -180,7 +180,7 @@ def device_lost(room: Path) -> Found:
             Script(tag="lost", fault=FaultKind.DEVICE_LOST, at=Stage.HALF, step_s=0.05)
         )
         until(lambda: site.readiness() == 503, 10, "readiness says that no worker is there")
-        reason = site.client.get(f"{site.url}/readyz").json()["reason"]
+        reason = site.client.get(f"{site.url}/readyz/workers").json()["reason"]
         expect("0/1" in reason, f"readiness does not count workers: {reason}")
         took_s = site.ended(job, beside)
         expect(site.readiness() == 200, "not ready again")

@@ -17,7 +17,6 @@ from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import Script
 from tests.chaos.site import (
     PRIVATE_MOUNTS,
-    Broken,
     Site,
     expect,
     launch_program,
@@ -27,8 +26,8 @@ from tests.chaos.site import (
 )
 
 TMPFS_BYTES = 4_000_000
-NOT_READY_S = 45.0
-"""From the last sign of life of a worker to 503, and a bit."""
+TOLD_S = 2.0
+"""From a refused write to 503 of readiness."""
 KEPT = "a store is away, the job's end waits"
 """What a worker logs then."""
 
@@ -101,7 +100,7 @@ def disk_full(room: Path) -> Found:
         oracle = Oracle(site)
         before = site.accept(Script(tag="before"))
         site.ended(before)
-        slowest_s, gaps = full_disk(site, disk, before)
+        slowest_s, gaps = full_disk(site, disk, before), list[str]()
         legs: dict[str, tuple[Callable[[Site], float], str]] = {
             "no byte may be written (RLIMIT_FSIZE)": (without_room, ""),
             "files read-only (bind mount)": (
@@ -123,19 +122,20 @@ def disk_full(room: Path) -> Found:
         return Found(", ".join(injected), checked, slowest_s, tuple(gaps))
 
 
-def full_disk(site: Site, disk: Path, finished: int) -> tuple[float, list[str]]:
-    """Seconds to heal, and gaps."""
-    gaps = []
+def full_disk(site: Site, disk: Path, finished: int) -> float:
+    """Seconds to heal."""
     filler = fill(disk)
     refused(site)
     expect(site.status(finished) == "success", "reads do not work on a full disk")
     picture_of(site, finished)
-    try:
-        until(lambda: site.readiness() == 503, NOT_READY_S, "readiness says so")
-    except Broken:
-        gaps.append("readiness does not tell of a full disk")
+    told_closed(site)
     filler.unlink()
-    return healing_s(site), gaps
+    return healing_s(site)
+
+
+def told_closed(site: Site) -> None:
+    """Readiness tells of a store that has refused a write. Raises: Broken."""
+    until(lambda: not site.is_open(), TOLD_S, "readiness tells of it")
 
 
 def healing_s(site: Site) -> float:
@@ -150,6 +150,7 @@ def without_room(site: Site) -> float:
     """Take the API's right to write away and give it back; seconds to heal."""
     limit_file_size(site, 0)
     refused(site)
+    told_closed(site)
     limit_file_size(site, resource.RLIM_INFINITY)
     return healing_s(site)
 
@@ -266,6 +267,7 @@ def store_hangs(room: Path) -> Found:
             expect(answer.status_code == 503 and "retry-after" in answer.headers, f"submit: {told}")
             expect(time.monotonic() - started < HUNG_SUBMIT_S, f"submit: {told}")
             expect(bucket.tries > 0, "the bucket was not asked")
+            told_closed(site)
         finally:
             bucket.is_hung = False
         healed_s = healing_s(site)
@@ -327,6 +329,7 @@ def stored_later(
     until(lambda: oracle.row(job)["step"] > 0, 60, "its input is read")
     with broken:
         refused(site)
+        told_closed(site)
         until(lambda: bool(site.log_events(KEPT)), 60, "a worker says that it keeps a picture")
         give_up_at = time.monotonic() + KEPT_S
         while time.monotonic() < give_up_at:

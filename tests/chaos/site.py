@@ -255,12 +255,16 @@ class Site:
         read = [json.loads(line) for line in whole]
         return [each for each in read if event in (None, each["event"])]
 
-    def readiness(self) -> int:
-        """Status of the readiness probe; 0 where nobody answers."""
+    def readiness(self, path: str = "/readyz/workers") -> int:
+        """Status of a readiness probe; 0 where nobody answers."""
         try:
-            return self.client.get(f"{self.url}/readyz", timeout=5).status_code
+            return self.client.get(self.url + path, timeout=5).status_code
         except httpx.HTTPError:
             return 0
+
+    def is_open(self) -> bool:
+        """Whether the server says that it takes requests."""
+        return self.readiness("/readyz") == 200
 
     def submit(self, script: Script | None = None, **changes: Any) -> httpx.Response:
         """Ask for a picture; an id in the answer is noted down."""
