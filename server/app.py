@@ -80,7 +80,13 @@ def create_app(settings: Settings) -> FastAPI:
         services: Services = app.state.services
         return services.keys.serves_loopback_only
 
-    app.add_middleware(ErrorAnswers, settings, serves_loopback_only, answer_error)
+    app.add_middleware(
+        ErrorAnswers,
+        settings,
+        serves_loopback_only,
+        lambda: app.state.services.health.is_file_gone,
+        answer_error,
+    )
     if settings.cors_origins:
         app.add_middleware(CrossOrigin, settings.cors_origins, serves_loopback_only)
     app.add_middleware(RequestContext, metrics)
@@ -142,7 +148,8 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             {
                 Store.DATABASE: lambda: write_nothing(engine),
                 Store.FILES: lambda: storage.probe(probe_key),
-            }
+            },
+            store.check_file,
         )
         background.start("health", health.run)
         sandbox = stack.enter_context(Sandbox(ImageLimits(settings.fetch.max_image_bytes)))

@@ -387,6 +387,7 @@ def work(options: argparse.Namespace) -> int:
     from models.errors import DeviceUnavailable, EngineError, ModelUnavailable
     from server import worker
     from server.announcements import STARTING
+    from server.database import DatabaseFileGone
     from server.telemetry import configure_logging, get_logger
 
     # A server tells a person of its workers.
@@ -402,7 +403,7 @@ def work(options: argparse.Namespace) -> int:
         if options.parent is None:  # else the server says it
             get_logger(__name__).error("worker cannot go on", detail=str(error))
         return UNUSABLE
-    except EngineError as error:
+    except (EngineError, DatabaseFileGone) as error:
         get_logger(__name__).error("worker cannot go on", detail=str(error))
         return 1
     return 0

@@ -36,7 +36,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from server.telemetry import get_logger
 
@@ -62,6 +62,9 @@ LOCK_PAUSE_MS = 1
 """Between two looks whether SQLite can be written to. By itself it looks ever more seldom, every
 100 ms in the end, and a process that is busy with commits keeps another one out for seconds; see
 `commits.py` as well."""
+
+FILE_OPTION = "database_file"
+"""Execution option of an engine for a SQLite file: its `DatabaseFile`."""
 
 PRIMARY_CODE = 0xFF
 """The bits of SQLite's result codes that say what is wrong; those above say why."""
@@ -275,18 +278,77 @@ api_keys = Table(
 )
 
 
+class DatabaseFileGone(OperationalError):
+    """A SQLite file is not, or no longer, the one under its path. reason: a sentence."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(None, None, sqlite.OperationalError(reason))
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class DatabaseFile:
+    """The file of a SQLite database, known by its inode from when it was first opened.
+
+    SQLite goes on with an open file that was moved, removed or replaced: what it commits then is
+    lost at the next start, and nobody reads what others write to the file that has come instead.
+    must_exist: it is not made where it is missing.
+    """
+
+    def __init__(self, path: str, *, must_exist: bool) -> None:
+        self._path = path
+        self._must_exist = must_exist
+        self._opened: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Raises: DatabaseFileGone where the path leads to another file by now, or to none."""
+        if self._opened is not None and self._find() != self._opened:
+            raise DatabaseFileGone(
+                f"the database file {self._path} was moved, removed or replaced while it was in use"
+            )
+
+    def before_connect(self, *_arguments: object) -> None:
+        """As an event of the engine. Raises: DatabaseFileGone."""
+        self.check()
+        if self._must_exist and self._find() is None:
+            raise DatabaseFileGone(f"the database file {self._path} is not there")
+
+    def after_connect(self, *_arguments: object) -> None:
+        """As an event of the engine, once the file is there."""
+        self._opened = self._opened or self._find()
+
+    def _find(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+
+def check_file(engine: Engine) -> None:
+    """Raises: DatabaseFileGone where a SQLite's file was moved, removed or replaced. A `stat`."""
+    file: DatabaseFile | None = engine.get_execution_options().get(FILE_OPTION)
+    if file is not None:
+        file.check()
+
+
 def open_engine(
     url: str,
     sqlite_version: SqliteVersion = sqlite.sqlite_version_info,
     busy_timeout_ms: int = BUSY_TIMEOUT_MS,
+    *,
+    must_exist: bool = False,
 ) -> Engine:
     """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing.
 
     Its errors name no parameters: prompts are among them, and errors are logged.
-    busy_timeout_ms: how long a SQLite transaction waits for others.
+    busy_timeout_ms: how long a SQLite transaction waits for others. must_exist: a SQLite file is
+    not made either; transactions fail until another process has made it.
     """
     if make_url(url).get_backend_name() == "sqlite":
-        return _open_sqlite(url, sqlite_version, busy_timeout_ms)
+        return _open_sqlite(url, sqlite_version, busy_timeout_ms, must_exist)
     return _open_postgresql(url)
 
 
@@ -323,7 +385,9 @@ def _limits(own: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _open_sqlite(url: str, version: SqliteVersion, busy_timeout_ms: int) -> Engine:
+def _open_sqlite(
+    url: str, version: SqliteVersion, busy_timeout_ms: int, must_exist: bool
+) -> Engine:
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -348,6 +412,11 @@ def _open_sqlite(url: str, version: SqliteVersion, busy_timeout_ms: int) -> Engi
         )
     event.listen(engine, "connect", functools.partial(_set_pragmas, journal_mode, busy_timeout_ms))
     event.listen(engine, "begin", functools.partial(_begin_immediate, busy_timeout_ms))
+    if database:
+        file = DatabaseFile(database, must_exist=must_exist)
+        event.listen(engine, "do_connect", file.before_connect)
+        event.listen(engine, "connect", file.after_connect)
+        engine.update_execution_options(**{FILE_OPTION: file})
     return engine
 
 
@@ -384,6 +453,12 @@ def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
 
 
 def _begin_immediate(busy_timeout_ms: int, connection: Connection) -> None:
+    _take_turn(busy_timeout_ms, connection)
+    # Not before: the file may be replaced while this waits for its turn.
+    check_file(connection.engine)
+
+
+def _take_turn(busy_timeout_ms: int, connection: Connection) -> None:
     # A deferred transaction that turns from reading to writing fails at once when another one
     # writes, whatever the timeout; taking the lock at the start waits instead. Readers that run
     # outside a write transaction use `read_only`.

@@ -6,13 +6,14 @@ idle server notices that a disk has room again, and costs an object store nothin
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from server.database import DatabaseFileGone
 from server.errors import StorageUnavailable
 from server.telemetry import get_logger
 from server.threads import Threads
@@ -40,17 +41,40 @@ class Store(StrEnum):
 
 
 class Health:
-    """Belongs to the event loop. probes: a write to each store; what they raise is a failure."""
+    """Belongs to the event loop.
 
-    def __init__(self, probes: Mapping[Store, Callable[[], None]]) -> None:
+    probes: a write to each store; what they raise is a failure. check_file: raises DatabaseFileGone
+    where the database file was moved, removed or replaced; it is quick.
+    """
+
+    def __init__(
+        self, probes: Mapping[Store, Callable[[], None]], check_file: Callable[[], None]
+    ) -> None:
         self._probes = probes
+        self._check_file = check_file
         self._failing: set[Store] = set()
+        self._is_file_gone = False
         self._has_failed = asyncio.Event()
 
     @property
     def failing(self) -> list[Store]:
         """The stores that do not take writes now."""
         return sorted(self._failing)
+
+    @property
+    def troubles(self) -> list[str]:
+        """What fails, in words for anybody."""
+        return [
+            "the database file was moved, removed or replaced: restart the server"
+            if store is Store.DATABASE and self._is_file_gone
+            else f"the {store} fails"
+            for store in self.failing
+        ]
+
+    @property
+    def is_file_gone(self) -> bool:
+        """The database is another one now: keys and jobs of the open one must not count."""
+        return self._is_file_gone
 
     def refuse_writes(self) -> None:
         """At once, where they would be waited for in vain. Raises: StorageUnavailable."""
@@ -59,8 +83,12 @@ class Health:
 
     def note(self, store: Store, error: Exception) -> None:
         """A call has failed; probe writes begin at once, and end that again."""
-        if store not in self._failing:
-            logger.error("store fails", detail=store, error=type(error).__name__)
+        is_news = store not in self._failing
+        if isinstance(error, DatabaseFileGone) and not self._is_file_gone:
+            self._is_file_gone = is_news = True
+        if is_news:
+            detail = str(error) if self._is_file_gone else store
+            logger.error("store fails", detail=detail, error=type(error).__name__)
             self._failing.add(store)
             self._has_failed.set()
 
@@ -77,20 +105,21 @@ class Health:
             raise
 
     async def run(self) -> None:
-        """Probe the stores that fail, until cancelled."""
+        """Probe the stores that fail, and look after the database file, until cancelled."""
         with ExitStack() as stack:
             # One thread each: a store that hangs holds up nothing else, and no second probe.
             threads = {
                 store: stack.enter_context(Threads(1, f"probe of {store}")) for store in Store
             }
             while True:
-                await self._has_failed.wait()
                 self._has_failed.clear()
-                while self._failing:
-                    for store in self.failing:
-                        await self._probe(store, threads[store])
-                    if self._failing:
-                        await asyncio.sleep(PROBE_S)
+                for store in self.failing:
+                    await self._probe(store, threads[store])
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(PROBE_S):
+                        await self._has_failed.wait()
+                with suppress(DatabaseFileGone), self.noting():
+                    self._check_file()
 
     async def _probe(self, store: Store, threads: Threads) -> None:
         try:
@@ -99,6 +128,7 @@ class Health:
         except (SQLAlchemyError, StorageUnavailable, TimeoutError):
             return
         self._failing.discard(store)
+        self._is_file_gone = self._is_file_gone and store is not Store.DATABASE
         logger.info("store works again", detail=store)
 
 

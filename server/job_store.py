@@ -45,7 +45,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from server.changes import ChangeSignal
 from server.clocks import SharedClock
 from server.commits import GroupCommit, each
-from server.database import Topic, jobs, notify, read_only, receipts, workers
+from server.database import Topic, check_file, jobs, notify, read_only, receipts, workers
 from server.deliveries import queue_delivery
 from server.failures import Failure
 from server.idempotency import Idempotency
@@ -226,6 +226,10 @@ class JobStore:
     def change_signal(self, *topics: Topic) -> ChangeSignal:
         """For one thread that waits for others' commits. topics: all where none is named."""
         return ChangeSignal(self._engine, topics or tuple(Topic))
+
+    def check_file(self) -> None:
+        """As `database.check_file`. Raises: DatabaseFileGone."""
+        check_file(self._engine)
 
     def submit(self, new: NewJob, once: Idempotency | None = None) -> Job:
         """Make a job durable; when this returns it survives the death of every process.

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from server.bodies import refuse_many_fields
-from server.errors import InvalidHost, LoopbackOnly, ServerBusy
+from server.errors import InvalidHost, LoopbackOnly, ServerBusy, StorageUnavailable
 from server.metrics import UNKNOWN_ROUTE, Metrics
 from server.proxies import is_allowed
 from server.settings import Settings, is_loopback
@@ -125,7 +125,8 @@ class CrossOrigin(CORSMiddleware):
 class ErrorAnswers:
     """Refuses what no endpoint should see, and answers what none foresaw.
 
-    serves_loopback_only: whether requests from elsewhere are refused, at the moment.
+    serves_loopback_only: whether requests from elsewhere are refused, at the moment. is_closed:
+    whether all are.
     """
 
     def __init__(
@@ -133,12 +134,14 @@ class ErrorAnswers:
         app: ASGIApp,
         settings: Settings,
         serves_loopback_only: Callable[[], bool],
+        is_closed: Callable[[], bool],
         answer: ErrorAnswer,
     ) -> None:
         self._app = app
         self._settings = settings
         self._allowed_hosts = tuple(host.lower() for host in settings.allowed_hosts)
         self._serves_loopback_only = serves_loopback_only
+        self._is_closed = is_closed
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,7 +168,9 @@ class ErrorAnswers:
             await answer(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> None:
-        """Raises: ServerBusy, InvalidHost, LoopbackOnly."""
+        """Raises: ServerBusy, StorageUnavailable, InvalidHost, LoopbackOnly."""
+        if self._is_closed():
+            raise StorageUnavailable
         if "inpaint.busy" in scope.get("extensions", ()):
             raise ServerBusy
         hosts = [value for name, value in scope["headers"] if name == b"host"]

@@ -249,7 +249,7 @@ async def readiness(services: Services) -> Readiness:
     workers = await workers_seen(services)
     failing = services.background.failing()
     troubles = ["draining"] if services.waiters.is_released else []
-    troubles += [f"the {store} fails" for store in services.health.failing]
+    troubles += services.health.troubles
     troubles += [f"{name} failed lately" for name in failing if name == WEBHOOKS]
     others = [f"{name} failed lately" for name in failing if name != WEBHOOKS]
     counts = describe_workers(workers, len(services.settings.worker_devices))

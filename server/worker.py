@@ -28,7 +28,7 @@ from models.errors import (
 from models.pipeline import Picture, Source
 from models.residency import Residency
 from server.checkpoints import Checkpoints
-from server.database import Topic, open_engine
+from server.database import DatabaseFileGone, Topic, open_engine
 from server.decoders import DecodedPair
 from server.endings import Endings
 from server.errors import StorageUnavailable
@@ -129,7 +129,7 @@ class Worker:
     def run(self) -> None:
         """Work until told to stop; what runs then is finished, what waits is given back.
 
-        Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost.
+        Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost; DatabaseFileGone.
         """
         limits = EngineLimits(
             max_generations=self._max_in_flight,
@@ -145,6 +145,7 @@ class Worker:
             self.store.change_signal(Topic.QUEUED) as signal,
         ):
             while not self._is_over():
+                self.store.check_file()
                 self._keep_up(engine)
                 if self.stopping.is_set():
                     self._wind_up(engine)
@@ -384,12 +385,12 @@ def run(
 ) -> None:
     """Open what a worker needs and run it.
 
-    Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost.
+    Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost; DatabaseFileGone.
     """
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()  # ours covers the whole checkpoint
         library.set_verbosity_error()
-    engine = open_engine(settings.sqlalchemy_url)
+    engine = open_engine(settings.sqlalchemy_url, must_exist=True)
     store = JobStore(engine)
     storage = Storage(settings.storage_url)
     worker = Worker(worker_id, device, settings, store, storage, stopping, parent)
@@ -407,6 +408,8 @@ def run(
             store.requeue_of(worker_id)
             if not is_explained:
                 store.forget_worker(worker_id)
+        except DatabaseFileGone:
+            pass  # its rows are gone with the file
         except SQLAlchemyError:
             logger.exception("jobs not taken back, their leases run out", worker_id=worker_id)
         engine.dispose()

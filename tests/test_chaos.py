@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.database import open_engine
-from tests.chaos.faults_database import idle_workers
+from tests.chaos.faults_database import file_moved, file_replaced, idle_workers
 from tests.chaos.faults_network import delivery, refused_in_parallel, tries, waiters_leave
 from tests.chaos.faults_processes import (
     HOUR_S,
@@ -227,6 +227,14 @@ def test_no_more_are_taken_than_there_is_room_for(tmp_path: Path) -> None:
 @pytest.mark.postgres
 def test_idle_workers_leave_postgresql_alone_and_wake_at_once(tmp_path: Path) -> None:
     idle_workers(tmp_path)
+
+
+def test_database_file_that_is_moved_away_is_noticed(tmp_path: Path) -> None:
+    file_moved(tmp_path)
+
+
+def test_key_revoked_in_a_file_that_came_instead_is_refused(tmp_path: Path) -> None:
+    file_replaced(tmp_path)
 
 
 def test_oracle_notices_what_is_wrong(site: Site) -> None:

@@ -123,7 +123,7 @@ SERVER = {
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
-    "health": "errors telemetry threads",
+    "health": "database errors telemetry threads",
     "outlook": "job_store jobs",
     "services": "auth background deliveries egress errors followers health job_store keeping"
     " metrics outlook sandbox settings slots storage threads waiters webhooks",

@@ -4,14 +4,17 @@ import asyncio
 import importlib
 import importlib.util
 import shutil
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pysqlite3.dbapi2 as sqlite
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
@@ -28,7 +31,16 @@ from tests.chaos.matrix import Found, NotCovered, fault
 from tests.chaos.oracle import Oracle
 from tests.chaos.relay import FAR, PORT, Line, running_relay
 from tests.chaos.scripts import FOLDER_VARIABLE, Script
-from tests.chaos.site import Site, expect, outside_world, running_site, until
+from tests.chaos.site import (
+    INLINE_IMAGE,
+    INLINE_MASK,
+    REPOSITORY,
+    Site,
+    expect,
+    outside_world,
+    running_site,
+    until,
+)
 
 AWAY_S = (1, 10, 60)
 REFUSED_S = 45.0
@@ -37,6 +49,9 @@ IDLE_COMMITS_PER_S = 5
 """Of a worker, or the API, that has nothing to do."""
 IDLE_S = 10
 """Two reports of each worker."""
+GONE_S = 2.0
+"""Until readiness tells that the database file is gone."""
+NATIVE_JOB = {"prompt": "a cat", "init_image": INLINE_IMAGE, "mask_image": INLINE_MASK}
 MANY = 10_000
 SQLITE = "SQLite"
 
@@ -141,6 +156,91 @@ def claims_s(site: Site, count: int = 5) -> list[float]:
         row = oracle.row(job)
         waits.append(row["started_at"] - row["created_at"])
     return waits
+
+
+@fault("F31", "database file is moved, or replaced", within_s=30)
+def file_gone(room: Path) -> Found:
+    """Nothing is promised that the next start would not know, and no key of the old file counts."""
+    moved_s = file_moved(room / "moved")
+    file_replaced(room / "replaced")
+    checked = (
+        "readiness, submits and lists told 503 within 2 s, the worker ended with one sentence and "
+        "made no new file; after the file's return all went on; a key revoked in the file that "
+        "came instead was refused"
+    )
+    return Found("mv of inpaint.db* away and back, a backup put in its place", checked, moved_s)
+
+
+def file_moved(room: Path) -> float:
+    """Seconds from the file's return to the end of a new job. Raises: Broken."""
+    with running_site(room) as site:
+        site.ended(site.accept(Script(tag="before")))
+        aside = room / "aside"
+        aside.mkdir()
+        files = [*site.data_dir.glob("inpaint.db*")]
+        for each in files:
+            each.rename(aside / each.name)
+        told = site.client.post(f"{site.url}/api/jobs", json=NATIVE_JOB)
+        expect(told.status_code == 503, f"a submit got {told.status_code} {told.text[:100]}")
+        expect(told.json()["code"] == "storage_unavailable", f"a submit got {told.text}")
+        until(lambda: not site.is_open(), GONE_S, "readiness tells of it")
+        reason = site.client.get(f"{site.url}/readyz").json()["reason"]
+        expect("database file was moved" in reason, f"readiness says {reason!r}")
+        expect(site.client.get(f"{site.url}/api/jobs").status_code == 503, "jobs are listed")
+        expect(site.readiness("/healthz") == 200, "the process does not answer")
+        said = [each for each in site.log_events("store fails") if "was moved" in each["detail"]]
+        expect(len(said) == 1, f"{len(said)} lines in the log")
+        until(lambda: bool(site.log_events("worker cannot go on")), 10, "the worker ends")
+        until(lambda: len(site.log_events("worker started")) > 1, 10, "it is started again")
+        until(lambda: bool(site.log_events("the database does not answer")), 60, "and asks")
+        expect(not files[0].exists(), "somebody has made a new database")
+        for each in files:
+            (aside / each.name).rename(each)
+        started = time.monotonic()
+        until(site.is_open, 10, "requests are taken again")
+        site.ended(site.accept(Script(tag="after")))
+        return time.monotonic() - started
+
+
+def file_replaced(room: Path) -> None:
+    """Raises: Broken."""
+    with outside_world() as (_thread, host):
+        site = Site(room, host)
+        key = command_line(site, "keys", "create", "somebody").strip()
+        key_id = command_line(site, "keys", "list").splitlines()[1].split("\t")[0]
+        headers = {"Authorization": f"Bearer {key}"}
+
+        def listed() -> int:
+            return site.client.get(f"{site.url}/api/jobs", headers=headers).status_code
+
+        try:
+            site.start()
+            expect(listed() == 200, "the key does not work")
+            database = site.data_dir / "inpaint.db"
+            backup = room / "backup.db"
+            with closing(sqlite.connect(str(database))) as source:
+                source.execute("VACUUM INTO ?", (str(backup),))
+            for name in ("inpaint.db-wal", "inpaint.db-shm"):
+                (site.data_dir / name).unlink()
+            backup.replace(database)
+            expect("1 revoked" in command_line(site, "keys", "revoke", key_id), "not revoked")
+            expect(listed() == 503, "the revoked key works")
+            until(lambda: not site.is_open(), GONE_S, "readiness tells of it")
+            ping = f"{site.url}/api/webhooks/ping"
+            answer = site.client.post(ping, headers=headers, json={"url": f"{host.url}/ok/ping"})
+            expect(answer.status_code == 503, f"a ping with the revoked key: {answer.status_code}")
+            site.stop()
+            site.start()
+            expect(listed() == 401, "the revoked key works after a restart")
+        finally:
+            site.close()
+
+
+def command_line(site: Site, *arguments: str) -> str:
+    """What our command prints of the site's data."""
+    command = [sys.executable, "-m", "server.cli", *arguments, "--data-dir", str(site.data_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    return done.stdout
 
 
 @fault("F22", "line between node and database is cut", within_s=20, is_patient=True)
