@@ -17,6 +17,7 @@ steady clock of the process that measured them, and are stored as such.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    func,
     insert,
     select,
     tuple_,
@@ -88,6 +90,12 @@ WORKER_SEEN_S = 30.0
 WORKER_KEPT_S = 600.0
 """The row of one not heard of for so long is removed."""
 
+OVER_SHARE_S = 0.25
+"""Other workers that have room claim a job sooner than that."""
+
+COUNTED = 1_000
+"""Waiting jobs, for a worker's share. With more all workers are full."""
+
 START_S = 30.0
 """Until somebody works, where nobody does: a guess at the start of a worker. A client told less
 would ask again and again for nothing."""
@@ -105,8 +113,16 @@ IS_LIVE: ColumnElement[bool] = jobs.c.state.in_(
     [state for state in JobState if not state.is_terminal]
 )
 LIVE = select(jobs.c.id).where(IS_LIVE)
+WAITING = select(func.count()).select_from(
+    select(jobs.c.id).where(IS_WAITING).limit(COUNTED).subquery()
+)
+HELD_BY_WORKERS = (
+    select(jobs.c.worker_id, func.count().label("jobs"))
+    .where(jobs.c.state == JobState.RUNNING)
+    .group_by(jobs.c.worker_id)
+)
 FIRST = (
-    select(jobs.c.id, jobs.c.attempt)
+    select(jobs.c.id, jobs.c.attempt, jobs.c.created_at)
     .where(IS_WAITING)
     .order_by(*ORDER)
     .limit(bindparam("limit"))
@@ -320,14 +336,25 @@ class JobStore:
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
         """Take up to `limit` queued jobs, first to last, each with a new claim.
 
+        While other workers are ready, no more than a worker's share of all live jobs, so that a
+        burst does not go to whoever looks first. Shares are equal, whatever places the workers
+        have: a job that has waited for `OVER_SHARE_S` is not left to the others any longer, who are
+        full or gone, and goes out alone.
+
         A job whose worker was lost may be what killed it: it is given out alone, and only to a
         worker without any other, so that it cannot take neighbours down.
         is_idle: whether the worker holds no job.
         """
         # Committed by hand: a claim that finds nothing has nothing to commit.
         with self._engine.connect() as connection:
-            waiting = connection.execute(FIRST, {"limit": limit}).all()
+            count = connection.scalar(WAITING)
+            if not count:
+                return []
             now = self._clock()  # not before: a job may be written while we wait for our turn
+            share = min(limit, self._share(connection, worker_id, count))
+            waiting = connection.execute(FIRST, {"limit": max(share, 1)}).all()
+            if share < 1 and waiting and 0 <= now - waiting[0].created_at < OVER_SHARE_S:
+                return []
             chosen = _claimable(waiting, is_idle)
             if not chosen:
                 return []
@@ -346,6 +373,13 @@ class JobStore:
         claimed_s = self._steady_clock()
         claimed = [replace(to_job(row), claimed_s=claimed_s) for row in rows]
         return sorted(claimed, key=lambda job: chosen.index(job.id))
+
+    def _share(self, connection: Connection, worker_id: str, waiting: int) -> int:
+        """How many more jobs a worker may take until it has its share. waiting: of the jobs."""
+        ready = {each.id for each in self._seen(connection) if each.state == "ready"}
+        held = {row.worker_id: row.jobs for row in connection.execute(HELD_BY_WORKERS)}
+        whole = waiting + sum(held.values())
+        return math.ceil(whole / len(ready | {worker_id})) - held.get(worker_id, 0)
 
     def release(self, job: Job) -> bool:
         """Running to queued through no fault of the job: the attempt does not count."""
@@ -596,7 +630,7 @@ def in_few_sizes(job_ids: Sequence[int]) -> Iterator[list[int]]:
         yield some + some[-1:] * (size - len(some))
 
 
-def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:
+def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[int]:
     """Of queued jobs (id, attempt) in order, those to give out together."""
     if queued and queued[0].attempt > 0:
         return [queued[0].id] if is_idle else []

@@ -25,6 +25,7 @@ from server.job_store import (
     LEASE_S,
     MAX_ATTEMPTS,
     MOST_IDS,
+    OVER_SHARE_S,
     SLOW_FACTOR,
     START_S,
     WORKER_KEPT_S,
@@ -137,6 +138,7 @@ def test_claim_takes_the_oldest_first_and_skips_leased_jobs(store: JobStore) -> 
 def test_job_is_not_claimed_before_it_was_written(engine: Engine) -> None:
     """Where a claim waits for the database, what it then finds may be younger than its question."""
     seen: list[str] = []
+    JobStore(engine).submit(new_job())
     event.listen(engine, "begin", lambda _connection: seen.append("begin"))
 
     def look() -> float:
@@ -753,6 +755,70 @@ def test_release_that_comes_twice_does_not_disturb_the_next_claim(store: JobStor
     assert not store.release(first)
     assert store.finish(second, [False, False])
     assert not {*first.output_keys} & {*second.output_keys}
+
+
+class TestShares:
+    """A burst goes to all workers that are ready."""
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def stores(self, engine: Engine, clock: Clock) -> list[JobStore]:
+        """Of three workers, which say that they are ready."""
+        stores = [JobStore(engine, clock=clock, steady_clock=clock) for _ in "abc"]
+        for name, store in zip("abc", stores, strict=True):
+            store.report_worker(status(name, clock.now))
+        return stores
+
+    def claims(self, stores: list[JobStore]) -> list[int]:
+        return [len(store.claim(name, 16)) for name, store in zip("abc", stores, strict=True)]
+
+    def test_eight_jobs_go_to_three_workers(self, stores: list[JobStore]) -> None:
+        for _ in range(8):
+            stores[0].submit(new_job())
+        assert self.claims(stores) == [3, 3, 2]
+
+    def test_who_has_its_share_leaves_the_rest_to_others(self, stores: list[JobStore]) -> None:
+        first, second, _ = stores
+        for _ in range(8):
+            first.submit(new_job())
+        assert [len(first.claim("a", 16)), len(first.claim("a", 16, is_idle=False))] == [3, 0]
+        assert len(second.claim("b", 2)) == 2, "it has no more places"
+
+    def test_what_others_have_no_room_for_is_taken(
+        self, stores: list[JobStore], clock: Clock
+    ) -> None:
+        first, *_ = stores
+        for _ in range(8):
+            first.submit(new_job())
+        first.claim("a", 16)
+        clock.now += OVER_SHARE_S
+        taken = [len(first.claim("a", 16, is_idle=False)) for _ in range(6)]
+        assert taken == [1, 1, 1, 1, 1, 0]
+
+    def test_single_job_goes_to_whoever_looks(self, stores: list[JobStore]) -> None:
+        stores[0].submit(new_job())
+        assert self.claims(stores) == [1, 0, 0]
+
+    def test_silent_worker_has_no_share(self, stores: list[JobStore], clock: Clock) -> None:
+        first, *_ = stores
+        assert len(first.workers_seen()) == 3
+        for _ in range(int(WORKER_SEEN_S / LOOK_S) + 1):
+            clock.now += LOOK_S
+            first.report_worker(status("a", clock.now))
+            first.workers_seen()
+        for _ in range(8):
+            first.submit(new_job())
+        assert len(first.claim("a", 16)) == 8
+
+    def test_worker_that_loads_has_no_share(self, stores: list[JobStore], clock: Clock) -> None:
+        first, *_ = stores
+        first.report_worker(replace(status("b", clock.now), state="loading"))
+        for _ in range(8):
+            first.submit(new_job())
+        assert len(first.claim("a", 16)) == 4
 
 
 class TestTopics:
