@@ -378,8 +378,9 @@ class JobStore:
         """How many more jobs a worker may take until it has its share. waiting: of the jobs."""
         ready = {each.id for each in self._seen(connection) if each.state == "ready"}
         held = {row.worker_id: row.jobs for row in connection.execute(HELD_BY_WORKERS)}
-        whole = waiting + sum(held.values())
-        return math.ceil(whole / len(ready | {worker_id})) - held.get(worker_id, 0)
+        whole: int = waiting + sum(held.values())
+        taken: int = held.get(worker_id, 0)
+        return math.ceil(whole / len(ready | {worker_id})) - taken
 
     def release(self, job: Job) -> bool:
         """Running to queued through no fault of the job: the attempt does not count."""

@@ -161,8 +161,8 @@ SERVER = {
     "cluster": "app worker settings",
     "demo": "database job_store settings supervisor",
     "cli": "announcements app auth cluster database deliveries demo devices dialects door errors"
-    " health_command http job_store key_commands keys model_commands preflight settings settings_errors"
-    " supervisor telemetry terminal webhooks worker models.errors models.spelling",
+    " health_command http job_store key_commands keys model_commands preflight settings"
+    " settings_errors supervisor telemetry terminal webhooks worker models.errors models.spelling",
     "announcements": "job_store settings telemetry models.errors",
 }
 """Room to the rooms of `server`, and where it says so of `models`, it may import."""
