@@ -1,7 +1,9 @@
 """Bytes from strangers to pixels, under limits: PNG, JPEG and WebP, at the size a job needs.
 
-What a mask means is `masks.py`. Headers are judged before anything is decoded; keeping the cost of
-what passes away from the server (a process, its memory, its time) is the caller's business.
+What a mask's author meant is `mask_reading.py`, what a mask does is `masks.py`; colour profiles are
+`colour.py`, slight damage is `repair.py`. Headers are judged before anything is decoded; keeping
+the cost of what passes away from the server (a process, its memory, its time) is the caller's
+business.
 """
 
 import struct
@@ -11,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-# WebP is named, or Pillow would load all its formats when it meets the first one.
+# The formats are named, or Pillow would load all it has when it meets the first picture.
 from PIL import (
     ExifTags,
     Image,
@@ -26,20 +29,36 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from models.colour import greys_to_srgb, inks_to_srgb, is_srgb, kept_profile, profile_of_png
 from models.errors import ImageFault, UnreadableImage
+from models.mask_reading import (
+    MaskReading,
+    read_alpha,
+    read_labels,
+    read_low_bytes,
+    read_luma,
+)
+from models.repair import JPEG_SIGNATURE, PNG_SIGNATURE, PngContent, read_png, with_end_of_image
+
+Found = TypeVar("Found")
 
 Fit = Callable[[int, int], tuple[int, int]]
 """The width and height wanted of a picture that has this width and height of its own."""
 
-# Pillow's 64 MB is more than a child process with a memory limit can spare, and no text is used.
-PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
 # A filter around each call would not be safe with threads: the list of filters is global.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
-_FORMATS = ("PNG", "JPEG", "WEBP")
+_FORMATS = tuple(
+    str(reader.format)
+    for reader in (
+        PngImagePlugin.PngImageFile,
+        JpegImagePlugin.JpegImageFile,
+        WebPImagePlugin.WebPImageFile,
+    )
+)
 
-_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_SIGNATURES = (PNG_SIGNATURE, JPEG_SIGNATURE)
 
 _OTHER_FORMATS = (
     b"GIF8",
@@ -67,8 +86,8 @@ _UPRIGHT = {
 }
 """What turns a picture with this EXIF orientation upright."""
 
-_TURNING = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
-"""Those that swap width and height."""
+_TURNING = frozenset((5, 6, 7, 8))
+"""Orientations that swap width and height."""
 
 _DAMAGE = (
     ArithmeticError,
@@ -99,46 +118,131 @@ class ImageLimits:
     max_side: int = 8_192
 
 
+class Stored(NamedTuple):
+    """A picture as its file holds it: width, height, and EXIF's orientation, 1 to 8."""
+
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height as the picture is shown."""
+        if self.orientation in _TURNING:
+            return self.height, self.width
+        return self.width, self.height
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """An init image.
+
+    pixels: `(h, w, 3)` RGB, in the colours of `icc_profile`, or in sRGB where that is empty.
+    is_profile_lost: the file says that its colours are not sRGB, and the pixels do not follow.
+    """
+
+    pixels: NDArray[np.uint8]
+    stored: Stored
+    icc_profile: bytes
+    is_profile_lost: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedMask:
+    """pixels: `(h, w)`, 0 is kept and 255 repainted, whatever the file's way of saying so."""
+
+    pixels: NDArray[np.uint8]
+    stored: Stored
+    read_as: MaskReading
+
+
 def decode_image(
     data: bytes, limits: ImageLimits, fit: Fit | None = None, *, field: str = "init_image"
-) -> NDArray[np.uint8]:
-    """The first frame, upright, over white: `(h, w, 3)` RGB.
+) -> DecodedImage:
+    """The first frame, upright, over white.
 
-    Samples of 16 bits keep their high byte. Colour profiles are ignored. With `fit` stretched by
-    Lanczos, as in diffusers; a JPEG of more than twice that size is read at a half, a quarter or an
-    eighth first. Raises: UnreadableImage, naming `field`.
+    Samples of 16 bits keep their high byte. An RGB profile is kept; inks and greys are converted
+    to sRGB by theirs. With `fit` stretched by Lanczos, as in diffusers; a JPEG of more than twice
+    that size is read at a half, a quarter or an eighth first.
+    Raises: UnreadableImage, naming `field`.
     """
+
+    def to_rgb(image: Image.Image, png: PngContent) -> tuple[Image.Image, tuple[bytes, bool]]:
+        profile = image.info.get("icc_profile") or profile_of_png(png.colour_chunks)
+        is_named = b"iCCP" in png.colour_chunks or "icc_profile" in image.info
+        is_lost = is_named or not is_srgb(png.colour_chunks)
+        if image.mode == "CMYK":
+            converted = inks_to_srgb(image, profile)
+            plain = image.convert("RGB") if converted is None else converted
+            return plain, (b"", is_lost and converted is None)
+        plain = _to_8_bit(image, data, field)
+        if plain.mode in ("L", "LA"):
+            converted = greys_to_srgb(plain, profile)
+            is_lost = is_lost and converted is None
+            plain = plain if converted is None else converted
+            return _convert(_flatten(plain, "white"), "RGB"), (b"", is_lost)
+        kept = kept_profile(profile)
+        return _convert(_flatten(plain, "white"), "RGB"), (kept, is_lost and not kept)
+
     with _translated_faults(data, field):
-        reading = _Reading(field, "RGB", "white", Image.Resampling.LANCZOS)
-        return np.array(_decode(data, limits, fit, reading))
+        reading = _Reading(field, Image.Resampling.LANCZOS)
+        image, stored, (profile, is_lost) = _decode(data, limits, fit, reading, to_rgb)
+        return DecodedImage(np.array(image), stored, profile, is_lost)
 
 
 def decode_mask(
-    data: bytes, limits: ImageLimits, fit: Fit | None = None, *, field: str = "mask_image"
-) -> NDArray[np.uint8]:
-    """The first frame's luma, upright, over black: `(h, w)`.
+    data: bytes,
+    limits: ImageLimits,
+    fit: Fit | None = None,
+    *,
+    field: str = "mask_image",
+    init_image: Stored | None = None,
+) -> DecodedMask:
+    """The first frame, upright, read as `mask_reading.py` says.
 
-    Black below, so that white strokes on a transparent canvas are the area to repaint. With `fit`
-    stretched by a filter without overshoot, since ringing around a mask would move its edge.
+    Luma lies over black, so that white strokes on a transparent canvas are the area to repaint.
+    With `fit` stretched by a filter without overshoot, since ringing around a mask would move its
+    edge. init_image: what the mask belongs to; where EXIF turns that by a quarter, a mask of its
+    stored size is turned with it, unless the mask has an orientation of its own.
     Raises: UnreadableImage, naming `field`.
     """
+
+    def to_levels(image: Image.Image, png: PngContent) -> tuple[Image.Image, MaskReading]:
+        if labels := read_labels(image):
+            return labels, MaskReading.LABELS
+        low_bytes = read_low_bytes(image)
+        plain = low_bytes or _to_8_bit(image, data, field)
+        if by_alpha := read_alpha(plain):
+            return by_alpha
+        is_exact = data.startswith(PNG_SIGNATURE) and "A" not in plain.mode
+        levels, read_as = read_luma(_flatten(plain, "black"), is_exact=is_exact)
+        if low_bytes and read_as is MaskReading.WHITE and low_bytes.getextrema() != (0, 0):
+            read_as = MaskReading.LOW_BYTE
+        return levels, read_as
+
     with _translated_faults(data, field):
-        reading = _Reading(field, "L", "black", Image.Resampling.BILINEAR)
-        return np.array(_decode(data, limits, fit, reading))
+        reading = _Reading(field, Image.Resampling.BILINEAR, init_image)
+        image, stored, read_as = _decode(data, limits, fit, reading, to_levels)
+        return DecodedMask(np.array(image), stored, read_as)
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What becomes of the decoded pixels; faults are told of `field`."""
+    """How a picture is read. Faults are told of `field`; `like` is what it is turned like."""
 
     field: str
-    mode: str
-    background: str
     resampling: Image.Resampling
+    like: Stored | None = None
 
 
-def _decode(data: bytes, limits: ImageLimits, fit: Fit | None, reading: _Reading) -> Image.Image:
-    """The picture in the mode and size asked for, upright, without alpha."""
+def _decode(
+    data: bytes,
+    limits: ImageLimits,
+    fit: Fit | None,
+    reading: _Reading,
+    to_plain: Callable[[Image.Image, PngContent], tuple[Image.Image, Found]],
+) -> tuple[Image.Image, Stored, Found]:
+    """The picture as `to_plain` makes it, in the size asked for, upright."""
     if len(data) > limits.max_bytes:
         raise UnreadableImage(
             reading.field, ImageFault.TOO_LARGE, f"must not be larger than {limits.max_bytes} bytes"
@@ -146,32 +250,47 @@ def _decode(data: bytes, limits: ImageLimits, fit: Fit | None, reading: _Reading
     # libwebp allocates its canvas as soon as Pillow opens the file.
     if canvas := _webp_canvas(data):
         _check_size(canvas, limits, reading.field)
+    png = read_png(data) if data.startswith(PNG_SIGNATURE) else PngContent(data, {})
+    try:
+        image, own_size = _load(png.needed, limits, fit, reading)
+    except OSError:
+        ended = with_end_of_image(data)
+        if ended is None:
+            raise
+        image, own_size = _load(ended, limits, fit, reading)
+    stored = Stored(*own_size, _orientation(image, own_size, reading))
+    plain, found = to_plain(image, png)
+    del image  # at the largest size each copy costs over 100 MB
+    if fit:
+        plain = plain.resize(_fitted(stored, fit), reading.resampling)
+    to_upright = _UPRIGHT.get(stored.orientation)
+    return plain if to_upright is None else plain.transpose(to_upright), stored, found
+
+
+def _load(
+    data: bytes, limits: ImageLimits, fit: Fit | None, reading: _Reading
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The pixels as Pillow reads them, and the width and height of the file.
+
+    A JPEG may have fewer pixels than its file.
+    """
     image = Image.open(BytesIO(data), formats=_FORMATS)
     own_size = image.size
     _check_size(own_size, limits, reading.field)
     if fit and isinstance(image, JpegImagePlugin.JpegImageFile):
-        width, height = _stored_size(own_size, _to_upright(image), fit)
+        width, height = _fitted(Stored(*own_size, _orientation(image, own_size, reading)), fit)
         image.draft(None, (2 * width, 2 * height))
     image.load()
     if isinstance(image, WebPImagePlugin.WebPImageFile):
         # Two canvases of the file's size, which nobody needs after the first frame.
         image._decoder = None
-    to_upright = _to_upright(image)
-    plain = _convert(_flatten(_to_8_bit(image, data, reading.field), reading), reading.mode)
-    del image  # at the largest size each copy costs over 100 MB
-    if fit:
-        plain = plain.resize(_stored_size(own_size, to_upright, fit), reading.resampling)
-    return plain if to_upright is None else plain.transpose(to_upright)
+    return image, own_size
 
 
-def _stored_size(
-    size: tuple[int, int], to_upright: Image.Transpose | None, fit: Fit
-) -> tuple[int, int]:
+def _fitted(stored: Stored, fit: Fit) -> tuple[int, int]:
     """What `fit` wants of the upright picture, as width and height before it is turned upright."""
-    if to_upright not in _TURNING:
-        return fit(*size)
-    height, width = fit(size[1], size[0])
-    return width, height
+    width, height = fit(*stored.upright_size)
+    return (height, width) if stored.orientation in _TURNING else (width, height)
 
 
 @contextmanager
@@ -233,12 +352,30 @@ def _check_size(size: tuple[int, int], limits: ImageLimits, field: str) -> None:
         raise UnreadableImage(field, ImageFault.DAMAGED, "has no pixels")
 
 
-def _to_upright(image: Image.Image) -> Image.Transpose | None:
+def _orientation(image: Image.Image, own_size: tuple[int, int], reading: _Reading) -> int:
+    """1 to 8: what EXIF says, or says of the picture that this one is like."""
+    own = _exif_orientation(image)
+    like = reading.like
+    if own is None and like is not None and like.orientation in _TURNING:
+        # A program that ignores EXIF drew it on the stored picture. A square one cannot be told.
+        if own_size == (like.width, like.height) and like.width != like.height:
+            return like.orientation
+    return own or 1
+
+
+def _exif_orientation(image: Image.Image) -> int | None:
+    """None where EXIF does not say.
+
+    Not by `image.getexif`, which asks XMP too: no browser turns a picture by that.
+    """
+    exif = Image.Exif()
     try:
-        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        exif.load(image.info.get("exif") or b"")
+        orientation = exif.get(ExifTags.Base.Orientation)
     except _DAMAGE:
         # Viewers show a picture with broken EXIF as it is stored; so its author knows it that way.
         return None
+    return orientation if orientation in range(1, 9) else None
 
 
 def _to_8_bit(image: Image.Image, data: bytes, field: str) -> Image.Image:
@@ -287,10 +424,10 @@ def _png_bit_depth(data: bytes) -> int:
     return data[24]
 
 
-def _flatten(image: Image.Image, reading: _Reading) -> Image.Image:
+def _flatten(image: Image.Image, background: str) -> Image.Image:
     if "A" not in image.mode:
         return image
-    canvas = Image.new(image.mode.removesuffix("A"), image.size, reading.background)
+    canvas = Image.new(image.mode.removesuffix("A"), image.size, background)
     canvas.paste(image, mask=image)
     return canvas
 

@@ -31,13 +31,16 @@ def resize(
     return np.array(Image.fromarray(pixels).resize((width, height), resampling))
 
 
-def encode_png(image: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> bytes:
+def encode_png(
+    image: NDArray[np.uint8], text: Mapping[str, str] | None = None, icc_profile: bytes = b""
+) -> bytes:
     """A lossless PNG of `(h, w, 3)` RGB.
 
     The same input gives the same bytes on processors of one kind.
 
     text: keyword to value, stored as tEXt, or as iTXt where Latin-1 does not suffice. Characters
         that PNG cannot hold are replaced: NUL by U+FFFD, lone surrogates by "?".
+    icc_profile: what the colours mean; sRGB, by default and not said, where it is empty.
     Raises: ValueError for a keyword outside the PNG specification's 11.3.3.2.
     """
     height, width, channels = image.shape
@@ -52,11 +55,17 @@ def encode_png(image: NDArray[np.uint8], text: Mapping[str, str] | None = None) 
         (
             _PNG_SIGNATURE,
             _chunk(b"IHDR", header),
+            *([_profile_chunk(icc_profile)] if icc_profile else ()),
             *(_text_chunk(keyword, value) for keyword, value in (text or {}).items()),
             _chunk(b"IDAT", isal_zlib.compress(filtered, 1)),
             _chunk(b"IEND", b""),
         )
     )
+
+
+def _profile_chunk(profile: bytes) -> bytes:
+    # A name, its end, and compression method 0.
+    return _chunk(b"iCCP", b"ICC profile\0\0" + isal_zlib.compress(profile, 1))
 
 
 def _text_chunk(keyword: str, value: str) -> bytes:

@@ -1,7 +1,7 @@
 """What a mask does to a picture: which pixels are repainted, and how the result is put together.
 
-White is repainted, black kept. Everything the client kept stays bit for bit; the soft seam between
-old and new pixels is made of repainted ones only.
+White is repainted, black kept; how files say so is `mask_reading.py`. Everything the client kept
+stays bit for bit; the soft seam between old and new pixels is made of repainted ones only.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-JPEG_NOISE = 8
-"""A soft mask's values this close to black or white, in steps of 255, are meant to be that."""
+from models.mask_reading import JPEG_NOISE, REPAINTED_FROM
 
 COLOUR_RING_PX = (8, 24)
 """Distances from the mask at which colours are compared. Nearer pixels may be new ones, since the
@@ -72,7 +71,7 @@ class Fidelity:
 
 def binarise(mask_image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """True where the picture is repainted: diffusers' `mask >= 0.5` on values divided by 255."""
-    return mask_image >= 128
+    return mask_image >= REPAINTED_FROM
 
 
 def read_strengths(mask_image: NDArray[np.uint8], *, is_soft: bool) -> NDArray[np.uint8]:

@@ -43,10 +43,12 @@ class Source:
     """The two pictures of a job, already at the job's size; of any one size with `only_masked`.
 
     init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8, read as `InpaintParams` says.
+    icc_profile: what the colours mean to viewers; empty for sRGB. The model does not look at it.
     """
 
     init_image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
+    icc_profile: bytes = b""
 
 
 @dataclass(slots=True)

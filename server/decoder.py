@@ -13,13 +13,20 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
 
 # Named here so that they are loaded now: once confined, the process can open no file.
 from PIL import ImageChops, ImagePalette, ImageSequence, MpoImagePlugin, TiffImagePlugin
 
-from models.decoding import ImageLimits, decode_image, decode_mask
+from models.decoding import (
+    DecodedImage,
+    DecodedMask,
+    ImageLimits,
+    Stored,
+    decode_image,
+    decode_mask,
+)
 from models.errors import ImageFault, UnreadableImage
+from models.mask_reading import MaskReading
 from models.params import fit_size
 from server.confinement import confine
 
@@ -42,16 +49,22 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
 
 READY, READY_UNFILTERED = b"R", b"r"
-REQUEST = struct.Struct("<BIHHB")
-"""Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, and
-marks: `MAY_KEEP_OWN`, `LIKE_LAST`."""
+REQUEST = struct.Struct("<BIHHBHHB")
+"""Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, marks:
+`MAY_KEEP_OWN`, `LIKE_LAST`, and for a mask how the init image is stored, zeros where that is not
+known."""
 MAY_KEEP_OWN = 1
 """The picture may keep its own size."""
 LIKE_LAST = 2
-"""It is to have that of the last picture, where that one could be read."""
-REPLY = struct.Struct("<BHH")
-"""Outcome, and for a picture its width and height; its pixels follow."""
+"""It is to have that of the last picture, where that one could be read, and belongs to it."""
+REPLY = struct.Struct("<BHHHHBBI")
+"""Outcome, and for a picture: width, height, how it is stored, a note, and the bytes of its colour
+profile. Its pixels follow, then the profile. The note is the index in `READINGS` for a mask, and
+`PROFILE_LOST` or 0 for an init image."""
 PICTURE = 0
+PROFILE_LOST = 1
+READINGS = tuple(MaskReading)
+NOT_STORED = Stored(0, 0, 0)
 FAULTS = tuple(ImageFault)
 """Outcome 1 is the first of these."""
 
@@ -86,11 +99,32 @@ class Wanted:
         return fit_size(own_width, own_height, self.width, self.height)
 
 
-def write_request(kind: Kind, content: bytes, wanted: Wanted, *, like_last: bool = False) -> bytes:
-    """A request, with its file."""
+def write_request(
+    kind: Kind,
+    content: bytes,
+    wanted: Wanted,
+    *,
+    init_image: Stored | None = None,
+    like_last: bool = False,
+) -> bytes:
+    """A request, with its file. init_image: how the one that a mask belongs to is stored."""
     marks = MAY_KEEP_OWN * wanted.keeps_own_size | LIKE_LAST * like_last
-    head = REQUEST.pack(kind, len(content), wanted.width or 0, wanted.height or 0, marks)
-    return head + content
+    size = wanted.width or 0, wanted.height or 0
+    return REQUEST.pack(kind, len(content), *size, marks, *(init_image or NOT_STORED)) + content
+
+
+def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes | memoryview]:
+    """What the parent reads, in parts: the pixels are large."""
+    if isinstance(picture, ImageFault):
+        return [REPLY.pack(1 + FAULTS.index(picture), 0, 0, *NOT_STORED, 0, 0)]
+    profile = b""
+    if isinstance(picture, DecodedImage):
+        profile, note = picture.icc_profile, PROFILE_LOST * picture.is_profile_lost
+    else:
+        note = READINGS.index(picture.read_as)
+    height, width = picture.pixels.shape[:2]
+    head = REPLY.pack(PICTURE, width, height, *picture.stored, note, len(profile))
+    return [head, np.ascontiguousarray(picture.pixels).data, profile]
 
 
 def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
@@ -104,20 +138,19 @@ def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
     is_filtered = confine(MEMORY_BYTES, CPU_S)
     replies.write(READY if is_filtered else READY_UNFILTERED)
     replies.flush()
-    last: tuple[int, int] | None = None
+    last: tuple[int, int, Stored] | None = None
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
-        kind, size, width, height, marks = REQUEST.unpack(head)
+        kind, size, width, height, marks, *stored = REQUEST.unpack(head)
+        init_image = Stored(*stored)
         if marks & LIKE_LAST and last is not None:
-            width, height = last
+            width, height, init_image = last
         wanted = Wanted(width or None, height or None, bool(marks & MAY_KEEP_OWN))
-        match decode(Kind(kind), requests.read(size), limits, wanted):
-            case ImageFault() as fault:
-                last = None
-                replies.write(REPLY.pack(1 + FAULTS.index(fault), 0, 0))
-            case pixels:
-                last = pixels.shape[1], pixels.shape[0]
-                replies.write(REPLY.pack(PICTURE, *last))
-                replies.write(np.ascontiguousarray(pixels).data)
+        picture = decode(Kind(kind), requests.read(size), limits, wanted, init_image)
+        last = None
+        if not isinstance(picture, ImageFault):
+            last = picture.pixels.shape[1], picture.pixels.shape[0], picture.stored
+        replies.writelines(write_reply(picture))
+        del picture
         replies.flush()
 
 
@@ -141,11 +174,17 @@ def keep_small_blocks() -> None:
 
 
 def decode(
-    kind: Kind, content: bytes, limits: ImageLimits, wanted: Wanted
-) -> NDArray[np.uint8] | ImageFault:
-    """The pixels, or why there are none."""
-    read = decode_image if kind is Kind.INIT_IMAGE else decode_mask
+    kind: Kind,
+    content: bytes,
+    limits: ImageLimits,
+    wanted: Wanted,
+    init_image: Stored = NOT_STORED,
+) -> DecodedImage | DecodedMask | ImageFault:
+    """The picture, or why there is none. init_image: how the one a mask belongs to is stored."""
+    limits = limits_of(kind, limits, wanted)
     try:
-        return read(content, limits_of(kind, limits, wanted), wanted.fit)
+        if kind is Kind.INIT_IMAGE:
+            return decode_image(content, limits, wanted.fit)
+        return decode_mask(content, limits, wanted.fit, init_image=init_image)
     except UnreadableImage as error:
         return error.kind

@@ -19,12 +19,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.decoding import ImageLimits
+from models.colour import MAX_KEPT_BYTES
+from models.decoding import DecodedImage, DecodedMask, ImageLimits, Stored
 from models.errors import ImageFault
+from models.mask_reading import MaskReading
 from server.cores import on_all_cores
 from server.decoder import (
     FAULTS,
     PICTURE,
+    PROFILE_LOST,
+    READINGS,
     READY_UNFILTERED,
     REPLY,
     REQUEST,
@@ -34,6 +38,7 @@ from server.decoder import (
     write_request,
 )
 from server.errors import ApiError, ImageProblem, ImageUnavailable
+from server.notices import Notice
 from server.talks import BLOCKING, Talk, Wait, run_to_end
 from server.telemetry import get_logger
 
@@ -64,7 +69,18 @@ PROGRAM = (
     "from server.decoder import main; main(*map(int, sys.argv[1:4]))"
 )
 
+FORMAT_MAGIC = b"\x89IPI"
+"""What stored pairs begin with. As the height that the first format began with it is absurd."""
+
+FORMAT_VERSION = 2
+"""Of what `DecodedPair.to_bytes` writes. 1 had no magic, no version and no colour profile."""
+
+FORMAT_HEAD = struct.Struct("<4sB")
 STORED_SIZE = struct.Struct("<II")
+PROFILE_SIZE = struct.Struct("<I")
+
+SAME_PROPORTIONS = 0.02
+"""Sides rounded to whole pixels, and the job's to multiples of 8, differ by less."""
 
 OWN = Wanted()
 """The size of a job that asks for none."""
@@ -72,26 +88,59 @@ OWN = Wanted()
 
 @dataclass(frozen=True, slots=True)
 class DecodedPair:
-    """init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8."""
+    """init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8.
+
+    icc_profile: what the init image's colours mean; empty for sRGB.
+    read_as, notices: how the files were understood; they go into the job's row and not into
+        `to_bytes`.
+    """
 
     init_image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
+    icc_profile: bytes = b""
+    read_as: MaskReading = MaskReading.WHITE
+    notices: tuple[Notice, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """What the worker reads: height and width, then the pixels of one after the other."""
+        """What the worker reads: magic and version, height and width, the size of the profile, the
+        profile, then the pixels of one picture after the other."""
         planes = [np.ascontiguousarray(each).data for each in (self.init_image, self.mask)]
-        return b"".join([STORED_SIZE.pack(*self.mask.shape), *planes])
+        head = FORMAT_HEAD.pack(FORMAT_MAGIC, FORMAT_VERSION) + STORED_SIZE.pack(*self.mask.shape)
+        profile = PROFILE_SIZE.pack(len(self.icc_profile)) + self.icc_profile
+        return b"".join([head, profile, *planes])
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "DecodedPair":
-        """What `to_bytes` wrote. Raises: ValueError for anything else."""
-        if len(content) < STORED_SIZE.size:
-            raise ValueError("no pair of pictures")
-        height, width = STORED_SIZE.unpack_from(content)
+        """What `to_bytes` wrote, in this version or the one before it.
+
+        Raises: UnknownFormat for a later version; ValueError for anything else.
+        """
+        profile, at = b"", 0
+        if is_versioned := content.startswith(FORMAT_MAGIC):
+            version = content[len(FORMAT_MAGIC) :][:1]
+            if version and version[0] != FORMAT_VERSION:
+                raise UnknownFormat(version[0])
+            at = FORMAT_HEAD.size
+        try:
+            height, width = STORED_SIZE.unpack_from(content, at)
+            at += STORED_SIZE.size
+            if is_versioned:
+                (size,) = PROFILE_SIZE.unpack_from(content, at)
+                at += PROFILE_SIZE.size
+                profile, at = content[at : at + size], at + size
+        except struct.error as error:
+            raise ValueError("no pair of pictures") from error
         # A copy, because PyTorch takes only arrays that can be written to.
-        pixels = np.frombuffer(bytearray(content[STORED_SIZE.size :]), np.uint8)
+        pixels = np.frombuffer(bytearray(memoryview(content)[at:]), np.uint8)
         init_image, mask = pixels[: height * width * 3], pixels[height * width * 3 :]
-        return cls(init_image.reshape(height, width, 3), mask.reshape(height, width))
+        return cls(init_image.reshape(height, width, 3), mask.reshape(height, width), profile)
+
+
+class UnknownFormat(ValueError):
+    """A stored pair of a later version of the server."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"stored images of format {version}, and this server knows 1 and 2")
 
 
 class DecoderEnded(Exception):
@@ -138,12 +187,12 @@ class Decoder:
 
     def decode(
         self, kind: Kind, content: bytes, wanted: Wanted = OWN
-    ) -> NDArray[np.uint8] | ImageProblem:
+    ) -> DecodedImage | DecodedMask | ImageProblem:
         """`talk_of` to its end, in this thread."""
         return run_to_end(self.talk_of(kind, content, wanted))
 
     def talk_of_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> Talk[DecodedPair]:
-        """Decode and resize, the mask to the init image's size.
+        """Decode and resize, the mask to the init image's size and turned with it.
 
         images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all at fault.
         """
@@ -151,34 +200,44 @@ class Decoder:
         init_image = yield from self.talk_of(
             Kind.INIT_IMAGE, images["init_image"], wanted, mask_too
         )
+        stored = None
         if not isinstance(init_image, ImageProblem):
-            height, width = init_image.shape[:2]
+            height, width = init_image.pixels.shape[:2]
             wanted = replace(wanted, width=width, height=height)
-        mask = yield from self.talk_of(Kind.MASK_IMAGE, images["mask_image"], wanted)
-        if isinstance(init_image, ImageProblem) or isinstance(mask, ImageProblem):
-            outcomes = {"init_image": init_image, "mask_image": mask}
-            raise ImageUnavailable(
-                {name: each for name, each in outcomes.items() if isinstance(each, ImageProblem)}
-            )
-        return DecodedPair(init_image, mask)
+            stored = init_image.stored
+        mask = yield from self.talk_of(
+            Kind.MASK_IMAGE, images["mask_image"], wanted, init_image=stored
+        )
+        if isinstance(init_image, DecodedImage) and isinstance(mask, DecodedMask):
+            return pair_of(init_image, mask)
+        outcomes = {"init_image": init_image, "mask_image": mask}
+        raise ImageUnavailable(
+            {name: each for name, each in outcomes.items() if isinstance(each, ImageProblem)}
+        )
 
     def talk_of(
-        self, kind: Kind, content: bytes, wanted: Wanted = OWN, ahead: bytes = b""
-    ) -> Talk[NDArray[np.uint8] | ImageProblem]:
-        """The picture at the wanted size, `(h, w, 3)` or `(h, w)`, or what is wrong with it.
+        self,
+        kind: Kind,
+        content: bytes,
+        wanted: Wanted = OWN,
+        ahead: bytes = b"",
+        init_image: Stored | None = None,
+    ) -> Talk[DecodedImage | DecodedMask | ImageProblem]:
+        """The picture at the wanted size, or what is wrong with it.
 
-        ahead: the request that comes next, sent along.
+        ahead: the request that comes next, sent along. init_image: how that of a mask is stored.
         Raises: ApiError when no child can be started.
         """
         if len(content) > self._limits.max_bytes:
             return ImageProblem.TOO_LARGE
         try:
-            return (yield from self._ask(kind, content, wanted, ahead))
+            request = write_request(kind, content, wanted, init_image=init_image)
+            return (yield from self._ask(kind, request, wanted, ahead))
         except ChildKilled:
             # By somebody else, who cannot be told from a picture that takes the host's last memory.
             # Asked again, the first one succeeds and the second one is refused.
             try:
-                return (yield from self._ask(kind, content, wanted))
+                return (yield from self._ask(kind, request, wanted))
             except ChildKilled:
                 return ImageProblem.DAMAGED
 
@@ -262,14 +321,14 @@ class Decoder:
         self._is_ready = True
 
     def _ask(
-        self, kind: Kind, content: bytes, wanted: Wanted, ahead: bytes = b""
-    ) -> Talk[NDArray[np.uint8] | ImageProblem]:
+        self, kind: Kind, request: bytes, wanted: Wanted, ahead: bytes = b""
+    ) -> Talk[DecodedImage | DecodedMask | ImageProblem]:
         yield from self._get_ready()
         until = time.monotonic() + self._wall_s
         self._pictures += 1
         try:
             if not self._is_asked:
-                yield from self._send(write_request(kind, content, wanted) + ahead, until)
+                yield from self._send(request + ahead, until)
             self._is_asked = bool(ahead)
             return (yield from self._read_reply(kind, wanted, until))
         except (DecoderEnded, TimeoutError) as error:
@@ -278,8 +337,9 @@ class Decoder:
 
     def _read_reply(
         self, kind: Kind, wanted: Wanted, until: float
-    ) -> Talk[NDArray[np.uint8] | ImageProblem]:
-        outcome, width, height = REPLY.unpack((yield from self._receive(REPLY.size, until)))
+    ) -> Talk[DecodedImage | DecodedMask | ImageProblem]:
+        head = REPLY.unpack((yield from self._receive(REPLY.size, until)))
+        outcome, width, height, *numbers, note, profile_size = head
         if outcome != PICTURE:
             if outcome > len(FAULTS):
                 raise DecoderEnded
@@ -290,9 +350,18 @@ class Decoder:
         is_within = width * height <= limits.max_pixels and max(width, height) <= limits.max_side
         if 0 in (width, height) or not is_within or wanted.fit(width, height) != (width, height):
             raise DecoderEnded
+        stored = Stored(*numbers)
+        is_mask = kind is Kind.MASK_IMAGE
+        if 0 in stored or profile_size > MAX_KEPT_BYTES * (not is_mask):
+            raise DecoderEnded
+        if note >= (len(READINGS) if is_mask else 1 + PROFILE_LOST):
+            raise DecoderEnded
         pixels = yield from self._receive(width * height * kind.channels, until)
-        shape = (height, width, 3) if kind is Kind.INIT_IMAGE else (height, width)
-        return np.frombuffer(pixels, np.uint8).reshape(shape)
+        array = np.frombuffer(pixels, np.uint8).reshape(height, width, -1)
+        if is_mask:
+            return DecodedMask(array[:, :, 0], stored, READINGS[note])
+        profile = bytes((yield from self._receive(profile_size, until)))
+        return DecodedImage(array, stored, profile, is_profile_lost=note == PROFILE_LOST)
 
     def _bury(self, *, is_late: bool) -> ImageProblem:
         """The picture's problem, once its child has failed. Raises: ChildKilled."""
@@ -355,6 +424,27 @@ class Decoder:
         if process is None or process.stdin is None or process.stdout is None:
             raise DecoderEnded
         return process.stdin.fileno(), process.stdout.fileno()
+
+
+def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:
+    """Both pictures, and what a client should know about them."""
+    height, width = mask.pixels.shape
+    own, fitting = mask.stored.upright_size, (init_image.stored.upright_size, (width, height))
+    notices = []
+    if not any(have_same_proportions(own, each) for each in fitting):
+        notices.append(Notice.MASK_PROPORTIONS_DIFFER)
+    if init_image.is_profile_lost:
+        notices.append(Notice.PROFILE_NOT_KEPT)
+    return DecodedPair(
+        init_image.pixels, mask.pixels, init_image.icc_profile, mask.read_as, tuple(notices)
+    )
+
+
+def have_same_proportions(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes, width and height, differ by no more than rounding to whole pixels."""
+    across, down = size[0] * other[1], size[1] * other[0]
+    one_pixel = max(*size, *other)
+    return abs(across - down) <= max(one_pixel, SAME_PROPORTIONS * max(across, down))
 
 
 def widen(pipe: int) -> int:

@@ -12,6 +12,8 @@ class Failure(StrEnum):
     """Its worker died or hung at every attempt."""
     INPUT_LOST = "input_lost"
     """The stored init image and mask are missing or damaged."""
+    INPUT_OF_ANOTHER_VERSION = "input_of_another_version"
+    """A later version of the server stored the init image and mask in its own format."""
     MODEL_UNAVAILABLE = "model_unavailable"
     """The model asked for cannot be loaded."""
     NO_SAFETY_CHECKER = "no_safety_checker"
@@ -38,6 +40,9 @@ class Failure(StrEnum):
 SENTENCES = {
     Failure.WORKER_LOST: "The worker was lost too often while making this picture",
     Failure.INPUT_LOST: "The stored images are gone",
+    Failure.INPUT_OF_ANOTHER_VERSION: (
+        "The stored images are in the format of another version of this server"
+    ),
     Failure.MODEL_UNAVAILABLE: "The model cannot be loaded now",
     Failure.NO_SAFETY_CHECKER: "This model has no safety checker, and pictures must be checked",
     Failure.PROMPT_TOO_LONG: "The prompt or the negative prompt needs more than "

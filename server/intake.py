@@ -14,6 +14,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
+from models.mask_reading import marks_nothing
 from models.params import InpaintParams
 from server.auth import Caller
 from server.decoder import Wanted
@@ -27,6 +28,7 @@ from server.errors import (
 )
 from server.idempotency import Idempotency
 from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare, Submitted
+from server.notices import Notice, with_notices
 from server.proxies import BASE_URL
 from server.receipts import Intake
 from server.services import Services
@@ -135,7 +137,7 @@ async def accept(
                 services.metrics.decodes.labels("decoded").inc()
 
                 def write() -> NewJob:
-                    intake = take_note(images, fetch_s, decode_s)
+                    intake = take_note(images, pair, fetch_s, decode_s)
                     return write_job(asked, caller, base_url, file_prefix, pair, intake)
 
                 with services.health.noting():
@@ -186,7 +188,9 @@ def wanted_of(asked: AskedJob) -> Wanted:
     return Wanted(asked.width, asked.height)
 
 
-def take_note(images: Mapping[str, bytes], fetch_s: float, decode_s: float) -> Intake:
+def take_note(
+    images: Mapping[str, bytes], pair: DecodedPair, fetch_s: float, decode_s: float
+) -> Intake:
     """How the images came in. Takes a millisecond per megabyte."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
     return Intake(
@@ -194,6 +198,7 @@ def take_note(images: Mapping[str, bytes], fetch_s: float, decode_s: float) -> I
         decode_ms=round(decode_s * 1000, 1),
         init_image_sha256=digests["init_image"],
         mask_image_sha256=digests["mask_image"],
+        mask_read_as=pair.read_as,
     )
 
 
@@ -208,9 +213,12 @@ def write_job(
     """What is submitted. Raises: InvalidRequest."""
     height, width = pair.mask.shape
     params = asked.params(*canvas_size(asked, width, height))
+    notices = [*pair.notices]
+    if marks_nothing(pair.mask, is_soft=params.soft_mask, is_inverted=params.invert_mask):
+        notices.append(Notice.MASK_IS_EMPTY)
     return NewJob(
         dialect=asked.dialect,
-        request=asked.record(base_url) | {"intake": intake.to_json()},
+        request=with_notices(asked.record(base_url), notices) | {"intake": intake.to_json()},
         params=params,
         key_id=caller.key_id,
         share=share_of(caller),

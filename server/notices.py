@@ -1,28 +1,60 @@
-"""`Notice`: what of a request was not done as it was written, though a job was made of it."""
+"""What a client should know about a job that succeeds all the same: a closed list of warnings.
 
-from collections.abc import Sequence
+A job keeps them in its row, among what its dialect recorded of the request. The native API tells
+them; V3 has no place for them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from typing import Any
 
 from models.prompt_syntax import has_extra_networks, has_unread_syntax
 
+RECORD_KEY = "warnings"
+"""Where a job's `request` holds the codes."""
+
 
 class Notice(StrEnum):
-    """A closed list of codes; each has a sentence."""
+    """A code for programs. `sentence` is what a person reads."""
 
+    MASK_IS_EMPTY = "mask_is_empty"
+    """Nothing is repainted."""
+    MASK_PROPORTIONS_DIFFER = "mask_proportions_differ"
+    """The mask is stretched differently from the init image."""
+    PROFILE_NOT_KEPT = "profile_not_kept"
+    """The init image's colours are not sRGB, and the result does not say so."""
     LORA_TAG_IGNORED = "lora_tag_ignored"
     PROMPT_SYNTAX_UNSUPPORTED = "prompt_syntax_unsupported"
     SCHEDULER_IGNORED = "scheduler_ignored"
     NOISE_SPACING_IGNORED = "noise_spacing_ignored"
 
+    @property
+    def sentence(self) -> str:
+        return SENTENCES[self]
+
 
 SENTENCES = {
-    Notice.LORA_TAG_IGNORED: "Tags such as <lora:name:0.8> were taken out of the prompts and not "
-    "applied; the server's operator chooses the LoRA files of a model",
-    Notice.PROMPT_SYNTAX_UNSUPPORTED: "[a:b:0.5], [a|b], AND and embedding: are not supported in "
-    "prompts and were read as plain words",
+    Notice.MASK_IS_EMPTY: "The mask marks no pixel, so the picture comes back as it was",
+    Notice.MASK_PROPORTIONS_DIFFER: (
+        "The mask has other proportions than the init image, and was stretched to its size"
+    ),
+    Notice.PROFILE_NOT_KEPT: (
+        "The init image's colour profile is broken, too large or of a kind that is not kept: "
+        "its colours are taken as sRGB"
+    ),
+    Notice.LORA_TAG_IGNORED: (
+        "Tags such as <lora:name:0.8> were taken out of the prompts and not applied; the server's "
+        "operator chooses the LoRA files of a model"
+    ),
+    Notice.PROMPT_SYNTAX_UNSUPPORTED: (
+        "[a:b:0.5], [a|b], AND and embedding: are not supported in prompts and were read as plain "
+        "words"
+    ),
     Notice.SCHEDULER_IGNORED: "The scheduler is not known here; the model's own was taken",
-    Notice.NOISE_SPACING_IGNORED: "The scheduler runs with the model's own noise levels, without "
-    "the Karras or other spacing in its name",
+    Notice.NOISE_SPACING_IGNORED: (
+        "The scheduler runs with the model's own noise levels, without the Karras or other spacing "
+        "in its name"
+    ),
 }
 
 
@@ -34,3 +66,18 @@ def prompt_notices(prompts: Sequence[str]) -> list[Notice]:
     if any(map(has_unread_syntax, prompts)):
         notices.append(Notice.PROMPT_SYNTAX_UNSUPPORTED)
     return notices
+
+
+def with_notices(record: Mapping[str, Any], notices: Iterable[Notice]) -> dict[str, Any]:
+    """The record with these added to those it has, each once."""
+    codes = [*record.get(RECORD_KEY, ()), *map(str, notices)]
+    return {**record, RECORD_KEY: [*dict.fromkeys(codes)]}
+
+
+def notices_of(record: Mapping[str, Any], coverage: float | None = None) -> list[Notice]:
+    """Those of a job's `request`; without codes of a newer version.
+
+    coverage: of a finished job, because a mask may also have shrunk to nothing.
+    """
+    codes = [*record.get(RECORD_KEY, ()), *([Notice.MASK_IS_EMPTY] if coverage == 0 else ())]
+    return [notice for notice in Notice if notice in codes]

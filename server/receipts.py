@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from models.mask_reading import MaskReading
+
 
 @dataclass(frozen=True, slots=True)
 class Intake:
@@ -16,12 +18,14 @@ class Intake:
 
     fetch_ms: both images, side by side. decode_ms: of both, resizing included.
     init_image_sha256, mask_image_sha256: of the bytes as they were received.
+    mask_read_as: how the mask was understood; None in rows of versions that had one way.
     """
 
     fetch_ms: float
     decode_ms: float
     init_image_sha256: str
     mask_image_sha256: str
+    mask_read_as: MaskReading | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a job row; `from_json` is the way back."""
@@ -30,6 +34,7 @@ class Intake:
             "decode_ms": self.decode_ms,
             "init_image_sha256": self.init_image_sha256,
             "mask_image_sha256": self.mask_image_sha256,
+            "mask_read_as": self.mask_read_as,
         }
 
     @classmethod

@@ -13,6 +13,7 @@ from server.failures import Failure
 from server.inspection import Stages, inspect_pictures, repaired_parts, run_times, versions
 from server.job_store import JobStore
 from server.jobs import Job, JobState
+from server.notices import notices_of
 from server.receipts import Model, Receipt
 from server.storage import Storage
 from server.telemetry import get_logger
@@ -77,6 +78,7 @@ class Result:
     model: Callable[[], Model]
     _files: list[bytes] = field(default_factory=list)
     _commit: Callable[[], bool] = field(init=False)
+    _coverage: float | None = None
 
     @property
     def steps(self) -> list[Step]:
@@ -85,10 +87,14 @@ class Result:
         return [self._encode, *puts, self._finish]
 
     def _encode(self) -> None:
-        self._files = [encode_png(each.image, self.caption(each)) for each in self.pictures]
+        self._files = [
+            encode_png(each.image, self.caption(each), self.source.icc_profile)
+            for each in self.pictures
+        ]
         coverage, box, receipts = inspect_pictures(
             self.job, self.source, self.pictures, self._files
         )
+        self._coverage = coverage
         encoded_s = time.perf_counter()
         if repaired := repaired_parts(self.pictures):
             logger.warning("the VAE needed float32", job_id=self.job.id, detail=repaired)
@@ -117,7 +123,13 @@ class Result:
             self.stores.drop_input(self.job)
         else:
             self.stores.drop_pictures(self.job)
-        logger.info("job finished" if is_ours else "job finished by another", job_id=self.job.id)
+        logger.info(
+            "job finished" if is_ours else "job finished by another",
+            job_id=self.job.id,
+            coverage=self._coverage,
+            mask_read_as=self.job.request.get("intake", {}).get("mask_read_as"),
+            warnings=", ".join(notices_of(self.job.request, self._coverage)),
+        )
 
     def _was_ours(self) -> bool:
         """An earlier commit may have been made, and only its answer lost with the connection."""

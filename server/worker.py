@@ -29,7 +29,7 @@ from models.pipeline import Picture, Source
 from models.residency import Residency
 from server.checkpoints import Checkpoints
 from server.database import DatabaseFileGone, Topic, open_engine
-from server.decoders import DecodedPair
+from server.decoders import DecodedPair, UnknownFormat
 from server.endings import Endings
 from server.errors import StorageUnavailable
 from server.failures import Failure
@@ -287,20 +287,23 @@ class Worker:
                 self._claim_at = time.monotonic() + PAUSE_S
                 self._endings.begin(job, self._stores.steps_to_release(job))
                 continue
-            if source is None:
-                self._endings.fail(job, Failure.INPUT_LOST)
+            if isinstance(source, Failure):
+                self._endings.fail(job, source)
                 continue
             self._held[job.id] = Held(job, source, stages)
             engine.add(Generation(job.id, self._model_of(job), job.params, source))
 
-    def _read_input(self, job: Job) -> Source | None:
-        """The job's pictures, None where they are missing or damaged."""
+    def _read_input(self, job: Job) -> Source | Failure:
+        """The job's pictures, or why they cannot be read."""
         content = self.storage.get(job.input_key)
         try:
             pair = DecodedPair.from_bytes(content or b"")
-        except (ValueError, EOFError, IndexError):
-            return None
-        return Source(pair.init_image, pair.mask)
+        except UnknownFormat as error:
+            logger.warning("input of another version", job_id=job.id, detail=str(error))
+            return Failure.INPUT_OF_ANOTHER_VERSION
+        except ValueError:
+            return Failure.INPUT_LOST
+        return Source(pair.init_image, pair.mask, pair.icc_profile)
 
     def _handle(self, event: Event) -> None:
         held = self._held[event.generation_id]

@@ -11,15 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from models.decoding import ImageLimits
+from models.decoding import DecodedImage, DecodedMask, ImageLimits
 from server.decoder import Kind
 from server.decoders import Decoder
 from server.errors import ImageProblem
 from tests import hostile_pictures as hostile
+from tests import profiles
 
 LIMITS = ImageLimits(max_bytes=1_000_000)
 """Pixels as in the server, so that a mutated header may ask for much."""
@@ -54,12 +53,12 @@ def fuzz(count: int, seed: int) -> Outcomes:
     return outcomes
 
 
-def name_of(outcome: NDArray[np.uint8] | ImageProblem, kind: Kind) -> str:
+def name_of(outcome: DecodedImage | DecodedMask | ImageProblem, kind: Kind) -> str:
     """The problem, or `ok` for pixels. Raises: AssertionError for pixels of a wrong shape."""
     if isinstance(outcome, ImageProblem):
         return outcome.value
-    height, width = outcome.shape[:2]
-    assert outcome.size == height * width * kind.channels
+    height, width = outcome.pixels.shape[:2]
+    assert outcome.pixels.size == height * width * kind.channels
     assert max(height, width) <= 1024
     return "ok"
 
@@ -123,6 +122,9 @@ def valid_pictures() -> Iterator[bytes]:
     yield from (make() for make in hostile.MODES.values())
     yield from (hostile.saved(each) for each in (colours, alpha, colours.quantize(16)))
     yield hostile.saved(colours.quantize(16), transparency=3)
+    yield hostile.saved(colours, icc_profile=profiles.display_p3())
+    yield from (hostile.with_profile(profiles.ink(), "CMYK") for _ in range(2))
+    yield from (hostile.with_profile(profiles.grey(1.8), "L") for _ in range(2))
     yield from (hostile.png(hostile.SMALL, interlace=1) for _ in range(2))
     yield hostile.frames(3, "PNG")
     for options in ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}):

@@ -20,9 +20,12 @@ MODELS = {
     "errors": "",
     "spelling": "",
     "params": "errors",
-    "decoding": "errors",
+    "colour": "",
+    "mask_reading": "",
+    "repair": "",
+    "decoding": "colour errors mask_reading repair",
     "images": "",
-    "masks": "images",
+    "masks": "images mask_reading",
     "canvas": "images masks params",
     "captions": "params",
     "enhance": "",
@@ -89,16 +92,18 @@ SERVER = {
     "egress": "addresses door errors exchange settings slots telemetry",
     "downloads": "addresses egress errors jobs",
     "confinement": "",
-    "decoder": "confinement models.decoding models.errors models.params",
+    "notices": "",
+    "decoder": "confinement models.decoding models.errors models.mask_reading models.params",
     "cores": "telemetry",
     "talks": "",
-    "decoders": "cores decoder errors talks telemetry models.decoding models.errors",
+    "decoders": "cores decoder errors notices talks telemetry models.colour models.decoding"
+    " models.errors models.mask_reading",
     "sandbox": "decoder decoders errors slots talks models.decoding",
     "wal": "database",
     "clocks": "database",
     "deliveries": "clocks commits database errors",
     "failures": "models.params",
-    "receipts": "",
+    "receipts": "models.mask_reading",
     "idempotency": "database errors",
     "batches": "",
     "commits": "batches",
@@ -118,8 +123,8 @@ SERVER = {
     "followers": "changes errors job_store jobs telemetry",
     "bodies": "errors",
     "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs notices"
-    " receipts",
-    "notices": "models.prompt_syntax settings models.enhance models.errors models.params",
+    " receipts settings models.enhance models.errors models.mask_reading models.params",
+    "notices": "settings models.enhance models.errors models.params models.prompt_syntax",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
@@ -127,8 +132,8 @@ SERVER = {
     "outlook": "job_store jobs",
     "services": "auth background deliveries egress errors followers health job_store keeping"
     " metrics outlook sandbox settings slots storage threads waiters webhooks",
-    "intake": "auth decoder decoders downloads errors idempotency jobs proxies receipts services"
-    " settings slots models.params",
+    "intake": "auth decoder decoders downloads errors idempotency jobs notices proxies receipts"
+    " services settings slots models.mask_reading models.params",
     "holding": "",
     "routes": "auth bodies dialects errors health holding intake job_store jobs services settings"
     " telemetry models.enhance",
@@ -138,8 +143,8 @@ SERVER = {
     "checkpoints": "receipts settings telemetry models.acceleration models.errors"
     " models.fingerprint models.manifests models.pipeline models.registry models.residency",
     "endings": "errors failures jobs telemetry",
-    "results": "endings errors failures inspection job_store jobs receipts storage telemetry"
-    " models.images models.pipeline",
+    "results": "endings errors failures inspection job_store jobs notices receipts storage"
+    " telemetry models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
     "worker": "checkpoints database decoders endings errors failures inspection job_store jobs"
     " previews receipts results settings storage telemetry models.captions"

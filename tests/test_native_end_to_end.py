@@ -142,7 +142,8 @@ def test_receipt_agrees_with_what_is_delivered(server: ServerProcess) -> None:
     assert changed[inside].mean() > 0.5, "it was repainted"
     assert not changed[~inside].any()
     assert (output["changed_outside"], output["largest_difference_outside"]) == (0, 0)
-    assert job["mask"] == {"coverage": 0.25, "box": [64, 64, 192, 192]}
+    assert job["mask"] == {"read_as": "white", "coverage": 0.25, "box": [64, 64, 192, 192]}
+    assert job["warnings"] == []
 
 
 def test_controls_of_the_mask_are_told_of(server: ServerProcess) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import httpx
 import pytest
 from sqlalchemy import select, update
 
+from models.mask_reading import MaskReading
 from server.database import idempotency_keys, jobs, open_engine
 from server.failures import Failure
 from server.job_store import MAX_ATTEMPTS, JobStore
 from server.jobs import Beat, Job
+from server.notices import Notice
 from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.settings import Settings
 from server.storage import Storage
@@ -79,6 +82,10 @@ def client_of(app: LiveApp, key: str) -> httpx.Client:
     return httpx.Client(base_url=app.client.base_url, headers=headers, trust_env=False, timeout=60)
 
 
+def inline(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
 def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
     answer = client.post("/api/jobs", json=BODY | changes)
     assert answer.status_code == 202, answer.text
@@ -88,8 +95,8 @@ def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
 
 def claim(store: JobStore, job_id: int) -> Job:
     """The job, held by a worker; those before it are held too."""
-    while jobs := store.claim("test", 10):
-        for job in jobs:
+    while claimed := store.claim("test", 10):
+        for job in claimed:
             if job.id == job_id:
                 return job
     raise AssertionError(f"no job {job_id} waits")
@@ -121,7 +128,8 @@ class TestLifeOfAJob:
         assert job["position"] >= 1
         assert job["eta_s"] > 0
         assert job["progress"] == {"step": 0, "total_steps": 0}
-        assert (job["outputs"], job["receipt"], job["mask"]) == ([], None, None)
+        assert (job["outputs"], job["receipt"], job["warnings"]) == ([], None, [])
+        assert job["mask"] == {"read_as": "white", "coverage": None, "box": None}
         assert job["params"]["num_inference_steps"] == 20, "what was left open is told"
         assert (job["params"]["width"], job["params"]["seed"]) == (64, 5)
         assert (job["track_id"], job["samples"]) == (7, 2)
@@ -176,7 +184,7 @@ class TestLifeOfAJob:
         store.finish(job, [False, True], RECEIPT)
         told = read(client, job.id)
         assert (told["state"], told["position"], told["eta_s"]) == ("finished", None, None)
-        assert told["mask"] == {"coverage": 0.25, "box": [0, 0, 32, 32]}
+        assert told["mask"] == {"read_as": "white", "coverage": 0.25, "box": [0, 0, 32, 32]}
         assert told["receipt"] == {
             "model": {
                 "id": "builtin",
@@ -197,6 +205,68 @@ class TestLifeOfAJob:
         stages = [told["timings_ms"][name] for name in ("prepare", "denoise", "decode")]
         assert stages == [10.0, 20.0, 30.0]
         assert told["timings_ms"]["total"] > 0
+
+    def test_empty_mask_is_told_at_once(self, client: httpx.Client) -> None:
+        black = inline(png_bytes(shade=100))
+        for changes, codes in [
+            ({"mask_image": black}, ["mask_is_empty"]),
+            ({"mask_image": black, "soft_mask": True}, []),
+            ({"mask_image": black, "invert_mask": True}, []),
+            ({"mask_image": inline(png_bytes(shade=255)), "invert_mask": True}, ["mask_is_empty"]),
+            ({"mask_image": black, "only_masked": True}, ["mask_is_empty"]),
+        ]:
+            job = read(client, create(client, **changes)["id"])
+            assert [each["code"] for each in job["warnings"]] == codes, changes
+        assert "no pixel" in create(client, mask_image=black)["warnings"][0]["message"]
+
+    def test_mask_that_shrank_to_nothing_is_told_at_the_end(
+        self, client: httpx.Client, store: JobStore, settings: Settings
+    ) -> None:
+        job = claim(store, create(client, mask_grow=-64)["id"])
+        assert read(client, job.id)["warnings"] == []
+        for key in job.output_keys:
+            Storage(settings.storage_url).put(key, OUTPUT)
+        store.finish(job, [False, False], replace(RECEIPT, coverage=0.0, box=None))
+        told = read(client, job.id)
+        assert [each["code"] for each in told["warnings"]] == ["mask_is_empty"]
+        assert told["mask"] == {"read_as": "white", "coverage": 0.0, "box": None}
+
+    def test_mask_of_other_proportions_is_told(self, client: httpx.Client) -> None:
+        wide, odd = inline(png_bytes(256, 192)), inline(png_bytes(101, 67))
+        for changes, is_told in [
+            ({"init_image": wide, "mask_image": inline(png_bytes(192, 256))}, True),
+            ({"init_image": wide, "mask_image": inline(png_bytes(128, 96))}, False),
+            ({"init_image": wide, "mask_image": inline(png_bytes(129, 96))}, False),
+            ({"init_image": odd}, True),
+            ({"init_image": odd, "mask_image": inline(png_bytes(96, 64))}, False),
+            # Drawn at the size of the result.
+            ({"init_image": wide, "width": 64, "height": 64}, False),
+        ]:
+            told = create(client, **changes)["warnings"]
+            expected = ["mask_proportions_differ"] if is_told else []
+            assert [each["code"] for each in told] == expected, changes
+
+    def test_warnings_are_described(self, client: httpx.Client) -> None:
+        schemas = client.get("/openapi.json").json()["components"]["schemas"]
+        assert schemas["Notice"]["enum"] == list(Notice)
+        assert schemas["MaskReading"]["enum"] == list(MaskReading)
+        assert schemas["JobAnswer"]["properties"]["warnings"]["items"]["$ref"].endswith("Answer")
+
+    def test_job_of_the_version_before_is_told(
+        self, client: httpx.Client, store: JobStore, settings: Settings
+    ) -> None:
+        job = create(client)
+        row = store.get(job["id"])
+        assert row is not None
+        del row.request["warnings"], row.request["intake"]["mask_read_as"]
+        engine = open_engine(settings.sqlalchemy_url)
+        with engine.begin() as connection:
+            statement = update(jobs).where(jobs.c.id == job["id"])
+            connection.execute(statement.values(request=row.request))
+        engine.dispose()
+        told = read(client, job["id"])
+        assert told["warnings"] == []
+        assert told["mask"] == {"read_as": None, "coverage": None, "box": None}
 
     def test_failed_and_lost_are_told_apart(self, client: httpx.Client, store: JobStore) -> None:
         failed = claim(store, create(client)["id"])

@@ -85,11 +85,12 @@ def test_pair_is_the_same_however_it_is_handed_over(decoder: Decoder, room: int)
         images = images_of(own)
         alone = decoder.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
         assert not isinstance(alone, ImageProblem)
-        height, width = alone.shape[:2]
+        height, width = alone.pixels.shape[:2]
         mask = decoder.decode(Kind.MASK_IMAGE, images["mask_image"], Wanted(width, height))
+        assert not isinstance(mask, ImageProblem)
         pair = decoder.decode_pair(images, wanted)
-        np.testing.assert_array_equal(pair.init_image, alone)
-        np.testing.assert_array_equal(pair.mask, mask)
+        np.testing.assert_array_equal(pair.init_image, alone.pixels)
+        np.testing.assert_array_equal(pair.mask, mask.pixels)
         with pytest.raises(ImageUnavailable) as refused:
             decoder.decode_pair(broken, wanted)
         assert refused.value.problems == {"init_image": ImageProblem.NOT_AN_IMAGE}
@@ -429,7 +430,7 @@ def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProbl
 @pytest.mark.parametrize("size", [(65_535, 65_535), (1, 2_001), (2_001, 1), (1_500, 1_500)])
 def test_no_room_is_made_for_a_picture_that_cannot_be(kind: Kind, size: tuple[int, int]) -> None:
     """A child that was taken over says that a picture of its own size is large."""
-    claim = REPLY.pack(PICTURE, *size)
+    claim = REPLY.pack(PICTURE, *size, *size, 1, 0, 0)
     decoder = failing(f"os.write(1, {claim!r})")
     tracemalloc.start()
     try:

@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from models.mask_reading import MaskReading
 from server.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryState, DeliveryStatus
 from server.failures import Failure
 from server.jobs import OUTPUT_FOLDER, Job, JobState
-from server.notices import SENTENCES, Notice
+from server.notices import Notice, notices_of
 from server.receipts import Intake, Model, Receipt
 
 
@@ -60,12 +61,28 @@ class JobSummary(BaseModel):
 
 
 class Mask(BaseModel):
-    """What was repainted, the blur's reach included."""
+    """How the mask was understood, and what was repainted, the blur's reach included."""
 
-    coverage: float = Field(description="Share of the picture, 0 to 1")
-    box: tuple[int, int, int, int] | None = Field(
-        description="Left, top, right, bottom in pixels, the last two excluded"
+    read_as: MaskReading | None = Field(
+        description="What was taken to mean: repaint this. `white`: the lighter, the more, as "
+        "documented. `nonzero`: 1, where there are no values but 0 and 1. `low_byte`: 8-bit values "
+        "in 16 bits. `labels`: all labels of a palette but black. `opaque`: what is drawn on a "
+        "transparent canvas. `transparent`: the hole in a picture. null in jobs of older versions"
     )
+    coverage: float | None = Field(
+        description="Share of the picture, 0 to 1; null before the job has finished"
+    )
+    box: tuple[int, int, int, int] | None = Field(
+        description="Left, top, right, bottom in pixels, the last two excluded; null where nothing "
+        "is repainted, and before the job has finished"
+    )
+
+
+class WarningAnswer(BaseModel):
+    """What a client should know although the job succeeds. Programs read `code`."""
+
+    code: Notice
+    message: str
 
 
 class Timings(BaseModel):
@@ -104,13 +121,6 @@ class ReceiptAnswer(BaseModel):
     inputs: Inputs | None
 
 
-class JobWarning(BaseModel):
-    """Something that was not done as the request says. Programs read `code`, people `message`."""
-
-    code: Notice
-    message: str
-
-
 class JobAnswer(JobSummary):
     """A job with all that is known of it."""
 
@@ -118,9 +128,11 @@ class JobAnswer(JobSummary):
     eta_s: float | None = Field(description="Seconds until it probably ends; null once it has")
     timings_ms: Timings
     mask: Mask | None
+    warnings: list[WarningAnswer] = Field(
+        description="What was not applied, or read in another way than may have been meant"
+    )
     outputs: list[Output]
     params: dict[str, Any] = Field(description="As used, with everything that was left open")
-    warnings: list[JobWarning] = Field(description="What of the request was not applied")
     receipt: ReceiptAnswer | None = Field(description="Of a finished job")
 
 
@@ -231,24 +243,32 @@ def write_job(
         position=position,
         eta_s=eta_s,
         timings_ms=write_timings(job, intake, receipt),
-        mask=Mask(coverage=receipt.coverage, box=receipt.box) if receipt else None,
+        mask=write_mask(intake, receipt),
+        warnings=[
+            WarningAnswer(code=notice, message=notice.sentence)
+            for notice in notices_of(job.request, receipt.coverage if receipt else None)
+        ],
         outputs=write_outputs(job, receipt, base_url),
         params=job.params.to_json(),
-        warnings=write_warnings(job),
         receipt=write_receipt(receipt, intake) if receipt else None,
     )
-
-
-def write_warnings(job: Job) -> list[JobWarning]:
-    """What was noted of the request; nothing of a job of an earlier version."""
-    notices = [Notice(code) for code in job.request.get("warnings", [])]
-    return [JobWarning(code=each, message=SENTENCES[each]) for each in notices]
 
 
 def intake_of(job: Job) -> Intake | None:
     """None for a job of an earlier version."""
     values = job.request.get("intake")
     return None if values is None else Intake.from_json(values)
+
+
+def write_mask(intake: Intake | None, receipt: Receipt | None) -> Mask | None:
+    """What is known of the mask so far."""
+    if intake is None and receipt is None:
+        return None
+    return Mask(
+        read_as=intake.mask_read_as if intake else None,
+        coverage=receipt.coverage if receipt else None,
+        box=receipt.box if receipt else None,
+    )
 
 
 def write_receipt(receipt: Receipt, intake: Intake | None) -> ReceiptAnswer:
