@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from models.images import encode_png, resize
+from tests import profiles
 
 HEIGHT, WIDTH = 12, 17
 
@@ -68,3 +69,11 @@ def test_encode_survives_lone_surrogates() -> None:
 def test_encode_refuses_bad_keywords(keyword: str) -> None:
     with pytest.raises(ValueError, match=r"keyword|latin-1"):
         encode_png(COLOURS, {keyword: "x"})
+
+
+def test_profile_is_written_and_the_pixels_stay() -> None:
+    profile = profiles.display_p3(2**20 - 1_000)
+    image = Image.open(io.BytesIO(encode_png(COLOURS, {"parameters": "x"}, profile)))
+    assert np.array_equal(np.asarray(image), COLOURS)
+    assert image.info["icc_profile"] == profile
+    assert "icc_profile" not in Image.open(io.BytesIO(encode_png(COLOURS))).info

@@ -4,6 +4,7 @@ import asyncio
 import os
 import platform
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -15,15 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
+from PIL import ExifTags, Image
 
-from models.decoding import ImageLimits
+from models.decoding import DecodedImage, ImageLimits, decode_image
 from models.errors import ImageFault
+from models.mask_reading import MaskReading
 from server import confinement
 from server.decoder import PICTURE, REPLY, Kind, Wanted
-from server.decoders import OWN, PROBLEM_OF_FAULT, DecodedPair, Decoder
+from server.decoders import OWN, PROBLEM_OF_FAULT, DecodedPair, Decoder, UnknownFormat
 from server.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
+from server.notices import Notice
 from server.sandbox import Sandbox
 from tests import hostile_pictures as hostile
+from tests import profiles
 from tests.http_stub import png_bytes
 from tests.test_layers import REPOSITORY, loaded_by
 
@@ -169,11 +174,83 @@ def test_every_fault_of_an_image_has_a_problem() -> None:
     assert set(PROBLEM_OF_FAULT) == set(ImageFault)
 
 
+@pytest.mark.parametrize("room", [0, 2**20], ids=["one after the other", "together"])
+def test_profile_and_orientation_cross_the_pipe(decoder: Decoder, room: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.new("RGB", (96, 64), "red")
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (0, 0, 32, 32))  # the upper left as stored is the upper right as shown
+    profile = profiles.display_p3()
+    decoder.start()
+    decoder._request_room = room
+    for file_format in ("PNG", "JPEG", "WEBP"):
+        init_image = hostile.saved(stored, file_format, exif=exif, icc_profile=profile)
+        images = {"init_image": init_image, "mask_image": hostile.saved(mask)}
+        pair = decoder.decode_pair(images)
+        assert pair.icc_profile == profile
+        assert pair.notices == ()
+        assert pair.mask.shape == (96, 64)
+        assert np.argwhere(pair.mask).min(axis=0).tolist() == [0, 32]
+        assert np.argwhere(pair.mask).max(axis=0).tolist() == [31, 63]
+
+
+def test_confined_child_converts_by_profile(decoder: Decoder) -> None:
+    """The filter of system calls grants what littlecms needs."""
+    for mode, profile, plain in [
+        ("CMYK", profiles.ink(), [0, 255, 255]),
+        ("L", profiles.grey(1.8), [64] * 3),
+    ]:
+        flat = Image.new(mode, (64, 64), (255, 0, 0, 0) if mode == "CMYK" else 64)
+        content = hostile.saved(flat, "JPEG", icc_profile=profile, quality=100)
+        decoded = decoder.decode(Kind.INIT_IMAGE, content)
+        assert isinstance(decoded, DecodedImage)
+        assert not decoded.is_profile_lost
+        assert decoded.pixels[0, 0].tolist() != plain
+        assert np.ptp(decoded.pixels[0, 0]) == 0
+        expected = decode_image(content, LIMITS, OWN.fit).pixels
+        np.testing.assert_array_equal(decoded.pixels, expected)
+
+
+def test_notices_of_a_pair(decoder: Decoder) -> None:
+    broken = hostile.saved(hostile.noise(), icc_profile=b"no profile")
+    images = {"init_image": broken, "mask_image": png_bytes(64, 128)}
+    pair = decoder.decode_pair(images)
+    assert pair.notices == (Notice.MASK_PROPORTIONS_DIFFER, Notice.PROFILE_NOT_KEPT)
+    ones = hostile.saved(Image.new("L", (64, 64)).point([1] * 256))
+    assert decoder.decode_pair(images | {"mask_image": ones}).notices == (Notice.PROFILE_NOT_KEPT,)
+
+
+def test_reading_of_a_mask_crosses_the_pipe(decoder: Decoder) -> None:
+    strokes = Image.new("RGBA", (64, 64))
+    strokes.paste("red", (8, 8, 20, 20))
+    images = {"init_image": png_bytes(), "mask_image": hostile.saved(strokes)}
+    pair = decoder.decode_pair(images)
+    assert pair.read_as is MaskReading.OPAQUE
+    assert (pair.mask > 0).sum() == 144
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [(64, 64, 0, 0, 0), (0, 64, 1, 0, 0), (64, 64, 1, 200, 0), (64, 64, 1, 0, 2**20 + 1)],
+    ids=["orientation", "size", "note", "profile"],
+)
+@pytest.mark.parametrize("kind", Kind)
+def test_reply_that_cannot_be_ends_the_child(kind: Kind, tail: tuple[int, ...]) -> None:
+    claim = REPLY.pack(PICTURE, 64, 64, *tail)
+    decoder = failing(f"os.write(1, {claim!r})")
+    try:
+        assert decoder.decode(kind, png_bytes()) is ImageProblem.DAMAGED
+    finally:
+        decoder.close()
+
+
 def test_pair_survives_storing() -> None:
     generator = np.random.default_rng(0)
     init_image = generator.integers(0, 256, (64, 72, 3), np.uint8)
     mask = generator.integers(0, 256, (64, 72), np.uint8)
-    again = DecodedPair.from_bytes(DecodedPair(init_image, mask).to_bytes())
+    again = DecodedPair.from_bytes(DecodedPair(init_image, mask, b"profile").to_bytes())
+    assert again.icc_profile == b"profile"
     np.testing.assert_array_equal(again.init_image, init_image)
     np.testing.assert_array_equal(again.mask, mask)
     for array in (again.init_image, again.mask):
@@ -195,7 +272,25 @@ def test_stored_pair_of_a_wrong_length_is_refused(change: object) -> None:
         DecodedPair.from_bytes(change(content))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"\xff" * 8])
+def test_pair_stored_by_the_version_before_is_read() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 4), np.uint8)
+    planes = pixels[..., :3].tobytes() + pixels[..., 3].tobytes()
+    pair = DecodedPair.from_bytes(struct.pack("<II", 8, 16) + planes)
+    np.testing.assert_array_equal(np.dstack([pair.init_image, pair.mask]), pixels)
+    assert pair.icc_profile == b""
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, 255])
+def test_pair_of_an_unknown_version_is_told_apart(version: int) -> None:
+    content = bytearray(
+        DecodedPair(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)).to_bytes()
+    )
+    content[4] = version
+    with pytest.raises(UnknownFormat, match=f"format {version}"):
+        DecodedPair.from_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"\xff" * 8, b"\x89IPI", b"\x89IPI\2"])
 def test_what_is_no_stored_pair_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"pair|reshape"):
         DecodedPair.from_bytes(content)
