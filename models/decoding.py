@@ -139,12 +139,14 @@ class DecodedImage:
 
     pixels: `(h, w, 3)` RGB, in the colours of `icc_profile`, or in sRGB where that is empty.
     is_profile_lost: the file says that its colours are not sRGB, and the pixels do not follow.
+    is_alpha_lost: some of it is transparent, of which the pixels show nothing.
     """
 
     pixels: NDArray[np.uint8]
     stored: Stored
     icc_profile: bytes
     is_profile_lost: bool
+    is_alpha_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,27 +169,28 @@ def decode_image(
     Raises: UnreadableImage, naming `field`.
     """
 
-    def to_rgb(image: Image.Image, png: PngContent) -> tuple[Image.Image, tuple[bytes, bool]]:
+    def to_rgb(image: Image.Image, png: PngContent) -> tuple[Image.Image, tuple[bytes, bool, bool]]:
         profile = image.info.get("icc_profile") or profile_of_png(png.colour_chunks)
         is_named = b"iCCP" in png.colour_chunks or "icc_profile" in image.info
         is_lost = is_named or not is_srgb(png.colour_chunks)
         if image.mode == "CMYK":
             converted = inks_to_srgb(image, profile)
             plain = image.convert("RGB") if converted is None else converted
-            return plain, (b"", is_lost and converted is None)
+            return plain, (b"", is_lost and converted is None, False)
         plain = _to_8_bit(image, data, field)
+        has_holes = "A" in plain.mode and plain.getchannel("A").getextrema() != (255, 255)
         if plain.mode in ("L", "LA"):
             converted = greys_to_srgb(plain, profile)
             is_lost = is_lost and converted is None
             plain = plain if converted is None else converted
-            return _convert(_flatten(plain, "white"), "RGB"), (b"", is_lost)
+            return _convert(_flatten(plain, "white"), "RGB"), (b"", is_lost, has_holes)
         kept = kept_profile(profile)
-        return _convert(_flatten(plain, "white"), "RGB"), (kept, is_lost and not kept)
+        return _convert(_flatten(plain, "white"), "RGB"), (kept, is_lost and not kept, has_holes)
 
     with _translated_faults(data, field):
         reading = _Reading(field, Image.Resampling.LANCZOS)
-        image, stored, (profile, is_lost) = _decode(data, limits, fit, reading, to_rgb)
-        return DecodedImage(np.array(image), stored, profile, is_lost)
+        image, stored, (profile, *losses) = _decode(data, limits, fit, reading, to_rgb)
+        return DecodedImage(np.array(image), stored, profile, *losses)
 
 
 def decode_mask(

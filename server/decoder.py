@@ -60,9 +60,10 @@ LIKE_LAST = 2
 REPLY = struct.Struct("<BHHHHBBI")
 """Outcome, and for a picture: width, height, how it is stored, a note, and the bytes of its colour
 profile. Its pixels follow, then the profile. The note is the index in `READINGS` for a mask, and
-`PROFILE_LOST` or 0 for an init image."""
+the sum of `PROFILE_LOST` and `ALPHA_LOST`, as far as they hold, for an init image."""
 PICTURE = 0
 PROFILE_LOST = 1
+ALPHA_LOST = 2
 READINGS = tuple(MaskReading)
 NOT_STORED = Stored(0, 0, 0)
 FAULTS = tuple(ImageFault)
@@ -119,7 +120,8 @@ def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes 
         return [REPLY.pack(1 + FAULTS.index(picture), 0, 0, *NOT_STORED, 0, 0)]
     profile = b""
     if isinstance(picture, DecodedImage):
-        profile, note = picture.icc_profile, PROFILE_LOST * picture.is_profile_lost
+        profile = picture.icc_profile
+        note = PROFILE_LOST * picture.is_profile_lost | ALPHA_LOST * picture.is_alpha_lost
     else:
         note = READINGS.index(picture.read_as)
     height, width = picture.pixels.shape[:2]

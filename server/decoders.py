@@ -25,6 +25,7 @@ from models.errors import ImageFault
 from models.mask_reading import MaskReading
 from server.cores import on_all_cores
 from server.decoder import (
+    ALPHA_LOST,
     FAULTS,
     PICTURE,
     PROFILE_LOST,
@@ -354,14 +355,15 @@ class Decoder:
         is_mask = kind is Kind.MASK_IMAGE
         if 0 in stored or profile_size > MAX_KEPT_BYTES * (not is_mask):
             raise DecoderEnded
-        if note >= (len(READINGS) if is_mask else 1 + PROFILE_LOST):
+        if note >= (len(READINGS) if is_mask else 1 + PROFILE_LOST + ALPHA_LOST):
             raise DecoderEnded
         pixels = yield from self._receive(width * height * kind.channels, until)
         array = np.frombuffer(pixels, np.uint8).reshape(height, width, -1)
         if is_mask:
             return DecodedMask(array[:, :, 0], stored, READINGS[note])
         profile = bytes((yield from self._receive(profile_size, until)))
-        return DecodedImage(array, stored, profile, is_profile_lost=note == PROFILE_LOST)
+        losses = bool(note & PROFILE_LOST), bool(note & ALPHA_LOST)
+        return DecodedImage(array, stored, profile, *losses)
 
     def _bury(self, *, is_late: bool) -> ImageProblem:
         """The picture's problem, once its child has failed. Raises: ChildKilled."""
@@ -435,6 +437,8 @@ def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:
         notices.append(Notice.MASK_PROPORTIONS_DIFFER)
     if init_image.is_profile_lost:
         notices.append(Notice.PROFILE_NOT_KEPT)
+    if init_image.is_alpha_lost:
+        notices.append(Notice.TRANSPARENCY_NOT_KEPT)
     return DecodedPair(
         init_image.pixels, mask.pixels, init_image.icc_profile, mask.read_as, tuple(notices)
     )

@@ -28,6 +28,9 @@ class Notice(StrEnum):
     SCHEDULER_IGNORED = "scheduler_ignored"
     NOISE_SPACING_IGNORED = "noise_spacing_ignored"
 
+    TRANSPARENCY_NOT_KEPT = "transparency_not_kept"
+    """The init image is transparent in part, and the result is not."""
+
     @property
     def sentence(self) -> str:
         return SENTENCES[self]
@@ -41,6 +44,9 @@ SENTENCES = {
     Notice.PROFILE_NOT_KEPT: (
         "The init image's colour profile is broken, too large or of a kind that is not kept: "
         "its colours are taken as sRGB"
+    ),
+    Notice.TRANSPARENCY_NOT_KEPT: (
+        "The init image's transparent parts were laid over white, and the result is opaque"
     ),
     Notice.LORA_TAG_IGNORED: (
         "Tags such as <lora:name:0.8> were taken out of the prompts and not applied; the server's "

@@ -436,6 +436,14 @@ def test_mask_is_not_read_through_its_profile() -> None:
         assert np.array_equal(decode_mask(data), GREYS)
 
 
+def test_lost_transparency_is_told() -> None:
+    holed = Image.fromarray(np.dstack([COLOURS, GREYS]))
+    assert colours_of(saved(holed)).is_alpha_lost
+    assert colours_of(saved(holed.convert("LA"))).is_alpha_lost
+    assert not colours_of(saved(Image.fromarray(COLOURS).convert("RGBA"))).is_alpha_lost
+    assert not colours_of(saved(Image.fromarray(COLOURS))).is_alpha_lost
+
+
 def with_chunk(*chunks: bytes) -> bytes:
     """A PNG of `COLOURS` with these between its header and its pixels."""
     data = saved(Image.fromarray(COLOURS))

@@ -92,7 +92,6 @@ SERVER = {
     "egress": "addresses door errors exchange settings slots telemetry",
     "downloads": "addresses egress errors jobs",
     "confinement": "",
-    "notices": "",
     "decoder": "confinement models.decoding models.errors models.mask_reading models.params",
     "cores": "telemetry",
     "talks": "",
@@ -124,7 +123,7 @@ SERVER = {
     "bodies": "errors",
     "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs notices"
     " receipts settings models.enhance models.errors models.mask_reading models.params",
-    "notices": "settings models.enhance models.errors models.params models.prompt_syntax",
+    "notices": "models.prompt_syntax",
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",

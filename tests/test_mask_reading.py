@@ -1,5 +1,6 @@
 """Masks as clients write them, to what is repainted; ordinary ones always to the same."""
 
+import functools
 import io
 from collections.abc import Callable
 
@@ -64,6 +65,10 @@ def inverted(image: Image.Image) -> Image.Image:
     return image.point([255 - level for level in range(256)])
 
 
+def strokes(colour: str, file_format: str) -> bytes:
+    return saved(with_alpha(flat(colour), DISC), file_format)
+
+
 def numbers(dtype: str, value: int) -> bytes:
     return saved(Image.fromarray(np.where(INSIDE, value, 0).astype(dtype)))
 
@@ -98,9 +103,7 @@ KIND: dict[str, tuple[Callable[[], bytes], MaskReading]] = {
     ),
     **{
         f"strokes of {colour} in {file_format}": (
-            lambda colour=colour, file_format=file_format: saved(
-                with_alpha(flat(colour), DISC), file_format
-            ),
+            functools.partial(strokes, colour, file_format),
             MaskReading.OPAQUE,
         )
         for colour in ("black", "#303030", "red", "lime", "blue", "yellow", "#ff00ff")
@@ -169,7 +172,7 @@ def test_soft_strokes_stay_soft() -> None:
 
 def luma_over_black(data: bytes) -> NDArray[np.uint8]:
     """What was read of every mask before any was read otherwise."""
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     if image.mode == "I;16":
         return (np.asarray(image) >> 8).astype(np.uint8)
     if "transparency" in image.info or "A" in image.mode:

@@ -208,13 +208,14 @@ class TestLifeOfAJob:
 
     def test_empty_mask_is_told_at_once(self, client: httpx.Client) -> None:
         black = inline(png_bytes(shade=100))
-        for changes, codes in [
+        cases: list[tuple[dict[str, Any], list[str]]] = [
             ({"mask_image": black}, ["mask_is_empty"]),
             ({"mask_image": black, "soft_mask": True}, []),
             ({"mask_image": black, "invert_mask": True}, []),
             ({"mask_image": inline(png_bytes(shade=255)), "invert_mask": True}, ["mask_is_empty"]),
             ({"mask_image": black, "only_masked": True}, ["mask_is_empty"]),
-        ]:
+        ]
+        for changes, codes in cases:
             job = read(client, create(client, **changes)["id"])
             assert [each["code"] for each in job["warnings"]] == codes, changes
         assert "no pixel" in create(client, mask_image=black)["warnings"][0]["message"]
@@ -233,7 +234,7 @@ class TestLifeOfAJob:
 
     def test_mask_of_other_proportions_is_told(self, client: httpx.Client) -> None:
         wide, odd = inline(png_bytes(256, 192)), inline(png_bytes(101, 67))
-        for changes, is_told in [
+        cases: list[tuple[dict[str, Any], bool]] = [
             ({"init_image": wide, "mask_image": inline(png_bytes(192, 256))}, True),
             ({"init_image": wide, "mask_image": inline(png_bytes(128, 96))}, False),
             ({"init_image": wide, "mask_image": inline(png_bytes(129, 96))}, False),
@@ -241,7 +242,8 @@ class TestLifeOfAJob:
             ({"init_image": odd, "mask_image": inline(png_bytes(96, 64))}, False),
             # Drawn at the size of the result.
             ({"init_image": wide, "width": 64, "height": 64}, False),
-        ]:
+        ]
+        for changes, is_told in cases:
             told = create(client, **changes)["warnings"]
             expected = ["mask_proportions_differ"] if is_told else []
             assert [each["code"] for each in told] == expected, changes

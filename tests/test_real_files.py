@@ -101,7 +101,7 @@ def result_of(server: ServerProcess, url: str) -> Image.Image:
 
 
 def changed(result: Image.Image) -> NDArray[np.bool_]:
-    return (np.asarray(result) != np.asarray(INIT)).any(axis=2)
+    return np.asarray((np.asarray(result) != np.asarray(INIT)).any(axis=2))
 
 
 def is_repainted(result: Image.Image) -> bool:

@@ -221,6 +221,22 @@ def test_notices_of_a_pair(decoder: Decoder) -> None:
     assert decoder.decode_pair(images | {"mask_image": ones}).notices == (Notice.PROFILE_NOT_KEPT,)
 
 
+def test_lost_transparency_is_noticed(decoder: Decoder) -> None:
+    opaque = hostile.noise("RGB").convert("RGBA")
+    holed = opaque.copy()
+    holed.putalpha(Image.linear_gradient("L").resize((64, 64)))
+    both = (Notice.PROFILE_NOT_KEPT, Notice.TRANSPARENCY_NOT_KEPT)
+    for image, profile, notices in [
+        (opaque, None, ()),
+        (holed, None, both[1:]),
+        (holed.convert("LA"), None, both[1:]),
+        (holed, b"no profile", both),
+    ]:
+        init_image = hostile.saved(image, icc_profile=profile)
+        images = {"init_image": init_image, "mask_image": png_bytes()}
+        assert decoder.decode_pair(images).notices == notices
+
+
 def test_reading_of_a_mask_crosses_the_pipe(decoder: Decoder) -> None:
     strokes = Image.new("RGBA", (64, 64))
     strokes.paste("red", (8, 8, 20, 20))
