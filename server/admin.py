@@ -111,13 +111,13 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
         """None where the database does not answer."""
         try:
             services().health.refuse_writes()
-            figures = await services().in_store_thread(services().store.figures)
+            forecast = await services().in_store_thread(services().estimator.forecast)
         except (StorageUnavailable, SQLAlchemyError):
             return None
         return {
-            "waiting": figures.waiting,
-            "running": figures.running,
-            "wait_s": round(figures.wait_s, 1),
+            "waiting": forecast.waiting,
+            "running": forecast.running,
+            "wait_s": round(forecast.wait_s, 1),
         }
 
     return Starlette(

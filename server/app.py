@@ -24,6 +24,7 @@ from server.dialects import native, native_problems, v3
 from server.door import Door, listeners_of
 from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
+from server.estimates import Estimator
 from server.followers import Followers
 from server.health import Health, Store, write_nothing
 from server.holding import Holding
@@ -120,7 +121,8 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             max_waiting=settings.queue.max_waiting,
             max_waiting_per_key=settings.queue.max_waiting_per_key,
         )
-        metrics.stored.register(StoredFigures(engine, store))
+        estimator = Estimator(lambda: store.forecast(settings.places_on))
+        metrics.stored.register(StoredFigures(engine, store, estimator))
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
         # One each, so that neither waits for the other's look-ups.
@@ -159,6 +161,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             keys=keys,
             store=store,
             outlook=Outlook(store),
+            estimator=estimator,
             storage=storage,
             fetcher=Fetcher(settings.fetch, fetch_door),
             sandbox=sandbox,

@@ -27,7 +27,7 @@ from server.errors import (
     ServerBusy,
 )
 from server.idempotency import Idempotency
-from server.jobs import OUTPUT_FOLDER, Job, NewJob, QueueShare, Submitted
+from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, QueueShare, Submitted
 from server.notices import Notice, with_notices
 from server.proxies import BASE_URL
 from server.receipts import Intake
@@ -122,7 +122,7 @@ async def accept(
     if once is not None:
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
-            return Submitted(earlier, None)
+            return Submitted(earlier, is_new=False)
     if not services.outlook.has_room(caller.key_id):
         share = share_of(caller)
         await services.in_store_thread(services.outlook.look_for_room, caller.key_id, share)
@@ -234,6 +234,8 @@ async def find_job(services: Services, job_id: int, key_id: str) -> Job:
     job = await services.in_store_thread(services.store.get, job_id)
     if job is None or job.key_id != key_id:
         raise JobNotFound
+    if job.state is JobState.FINISHED and job.finished_at is not None:
+        services.metrics.observe_estimate(services.told.pop_ratio(job.id, job.finished_at))
     return job
 
 
@@ -251,5 +253,5 @@ def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:
 
 async def eta_s(services: Services, job: Job) -> float:
     """Seconds until a job that has not ended probably will have."""
-    figures = await services.in_store_thread(services.outlook.figures, job)
-    return figures.eta_s(job)
+    forecast = await services.in_store_thread(services.estimator.forecast, job.id)
+    return services.told.note(job.id, forecast.eta_s(job.id))

@@ -18,7 +18,6 @@ steady clock of the process that measured them, and are stored as such.
 
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -49,17 +48,17 @@ from server.clocks import SharedClock
 from server.commits import GroupCommit, each
 from server.database import Topic, check_file, jobs, notify, read_only, receipts, workers
 from server.deliveries import queue_delivery
+from server.estimates import START_S, DoneWork, Forecast, LiveWork, measure, play
 from server.failures import Failure
 from server.idempotency import Idempotency
-from server.job_rows import load_before, load_beside, to_job, whole_load
+from server.job_rows import to_job
 from server.jobs import (
     USUAL_SHARE,
     Beat,
     Job,
     JobState,
     NewJob,
-    Pace,
-    QueueFigures,
+    QueueCounts,
     QueueShare,
     Standing,
     Submitted,
@@ -67,7 +66,7 @@ from server.jobs import (
 from server.receipts import Receipt
 from server.silence import Silence
 from server.submissions import QueueLimits, Submissions
-from server.turns import IS_WAITING, ORDER, Place
+from server.turns import IS_WAITING, ORDER
 
 LEASE_S = 35.0
 """It takes two looks more until a lost job is queued again: 45 s in all."""
@@ -76,13 +75,6 @@ MAX_ATTEMPTS = 3
 WORKER_LOST = Failure.WORKER_LOST.sentence
 RECENT_JOBS = 20
 """How many of the last finished jobs tell the speed."""
-
-SLOW_FACTOR = 5.0
-"""A recent job that took longer than this many times the median counts as if it took no longer:
-one that waited for its model or for a store must not multiply every estimate."""
-
-GUESSED_SPEED = 1_000_000.0
-"""Pixel steps per second of a worker nothing is known of: about 5 s for 20 steps at 512×512."""
 
 WORKER_SEEN_S = 30.0
 """A worker not heard of for so long is not counted."""
@@ -95,10 +87,6 @@ OVER_SHARE_S = 0.25
 
 COUNTED = 1_000
 """Waiting jobs, for a worker's share. With more all workers are full."""
-
-START_S = 30.0
-"""Until somebody works, where nobody does: a guess at the start of a worker. A client told less
-would ask again and again for nothing."""
 
 MOST_IDS = 256
 """In one statement."""
@@ -150,11 +138,23 @@ CLAIM = (
     .returning(jobs)
 )
 
+SIDES = [jobs.c.params[name].as_integer() for name in ("samples", "width", "height")]
+PIXELS = SIDES[0] * SIDES[1] * SIDES[2]
+"""Of a job, in each of its steps."""
+
 RECENT = (
-    select(jobs.c.work, jobs.c.finished_at, jobs.c.run_s)
+    select(PIXELS.label("pixels"), jobs.c.work, jobs.c.finished_at, jobs.c.run_s)
     .where(jobs.c.state == JobState.FINISHED, jobs.c.run_s > 0, jobs.c.work > 0)
     .order_by(jobs.c.id.desc())
     .limit(RECENT_JOBS)
+)
+LEFT = jobs.c.work * (
+    1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
+)
+IN_ORDER = (
+    select(jobs.c.id, jobs.c.state, PIXELS.label("pixels"), LEFT.label("left"))
+    .where(IS_LIVE)
+    .order_by((jobs.c.state == JobState.RUNNING).desc(), *ORDER)
 )
 
 CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
@@ -472,29 +472,34 @@ class JobStore:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
 
-    def pace(self) -> Pace:
-        """How fast jobs are made now."""
+    def figures(self) -> QueueCounts:
+        """How many jobs wait and run."""
+        query = select(jobs.c.state, func.count()).where(IS_LIVE).group_by(jobs.c.state)
         with read_only(self._engine) as connection:
-            seen = self._seen(connection)
-            speed = self._speed(connection, len(seen))
-        is_worked_on = any(worker.state == "ready" for worker in seen)
-        return Pace(speed, 0.0 if is_worked_on else START_S)
+            counts = {JobState(state): count for state, count in connection.execute(query)}
+        return QueueCounts(counts.get(JobState.QUEUED, 0), counts.get(JobState.RUNNING, 0))
 
-    def figures(self, before: Job | None = None, pace: Pace | None = None) -> QueueFigures:
-        """The queue as a whole, or as a job sees it in front of itself.
-
-        A job that comes later may yet go before it, when it is the turn of its key.
-        before: as read lately; it is taken to wait where it did then, though it may run by now.
-        pace: where it is known.
-        """
+    def forecast(self, places_on: Callable[[str], int]) -> Forecast:
+        """When all jobs will end. places_on: jobs side by side in a worker, by its device."""
         with read_only(self._engine) as connection:
-            if before is None:
-                load = whole_load(connection)
-            elif before.state is JobState.QUEUED:
-                load = load_before(connection, Place(before.priority, before.turn, before.id))
-            else:
-                load = load_beside(connection, before.id)
-        return QueueFigures(*load, pace or self.pace())
+            ready = [each for each in self._seen(connection) if each.state == "ready"]
+            recent = connection.execute(RECENT).all()
+            live = connection.execute(IN_ORDER).all()
+        done = [
+            DoneWork(row.pixels, row.work / row.pixels, row.finished_at, row.run_s)
+            for row in recent
+        ]
+        left = [
+            LiveWork(row.id, row.state == JobState.RUNNING, row.pixels, row.left / row.pixels)
+            for row in live
+        ]
+        places = sum(places_on(each.device) for each in ready)
+        return play(
+            left,
+            places or places_on(""),
+            measure(done, len(ready), self._clock()),
+            pause_s=0.0 if ready else START_S,
+        )
 
     def report_worker(self, status: WorkerStatus) -> None:
         """Write a worker's word of itself, in place of its earlier one."""
@@ -547,21 +552,6 @@ class JobStore:
             return min(abs(self._clock() - seen_at), WORKER_SEEN_S)
 
         return self._workers.look(words, guess)
-
-    def _speed(self, connection: Connection, count: int) -> float:
-        """Pixel steps per second of the last finished jobs.
-
-        Before there are any a guess. count: of the workers.
-        """
-        recent = connection.execute(RECENT).all()
-        usual = statistics.median([row.run_s / row.work for row in recent] or [0.0])
-        # The ends only place the jobs beside each other. Each is as long as its worker measured, so
-        # that a jump of the wall clock between two ends is one more pause, which does not count.
-        spans = [(row, min(row.run_s, SLOW_FACTOR * usual * row.work)) for row in recent]
-        busy_s = covered_s([(row.finished_at - run_s, row.finished_at) for row, run_s in spans])
-        if busy_s > 0:
-            return float(sum(row.work for row in recent) / busy_s)
-        return GUESSED_SPEED * max(count, 1)
 
     def _run_s(self, job: Job) -> float | None:
         return None if job.claimed_s is None else max(0.0, self._steady_clock() - job.claimed_s)
@@ -641,15 +631,6 @@ def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[in
 def _held(job: Job) -> dict[str, int]:
     """The parameters of `HELD`."""
     return {"held_id": job.id, "held_claim": job.claim}
-
-
-def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
-    """Seconds in at least one of the intervals: jobs run side by side, and pauses do not count."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def withdraw(connection: Connection, job_id: int) -> bool:

@@ -159,68 +159,20 @@ class Job:
         """Storage key of how the job looks; there is a file while it runs only."""
         return f"{PREVIEW_FOLDER}/{self.file_prefix}.png"
 
-    @property
-    def work_left(self) -> float:
-        """Pixel steps still to do."""
-        return self.work * (1 - self.step / max(self.total_steps, 1))
 
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast jobs are made.
-
-    speed: pixel steps per second of all workers together; a guess before the first job has ended.
-    pause_s: until anybody works; 0 where a worker is ready.
-    """
-
-    speed: float
-    pause_s: float
-
-
-class Load(NamedTuple):
-    """Jobs that wait, jobs that run, and the pixel steps that all of them have left."""
+class QueueCounts(NamedTuple):
+    """Jobs that wait, and that run."""
 
     waiting: int
     running: int
-    ahead: float
-
-    def and_behind(self, work: float) -> "Load":
-        """With one more job that waits."""
-        return Load(self.waiting + 1, self.running, self.ahead + work)
-
-
-NO_LOAD = Load(0, 0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """What became of a `NewJob`. before: the queue in front of it, None for an earlier job that its
-    idempotency key stands for."""
+    """What became of a `NewJob`. is_new: False for the earlier job of its idempotency key."""
 
     job: Job
-    before: Load | None
-
-
-@dataclass(frozen=True, slots=True)
-class QueueFigures:
-    """The queue, as a whole or in front of one job.
-
-    waiting, running: jobs. ahead: their pixel steps not yet done.
-    """
-
-    waiting: int
-    running: int
-    ahead: float
-    pace: Pace
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds until a new job would start."""
-        return self.pace.pause_s + self.ahead / self.pace.speed
-
-    def eta_s(self, job: Job) -> float:
-        """Seconds until a job behind these probably ends."""
-        return round(self.pace.pause_s + (self.ahead + job.work_left) / self.pace.speed, 1)
+    is_new: bool = True
 
 
 @dataclass(frozen=True, slots=True)

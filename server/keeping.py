@@ -75,7 +75,7 @@ class Keeper:
         """
         job = submitted.job
         if not self.store.withdraw(job):
-            return Submitted(self.store.get(job.id) or job, None)
+            return Submitted(self.store.get(job.id) or job, is_new=False)
         with suppress(StorageUnavailable):
             self.storage.delete(job.input_key)
         stored.result()

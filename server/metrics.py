@@ -17,6 +17,7 @@ from sqlalchemy import Column, Connection, Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.database import deliveries, delivery_attempts, jobs, read_only
+from server.estimates import Estimator
 from server.failures import Failure
 from server.job_store import JobStore, WorkerStatus
 from server.jobs import JobState
@@ -24,6 +25,7 @@ from server.settings import SHARED_FIGURES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNKNOWN_ROUTE = "unknown"
+ESTIMATE_BUCKETS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10)
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -58,6 +60,12 @@ class Metrics:
         self.decodes = Counter(
             "inpaint_decodes", "Pairs of pictures decoded", ["outcome"], registry=self.registry
         )
+        self.estimates = Histogram(
+            "inpaint_estimate_ratio",
+            "Seconds a client was first told until its job's end, over the true ones",
+            buckets=ESTIMATE_BUCKETS,
+            registry=self.registry,
+        )
         self.connections = Gauge(
             "inpaint_connections",
             "Open connections",
@@ -70,6 +78,11 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="sum",
         )
+
+    def observe_estimate(self, ratio: float | None) -> None:
+        """How an estimate compares with the truth, once that is known."""
+        if ratio is not None:
+            self.estimates.observe(ratio)
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format. May read the database: call it in a thread."""
@@ -89,9 +102,10 @@ def forget_process(pid: int) -> None:
 class StoredFigures(Collector):
     """The figures that are rows: queue, jobs, webhooks, workers."""
 
-    def __init__(self, engine: Engine, store: JobStore) -> None:
+    def __init__(self, engine: Engine, store: JobStore, estimator: Estimator) -> None:
         self._engine = engine
         self._store = store
+        self._estimator = estimator
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry would read the database to learn the names."""
@@ -107,7 +121,7 @@ class StoredFigures(Collector):
         yield from found
 
     def _read(self) -> Iterator[Metric]:
-        figures = self._store.figures()
+        wait_s = self._estimator.forecast().wait_s
         seen = self._store.workers_seen()
         with read_only(self._engine) as connection:
             in_state = dict(count_by(connection, jobs.c.state))
@@ -117,7 +131,7 @@ class StoredFigures(Collector):
         states = [(state, in_state.get(state, 0)) for state in JobState]
         yield gauge("inpaint_jobs", "Jobs by state; queued ones wait", "state", states)
         yield gauge("inpaint_failed_jobs", "Failed jobs by reason", "reason", by_reason(sentences))
-        yield Metric("inpaint_queue_wait_seconds", "Until a new job would start", figures.wait_s)
+        yield Metric("inpaint_queue_wait_seconds", "Until a new job would start", wait_s)
         yield gauge("inpaint_webhooks", "Webhook calls by state", "state", calls)
         yield gauge("inpaint_webhook_attempts", "Attempts by outcome", "outcome", attempts)
         yield gauge("inpaint_workers", "Workers heard of lately", "state", by_worker_state(seen))

@@ -28,7 +28,7 @@ from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailabl
 from server.followers import Follower
 from server.idempotency import Idempotency
 from server.intake import ServicesOf, accept, admit, base_url_of, find_job, get_services
-from server.jobs import Job, JobState, Load
+from server.jobs import Job, JobState
 from server.services import Services
 
 router = APIRouter(tags=["jobs"])
@@ -140,10 +140,10 @@ async def create_job(request: Request) -> Response:
     base_url = base_url_of(request, settings)
     submitted = await accept(services, asked, caller, base_url, once)
     headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
-    if is_earlier := submitted.before is None:
+    if not submitted.is_new:
         headers[REPLAYED] = "true"
-    answer = await tell(services, submitted.job, base_url, submitted.before)
-    return to_response(answer, 200 if is_earlier else 202, headers)
+    answer = await tell(services, submitted.job, base_url)
+    return to_response(answer, 202 if submitted.is_new else 200, headers)
 
 
 @router.get("/api/jobs", responses=declare(422))
@@ -282,19 +282,15 @@ def to_response(
     return Response(answer.model_dump_json(), status, headers, "application/json")
 
 
-async def tell(
-    services: Services, job: Job, base_url: str, before: Load | None = None
-) -> JobAnswer:
-    """A job with what has to be looked up for its state. before: where the queue is known."""
+async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
+    """A job with what has to be looked up for its state."""
     receipt = position = eta_s = None
     if job.state is JobState.FINISHED:
         receipt = await services.in_store_thread(services.store.receipt_of, job.id)
     elif not job.state.is_terminal:
-        figures = None if before is None else services.outlook.figures_at(before)
-        if figures is None:
-            figures = await services.in_store_thread(services.outlook.figures, job)
-        position = figures.waiting + 1 if job.state is JobState.QUEUED else None
-        eta_s = figures.eta_s(job)
+        forecast = await services.in_store_thread(services.estimator.forecast, job.id)
+        position = forecast.position(job.id) if job.state is JobState.QUEUED else None
+        eta_s = services.told.note(job.id, forecast.eta_s(job.id))
     return native_answers.write_job(job, receipt, base_url, position, eta_s)
 
 

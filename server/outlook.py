@@ -1,7 +1,7 @@
-"""What answers say of the queue, without asking the database more than they must.
+"""Room in the queue, without asking the database for each request.
 
-How fast jobs are made, and that there is room for more, stay true for a moment. Whether a job is
-taken is not decided here: `JobStore.submit` counts again.
+That there is room for more stays true for a moment. Whether a job is taken is not decided here:
+`JobStore.submit` counts again.
 """
 
 import time
@@ -9,13 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.job_store import JobStore
-from server.jobs import Job, Load, Pace, QueueFigures, QueueShare
-
-PACE_S = 1.0
-"""How long the last look at the pace counts."""
+from server.jobs import QueueShare
 
 ROOM_S = 0.1
-"""Likewise for room in the queue, which others fill too."""
+"""How long the last look at the room in the queue counts, which others fill too."""
 
 
 @dataclass(slots=True)
@@ -32,7 +29,6 @@ class Outlook:
     def __init__(self, store: JobStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._clock = clock
-        self._pace: tuple[Pace, float] | None = None
         self._rooms: dict[str, Room] = {}
 
     def has_room(self, key_id: str) -> bool:
@@ -50,20 +46,3 @@ class Outlook:
         """Ask for a key's room, for one more job now. Raises: QueueFull."""
         until = self._clock() + ROOM_S
         self._rooms[key_id] = Room(self._store.room_for(key_id, share) - 1, until)
-
-    def figures_at(self, before: Load) -> QueueFigures | None:
-        """A load at the pace of the last second, None where that is not known.
-
-        For the event loop: asks nobody.
-        """
-        pace, until = self._pace or (None, 0.0)
-        return None if pace is None or self._clock() >= until else QueueFigures(*before, pace)
-
-    def figures(self, job: Job) -> QueueFigures:
-        """The queue in front of a job, at the pace of the last second."""
-        now = self._clock()
-        pace, until = self._pace or (None, now)
-        if pace is None or now >= until:
-            pace = self._store.pace()
-            self._pace = pace, now + PACE_S
-        return self._store.figures(job, pace)

@@ -129,8 +129,8 @@ async def fetch_by_path(
 @router.post("/api/v3/system_load", openapi_extra=v3.KEY_OPENAPI)
 async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
     """The queue's length in jobs and seconds."""
-    figures = await services.in_store_thread(services.store.figures)
-    return JSONResponse(v3.write_system_load(figures.waiting, figures.wait_s))
+    forecast = await services.in_store_thread(services.estimator.forecast)
+    return JSONResponse(v3.write_system_load(forecast.waiting, forecast.wait_s))
 
 
 @router.head(f"/{OUTPUT_FOLDER}/{{name}}", include_in_schema=False)

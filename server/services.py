@@ -10,6 +10,7 @@ from server.background import Background
 from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.errors import StorageUnavailable
+from server.estimates import Estimator, ToldEstimates
 from server.followers import Followers
 from server.health import Health
 from server.job_store import JobStore
@@ -54,6 +55,7 @@ class Services:
     keys: KeyRing
     store: JobStore
     outlook: Outlook
+    estimator: Estimator
     storage: Storage
     fetcher: Fetcher
     sandbox: Sandbox
@@ -68,6 +70,7 @@ class Services:
     store_threads: Threads
     file_threads: Threads
     arrivals: Headcount = field(default_factory=Headcount)
+    told: ToldEstimates = field(default_factory=ToldEstimates)
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs

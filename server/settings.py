@@ -173,6 +173,11 @@ def checked_authorities(file: Path) -> Path:
     return file
 
 
+IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
+"""Jobs made side by side where the settings do not say: at two rows each they fill a GPU's largest
+UNet call, while more than a CPU is busy with only makes all of them late."""
+
+
 class StepsPolicy(StrEnum):
     """`vendor`: the vendor's listed values, one step less; `exact`: as asked."""
 
@@ -462,6 +467,10 @@ class Settings(BaseSettings):
         if self.asks_for_keys(has_stored_keys):
             return "with an API key"
         return "this machine only, no key" if is_loopback(self.host) else "everybody, no key"
+
+    def places_on(self, device: str) -> int:
+        """Jobs that a worker makes side by side."""
+        return self.max_in_flight or (IN_FLIGHT_ON_CPU if device == "cpu" else IN_FLIGHT_ON_GPU)
 
     @property
     def offered_models(self) -> list[str]:

@@ -15,9 +15,9 @@ from server.commits import GroupCommit
 from server.database import Topic, jobs, notify, read_only
 from server.errors import ApiError, QueueFull
 from server.idempotency import Idempotency, find, reserve
-from server.job_rows import load_before, to_job
-from server.jobs import NO_LOAD, Job, JobState, Load, NewJob, QueueShare, Submitted
-from server.turns import Arrival, Line, Place
+from server.job_rows import to_job
+from server.jobs import Job, JobState, NewJob, QueueShare, Submitted
+from server.turns import Arrival, Line
 
 SUBMIT_LOCK = 0x1_4E_9A_15
 """An advisory lock's number: any, but the same for all processes of this server."""
@@ -102,7 +102,7 @@ class Submissions:
         except ApiError as error:
             return error
         if earlier is not None:
-            return Submitted(to_job(earlier), None)
+            return Submitted(to_job(earlier), is_new=False)
         (outcome,) = self._insert_together(connection, [new])
         if isinstance(outcome, Submitted):
             reserve(connection, new.key_id, once, new.file_prefix, self._shared_clock())
@@ -114,17 +114,14 @@ class Submissions:
         line = Line(connection, {owner_of(new): None for new in group})
         judged = [self._judge(line, new) for new in group]
         taken = [each for each in judged if not isinstance(each, ApiError)]
-        befores = loads_before(connection, line, taken)
         values = [self._values_of(*each) for each in taken]
         ids = connection.scalars(INSERT, values).all() if values else []
         if ids:
             notify(connection, Topic.QUEUED)
         made = iter(
             [
-                Submitted(job_of(new, arrival, job_id, row["created_at"]), before)
-                for (new, arrival), job_id, row, before in zip(
-                    taken, ids, values, befores, strict=True
-                )
+                Submitted(job_of(new, arrival, job_id, row["created_at"]))
+                for (new, arrival), job_id, row in zip(taken, ids, values, strict=True)
             ]
         )
         return [each if isinstance(each, ApiError) else next(made) for each in judged]
@@ -171,26 +168,6 @@ def with_keys(some: Iterable[Submission]) -> Iterator[tuple[NewJob, Idempotency]
 def owner_of(new: NewJob) -> tuple[str, int]:
     """Whose turn it will be: key and priority."""
     return new.key_id, new.share.priority
-
-
-def loads_before(connection: Connection, line: Line, taken: Sequence[Taken]) -> list[Load]:
-    """The queue in front of each of some jobs that are about to be written, in this order."""
-    behind_all: dict[int, tuple[int, Load]] = {}
-    """By class: from which turn on nothing is behind, and so all is before."""
-    loads: list[Load] = []
-    for index, (new, arrival) in enumerate(taken):
-        priority, turn = new.share.priority, arrival.turn
-        last_turn, load = behind_all.get(priority, (turn + 1, NO_LOAD))
-        if turn < last_turn:
-            load = load_before(connection, Place(priority, turn, BEHIND_ALL))
-            if line.is_last_turn(priority, turn):
-                behind_all[priority] = turn, load
-        for earlier, its_arrival in taken[:index]:
-            its_place = -earlier.share.priority, its_arrival.turn
-            if its_place <= (-priority, turn):
-                load = load.and_behind(earlier.work)
-        loads.append(load)
-    return loads
 
 
 def job_of(new: NewJob, arrival: Arrival, job_id: int, created_at: float) -> Job:

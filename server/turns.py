@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     Connection,
     ScalarSelect,
@@ -20,7 +19,6 @@ from sqlalchemy import (
     bindparam,
     func,
     select,
-    tuple_,
 )
 
 from server.database import jobs
@@ -30,33 +28,6 @@ IS_WAITING: ColumnElement[bool] = jobs.c.state == "queued"
 
 ORDER = (jobs.c.priority.desc(), jobs.c.turn, jobs.c.id)
 """First to last."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a waiting job stands."""
-
-    priority: int
-    turn: int
-    id: int
-
-    def to_parameters(self) -> dict[str, int]:
-        """Of `GOES_BEFORE`."""
-        return {"place_priority": self.priority, "place_turn": self.turn, "place_id": self.id}
-
-
-def _goes_before() -> ColumnElement[bool]:
-    """The job is given out before the one whose `Place` the parameters tell."""
-    priority: BindParameter[int] = bindparam("place_priority")
-    turn: BindParameter[int] = bindparam("place_turn")
-    job_id: BindParameter[int] = bindparam("place_id")
-    is_earlier = tuple_(jobs.c.turn, jobs.c.id) < tuple_(turn, job_id)
-    is_of_class: ColumnElement[bool] = jobs.c.priority == priority
-    return (jobs.c.priority > priority) | (is_of_class & is_earlier)
-
-
-GOES_BEFORE = _goes_before()
-"""With parameters; `Place.to_parameters` gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +57,6 @@ class Line:
             self._waiting_of[key_id] = row.waiting_of_key
             self._own_last[key_id, priority] = row.own_last
             self._present[priority], self._newest[priority] = row.present, row.newest
-        self._newest_before = {**self._newest}
 
     def look(self, key_id: str, priority: int) -> Arrival:
         """As a job submitted now would meet it."""
@@ -106,11 +76,6 @@ class Line:
             self._present[priority] = arrival.turn
         self._newest[priority] = max(self._newest[priority] or 0, arrival.turn)
         return arrival
-
-    def is_last_turn(self, priority: int, turn: int) -> bool:
-        """Whether nothing that was looked up has a later one than this, in its class."""
-        newest = self._newest_before[priority]
-        return newest is None or newest <= turn
 
 
 def _build_arrival() -> Select[Any]:

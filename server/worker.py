@@ -71,10 +71,6 @@ HANG_S = 90.0
 FINISH_S = 20.0
 """After being told to stop, for the jobs that run; less than the supervisor's grace."""
 
-IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
-"""Jobs made side by side where the settings do not say: at two rows each they fill a GPU's largest
-UNet call, while more than a CPU is busy with only makes all of them late."""
-
 FAILURES: dict[type[Exception], Failure] = {
     ModelUnavailable: Failure.MODEL_UNAVAILABLE,
     NoSafetyChecker: Failure.NO_SAFETY_CHECKER,
@@ -119,8 +115,7 @@ class Worker:
     _previews: PreviewFiles = field(init=False)
 
     def __post_init__(self) -> None:
-        usual = IN_FLIGHT_ON_CPU if self.device == "cpu" else IN_FLIGHT_ON_GPU
-        self._max_in_flight = self.settings.max_in_flight or usual
+        self._max_in_flight = self.settings.places_on(self.device)
         self._checkpoints = Checkpoints(self.settings, self.device)
         self._stores = Stores(self.store, self.storage)
         self._endings = Endings(self._stores.steps_to_fail)

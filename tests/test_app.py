@@ -22,8 +22,9 @@ import pytest
 from sqlalchemy import text
 
 from server.database import migrate, open_engine
+from server.estimates import START_S
 from server.janitor import HOUR_S, Janitor
-from server.job_store import START_S, JobStore, WorkerStatus
+from server.job_store import JobStore, WorkerStatus
 from server.jobs import Job
 from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings

@@ -20,14 +20,13 @@ from sqlalchemy.exc import IntegrityError
 from models.params import InpaintParams, SchedulerName
 from server.database import Topic, jobs, open_engine, workers
 from server.errors import QueueFull
+from server.estimates import GUESSED_SPEED, START_S
 from server.job_store import (
-    GUESSED_SPEED,
     LEASE_S,
     MAX_ATTEMPTS,
     MOST_IDS,
     OVER_SHARE_S,
-    SLOW_FACTOR,
-    START_S,
+    RECENT_JOBS,
     WORKER_KEPT_S,
     WORKER_LOST,
     WORKER_SEEN_S,
@@ -39,6 +38,7 @@ from server.jobs import Beat, Job, JobState, NewJob
 from server.silence import LOOK_S
 from tests.postgres import PostgresServer
 
+PLACES, LARGE = 3, 10_000_000.0
 HOUR_S = 3_600.0
 PARAMS = InpaintParams(prompt="a cat", seed=7, samples=2, scheduler=SchedulerName.DDIM)
 
@@ -166,7 +166,7 @@ def test_finish_ends_the_job_once(store: JobStore, clock: Clock) -> None:
     assert store.finish(job, [False, None])
     ended = get(store, job.id)
     assert (ended.state, ended.run_s, ended.flagged) == (JobState.FINISHED, 2.5, [False, None])
-    assert (ended.step, ended.total_steps, ended.work_left) == (40, 40, 0)
+    assert (ended.step, ended.total_steps) == (40, 40)
     assert not store.finish(job, [True, True])
     assert not store.fail(job, "late")
     assert not store.beat(job, 5, 40)
@@ -460,15 +460,33 @@ def test_schema_holds_against_raw_sql(store: JobStore, engine: Engine) -> None:
             connection.execute(text(f"UPDATE jobs SET {change}"))
 
 
-class TestFigures:
+class TestForecast:
+    """What the store knows of the queue, as `estimates.play` is given it."""
+
     @pytest.fixture(autouse=True)
     def worker(self, store: JobStore, clock: Clock) -> None:
         store.report_worker(status("a", clock()))
 
+    @pytest.fixture
+    def make_together(self, store: JobStore, clock: Clock) -> Callable[..., list[Job]]:
+        """Let so many jobs of 1,000 pixel steps begin and end together."""
+
+        def make(count: int, seconds: float) -> list[Job]:
+            for _ in range(count):
+                store.submit(new_job(work=1_000.0))
+            claimed = store.claim("a", count)
+            clock.now += seconds
+            for job in claimed:
+                store.finish(job, [])
+            return [get(store, job.id) for job in claimed]
+
+        return make
+
     def test_empty_queue(self, store: JobStore) -> None:
-        figures = store.figures()
-        assert (figures.waiting, figures.running, figures.wait_s) == (0, 0, 0)
-        assert figures.pace.speed == GUESSED_SPEED
+        assert store.figures() == (0, 0)
+        forecast = store.forecast(places)
+        assert (forecast.waiting, forecast.running, forecast.wait_s) == (0, 0, 0)
+        assert forecast.ends_s == forecast.positions == {}
 
     @pytest.mark.parametrize("state", ["loading", "failed", None])
     def test_without_a_ready_worker_nothing_starts_at_once(
@@ -479,95 +497,84 @@ class TestFigures:
         else:
             store.forget_worker("a")
         job = store.submit(new_job(work=2 * GUESSED_SPEED))
-        assert store.figures(job).eta_s(job) == START_S + 2
-        assert store.figures().wait_s == START_S + 2
+        assert store.forecast(places).ends_s[job.id] > START_S + 2
+        assert store.forecast(places).wait_s == START_S
 
-    def test_work_in_front_counts_what_is_left_of_running_jobs(self, store: JobStore) -> None:
-        first, second, third = (store.submit(new_job(work=1_000.0)) for _ in range(3))
-        running = claim_one(store)
-        store.beat(running, 5, 20)
-        whole = store.figures()
-        assert (whole.waiting, whole.running, whole.ahead) == (2, 1, 2_750)
-        assert store.figures(third).ahead == 1_750
-        assert store.figures(running).ahead == 0
-        assert store.figures(second).waiting == 0
+    def test_running_jobs_go_first_and_have_what_is_left(self, store: JobStore) -> None:
+        jobs = [store.submit(new_job(work=LARGE)) for _ in range(PLACES + 2)]
+        for job in store.claim("a", PLACES):
+            store.beat(job, 19, 20)
+        forecast = store.forecast(places)
+        assert (forecast.waiting, forecast.running) == (2, PLACES)
+        assert forecast.positions == {jobs[-2].id: 1, jobs[-1].id: 2}
+        ends = [forecast.ends_s[job.id] for job in jobs]
+        assert ends == sorted(ends)
+        assert ends[PLACES - 1] < ends[PLACES] / 5
+        assert forecast.wait_s > 0
 
-    def test_speed_is_that_of_the_last_jobs(self, store: JobStore, clock: Clock) -> None:
-        for seconds, work in [(1_000, 1.0)] + [(2, 1_000.0), (3, 4_000.0)] * 10:
-            store.submit(new_job(work=work))
-            job = claim_one(store)
-            clock.now += seconds
-            store.finish(job, [])
-        assert store.pace().speed == 50_000 / 50
+    def test_order_is_that_of_turns(self, store: JobStore) -> None:
+        many = [store.submit(new_job(key_id="many", work=LARGE)) for _ in range(3)]
+        single = store.submit(new_job(key_id="single", work=LARGE))
+        order = [many[0], single, many[1], many[2]]
+        forecast = store.forecast(places)
+        assert forecast.positions == {job.id: place for place, job in enumerate(order, 1)}
 
-    def test_eta_is_work_in_front_and_own_work_over_speed(
-        self, store: JobStore, clock: Clock
+    def test_speed_is_that_of_the_last_jobs(
+        self, store: JobStore, make_together: Callable[..., list[Job]]
     ) -> None:
-        store.submit(new_job(work=1_000.0))
-        job = claim_one(store)
-        clock.now += 2
-        store.finish(job, [])
-        first, second = (store.submit(new_job(work=2_000.0)) for _ in range(2))
-        assert store.figures(second).eta_s(second) == 8.0
-        assert store.figures().wait_s == 8.0
-        store.beat(claim_one(store), 15, 20)
-        running = get(store, first.id)
-        assert store.figures(running).eta_s(running) == 1.0
-        assert store.figures(second).eta_s(second) == 5.0
-
-    def test_job_is_not_ahead_of_itself(self, store: JobStore) -> None:
-        as_submitted = store.submit(new_job(work=1_000.0))
-        claim_one(store)
-        seen = store.figures(as_submitted)
-        assert (seen.waiting, seen.running, seen.ahead) == (0, 0, 0)
+        make_together(4, 4.0)
+        job = store.submit(new_job(work=1_000.0))
+        quick = store.forecast(places).ends_s[job.id]
+        store.cancel(job.id)
+        make_together(RECENT_JOBS, 400.0)
+        job = store.submit(new_job(work=1_000.0))
+        assert store.forecast(places).ends_s[job.id] > 10 * quick
 
     def test_workers_add_up_while_they_are_seen(self, store: JobStore, clock: Clock) -> None:
         store.report_worker(status("b", clock()))
-        assert store.pace().speed == 2 * GUESSED_SPEED
+        job = store.submit(new_job(work=LARGE))
+        of_two = store.forecast(places).ends_s[job.id]
         hear_nothing(store, clock, WORKER_SEEN_S)
-        assert store.pace().speed == GUESSED_SPEED
+        store.report_worker(status("a", clock()))
+        assert store.forecast(places).ends_s[job.id] == pytest.approx(2 * of_two)
 
     @pytest.mark.parametrize("jump_s", [30 * HOUR_S, -24 * HOUR_S])
     def test_jump_of_the_clock_changes_no_estimate(self, jump_s: float, engine: Engine) -> None:
         wall, steady = Clock(), Clock()
         store = JobStore(engine, clock=wall, steady_clock=steady)
-
-        def work(seconds: float) -> None:
-            wall.now += seconds
-            steady.now += seconds
+        store.report_worker(status("a", wall()))
 
         def make_together(count: int, jump_s: float = 0.0) -> list[Job]:
             for _ in range(count):
                 store.submit(new_job(work=1_000.0))
-            claimed = store.claim("w", count)
-            work(2)
-            wall.now += jump_s
-            work(2)
+            claimed = store.claim("a", count)
+            wall.now += 4 + jump_s
+            steady.now += 4
             for job in claimed:
                 store.finish(job, [])
             return [get(store, job.id) for job in claimed]
 
+        def estimate() -> float:
+            job = store.submit(new_job(work=1_000.0))
+            seconds = store.forecast(places).ends_s[job.id]
+            store.cancel(job.id)
+            return seconds
+
         make_together(4)
+        before_s = estimate()
         across = make_together(4, jump_s)
-        after = make_together(4)
-
-        assert {job.run_s for job in across + after} == {4.0}
-        assert across[0].finished_at == wall.now - 4, "what people read is the wall clock's"
-        # Turned back by a day the ends of before and after do not meet, so all three count.
-        assert store.pace().speed == 12_000 / 12
-
-    def test_one_slow_job_does_not_rule_the_estimate(self, store: JobStore, clock: Clock) -> None:
-        for seconds in (1, 1, 1, 86_400, 1):
-            store.submit(new_job(work=1_000.0))
-            job = claim_one(store)
-            clock.now += seconds
-            store.finish(job, [])
-        assert store.pace().speed == 5_000 / (4 + SLOW_FACTOR)
+        after_s = estimate()
+        assert {job.run_s for job in across} == {4.0}
+        assert across[0].finished_at == wall.now, "what people read is the wall clock's"
+        assert before_s / 2 <= after_s <= before_s * 2
 
     def test_rows_without_a_good_duration_tell_no_speed(
         self, store: JobStore, engine: Engine, clock: Clock
     ) -> None:
         """Earlier versions took it from the wall clock, or had none."""
+        job = store.submit(new_job(work=1_000.0))
+        guess = store.forecast(places).ends_s[job.id]
+        store.cancel(job.id)
         for run_s in (None, -86_399.2, 0.0):
             store.submit(new_job(work=1_000.0))
             job = claim_one(store)
@@ -575,12 +582,8 @@ class TestFigures:
             store.finish(job, [])
             with engine.begin() as connection:
                 connection.execute(update(jobs).where(jobs.c.id == job.id).values(run_s=run_s))
-        assert store.pace().speed == GUESSED_SPEED
-
-    def test_instant_jobs_do_not_divide_by_zero(self, store: JobStore) -> None:
-        store.submit(new_job())
-        store.finish(claim_one(store), [])
-        assert store.pace().speed == GUESSED_SPEED
+        job = store.submit(new_job(work=1_000.0))
+        assert store.forecast(places).ends_s[job.id] == guess
 
 
 def status(worker_id: str, seen_at: float, state: str = "ready") -> WorkerStatus:
@@ -887,3 +890,8 @@ def told_of(engine: Engine, act: Callable[[], object]) -> set[Topic]:
         while heard[-1] != "last":
             heard += [each.channel for each in listener.notifies(timeout=60, stop_after=1)]
     return {Topic(channel) for channel in heard[:-1]}
+
+
+def places(_device: str) -> int:
+    """Jobs side by side in a worker."""
+    return PLACES

@@ -1,4 +1,4 @@
-"""What is remembered of the queue, and for how long."""
+"""How long room in the queue is remembered."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ from sqlalchemy import Engine
 from server.errors import QueueFull
 from server.job_store import JobStore
 from server.jobs import USUAL_SHARE
-from server.outlook import PACE_S, ROOM_S, Outlook
-from tests.test_job_store import Clock, claim_one, new_job, status
+from server.outlook import ROOM_S, Outlook
+from tests.test_job_store import Clock, new_job
 
 MAX_WAITING = 3
 
@@ -68,21 +68,3 @@ def test_room_is_known_for_a_moment_and_of_one_key(
     assert [arrive(key_id) for key_id in "aab"] == [True, False, True]
     clock.now += 2 * ROOM_S
     assert arrive("a")
-
-
-def test_pace_is_looked_up_once_a_second_and_the_queue_each_time(
-    store: JobStore, clock: Clock, outlook: Outlook
-) -> None:
-    store.report_worker(status("w", clock()))
-    _, last = (store.submit(new_job(work=1_000.0)) for _ in range(2))
-    guessed = outlook.figures(last)
-    first = claim_one(store)
-    clock.now += PACE_S / 2
-    store.finish(first, [])
-
-    empty = outlook.figures(last)
-    assert (guessed.waiting, empty.waiting, empty.running) == (1, 0, 0)
-    assert empty.pace == guessed.pace
-
-    clock.now += PACE_S / 2
-    assert outlook.figures(last).pace.speed == 1_000.0 / (PACE_S / 2)

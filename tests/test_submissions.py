@@ -15,7 +15,7 @@ from server.database import idempotency_keys, jobs, open_engine
 from server.errors import ApiError, Conflict, QueueFull
 from server.idempotency import KEPT_S, Idempotency
 from server.job_store import JobStore
-from server.jobs import Job, Load, NewJob, QueueShare, Submitted
+from server.jobs import Job, NewJob, QueueShare, Submitted
 from server.submissions import QueueLimits, Submission, Submissions
 from tests.conftest import migrated_sqlite
 from tests.test_job_store import Clock, new_job
@@ -23,8 +23,8 @@ from tests.test_job_store import Clock, new_job
 LIMITS = QueueLimits(max_waiting=12, max_waiting_per_key=5)
 NOW = 1_000.0
 
-Told = tuple[str, int, Load | None] | type[ApiError]
-"""Of a submission: whose job, its turn and what is before it; or the error."""
+Told = tuple[str, int, bool] | type[ApiError]
+"""Of a submission: whose job, its turn and whether it is new; or the error."""
 
 
 def submission(
@@ -101,7 +101,7 @@ def test_a_group_is_treated_as_if_each_came_alone(
         else:
             outcomes = [submit_together(shared_engine, [each])[0] for each in made]
         told.append([tell(outcome) for outcome in outcomes])
-        ids = [each.job.id for each in outcomes if isinstance(each, Submitted) and each.before]
+        ids = [each.job.id for each in outcomes if isinstance(each, Submitted) and each.is_new]
         assert ids == sorted(ids)
         for outcome in outcomes:
             if isinstance(outcome, Submitted):
@@ -112,19 +112,7 @@ def test_a_group_is_treated_as_if_each_came_alone(
 def tell(outcome: Submitted | ApiError) -> Told:
     if isinstance(outcome, ApiError):
         return type(outcome)
-    return outcome.job.key_id, outcome.job.turn, outcome.before
-
-
-def test_load_is_what_figures_tell_later(engine: Engine) -> None:
-    store = JobStore(engine)
-    submit_together(engine, [submission("a") for _ in range(4)])
-    store.claim("w", 1)
-    kinds = [("b", 0, 2.0), ("b", 0, 3.0), ("a", 0, 1.0), ("c", 1, 7.0), ("b", 0, 1.0)]
-    for together in ([each] for each in kinds):
-        (outcome,) = submit_together(engine, [submission(*each) for each in together])
-        assert isinstance(outcome, Submitted)
-        seen = store.figures(outcome.job)
-        assert outcome.before == (seen.waiting, seen.running, seen.ahead)
+    return outcome.job.key_id, outcome.job.turn, outcome.is_new
 
 
 def test_room_runs_out_within_a_group(engine: Engine) -> None:
@@ -141,7 +129,7 @@ def test_same_idempotency_key_twice_in_a_group(engine: Engine) -> None:
     first, second, third = submit_together(engine, [submission(), *group])[1:]
     assert isinstance(first, Submitted)
     assert isinstance(second, Submitted)
-    assert (first.before is None, second.before is None) == (False, True)
+    assert (first.is_new, second.is_new) == (True, False)
     assert second.job == first.job
     assert isinstance(third, Conflict)
     assert JobStore(engine).figures().waiting == 2
