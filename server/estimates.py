@@ -13,11 +13,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-MARGIN = 1.15
+MARGIN = 1.2
 """Of all estimates, for jobs that arrive later."""
 
-GRAIN_S = 0.6
-"""Added to all estimates: a worker's heartbeat and the look of whoever waits."""
+GRAIN_S = 0.3
+"""Added to all estimates: claims, stores and looks between a job's denoising and its end."""
 
 EXTRA_STEPS = 3.0
 """What encoding, decoding and storing cost besides denoising, in steps."""
@@ -87,8 +87,8 @@ class Throughput:
     """What all workers together get done.
 
     measured: for each recent job how many ran side by side, on average, and the pixel steps per
-    second of all of them. usual_jobs, usual_pixels: side by side lately, the pixels per step of
-    them together; 0 after a rest.
+    second of all of them. usual_jobs: side by side lately. usual_pixels: per step of those beside
+    one. 0 after a rest.
     """
 
     guess: float
@@ -151,8 +151,8 @@ def measure(done: Sequence[DoneWork], workers: int, now: float) -> Throughput:
         for each in known
         for run_s in [min(each.run_s, SLOW_FACTOR * usual * each.work)]
     ]
-    measured, pixels = [], []
-    for start, end, _ in spans:
+    measured, beside = [], []
+    for start, end, each in spans:
         shares = [
             (max(0.0, min(end, until) - max(start, since)), until - since, other)
             for since, until, other in spans
@@ -160,7 +160,8 @@ def measure(done: Sequence[DoneWork], workers: int, now: float) -> Throughput:
         count = sum(overlap for overlap, _, _ in shares) / (end - start)
         speed = sum(other.work * overlap / whole for overlap, whole, other in shares)
         measured.append((count, speed / (end - start)))
-        pixels.append(sum(other.pixels * overlap for overlap, _, other in shares) / (end - start))
+        together = sum(other.pixels * overlap for overlap, _, other in shares) / (end - start)
+        beside.append(together - each.pixels)
     lately = [index for index, each in enumerate(known) if abs(now - each.ended_at) <= LATELY_S]
     if not lately:
         return Throughput(guess, tuple(measured))
@@ -168,7 +169,7 @@ def measure(done: Sequence[DoneWork], workers: int, now: float) -> Throughput:
         guess,
         tuple(measured),
         usually(measured[index][0] for index in lately),
-        usually(pixels[index] for index in lately),
+        usually(beside[index] for index in lately),
     )
 
 
@@ -205,7 +206,7 @@ def play(live: Sequence[LiveWork], places: int, throughput: Throughput, pause_s:
         # All advance by as many steps as the first one has left.
         count, last = len(beside), heapq.heappop(beside)
         speed = throughput.at(max(count, throughput.usual_jobs))
-        at_s += (last[0] - done) * max(pixels, throughput.usual_pixels) / speed
+        at_s += (last[0] - done) * max(pixels, throughput.usual_pixels + pixels / count) / speed
         done = last[0]
         pixels -= last[2]
         ends_s[last[1]] = at_s

@@ -59,7 +59,7 @@ def test_a_pause_comes_first() -> None:
 
 
 def test_jobs_are_expected_to_be_followed_by_others() -> None:
-    busy = Throughput(SPEED, (), usual_jobs=4.0, usual_pixels=400.0)
+    busy = Throughput(SPEED, (), usual_jobs=4.0, usual_pixels=300.0)
     alone = play(equal_jobs(1), 8, STEADY, 0.0).ends_s[1]
     assert play(equal_jobs(1), 8, busy, 0.0).ends_s[1] == pytest.approx(4 * alone)
 
@@ -82,7 +82,7 @@ class TestMeasuring:
         done = [DoneWork(100.0, 17.0, 50.0, 4.0)] * count
         found = measure(done, 1, 50.0)
         assert found.at(count) == pytest.approx(count * 100 * 20 / 4)
-        assert (found.usual_jobs, found.usual_pixels) == (count, 100.0 * count)
+        assert (found.usual_jobs, found.usual_pixels) == (count, 100.0 * (count - 1))
 
     def test_after_a_rest_nothing_is_usual(self) -> None:
         found = measure([DoneWork(100.0, 17.0, 50.0, 4.0)] * 4, 1, 5_000.0)
@@ -134,7 +134,7 @@ class TestEstimator:
         for _ in range(100):
             estimator.forecast(7)
             clock.now += 0.05
-        assert len(looks) <= 100 / COST_FACTOR + 1
+        assert 5 < len(looks) <= 1.5 * 100 / COST_FACTOR
 
 
 def test_the_first_estimate_is_held_against_the_truth() -> None:
@@ -163,7 +163,9 @@ def test_one_look_after_the_estimate_finds_the_job_ended(
         for hold_s in (0.2, holds_s)
         for is_mixed in (False, True)
         for rest_s in rests_s
-        for each in Simulation(device, clients, hold_s, rest_s, is_mixed, seed=clients).run(80)
+        for each in Simulation(device, clients, hold_s, rest_s, is_mixed, seed=clients).run(
+            60 + 3 * clients
+        )
     ]
     assert len(told) > 2_000
     assert share_in_time(told) >= 0.95

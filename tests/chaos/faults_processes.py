@@ -382,7 +382,7 @@ def power_loss(room: Path) -> Found:
         return Found(injected, checked, took_s)
 
 
-@fault("F29", "the event loop stops", within_s=5, is_patient=True)
+@fault("F32", "the event loop stops", within_s=5, is_patient=True)
 def stop_loop(room: Path) -> Found:
     """The process ends by itself, as it could answer nobody, and is started again from outside."""
     with running_site(room, launch=STOPPABLE_COMMAND_LINE) as site:
