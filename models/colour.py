@@ -104,7 +104,7 @@ def is_srgb(chunks: Mapping[bytes, bytes]) -> bool:
     """
     if coding := chunks.get(b"cICP"):
         return tuple(coding[:2]) in _SRGB_CODE_POINTS
-    if b"sRGB" in chunks:
+    if chunks.get(b"sRGB"):
         return True
     gamma = chunks.get(b"gAMA", b"")
     if len(gamma) == 4 and abs(struct.unpack(">I", gamma)[0] - _SRGB_GAMMA) > 1_000:

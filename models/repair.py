@@ -32,7 +32,8 @@ _PADDINGS = tuple(bytes([each]) * 64 for each in (0x55, 0xAA, 0x33, 0x7F, 0x01))
 class PngContent:
     """needed: the file without the chunks that no pixel depends on.
 
-    colour_chunks: the first of each of those that say what the colours mean, by name.
+    colour_chunks: the first of each of those that say what the colours mean, by name; empty where
+        its checksum is wrong.
     """
 
     needed: bytes
@@ -54,8 +55,8 @@ def read_png(data: bytes) -> PngContent:
         name, end = data[at + 4 : at + 8], at + 12 + length
         if end > len(data):
             break
-        if name in _COLOUR_CHUNKS and name not in colours and _is_intact(data, at, end):
-            colours[name] = data[at + 8 : end - 4]
+        if name in _COLOUR_CHUNKS and name not in colours:
+            colours[name] = data[at + 8 : end - 4] if _is_intact(data, at, end) else b""
         if _is_dispensable(name) or (name == b"eXIf" and not _is_intact(data, at, end)):
             kept.append(data[run:at])
             run = end

@@ -395,6 +395,7 @@ def test_profile_with_a_wrong_checksum_is_dropped() -> None:
     chunk = png_chunk(b"iCCP", b"x\0\0" + zlib.compress(P3))
     data = with_chunk(chunk[:-1] + bytes([chunk[-1] ^ 1]))
     assert colours_of(data).icc_profile == b""
+    assert colours_of(data).is_profile_lost
     assert colours_of(with_chunk(chunk)).icc_profile == P3
 
 
