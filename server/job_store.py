@@ -345,10 +345,10 @@ class JobStore:
         worker without any other, so that it cannot take neighbours down.
         is_idle: whether the worker holds no job.
         """
-        # Committed by hand: a claim that finds nothing has nothing to commit.
-        with self._engine.connect() as connection:
+        with self._engine.begin() as connection:
             count = connection.scalar(WAITING)
             if not count:
+                connection.rollback()  # idle workers look often, and a commit costs PostgreSQL more
                 return []
             now = self._clock()  # not before: a job may be written while we wait for our turn
             share = min(limit, self._share(connection, worker_id, count))
@@ -369,7 +369,6 @@ class JobStore:
             if len(chosen) < len(waiting):
                 # Other claims have passed over what was locked here.
                 notify(connection, Topic.QUEUED)
-            connection.commit()
         claimed_s = self._steady_clock()
         claimed = [replace(to_job(row), claimed_s=claimed_s) for row in rows]
         return sorted(claimed, key=lambda job: chosen.index(job.id))
@@ -377,10 +376,11 @@ class JobStore:
     def _share(self, connection: Connection, worker_id: str, waiting: int) -> int:
         """How many more jobs a worker may take until it has its share. waiting: of the jobs."""
         ready = {each.id for each in self._seen(connection) if each.state == "ready"}
-        held = {row.worker_id: row.jobs for row in connection.execute(HELD_BY_WORKERS)}
-        whole: int = waiting + sum(held.values())
-        taken: int = held.get(worker_id, 0)
-        return math.ceil(whole / len(ready | {worker_id})) - taken
+        held: dict[str, int] = {
+            row.worker_id: row.jobs for row in connection.execute(HELD_BY_WORKERS)
+        }
+        whole = waiting + sum(held.values())
+        return math.ceil(whole / len(ready | {worker_id})) - held.get(worker_id, 0)
 
     def release(self, job: Job) -> bool:
         """Running to queued through no fault of the job: the attempt does not count."""
