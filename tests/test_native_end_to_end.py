@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,16 @@ def test_forced_checker_makes_no_pictures_with_a_model_that_has_none(tmp_path: P
         "code": "no_safety_checker",
         "message": "This model has no safety checker, and pictures must be checked",
     }
+
+
+def test_one_look_after_the_estimate_finds_the_job_ended(server: ServerProcess) -> None:
+    """Jobs that run side by side are told that they end together, as obedient clients rely on."""
+    for _ in range(2):
+        finished(server, num_inference_steps=20)
+    ids = [create(server, num_inference_steps=20, seed=seed)["id"] for seed in range(6)]
+    told = [server.client.get(f"/api/jobs/{job_id}").json()["eta_s"] for job_id in ids]
+    assert None not in told
+    threading.Event().wait(max(told))
+    states = [server.client.get(f"/api/jobs/{job_id}").json()["state"] for job_id in ids]
+    assert states == ["finished"] * 6
+    assert max(told) <= 2 * min(told)
