@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from server.codings import CODINGS, inflate
 from server.errors import (
     BodyTooLarge,
     EncodedBody,
@@ -62,15 +63,6 @@ this size (a form in which every character is escaped)."""
 
 _beside_the_loop = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bodies")
 """For large bodies. Few, as they all share the interpreter with the event loop."""
-
-CODINGS = ("gzip", "x-gzip", "deflate")
-"""Content codings that are undone."""
-
-GZIP_OR_ZLIB, RAW_DEFLATE = 47, -15
-"""zlib's `wbits`. Some clients send a bare stream as "deflate", without zlib's head."""
-
-PIECE_BYTES = 1_000_000
-"""Of a body that is being inflated; counted against the room for bodies before the next one."""
 
 RESERVE_BODY = "inpaint.reserve_body"
 """Extension of the ASGI scope: its "call" is told how many bytes more a body takes than came over
@@ -140,30 +132,17 @@ async def inflated(request: Request, body: bytes, max_bytes: int) -> bytes:
     loop = asyncio.get_running_loop()
     pieces, size = inflate(body), 0
     whole = bytearray()
-    while piece := await loop.run_in_executor(_beside_the_loop, next, pieces, b""):
-        size += len(piece)
-        if size > max_bytes:
-            raise BodyTooLarge
-        if reserve is not None and not reserve["call"](len(piece)):
-            raise ServerBusy
-        whole += piece
-    return bytes(whole)
-
-
-def inflate(body: bytes) -> Iterator[bytes]:
-    """The pieces of a compressed body, whichever of the codings it has. Raises: InvalidBody."""
-    is_zlib = body[:1] != b"" and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
-    is_raw = not is_zlib and not body.startswith(b"\x1f\x8b")
-    stream = zlib.decompressobj(RAW_DEFLATE if is_raw else GZIP_OR_ZLIB)
     try:
-        while not stream.eof:
-            piece = stream.decompress(body, PIECE_BYTES)
-            body = stream.unconsumed_tail
-            if not piece and not body:
-                raise InvalidBody  # its end is missing
-            yield piece
+        while piece := await loop.run_in_executor(_beside_the_loop, next, pieces, b""):
+            size += len(piece)
+            if size > max_bytes:
+                raise BodyTooLarge
+            if reserve is not None and not reserve["call"](len(piece)):
+                raise ServerBusy
+            whole += piece
     except zlib.error as error:
         raise InvalidBody from error
+    return bytes(whole)
 
 
 async def read_json(request: Request, max_bytes: int) -> bytes:

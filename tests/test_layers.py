@@ -87,6 +87,7 @@ SERVER = {
     "slots": "threads",
     "exchange": "",
     "lookups": "slots",
+    "codings": "",
     "interfaces": "settings",
     "door": "addresses exchange interfaces lookups settings",
     "egress": "addresses door errors exchange settings slots telemetry",
@@ -120,7 +121,7 @@ SERVER = {
     "threads": "",
     "waiters": "changes database job_store jobs telemetry",
     "followers": "changes errors job_store jobs telemetry",
-    "bodies": "errors",
+    "bodies": "codings errors",
     "dialects": "addresses bodies deliveries downloads errors failures idempotency jobs notices"
     " receipts settings models.enhance models.errors models.mask_reading models.params",
     "notices": "models.prompt_syntax",
