@@ -5,10 +5,8 @@ that is about to be dialled. Nothing here decides by a name, which can mean one 
 another a moment later.
 """
 
-import functools
 import ipaddress
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +16,12 @@ from server.settings import FetchSettings, IpNetwork, WebhookSettings
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-MAX_URL_CHARS = 2_048
+MAX_URL_CHARS = 8_192
+"""Of images and of webhooks: presigned URLs with a session token have 2,000 to 5,000."""
 AUTHORITY_END = re.compile("[/?#]")
 USUAL_PORTS = frozenset({80, 443})
+PRIVATE_ENDINGS = (".localhost", ".local", ".internal", ".home.arpa")
+"""Reserved for names that are not public: RFC 6761, RFC 6762, ICANN in 2024, RFC 8375."""
 
 # Everything that is not unicast on the public internet, from the IANA special-purpose registries,
 # and Azure's platform address, which is public by its number only.
@@ -54,6 +55,10 @@ METADATA = frozenset(
 
 class Refused(Exception):
     """The policy does not let this URL or address through. Its text is for the log alone."""
+
+
+class UrlTooLong(Refused):
+    """More than `MAX_URL_CHARS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +175,16 @@ def unwrapped(
 
 
 def checked_url(url: str) -> httpx.URL:
-    """A URL whose form leaves no room for two readings. Raises: Refused.
+    """A URL whose form leaves no room for two readings. Blanks around it are dropped, others
+    become `%20`.
+
+    Raises: Refused; UrlTooLong.
 
     What is dialled, sent as Host and verified in the certificate all come of the one value that
     this returns; nobody parses the text a second time.
     """
     refuse_strange_text(url)
+    url = without_blanks(url)
     try:
         parsed = httpx.URL(url)
         # Reading an international name translates it, which fails for many a text.
@@ -192,31 +201,51 @@ def checked_url(url: str) -> httpx.URL:
 
 
 def redirected(url: httpx.URL, location: str) -> httpx.URL:
-    """Where a redirect from a URL leads. Raises: Refused."""
-    refuse_strange_text(location)
+    """Where a redirect from a URL leads. Raises: Refused.
+
+    location: the header's bytes as latin-1; hosts write UTF-8 or single bytes unescaped.
+    """
+    raw = location.encode("latin-1")
     try:
-        return checked_url(str(url.join(location)))
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = "".join(chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in raw)
+    refuse_strange_text(text)
+    try:
+        return checked_url(str(url.join(without_blanks(text))))
     except (httpx.InvalidURL, ValueError) as error:
         raise Refused("redirect to no URL") from error
+
+
+def without_blanks(text: str) -> str:
+    """A text as it is parsed. Escaping comes first, because a host with `%` is refused, and so no
+    blank can end one."""
+    return text.strip(" ").replace(" ", "%20")
 
 
 def refuse_strange_text(text: str) -> None:
     """Before it is parsed: parsers disagree on what they drop or turn round. Raises: Refused."""
     if len(text) > MAX_URL_CHARS:
-        raise Refused("URL too long")
-    if "\\" in text or any(map(is_blank_or_control, text)):
+        raise UrlTooLong("URL too long")
+    # Not printable: controls, what only steers the text around it, and blanks but the ordinary one.
+    if "\\" in text or not text.isprintable():
         raise Refused("character in URL")
-
-
-@functools.lru_cache(maxsize=256)
-def is_blank_or_control(char: str) -> bool:
-    """Spaces, controls, and what only steers the text around it."""
-    return unicodedata.category(char)[0] in "CZ"
 
 
 def host_of(url: httpx.URL) -> str:
     """The URL's host as it is looked up: in ASCII, for a resolver must not translate it again."""
     return url.raw_host.decode("ascii")
+
+
+def is_localhost(host: str) -> bool:
+    """Whether a name is `localhost` or below it, which RFC 6761 leads to loopback."""
+    return f".{host.rstrip('.')}".endswith(".localhost")
+
+
+def is_private_name(host: str) -> bool:
+    """Whether a name can only lead into a private network: it has no dot, or a reserved ending."""
+    host = host.lower().rstrip(".")
+    return "." not in host or host.endswith(PRIVATE_ENDINGS)
 
 
 def port_of(url: httpx.URL) -> int:

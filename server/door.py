@@ -120,6 +120,11 @@ class Door:
         self._kept: list[Kept] = []
         self._unreachable: dict[tuple[str, int], float] = {}
 
+    @property
+    def has_proxy(self) -> bool:
+        """Whether names are looked up and judged by a proxy, and not here."""
+        return self._proxy is not None
+
     async def aclose(self) -> None:
         """Close what is kept."""
         for kept in self._kept:
@@ -137,13 +142,13 @@ class Door:
         owner: str,
         headers: Mapping[str, str],
         max_body_bytes: int,
-        timeout_s: float,
+        connect_timeout_s: float,
         body: bytes = b"",
     ) -> AsyncIterator[Connection]:
         """The connection with the answer's head read, and its body to be read or left.
 
-        url: from `checked_url`. owner: on whose behalf its name is looked up. timeout_s: of
-        connecting, and of each silence; the deadline over the whole is the caller's.
+        url: from `checked_url`. owner: on whose behalf its name is looked up. connect_timeout_s: of
+        connecting alone; the deadline over the whole is the caller's.
         Raises: Refused; one of NETWORK_ERRORS.
         """
         head = {**HEADERS, **headers}
@@ -151,7 +156,7 @@ class Door:
         if by_proxy is not None:
             head |= proxy_headers(by_proxy)
         request = request_bytes(method, url, head, body, whole=by_proxy is not None)
-        kept = await self._send(url, policy, owner, request, max_body_bytes, timeout_s)
+        kept = await self._send(url, policy, owner, request, max_body_bytes, connect_timeout_s)
         try:
             yield kept.connection
         finally:
@@ -164,27 +169,25 @@ class Door:
         owner: str,
         request: bytes,
         max_body_bytes: int,
-        timeout_s: float,
+        connect_timeout_s: float,
     ) -> Kept:
         kept = self._take(url, policy)
         if kept is not None:
             try:
-                await self._send_on(kept, request, max_body_bytes, timeout_s)
+                await self._send_on(kept, request, max_body_bytes)
                 return kept
             except ExchangeFailed:
                 # Closed from the other side just when the request went out. A webhook may have been
                 # read all the same; its receiver knows it by its id.
                 if kept.connection.has_answered:
                     raise
-        kept = await self._connect(url, policy, owner, timeout_s)
-        await self._send_on(kept, request, max_body_bytes, timeout_s)
+        kept = await self._connect(url, policy, owner, connect_timeout_s)
+        await self._send_on(kept, request, max_body_bytes)
         return kept
 
-    async def _send_on(
-        self, kept: Kept, request: bytes, max_body_bytes: int, timeout_s: float
-    ) -> None:
+    async def _send_on(self, kept: Kept, request: bytes, max_body_bytes: int) -> None:
         try:
-            await kept.connection.send(request, max_body_bytes, timeout_s)
+            await kept.connection.send(request, max_body_bytes)
         except BaseException:
             kept.connection.abort()
             raise
@@ -296,7 +299,8 @@ class Door:
         kept = Kept(connection, origin_of(url), address, time.monotonic())
         if url.scheme == "http":
             return kept
-        await self._send_on(kept, connect_bytes(host, port, proxy_headers(proxy)), 0, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await self._send_on(kept, connect_bytes(host, port, proxy_headers(proxy)), 0)
         if connection.status != 200:
             connection.abort()
             raise ExchangeFailed(f"the proxy answers {connection.status}")

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over one connection: a request out, an answer in, under limits of bytes and silence.
+"""HTTP/1.1 over one connection: a request out, an answer in, under limits of bytes.
 
 The parsing is llhttp's, by way of httptools. What is added is small and all about distrust: heads
 and trailers are bounded, bodies are bounded, an answer that nobody asked for ends the connection.
@@ -55,10 +55,15 @@ class Connection(asyncio.Protocol):
         """Any byte has come since the request went out."""
         return self._received > 0
 
-    async def send(self, request: bytes, max_body_bytes: int, idle_timeout_s: float) -> None:
-        """Send a whole request and wait for the answer's head.
+    @property
+    def peer(self) -> str:
+        """The address of the far end: of the host, or of the proxy on the way to it."""
+        return str(self._transport.get_extra_info("peername")[0]) if self._transport else ""
 
-        Raises: ExchangeFailed, TimeoutError.
+    async def send(self, request: bytes, max_body_bytes: int) -> None:
+        """Send a whole request and wait for the answer's head; how long is the caller's to limit.
+
+        Raises: ExchangeFailed.
         """
         if self._transport is None or not self.is_idle:
             raise ExchangeFailed("connection is closed")
@@ -67,11 +72,11 @@ class Connection(asyncio.Protocol):
         self._start(max_body_bytes)
         self._is_waiting = True
         self._transport.write(request)
-        await self._wait_for(self._head, idle_timeout_s)
+        await self._wait_for(self._head)
 
-    async def read(self, idle_timeout_s: float) -> bytes:
-        """The answer's body. Raises: ExchangeFailed, BodyTooLarge, TimeoutError."""
-        await self._wait_for(self._end, idle_timeout_s)
+    async def read(self) -> bytes:
+        """The answer's body. Raises: ExchangeFailed, BodyTooLarge."""
+        await self._wait_for(self._end)
         return bytes(self._body)
 
     async def over_tls(self, context: ssl.SSLContext, host: str) -> "Connection":
@@ -91,12 +96,8 @@ class Connection(asyncio.Protocol):
         """Close at once. Fine at any time."""
         self._fail(ExchangeFailed("connection is closed"))
 
-    async def _wait_for(self, future: asyncio.Future[None], idle_timeout_s: float) -> None:
-        while not future.done():
-            received = self._received
-            await asyncio.wait([future], timeout=idle_timeout_s)
-            if not future.done() and received == self._received:
-                raise TimeoutError
+    async def _wait_for(self, future: asyncio.Future[None]) -> None:
+        await asyncio.wait([future])  # a cancelled caller leaves the future as it is
         future.result()
 
     def _start(self, max_body_bytes: int = 0) -> None:

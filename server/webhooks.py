@@ -116,11 +116,11 @@ class WebhookCaller:
             owner=rights.key_id,
             headers={"Content-Type": "application/json", **headers},
             max_body_bytes=MAX_REPLY_BYTES,
-            timeout_s=self._settings.timeout_s,
+            connect_timeout_s=self._settings.timeout_s,
             body=body,
         ) as answer:
             with contextlib.suppress(BodyTooLarge):
-                await answer.read(self._settings.timeout_s)
+                await answer.read()
             return answer.status, to_seconds(answer.headers.get("retry-after", ""))
 
 

@@ -1,10 +1,12 @@
 """Which addresses may be dialled and which URLs are read at all."""
 
+import re
+from functools import partial
 from ipaddress import IPv6Network, ip_address, ip_network
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.addresses import (
@@ -12,6 +14,7 @@ from server.addresses import (
     AddressPolicy,
     IpAddress,
     Refused,
+    UrlTooLong,
     checked_url,
     host_of,
     port_of,
@@ -163,9 +166,56 @@ class TestCheckedUrl:
 
     def test_long_urls_are_refused(self) -> None:
         base = "http://a.example/"
-        assert checked_url(base + "x" * (2_048 - len(base)))
-        with pytest.raises(Refused):
-            checked_url(base + "x" * (2_049 - len(base)))
+        assert checked_url(base + "x" * (8_192 - len(base)))
+        with pytest.raises(UrlTooLong):
+            checked_url(base + "x" * (8_193 - len(base)))
+
+    @pytest.mark.parametrize(
+        ("url", "target"),
+        [
+            ("http://a.example/my photo.png", b"/my%20photo.png"),
+            ("http://a.example/x.png?a=b c&d=%20#e f", b"/x.png?a=b%20c&d=%20"),
+            ("http://a.example?a b", b"/?a%20b"),
+            (" http://a.example/a.png  ", b"/a.png"),
+            ("http://a.example/a%20b c%2Fd+e", b"/a%20b%20c%2Fd+e"),
+            ("http://a.example/100% real.png", b"/100%%20real.png"),
+        ],
+    )
+    def test_blanks_are_escaped(self, url: str, target: bytes) -> None:
+        assert checked_url(url).raw_path == target
+
+    @given(
+        scheme=st.sampled_from(["http://", "https://", "http:", "//", ""]),
+        host=st.lists(
+            st.sampled_from([" ", "%20", "%", "@", ":", "127.0.0.1", "8.8.8.8", "a.example", "é"])
+        ),
+        rest=st.text(st.sampled_from(" %2/?#@:\\aé\u3000"), max_size=12),
+    )
+    @example(scheme="http://", host=["8.8.8.8"], rest=" @127.0.0.1/")
+    @example(scheme="http://", host=["8.8.8.8"], rest="/ @127.0.0.1/")
+    @example(scheme="http://", host=["8.8.8.8"], rest="? #@127.0.0.1 /")
+    def test_escaping_never_changes_the_host(self, scheme: str, host: list[str], rest: str) -> None:
+        """With blanks or with `%20` a URL is refused, or read, and then at the same address as
+        where all behind the host is left out."""
+        text = f"{scheme}{''.join(host)}{rest}".strip(" ")
+        seen = {seen_as(text), seen_as(text.replace(" ", "%20"))}
+        assert len(seen) == 1
+        (found,) = seen
+        if found is not None:
+            authority = re.split("[/?#]", text.partition("://")[2], maxsplit=1)[0]
+            assert " " not in authority
+            assert found == seen_as(f"{text.partition('://')[0]}://{authority}/")
+
+    @given(st.text(max_size=20), st.sampled_from(["", "/", "?", "a/", "http://b.example/"]))
+    def test_location_is_read_as_its_escaped_form_is(self, path: str, start: str) -> None:
+        raw = f"{start}{path}".encode("utf-8", "replace")
+        escaped = "".join(chr(each) if each < 0x7F else f"%{each:02X}" for each in raw)
+        try:
+            plain = redirected(FROM, raw.decode("latin-1"))
+        except Refused:
+            return
+        if start in ("/", "?", "a/") and path[:1] != "/" and plain.raw_host == b"a.example":
+            assert plain.raw_path == redirected(FROM, escaped).raw_path
 
     @given(
         scheme=st.sampled_from(["http://", "https://", "//", ""]),
@@ -174,13 +224,23 @@ class TestCheckedUrl:
     )
     def test_any_text_is_read_or_refused(self, scheme: str, host: list[str], rest: str) -> None:
         text = f"{scheme}{''.join(host)}/{rest}"
-        for read in (checked_url, lambda location: redirected(FROM, location)):
+        header = text.encode("utf-8", "replace").decode("latin-1")
+        for read, sent in ((checked_url, text), (partial(redirected, FROM), header)):
             try:
-                checked = read(text)
+                checked = read(sent)
             except Refused:
                 continue
             assert host_of(checked)
             assert 0 < port_of(checked) < 65_536
+
+
+def seen_as(url: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port that are dialled, None where the URL is refused."""
+    try:
+        checked = checked_url(url)
+    except Refused:
+        return None
+    return checked.scheme, host_of(checked), port_of(checked)
 
 
 FROM = httpx.URL("https://a.example/pictures/")

@@ -72,7 +72,7 @@ def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings
         "inpaint_request_seconds_count{/api/v3/inpaint}": 5,
         "inpaint_refusals_total{ImageUnavailable}": 2,
         "inpaint_refusals_total{RouteNotFound}": 1,
-        "inpaint_image_problems_total{not_reachable}": 1,
+        "inpaint_image_problems_total{private_address}": 1,
         "inpaint_image_problems_total{not_an_image}": 1,
         "inpaint_decodes_total{decoded}": 3,
         "inpaint_decodes_total{refused}": 1,

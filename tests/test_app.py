@@ -823,9 +823,17 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("image", "sentence"),
         [
-            ("http://127.0.0.1:1/a.png", "The init image could not be downloaded."),
+            (
+                "http://127.0.0.1:1/a.png",
+                "The init image is at a private address; the server's operator can allow it with "
+                "INPAINT_FETCH__ALLOW_CIDRS or INPAINT_FETCH__ALLOW_HOSTS.",
+            ),
+            (
+                "http://example.org/?token=" + "a" * 8_192,
+                "The init image URL may not be greater than 8192 characters.",
+            ),
             ("http://169.254.169.254/", "The init image could not be downloaded."),
-            ("http://user@pictures.example/", "The init image address is not allowed."),
+            ("http://user@pictures.example/", "The init image must be a valid URL."),
             ("file:///etc/passwd", "The init image must be a URL, base64 or a file."),
             ("/images/a.png", "The init image must be a URL, base64 or a file."),
             ("AAAA", "The init image is not a PNG, JPEG or WEBP image."),

@@ -79,10 +79,10 @@ async def ask(
         "owner": "k",
         "headers": {},
         "max_body_bytes": 100,
-        "timeout_s": ANSWER_S,
+        "connect_timeout_s": ANSWER_S,
     } | changes
     async with door.request(method, checked_url(url), policy, **given) as answer:
-        return await answer.read(ANSWER_S)
+        return await answer.read()
 
 
 def run_with_door(work: Callable[[Door], Awaitable[None]], door: Callable[[], Door] = Door) -> None:

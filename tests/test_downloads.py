@@ -65,7 +65,7 @@ def test_every_image_at_fault_is_named() -> None:
 
     assert load(sources, response("404 Not Found")) == {
         "init_image": ImageProblem.NOT_REACHABLE,
-        "mask_image": ImageProblem.NOT_ALLOWED,
+        "mask_image": ImageProblem.INVALID_URL,
     }
 
 

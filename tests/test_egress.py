@@ -1,17 +1,21 @@
 """The door to addresses that users name: which are dialled, and what a bad host can do."""
 
 import asyncio
+import gzip
 import socket
 import struct
 import subprocess
 import sys
 import tracemalloc
+import zlib
+from collections.abc import Callable
 from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
 from server.addresses import Rights
+from server.door import Door, dial
 from server.egress import (
     MAX_REDIRECTS,
     Fetcher,
@@ -21,7 +25,8 @@ from server.egress import (
     conditions_of,
 )
 from server.errors import ImageProblem
-from server.settings import FetchSettings
+from server.settings import EgressSettings, FetchSettings
+from tests.hostile_urls import resolve_by_table
 from tests.http_stub import Behaviour, Stub, answering, response, running_stub
 
 LOOPBACK = ip_network("127.0.0.0/8")
@@ -129,7 +134,6 @@ class TestHosts:
             (response("204 No Content"), ImageProblem.NOT_REACHABLE),
             (response("206 Partial Content", body=b"pic"), ImageProblem.NOT_REACHABLE),
             (response("302 Found"), ImageProblem.NOT_REACHABLE),
-            (response("200 OK", "Content-Encoding: gzip"), ImageProblem.NOT_REACHABLE),
             (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nx", ImageProblem.NOT_REACHABLE),
             (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nx", ImageProblem.NOT_REACHABLE),
             (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nx", ImageProblem.NOT_REACHABLE),
@@ -203,6 +207,169 @@ class TestHosts:
         assert asyncio.run(get(f"http://{'a' * 64}.invalid/")) is ImageProblem.NOT_REACHABLE
 
 
+CONTENT = b"picture " * 1_000
+
+
+def raw_deflate(content: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(content) + packer.flush()
+
+
+def encoded(coding: str, body: bytes) -> bytes:
+    return response("200 OK", f"Content-Encoding: {coding}", body=body)
+
+
+class TestContentEncodings:
+    @pytest.mark.parametrize(
+        "coding",
+        [
+            *("", "identity", "Identity", "base64", "aws-chunked", "utf-8", "UTF-8", "binary"),
+            *("none", "image/png", "aws-chunked, base64", ",", "x" * 1_000),
+        ],
+    )
+    def test_what_is_no_compression_means_nothing(self, coding: str) -> None:
+        assert get_from(answering(encoded(coding, b"picture"))) == b"picture"
+
+    @pytest.mark.parametrize(
+        ("coding", "body"),
+        [
+            ("gzip", gzip.compress(CONTENT)),
+            ("GZIP", gzip.compress(CONTENT)),
+            ("x-gzip", gzip.compress(CONTENT)),
+            ("aws-chunked, gzip", gzip.compress(CONTENT)),
+            ("gzip,identity", gzip.compress(CONTENT)),
+            ("gzip", gzip.compress(CONTENT) + bytes(100)),
+            ("deflate", zlib.compress(CONTENT)),
+            ("deflate", raw_deflate(CONTENT)),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_gzip_and_deflate_are_undone(self, coding: str, body: bytes) -> None:
+        assert get_from(answering(encoded(coding, body))) == CONTENT
+
+    @pytest.mark.parametrize(
+        "coding", ["br", "BR", "zstd", "compress", "x-compress", "gzip, br", "gzip, gzip"]
+    )
+    def test_others_have_a_sentence_of_their_own(self, coding: str) -> None:
+        body = encoded(coding, gzip.compress(CONTENT))
+        assert get_from(answering(body)) is ImageProblem.COMPRESSED
+
+    @pytest.mark.parametrize("coding", ["gzip", "deflate"])
+    @pytest.mark.parametrize("body", [b"", b"picture", gzip.compress(CONTENT)[:-9], bytes(50)])
+    def test_broken_compression_is_damage(self, coding: str, body: bytes) -> None:
+        assert get_from(answering(encoded(coding, body))) is ImageProblem.DAMAGED
+
+    @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress, raw_deflate])
+    def test_limit_is_of_inflated_bytes(self, pack: Callable[[bytes], bytes]) -> None:
+        coding = "gzip" if pack is gzip.compress else "deflate"
+        answer = answering(encoded(coding, pack(CONTENT)))
+        assert get_from(answer, max_image_bytes=len(CONTENT)) == CONTENT
+        assert get_from(answer, max_image_bytes=len(CONTENT) - 1) is ImageProblem.TOO_LARGE
+
+    def test_bomb_takes_no_more_room_than_a_picture(self) -> None:
+        packer = zlib.compressobj(wbits=16 + zlib.MAX_WBITS)
+        bomb = b"".join(packer.compress(bytes(1_000_000)) for _ in range(200)) + packer.flush()
+        tracemalloc.start()
+        try:
+            answer = answering(encoded("gzip", bomb))
+            assert get_from(answer, max_image_bytes=1_000_000) is ImageProblem.TOO_LARGE
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        finally:
+            tracemalloc.stop()
+
+    def test_unchanged_picture_is_kept_inflated(self) -> None:
+        async def run() -> list[bytes]:
+            body = response(
+                *("200 OK", "Content-Encoding: gzip", 'ETag: "1"'), body=gzip.compress(CONTENT)
+            )
+            answers = iter([body, response("304 Not Modified", 'ETag: "1"')])
+
+            async def behave(_path: str, writer: asyncio.StreamWriter) -> None:
+                writer.write(next(answers))
+
+            async with running_stub(behave) as stub:
+                fetcher = Fetcher(FetchSettings(**LIMITS))
+                bodies = [await fetcher.get(stub.url) for _ in range(2)]
+                await fetcher.aclose()
+                return bodies
+
+        assert asyncio.run(run()) == [CONTENT] * 2
+
+
+class WarpedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock can be put forward, so that time-outs need no waiting."""
+
+    ahead_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead_s
+
+
+async def pass_time(seconds: float) -> None:
+    """Put the clock forward, and let whatever is due by then happen."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, WarpedLoop)
+    loop.ahead_s += seconds
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class TestSlowHosts:
+    """With the times of the default settings."""
+
+    def fetch(self, behaviour: Behaviour) -> bytes | ImageProblem:
+        async def run() -> bytes | ImageProblem:
+            async with running_stub(behaviour) as stub:
+                fetcher = Fetcher(FetchSettings(allow_cidrs=(LOOPBACK,)))
+                try:
+                    return await fetcher.get(stub.url)
+                except FetchFailed as failed:
+                    return failed.kind
+                finally:
+                    await fetcher.aclose()
+
+        with asyncio.Runner(loop_factory=WarpedLoop) as runner:
+            return runner.run(run())
+
+    @pytest.mark.parametrize(
+        ("seconds", "outcome"),
+        [(8, b"picture"), (19, b"picture"), (21, ImageProblem.NOT_REACHABLE)],
+    )
+    def test_first_byte_may_take_as_long_as_the_whole(
+        self, seconds: float, outcome: object
+    ) -> None:
+        async def think(_path: str, writer: asyncio.StreamWriter) -> None:
+            await pass_time(seconds)
+            writer.write(OK)
+
+        assert self.fetch(think) == outcome
+
+    @pytest.mark.parametrize(
+        ("seconds", "outcome"), [(3, OK[-7:]), (5, ImageProblem.NOT_REACHABLE)]
+    )
+    def test_pieces_are_bounded_by_the_whole(self, seconds: float, outcome: object) -> None:
+        async def drip(_path: str, writer: asyncio.StreamWriter) -> None:
+            for at in range(0, len(OK), len(OK) // 5 + 1):
+                writer.write(OK[at : at + len(OK) // 5 + 1])
+                await writer.drain()
+                await pass_time(seconds)
+
+        assert self.fetch(drip) == outcome
+
+    def test_redirects_count_too(self) -> None:
+        async def behave(path: str, writer: asyncio.StreamWriter) -> None:
+            await pass_time(8)
+            await count_down(path, writer)
+
+        async def run(hops: int) -> bytes | ImageProblem:
+            async with running_stub(behave) as stub:
+                return await get(f"{stub.url}/{hops}", connect_timeout_s=5, total_timeout_s=20)
+
+        for hops, outcome in ((1, b"picture"), (2, ImageProblem.NOT_REACHABLE)):
+            with asyncio.Runner(loop_factory=WarpedLoop) as runner:
+                assert runner.run(run(hops)) == outcome
+
+
 def redirecting(location: str) -> Behaviour:
     return answering(response("302 Found", f"Location: {location}"))
 
@@ -235,7 +402,7 @@ class TestRedirects:
             "http://[::1]/",
             "http://user:password@127.0.0.1/",
             "http://127.0.0.1\\@8.8.8.8/",
-            "http://127.0.0.1/" + "x" * 2_048,
+            "http://127.0.0.1/" + "x" * 8_192,
         ],
     )
     def test_denied_target(self, location: str) -> None:
@@ -246,6 +413,32 @@ class TestRedirects:
     )
     def test_target_that_is_no_url(self, location: str) -> None:
         assert get_from(redirecting(location)) is ImageProblem.NOT_REACHABLE
+
+    @pytest.mark.parametrize(
+        ("location", "path"),
+        [
+            (b"/my picture.png", "/my%20picture.png"),
+            (b"my picture.png?a=b c#d e", "/from/my%20picture.png?a=b%20c"),
+            (b"/my%20picture.png", "/my%20picture.png"),
+            (b"  /a.png  ", "/a.png"),
+            ("/Grüße/写真.png".encode(), "/Gr%C3%BC%C3%9Fe/%E5%86%99%E7%9C%9F.png"),
+            ("?name=é à".encode(), "/from/here?name=%C3%A9%20%C3%A0"),
+            (b"/caf\xe9 1.png", "/caf%E9%201.png"),
+        ],
+    )
+    def test_location_that_is_not_escaped(self, location: bytes, path: str) -> None:
+        async def behave(asked: str, writer: asyncio.StreamWriter) -> None:
+            head = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: "
+            is_first = asked == "/from/here"
+            writer.write(head + location + b"\r\n\r\n" if is_first else OK)
+
+        async def run() -> tuple[object, list[str]]:
+            async with running_stub(behave) as stub:
+                return await get(f"{stub.url}/from/here"), stub.heads
+
+        body, heads = asyncio.run(run())
+        assert body == b"picture"
+        assert [head.split(" ")[1] for head in heads] == ["/from/here", path]
 
     def test_denied_target_is_not_dialled(self) -> None:
         async def run() -> tuple[object, int]:
@@ -259,23 +452,178 @@ class TestRedirects:
         assert asyncio.run(run()) == (ImageProblem.NOT_REACHABLE, 0)
 
 
+PUBLIC = "93.184.215.14"
+NAMES = {
+    "listening.example": "127.0.0.1",
+    "closed.example": "127.0.0.2",
+    "pictures.example": PUBLIC,
+    "printer": "127.0.0.1",
+    "printer.local": "127.0.0.1",
+    "www": PUBLIC,
+}
+"""Names and the address that our resolver says; it knows no others."""
+
+
+async def get_by_name(url: str, behaviour: Behaviour, **settings: Any) -> bytes | ImageProblem:
+    """What a fetch ends with where names are those of `NAMES`, and `PUBLIC` leads to a stub.
+
+    In the URL `PORT` stands for the stub's port on 127.0.0.1.
+    """
+
+    def resolve(host: str, _port: int) -> list[str]:
+        if host not in NAMES:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown name")
+        return [NAMES[host]]
+
+    async with running_stub(behaviour) as stub:
+
+        async def dial_stub(address: str, port: int) -> socket.socket:
+            return await dial("127.0.0.1" if address == PUBLIC else address, stub.port)
+
+        door = Door(resolver=resolve, dialler=dial_stub)
+        fetcher = Fetcher(FetchSettings.model_validate(settings), door)
+        try:
+            return await fetcher.get(url.replace("PORT", str(stub.port)))
+        except FetchFailed as failed:
+            return failed.kind
+        finally:
+            await door.aclose()
+
+
 class TestRefusals:
-    """A caller cannot tell what is behind an address that is denied, nor that it is denied."""
+    """Of one URL a caller is told the same, whatever is behind its address, and whether or not."""
 
     def test_denied_and_unreachable_look_the_same(self) -> None:
         async def run() -> set[object]:
-            async with running_stub(answering(OK)) as stub:
-                denied_and_listening = await get(stub.url, allow_cidrs=())
-            denied = await get(stub.url, allow_cidrs=())
-            closed = await get(stub.url)
-            unknown = await get(f"http://{'a' * 64}.invalid/")
-            return {denied_and_listening, denied, closed, unknown}
+            names = ("listening.example", "closed.example", "unknown.example")
+            return {await get_by_name(f"http://{name}/", answering(OK)) for name in names}
 
         assert asyncio.run(run()) == {ImageProblem.NOT_REACHABLE}
 
+    @pytest.mark.parametrize(
+        "host",
+        [
+            *(
+                "127.0.0.1",
+                "127.0.0.2",
+                "127.1",
+                "0x7f.1",
+                "2130706433",
+                "127.0.0.1.",
+            ),
+            *("[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "172.16.0.1"),
+            *("192.168.1.20", "169.254.1.1", "[fe80::1]", "[fd00::1]", "100.64.0.1"),
+            *("localhost", "LOCALHOST", "localhost.", "a.localhost", "printer", "printer.local"),
+            *("Unknown", "unknown.local.", "unknown.internal", "nas.home.arpa"),
+        ],
+    )
+    @pytest.mark.parametrize("port", ["", ":PORT", ":1"])
+    def test_what_the_url_shows_is_told(self, host: str, port: str) -> None:
+        url = f"http://{host}{port}/a.png"
+        problem = asyncio.run(get_by_name(url, answering(OK)))
+        assert problem is ImageProblem.PRIVATE_ADDRESS
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "http://169.254.169.254/latest/meta-data/",
+            "http://0.0.0.0:PORT/",
+            "http://[::]/",
+            "http://unknown.example/",
+            "http://localhost.example/",
+            "http://local/../",
+        ],
+    )
+    def test_what_no_setting_opens_is_not_said_to_be(self, url: str) -> None:
+        expected = ImageProblem.NOT_REACHABLE
+        if "//local/" in url:
+            expected = ImageProblem.PRIVATE_ADDRESS
+        assert asyncio.run(get_by_name(url, answering(OK))) is expected
+
+    @pytest.mark.parametrize(
+        ("url", "settings"),
+        [
+            ("http://127.0.0.2:1/", {"allow_cidrs": "127.0.0.2"}),
+            ("http://localhost:1/", {"allow_cidrs": "127.0.0.0/8"}),
+            ("http://printer:1/", {"allow_hosts": "printer"}),
+            ("http://printer:1/", {"allow_cidrs": "10.0.0.0/8"}),
+            ("http://pictures.example:1/", {"allow_cidrs": "10.0.0.0/8"}),
+            ("http://pictures.example:1/", {"allow_hosts": "pictures.example"}),
+        ],
+    )
+    def test_what_an_operator_has_opened_may_fail_for_any_cause(
+        self, url: str, settings: dict[str, str]
+    ) -> None:
+        problem = asyncio.run(get_by_name(url, reset, **settings))
+        assert problem is ImageProblem.NOT_REACHABLE
+
+    @pytest.mark.parametrize("host", ["93.184.215.14", "pictures.example", "unknown.example"])
+    def test_port_is_told_of_any_public_host(self, host: str) -> None:
+        async def run(port: int, **settings: Any) -> object:
+            return await get_by_name(f"http://{host}:{port}/", reset, **settings)
+
+        assert asyncio.run(run(8000)) is ImageProblem.PORT_NOT_ALLOWED
+        assert asyncio.run(run(8000, allow_ports="8000")) is ImageProblem.NOT_REACHABLE
+        assert asyncio.run(run(443)) is ImageProblem.NOT_REACHABLE
+
+    @pytest.mark.parametrize("location", ["http://127.0.0.1/", "http://printer/", "http://x:1/"])
+    def test_target_of_a_redirect_is_not_told_of(self, location: str) -> None:
+        problem = asyncio.run(get_by_name("http://pictures.example/", redirecting(location)))
+        assert problem is ImageProblem.NOT_REACHABLE
+
+    @pytest.mark.parametrize(
+        ("status", "problem"),
+        [
+            ("404 Not Found", ImageProblem.NOT_FOUND),
+            ("410 Gone", ImageProblem.NOT_FOUND),
+            ("401 Unauthorized", ImageProblem.FORBIDDEN),
+            ("403 Forbidden", ImageProblem.FORBIDDEN),
+            ("500 Oops", ImageProblem.HOST_FAILED),
+            ("206 Partial Content", ImageProblem.HOST_FAILED),
+            ("304 Not Modified", ImageProblem.HOST_FAILED),
+        ],
+    )
+    def test_status_is_told_of_public_hosts_alone(self, status: str, problem: ImageProblem) -> None:
+        behaviour = answering(response(status))
+        for host in ("pictures.example", PUBLIC, "www"):
+            assert asyncio.run(get_by_name(f"http://{host}/", behaviour)) is problem
+        for url, opened in (
+            ("http://listening.example/", {"allow_hosts": "listening.example"}),
+            ("http://listening.example/", {"allow_cidrs": "127.0.0.1"}),
+            ("http://127.0.0.1:PORT/", {"allow_cidrs": "127.0.0.0/8"}),
+            ("http://printer/", {"allow_hosts": "printer"}),
+        ):
+            answer = asyncio.run(get_by_name(url, behaviour, **opened))
+            assert answer is ImageProblem.NOT_REACHABLE
+
+    @pytest.mark.parametrize("url", ["http://printer/", "http://pictures.example/", "https://www/"])
+    def test_nothing_is_told_of_what_a_proxy_finds(self, url: str) -> None:
+        async def run() -> object:
+            async with running_stub(answering(response("404 Not Found"))) as proxy:
+                settings = EgressSettings.model_validate({"proxy": proxy.url})
+                door = Door(settings, resolver=resolve_by_table)
+                with pytest.raises(FetchFailed) as failed:
+                    await Fetcher(FetchSettings(), door).get(url)
+                await door.aclose()
+                return failed.value.kind
+
+        assert asyncio.run(run()) is ImageProblem.NOT_REACHABLE
+
     @pytest.mark.parametrize("url", ["ftp://a.example/", "http://a@b.example/", "http://a%2e/"])
     def test_form_of_a_url_is_told(self, url: str) -> None:
-        assert asyncio.run(get(url)) is ImageProblem.NOT_ALLOWED
+        assert asyncio.run(get(url)) is ImageProblem.INVALID_URL
+
+    def test_length_of_a_url_is_told(self) -> None:
+        url = "http://127.0.0.1:PORT/a.png?token="
+        behaviour = answering(OK)
+        for length, expected in ((8_192, b"picture"), (8_193, ImageProblem.URL_TOO_LONG)):
+
+            async def run(length: int = length) -> object:
+                async with running_stub(behaviour) as stub:
+                    base = url.replace("PORT", str(stub.port))
+                    return await get(base + "x" * (length - len(base)))
+
+            assert asyncio.run(run()) == expected
 
     def test_log_has_the_reason_but_not_the_path(self) -> None:
         program = """
@@ -296,7 +644,7 @@ asyncio.run(run())
         ended = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
         )
-        assert ended.stdout.strip() == "not_reachable"
+        assert ended.stdout.strip() == "private_address"
         (line,) = ended.stderr.splitlines()
         assert "10.1.2.3: Refused: address 10.1.2.3 port 80" in line
         assert "secret" not in line
@@ -316,12 +664,12 @@ class TestRequests:
 
         async def run() -> Stub:
             async with running_stub(answering(OK)) as stub:
-                assert await get(f"{stub.url}/a%20b?c=d%2Fe#f") == b"picture"
+                assert await get(f"{stub.url}/a%20b c?d=e%2Ff g#h i") == b"picture"
                 return stub
 
         stub = asyncio.run(run())
         request, *headers = stub.heads[0].strip().split("\r\n")
-        assert request == "GET /a%20b?c=d%2Fe HTTP/1.1"
+        assert request == "GET /a%20b%20c?d=e%2Ff%20g HTTP/1.1"
         assert {header.partition(":")[0].lower() for header in headers} == {
             *("host", "accept", "accept-encoding", "user-agent")
         }
@@ -501,4 +849,4 @@ class TestPicturesKept:
                 await fetcher.aclose()
                 return insider, failed.value.kind
 
-        assert asyncio.run(run()) == (b"picture", ImageProblem.NOT_REACHABLE)
+        assert asyncio.run(run()) == (b"picture", ImageProblem.PRIVATE_ADDRESS)

@@ -117,7 +117,7 @@ def test_pictures_may_come_from_its_networks(
 def test_pictures_may_not_come_from_networks_of_others(
     dialect: Dialect, picture: str, free: Holder
 ) -> None:
-    assert "could not be downloaded" in free.ask(dialect, init_image=picture).text
+    assert "is at a private address" in free.ask(dialect, init_image=picture).text
 
 
 @either

@@ -90,7 +90,7 @@ SERVER = {
     "codings": "",
     "interfaces": "settings",
     "door": "addresses exchange interfaces lookups settings",
-    "egress": "addresses door errors exchange settings slots telemetry",
+    "egress": "addresses codings door errors exchange lookups settings slots telemetry",
     "downloads": "addresses egress errors jobs",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.mask_reading models.params",

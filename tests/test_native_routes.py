@@ -416,8 +416,10 @@ class TestRefusals:
 
     def test_image(self, client: httpx.Client) -> None:
         cases = {
-            "http://127.0.0.1:1/a.png": "not_reachable",
-            "http://user@example.org/a.png": "not_allowed",
+            "http://127.0.0.1:1/a.png": "private_address",
+            "http://8.8.8.8:1/a.png": "port_not_allowed",
+            "http://user@example.org/a.png": "invalid_url",
+            "http://example.org/" + "a" * 8_192: "url_too_long",
             "AAAA": "not_an_image",
         }
         for image, code in cases.items():

@@ -633,7 +633,34 @@ class TestErrors:
         ("problem", "sentence"),
         [
             (ImageProblem.NOT_REACHABLE, "The init image could not be downloaded."),
-            (ImageProblem.NOT_ALLOWED, "The init image address is not allowed."),
+            (ImageProblem.NOT_FOUND, "The init image was not found: its host answers 404 or 410."),
+            (
+                ImageProblem.FORBIDDEN,
+                "The init image is not given out: its host answers 401 or 403.",
+            ),
+            (
+                ImageProblem.HOST_FAILED,
+                "The init image could not be downloaded: its host answers with an error.",
+            ),
+            (
+                ImageProblem.COMPRESSED,
+                "The init image is sent by its host in a compression other than gzip and deflate.",
+            ),
+            (ImageProblem.INVALID_URL, "The init image must be a valid URL."),
+            (
+                ImageProblem.URL_TOO_LONG,
+                "The init image URL may not be greater than 8192 characters.",
+            ),
+            (
+                ImageProblem.PRIVATE_ADDRESS,
+                "The init image is at a private address; the server's operator can allow it with "
+                "INPAINT_FETCH__ALLOW_CIDRS or INPAINT_FETCH__ALLOW_HOSTS.",
+            ),
+            (
+                ImageProblem.PORT_NOT_ALLOWED,
+                "The init image is at a port other than 80 and 443; the server's operator can "
+                "allow it with INPAINT_FETCH__ALLOW_PORTS.",
+            ),
             (ImageProblem.TOO_LARGE, "The init image is too large."),
             (ImageProblem.NOT_A_SOURCE, "The init image must be a URL, base64 or a file."),
             (ImageProblem.NOT_AN_IMAGE, "The init image is not a PNG, JPEG or WEBP image."),

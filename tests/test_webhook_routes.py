@@ -218,7 +218,7 @@ def test_no_call_is_made_again_once_the_pictures_are_gone(
         ({}, "required"),
         ({"url": "x"}, "not_a_url"),
         *[({"url": url}, "not_a_url") for url in URLS_OF_TWO_READINGS],
-        ({"url": "http://x/" + "a" * 2_048}, "too_long"),
+        ({"url": "http://x/" + "a" * 8_192}, "too_long"),
         ({"url": "http://x/", "key": "one"}, "unknown_field"),
     ],
 )

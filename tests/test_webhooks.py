@@ -53,6 +53,7 @@ from server.webhooks import (
     write_body,
 )
 from tests.conftest import migrated_sqlite
+from tests.http_stub import answering, response, running_stub
 from tests.postgres import PostgresServer
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
@@ -815,3 +816,19 @@ def test_ping_keeps_to_the_address_policy() -> None:
         _, attempt = ping(url, WebhookSettings())
         assert (attempt.status, attempt.outcome) == (None, "address not allowed")
         assert calls.empty()
+
+
+def test_long_url_with_blanks_is_called_with_them_escaped() -> None:
+    padding = "x" * 8_000
+
+    async def send() -> list[str]:
+        async with (
+            running_stub(answering(response("200 OK"))) as stub,
+            WebhookCaller(LOOPBACK) as caller,
+        ):
+            _, attempt = await caller.ping(f"{stub.url}/my hook?a=b c&d={padding}")
+            assert attempt.is_success
+            return stub.heads
+
+    (head,) = asyncio.run(send())
+    assert head.split(" ")[1] == f"/my%20hook?a=b%20c&d={padding}"

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from models.params import RANGES
+from server.addresses import MAX_URL_CHARS
 from server.dialects.native import FieldProblem, write_field_problem
 from server.errors import (
     ApiError,
@@ -103,7 +104,16 @@ CONFLICTS = {
 
 IMAGE_SENTENCES = {
     ImageProblem.NOT_REACHABLE: "could not be downloaded",
-    ImageProblem.NOT_ALLOWED: "is at an address that is not allowed",
+    ImageProblem.NOT_FOUND: "was not found: its host answers 404 or 410",
+    ImageProblem.FORBIDDEN: "is not given out: its host answers 401 or 403",
+    ImageProblem.HOST_FAILED: "could not be downloaded: its host answers with an error",
+    ImageProblem.COMPRESSED: "is sent by its host in a compression other than gzip and deflate",
+    ImageProblem.INVALID_URL: "must be an absolute http or https URL, without a user name",
+    ImageProblem.URL_TOO_LONG: f"must be a URL of at most {MAX_URL_CHARS} characters",
+    ImageProblem.PRIVATE_ADDRESS: "is at a private address; the server's operator can allow it "
+    "with INPAINT_FETCH__ALLOW_CIDRS or INPAINT_FETCH__ALLOW_HOSTS",
+    ImageProblem.PORT_NOT_ALLOWED: "is at a port other than 80 and 443; the server's operator can "
+    "allow it with INPAINT_FETCH__ALLOW_PORTS",
     ImageProblem.TOO_LARGE: "is too large",
     ImageProblem.NOT_A_SOURCE: "must be an http or https URL, a data URI or base64",
     ImageProblem.NOT_AN_IMAGE: "is no picture",

@@ -19,6 +19,7 @@ from models.params import (
     Range,
     SchedulerName,
 )
+from server.addresses import MAX_URL_CHARS
 from server.bodies import is_absent
 from server.dialects.fields import MAX_TRACK_ID_CHARS, NOT_A_SOURCE, FieldReader
 from server.downloads import ImageSource
@@ -348,7 +349,16 @@ def write_system_load(waiting: int, wait_s: float) -> Body:
 
 IMAGE_SENTENCES = {
     ImageProblem.NOT_REACHABLE: "could not be downloaded.",
-    ImageProblem.NOT_ALLOWED: "address is not allowed.",
+    ImageProblem.NOT_FOUND: "was not found: its host answers 404 or 410.",
+    ImageProblem.FORBIDDEN: "is not given out: its host answers 401 or 403.",
+    ImageProblem.HOST_FAILED: "could not be downloaded: its host answers with an error.",
+    ImageProblem.COMPRESSED: "is sent by its host in a compression other than gzip and deflate.",
+    ImageProblem.INVALID_URL: "must be a valid URL.",
+    ImageProblem.URL_TOO_LONG: f"URL may not be greater than {MAX_URL_CHARS} characters.",
+    ImageProblem.PRIVATE_ADDRESS: "is at a private address; the server's operator can allow it "
+    "with INPAINT_FETCH__ALLOW_CIDRS or INPAINT_FETCH__ALLOW_HOSTS.",
+    ImageProblem.PORT_NOT_ALLOWED: "is at a port other than 80 and 443; the server's operator can "
+    "allow it with INPAINT_FETCH__ALLOW_PORTS.",
     ImageProblem.TOO_LARGE: "is too large.",
     ImageProblem.NOT_A_SOURCE: NOT_A_SOURCE,
     ImageProblem.NOT_AN_IMAGE: "is not a PNG, JPEG or WEBP image.",
