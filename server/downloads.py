@@ -7,13 +7,17 @@ import string
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from server.addresses import Rights
 from server.egress import ANYBODY, Fetcher, FetchFailed
 from server.errors import ImageProblem, ImageUnavailable
 from server.jobs import OUTPUT_STEM
 
-DATA_URI = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
+DATA_URI = re.compile(r"data:([^,]{0,1024}),", re.IGNORECASE)
+"""Up to the data. Its media type is not looked at: browsers name none, or another."""
+MAX_DATA_URIS = 3
+"""One within the other, as code writes it that puts a prefix before a text that has one."""
 OUTPUT_NAME = re.compile(rf"{OUTPUT_STEM}\.png")
 
 CHARS_PER_BYTE = 1.5
@@ -126,17 +130,25 @@ def decode_base64(text: str) -> bytes:
     Raises: FetchFailed.
     """
     text = text.strip(MARGIN)
+    for _ in range(MAX_DATA_URIS):
+        start = DATA_URI.match(text)
+        if start is None:
+            break
+        text = text[start.end() :].strip(MARGIN)
+        is_base64 = "base64" in [each.strip().lower() for each in start[1].split(";")]
+        if not is_base64 and not DATA_URI.match(text):
+            return percent_decoded(text)
+        if "%" in text:
+            text = percent_decoded(text).decode("latin-1")
     if is_path(text):
         raise FetchFailed(ImageProblem.NOT_A_SOURCE)
-    start = DATA_URI.match(text)
-    begin = start.end() if start else 0
     if len(text) <= PIECE_CHARS:
         # As nearly all are written; whatever is not gets the long way.
         with suppress(binascii.Error, ValueError):
-            return binascii.a2b_base64(text[begin:], strict_mode=True)
+            return binascii.a2b_base64(text, strict_mode=True)
     compact, content = bytearray(), bytearray()
     try:
-        for at in range(begin, len(text), PIECE_CHARS):
+        for at in range(0, len(text), PIECE_CHARS):
             piece = text[at : at + PIECE_CHARS].encode("ascii")
             compact += piece.translate(URL_SAFE, BLANKS)
         compact = compact.rstrip(b"=")
@@ -164,3 +176,15 @@ def problem_of(text: str) -> ImageProblem:
     if not is_data and OTHER_THAN_BASE64.search(text, 0, MAX_OTHER_CHARS):
         return ImageProblem.NOT_A_SOURCE
     return ImageProblem.NOT_AN_IMAGE
+
+
+def percent_decoded(text: str) -> bytes:
+    """Bytes of a URI's text. Read in pieces, because each escape is an object for a while."""
+    data, content, at = text.encode(errors="replace"), bytearray(), 0
+    while at < len(data):
+        end = at + PIECE_CHARS
+        escape = data.rfind(b"%", end - 2, end)  # which the end would cut
+        end = escape if escape > at else end
+        content += unquote_to_bytes(data[at:end])
+        at = end
+    return bytes(content)

@@ -5,6 +5,7 @@ import base64
 import tracemalloc
 from collections.abc import Callable
 from ipaddress import ip_network
+from urllib.parse import quote
 
 import pytest
 
@@ -91,9 +92,26 @@ def test_limit_holds_for_every_way(size: int) -> None:
         "\r\n".join(TEXT[start : start + 76] for start in range(0, len(TEXT), 76)),
         f"data:image/png;base64,{TEXT}",
         f"DATA:image/svg+xml;charset=utf-8;name=a.png;BASE64,{TEXT}",
-        f"\ufeff{TEXT}\n",
         f" \u200b{TEXT}\u200b\u2060 ",
         f"\ufeffdata:image/png;base64,{TEXT}\u200d",
+        f"data:application/octet-stream;base64,{TEXT}",
+        f"data:;base64,{TEXT}",
+        f"data:base64,{TEXT}",
+        f"data:text/plain;base64,{TEXT}",
+        f"data:image/png;name=my%20photo.png;base64,{TEXT}",
+        f'data:image/png;name="my photo.png";base64,{TEXT}',
+        f"data:image/png;base64;charset=utf-8,{TEXT}",
+        f"data:image/png; base64,{TEXT}",
+        f"data: image/png ; base64 , {TEXT}",
+        f"\ufeffdata:image/png;base64,{TEXT}",
+        f"\u200b data:image/png;base64,\u200b{TEXT}\u2060",
+        f"\ufeff{TEXT}\n",
+        f"data:image/png;base64,data:image/png;base64,{TEXT}",
+        f"data:image/jpeg;base64, data:;base64,{TEXT}",
+        f"data:image/png;base64,{quote(TEXT, safe='')}",
+        f"data:image/png,{quote(CONTENT)}",
+        f"data:image/png;charset=utf-8,{quote(CONTENT, safe='')}",
+        f"data:,{quote(CONTENT)}",
     ],
 )
 def test_base64_in_its_usual_forms(text: str) -> None:
@@ -108,6 +126,24 @@ def test_long_texts_are_read_in_pieces(size: int) -> None:
     for form in (text, text.rstrip("="), lines):
         assert decode_base64(form) == content
     assert load(lambda _: {"init_image": text}, limit=size + 10) == {"init_image": content}
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_long_percent_encoded_data_is_read_in_pieces(cut: int) -> None:
+    content = b"x" * cut + b"\x89" * PIECE_CHARS
+    uri = f"data:image/png,{quote(content)}"
+    assert decode_base64(uri) == content
+    assert load(lambda _: {"init_image": uri}, limit=len(uri)) == {"init_image": content}
+
+
+def test_percent_encoded_data_takes_no_more_room_than_base64() -> None:
+    uri = "data:image/png," + "%41" * 1_000_000
+    tracemalloc.start()
+    try:
+        assert decode_base64(uri) == b"A" * 1_000_000
+        assert tracemalloc.get_traced_memory()[1] < 12 * len(uri)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -150,9 +186,10 @@ def test_padding_may_be_missing(padding: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "data:text/html;base64,YQ==",
-        "data:image/png,raw",
-        "data:image/png;base64,%20",
+        "data:image/png;base64,YQ=Q",
+        "data:image/png;base64,käse",
+        "data:image/png;base64,%C3%A4",
+        "data:" + "x" * 2_000 + ";base64,YQ==",
         "YQ=Q",
         "A",
         "A" * 9_000 + "!",
