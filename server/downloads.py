@@ -4,21 +4,24 @@ import asyncio
 import binascii
 import re
 import string
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from server.addresses import Rights
+from server.addresses import Refused, Rights, checked_url, host_of, is_localhost
 from server.egress import ANYBODY, Fetcher, FetchFailed
 from server.errors import ImageProblem, ImageUnavailable
-from server.jobs import OUTPUT_STEM
+from server.interfaces import is_local
+from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM
+from server.lookups import numeric_addresses
+from server.proxies import is_allowed
 
 DATA_URI = re.compile(r"data:([^,]{0,1024}),", re.IGNORECASE)
 """Up to the data. Its media type is not looked at: browsers name none, or another."""
 MAX_DATA_URIS = 3
 """One within the other, as code writes it that puts a prefix before a text that has one."""
-OUTPUT_NAME = re.compile(rf"{OUTPUT_STEM}\.png")
+OUTPUT_PATH = re.compile(rf"(?:/.*)?/{OUTPUT_FOLDER}/+({OUTPUT_STEM})\.(?:png|base64)")
 
 CHARS_PER_BYTE = 1.5
 """Of base64, with line breaks and all: what has more is not looked at."""
@@ -61,18 +64,44 @@ class ImageSource:
 class OwnOutputs:
     """Pictures this server made. They are read where they lie: the server calls itself for nothing.
 
-    base: the URLs' beginning, up to the name. read: gives the picture of a name, None where there
-    is none.
+    urls: under which this server is called; their hosts count. names: other names of its own, with
+    patterns as `Settings.allowed_hosts`. read: gives the picture of a name, None where there is
+    none.
     """
 
-    base: str
+    urls: Sequence[str]
+    names: Sequence[str]
     read: Callable[[str], Awaitable[bytes | None]]
 
     def name_of(self, source: ImageSource) -> str | None:
-        """The picture's name, where the source is the URL of one."""
-        text = str(source.content) if source.is_url else ""
-        name = text.removeprefix(self.base)
-        return name if name != text and OUTPUT_NAME.fullmatch(name) else None
+        """The picture's name, where the source is the URL of one, whatever its port and prefix.
+
+        Those differ between a client in front of a proxy or container and one behind it. The name
+        holds a UUID, so a picture of another server here is never taken for one of ours.
+        """
+        try:
+            url = checked_url(str(source.content)) if source.is_url else None
+        except Refused:
+            return None
+        match = OUTPUT_PATH.fullmatch(url.path) if url else None
+        return f"{match[1]}.png" if url and match and self._has_host(host_of(url)) else None
+
+    def _has_host(self, host: str) -> bool:
+        host = host.rstrip(".")
+        if is_localhost(host) or host in map(host_in, self.urls):
+            return True
+        names = tuple(name.lower() for name in self.names)
+        if names and is_allowed(host.encode(), names):
+            return True
+        return any(map(is_local, numeric_addresses(host, 80)))
+
+
+def host_in(url: str) -> str:
+    """The host of one of our own URLs, `""` where it has none that is well formed."""
+    try:
+        return host_of(checked_url(url)).rstrip(".")
+    except Refused:
+        return ""
 
 
 async def download_images(
@@ -89,17 +118,14 @@ async def download_images(
 
     async def load(source: ImageSource) -> bytes | ImageProblem:
         name = own.name_of(source) if own else None
+        image = await own.read(name) if own and name else None
         try:
-            if own and name:
-                image = await own.read(name)
-            elif source.is_url:
+            if image is None and source.is_url:
                 image = await fetcher.get(str(source.content), rights)
-            else:
+            elif image is None:
                 image = await load_inline(source.content, max_bytes)
         except FetchFailed as error:
             return error.kind
-        if image is None:
-            return ImageProblem.NOT_REACHABLE
         return image if len(image) <= max_bytes else ImageProblem.TOO_LARGE
 
     if any(source.is_url for source in sources.values()):

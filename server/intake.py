@@ -8,7 +8,7 @@ import functools
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
 
@@ -94,9 +94,14 @@ def admit(request: Request, key: str | None) -> Caller:
 
 
 def base_url_of(request: Request, settings: Settings) -> str:
-    """Scheme and host the client used, or the configured public address; no slash at the end."""
+    """The configured public address, or the one the client used; no slash at the end."""
     if settings.public_url:
         return settings.public_url.rstrip("/")
+    return called_url_of(request)
+
+
+def called_url_of(request: Request) -> str:
+    """Scheme and host the client used, and the prefix of a proxy; no slash at the end."""
     scope, host = request.scope, request.headers.get("host")
     if BASE_URL in scope:
         return str(scope[BASE_URL])
@@ -110,10 +115,12 @@ async def accept(
     asked: AskedJob,
     caller: Caller,
     base_url: str,
+    called_url: str,
     once: Idempotency | None = None,
 ) -> Submitted:
     """Make a job of a request, or find the one that an earlier request with its key made.
 
+    base_url, called_url: of the request, by the functions of these names.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
     if services.waiters.is_released:
@@ -128,7 +135,7 @@ async def accept(
         await services.in_store_thread(services.outlook.look_for_room, caller.key_id, share)
     file_prefix = str(uuid.uuid4())
     with one_of_arrivals(services, caller):
-        images, fetch_s = await fetch_images(services, asked, caller, base_url)
+        images, fetch_s = await fetch_images(services, asked, caller, (base_url, called_url))
         fetched = time.perf_counter()
 
         try:
@@ -167,16 +174,18 @@ def one_of_arrivals(services: Services, caller: Caller) -> Iterator[None]:
 
 
 async def fetch_images(
-    services: Services, asked: AskedJob, caller: Caller, base_url: str
+    services: Services, asked: AskedJob, caller: Caller, own_urls: Sequence[str]
 ) -> tuple[dict[str, bytes], float]:
     """Both images' bytes by parameter name, and the seconds it took. Raises: ImageUnavailable."""
     started = time.perf_counter()
+    settings = services.settings
+    own_names = (settings.host, *settings.allowed_hosts)
     images = await download_images(
         {"init_image": asked.init_image, "mask_image": asked.mask_image},
         services.fetcher,
-        services.settings.fetch.max_image_bytes,
+        settings.fetch.max_image_bytes,
         caller.fetch_rights,
-        OwnOutputs(f"{base_url}/{OUTPUT_FOLDER}/", functools.partial(read_output, services)),
+        OwnOutputs(own_urls, own_names, functools.partial(read_output, services)),
     )
     return images, time.perf_counter() - started
 

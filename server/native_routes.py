@@ -27,7 +27,15 @@ from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
 from server.followers import Follower
 from server.idempotency import Idempotency
-from server.intake import ServicesOf, accept, admit, base_url_of, find_job, get_services
+from server.intake import (
+    ServicesOf,
+    accept,
+    admit,
+    base_url_of,
+    called_url_of,
+    find_job,
+    get_services,
+)
 from server.jobs import Job, JobState
 from server.services import Services
 
@@ -138,7 +146,7 @@ async def create_job(request: Request) -> Response:
 
     asked, once = await parsed(understand, body)
     base_url = base_url_of(request, settings)
-    submitted = await accept(services, asked, caller, base_url, once)
+    submitted = await accept(services, asked, caller, base_url, called_url_of(request), once)
     headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
     if not submitted.is_new:
         headers[REPLAYED] = "true"

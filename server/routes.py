@@ -28,6 +28,7 @@ from server.intake import (
     accept,
     admit,
     base_url_of,
+    called_url_of,
     eta_s,
     find_job,
     get_services,
@@ -87,7 +88,7 @@ async def inpaint(request: Request) -> Response:
         return await fetch(request, services, fields, caller.key_id)
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
-    submitted = await accept(services, asked, caller, base_url)
+    submitted = await accept(services, asked, caller, base_url, called_url_of(request))
     release_body(request)
     if asked.notices:
         # By their codes: what a client wrote stays out of the log.

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import socket
 import tracemalloc
 from collections.abc import Callable
 from ipaddress import ip_network
@@ -9,14 +10,16 @@ from urllib.parse import quote
 
 import pytest
 
+from server.door import Door, dial
 from server.downloads import (
     PIECE_CHARS,
     ImageSource,
+    OwnOutputs,
     decode_base64,
     download_images,
     load_inline,
 )
-from server.egress import Fetcher, FetchFailed
+from server.egress import ANYBODY, Fetcher, FetchFailed
 from server.errors import ImageProblem, ImageUnavailable
 from server.settings import FetchSettings
 from tests.http_stub import answering, response, running_stub
@@ -58,6 +61,59 @@ def test_each_image_may_come_another_way() -> None:
         "init_image": CONTENT,
         "mask_image": CONTENT,
     }
+
+
+OUTPUT = "0123abcd-0123-4567-89ab-0123456789ab-0"
+
+
+@pytest.mark.parametrize(
+    ("url", "is_ours"),
+    [
+        (f"https://ours.example/generations/{OUTPUT}.png", True),
+        (f"https://ours.example:8443/sd/generations/{OUTPUT}.base64?v=1", True),
+        (f"https://sub.named.example/generations/{OUTPUT}.png", True),
+        (f"http://127.0.0.1:1/generations/{OUTPUT}.png", True),
+        (f"http://pictures.example/generations/{OUTPUT}.png", False),
+        (f"http://ours.example.pictures.example/generations/{OUTPUT}.png", False),
+        (f"http://pictures.example/https://ours.example/generations/{OUTPUT}.png", False),
+        (f"http://ours.example@pictures.example/generations/{OUTPUT}.png", False),
+        (f"http://ours.example/generations/{OUTPUT.replace('0123', '9999')}.png", False),
+        (f"http://ours.example/generations/{OUTPUT}.png/x.png", False),
+    ],
+)
+def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> None:
+    asked: list[str] = []
+
+    async def read(name: str) -> bytes | None:
+        asked.append(name)
+        return b"stored" if name == f"{OUTPUT}.png" else None
+
+    async def run() -> tuple[object, list[str]]:
+        async with running_stub(answering(response("200 OK", body=b"fetched"))) as stub:
+
+            async def dial_stub(_address: str, _port: int) -> socket.socket:
+                return await dial("127.0.0.1", stub.port)
+
+            door = Door(resolver=lambda _host, _port: ["93.184.215.14"], dialler=dial_stub)
+            own = OwnOutputs(["https://ours.example/sd", "not a URL"], ["*.named.example"], read)
+            source = {"init_image": ImageSource(url)}
+            try:
+                return await download_images(
+                    source, Fetcher(FetchSettings(), door), LIMIT, ANYBODY, own
+                ), stub.heads
+            except ImageUnavailable as error:
+                return error.problems, stub.heads
+            finally:
+                await door.aclose()
+
+    outcome, heads = asyncio.run(run())
+    if is_ours:
+        assert (outcome, heads) == ({"init_image": b"stored"}, [])
+    elif "@" in url:
+        assert outcome == {"init_image": ImageProblem.INVALID_URL}
+    else:
+        assert outcome == {"init_image": b"fetched"}
+        assert asked in ([], [f"{OUTPUT.replace('0123', '9999')}.png"])
 
 
 def test_every_image_at_fault_is_named() -> None:

@@ -91,7 +91,7 @@ SERVER = {
     "interfaces": "settings",
     "door": "addresses exchange interfaces lookups settings",
     "egress": "addresses codings door errors exchange lookups settings slots telemetry",
-    "downloads": "addresses egress errors jobs",
+    "downloads": "addresses egress errors interfaces jobs lookups proxies",
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.mask_reading models.params",
     "cores": "telemetry",

@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"
 UNKNOWN = "a" * 64 + ".invalid"
 """Refused by every resolver before it asks anybody: a label has at most 63 characters."""
+NATIVE_BODY = {name: BODY[name] for name in ("prompt", "init_image", "mask_image", "seed")}
 NOT_REACHABLE = {
     "status": "error",
     "message": {"init_image": ["The init image could not be downloaded."]},
@@ -51,16 +52,71 @@ def test_own_picture_is_read_from_the_store(app: LiveApp) -> None:
     assert inpaint(app, url)["status"] == "processing"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:PORT/generations/NAME",
+        "http://localhost:PORT/generations/NAME",
+        "HTTP://LocalHost:PORT/generations/NAME",
+        "http://localhost.:PORT/generations/NAME",
+        "https://app.localhost/generations/NAME",
+        "http://[::1]:PORT/generations/NAME",
+        "http://127.0.0.1:1/generations/NAME",
+        "http://127.1/generations/NAME",
+        "http://0.0.0.0:PORT/generations/NAME",
+        "https://ours.example/generations/NAME",
+        "https://cdn.pictures.example/generations/NAME",
+        "https://called.example/generations/NAME",
+        f"https://{UNKNOWN}/generations/NAME",
+        f"https://{UNKNOWN}/sd/generations/NAME",
+        f"https://{UNKNOWN}/sd//generations//NAME",
+        f"https://{UNKNOWN}/sd/generations/../generations/NAME",
+        "http://localhost:PORT/generations/NAME?v=1",
+        "http://localhost:PORT/generations/NAME?",
+        "http://localhost:PORT/generations/NAME#top",
+        "http://localhost:PORT/generations/NAME?a=b c&t=1#x y",
+        f"https://{UNKNOWN}/sd/generations/STEM.base64",
+        "http://localhost:PORT/generations/STEM.base64?v=1",
+    ],
+)
+def test_own_picture_is_read_under_all_names_of_the_server(url: str, named_app: LiveApp) -> None:
+    url = url.replace("PORT", str(named_app.port)).replace("NAME", NAME)
+    url = url.replace("STEM", NAME.removesuffix(".png"))
+    body = BODY | {"init_image": url}
+    called = {"Host": "called.example"}
+    answer = named_app.client.post("/api/v3/inpaint", json=body, headers=called)
+    assert answer.json()["status"] == "processing"
+    answer = named_app.client.post(
+        "/api/jobs", json=NATIVE_BODY | {"init_image": url}, headers=called
+    )
+    assert answer.status_code == 202
+
+
+@pytest.fixture(scope="module")
+def named_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
+    """Nothing may be fetched from a private address, so own pictures come from the store."""
+    settings = with_a_picture(
+        tmp_path_factory.mktemp("named"),
+        public_url=f"https://{UNKNOWN}/sd",
+        allowed_hosts=["called.example", "ours.example", "*.pictures.example", "127.0.0.1"],
+    )
+    closed = settings.model_copy(update={"fetch": FetchSettings()})
+    with running_app(closed) as app:
+        yield app
+
+
 def test_own_picture_needs_no_way_to_the_public_address(tmp_path: Path) -> None:
     settings = with_a_picture(tmp_path, public_url=f"https://{UNKNOWN}/sd")
     with running_app(settings) as app:
         url = f"https://{UNKNOWN}/sd/generations/{NAME}"
         assert inpaint(app, url)["status"] == "processing"
         for other in (
-            f"https://{UNKNOWN}/generations/{NAME}",
-            f"https://{UNKNOWN}/sd/generations/{NAME}?",
-            f"https://{UNKNOWN}/sd/generations/../generations/{NAME}",
+            f"https://{UNKNOWN}/generations/{NAME}/",
+            f"https://{UNKNOWN}/xgenerations/{NAME}",
+            f"https://{UNKNOWN}/generations/{NAME}.png",
             f"https://{UNKNOWN}/sd/generations/{NAME.replace('0123', '9999')}",
+            f"https://{UNKNOWN}/?/generations/{NAME}",
+            f"https://x.{UNKNOWN}/sd/generations/{NAME}",
         ):
             assert inpaint(app, other) == NOT_REACHABLE, other
 
