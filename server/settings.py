@@ -252,6 +252,8 @@ class FetchSettings(Section):
     """Where init and mask images may come from, and how much and how long.
 
     allow_ports: of public hosts, besides 80 and 443. Allowed networks and hosts may use any port.
+    connect_timeout_s: of connecting. total_timeout_s: of the whole, redirects included; a host may
+      take all that is left of it for its first byte.
     max_concurrent_per_key: of the `max_concurrent`, so that one key cannot take them all.
     cache_bytes, cache_bytes_per_key: of pictures that are kept for a conditional request, in all
       and of one key; 0 keeps none.
