@@ -155,18 +155,19 @@ def decode_base64(text: str) -> bytes:
 
     Raises: FetchFailed.
     """
-    text = text.strip(MARGIN)
+    text, is_data = text.strip(MARGIN), False
     for _ in range(MAX_DATA_URIS):
         start = DATA_URI.match(text)
         if start is None:
             break
+        is_data = True
         text = text[start.end() :].strip(MARGIN)
         is_base64 = "base64" in [each.strip().lower() for each in start[1].split(";")]
         if not is_base64 and not DATA_URI.match(text):
             return percent_decoded(text)
         if "%" in text:
             text = percent_decoded(text).decode("latin-1")
-    if is_path(text):
+    if is_path(text) and not is_data:
         raise FetchFailed(ImageProblem.NOT_A_SOURCE)
     if len(text) <= PIECE_CHARS:
         # As nearly all are written; whatever is not gets the long way.
@@ -184,7 +185,7 @@ def decode_base64(text: str) -> bytes:
         for at in range(0, len(compact), PIECE_CHARS):
             content += binascii.a2b_base64(compact[at : at + PIECE_CHARS], strict_mode=True)
     except (binascii.Error, ValueError) as error:
-        raise FetchFailed(problem_of(text)) from error
+        raise FetchFailed(ImageProblem.NOT_AN_IMAGE if is_data else problem_of(text)) from error
     return bytes(content)
 
 
@@ -198,8 +199,7 @@ def is_path(text: str) -> bool:
 
 def problem_of(text: str) -> ImageProblem:
     """What a text is that is neither a URL we fetch nor base64."""
-    is_data = text[:5].lower() == "data:"
-    if not is_data and OTHER_THAN_BASE64.search(text, 0, MAX_OTHER_CHARS):
+    if OTHER_THAN_BASE64.search(text, 0, MAX_OTHER_CHARS):
         return ImageProblem.NOT_A_SOURCE
     return ImageProblem.NOT_AN_IMAGE
 

@@ -245,7 +245,6 @@ def test_padding_may_be_missing(padding: str) -> None:
         "data:image/png;base64,YQ=Q",
         "data:image/png;base64,käse",
         "data:image/png;base64,%C3%A4",
-        "data:" + "x" * 2_000 + ";base64,YQ==",
         "YQ=Q",
         "A",
         "A" * 9_000 + "!",

@@ -110,10 +110,11 @@ SERVER = {
     "turns": "database",
     "silence": "",
     "jobs": "models.params",
+    "estimates": "",
     "job_rows": "database jobs turns models.params",
     "submissions": "commits database errors idempotency job_rows jobs turns",
-    "job_store": "changes clocks commits database deliveries failures idempotency job_rows jobs"
-    " receipts silence submissions turns",
+    "job_store": "changes clocks commits database deliveries estimates failures idempotency"
+    " job_rows jobs receipts silence submissions turns",
     "keeping": "decoders errors idempotency job_store jobs storage threads",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "clocks database deliveries errors jobs settings storage telemetry",
@@ -130,8 +131,8 @@ SERVER = {
     " limits settings slots telemetry threads",
     "health": "database errors telemetry threads",
     "outlook": "job_store jobs",
-    "services": "auth background deliveries egress errors followers health job_store keeping"
-    " metrics outlook sandbox settings slots storage threads waiters webhooks",
+    "services": "auth background deliveries egress errors estimates followers health job_store"
+    " keeping metrics outlook sandbox settings slots storage threads waiters webhooks",
     "intake": "auth decoder decoders downloads errors idempotency jobs notices proxies receipts"
     " services settings slots models.mask_reading models.params",
     "holding": "",
@@ -152,11 +153,11 @@ SERVER = {
     "devices": "telemetry",
     "preflight": "devices settings models.errors models.registry",
     "supervisor": "job_store metrics settings telemetry",
-    "app": "auth background database deliveries dialects door egress errors followers health"
-    " holding intake janitor job_store jobs keeping keys metrics middleware native_routes outlook"
-    " proxies routes sandbox services settings silence storage telemetry threads waiters wal"
-    " webhooks models.decoding",
-    "metrics": "database failures job_store jobs settings",
+    "app": "auth background database deliveries dialects door egress errors estimates followers"
+    " health holding intake janitor job_store jobs keeping keys metrics middleware native_routes"
+    " outlook proxies routes sandbox services settings silence storage telemetry threads waiters"
+    " wal webhooks models.decoding",
+    "metrics": "database estimates failures job_store jobs settings",
     "proxies": "",
     "middleware": "bodies errors metrics proxies settings telemetry",
     "admin": "connections errors intake metrics middleware proxies routes services",
@@ -382,6 +383,7 @@ def test_commands_import_what_they_need_themselves() -> None:
 
     assert {module for module in at_top if module.startswith(("models", "server"))} == {
         "server.settings",
+        "server.settings_errors",
         "server.terminal",
     }
 
