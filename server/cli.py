@@ -207,6 +207,9 @@ def add_keys_commands(commands: "argparse._SubParsersAction[Parser]", shared: Pa
     each.add_argument("--requests-per-minute", type=int, metavar="N", help="API calls it may make")
     each.add_argument("--max-waiting", type=int, metavar="N", help="its jobs that may wait")
     each.add_argument("--priority", type=int, default=0, metavar="N", help="higher goes first")
+    each.add_argument(
+        "--hold", type=seconds_of, metavar="TIME", help="until its V3 calls get 'processing'"
+    )
     for what, reach in (
         ("fetch", "its images may come from"),
         ("webhook", "its webhooks may go to"),

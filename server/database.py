@@ -270,6 +270,7 @@ api_keys = Table(
     Column("requests_per_minute", Integer),
     Column("max_waiting", Integer),
     Column("priority", Integer, nullable=False),
+    Column("hold_s", Float),
     Column("fetch_networks", JSON, nullable=False),
     Column("fetch_hosts", JSON),
     Column("webhook_networks", JSON),

@@ -106,8 +106,23 @@ class InvalidApiKey(ApiError):
     """No key was given, or one this server does not know."""
 
 
+class Stranger(StrEnum):
+    """What shows that a call does not come from a program of the server's own machine."""
+
+    ADDRESS = "address"
+    """The client's address."""
+    HOST = "host"
+    """The name in the `Host` header, which a page may have led here."""
+    PAGE = "page"
+    """The page in the `Origin` header; a file opened from disk is `null`."""
+
+
 class LoopbackOnly(ApiError):
-    """A server without keys serves the programs of its own machine, not the pages of others."""
+    """A server without keys serves the programs of its own machine. shown_by: who is none."""
+
+    def __init__(self, shown_by: Stranger = Stranger.ADDRESS) -> None:
+        self.shown_by = shown_by
+        super().__init__(shown_by)
 
 
 class RateLimited(ApiError):

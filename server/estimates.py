@@ -231,15 +231,15 @@ class Estimator:
     _latest: tuple[Forecast, float, float] | None = field(default=None, init=False)
 
     def forecast(self, job_id: int | None = None) -> Forecast:
-        """The queue as of a moment ago; a longer one where looking takes long.
+        """The queue as it is; where looking takes long, as it was a while ago.
 
-        job_id: should be known to it, if it is cheap to look again. Raises:
-        sqlalchemy.exc.SQLAlchemyError.
+        job_id: of a job that was there a moment ago, for which that moment's forecast does.
+        Raises: sqlalchemy.exc.SQLAlchemyError.
         """
         now = self.clock()
         if self._latest is not None:
             latest, made_at, took_s = self._latest
-            is_known = job_id is None or job_id in latest.ends_s
+            is_known = job_id in latest.ends_s
             kept_s = COST_FACTOR * took_s
             if now - made_at < (max(kept_s, FRESH_S) if is_known else kept_s):
                 return latest

@@ -33,6 +33,7 @@ def create(store: KeyStore, options: argparse.Namespace) -> int:
         requests_per_minute=options.requests_per_minute,
         max_waiting=options.max_waiting,
         priority=options.priority,
+        hold_s=options.hold,
         fetch_networks=tuple(options.fetch_network),
         fetch_hosts=tuple(options.fetch_host),
         webhook_networks=tuple(options.webhook_network),

@@ -9,6 +9,7 @@ row and ends the older ones after an overlap.
 
 import hashlib
 import ipaddress
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class KeyLimits:
     requests_per_minute: API calls, polls included.
     max_waiting: jobs of this key that may wait at a time.
     priority: of its jobs in the queue; higher goes first.
+    hold_s: how long its V3 calls are held before "processing".
     fetch_networks, fetch_hosts: where its images may come from, besides what the settings allow.
     webhook_networks, webhook_hosts: where its webhooks may go.
     force_safety_checker: its pictures are always checked.
@@ -45,6 +47,7 @@ class KeyLimits:
     requests_per_minute: int | None = None
     max_waiting: int | None = None
     priority: int = 0
+    hold_s: float | None = None
     fetch_networks: tuple[IpNetwork, ...] = ()
     fetch_hosts: tuple[str, ...] = ()
     webhook_networks: tuple[IpNetwork, ...] = ()
@@ -56,6 +59,8 @@ class KeyLimits:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
+        if self.hold_s is not None and not 0 <= self.hold_s < math.inf:
+            raise ValueError("the hold must be 0 s or more")
 
 
 @dataclass(frozen=True, slots=True)

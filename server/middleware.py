@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from server.bodies import refuse_many_fields
-from server.errors import InvalidHost, LoopbackOnly, ServerBusy, StorageUnavailable
+from server.errors import InvalidHost, LoopbackOnly, ServerBusy, StorageUnavailable, Stranger
 from server.metrics import UNKNOWN_ROUTE, Metrics
 from server.proxies import is_allowed
 from server.settings import Settings, is_loopback
@@ -179,11 +179,13 @@ class ErrorAnswers:
         is_wrong = not all(is_allowed(host, self._allowed_hosts) for host in hosts)
         if is_missing or is_wrong or len(hosts) > 1:
             raise InvalidHost
-        if self._serves_loopback_only() and not self._is_from_here(scope):
-            raise LoopbackOnly
+        if self._serves_loopback_only():
+            shown_by = self._stranger(scope)
+            if shown_by is not None:
+                raise LoopbackOnly(shown_by)
 
-    def _is_from_here(self, scope: Scope) -> bool:
-        """Whether a request comes from this machine, and from no page of elsewhere.
+    def _stranger(self, scope: Scope) -> Stranger | None:
+        """What shows that a request comes from another machine, or from a page of elsewhere.
 
         A browser sends any page's requests to a server on its own machine. It names the page as
         `Origin`, or where it does not, says `cross-site`; or, where the page's name was made to
@@ -194,17 +196,16 @@ class ErrorAnswers:
         host, origin = headers.get("host"), headers.get("origin")
         if origin is None and headers.get("sec-fetch-site") == "cross-site":
             if headers.get("sec-fetch-mode") != "navigate" or scope["method"] != "GET":
-                return False
-        if (
-            host is not None and not self._allowed_hosts
-        ):  # where they are listed, it was found there
+                return Stranger.PAGE
+        # Where hosts are listed, it was found there.
+        if host is not None and not self._allowed_hosts:
             name = host_of(f"//{host}")
             if not is_loopback(name) and name != host_of(self._settings.public_url or ""):
-                return False
+                return Stranger.HOST
         if origin is not None and origin not in self._settings.cors_origins:
             if not is_loopback(host_of(origin)):
-                return False
-        return is_loopback(client[0])
+                return Stranger.PAGE
+        return None if is_loopback(client[0]) else Stranger.ADDRESS
 
 
 class DirectRoutes:

@@ -83,7 +83,9 @@ async def inpaint(request: Request) -> Response:
     services = get_services(request)
     fields = await get_fields(request)
     caller = await get_caller(request, fields)
-    hold_until = time.monotonic() + services.settings.hold_s
+    own_hold_s = caller.limits.hold_s
+    hold_s = services.settings.hold_s if own_hold_s is None else own_hold_s
+    hold_until = time.monotonic() + hold_s
     if v3.is_fetch(fields):
         return await fetch(request, services, fields, caller.key_id)
     asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))

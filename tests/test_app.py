@@ -573,6 +573,9 @@ class TestPagesOfElsewhere:
     ) -> None:
         answer = client.request(method, path, headers=headers)
         assert "serves its own machine only" in answer.text
+        is_page = {"origin", "sec-fetch-site"} & headers.keys() and "host" not in headers
+        shown = "page of elsewhere" if is_page else "Host" if "host" in headers else "address"
+        assert shown in answer.text or (shown == "address" and path.startswith("/api/v3"))
         assert answer.status_code == (200 if path.startswith("/api/v3/") else 403)
 
     @pytest.mark.parametrize(
@@ -743,6 +746,12 @@ class TestStoredKeys:
         migrate(engine)
         yield KeyStore(engine)
         engine.dispose()
+
+    def test_a_key_may_have_a_hold_of_its_own(self, keys: KeyStore, tmp_path: Path) -> None:
+        hasty, _ = keys.create("hasty", KeyLimits(hold_s=0))
+        with running_app(settings_in(tmp_path, hold_s=600)) as app:
+            answer = post(app.client, "inpaint", **BODY, key=hasty)
+        assert answer["status"] == "processing"
 
     def test_making_and_revoking_counts_within_seconds(
         self, keys: KeyStore, tmp_path: Path
@@ -957,9 +966,10 @@ class TestHealth:
             assert isinstance(load["queue_time"], int)
             store.report_worker(seen_now(status("w", 0)))
             assert post(app.client, "system_load") == {**nothing, "queue_time": 0}
-            submit(app.client)
+            for _ in range(20):  # more than a worker makes side by side
+                submit(app.client)
             load = post(app.client, "system_load")
-        assert load["queue_num"] == 1
+        assert load["queue_num"] == 20
         assert isinstance(load["queue_time"], int)
         assert load["queue_time"] > 0
 

@@ -114,7 +114,7 @@ class TestEstimator:
             return Forecast(0, len(ends), {**ends}, {}, 0.0)
 
         estimator = Estimator(look, clock)
-        assert estimator.forecast(1) is estimator.forecast() is estimator.forecast(1)
+        assert estimator.forecast(1) is estimator.forecast(1)
         ends[2] = 2.0
         assert 2 in estimator.forecast(2).ends_s
         clock.now += 2 * FRESH_S

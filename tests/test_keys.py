@@ -132,7 +132,7 @@ class TestCommands:
         networks = ["--fetch-network", "10.1.0.0/16", "--fetch-network", "fd00::/8"]
         networks += ["--fetch-host", "nas.internal", "--webhook-network", "10.2.0.0/16"]
         networks += ["--webhook-host", "hooks.internal", "--webhook-host", "hooks2.internal"]
-        more = ["--priority", "2", "--force-safety-checker"]
+        more = ["--priority", "2", "--hold", "8s", "--force-safety-checker"]
         assert self.run(tmp_path, "create", "the team", *options, *networks, *more) == 0
         key, _ = capsys.readouterr()
         assert len(key.strip()) == 46
@@ -145,7 +145,7 @@ class TestCommands:
         assert row[1:4] == ["the team", f"{key[:9]}…", "valid"]
         assert earliest <= row[5][:10] <= expiry_day()
         assert row[6] == (
-            "requests_per_minute=60 max_waiting=5 priority=2 "
+            "requests_per_minute=60 max_waiting=5 priority=2 hold_s=8.0 "
             "fetch_networks=10.1.0.0/16,fd00::/8 fetch_hosts=nas.internal "
             "webhook_networks=10.2.0.0/16 webhook_hosts=hooks.internal,hooks2.internal "
             "force_safety_checker=True"

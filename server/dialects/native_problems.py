@@ -27,6 +27,7 @@ from server.errors import (
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    Stranger,
     TooManyFields,
     TooManyStreams,
 )
@@ -63,7 +64,7 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     EncodedBody: (
         415,
         "unsupported_encoding",
-        "The body has a Content-Encoding; send it without compression",
+        "The body has another Content-Encoding than gzip and deflate",
     ),
     TooManyFields: (400, "too_many_fields", "The request has more than 200 parameters"),
     InvalidHost: (
@@ -89,6 +90,12 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     ApiError: (500, "internal_error", "Something went wrong on the server"),
 }
 """Status, code, title; a class that is not listed is told of as its base."""
+
+STRANGERS = {
+    Stranger.ADDRESS: "the call comes from another address",
+    Stranger.HOST: "the call has the Host of another one",
+    Stranger.PAGE: "the call comes from a page of elsewhere, or from a file",
+}
 
 METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not know the method")
 
@@ -155,6 +162,9 @@ def describe(error: ApiError) -> tuple[int, str, str]:
             return status, kind.value, title
         case RouteNotFound(allowed=allowed) if allowed:
             return METHOD_NOT_ALLOWED
+        case LoopbackOnly(shown_by=shown_by):
+            status, code, title = PROBLEMS[LoopbackOnly]
+            return status, code, f"{title}; {STRANGERS[shown_by]}"
     known = next(each for each in type(error).__mro__ if each in PROBLEMS)
     return PROBLEMS[known]
 

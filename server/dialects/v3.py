@@ -42,6 +42,7 @@ from server.errors import (
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
+    Stranger,
     TooManyFields,
     TooManyStreams,
 )
@@ -367,6 +368,14 @@ IMAGE_SENTENCES = {
     ImageProblem.TOO_SLOW: "takes too long to decode.",
 }
 
+STRANGER_TIPS = {
+    Stranger.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
+    Stranger.HOST: "The call has the Host of another machine: its operator names it in "
+    "INPAINT_ALLOWED_HOSTS, or makes keys with `inpaint-server keys create`.",
+    Stranger.PAGE: "The call comes from a page of elsewhere, or from a file: its operator names "
+    "its Origin in INPAINT_CORS_ORIGINS, or makes keys with `inpaint-server keys create`.",
+}
+
 HTTP_STATUS: dict[type[ApiError], int] = {
     InvalidBody: 400,
     BodyTooLarge: 413,
@@ -463,13 +472,16 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
     match error:
         case InvalidApiKey():
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
-        case LoopbackOnly():
+        case LoopbackOnly(shown_by=shown_by):
             sentence = "Without API keys this server serves its own machine only"
-            return sentence, "Its operator makes keys with `inpaint-server keys create`."
+            return sentence, STRANGER_TIPS[shown_by]
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
         case EncodedBody():
-            return "Invalid API Request", "Send the body without a Content-Encoding."
+            return (
+                "Invalid API Request",
+                "Send it without a Content-Encoding, or as gzip or deflate.",
+            )
         case TooManyFields():
             return "Invalid API Request", "Send 200 parameters at most."
         case InvalidHost():
