@@ -1,8 +1,8 @@
 """LoRA files fused into a model's weights at load: W + scale · alpha / rank · up · down.
 
 Hu et al. 2021, section 4.1; alpha as in kohya's `networks/lora.py`. Understands the tensor names of
-kohya's trainer and of diffusers and PEFT. Fused weights cost nothing per step, and no PEFT is
-needed. What is no plain pair of matrices (DoRA, LoHa, LoKr, …) is refused, not left out.
+kohya's trainer, of diffusers, old and new, and of PEFT. Fused weights cost nothing per step, and no
+PEFT is needed. What is no plain pair of matrices (DoRA, LoHa, LoKr, …) is refused, not left out.
 """
 
 import json
@@ -19,14 +19,23 @@ from torch import Tensor
 
 from models.errors import ModelUnavailable
 from models.ldm_names import ldm_names
-from models.weights import read_header
+from models.weights import read_header, read_json, refuse_quantized
 
 PREFIXES = {
     "unet": ("unet", "lora_unet"),
     "text_encoder": ("text_encoder", "lora_te", "lora_te1"),
     "text_encoder_2": ("text_encoder_2", "lora_te2"),
 }
-"""Component to how file names of its tensors begin: diffusers', then kohya's."""
+"""Component to how names of its tensors begin: diffusers', then kohya's. Files of one component
+only, as PEFT and diffusers' `save_attn_procs` write them, name none."""
+
+PEFT_PREFIX = "base_model.model."
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+"""How PEFT's `save_pretrained` names tensors, the file, and the settings beside it."""
+
+UNSUPPORTED = ("alpha_pattern", "use_rslora", "use_dora")
+"""PEFT's settings by which a factor is another than alpha / rank."""
 
 _MATRIX = re.compile(
     r"(?P<module>.+?)"
@@ -53,7 +62,8 @@ def fuse_lora(path: Path, scale: float, components: Mapping[str, Any]) -> None:
     Raises: ModelUnavailable.
     """
     header = read_header(path)
-    default_alphas = _peft_alphas(header.metadata)
+    refuse_quantized(path, header, (name for name in header.dtypes if _MATRIX.fullmatch(name)))
+    default_alphas = _peft_alphas(_peft_settings(path, header.metadata))
     modules = dict(_named_modules(components))
     changes: list[tuple[Tensor, Tensor]] = []
     for name, low_rank in _read_pairs(path).items():
@@ -63,11 +73,17 @@ def fuse_lora(path: Path, scale: float, components: Mapping[str, Any]) -> None:
                 f"{path}: {name!r} is no part of this model; is it its family's?"
             )
         if low_rank.alpha is None:
-            low_rank.alpha = default_alphas.get(name.split(".")[0])
+            low_rank.alpha = default_alphas.get(name.split(".")[0], default_alphas.get(""))
         changes.append((module.weight, scale * _delta(path, name, low_rank, module.weight.shape)))
     with torch.no_grad():
         for weight, delta in changes:
             weight.copy_(weight.float() + delta.to(weight.device))
+
+
+def lora_files(path: Path) -> list[Path]:
+    """What is read for a LoRA file: itself, and PEFT's settings beside it."""
+    beside = path.with_name(PEFT_CONFIG)
+    return [path, beside] if path.name == PEFT_FILE and beside.is_file() else [path]
 
 
 def _read_pairs(path: Path) -> dict[str, LowRank]:
@@ -77,16 +93,18 @@ def _read_pairs(path: Path) -> dict[str, LowRank]:
         tensors = load_file(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelUnavailable(f"{path} cannot be read: {error}") from error
-    for name, tensor in tensors.items():
-        if name.endswith(".alpha"):
-            pairs.setdefault(_module_name(name.removesuffix(".alpha")), LowRank()).alpha = float(
-                tensor
-            )
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix(PEFT_PREFIX)
+        if name.endswith(".alpha") and tensor.numel() == 1:
+            pair = pairs.setdefault(_module_name(name.removesuffix(".alpha")), LowRank())
+            pair.alpha = float(tensor)
         elif match := _MATRIX.fullmatch(name):
             side = SIDES[match["newer"] or match["older"]]
             setattr(pairs.setdefault(_module_name(match["module"]), LowRank()), side, tensor)
         else:
-            raise ModelUnavailable(f"{path}: {name!r} is no plain LoRA matrix; only those are read")
+            raise ModelUnavailable(
+                f"{path}: {full_name!r} is no plain LoRA matrix; only those are read"
+            )
     return pairs
 
 
@@ -115,6 +133,9 @@ def _named_modules(components: Mapping[str, Any]) -> Iterator[tuple[str, Adaptab
             for known in {name, originals[name]}:
                 for prefix in prefixes:
                     yield _flat(f"{prefix}.{known}"), module
+                # With two text encoders nobody can tell which one is meant.
+                if component == "unet" or components.get("text_encoder_2") is None:
+                    yield _flat(known), module
 
 
 def _original_names(component: str, model: Any, names: Collection[str]) -> dict[str, str]:
@@ -130,7 +151,11 @@ def _delta(path: Path, name: str, low_rank: LowRank, shape: torch.Size) -> Tenso
     down, up = low_rank.down, low_rank.up
     if down is None or up is None:
         raise ModelUnavailable(f"{path}: {name!r} has only one of its two matrices")
-    rank = down.shape[0]
+    if min(down.ndim, up.ndim) < 2 or not (rank := down.shape[0]):
+        raise ModelUnavailable(
+            f"{path}: {name!r} has matrices of {tuple(down.shape)} and {tuple(up.shape)}; a LoRA "
+            "needs a rank of 1 or more"
+        )
     alpha = rank if low_rank.alpha is None else low_rank.alpha
     try:
         product = up.float().flatten(1) @ down.float().flatten(1)  # (out, in * k * k)
@@ -141,15 +166,32 @@ def _delta(path: Path, name: str, low_rank: LowRank, shape: torch.Size) -> Tenso
         ) from error
 
 
-def _peft_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Component to PEFT's `lora_alpha`, which diffusers writes into the header's metadata."""
+def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings by "component.key", or by "key" where the file is of one component.
+
+    diffusers writes them into the header's metadata, PEFT into a file beside its own.
+    Raises: ModelUnavailable.
+    """
+    _, *beside = lora_files(path)
+    if beside:
+        return read_json(beside[0])
     try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        found = [key.rpartition(".") for key in settings]
-        if any(settings[f"{part}.{key}"] for part, _, key in found if key == "alpha_pattern"):
-            raise ModelUnavailable("PEFT's alpha_pattern is not supported")
-        return {
-            part: float(settings[f"{part}.{key}"]) for part, _, key in found if key == "lora_alpha"
-        }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return dict(json.loads(metadata.get("lora_adapter_metadata", "{}")).items())
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelUnavailable(f"lora_adapter_metadata cannot be read: {error}") from error
+
+
+def _peft_alphas(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Component, or "" for the only one, to its `lora_alpha`. Raises: ModelUnavailable."""
+    found = {key: key.rpartition(".") for key in settings}
+    for key, (_, _, name) in found.items():
+        if name in UNSUPPORTED and settings[key]:
+            raise ModelUnavailable(f"PEFT's {name} is not supported")
+    try:
+        return {
+            part: float(settings[key])
+            for key, (part, _, name) in found.items()
+            if name == "lora_alpha"
+        }
+    except (ValueError, TypeError) as error:
+        raise ModelUnavailable(f"lora_alpha cannot be read: {error}") from error

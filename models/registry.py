@@ -340,9 +340,11 @@ def model_files(spec: ModelSpec) -> dict[str, Path]:
     """
     import torch
 
+    from models.lora import lora_files
+
     parts = _parts(spec, torch.float32)
     paths = {part.path for part in parts.values()}
-    paths |= {Path(lora.path).expanduser() for lora in spec.loras}
+    paths |= {each for lora in spec.loras for each in lora_files(Path(lora.path).expanduser())}
     found = [file for path in paths for file in (path.glob("*") if path.is_dir() else [path])]
     index = next((path for path in paths if path.name == INDEX), None)
     base = index.parent if index is not None else Path()

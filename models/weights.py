@@ -7,7 +7,7 @@ its shape, so that a checkpoint's family is known without reading a weight. Pick
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -34,6 +34,9 @@ DTYPE_BITS = {
 }
 """The format's dtypes, and the bits of an element."""
 
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ"}
+"""Dtypes that hold weights by themselves; integers do only together with factors elsewhere."""
+
 NAMED_WEIGHTS = "transformers_weights"
 """The key of a `config.json` by which transformers finds weights of another name."""
 
@@ -48,10 +51,11 @@ ADAPTER = "adapter_config.json"
 class Header:
     """What a safetensors file says of itself.
 
-    shapes: of each tensor, by its name. metadata: free texts of whoever wrote the file.
+    shapes, dtypes: of each tensor, by its name. metadata: free texts of whoever wrote the file.
     """
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     metadata: dict[str, str]
 
 
@@ -59,6 +63,7 @@ class Header:
 class _Tensor:
     """An entry of a header. start, end: bytes behind the header."""
 
+    dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
@@ -82,7 +87,20 @@ def read_header(path: Path) -> Header:
         _check_places(tensors, data_bytes)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnavailable(f"{path} is no safetensors file: {error}") from error
-    return Header({name: each.shape for name, each in tensors.items()}, metadata)
+    shapes = {name: each.shape for name, each in tensors.items()}
+    return Header(shapes, {name: each.dtype for name, each in tensors.items()}, metadata)
+
+
+def refuse_quantized(path: Path, header: Header, names: Iterable[str]) -> None:
+    """See that weights are floating-point numbers, not the integers of a quantization.
+
+    Raises: ModelUnavailable.
+    """
+    for name in names:
+        if header.dtypes[name] not in FLOATS and not name.endswith("position_ids"):
+            raise ModelUnavailable(
+                f"{path}: {name!r} holds {header.dtypes[name]}; quantized weights are not read"
+            )
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -121,7 +139,7 @@ def _tensor_of(name: str, entry: Any) -> _Tensor:
         raise ValueError(f"its tensor {name!r} is larger than any memory")
     if math.prod(shape) * DTYPE_BITS[dtype] != (place[1] - place[0]) * 8:
         raise ValueError(f"its tensor {name!r} has not the bytes of its shape")
-    return _Tensor(tuple(shape), place[0], place[1])
+    return _Tensor(dtype, tuple(shape), place[0], place[1])
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:

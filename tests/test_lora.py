@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.errors import ModelUnavailable
 from models.families import Family
-from models.registry import Components, LoraSpec, ModelSpec, load_components
+from models.registry import Components, LoraSpec, ModelSpec, load_components, model_files
 from tests.tiny import save_tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -85,6 +85,21 @@ NAMES = [
     ),
     ("text_encoder", TEXT, f"lora_te1_text_model_{flat(TEXT)}", KOHYA),
     ("text_encoder", TEXT, f"lora_te_text_model_{flat(TEXT)}", KOHYA),
+    (
+        "unet",
+        OUTPUT,
+        f"{OUTPUT.removesuffix('.to_out.0')}.processor.to_out",
+        ("_lora.down.weight", "_lora.up.weight"),
+    ),
+    (
+        "unet",
+        QUERY,
+        f"{QUERY.removesuffix('.to_q')}.processor.to_q",
+        ("_lora.down.weight", "_lora.up.weight"),
+    ),
+    ("unet", QUERY, f"base_model.model.{QUERY}", (".lora_A.weight", ".lora_B.weight")),
+    ("unet", OUTPUT, f"base_model.model.{OUTPUT}", (".lora_A.weight", ".lora_B.weight")),
+    ("unet", CONVOLUTION, f"base_model.model.{CONVOLUTION}", (".lora_A.weight", ".lora_B.weight")),
     (
         "text_encoder",
         TEXT,
@@ -164,6 +179,108 @@ def test_alpha_may_stand_in_the_metadata(folder: Path, plain: Components, tmp_pa
     torch.testing.assert_close(weight(fused, "unet", QUERY), expected)
 
 
+def peft_lora(folder: Path, plain: Components, **settings: Any) -> tuple[Path, Tensor]:
+    """A folder as PEFT saves one, and up · down; alpha stands beside the weights only."""
+    down, up = matrices(weight(plain, "unet", QUERY).shape)
+    name = f"base_model.model.{QUERY}"
+    path = folder / "adapter_model.safetensors"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path)
+    known = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "alpha_pattern": {}}
+    known |= {"rank_pattern": {}, "use_rslora": False, "use_dora": False}
+    (folder / "adapter_config.json").write_text(json.dumps(known | settings))
+    return path, by_hand(down, up)
+
+
+def test_alpha_of_peft_stands_beside_its_file(
+    folder: Path, plain: Components, tmp_path: Path
+) -> None:
+    path, product = peft_lora(tmp_path, plain)
+
+    fused = load(folder, LoraSpec(str(path)))
+
+    expected = weight(plain, "unet", QUERY) + 6 / RANK * product
+    torch.testing.assert_close(weight(fused, "unet", QUERY), expected)
+    spec = ModelSpec("tiny", str(folder), loras=(LoraSpec(str(path)),))
+    files = {file for file in model_files(spec).values() if file.parent == tmp_path}
+    assert files == {path, tmp_path / "adapter_config.json"}, "its digest is kept, too"
+
+
+def test_alpha_of_one_component_may_stand_in_the_metadata(
+    folder: Path, plain: Components, tmp_path: Path
+) -> None:
+    down, up = matrices(weight(plain, "unet", QUERY).shape)
+    name = f"base_model.model.{QUERY}"
+    settings = json.dumps({"r": RANK, "lora_alpha": 6})
+    path = saved(
+        tmp_path,
+        {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up},
+        lora_adapter_metadata=settings,
+    )
+
+    fused = load(folder, LoraSpec(str(path)))
+
+    expected = weight(plain, "unet", QUERY) + 6 / RANK * by_hand(down, up)
+    torch.testing.assert_close(weight(fused, "unet", QUERY), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"use_rslora": True}, "use_rslora is not supported"),
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"alpha_pattern": {"to_q": 3}}, "alpha_pattern is not supported"),
+        ({"lora_alpha": "x"}, "lora_alpha cannot be read"),
+    ],
+)
+def test_peft_settings_that_change_the_factor_are_refused(
+    folder: Path, plain: Components, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    path, _ = peft_lora(tmp_path, plain, **settings)
+
+    with pytest.raises(ModelUnavailable, match=reason):
+        load(folder, LoraSpec(str(path)))
+
+
+def test_text_encoder_needs_no_name_where_there_is_one(tmp_path: Path) -> None:
+    single = save_tiny_checkpoint(tmp_path / "sd15", 4)
+    before = load(single)
+    down, up = matrices(weight(before, "text_encoder", TEXT).shape)
+    name = f"base_model.model.text_model.{TEXT}"
+    path = saved(tmp_path, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
+
+    fused = load(single, LoraSpec(str(path)))
+
+    expected = weight(before, "text_encoder", TEXT) + by_hand(down, up)
+    torch.testing.assert_close(weight(fused, "text_encoder", TEXT), expected)
+
+
+def test_text_encoder_without_a_name_is_refused_where_there_are_two(
+    folder: Path, tmp_path: Path
+) -> None:
+    name = f"base_model.model.text_model.{TEXT}"
+    tensors = {f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(4, 1)}
+    path = saved(tmp_path, tensors)
+
+    with pytest.raises(ModelUnavailable, match="no part of this model"):
+        load(folder, LoraSpec(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("down", "up"), [((0, 32), (32, 0)), ((32,), (32,)), ((), ()), ((2, 32), (32,))]
+)
+def test_matrices_without_a_rank_are_refused(
+    folder: Path, tmp_path: Path, down: tuple[int, ...], up: tuple[int, ...]
+) -> None:
+    name = f"unet.{QUERY}"
+    tensors = {
+        f"{name}.lora_A.weight": torch.zeros(down),
+        f"{name}.lora_B.weight": torch.zeros(up),
+    }
+
+    with pytest.raises(ModelUnavailable, match="needs a rank of 1 or more"):
+        load(folder, LoraSpec(str(saved(tmp_path, tensors))))
+
+
 def test_several_loras_add_up(folder: Path, plain: Components, tmp_path: Path) -> None:
     path = str(saved(tmp_path, query_lora(plain)))
 
@@ -192,6 +309,8 @@ def test_half_precision_weights_are_rounded_once(
         ({f"lora_unet_{flat(QUERY)}.hada_w1_a": torch.zeros(2)}, "no plain LoRA matrix"),
         ({f"unet.{OUTPUT}.lora_A.weight": torch.zeros(2, 32)}, "only one of its two"),
         ({f"unet.{QUERY}.lora_A.weight": torch.zeros(2, 99)}, "does not fit"),
+        ({f"unet.{QUERY}.alpha": torch.ones(2)}, "no plain LoRA matrix"),
+        ({f"unet.{QUERY}.lora_A.weight": torch.ones(2, 32).to(torch.int8)}, "quantized"),
     ],
 )
 def test_file_that_cannot_be_fused_whole_is_refused(

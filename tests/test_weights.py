@@ -21,7 +21,9 @@ def test_header_gives_shapes_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, path, {"title": "x"})
 
-    assert read_header(path) == Header({"a": (2, 3), "b": ()}, {"title": "x"})
+    assert read_header(path) == Header(
+        {"a": (2, 3), "b": ()}, {"a": "F32", "b": "F32"}, {"title": "x"}
+    )
 
 
 def with_length(length: int, rest: bytes = b"{}") -> bytes:
