@@ -167,6 +167,11 @@ def check_conditions(components: Components) -> None:
     config = components.unet.config
     if config.get("time_cond_proj_dim") is not None:
         raise ModelUnavailable("UNets distilled for one guidance scale are not supported")
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if config.get(key) is not None:
+            raise ModelUnavailable(f"UNets with {key} take more than a prompt; not supported")
+    if config.get("out_channels") != 4:
+        raise ModelUnavailable(f"UNets of {config.get('out_channels')} outputs are not supported")
     expected = None if components.text_encoder_2 is None else "text_time"
     if config.get("addition_embed_type") != expected:
         raise ModelUnavailable(

@@ -6,16 +6,26 @@ run: the classes are ours to choose. The heavy imports stand inside functions, s
 model costs nothing.
 """
 
+import glob
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models.errors import ModelUnavailable
-from models.folders import INDEX, checker_parts, folder_parts
+from models.folders import (
+    CHECKER,
+    INDEX,
+    REQUIRED,
+    XL_ONLY,
+    checker_parts,
+    folder_parts,
+    folder_weights,
+    lent_weights,
+)
 from models.parts import Part
 from models.single_file import single_file_parts
 from models.spelling import did_you_mean
@@ -26,8 +36,14 @@ if TYPE_CHECKING:
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "weights"
 BUILTIN_DIGESTS = BUILTIN_FOLDER / "sha256.json"
 READ_SUFFIXES = (".safetensors", ".json", ".txt")
-CONFIG_PATTERNS = ("*/*.json", "*/*.txt", "model_index.json")
-CHECKER_PATTERNS = ("safety_checker/*", "feature_extractor/*", "*.json", "model.safetensors")
+CONFIG_PATTERNS = (
+    INDEX,
+    *(f"{part}/*.{end}" for part in (*REQUIRED, *XL_ONLY, *CHECKER) for end in ("json", "txt")),
+)
+CHECKER_PATTERNS = (
+    *("safety_checker/*.json", "feature_extractor/*.json", "config.json"),
+    *("preprocessor_config.json", "model.safetensors.index*.json"),
+)
 
 ENTRY = {
     "source": str,
@@ -212,21 +228,31 @@ def is_path(source: str) -> bool:
 
 
 def local_size(spec: ModelSpec) -> int | None:
-    """Bytes of a model's own files that are on this machine; None where it is not here."""
-    folder = BUILTIN_FOLDER if spec.source == "builtin" else Path(spec.source).expanduser()
-    if folder.is_file():
-        return folder.stat().st_size
-    if not folder.is_dir():
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    """Bytes of a model's own files that are on this machine; None where some are not here."""
+    own = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
+    return None if own is None else _size_bytes(own) or None
 
-        try:
-            folder = _snapshot(spec.source, _weight_patterns(spec), spec.revision, is_local=True)
-        except (LocalEntryNotFoundError, HFValidationError):
-            return None
-    files = [each for each in folder.rglob("*") if each.suffix in READ_SUFFIXES]
-    if not any(each.suffix == ".safetensors" for each in files):
-        return None  # a download that has only begun
-    return sum(each.stat().st_size for each in files if each.is_file())
+
+def _if_here(wanted: "Download") -> Path | None:
+    """Where the files of a source are; None where they are not all on this machine."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    path = Path(wanted.source).expanduser()
+    if path.exists():
+        return path
+    try:
+        return _snapshot(wanted, is_local=True)
+    except (LocalEntryNotFoundError, HFValidationError, ModelUnavailable):
+        return None
+
+
+def _size_bytes(path: Path) -> int:
+    """0 for a folder without weights: a download that has only begun."""
+    if path.is_file():
+        return path.stat().st_size
+    files = [each for each in path.rglob("*") if each.suffix in READ_SUFFIXES and each.is_file()]
+    has_weights = any(each.suffix == ".safetensors" for each in files)
+    return sum(each.stat().st_size for each in files) if has_weights else 0
 
 
 def fetch_folder(spec: ModelSpec) -> Path:
@@ -237,19 +263,44 @@ def fetch_folder(spec: ModelSpec) -> Path:
     """
     folder = BUILTIN_FOLDER if spec.source == "builtin" else Path(spec.source).expanduser()
     if not folder.is_dir():
-        folder = _download(spec.source, _weight_patterns(spec), spec.revision)
-    if not (folder / "model_index.json").is_file():
-        raise ModelUnavailable(f"{folder} holds no model_index.json")
+        folder = _download(_main_download(spec))
+    if not (folder / INDEX).is_file():
+        raise ModelUnavailable(f"{folder} holds no {INDEX}")
     return folder
 
 
-def _weight_patterns(spec: ModelSpec) -> tuple[str, ...]:
-    infix = f".{spec.variant}" if spec.variant else ""
-    weights = (f"*/diffusion_pytorch_model{infix}.safetensors", f"*/model{infix}.safetensors")
-    return (*CONFIG_PATTERNS, *weights)
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What is wanted of a hub id.
+
+    patterns: of its small files. choose: gives the weight files, from the folder where the small
+        ones are and the paths of all files that the hub has. revision: None for the default branch.
+    """
+
+    source: str
+    patterns: tuple[str, ...]
+    choose: Callable[[Path, Iterable[str]], list[str]] = lambda folder, listing: []
+    revision: str | None = None
 
 
-def _download(source: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
+def _main_download(spec: ModelSpec) -> Download:
+    return Download(
+        spec.source,
+        CONFIG_PATTERNS,
+        lambda folder, listing: folder_weights(folder, listing, spec.variant),
+        spec.revision,
+    )
+
+
+def _checker_download(source: str) -> Download:
+    return Download(
+        source,
+        CHECKER_PATTERNS,
+        lambda folder, listing: lent_weights(folder, listing, "safety_checker"),
+    )
+
+
+def _download(wanted: Download) -> Path:
     """The files of a hub id. Once they are all here, the hub is asked no more.
 
     Raises: ModelUnavailable.
@@ -257,35 +308,62 @@ def _download(source: str, patterns: tuple[str, ...], revision: str | None = Non
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _snapshot(source, patterns, revision, is_local=True)
+        return _snapshot(wanted, is_local=True)
     except (LocalEntryNotFoundError, HFValidationError):
-        return _ask_hub(source, patterns, revision)
+        return _ask_hub(wanted)
 
 
-def _ask_hub(source: str, patterns: tuple[str, ...], revision: str | None) -> Path:
+def _ask_hub(wanted: Download) -> Path:
     """The same as the hub has it now. Raises: ModelUnavailable."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _snapshot(source, patterns, revision, is_local=False)
+        return _snapshot(wanted, is_local=False)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnavailable(
-            f"{source!r} is neither a folder here nor a hub id that can be reached or was "
+            f"{wanted.source!r} is neither a folder here nor a hub id that can be reached or was "
             "downloaded before; give a diffusers folder or a .safetensors file, or download the "
             "checkpoint once with network access"
         ) from error
 
 
-def _snapshot(
-    source: str, patterns: tuple[str, ...], revision: str | None, *, is_local: bool
-) -> Path:
-    from huggingface_hub import snapshot_download
+def _snapshot(wanted: Download, *, is_local: bool) -> Path:
+    """First the small files, which say what weights there are to be; then those.
 
-    return Path(
-        snapshot_download(
-            source, revision=revision, allow_patterns=[*patterns], local_files_only=is_local
+    Raises: what huggingface_hub does; ModelUnavailable.
+    """
+
+    def get(patterns: Iterable[str], revision: str | None) -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                wanted.source,
+                revision=revision,
+                allow_patterns=[*patterns],
+                local_files_only=is_local,
+            )
         )
-    )
+
+    folder = get(wanted.patterns, wanted.revision)
+    commit = folder.name  # a branch may move in between
+    if files := wanted.choose(folder, _listing(wanted.source, commit, folder)):
+        get(map(glob.escape, files), commit)
+    return folder
+
+
+def _listing(source: str, commit: str, folder: Path) -> list[str]:
+    """Paths of all files that the hub has, as it said when the small ones were downloaded.
+
+    Caches of older releases of huggingface_hub lack that; the files that are here stand for it.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return [each.path for each in get_cached_repo_tree(source, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        return [each.relative_to(folder).as_posix() for each in folder.rglob("*")]
 
 
 def download(spec: ModelSpec) -> list[str]:
@@ -293,16 +371,16 @@ def download(spec: ModelSpec) -> list[str]:
 
     Raises: ModelUnavailable.
     """
-    wanted = [
-        (spec.source, _weight_patterns(spec), spec.revision),
-        (spec.config, CONFIG_PATTERNS, None),
-        (spec.safety_checker, CHECKER_PATTERNS, None),
-    ]
+    wanted = [_main_download(spec)]
+    if spec.config is not None:
+        wanted.append(Download(spec.config, CONFIG_PATTERNS))
+    if spec.safety_checker is not None:
+        wanted.append(_checker_download(spec.safety_checker))
     found = []
-    for source, patterns, revision in wanted:
-        if source is not None and source != "builtin" and not Path(source).expanduser().exists():
-            _ask_hub(source, patterns, revision)
-            found.append(source)
+    for each in wanted:
+        if each.source != "builtin" and not Path(each.source).expanduser().exists():
+            _ask_hub(each)
+            found.append(each.source)
     return found
 
 
@@ -375,16 +453,24 @@ def _parts(spec: ModelSpec, dtype: "torch.dtype") -> dict[str, Part]:
     else:
         parts = folder_parts(fetch_folder(spec), spec.variant, dtype)
     if spec.safety_checker is not None and "safety_checker" not in parts:
-        parts |= checker_parts(_checker_folder(spec.safety_checker), dtype)
+        parts |= checker_parts(_find(_checker_download(spec.safety_checker)), dtype)
     return parts
+
+
+def _find(wanted: Download) -> Path:
+    """A file or folder here, or that of a hub id, downloaded where need be.
+
+    Raises: ModelUnavailable.
+    """
+    path = Path(wanted.source).expanduser()
+    return path if path.exists() or is_path(wanted.source) else _download(wanted)
 
 
 def _configs(spec: ModelSpec) -> Path | None:
     """The folder that `config` names."""
     if spec.config is None:
         return None
-    folder = Path(spec.config).expanduser()
-    return folder if folder.is_dir() else _download(spec.config, CONFIG_PATTERNS)
+    return _find(Download(spec.config, CONFIG_PATTERNS))
 
 
 def _find_tokenizer(checkpoint: Path) -> Callable[[], Path]:
@@ -395,7 +481,7 @@ def _find_tokenizer(checkpoint: Path) -> Callable[[], Path]:
         if beside.is_dir():
             return beside
         try:
-            return _download(TOKENIZER_SOURCE, TOKENIZER_PATTERNS)
+            return _download(Download(TOKENIZER_SOURCE, TOKENIZER_PATTERNS))
         except ModelUnavailable as error:
             raise ModelUnavailable(
                 f"a single file holds no tokenizer, and {TOKENIZER_SOURCE!r} was not downloaded "
@@ -404,11 +490,6 @@ def _find_tokenizer(checkpoint: Path) -> Callable[[], Path]:
             ) from error
 
     return find
-
-
-def _checker_folder(source: str) -> Path:
-    folder = Path(source).expanduser()
-    return folder if folder.is_dir() else _download(source, CHECKER_PATTERNS)
 
 
 def _load(parts: dict[str, Part], device: "torch.device", report: Report) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from models.params import SchedulerName
 SchedulerConfig: TypeAlias = Mapping[str, Any]
 """Contents of a checkpoint's `scheduler_config.json`."""
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+"""What a UNet may predict; epsilon is diffusers' default."""
+
 OVERRIDES: dict[SchedulerName, dict[str, Any]] = {
     # PNDM's Runge-Kutta warm-up needs four UNet calls per step; every published pipeline skips it.
     SchedulerName.PNDM: {"skip_prk_steps": True},
@@ -30,7 +33,7 @@ def create_scheduler(name: SchedulerName | None, config: SchedulerConfig) -> Sch
     """A scheduler with the checkpoint's noise schedule.
 
     name: None takes the class the checkpoint names itself.
-    Raises: ModelUnavailable where that class is none of `SchedulerName`.
+    Raises: ModelUnavailable, as `own_scheduler`.
     """
     overrides = {} if name is None else OVERRIDES.get(name, {})
     scheduler_class = getattr(diffusers, name or own_scheduler(config))
@@ -58,7 +61,19 @@ class SchedulerSource:
 
 
 def own_scheduler(config: SchedulerConfig) -> SchedulerName:
-    """The class a checkpoint names itself. Raises: ModelUnavailable."""
+    """The class a checkpoint names itself.
+
+    Raises: ModelUnavailable for another one, and for what none of `SchedulerName` can sample.
+    """
+    prediction_type = config.get("prediction_type", PREDICTION_TYPES[0])
+    if prediction_type not in PREDICTION_TYPES:
+        raise ModelUnavailable(
+            f"the checkpoint predicts {prediction_type!r}, which is not supported"
+        )
+    if config.get("use_flow_sigmas"):
+        raise ModelUnavailable(
+            "the checkpoint's scheduler uses flow sigmas, which is not supported"
+        )
     class_name = str(config.get("_class_name"))
     try:
         return SchedulerName(class_name)

@@ -1,5 +1,6 @@
 """From a model id to weights: the catalog, what a folder must hold, what is said where it lacks."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -453,19 +454,191 @@ def test_weights_in_shards_are_loaded(folder: Path, name: str) -> None:
     pickles = path.with_name("pytorch_model.bin.index.json")
     pickles.write_text(json.dumps({"weight_map": {"x": "pytorch_model-00001-of-00002.bin"}}))
     weights = load_file(path)
+    cut_into_shards(path)
+
+    loaded = getattr(load(folder), name).state_dict()
+    assert all(torch.equal(weights[key], loaded[key]) for key in weights)
+
+
+def cut_into_shards(path: Path, variant: str | None = None) -> None:
+    """Two files and their index in place of a file, as `save_pretrained` names them."""
+    weights = load_file(path)
     path.unlink()
+    infix = f".{variant}" if variant else ""
+    stem = path.name.removesuffix(f"{infix}.safetensors")
     places = {
-        key: f"{path.stem}-{n % 2 + 1:05}-of-00002.safetensors" for n, key in enumerate(weights)
+        key: f"{stem}{infix}-{n % 2 + 1:05}-of-00002.safetensors" for n, key in enumerate(weights)
     }
     for shard in {*places.values()}:
         part = {key: weights[key] for key in weights if places[key] == shard}
         save_file(part, path.with_name(shard), metadata={"format": "pt"})
     total = {"total_size": sum(each.nbytes for each in weights.values())}
-    index = path.with_name(f"{path.name}.index.json")
+    index = path.with_name(f"{stem}.safetensors.index{infix}.json")
     index.write_text(json.dumps({"metadata": total, "weight_map": places}))
 
-    loaded = getattr(load(folder), name).state_dict()
-    assert all(torch.equal(weights[key], loaded[key]) for key in weights)
+
+def make_variants(folder: Path, layout: dict[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
+    """Give each component the forms of weights that are named for it, of different values.
+
+    layout: component to forms: "plain" or a variant, with " shards" where it is cut.
+    Returns: component to form to one of its weights.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for name, forms in layout.items():
+        plain = folder / name / WEIGHTS[name]
+        weights = load_file(plain)
+        plain.unlink()
+        for n, form in enumerate(forms):
+            variant = None if form.startswith("plain") else form.split()[0]
+            infix = f".{variant}" if variant else ""
+            path = plain.with_name(plain.name.replace(".safetensors", f"{infix}.safetensors"))
+            changed = {key: value / (n + 1) for key, value in weights.items()}
+            save_file(changed, path, metadata={"format": "pt"})
+            if form.endswith("shards"):
+                cut_into_shards(path, variant)
+            known.setdefault(name, {})[form] = changed
+    return known
+
+
+def add_what_is_not_read(folder: Path) -> None:
+    """What else repositories hold: pickles, exports, spare VAEs, the whole as one file."""
+    for name, file in WEIGHTS.items():
+        pickle = file.replace("safetensors", "bin")
+        for other in (pickle, "model.onnx", "openvino_model.bin", "flax_model.msgpack"):
+            (folder / name / other).write_bytes(b"x")
+        other = file.replace(".safetensors", ".non_ema.safetensors")
+        save_file({"x": torch.ones(1)}, folder / name / other)
+    shutil.copytree(folder / "vae", folder / "vae_1_0")
+    for other in ("v1-5-pruned.safetensors", "model.safetensors", "README.md"):
+        (folder / other).write_bytes(b"x")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"x")
+
+
+PLAIN, FP16, BOTH = ("plain",), ("fp16",), ("plain", "fp16")
+LAYOUTS = [
+    pytest.param(None, (PLAIN, PLAIN, PLAIN), ("plain",) * 3, id="plain"),
+    pytest.param(None, (FP16, FP16, FP16), ("fp16",) * 3, id="fp16 only"),
+    pytest.param(None, (BOTH, BOTH, BOTH), ("plain",) * 3, id="both"),
+    pytest.param("fp16", (BOTH, BOTH, BOTH), ("fp16",) * 3, id="both, fp16 wanted"),
+    pytest.param("fp16", (FP16, BOTH, PLAIN), ("fp16", "fp16", "plain"), id="fp16 of some"),
+    pytest.param(None, (FP16, BOTH, PLAIN), ("fp16", "plain", "plain"), id="plain of some"),
+    pytest.param(
+        None,
+        (("plain shards",), PLAIN, ("plain shards",)),
+        ("plain shards", "plain", "plain shards"),
+        id="shards",
+    ),
+    pytest.param(None, (("fp16 shards",),) * 3, ("fp16 shards",) * 3, id="fp16 shards only"),
+    pytest.param(
+        "fp16",
+        (("plain shards", "fp16"), ("plain", "fp16 shards"), ("plain shards", "fp16 shards")),
+        ("fp16", "fp16 shards", "fp16 shards"),
+        id="shards of either",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "forms", "chosen"), LAYOUTS)
+def test_folder_and_hub_id_give_the_same_weights(
+    folder: Path,
+    tmp_path: Path,
+    variant: str | None,
+    forms: tuple[tuple[str, ...], ...],
+    chosen: tuple[str, ...],
+) -> None:
+    """The hub gives what is read, and nothing else; a second start asks it no more."""
+    known = make_variants(folder, dict(zip(WEIGHTS, forms, strict=True)))
+    add_what_is_not_read(folder)
+    expected = {name: known[name][form] for name, form in zip(WEIGHTS, chosen, strict=True)}
+    assert_weights(load(folder, variant), expected)
+
+    cache = tmp_path / "cache"
+    with running_hub(folder) as hub:
+        fetched, asked = fetch(hub, cache, "anew", variant=variant)
+        assert asked > 0
+        assert fetch(hub, cache, variant=variant) == (fetched, 0)
+    assert_weights(load(fetched, variant), expected)
+    files = [path.relative_to(fetched) for path in fetched.rglob("*") if path.is_file()]
+    weights = [path for path in files if path.suffix not in (".json", ".txt")]
+    count = {"shards": 2}
+    assert len(weights) == sum(count.get(form.split()[-1], 1) for form in chosen), weights
+    assert {path.parent.name for path in files} <= {"", "tokenizer", "scheduler", *WEIGHTS}
+
+
+def assert_weights(found: Components, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+    for name, weights in expected.items():
+        tensors = getattr(found, name).state_dict()
+        assert all(torch.equal(value, tensors[key]) for key, value in weights.items()), name
+
+
+def test_lost_shard_of_a_download_is_fetched_again(folder: Path, tmp_path: Path) -> None:
+    cut_into_shards(folder / "unet" / WEIGHTS["unet"])
+    with running_hub(folder) as hub:
+        fetched, _ = fetch(hub, tmp_path / "cache")
+        next((fetched / "unet").glob("*-00002-of-*")).unlink()
+        assert fetch(hub, tmp_path / "cache")[1] > 0
+        load(fetched)
+
+
+def test_another_variant_is_fetched_beside_the_first(folder: Path, tmp_path: Path) -> None:
+    known = make_variants(folder, dict.fromkeys(WEIGHTS, BOTH))
+    with running_hub(folder) as hub:
+        fetched, _ = fetch(hub, tmp_path / "cache")
+        assert fetch(hub, tmp_path / "cache", variant="fp16")[1] > 0
+    expected = {name: forms["fp16"] for name, forms in known.items()}
+    assert_weights(load(fetched, "fp16"), expected)
+
+
+def test_hub_id_without_the_variant_is_refused_before_its_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    with running_hub(folder) as hub, pytest.raises(subprocess.CalledProcessError) as caught:
+        fetch(hub, tmp_path / "cache", variant="bf16")
+    assert "has no weights of the variant 'bf16'" in caught.value.stderr
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+
+
+BORROW = """
+import sys
+from models.registry import ModelSpec, download, model_files
+
+(source,) = sys.argv[1:]
+spec = ModelSpec("mixed", source, safety_checker="owner/checker")
+assert download(spec) == ["owner/checker"]
+for name, path in model_files(spec).items():
+    print(name, path)
+"""
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_what_is_borrowed_from_the_hub_is_downloaded_and_checked(
+    folder: Path, tmp_path: Path, is_flat: bool
+) -> None:
+    lender = shutil.copytree(folder, tmp_path / "lender")
+    save_checker(lender, lender / "safety_checker")
+    if is_flat:
+        shutil.copytree(lender / "vae", tmp_path / "flat")
+        save_checker(tmp_path / "flat", tmp_path / "flat")
+        lender = tmp_path / "flat"
+    for place in [lender, *lender.iterdir()]:
+        if place.is_dir():
+            (place / "pytorch_model.bin").write_bytes(b"x")
+    with running_hub(lender) as hub:
+        answer = subprocess.run(
+            [sys.executable, "-c", BORROW, str(folder)],
+            env={**os.environ, **hub.environment(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    borrowed = [line for line in lines if "/snapshots/" in line]
+    for file in ("model.safetensors", "config.json"):
+        assert any(line.endswith(f"/{file}") for line in borrowed), file
+    assert not [*(tmp_path / "cache").rglob("*.bin")]
 
 
 def test_class_named_by_the_checkpoint_is_not_believed(folder: Path) -> None:
@@ -492,6 +665,87 @@ def test_attention_is_never_the_checkpoints_choice(folder: Path, key: str, value
     parts = (loaded.text_encoder, loaded.safety_checker.vision_model)
     assert {part.config._attn_implementation for part in parts} == {"sdpa"}
     assert loaded.safety_checker.config._attn_implementation == "eager", "it only joins its parts"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("unet", "conv_in.scale_weight"),
+        ("unet", "class_embedding.linear_1.weight"),
+        ("unet", "down_blocks.1.attentions.0.fuser.linear.weight"),
+        ("vae", "decoder.conv_in.weight_scale"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1.weight.absmax"),
+        ("text_encoder", "encoder.layers.9.mlp.fc1.weight"),
+    ],
+)
+def test_weights_that_would_not_be_used_are_refused(folder: Path, name: str, tensor: str) -> None:
+    add_tensors(folder / name / WEIGHTS[name], {tensor: torch.ones(1)})
+
+    with pytest.raises(ModelUnavailable, match=rf"cannot load .*{name}.*{tensor}"):
+        load(folder)
+
+
+def add_tensors(path: Path, more: dict[str, torch.Tensor]) -> None:
+    save_file(load_file(path) | more, path, metadata={"format": "pt"})
+
+
+def test_what_pictures_do_not_need_is_left_out(folder: Path) -> None:
+    """A text encoder saved with the rest of CLIP; a VAE saved with its loss."""
+    names = ["text_projection.weight", "logit_scale", "visual_projection.weight"]
+    names += ("vision_model.post_layernorm.bias", "text_model.embeddings.position_ids")
+    before = load(folder).text_encoder.state_dict()
+    add_tensors(
+        folder / "text_encoder" / WEIGHTS["text_encoder"],
+        {name: torch.ones(2, dtype=torch.int64 if "ids" in name else None) for name in names},
+    )
+    add_tensors(folder / "vae" / WEIGHTS["vae"], {"loss.logvar": torch.ones(1)})
+
+    after = load(folder).text_encoder.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_integer_weights_are_refused(folder: Path, name: str) -> None:
+    path = folder / name / WEIGHTS[name]
+    tensor = sorted(load_file(path))[0]
+    add_tensors(path, {tensor: load_file(path)[tensor].to(torch.int8)})
+
+    with pytest.raises(ModelUnavailable, match=rf"{tensor}' holds I8; quantized weights"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_class_name": "EDMEulerScheduler"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"prediction_type": "flow_prediction"},
+        {"prediction_type": "sample"},
+        {"use_flow_sigmas": True},
+    ],
+)
+def test_other_sampling_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    change_json(folder / "scheduler" / "scheduler_config.json", **changes)
+
+    with pytest.raises(ModelUnavailable, match="EDM|FlowMatch|flow|sample"):
+        InpaintPipeline(load(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_embed_type": "identity"},
+        {"num_class_embeds": 4},
+        {"out_channels": 8},
+    ],
+)
+def test_unet_of_another_kind_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    components = load(folder)
+    unet = type(components.unet).from_config({**components.unet.config, **changes})
+
+    with pytest.raises(ModelUnavailable, match="class_embed|UNets of 8 outputs"):
+        InpaintPipeline(dataclasses.replace(components, unet=unet))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -597,20 +851,20 @@ FETCH = """
 import sys
 from models.registry import ModelSpec, download, fetch_folder
 
-spec = ModelSpec("remote", "owner/model")
+spec = ModelSpec("remote", "owner/model", variant=sys.argv[1] or None)
 if "anew" in sys.argv:
     download(spec)
 sys.stdout.write(str(fetch_folder(spec)))
 """
 
 
-def fetch(hub: Hub, cache: Path, *arguments: str) -> tuple[Path, int]:
+def fetch(hub: Hub, cache: Path, *arguments: str, variant: str | None = None) -> tuple[Path, int]:
     """In a process of its own, as a start is; the folder, and requests to the hub."""
     hub.asked.clear()
     answer = subprocess.run(
-        [sys.executable, "-c", FETCH, *arguments],
+        [sys.executable, "-c", FETCH, variant or "", *arguments],
         env={**os.environ, **hub.environment(cache)},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=300,
         check=True,
