@@ -42,17 +42,27 @@ TEXT_ENCODER_PREFIXES = {
     "conditioner.embedders.1.model.": Family.SDXL,
     "cond_stage_model.model.": Family.SD2,
     "cond_stage_model.transformer.": Family.SD15,
+    "conditioner.embedders.0.model.": Family.SD2,
+    "conditioner.embedders.0.transformer.": Family.SD15,
 }
-"""Where a single file keeps the text encoder that only its family has."""
+"""Where a single file keeps the text encoder that only its family has. The last two are those of
+the sgm code, which XL's refiner and incomplete XL files use too."""
+
+XL_ADDED_EMBEDDING = "model.diffusion_model.label_emb."
+"""In the UNet of every XL file, the refiner's too."""
 
 
 def detect_family(names: Iterable[str]) -> Family | None:
     """The family of a single file, by its tensors' names; None for anything else."""
     known = list(names)
-    for prefix, family in TEXT_ENCODER_PREFIXES.items():
-        if any(name.startswith(prefix) for name in known):
-            return family
-    return None
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in known)
+
+    family = next((each for prefix, each in TEXT_ENCODER_PREFIXES.items() if has(prefix)), None)
+    is_sgm = has("conditioner.")
+    is_other = is_sgm and (family is Family.SDXL) != has(XL_ADDED_EMBEDDING)
+    return None if is_other else family
 
 
 def published_configs(family: Family, is_inpainting: bool) -> Configs:

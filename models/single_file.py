@@ -6,7 +6,7 @@ converted by diffusers (`loaders/single_file_utils.py`), whose own loader would 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +15,8 @@ from models.errors import ModelUnavailable
 from models.families import Configs, Family, detect_family, published_configs, read_configs
 from models.folders import ATTENTION, load_tokenizer
 from models.parts import Part, vae_dtype
-from models.weights import Header, read_header
+from models.unused import refuse_unused
+from models.weights import Header, read_header, refuse_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -23,15 +24,39 @@ if TYPE_CHECKING:
 UNET_PREFIX = "model.diffusion_model."
 CONV_IN = UNET_PREFIX + "input_blocks.0.0.weight"
 VAE_PREFIX = "first_stage_model."
-CLIP_PREFIXES = {
-    Family.SD15: "cond_stage_model.transformer.",
-    Family.SDXL: "conditioner.embedders.0.transformer.",
+CLIP_PREFIX, SGM_CLIP_PREFIX = (
+    "cond_stage_model.transformer.",
+    "conditioner.embedders.0.transformer.",
+)
+TEXT_PREFIXES: dict[Family, dict[str, tuple[str, ...]]] = {
+    Family.SD15: {"text_encoder": (CLIP_PREFIX, SGM_CLIP_PREFIX)},
+    Family.SD2: {"text_encoder": ("cond_stage_model.model.", "conditioner.embedders.0.model.")},
+    Family.SDXL: {
+        "text_encoder": (SGM_CLIP_PREFIX,),
+        "text_encoder_2": ("conditioner.embedders.1.model.",),
+    },
 }
-OPEN_CLIP_PREFIXES = {
-    Family.SD2: "cond_stage_model.model.",
-    Family.SDXL: "conditioner.embedders.1.model.",
-}
+"""Where the original code and its successor, sgm, keep text encoders; a file uses one of them."""
+
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+SAID = "modelspec.prediction_type"
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+"""Names of the empty tensors that mark SDXL files."""
+
+OUTSIDE_PARTS = re.compile(
+    r"model_ema\..*|(denoiser\.)?(log_)?sigmas|betas|(.*_)?alphas_cumprod(_prev)?|posterior_.*|logvar"
+    r"|lvlb_weights|scale_factor|global_step|epoch|embedding_manager\..*"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.(logit_scale|text_projection)"
+    rf"|{V_MARK}|{ZERO_SNR_MARK}"
+)
+"""Tensors outside of the parts that are not needed: averaged weights, tables of the noise schedule
+that the scheduler computes itself, counters; and the marks, which are read by their names."""
+
+OPEN_CLIP_KNOWN = re.compile(
+    r"transformer\..*|positional_embedding|token_embedding\.weight|ln_final\.(weight|bias)"
+    r"|text_projection|attn_mask|visual\..*"
+)
+"""OpenCLIP's tensors that diffusers converts, and those of its other half."""
 
 Tensors: TypeAlias = "dict[str, torch.Tensor]"
 
@@ -45,16 +70,27 @@ class SingleFile:
     family: Family
     configs: Configs
 
-    def read(self, *prefixes: str) -> Tensors:
-        """The tensors whose names begin so."""
-        from safetensors import safe_open
+    def text_prefix(self, name: str) -> str:
+        """By which the names of a text encoder's tensors begin."""
+        prefixes = TEXT_PREFIXES[self.family][name]
+        return next((each for each in prefixes if self.names(each)), prefixes[0])
 
-        with safe_open(self.path, framework="pt") as file:
-            return {
-                name: file.get_tensor(name)
-                for name in self.header.shapes
-                if name.startswith(prefixes)
-            }
+    def names(self, prefix: str) -> list[str]:
+        return [name for name in self.header.shapes if name.startswith(prefix)]
+
+    def read(self, prefix: str) -> Tensors:
+        """The tensors whose names begin so."""
+        return read_tensors(self.path, self.header, prefix)
+
+
+def read_tensors(path: Path, header: Header, prefix: str = "") -> Tensors:
+    """The tensors whose names begin so. Raises: ModelUnavailable for quantized ones."""
+    from safetensors import safe_open
+
+    names = [name for name in header.shapes if name.startswith(prefix)]
+    refuse_quantized(path, header, names)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def single_file_parts(
@@ -108,7 +144,26 @@ def open_single_file(path: Path, config_folder: Path | None) -> SingleFile:
     if missing := sorted(needed - configs.keys()):
         raise ModelUnavailable(f"{config_folder} lacks the configuration of {', '.join(missing)}")
     configs["unet"] = configs["unet"] | {"in_channels": channels}
-    return SingleFile(path, header, family, configs)
+    checkpoint = SingleFile(path, header, family, configs)
+    _refuse_other_parts(checkpoint)
+    return checkpoint
+
+
+def _refuse_other_parts(checkpoint: SingleFile) -> None:
+    """See that what lies outside of the parts is not needed; a part is judged when it is read.
+
+    Raises: ModelUnavailable.
+    """
+    parts = (
+        UNET_PREFIX,
+        VAE_PREFIX,
+        *map(checkpoint.text_prefix, TEXT_PREFIXES[checkpoint.family]),
+    )
+    others = (name for name in checkpoint.header.shapes if not name.startswith(parts))
+    try:
+        refuse_unused(name for name in others if not OUTSIDE_PARTS.fullmatch(name))
+    except ModelUnavailable as error:
+        raise ModelUnavailable(f"{checkpoint.path}: {error}") from error
 
 
 def _switches(configs: Configs) -> dict[str, bool]:
@@ -143,10 +198,19 @@ def _scheduler_config(
 
 
 def _said_prediction_type(header: Header) -> str | None:
-    """By kohya's metadata, or by the empty tensor that marks v-prediction SDXL files."""
-    if "v_pred" in header.shapes:
+    """By the metadata of trainers and tools, or by the mark of v-prediction SDXL files.
+
+    Raises: ModelUnavailable for metadata that name another one.
+    """
+    if V_MARK in header.shapes:
         return "v_prediction"
-    return PREDICTION_TYPES.get(header.metadata.get("modelspec.prediction_type", ""))
+    said = header.metadata.get(SAID, "").strip()
+    if said and said.lower() not in PREDICTION_TYPES:
+        raise ModelUnavailable(
+            f"its {SAID} is {said!r}, which is not supported; where the file is wrong, set "
+            'prediction_type = "epsilon" or "v_prediction" in models.toml'
+        )
+    return PREDICTION_TYPES.get(said.lower())
 
 
 def _tokenizer_loader(
@@ -172,37 +236,31 @@ def _text_loader(checkpoint: SingleFile, name: str, dtype: "torch.dtype") -> Cal
 
         is_second = name == "text_encoder_2"
         model_class = CLIPTextModelWithProjection if is_second else CLIPTextModel
+        prefix = checkpoint.text_prefix(name)
         config = CLIPTextConfig(**checkpoint.configs[name])
         config._attn_implementation = ATTENTION  # not what the configuration may ask for
         model = _empty(model_class, config)
-        is_open_clip = is_second or checkpoint.family is Family.SD2
-        convert = _open_clip_tensors if is_open_clip else _clip_tensors
-        tensors = {
-            text_name(key, model): value
-            for key, value in convert(checkpoint, model).items()
-            if not key.endswith("position_ids")
-        }
-        return _filled(model, tensors, dtype)
+        if is_second or checkpoint.family is Family.SD2:
+            tensors = _open_clip_tensors(checkpoint, prefix, model)
+        else:
+            tensors = _without_prefix(checkpoint.read(prefix), prefix)
+        renamed = {text_name(key, model): value for key, value in tensors.items()}
+        return _filled(model, renamed, dtype)
 
     return load
 
 
-def _clip_tensors(checkpoint: SingleFile, model: Any) -> Tensors:
-    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
+def _open_clip_tensors(checkpoint: SingleFile, prefix: str, model: Any) -> Tensors:
+    """Without the last layer for Stable Diffusion 2, whose UNet was trained on the one before.
 
-    converted: Tensors = convert_ldm_clip_checkpoint(
-        checkpoint.read(CLIP_PREFIXES[checkpoint.family])
-    )
-    return converted
-
-
-def _open_clip_tensors(checkpoint: SingleFile, model: Any) -> Tensors:
-    """Without the last layer for Stable Diffusion 2, whose UNet was trained on the one before."""
+    Raises: ModelUnavailable for tensors that diffusers would pass over.
+    """
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    prefix = OPEN_CLIP_PREFIXES[checkpoint.family]
     layers = range(model.config.num_hidden_layers)
     tensors = checkpoint.read(prefix)
+    bare_names = _without_prefix(tensors, prefix)
+    refuse_unused(name for name in bare_names if not OPEN_CLIP_KNOWN.fullmatch(name))
     if checkpoint.family is Family.SD2:
         tensors = {
             name: value
@@ -227,13 +285,20 @@ def text_name(name: str, model: Any) -> str:
 
 
 def _load_vae(checkpoint: SingleFile, dtype: "torch.dtype") -> Any:
+    is_sdxl = checkpoint.family is Family.SDXL
+    tensors = _without_prefix(checkpoint.read(VAE_PREFIX), VAE_PREFIX)
+    return _filled_vae(tensors, checkpoint.configs["vae"], is_sdxl, dtype)
+
+
+def _filled_vae(
+    tensors: Tensors, config: dict[str, Any], is_sdxl: bool, dtype: "torch.dtype"
+) -> Any:
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    config = checkpoint.configs["vae"]
-    own_dtype = vae_dtype(config, is_sdxl=checkpoint.family is Family.SDXL, dtype=dtype)
-    tensors = convert_ldm_vae_checkpoint(checkpoint.read(VAE_PREFIX), config)
-    return _filled(_empty(AutoencoderKL.from_config, config), tensors, own_dtype)
+    own_dtype = vae_dtype(config, is_sdxl=is_sdxl, dtype=dtype)
+    converted = _converted(tensors, lambda: convert_ldm_vae_checkpoint(tensors, config))
+    return _filled(_empty(AutoencoderKL.from_config, config), converted, own_dtype)
 
 
 def _load_unet(checkpoint: SingleFile, dtype: "torch.dtype") -> Any:
@@ -241,8 +306,26 @@ def _load_unet(checkpoint: SingleFile, dtype: "torch.dtype") -> Any:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     config = checkpoint.configs["unet"]
-    tensors = convert_ldm_unet_checkpoint(checkpoint.read(UNET_PREFIX), config)
+    original = checkpoint.read(UNET_PREFIX)
+    tensors = _converted(original, lambda: convert_ldm_unet_checkpoint(original, config))
     return _filled(_empty(UNet2DConditionModel.from_config, config), tensors, dtype)
+
+
+def _without_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _converted(original: Tensors, convert: Callable[[], Tensors]) -> Tensors:
+    """What diffusers makes of tensors, of which it drops those it does not know without a word.
+
+    The converters hand tensors on, or views of them, so that memory tells which were taken.
+    Raises: ModelUnavailable where others than the harmless ones were dropped.
+    """
+    places = {name: value.data_ptr() for name, value in original.items()}  # before any is popped
+    converted = convert()
+    taken = {value.data_ptr() for value in converted.values()}
+    refuse_unused(name for name, place in places.items() if place not in taken)
+    return converted
 
 
 def _empty(create: Callable[[Any], Any], config: Any) -> Any:
@@ -254,14 +337,13 @@ def _empty(create: Callable[[Any], Any], config: Any) -> Any:
 
 
 def _filled(model: Any, tensors: Tensors, dtype: "torch.dtype") -> Any:
-    """The model with these weights, all of them and no others. Raises: ValueError."""
-    missing, extra = _difference(model.state_dict(), tensors)
-    if missing or extra:
-        raise ValueError(f"{type(model).__name__} lacks {missing} and does not know {extra}")
-    model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)
+    """The model with these weights: all that it has, and no others but harmless ones.
+
+    Raises: ValueError, ModelUnavailable.
+    """
+    expected = model.state_dict().keys()
+    refuse_unused(tensors.keys() - expected)
+    if missing := sorted(expected - tensors.keys()):
+        raise ValueError(f"{type(model).__name__} lacks {', '.join(missing[:3])}")
+    model.load_state_dict({name: tensors[name].to(dtype) for name in expected}, assign=True)
     return model
-
-
-def _difference(expected: Iterable[str], found: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Up to three names that only one side has."""
-    return sorted({*expected} - {*found})[:3], sorted({*found} - {*expected})[:3]

@@ -50,6 +50,20 @@ def save_single_file(
     return path
 
 
+SGM_NAMES = {
+    "cond_stage_model.transformer.": "conditioner.embedders.0.transformer.",
+    "cond_stage_model.model.": "conditioner.embedders.0.model.",
+}
+
+
+def in_sgm_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file of Stable Diffusion 1 or 2 with the names that the sgm code gives to its encoder."""
+    renamed = tensors
+    for old, new in SGM_NAMES.items():
+        renamed = {name.replace(old, new): value for name, value in renamed.items()}
+    return renamed
+
+
 def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Component to its tensors."""
     return {path.parent.name: load_file(path) for path in folder.glob("*/*.safetensors")}

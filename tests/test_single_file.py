@@ -14,13 +14,19 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.errors import ModelUnavailable
 from models.families import Family, detect_family, published_configs
 from models.pipeline import InpaintPipeline
 from models.registry import Components, ModelSpec, load_components
-from tests.ldm_layout import ldm_tensors, save_single_file
+from tests.ldm_layout import (
+    in_sgm_layout,
+    ldm_tensors,
+    read_tensors,
+    save_single_file,
+)
 from tests.tiny import save_tiny_checkpoint, vocabulary
 
 CPU = torch.device("cpu")
@@ -194,6 +200,132 @@ def test_file_of_no_known_family_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelUnavailable, match="no complete Stable Diffusion.*double_blocks"):
         load(path)
+
+
+UNET = "model.diffusion_model."
+CLIP = {
+    Family.SD15: "cond_stage_model.transformer.",
+    Family.SD2: "cond_stage_model.model.",
+    Family.SDXL: "conditioner.embedders.0.transformer.",
+}
+
+
+def saved_with(source: Path, family: Family, more: dict[str, Tensor], **metadata: str) -> Path:
+    """A folder's checkpoint as a file beside it, with further tensors."""
+    path = source.with_suffix(".safetensors")
+    tensors = ldm_tensors(read_tensors(source), family) | more
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "metadata", "reason"),
+    [
+        (Family.SDXL, {"edm_mean": 4, "edm_std": 4}, {}, "trained for EDM sampling.*edm_mean"),
+        (Family.SDXL, {"edm_vpred.sigma_max": 1}, {}, "trained for EDM sampling.*sigma_max"),
+        (Family.SDXL, {"v_pred": 1, "edm_vpred.sigma_min": 1}, {}, "EDM sampling"),
+        (Family.SDXL, {}, {"modelspec.prediction_type": "edm"}, "is 'edm'.*set prediction_type"),
+        (Family.SDXL, {}, {"modelspec.prediction_type": "rectified flow"}, "'rectified flow'"),
+        (Family.SD2, {f"{UNET}label_emb.0.0.weight": 4}, {}, "unCLIP.*label_emb"),
+        (Family.SD15, {f"{UNET}time_embed.0.scale_weight": 1}, {}, "scaled fp8.*scale_weight"),
+        (Family.SD15, {f"{UNET}scaled_fp8": 0}, {}, "scaled fp8.*scaled_fp8"),
+        (Family.SD15, {"scaled_fp8": 0}, {}, "scaled fp8.*scaled_fp8"),
+        (Family.SDXL, {f"{CLIP[Family.SDXL]}text_model.q.scale_weight": 1}, {}, "scaled fp8"),
+        (Family.SD2, {f"{CLIP[Family.SD2]}ln_final.scale_weight": 1}, {}, "scaled fp8"),
+        (Family.SD15, {"first_stage_model.decoder.conv_in.scale_weight": 1}, {}, "scaled fp8"),
+        (Family.SD15, {f"{UNET}input_blocks.0.0.weight.absmax": 1}, {}, "quantized.*absmax"),
+        (Family.SD15, {f"{UNET}position_net.null": 1}, {}, "not supported.*position_net.null"),
+        (Family.SD15, {"control_model.x": 1}, {}, "not supported.*control_model.x"),
+        (Family.SD15, {"depth_model.x": 1, "a": 1, "b": 1, "c": 1}, {}, "a, b, c and 1 more"),
+        (Family.SD15, {f"{CLIP[Family.SDXL]}x": 1}, {}, "not supported.*conditioner"),
+    ],
+)
+def test_file_that_is_more_than_was_read_is_refused(
+    tmp_path: Path, family: Family, more: dict[str, int], metadata: dict[str, str], reason: str
+) -> None:
+    config = save_tiny_checkpoint(tmp_path / "x", 4, family)
+    tensors = {name: torch.ones(size) for name, size in more.items()}
+    file = saved_with(config, family, tensors, **metadata)
+
+    with pytest.raises(ModelUnavailable, match=reason):
+        load(file, config=str(config))
+
+
+def test_operator_may_know_better_than_metadata(tmp_path: Path) -> None:
+    config = save_tiny_checkpoint(tmp_path / "x", 4)
+    file = saved_with(config, Family.SD15, {}, **{"modelspec.prediction_type": "edm"})
+
+    found = load(file, config=str(config), prediction_type="v_prediction").scheduler_config
+    assert found["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("family", Family)
+def test_what_pictures_do_not_need_is_left_out(tmp_path: Path, family: Family) -> None:
+    """What training, merging and saving with common tools leaves in a file."""
+    config = save_tiny_checkpoint(tmp_path / "x", 9, family)
+    outside = ["alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "betas", "posterior_variance"]
+    outside += ("model_ema.diffusion_modelout2bias", "denoiser.sigmas", "logvar", "global_step")
+    outside += ("first_stage_model.loss.logvar", "first_stage_model.model_ema.decay")
+    inside = ["logit_scale", "attn_mask", "text_projection", "visual.proj"]
+    if family is not Family.SD2:
+        inside = ["logit_scale", "text_projection.weight", "text_model.embeddings.position_ids"]
+        inside += ("vision_model.post_layernorm.bias", "visual_projection.weight")
+    more = {name: torch.ones(2) for name in outside} | {"global_step": torch.tensor(470_000)}
+    more |= {CLIP[family] + name: torch.ones(2, 2) for name in inside}
+    if family is Family.SDXL:
+        more["conditioner.embedders.1.model.logit_scale"] = torch.ones(())
+    file = saved_with(config, family, more)
+
+    assert_same_weights(load(config), load(file, config=str(config)))
+
+
+def assert_same_weights(left: Components, right: Components) -> None:
+    for name in MODULES:
+        if (one := getattr(left, name)) is not None:
+            other = getattr(right, name).state_dict()
+            assert one.state_dict().keys() == other.keys()
+            assert all(torch.equal(value, other[key]) for key, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("family", [Family.SD15, Family.SD2])
+@pytest.mark.parametrize("channels", [9, 4])
+def test_sgm_layout_is_read(tmp_path: Path, family: Family, channels: int) -> None:
+    config = save_tiny_checkpoint(tmp_path / "x", channels, family)
+    tensors = in_sgm_layout(load_file(saved_with(config, family, {})))
+    save_file(tensors, tmp_path / "sgm.safetensors")
+
+    found = load(tmp_path / "sgm.safetensors", config=str(config))
+    assert_same_weights(load(config), found)
+
+
+@pytest.mark.parametrize("gone", ["conditioner.embedders.0.", "conditioner.embedders.1."])
+def test_xl_file_with_one_text_encoder_is_refused(tmp_path: Path, gone: str) -> None:
+    """The refiner has the second one alone, under the first one's name."""
+    config = save_tiny_checkpoint(tmp_path / "x", 4, Family.SDXL)
+    tensors = load_file(saved_with(config, Family.SDXL, {}))
+    kept = {name: value for name, value in tensors.items() if not name.startswith(gone)}
+    kept = {name.replace("embedders.1.", "embedders.0."): kept[name] for name in kept}
+    save_file(kept, tmp_path / "refiner.safetensors")
+
+    with pytest.raises(ModelUnavailable, match="no complete Stable Diffusion"):
+        load(tmp_path / "refiner.safetensors", config=str(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{UNET}out.2.weight",
+        "first_stage_model.decoder.conv_out.weight",
+        f"{CLIP[Family.SD15]}text_model.final_layer_norm.weight",
+    ],
+)
+def test_integer_weights_are_refused(sd15: Path, tmp_path: Path, name: str, dtype: Any) -> None:
+    tensors = load_file(sd15)
+    save_file(tensors | {name: tensors[name].to(dtype)}, sd15)
+
+    with pytest.raises(ModelUnavailable, match=f"{name}.*quantized weights are not read"):
+        load(sd15, config=str(tmp_path / "config"))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
