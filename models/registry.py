@@ -24,11 +24,14 @@ from models.folders import (
     checker_parts,
     folder_parts,
     folder_weights,
+    lent_folder,
     lent_weights,
 )
+from models.params import SchedulerName
 from models.parts import Part
-from models.single_file import single_file_parts
+from models.single_file import single_file_parts, vae_part
 from models.spelling import did_you_mean
+from models.weights import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +47,7 @@ CHECKER_PATTERNS = (
     *("safety_checker/*.json", "feature_extractor/*.json", "config.json"),
     *("preprocessor_config.json", "model.safetensors.index*.json"),
 )
+VAE_PATTERNS = ("vae/*.json", "config.json", "diffusion_pytorch_model.safetensors.index*.json")
 
 ENTRY = {
     "source": str,
@@ -51,6 +55,8 @@ ENTRY = {
     "variant": str,
     "config": str,
     "prediction_type": str,
+    "scheduler": str,
+    "vae": str,
     "safety_checker": str,
     "loras": list,
     "sha256": dict,
@@ -59,6 +65,15 @@ LORA = {"path": str, "scale": float}
 """Keys of `models.toml` and what they hold; the first one of each is required."""
 
 KINDS = {str: "text", float: "a number", list: "a list", dict: "a table"}
+
+CHOICES = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "scheduler": tuple(each.value for each in SchedulerName),
+}
+"""Keys that hold one of these."""
+
+OTHER_SAMPLING = ("EDM", "FlowMatch")
+"""How the classes of schedulers begin whose models no other scheduler can sample."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -88,6 +103,8 @@ class ModelSpec:
     config: for a single file, a folder in diffusers layout (weights not needed) or a hub id that
         gives configuration and tokenizer; None takes what its family was published with.
     prediction_type: "epsilon" or "v_prediction" where the checkpoint does not say or is wrong.
+    scheduler: the default, a `SchedulerName`, in place of the checkpoint's own.
+    vae: `.safetensors` file, folder or hub id of the VAE, in place of the checkpoint's own.
     safety_checker: folder or hub id to borrow a checker from; the checkpoint's own comes first.
     loras: fused at load, in this order.
     sha256: digests that files must have, by their names in `model_files`.
@@ -99,6 +116,8 @@ class ModelSpec:
     variant: str | None = None
     config: str | None = None
     prediction_type: str | None = None
+    scheduler: str | None = None
+    vae: str | None = None
     safety_checker: str | None = None
     loras: tuple[LoraSpec, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
@@ -164,6 +183,11 @@ def read_catalog(path: Path) -> dict[str, ModelSpec]:
 def _read_entry(name: str, table: Any, path: Path) -> ModelSpec:
     where = f"{path}: [models.{name}]"
     checked = _checked(table, ENTRY, where)
+    for key, choices in CHOICES.items():
+        if (value := checked.get(key)) is not None and value not in choices:
+            raise ModelUnavailable(
+                f"{where} {key} must be one of {', '.join(choices)}{did_you_mean(value, choices)}"
+            )
     loras = tuple(_read_lora(lora, f"{where} loras") for lora in checked.get("loras", ()))
     return ModelSpec(id=name, **{**checked, "loras": loras})
 
@@ -209,6 +233,13 @@ def check_model(model_id: str, catalog: dict[str, ModelSpec]) -> None:
         )
     path = Path(source).expanduser()
     paths = [Path(lora.path).expanduser() for lora in spec.loras]
+    if spec.vae is not None and not (is_path(spec.vae) or HUB_ID.fullmatch(spec.vae)):
+        raise ModelUnavailable(
+            f"model {model_id!r}: vae {spec.vae!r} is neither a folder, a .safetensors file nor a "
+            "hub id (owner/name)"
+        )
+    if spec.vae is not None and is_path(spec.vae):
+        paths.append(Path(spec.vae).expanduser())
     if source != "builtin" and is_path(source):
         paths.append(path)
     for each in paths:
@@ -230,7 +261,11 @@ def is_path(source: str) -> bool:
 def local_size(spec: ModelSpec) -> int | None:
     """Bytes of a model's own files that are on this machine; None where some are not here."""
     own = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
-    return None if own is None else _size_bytes(own) or None
+    vae = None if spec.vae is None else _if_here(_vae_download(spec.vae))
+    if own is None or (vae is None and spec.vae is not None):
+        return None
+    parts = [own] if vae is None else [own, lent_folder(vae, "vae")]
+    return sum(map(_size_bytes, parts)) or None
 
 
 def _if_here(wanted: "Download") -> Path | None:
@@ -284,12 +319,12 @@ class Download:
 
 
 def _main_download(spec: ModelSpec) -> Download:
-    return Download(
-        spec.source,
-        CONFIG_PATTERNS,
-        lambda folder, listing: folder_weights(folder, listing, spec.variant),
-        spec.revision,
-    )
+    def choose(folder: Path, listing: Iterable[str]) -> list[str]:
+        skipped = "vae/" if spec.vae is not None else ()
+        files = folder_weights(folder, listing, spec.variant)
+        return [file for file in files if not file.startswith(skipped)]
+
+    return Download(spec.source, CONFIG_PATTERNS, choose, spec.revision)
 
 
 def _checker_download(source: str) -> Download:
@@ -297,6 +332,12 @@ def _checker_download(source: str) -> Download:
         source,
         CHECKER_PATTERNS,
         lambda folder, listing: lent_weights(folder, listing, "safety_checker"),
+    )
+
+
+def _vae_download(source: str) -> Download:
+    return Download(
+        source, VAE_PATTERNS, lambda folder, listing: lent_weights(folder, listing, "vae")
     )
 
 
@@ -374,6 +415,8 @@ def download(spec: ModelSpec) -> list[str]:
     wanted = [_main_download(spec)]
     if spec.config is not None:
         wanted.append(Download(spec.config, CONFIG_PATTERNS))
+    if spec.vae is not None:
+        wanted.append(_vae_download(spec.vae))
     if spec.safety_checker is not None:
         wanted.append(_checker_download(spec.safety_checker))
     found = []
@@ -401,19 +444,27 @@ def load_components(
         loaded = _load(_parts(spec, dtype), device, report)
         for lora in spec.loras:
             fuse_lora(Path(lora.path).expanduser(), lora.scale, loaded)
+        scheduler = _scheduler_config(loaded.pop("scheduler"), spec)
     except ModelUnavailable as error:
         raise ModelUnavailable(f"model {spec.id!r}: {error}") from error
     report(1.0, "ready")
-    scheduler = loaded.pop("scheduler")
-    if spec.prediction_type is not None:
-        scheduler = scheduler | {"prediction_type": spec.prediction_type}
     return Components(scheduler_config=scheduler, **loaded)
+
+
+def _scheduler_config(own: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """The checkpoint's own with what the operator says. Raises: ModelUnavailable."""
+    changes = {"_class_name": spec.scheduler, "prediction_type": spec.prediction_type}
+    name = str(own.get("_class_name"))
+    if name.startswith(OTHER_SAMPLING):
+        raise ModelUnavailable(f"the checkpoint's scheduler {name!r} samples in another way")
+    return own | {key: value for key, value in changes.items() if value is not None}
 
 
 def model_files(spec: ModelSpec) -> dict[str, Path]:
     """Every file a model may be loaded from, by a name that does not tell where the model lies.
 
-    Of a folder that holds several variants, all; a borrowed safety checker and LoRA files too.
+    Of a folder that holds several variants, all; a borrowed VAE or safety checker and LoRA files
+    too.
     Raises: ModelUnavailable.
     """
     import torch
@@ -446,12 +497,18 @@ def pinned_digests(spec: ModelSpec) -> dict[str, str]:
 def _parts(spec: ModelSpec, dtype: "torch.dtype") -> dict[str, Part]:
     """What is to be loaded for a model, by the names of `Components`."""
     path = Path(spec.source).expanduser()
+    vae = _find(_vae_download(spec.vae)) if spec.vae is not None else None
     if path.suffix == ".safetensors" or path.is_file():
         parts = single_file_parts(
-            path, dtype, _configs(spec), _find_tokenizer(path), spec.prediction_type
+            path, dtype, _configs(spec), _find_tokenizer(path), spec.prediction_type, vae
         )
     else:
-        parts = folder_parts(fetch_folder(spec), spec.variant, dtype)
+        folder = fetch_folder(spec)
+        parts = folder_parts(folder, spec.variant, dtype)
+        if vae is not None:
+            config = folder / "vae" / "config.json"
+            is_sdxl = "text_encoder_2" in parts
+            parts["vae"] = vae_part(vae, lambda: read_json(config), is_sdxl, dtype)
     if spec.safety_checker is not None and "safety_checker" not in parts:
         parts |= checker_parts(_find(_checker_download(spec.safety_checker)), dtype)
     return parts

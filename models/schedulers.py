@@ -78,7 +78,10 @@ def own_scheduler(config: SchedulerConfig) -> SchedulerName:
     try:
         return SchedulerName(class_name)
     except ValueError as error:
-        raise ModelUnavailable(f"the checkpoint's scheduler {class_name!r} is not known") from error
+        raise ModelUnavailable(
+            f"the checkpoint's scheduler {class_name!r} is not known; set `scheduler` in "
+            f"models.toml to one of {', '.join(SchedulerName)}"
+        ) from error
 
 
 def run_timesteps(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models.errors import ModelUnavailable
 from models.families import Configs, Family, detect_family, published_configs, read_configs
-from models.folders import ATTENTION, load_tokenizer
+from models.folders import ATTENTION, folder_bytes, lent_folder, load_tokenizer, load_vae
 from models.parts import Part, vae_dtype
 from models.unused import refuse_unused
 from models.weights import Header, read_header, refuse_quantized
@@ -58,6 +58,8 @@ OPEN_CLIP_KNOWN = re.compile(
 )
 """OpenCLIP's tensors that diffusers converts, and those of its other half."""
 
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
 Tensors: TypeAlias = "dict[str, torch.Tensor]"
 
 
@@ -99,15 +101,22 @@ def single_file_parts(
     config_folder: Path | None,
     find_tokenizer: Callable[[], Path],
     prediction_type: str | None,
+    vae: Path | None = None,
 ) -> dict[str, Part]:
     """The parts of a checkpoint; it has no safety checker.
 
     config_folder: diffusers folder to take configuration and tokenizers from.
     find_tokenizer: gives the folder of CLIP's vocabulary where there is no such folder.
     prediction_type: None where the file has to say.
+    vae: file or folder that is taken in place of the file's own, see `vae_part`.
     Raises: ModelUnavailable.
     """
     checkpoint = open_single_file(path, config_folder)
+    if vae is None and not checkpoint.names(VAE_PREFIX):
+        raise ModelUnavailable(
+            f"{path} holds no VAE; name one as `vae` in models.toml: a .safetensors file, a folder "
+            "in diffusers layout or a hub id"
+        )
     loaders: dict[str, Callable[[], Any]] = {
         "scheduler": lambda: _scheduler_config(checkpoint, prediction_type, config_folder),
         "switches": lambda: _switches(checkpoint.configs),
@@ -120,7 +129,27 @@ def single_file_parts(
     loaders["vae"] = lambda: _load_vae(checkpoint, dtype)
     loaders["unet"] = lambda: _load_unet(checkpoint, dtype)
     size = path.stat().st_size
-    return {name: Part(path, size if name == "unet" else 1, loaders[name]) for name in loaders}
+    parts = {name: Part(path, size if name == "unet" else 1, loaders[name]) for name in loaders}
+    if vae is not None:
+        is_sdxl = checkpoint.family is Family.SDXL
+        parts["vae"] = vae_part(vae, lambda: checkpoint.configs["vae"], is_sdxl, dtype)
+    return parts
+
+
+def vae_part(
+    source: Path, config: Callable[[], dict[str, Any]], is_sdxl: bool, dtype: "torch.dtype"
+) -> Part:
+    """A VAE from elsewhere: a `.safetensors` file or a folder in diffusers layout.
+
+    source: the file may be a VAE alone or a whole checkpoint in the original layout; the folder a
+        VAE's own or that of a checkpoint. config: gives the configuration for a file. is_sdxl: of
+        the checkpoint it is for.
+    """
+    if source.is_dir():
+        folder = lent_folder(source, "vae")
+        return Part(folder, folder_bytes(folder), lambda: load_vae(folder, None, is_sdxl, dtype))
+    size = source.stat().st_size if source.is_file() else 1
+    return Part(source, size, lambda: _load_vae_file(source, config(), is_sdxl, dtype))
 
 
 def open_single_file(path: Path, config_folder: Path | None) -> SingleFile:
@@ -290,6 +319,15 @@ def _load_vae(checkpoint: SingleFile, dtype: "torch.dtype") -> Any:
     return _filled_vae(tensors, checkpoint.configs["vae"], is_sdxl, dtype)
 
 
+def _load_vae_file(path: Path, config: dict[str, Any], is_sdxl: bool, dtype: "torch.dtype") -> Any:
+    """A VAE alone, in diffusers' names or the original ones, or that of a whole checkpoint."""
+    header = read_header(path)
+    is_whole = any(name.startswith(VAE_PREFIX) for name in header.shapes)
+    prefix = VAE_PREFIX if is_whole else ""
+    tensors = _without_prefix(read_tensors(path, header, prefix), prefix)
+    return _filled_vae(tensors, config, is_sdxl, dtype)
+
+
 def _filled_vae(
     tensors: Tensors, config: dict[str, Any], is_sdxl: bool, dtype: "torch.dtype"
 ) -> Any:
@@ -297,8 +335,19 @@ def _filled_vae(
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     own_dtype = vae_dtype(config, is_sdxl=is_sdxl, dtype=dtype)
-    converted = _converted(tensors, lambda: convert_ldm_vae_checkpoint(tensors, config))
-    return _filled(_empty(AutoencoderKL.from_config, config), converted, own_dtype)
+    if any(".down_blocks." in name for name in tensors):
+        tensors = {_newer_name(name): value for name, value in tensors.items()}
+    else:
+        original = tensors
+        tensors = _converted(original, lambda: convert_ldm_vae_checkpoint(original, config))
+    return _filled(_empty(AutoencoderKL.from_config, config), tensors, own_dtype)
+
+
+def _newer_name(name: str) -> str:
+    """A VAE tensor's name in present diffusers, which has renamed the parts of attentions."""
+    for old, new in OLD_ATTENTION.items():
+        name = name.replace(f".{old}.", f".{new}.")
+    return name
 
 
 def _load_unet(checkpoint: SingleFile, dtype: "torch.dtype") -> Any:

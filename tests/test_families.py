@@ -1,15 +1,21 @@
 """Every family's pictures are those of diffusers' own pipelines; rows do not notice each other."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 
 from models.conditioning import DualClipConditioner, create_conditioner
 from models.errors import InvalidInput, ModelUnavailable
@@ -19,6 +25,7 @@ from models.pipeline import InpaintPipeline, Sample, Source
 from models.prompts import Layer, PromptEncoder
 from models.registry import Components, ModelSpec, load_components
 from models.schedulers import create_scheduler
+from tests.ldm_layout import in_sgm_layout, ldm_tensors, read_tensors
 from tests.tiny import PROJECTION_WIDTH, SECOND_WIDTH, TEXT_WIDTH, save_tiny_checkpoint
 
 WIDTH, HEIGHT = 72, 64
@@ -105,7 +112,11 @@ def original_pipeline(components: Components, name: SchedulerName | None) -> Any
 
 
 def reference(components: Components, params: InpaintParams) -> NDArray[np.uint8]:
-    original = original_pipeline(components, params.scheduler)
+    return picture_of(original_pipeline(components, params.scheduler), params)
+
+
+def picture_of(original: Any, params: InpaintParams) -> NDArray[np.uint8]:
+    """A picture of diffusers' own pipeline."""
     original.set_progress_bar_config(disable=True)
     answer = original(
         prompt=params.prompt,
@@ -133,6 +144,38 @@ def assert_equals_diffusers(components: Components, params: InpaintParams) -> No
     ours, theirs = generated(components, params), reference(components, params)
     assert difference(ours, theirs).max() <= 1
     assert theirs.std() > 1
+
+
+@pytest.mark.parametrize("family", [Family.SD15, Family.SD2])
+def test_picture_of_a_file_with_what_the_operator_adds_equals_diffusers(
+    tmp_path: Path, family: Family
+) -> None:
+    """sgm's names, a VAE from another file, and a scheduler for one that is not known."""
+    config = save_tiny_checkpoint(tmp_path / "x", 9, family)
+    tensors = in_sgm_layout(ldm_tensors(read_tensors(config), family))
+    kept = {name: tensors[name] for name in tensors if not name.startswith("first_stage_model.")}
+    save_file({name: kept[name].contiguous() for name in kept}, tmp_path / "x.safetensors")
+    scheduler = config / "scheduler" / "scheduler_config.json"
+    known = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({**known, "_class_name": "TCDScheduler"}))
+    spec = ModelSpec(
+        "x",
+        str(tmp_path / "x.safetensors"),
+        config=str(config),
+        vae=str(config / "vae" / "diffusion_pytorch_model.safetensors"),
+        scheduler=SchedulerName.EULER,
+    )
+
+    ours = generated(load_components(spec, CPU, torch.float32), make_params())
+
+    theirs = StableDiffusionInpaintPipeline.from_pretrained(
+        config,
+        scheduler=EulerDiscreteScheduler.from_config(known),
+        safety_checker=None,
+        requires_safety_checker=False,
+        local_files_only=True,
+    )
+    assert difference(ours, picture_of(theirs, make_params())).max() <= 1
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])

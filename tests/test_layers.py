@@ -54,7 +54,7 @@ MODELS = {
     "kernels": "",
     "noise": "",
     "fusion": "kernels",
-    "registry": "errors folders lora parts single_file spelling",
+    "registry": "errors folders lora params parts single_file spelling weights",
     "safety": "images",
     "pipeline": "acceleration canvas conditioning encoding errors fusion noise params previews"
     " schedulers registry safety unet uploads vae",

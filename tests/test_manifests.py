@@ -124,6 +124,29 @@ class TestStart:
         with pytest.raises(ModelUnavailable, match="vae/config.json is not the file"):
             self.open(tmp_path / "data", model)
 
+    def test_vae_of_elsewhere_is_among_the_files(
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        vae = shutil.copytree(model / "vae", tmp_path / "other_vae")
+        catalog = tmp_path / "models.toml"
+        catalog.write_text(f'[models.tiny]\nsource = "{model}"\nvae = "{vae}"\n')
+        data = tmp_path / "data"
+        self.open(data, Path("tiny"), models_file=catalog)
+        monkeypatch.setenv("INPAINT_MODELS_FILE", str(catalog))
+        assert main(["models", "verify", "tiny", "--data-dir", str(data)]) == 0
+        names = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+        assert "other_vae/diffusion_pytorch_model.safetensors" in names
+        assert "vae/diffusion_pytorch_model.safetensors" not in names, "it is not read"
+
+        config = vae / "config.json"
+        config.write_text(config.read_text().replace("0.18215", "0.18214"))
+        with pytest.raises(ModelUnavailable, match=r"other_vae/config\.json is not the file"):
+            self.open(data, Path("tiny"), models_file=catalog)
+
     def test_models_toml_may_name_digests(self, model: Path, tmp_path: Path) -> None:
         catalog = tmp_path / "models.toml"
         catalog.write_text(

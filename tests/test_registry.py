@@ -25,6 +25,7 @@ from models.registry import (
     Components,
     LoraSpec,
     ModelSpec,
+    check_model,
     fetch_folder,
     find_model,
     load_components,
@@ -90,6 +91,8 @@ def test_catalog_entry_may_borrow_and_fuse(tmp_path: Path) -> None:
         source = "a.safetensors"
         config = "folder"
         prediction_type = "v_prediction"
+        scheduler = "EulerDiscreteScheduler"
+        vae = "vae.safetensors"
         safety_checker = "other"
         loras = [{ path = "x.safetensors", scale = 0.8 }, { path = "y.safetensors" }]
         """,
@@ -100,6 +103,8 @@ def test_catalog_entry_may_borrow_and_fuse(tmp_path: Path) -> None:
         "a.safetensors",
         config="folder",
         prediction_type="v_prediction",
+        scheduler="EulerDiscreteScheduler",
+        vae="vae.safetensors",
         safety_checker="other",
         loras=(LoraSpec("x.safetensors", 0.8), LoraSpec("y.safetensors", 1.0)),
     )
@@ -122,6 +127,34 @@ def test_empty_catalog_has_no_models(tmp_path: Path) -> None:
 def test_entry_with_wrong_keys_is_refused(tmp_path: Path, entry: str) -> None:
     with pytest.raises(ModelUnavailable, match=r"models\.toml"):
         catalog(tmp_path, f"[models.a]\n{entry}")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('scheduler = "EulerDiscreteSchedular"', "scheduler must be one of .*EulerDiscreteSch"),
+        ('prediction_type = "v"', "prediction_type must be one of epsilon, v_prediction"),
+    ],
+)
+def test_entry_with_a_value_that_is_not_known_is_refused(
+    tmp_path: Path, line: str, reason: str
+) -> None:
+    with pytest.raises(ModelUnavailable, match=rf"\[models\.a\] {reason}"):
+        catalog(tmp_path, f'[models.a]\nsource = "x"\n{line}')
+
+
+@pytest.mark.parametrize(
+    ("vae", "reason"),
+    [
+        ("/nowhere/vae.safetensors", "there is no file or folder /nowhere/vae"),
+        ("vae.ckpt", "neither a folder, a .safetensors file nor a hub id"),
+    ],
+)
+def test_vae_that_cannot_be_there_is_refused_at_once(vae: str, reason: str) -> None:
+    spec = ModelSpec("a", "owner/model", vae=vae)
+
+    with pytest.raises(ModelUnavailable, match=f"model 'a': .*{reason}"):
+        check_model("a", {"a": spec})
 
 
 def test_our_own_catalog_is_readable() -> None:
@@ -601,11 +634,14 @@ def test_hub_id_without_the_variant_is_refused_before_its_weights(
 
 BORROW = """
 import sys
-from models.registry import ModelSpec, download, model_files
+from models.registry import ModelSpec, download, local_size, model_files
 
 (source,) = sys.argv[1:]
-spec = ModelSpec("mixed", source, safety_checker="owner/checker")
-assert download(spec) == ["owner/checker"]
+spec = ModelSpec("mixed", source, vae="owner/vae", safety_checker="owner/checker")
+before = local_size(spec)
+assert before is None, before
+assert download(spec) == ["owner/vae", "owner/checker"]
+assert local_size(spec) > local_size(ModelSpec("own", source))
 for name, path in model_files(spec).items():
     print(name, path)
 """
@@ -636,7 +672,7 @@ def test_what_is_borrowed_from_the_hub_is_downloaded_and_checked(
     assert answer.returncode == 0, answer.stderr
     lines = answer.stdout.splitlines()
     borrowed = [line for line in lines if "/snapshots/" in line]
-    for file in ("model.safetensors", "config.json"):
+    for file in ("diffusion_pytorch_model.safetensors", "model.safetensors", "config.json"):
         assert any(line.endswith(f"/{file}") for line in borrowed), file
     assert not [*(tmp_path / "cache").rglob("*.bin")]
 
@@ -715,6 +751,19 @@ def test_integer_weights_are_refused(folder: Path, name: str) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["TCDScheduler", "LMSDiscreteScheduler", "SASolverScheduler"])
+def test_scheduler_that_is_not_known_may_be_replaced(folder: Path, name: str) -> None:
+    change_json(folder / "scheduler" / "scheduler_config.json", _class_name=name)
+
+    with pytest.raises(ModelUnavailable, match=rf"{name}' is not known; set `scheduler`.*DDIM"):
+        InpaintPipeline(load(folder))
+    spec = ModelSpec("tiny", str(folder), scheduler="HeunDiscreteScheduler")
+    found = load_components(spec, CPU, torch.float32)
+    assert found.scheduler_config["_class_name"] == "HeunDiscreteScheduler"
+    assert found.scheduler_config["beta_end"] == 0.012, "the checkpoint's noise schedule is kept"
+    InpaintPipeline(found)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -725,11 +774,14 @@ def test_integer_weights_are_refused(folder: Path, name: str) -> None:
         {"use_flow_sigmas": True},
     ],
 )
-def test_other_sampling_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+def test_other_sampling_is_refused_whatever_scheduler_is_set(
+    folder: Path, changes: dict[str, Any]
+) -> None:
     change_json(folder / "scheduler" / "scheduler_config.json", **changes)
+    spec = ModelSpec("tiny", str(folder), scheduler="EulerDiscreteScheduler")
 
     with pytest.raises(ModelUnavailable, match="EDM|FlowMatch|flow|sample"):
-        InpaintPipeline(load(folder))
+        InpaintPipeline(load_components(spec, CPU, torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tests.ldm_layout import (
     ldm_tensors,
     read_tensors,
     save_single_file,
+    vae_tensors,
 )
 from tests.tiny import save_tiny_checkpoint, vocabulary
 
@@ -326,6 +327,86 @@ def test_integer_weights_are_refused(sd15: Path, tmp_path: Path, name: str, dtyp
 
     with pytest.raises(ModelUnavailable, match=f"{name}.*quantized weights are not read"):
         load(sd15, config=str(tmp_path / "config"))
+
+
+def test_file_without_a_vae_says_how_to_name_one(tmp_path: Path) -> None:
+    file, config, _ = without_vae(tmp_path, Family.SD15)
+
+    with pytest.raises(ModelUnavailable, match=r"no_vae\.safetensors holds no VAE.*`vae`"):
+        load(file, config=str(config))
+
+
+def without_vae(tmp_path: Path, family: Family) -> tuple[Path, Path, Path]:
+    """A file without a VAE, its configuration, and a checkpoint with another VAE."""
+    config = save_tiny_checkpoint(tmp_path / "x", 9, family)
+    tensors = load_file(saved_with(config, family, {}))
+    file = tmp_path / "no_vae.safetensors"
+    kept = {name: value for name, value in tensors.items() if "first_stage_model" not in name}
+    save_file(kept, file)
+    other = shutil.copytree(config, tmp_path / "other")
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    halved = {name: value / 2 for name, value in load_file(weights).items()}
+    save_file(halved, weights, {"format": "pt"})
+    return file, config, other
+
+
+def vae_sources(other: Path, tmp_path: Path) -> dict[str, Path]:
+    """A checkpoint's VAE in every form that people keep it in."""
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    named, older, original = (tmp_path / f"{name}.safetensors" for name in ("new", "old", "vae"))
+    shutil.copy(weights, named)
+    tensors = load_file(weights)
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = dict(tensors)
+    for new, old in old_names.items():
+        renamed = {name.replace(f".{new}.", f".{old}."): renamed[name] for name in renamed}
+    save_file(renamed, older)
+    bare = {name: value.contiguous() for name, value in vae_tensors(tensors).items()}
+    save_file(bare | {"loss.logvar": torch.ones(1)}, original)
+    old_folder = shutil.copytree(other / "vae", tmp_path / "old_folder")
+    save_file(renamed, old_folder / weights.name, {"format": "pt"})
+    return {
+        "checkpoint's folder": other,
+        "folder": other / "vae",
+        "folder of old names": old_folder,
+        "file": named,
+        "file of old names": older,
+        "original file": original,
+        "checkpoint": save_single_file(other, tmp_path / "whole.safetensors", Family.SD15),
+    }
+
+
+def test_vae_comes_from_where_the_operator_says(tmp_path: Path) -> None:
+    """For a file without one, for a file that has one, and for a folder."""
+    file, config, other = without_vae(tmp_path, Family.SD15)
+    whole = save_single_file(config, tmp_path / "whole_model.safetensors", Family.SD15)
+    expected = load(other).vae.state_dict()
+    for vae in vae_sources(other, tmp_path).values():
+        check_vae(load(file, vae=str(vae), config=str(config)), expected)
+        check_vae(load(config, vae=str(vae)), expected)
+    check_vae(load(whole, vae=str(other), config=str(config)), expected)
+
+
+def check_vae(found: Components, expected: dict[str, Tensor]) -> None:
+    tensors = found.vae.state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in expected.items())
+    InpaintPipeline(found)
+
+
+def test_vae_of_xl_stays_in_float32(tmp_path: Path) -> None:
+    file, config, other = without_vae(tmp_path, Family.SDXL)
+    for vae in (other, other / "vae" / "diffusion_pytorch_model.safetensors"):
+        found = load(file, torch.float16, vae=str(vae), config=str(config))
+        assert found.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["nowhere.safetensors", "vae.ckpt"])
+def test_vae_that_cannot_be_read_is_named(sd15: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "vae.ckpt").write_bytes(b"\x80\x04.")
+
+    with pytest.raises(ModelUnavailable, match=name):
+        load(sd15, config=str(tmp_path / "config"), vae=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
