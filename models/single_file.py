@@ -46,7 +46,7 @@ V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 OUTSIDE_PARTS = re.compile(
     r"model_ema\..*|(denoiser\.)?(log_)?sigmas|betas|(.*_)?alphas_cumprod(_prev)?|posterior_.*|logvar"
     r"|lvlb_weights|scale_factor|global_step|epoch|embedding_manager\..*"
-    r"|(cond_stage_model|conditioner\.embedders\.0)\.(logit_scale|text_projection)"
+    r"|(cond_stage_model|conditioner\.embedders\.\d)\.(logit_scale|text_projection)"
     rf"|{V_MARK}|{ZERO_SNR_MARK}"
 )
 """Tensors outside of the parts that are not needed: averaged weights, tables of the noise schedule

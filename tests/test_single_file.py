@@ -275,6 +275,7 @@ def test_what_pictures_do_not_need_is_left_out(tmp_path: Path, family: Family) -
     more |= {CLIP[family] + name: torch.ones(2, 2) for name in inside}
     if family is Family.SDXL:
         more["conditioner.embedders.1.model.logit_scale"] = torch.ones(())
+        more["conditioner.embedders.1.logit_scale"] = torch.ones(())
     file = saved_with(config, family, more)
 
     assert_same_weights(load(config), load(file, config=str(config)))
