@@ -181,7 +181,8 @@ def decode_image(
         has_holes = "A" in plain.mode and plain.getchannel("A").getextrema() != (255, 255)
         if plain.mode in ("L", "LA"):
             converted = greys_to_srgb(plain, profile)
-            is_lost = is_lost and converted is None
+            # Greys of an RGB profile: programs leave it when they turn a picture grey.
+            is_lost = is_lost and converted is None and not kept_profile(profile)
             plain = plain if converted is None else converted
             return _convert(_flatten(plain, "white"), "RGB"), (b"", is_lost, has_holes)
         kept = kept_profile(profile)

@@ -24,7 +24,7 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN, _END = 0xDA, 0xD9
 
-_PADDINGS = tuple(bytes([each]) * 64 for each in (0x55, 0xAA, 0x33, 0x7F, 0x01))
+_PADDINGS = tuple(bytes([each]) * 64 for each in (0x55, 0xAA, 0x7F))
 """A decoder that still needs data takes it from here, and finds different values in each."""
 
 

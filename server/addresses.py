@@ -187,7 +187,7 @@ def checked_url(url: str) -> httpx.URL:
     url = without_blanks(url)
     try:
         parsed = httpx.URL(url)
-        # Reading an international name translates it, which fails for many a text.
+        # Reading an international name translates it, which fails for many texts.
         scheme, host, port = parsed.scheme, parsed.host, parsed.port
     except (httpx.InvalidURL, ValueError) as error:
         raise Refused("no URL") from error

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.connections import Gate
-from server.errors import StorageUnavailable
+from server.health import Store
 from server.metrics import CONTENT_TYPE, Metrics
 from server.proxies import HOST, is_allowed
 from server.routes import readiness
@@ -109,10 +109,11 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
 
     async def queue() -> dict[str, float] | None:
         """None where the database does not answer."""
+        if Store.DATABASE in services().health.failing:
+            return None  # it would be waited for in vain
         try:
-            services().health.refuse_writes()
             forecast = await services().in_store_thread(services().estimator.forecast)
-        except (StorageUnavailable, SQLAlchemyError):
+        except SQLAlchemyError:
             return None
         return {
             "waiting": forecast.waiting,

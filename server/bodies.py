@@ -51,8 +51,15 @@ do not match."""
 
 MAX_PART_BYTES = 32_000_000
 
-MAX_TRAILING_COMMAS = 16
-"""That are forgiven. Each costs another reading of the body."""
+MAX_TRAILING_COMMAS, MAX_OF_LARGE = 16, 2
+"""That are forgiven, the latter in a body of more than `SMALL_CHARS`. Each costs a reading more."""
+
+SMALL_CHARS = 1_000_000
+MAX_INFLATION = 10
+"""A compressed body may be so many times as large as it was on the wire, and `FREE_BYTES` more:
+pictures in base64 shrink to three quarters. Else a few bytes would buy a stranger seconds."""
+
+FREE_BYTES = 1_000_000
 
 BOUNDARY = re.compile(r""";\s*boundary=(?:"([^"\\]{1,70})"|([^\s";,]{1,70}))""", re.IGNORECASE)
 """Of a multipart form; RFC 2046 allows 70 characters."""
@@ -131,6 +138,7 @@ async def inflated(request: Request, body: bytes, max_bytes: int) -> bytes:
     reserve = request.scope.get("extensions", {}).get(RESERVE_BODY)
     loop = asyncio.get_running_loop()
     pieces, size = inflate(body), 0
+    max_bytes = min(max_bytes, MAX_INFLATION * len(body) + FREE_BYTES)
     whole = bytearray()
     try:
         while piece := await loop.run_in_executor(_beside_the_loop, next, pieces, b""):
@@ -215,7 +223,8 @@ def parse_json(body: bytes) -> Fields:
 
 def load_json(text: str) -> Any:
     """A JSON value; a few commas before closing brackets are left out. Raises: ValueError."""
-    for _ in range(MAX_TRAILING_COMMAS):
+    most = MAX_TRAILING_COMMAS if len(text) <= SMALL_CHARS else MAX_OF_LARGE
+    for _ in range(most):
         try:
             return load_strict(text)
         except json.JSONDecodeError as error:

@@ -37,6 +37,22 @@ def refusing() -> Iterator[None]:
         raise Refusal(*lines) from error
 
 
+@contextmanager
+def database_refusing() -> Iterator[None]:
+    """For commands that end: a database that goes away, or stays locked, is a refusal as well."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("sqlalchemy."):
+            raise
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, SQLAlchemyError):
+            raise
+        reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        raise Refusal(f"the database cannot be used now: {reason}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     options = parse(arguments)
@@ -59,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """The command's function; what nobody foresaw in a long one goes to the log."""
     if options.run not in (serve, work):
-        with refusing():
+        with refusing(), database_refusing():
             return int(options.run(options))
     try:
         return int(options.run(options))

@@ -104,6 +104,11 @@ class Gate:
         """The same, also where only the address has filled its share."""
         return self.is_busy or self._excess_of(connection.address) >= 0
 
+    def has_room_for_body(self, connection: Connection) -> bool:
+        """Whether the bodies in memory are within the limits, all and those of its address."""
+        is_full = self._buffered_bytes >= self._max_buffered_bytes
+        return not is_full and self._excess_of(connection.address) < 0
+
     def enter(self, connection: Connection) -> bool:
         """A new connection; False when there is no room even for a refusal."""
         address = connection.address
@@ -370,7 +375,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _reserve(self, size: int) -> bool:
         """Count so many bytes more as the body's; False where they are too many."""
         self._gate.take(self, size)
-        return not self._gate.is_busy_for(self)
+        return self._gate.has_room_for_body(self)
 
     def on_response_complete(self) -> None:
         self._answered += 1

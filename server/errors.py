@@ -4,7 +4,7 @@ ApiError
 ├── InvalidBody         the body is in no format we read
 │   ├── BodyTooLarge    the body is larger than we read
 │   ├── InvalidForm     the form is broken, without a boundary or not in UTF-8
-│   ├── EncodedBody     the body is compressed
+│   ├── EncodedBody     the body has a coding other than gzip and deflate
 │   └── TooManyFields   the query or the form has more parameters than we read
 ├── InvalidHost         the Host header is missing, repeated, malformed or not ours
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
@@ -19,6 +19,7 @@ ApiError
 ├── Conflict            the job, or an earlier request, stands in the way
 ├── RouteNotFound       no such path
 └── StorageUnavailable  database or file store do not answer
+    └── StorageKnownUnavailable  they have not for a moment, so they were not asked
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ class InvalidForm(InvalidBody):
 
 
 class EncodedBody(InvalidBody):
-    """The request has a `Content-Encoding`, and its body is read as it comes."""
+    """The request has another `Content-Encoding` than gzip and deflate."""
 
 
 class TooManyFields(InvalidBody):
@@ -155,7 +156,7 @@ class TooManyStreams(ApiError):
 
 
 class ServerBusy(ApiError):
-    """Nothing was read of the request."""
+    """There is no room for the request now; nothing was accepted."""
 
     retry_after_s = 5
 
@@ -200,3 +201,7 @@ class StorageUnavailable(ApiError):
     """Try again later; nothing was accepted."""
 
     retry_after_s = 10
+
+
+class StorageKnownUnavailable(StorageUnavailable):
+    """The same, refused without a try: why has been logged already."""

@@ -155,8 +155,10 @@ class Followers:
 
     def _run(self) -> None:
         with self._store.change_signal() as signal:
-            while not self._is_stopping:
-                self._wake.clear()
+            while True:
+                self._wake.clear()  # before the look at what it wakes for
+                if self._is_stopping:
+                    return
                 try:
                     pause_s = self._look(signal)
                 except Exception:

@@ -177,6 +177,8 @@ class Janitor:
                 whole_count += 1
             else:
                 missing.append(job_id)
+        if self._is_stopping.is_set():
+            return 0  # not all were looked at
         if len(missing) > whole_count:
             logger.error(
                 "most pictures are missing in the file store, is it the right one?",

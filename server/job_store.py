@@ -58,7 +58,6 @@ from server.jobs import (
     Job,
     JobState,
     NewJob,
-    QueueCounts,
     QueueShare,
     Standing,
     Submitted,
@@ -471,13 +470,6 @@ class JobStore:
     def requeue_of(self, worker_id: str) -> int:
         """Give back all jobs of a worker known to be dead; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
-
-    def figures(self) -> QueueCounts:
-        """How many jobs wait and run."""
-        query = select(jobs.c.state, func.count()).where(IS_LIVE).group_by(jobs.c.state)
-        with read_only(self._engine) as connection:
-            counts = {JobState(state): count for state, count in connection.execute(query)}
-        return QueueCounts(counts.get(JobState.QUEUED, 0), counts.get(JobState.RUNNING, 0))
 
     def forecast(self, places_on: Callable[[str], int]) -> Forecast:
         """When all jobs will end. places_on: jobs side by side in a worker, by its device."""

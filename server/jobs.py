@@ -5,7 +5,7 @@ No database and no change of state here; that is `job_store.py`.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 from models.params import InpaintParams
 
@@ -158,13 +158,6 @@ class Job:
     def preview_key(self) -> str:
         """Storage key of how the job looks; there is a file while it runs only."""
         return f"{PREVIEW_FOLDER}/{self.file_prefix}.png"
-
-
-class QueueCounts(NamedTuple):
-    """Jobs that wait, and that run."""
-
-    waiting: int
-    running: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from server.bodies import refuse_many_fields
-from server.errors import InvalidHost, LoopbackOnly, ServerBusy, StorageUnavailable, Stranger
+from server.errors import (
+    InvalidHost,
+    LoopbackOnly,
+    ServerBusy,
+    StorageKnownUnavailable,
+    Stranger,
+)
 from server.metrics import UNKNOWN_ROUTE, Metrics
-from server.proxies import is_allowed
+from server.proxies import KNOWN_HOSTS, is_allowed
 from server.settings import Settings, is_loopback
 from server.telemetry import get_logger
 
@@ -36,9 +42,6 @@ PROBES = ("/healthz", "/readyz", "/readyz/workers")
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 """Of a client's own id that is taken over into answers and log lines."""
-
-KNOWN_HOSTS = 64
-"""Of which it is remembered what they mean. A header may have 64 kB."""
 
 ANSWER_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -168,9 +171,9 @@ class ErrorAnswers:
             await answer(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> None:
-        """Raises: ServerBusy, StorageUnavailable, InvalidHost, LoopbackOnly."""
+        """Raises: ServerBusy, StorageKnownUnavailable, InvalidHost, LoopbackOnly."""
         if self._is_closed():
-            raise StorageUnavailable
+            raise StorageKnownUnavailable
         if "inpaint.busy" in scope.get("extensions", ()):
             raise ServerBusy
         hosts = [value for name, value in scope["headers"] if name == b"host"]
@@ -190,7 +193,7 @@ class ErrorAnswers:
         A browser sends any page's requests to a server on its own machine. It names the page as
         `Origin`, or where it does not, says `cross-site`; or, where the page's name was made to
         lead here (DNS rebinding), it sends that name as `Host`. A link that a person follows is
-        cross-site too, and shows the page that linked nothing.
+        cross-site too; the page with the link learns nothing of the answer.
         """
         headers, client = Headers(scope=scope), scope["client"] or ("", 0)
         host, origin = headers.get("host"), headers.get("origin")

@@ -17,8 +17,9 @@ BASE_URL = "inpaint.base_url"
 HOST = re.compile(r"(?P<name>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(:(?P<port>[0-9]{1,5}))?")
 """A well formed Host header, in lower case."""
 
+MAX_PORT = 65_535
 KNOWN_HOSTS = 64
-"""Of which it is remembered whether they are allowed."""
+"""Of which it is remembered what they mean. A header may have 8 kB."""
 
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){1,10}/?")
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https", "on": "https"}
@@ -71,7 +72,7 @@ class TrustedProxies:
         else:
             return None
         port = match["port"] or first_of(told.get("port", ""))
-        if not (port.isascii() and port.isdigit() and len(port) <= 5):
+        if not (port.isascii() and port.isdigit() and 0 < int(port[:9]) <= MAX_PORT):
             port = ""
         return match["name"] if port in ("", DEFAULT_PORTS[scheme]) else f"{match['name']}:{port}"
 

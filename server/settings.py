@@ -113,6 +113,15 @@ T = TypeVar("T")
 ListOf = Annotated[tuple[T, ...], BeforeValidator(split_list)]
 
 
+def checked_network(word: str) -> str:
+    """A word that holds a `/` as the network it must be; any other as it is. Raises: ValueError."""
+    return str(ipaddress.ip_network(network_of(word))) if "/" in word else word
+
+
+Proxy = Annotated[str, AfterValidator(checked_network)]
+"""An address, a network or `*`."""
+
+
 def checked_secret(secret: SecretStr) -> SecretStr:
     """A Standard Webhooks secret of 24 to 64 bytes. Raises: ValueError."""
     text = secret.get_secret_value()
@@ -393,7 +402,7 @@ class Settings(BaseSettings):
     error_status: ErrorStatus = ErrorStatus.LEGACY
     max_body_bytes: Size = 32_000_000
     cors_origins: ListOf[str] = ("*",)
-    forwarded_allow_ips: ListOf[str] = ("127.0.0.1",)
+    forwarded_allow_ips: ListOf[Proxy] = ("127.0.0.1",)
     workers: int | None = Field(default=None, ge=0)
     worker_stall_s: float = Field(default=120, ge=10)
     worker_load_stall_s: float = Field(default=1_800, ge=10)

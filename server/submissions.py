@@ -22,9 +22,6 @@ from server.turns import Arrival, Line
 SUBMIT_LOCK = 0x1_4E_9A_15
 """An advisory lock's number: any, but the same for all processes of this server."""
 
-BEHIND_ALL = 2**63 - 1
-"""An id that no job has yet."""
-
 INSERT = insert(jobs).returning(jobs.c.id, sort_by_parameter_order=True)
 
 Submission = tuple[NewJob, Idempotency | None]

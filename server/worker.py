@@ -5,6 +5,7 @@ imports the engine. A database that is away does not stop it: what is due to be 
 later, and the job's attempt decides whether it still counts.
 """
 
+import math
 import os
 import threading
 import time
@@ -34,7 +35,7 @@ from server.endings import Endings
 from server.errors import StorageUnavailable
 from server.failures import Failure
 from server.inspection import Stages
-from server.job_store import JobStore, WorkerStatus
+from server.job_store import OVER_SHARE_S, JobStore, WorkerStatus
 from server.jobs import Beat, Job
 from server.previews import DaemonThread, PreviewFiles
 from server.receipts import Model
@@ -107,6 +108,7 @@ class Worker:
     _claim_at: float = 0.0
     _requeue_at: float = 0.0
     _may_be_waiting: bool = True
+    _look_again_at: float = math.inf
     _stop_by: float | None = None
     _max_in_flight: int = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
@@ -145,7 +147,8 @@ class Worker:
                 if self.stopping.is_set():
                     self._wind_up(engine)
                 elif places := self._places(engine):
-                    self._may_be_waiting = self._may_be_waiting or signal.has_changed()
+                    is_again = time.monotonic() >= self._look_again_at
+                    self._may_be_waiting = self._may_be_waiting or is_again or signal.has_changed()
                     if self._may_be_waiting:
                         self._claim(engine, places)
                 for event in engine.step():
@@ -272,6 +275,10 @@ class Worker:
             return
         # A claim takes no more than its share, and what was locked by another's claim is not seen.
         self._may_be_waiting = bool(claimed)
+        now = time.monotonic()
+        # What others have not claimed by then is anybody's: one more look, and no third.
+        is_second = now >= self._look_again_at
+        self._look_again_at = math.inf if claimed or is_second else now + OVER_SHARE_S
         for job in claimed:
             stages = Stages()
             logger.info("job claimed", job_id=job.id)

@@ -32,7 +32,7 @@ from server.storage import Storage
 from tests.chaos.site import until
 from tests.hostile_pictures import noise, saved
 from tests.http_stub import ANSWER_S, LiveApp, png_bytes, running_app
-from tests.test_job_store import new_job, status
+from tests.test_job_store import new_job, status, waiting_in
 
 IMAGE = base64.b64encode(png_bytes()).decode()
 BODY: dict[str, Any] = {
@@ -380,7 +380,7 @@ class TestHolding:
             app.client.get("/healthz")  # it has started, and made its tables
             call = threads.submit(app.client.post, "/api/v3/inpaint", json=BODY, timeout=60)
             with store_of(settings) as store:
-                while not store.figures().waiting:
+                while not waiting_in(store):
                     assert not call.done()
             yield app, settings, call
 
@@ -407,7 +407,7 @@ class TestHolding:
         answer = call.result().json()
         assert (answer["status"], answer["id"]) == ("processing", 1)
         with store_of(settings) as store:
-            assert store.figures().waiting == 1
+            assert waiting_in(store) == 1
 
 
 class TestPaths:

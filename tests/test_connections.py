@@ -21,6 +21,7 @@ from server.settings import HttpSettings
 from server.storage import PIECE_BYTES, Storage
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import BODY, settings_in, store_of
+from tests.test_job_store import waiting_in
 
 SHORT = {"head_timeout_s": 0.5, "body_timeout_s": 0.5, "keep_alive_s": 1, "send_timeout_s": 0.5}
 POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: localhost\r\n"
@@ -485,7 +486,7 @@ class TestAnswers:
         limit = time.monotonic() + LIMIT_S
         with running_app(settings) as app, httpx.Client(base_url=app.client.base_url) as holder:
             with store_of(settings) as store, holding(holder):
-                while not store.figures().waiting:
+                while not waiting_in(store):
                     assert time.monotonic() < limit
                 answer = app.client.post("/api/v3/system_load")
                 assert answer.json()["message"] == "The server is busy"
@@ -499,7 +500,7 @@ class TestAnswers:
         with running_app(settings) as app, httpx.Client(base_url=app.client.base_url) as holder:
             app.client.get("/healthz")
             with store_of(settings) as store, holding(holder):
-                while not store.figures().waiting:
+                while not waiting_in(store):
                     assert time.monotonic() < limit
                 wait_until(lambda: not app.server.gate.is_busy)
                 assert app.client.post("/api/v3/system_load").json()["queue_num"] == 1

@@ -6,6 +6,7 @@ depend on what else the machine does.
 
 import asyncio
 import encodings.aliases
+import gzip
 import json
 import random
 import socket
@@ -233,6 +234,23 @@ def test_no_form_of_a_body_costs_much(
     for start in (b"", b'{"a": ', b"prompt=", multipart(b"")[:60]):
         body = (start + piece * (LARGE // len(piece)))[:LARGE]
         assert cost_s(app, ticks, f"POST {path}", content_type(kind), body) < MOST_S, start
+
+
+@pytest.mark.parametrize("piece", [b"\\n", b"a", b"%41", b" ", b'"k":[1,],'])
+@pytest.mark.parametrize("path", ["/api/v3/inpaint", "/api/jobs"])
+def test_no_compressed_body_costs_much(path: str, piece: bytes, app: LiveApp, ticks: Ticks) -> None:
+    commas = b"".join(b'"k%d":[1,],' % number for number in range(16))
+    for kind, start, end in [
+        (JSON_TYPE, b'{"a": "', b'", ' + commas + b"}"),
+        (FORM_TYPE, b"a=", b""),
+    ]:
+        body = gzip.compress(start + piece * (32_000_000 // len(piece)) + end)
+        headers = content_type(kind) + b"Content-Encoding: gzip\r\n"
+        for sent in (body, body[: len(body) // 40]):
+            assert cost_s(app, ticks, f"POST {path}", headers, sent) < MOST_S, kind
+        # What the limit lets through.
+        most = gzip.compress(start + (piece * 500_000)[:900_000] + end)
+        assert cost_s(app, ticks, f"POST {path}", headers, most) < MOST_S, kind
 
 
 def test_random_requests_cost_little(app: LiveApp, ticks: Ticks) -> None:

@@ -324,8 +324,8 @@ class LastJobStops(JobStore):
         return self._look(super().fail(*arguments, **named))
 
     def _look(self, result: bool) -> bool:
-        figures = self.figures()
-        if figures.waiting + figures.running == 0:
+        forecast = self.forecast(lambda _device: 1)
+        if forecast.waiting + forecast.running == 0:
             self._stopping.set()
         return result
 

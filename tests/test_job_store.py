@@ -148,7 +148,7 @@ def test_job_is_not_claimed_before_it_was_written(engine: Engine) -> None:
     store = JobStore(engine, clock=look)
     seen.clear()
     store.claim("w", 1)
-    assert seen == ["begin", "clock"]
+    assert seen[:2] == ["begin", "clock"], "the shared clock may look for itself later"
 
 
 def test_claim_names_worker_attempt_and_start(store: JobStore, clock: Clock) -> None:
@@ -483,7 +483,6 @@ class TestForecast:
         return make
 
     def test_empty_queue(self, store: JobStore) -> None:
-        assert store.figures() == (0, 0)
         forecast = store.forecast(places)
         assert (forecast.waiting, forecast.running, forecast.wait_s) == (0, 0, 0)
         assert forecast.ends_s == forecast.positions == {}
@@ -699,7 +698,7 @@ def test_two_writers_never_overfill_the_queue(engine: Engine) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(submit, range(40))) == 20
-    assert store.figures().waiting == 20
+    assert waiting_in(store) == 20
 
 
 WRITER = """
@@ -895,3 +894,8 @@ def told_of(engine: Engine, act: Callable[[], object]) -> set[Topic]:
 def places(_device: str) -> int:
     """Jobs side by side in a worker."""
     return PLACES
+
+
+def waiting_in(store: JobStore) -> int:
+    """How many jobs wait."""
+    return store.forecast(places).waiting

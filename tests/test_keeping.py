@@ -18,7 +18,7 @@ from server.job_store import JobStore
 from server.jobs import JobState
 from server.storage import Storage
 from tests.test_faults import Fault, answer_is_lost, commit_fails, keep
-from tests.test_job_store import new_job
+from tests.test_job_store import new_job, waiting_in
 
 PAIR = DecodedPair(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8))
 ONCE = Idempotency("key", "digest")
@@ -124,13 +124,13 @@ def test_job_whose_input_does_not_reach_the_disk_was_never_there(
 
     def look() -> None:
         wait_for_rows(store)
-        seen.append(store.figures().waiting)
+        seen.append(waiting_in(store))
 
     storage = FailingDisk(tmp_path / "files", look)
     with pytest.raises(StorageUnavailable):
         keep(store, storage, new, PAIR, once)
     assert seen == [rows]
-    assert store.figures().waiting == 0
+    assert waiting_in(store) == 0
     assert not storage.has(new.input_key)
     sound = Storage((tmp_path / "files").as_uri())
     job = keep(store, sound, new_job(), PAIR, once)
@@ -159,10 +159,10 @@ def test_row_waits_for_a_store_that_shows_nothing_early(
         kept = thread.submit(keep, store, storage, new_job(), PAIR, once)
         assert storage.is_asked.wait(WAIT_S)
         wait_for_rows(store)
-        assert store.figures().waiting == 0
+        assert waiting_in(store) == 0
         may_end.set()
         assert storage.has(kept.result(WAIT_S).input_key)
-    assert store.figures().waiting == 1
+    assert waiting_in(store) == 1
 
 
 def test_many_jobs_are_withdrawn_together(engine: Engine) -> None:
@@ -176,7 +176,7 @@ def test_many_jobs_are_withdrawn_together(engine: Engine) -> None:
         event.listen(engine, "checkout", lambda *_: in_use.append(pool.checkedout()))
         assert all(threads.map(store.withdraw, jobs))
     assert {*in_use} == {1}
-    assert store.figures().waiting == 0
+    assert waiting_in(store) == 0
     assert not store.withdraw(jobs[0])
 
 

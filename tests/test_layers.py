@@ -162,7 +162,7 @@ SERVER = {
     "metrics": "database estimates failures job_store jobs settings",
     "proxies": "",
     "middleware": "bodies errors metrics proxies settings telemetry",
-    "admin": "connections errors intake metrics middleware proxies routes services",
+    "admin": "connections errors health intake metrics middleware proxies routes services",
     "connections": "auth bodies proxies settings",
     "watchdog": "telemetry",
     "http": "admin connections cores settings supervisor watchdog",

@@ -352,3 +352,12 @@ def test_processes_share_the_room_of_the_server() -> None:
     part = whole.of_one_process
     assert (part.max_connections, part.max_buffered_bytes) == (33, 1)
     assert part.max_connections_per_address == whole.max_connections_per_address
+
+
+def test_proxies_are_networks_where_they_look_like_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_FORWARDED_ALLOW_IPS", "127.0.0.1,172.16.0.0/12,*")
+    assert load_settings().forwarded_allow_ips == ("127.0.0.1", "172.16.0.0/12", "*")
+    for word in ("172.17.0.1/16", "10.0.0.0/40", "a/b"):
+        monkeypatch.setenv("INPAINT_FORWARDED_ALLOW_IPS", word)
+        with pytest.raises(ValueError, match="(?i)forwarded_allow_ips"):
+            load_settings()

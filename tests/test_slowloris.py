@@ -18,6 +18,7 @@ import pytest
 from tests.http_stub import LiveApp, running_app
 from tests.processes import ServerProcess
 from tests.test_app import BODY, settings_in, store_of
+from tests.test_job_store import waiting_in
 
 T = TypeVar("T")
 
@@ -117,10 +118,10 @@ def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
             for _ in range(CLIENTS):
                 each = stack.enter_context(socket.create_connection(("127.0.0.1", app.port)))
                 each.sendall(request + body)
-            wait_until(lambda: store.figures().waiting, CLIENTS)
+            wait_until(lambda: waiting_in(store), CLIENTS)
         wait_until(lambda: left_in(app), before)
         assert app.client.post("/api/v3/fetch/1").json()["status"] == "processing"
-        assert store.figures().waiting == CLIENTS
+        assert waiting_in(store) == CLIENTS
 
 
 def left_in(app: LiveApp) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from server.job_store import JobStore
 from server.jobs import Job, NewJob, QueueShare, Submitted
 from server.submissions import QueueLimits, Submission, Submissions
 from tests.conftest import migrated_sqlite
-from tests.test_job_store import Clock, new_job
+from tests.test_job_store import Clock, new_job, waiting_in
 
 LIMITS = QueueLimits(max_waiting=12, max_waiting_per_key=5)
 NOW = 1_000.0
@@ -120,7 +120,7 @@ def test_room_runs_out_within_a_group(engine: Engine) -> None:
     assert [type(each) for each in outcomes] == [Submitted] * 5 + [QueueFull] * 2
     outcomes = submit_together(engine, [submission(key) for key in "bbbbbcccc"])
     assert [type(each) for each in outcomes] == [Submitted] * 7 + [QueueFull] * 2
-    assert JobStore(engine).figures().waiting == LIMITS.max_waiting
+    assert waiting_in(JobStore(engine)) == LIMITS.max_waiting
 
 
 def test_same_idempotency_key_twice_in_a_group(engine: Engine) -> None:
@@ -132,7 +132,7 @@ def test_same_idempotency_key_twice_in_a_group(engine: Engine) -> None:
     assert (first.is_new, second.is_new) == (True, False)
     assert second.job == first.job
     assert isinstance(third, Conflict)
-    assert JobStore(engine).figures().waiting == 2
+    assert waiting_in(JobStore(engine)) == 2
 
 
 def test_one_that_cannot_be_written_costs_its_neighbours_nothing(engine: Engine) -> None:
@@ -144,7 +144,7 @@ def test_one_that_cannot_be_written_costs_its_neighbours_nothing(engine: Engine)
     good += [store.begin_submit(submission()[0]) for _ in range(3)]
     kept: list[Job] = [each.result(20).job for each in good]
     assert twice.exception(20) is not None
-    assert store.figures().waiting == 7
+    assert waiting_in(store) == 7
     assert all(store.get(job.id) == job for job in kept)
 
 

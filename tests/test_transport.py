@@ -1,8 +1,10 @@
 """How real clients put a request on the wire: as raw bytes, and by the clients themselves."""
 
+import base64
 import gzip
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -177,13 +179,23 @@ class TestCompressedBodies:
         assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
 
     def test_what_is_inflated_counts_as_a_body(self, tmp_path: Path) -> None:
-        with running_app(settings_in(tmp_path, http={"max_buffered_bytes": 4_000_000})) as app:
-            small = gzip.compress(json.dumps({"x": "y" * 6_000_000}).encode())
+        with running_app(settings_in(tmp_path, http={"max_buffered_bytes": 5_500_000})) as app:
+            noise = random.Random(7).randbytes(4_500_000)
+            small = gzip.compress(json.dumps({"x": base64.b64encode(noise).decode()}).encode())
             answer = app.client.post(
                 "/api/jobs", content=small, headers={"content-encoding": "gzip"}
             )
             assert (answer.status_code, answer.json()["code"]) == (503, "server_busy")
             assert app.client.post("/api/v3/inpaint", json=BODY).json()["status"] == "processing"
+
+    def test_a_request_that_was_taken_up_is_read_at_the_limit_of_connections(
+        self, tmp_path: Path
+    ) -> None:
+        with running_app(settings_in(tmp_path, http={"max_connections": 1})) as app:
+            headers = {"content-encoding": "gzip", "connection": "close"}
+            content = gzip.compress(JSON_BODY)
+            answer = app.client.post("/api/v3/inpaint", content=content, headers=headers)
+            assert answer.json()["status"] == "processing"
 
     def test_pieces_are_bounded(self) -> None:
         assert max(map(len, inflate(gzip.compress(bytes(50_000_000))))) <= 1_000_000
@@ -219,6 +231,7 @@ class TestProxies:
                 "https://f.example",
             ),
             ({"X-Forwarded-Host": "f.example", "X-Forwarded-Port": "x"}, "http://f.example"),
+            ({"X-Forwarded-Host": "f.example", "X-Forwarded-Port": "99999"}, "http://f.example"),
             ({"X-Forwarded-Prefix": "/sd"}, "http://inner:8000/sd"),
             ({"X-Forwarded-Prefix": "/sd/, /b"}, "http://inner:8000/sd"),
             ({"X-Forwarded-Prefix": "//evil.example"}, "http://inner:8000"),

@@ -41,7 +41,7 @@ from server.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.downloads import ImageSource
 from server.errors import InvalidBody, InvalidRequest, JobNotFound
 from server.idempotency import Idempotency
-from server.notices import prompt_notices
+from server.notices import RECORD_KEY, prompt_notices
 
 DIALECT = "native"
 MAX_REPORTED_FIELDS = 50
@@ -333,7 +333,7 @@ class NativeJob:
             "mask_image": self.mask_image.describe(),
             "base_url": base_url,
             "previews": self.request.previews,
-            "warnings": prompt_notices([self.request.prompt, self.request.negative_prompt]),
+            RECORD_KEY: prompt_notices([self.request.prompt, self.request.negative_prompt]),
         }
 
 

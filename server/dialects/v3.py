@@ -47,7 +47,7 @@ from server.errors import (
     TooManyStreams,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState
-from server.notices import Notice, prompt_notices
+from server.notices import RECORD_KEY, Notice, prompt_notices
 from server.settings import ErrorStatus, StepsPolicy
 
 DIALECT = "v3"
@@ -129,7 +129,7 @@ class V3Request:
             "mask_image": self.mask_image.describe(),
             "wants_base64": self.wants_base64,
             "base_url": base_url,
-            "warnings": list(self.notices),
+            RECORD_KEY: list(self.notices),
         }
 
 
@@ -412,7 +412,8 @@ def write_status(error: ApiError, error_status: ErrorStatus) -> int:
     """HTTP status of an error; the vendor sends 200 for all but wrong paths."""
     if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
         return 200
-    return HTTP_STATUS.get(type(error), 500)
+    known = next((each for each in type(error).__mro__ if each in HTTP_STATUS), None)
+    return 500 if known is None else HTTP_STATUS[known]
 
 
 def write_error(error: ApiError, request_id: str) -> Body:
