@@ -25,7 +25,8 @@ PREFIX = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){1,10}/?")
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https", "on": "https"}
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 ELEMENT = re.compile(r'(?:[^,"]|"[^"]*")+')
-PAIR = re.compile(r'([A-Za-z]+)\s*=\s*(?:"([^"]*)"|([^\s;,"]+))')
+# The name's length is bounded, as else a long word without "=" takes quadratic time.
+PAIR = re.compile(r'\b([A-Za-z]{1,20})\s?=\s?(?:"([^"]*)"|([^\s;,"]+))')
 
 
 class TrustedProxies:
