@@ -223,7 +223,8 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Every exception becomes a body of the dialect, and nothing else of it goes out."""
     request_id = request.scope.get("request_id", "")
     known = to_api_error(error)
-    if type(known) in (ApiError, StorageUnavailable):
+    is_unlogged_failure = isinstance(known, StorageUnavailable) and not known.is_logged
+    if type(known) is ApiError or is_unlogged_failure:
         logger.error("request failed", exc_info=error)
     count(get_services(request).metrics, known)
     seconds = known.retry_after_s

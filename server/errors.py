@@ -19,7 +19,6 @@ ApiError
 ├── Conflict            the job, or an earlier request, stands in the way
 ├── RouteNotFound       no such path
 └── StorageUnavailable  database or file store do not answer
-    └── StorageKnownUnavailable  they have not for a moment, so they were not asked
 """
 
 from collections.abc import Mapping, Sequence
@@ -198,10 +197,10 @@ class RouteNotFound(ApiError):
 
 
 class StorageUnavailable(ApiError):
-    """Try again later; nothing was accepted."""
+    """Try again later; nothing was accepted. is_logged: the log says why already."""
 
     retry_after_s = 10
 
-
-class StorageKnownUnavailable(StorageUnavailable):
-    """The same, refused without a try: why has been logged already."""
+    def __init__(self, detail: str = "", *, is_logged: bool = False) -> None:
+        self.is_logged = is_logged
+        super().__init__(detail)

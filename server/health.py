@@ -14,7 +14,7 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLA
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from server.database import DatabaseFileGone
-from server.errors import StorageKnownUnavailable, StorageUnavailable
+from server.errors import StorageUnavailable
 from server.telemetry import get_logger
 from server.threads import Threads
 
@@ -77,9 +77,9 @@ class Health:
         return self._is_file_gone
 
     def refuse_writes(self) -> None:
-        """At once, where they would be waited for in vain. Raises: StorageKnownUnavailable."""
+        """At once, where they would be waited for in vain. Raises: StorageUnavailable."""
         if self._failing:
-            raise StorageKnownUnavailable(f"failing: {', '.join(self.failing)}")
+            raise StorageUnavailable(f"failing: {', '.join(self.failing)}", is_logged=True)
 
     def note(self, store: Store, error: Exception) -> None:
         """A call has failed; probe writes begin at once, and end that again."""

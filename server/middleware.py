@@ -28,7 +28,7 @@ from server.errors import (
     InvalidHost,
     LoopbackOnly,
     ServerBusy,
-    StorageKnownUnavailable,
+    StorageUnavailable,
     Stranger,
 )
 from server.metrics import UNKNOWN_ROUTE, Metrics
@@ -171,9 +171,9 @@ class ErrorAnswers:
             await answer(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> None:
-        """Raises: ServerBusy, StorageKnownUnavailable, InvalidHost, LoopbackOnly."""
+        """Raises: ServerBusy, StorageUnavailable, InvalidHost, LoopbackOnly."""
         if self._is_closed():
-            raise StorageKnownUnavailable
+            raise StorageUnavailable(is_logged=True)
         if "inpaint.busy" in scope.get("extensions", ()):
             raise ServerBusy
         hosts = [value for name, value in scope["headers"] if name == b"host"]

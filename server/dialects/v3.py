@@ -412,8 +412,7 @@ def write_status(error: ApiError, error_status: ErrorStatus) -> int:
     """HTTP status of an error; the vendor sends 200 for all but wrong paths."""
     if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
         return 200
-    known = next((each for each in type(error).__mro__ if each in HTTP_STATUS), None)
-    return 500 if known is None else HTTP_STATUS[known]
+    return HTTP_STATUS.get(type(error), 500)
 
 
 def write_error(error: ApiError, request_id: str) -> Body:
