@@ -23,10 +23,12 @@ from server.errors import (
     InvalidBody,
     InvalidRequest,
     JobNotFound,
+    LoopbackOnly,
     QueueFull,
     RateLimited,
     RouteNotFound,
     StorageUnavailable,
+    Stranger,
     TooManyStreams,
 )
 from server.jobs import Job, JobState
@@ -561,6 +563,7 @@ class TestWriting:
 
 
 SAMPLES: dict[type[ApiError], ApiError] = {
+    LoopbackOnly: LoopbackOnly(Stranger.HOST),
     InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
     ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
     QueueFull: QueueFull(5),
