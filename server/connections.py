@@ -265,9 +265,6 @@ class GuardedProtocol(HttpToolsProtocol):
         """Whole requests so far."""
         self._answered = 0
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """Nothing is wrong: who asks for WebSocket or HTTP/2 is answered in HTTP/1.1."""
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self.client:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
+from server.cli import main
 from server.database import open_migrated
 from server.http import bind, listen
 from server.settings import load_settings
@@ -51,6 +53,19 @@ def test_damaged_database_is_named(content: bytes, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^database {file} is damaged, or no SQLite file: "):
         open_migrated(f"sqlite:///{file}")
+
+
+@pytest.mark.parametrize("command", [["keys", "list"], ["keys", "revoke", "x"]])
+def test_database_that_fails_at_work_is_told_in_a_sentence(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = open_migrated(f"sqlite:///{tmp_path / 'inpaint.db'}")
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE api_keys"))
+    engine.dispose()
+    assert main([*command, "--data-dir", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: the database cannot be used now: no such table: api_keys"
 
 
 def test_database_that_cannot_be_opened_is_named_with_the_user(tmp_path: Path) -> None:
