@@ -32,22 +32,19 @@ from server.intake import get_services
 from server.janitor import Janitor
 from server.job_store import JobStore
 from server.jobs import INPUT_FOLDER
-from server.keeping import Keeper
 from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
 from server.middleware import CrossOrigin, DirectRoutes, ErrorAnswers, RequestContext
 from server.native_routes import create_job
 from server.native_routes import router as native_router
-from server.outlook import Outlook
 from server.proxies import TrustedProxies
 from server.routes import inpaint, router
 from server.sandbox import Sandbox
-from server.services import FILE_THREADS, STORE_THREADS, WEBHOOKS, Services
+from server.services import WEBHOOKS, Services
 from server.settings import ErrorStatus, Settings
 from server.silence import LOOK_S
 from server.storage import Storage
 from server.telemetry import get_logger
-from server.threads import Threads
 from server.waiters import Waiters
 from server.wal import LOOK_S as LOG_LOOK_S
 from server.wal import shorten_log
@@ -138,8 +135,6 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             webhook_door,
             rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
         )
-        store_threads = stack.enter_context(Threads(STORE_THREADS, "store"))
-        file_threads = stack.enter_context(Threads(FILE_THREADS, "files"))
         background = await stack.enter_async_context(Background())
         background.start(WEBHOOKS, webhooks.run)
         background.start("janitor", Janitor(engine, storage, settings.retention).run)
@@ -160,12 +155,10 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             settings=settings,
             keys=keys,
             store=store,
-            outlook=Outlook(store),
             estimator=estimator,
             storage=storage,
             fetcher=Fetcher(settings.fetch, fetch_door),
             sandbox=sandbox,
-            keeper=Keeper(store, storage, file_threads),
             waiters=waiters,
             followers=followers,
             deliveries=deliveries,
@@ -173,13 +166,11 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             background=background,
             metrics=metrics,
             health=health,
-            store_threads=store_threads,
-            file_threads=file_threads,
         )
         background.start("keys", lambda: keep_fresh(services))
         background.start("watch", lambda: watch_workers(services))
         if engine.dialect.name == "sqlite":
-            background.start("log", lambda: keep_log_short(engine, store_threads))
+            background.start("log", lambda: keep_log_short(services))
         yield services
 
 
@@ -212,11 +203,11 @@ async def watch_workers(services: Services) -> None:
         await asyncio.sleep(LOOK_S)
 
 
-async def keep_log_short(engine: Engine, threads: Threads) -> None:
+async def keep_log_short(services: Services, engine: Engine) -> None:
     """SQLite's write-ahead log; again and again."""
     while True:
         await asyncio.sleep(LOG_LOOK_S)
-        await threads.call(shorten_log, engine)
+        await services.in_store_thread(shorten_log, engine)
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:

@@ -38,9 +38,9 @@ from sqlalchemy import (
 )
 
 from server.clocks import SharedClock
-from server.commits import GroupCommit, each
 from server.database import deliveries, delivery_attempts, jobs, read_only
 from server.errors import Conflict, ConflictKind
+from server.group_commit import GroupCommit
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """After the first try, the second, …: ten tries over about three days."""
@@ -172,7 +172,7 @@ class DeliveryStore:
         self._lease_s = lease_s
         self._clock = clock or SharedClock(engine)
         self._jitter = jitter or random.Random()
-        self._commits = GroupCommit(engine, each(self._record), "record")
+        self._commits = GroupCommit(engine, self._record)
 
     def claim_due(
         self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4

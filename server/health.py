@@ -6,7 +6,7 @@ idle server notices that a disk has room again, and costs an object store nothin
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 
 from sqlalchemy import Engine, text
@@ -15,8 +15,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from server.database import DatabaseFileGone
 from server.errors import StorageUnavailable
+from server.slots import Slots
 from server.telemetry import get_logger
-from server.threads import Threads
 
 logger = get_logger(__name__)
 
@@ -55,6 +55,8 @@ class Health:
         self._failing: set[Store] = set()
         self._is_file_gone = False
         self._has_failed = asyncio.Event()
+        # A store that hangs holds up no other store, and gets no second probe.
+        self._places = Slots(len(Store), per_owner=1)
 
     @property
     def failing(self) -> list[Store]:
@@ -106,25 +108,21 @@ class Health:
 
     async def run(self) -> None:
         """Probe the stores that fail, and look after the database file, until cancelled."""
-        with ExitStack() as stack:
-            # One thread each: a store that hangs holds up nothing else, and no second probe.
-            threads = {
-                store: stack.enter_context(Threads(1, f"probe of {store}")) for store in Store
-            }
-            while True:
-                self._has_failed.clear()
-                for store in self.failing:
-                    await self._probe(store, threads[store])
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(PROBE_S):
-                        await self._has_failed.wait()
-                with suppress(DatabaseFileGone), self.noting():
-                    self._check_file()
+        while True:
+            self._has_failed.clear()
+            for store in self.failing:
+                await self._probe(store)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_S):
+                    await self._has_failed.wait()
+            with suppress(DatabaseFileGone), self.noting():
+                self._check_file()
 
-    async def _probe(self, store: Store, threads: Threads) -> None:
+    async def _probe(self, store: Store) -> None:
         try:
             async with asyncio.timeout(PROBE_PATIENCE_S):
-                await threads.call(self._probes[store])
+                await self._places.take(store)
+                await self._places.use_in_thread(store, self._probes[store])
         except (SQLAlchemyError, StorageUnavailable, TimeoutError):
             return
         self._failing.discard(store)

@@ -1,17 +1,18 @@
-"""The way from a request to a durable job, which all dialects share.
+"""`accept`: the way from a request to a durable job, which all dialects share.
 
-Fetch the two images, decode them at the job's size, store them, submit. What the request was
-written in is no matter here: a dialect hands in what it understood as an `AskedJob`.
+Fetch the two images, decode them at the job's size, put them into the file store, submit the row.
+A dialect hands in what it understood as an `AskedJob`.
 """
 
 import functools
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any, Protocol
 
+from anyio import to_thread
 from fastapi import Depends, Request
 
 from models.mask_reading import marks_nothing
@@ -20,13 +21,9 @@ from server.auth import Caller
 from server.decoder import Wanted
 from server.decoders import DecodedPair
 from server.downloads import ImageSource, OwnOutputs, download_images
-from server.errors import (
-    ImageUnavailable,
-    JobNotFound,
-    QueueFull,
-    ServerBusy,
-)
+from server.errors import ApiError, ImageUnavailable, JobNotFound, QueueFull, ServerBusy
 from server.idempotency import Idempotency
+from server.job_store import JobStore
 from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, QueueShare, Submitted
 from server.notices import Notice, with_notices
 from server.proxies import BASE_URL
@@ -34,6 +31,7 @@ from server.receipts import Intake
 from server.services import Services
 from server.settings import Settings
 from server.slots import NoPlace
+from server.storage import Storage
 
 FEW_ARRIVALS = 16
 """Requests of any key that are worked on at a time, however few of its jobs may wait."""
@@ -120,38 +118,68 @@ async def accept(
 ) -> Submitted:
     """Make a job of a request, or find the one that an earlier request with its key made.
 
+    A row is written only after its input is durable, so a job that can be claimed has its input.
     base_url, called_url: of the request, by the functions of these names.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
-    if services.waiters.is_released:
-        raise ServerBusy
-    services.health.refuse_writes()
+    await check_room(services, caller)
     if once is not None:
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
             return Submitted(earlier, is_new=False)
-    if not services.outlook.has_room(caller.key_id):
-        share = share_of(caller)
-        await services.in_store_thread(services.outlook.look_for_room, caller.key_id, share)
-    file_prefix = str(uuid.uuid4())
-    with one_of_arrivals(services, caller):
-        images, fetch_s = await fetch_images(services, asked, caller, (base_url, called_url))
-        fetched = time.perf_counter()
+    with admission_slot(services, caller):
+        images, fetch_s = await fetch(services, asked, caller, (base_url, called_url))
+        async with decoded(services, images, asked, caller) as (pair, decode_s):
+            intake = await to_thread.run_sync(take_note, images, pair, fetch_s, decode_s)
+            new = write_job(asked, caller, base_url, pair, intake)
+            await services.in_file_thread(put_input, services.storage, new, pair)
+        return await services.in_submit_thread(submit, services.store, services.storage, new, once)
 
-        try:
-            async with services.sandbox.decoded(images, wanted_of(asked), caller.key_id) as pair:
-                decode_s = time.perf_counter() - fetched
-                services.metrics.decodes.labels("decoded").inc()
 
-                def write() -> NewJob:
-                    intake = take_note(images, pair, fetch_s, decode_s)
-                    return write_job(asked, caller, base_url, file_prefix, pair, intake)
+async def check_room(services: Services, caller: Caller) -> None:
+    """Refuse before any work is done. Raises: ServerBusy, QueueFull, StorageUnavailable."""
+    if services.waiters.is_released:
+        raise ServerBusy
+    services.health.refuse_writes()
+    await services.in_store_thread(services.store.check_room, caller.key_id, share_of(caller))
 
-                with services.health.noting():
-                    return await services.keeper.keep(write, pair, once)
-        except ImageUnavailable:
-            services.metrics.decodes.labels("refused").inc()
-            raise
+
+@asynccontextmanager
+async def decoded(
+    services: Services, images: Mapping[str, bytes], asked: AskedJob, caller: Caller
+) -> AsyncIterator[tuple[DecodedPair, float]]:
+    """The decoded pair, in the sandbox's memory, and the seconds it took. Raises: ImageUnavailable.
+
+    The pair must not be used after the block.
+    """
+    started = time.perf_counter()
+    try:
+        async with services.sandbox.decoded(images, wanted_of(asked), caller.key_id) as pair:
+            services.metrics.decodes.labels("decoded").inc()
+            yield pair, time.perf_counter() - started
+    except ImageUnavailable:
+        services.metrics.decodes.labels("refused").inc()
+        raise
+
+
+def put_input(storage: Storage, new: NewJob, pair: DecodedPair) -> None:
+    """Store what the worker will read. Raises: StorageUnavailable."""
+    storage.put(new.input_key, pair.to_bytes())
+
+
+def submit(store: JobStore, storage: Storage, new: NewJob, once: Idempotency | None) -> Submitted:
+    """Write the row of a job whose input is durable. Raises: QueueFull, Conflict."""
+    try:
+        job = store.submit(new, once)
+    except ApiError:
+        # This refusal is certain. After any other error the commit may have taken effect, with only
+        # its answer lost; where it did not, the janitor finds an input without a row.
+        storage.delete(new.input_key)
+        raise
+    is_new = job.file_prefix == new.file_prefix
+    if not is_new:
+        storage.delete(new.input_key)
+    return Submitted(job, is_new)
 
 
 def share_of(caller: Caller) -> QueueShare:
@@ -160,7 +188,7 @@ def share_of(caller: Caller) -> QueueShare:
 
 
 @contextmanager
-def one_of_arrivals(services: Services, caller: Caller) -> Iterator[None]:
+def admission_slot(services: Services, caller: Caller) -> Iterator[None]:
     """No more of a key's requests are worked on at a time than of its jobs may wait, or a few.
 
     Raises: QueueFull.
@@ -173,7 +201,7 @@ def one_of_arrivals(services: Services, caller: Caller) -> Iterator[None]:
         raise QueueFull(limit) from error
 
 
-async def fetch_images(
+async def fetch(
     services: Services, asked: AskedJob, caller: Caller, own_urls: Sequence[str]
 ) -> tuple[dict[str, bytes], float]:
     """Both images' bytes by parameter name, and the seconds it took. Raises: ImageUnavailable."""
@@ -215,7 +243,6 @@ def write_job(
     asked: AskedJob,
     caller: Caller,
     base_url: str,
-    file_prefix: str,
     pair: DecodedPair,
     intake: Intake,
 ) -> NewJob:
@@ -231,7 +258,7 @@ def write_job(
         params=params,
         key_id=caller.key_id,
         share=share_of(caller),
-        file_prefix=file_prefix,
+        file_prefix=str(uuid.uuid4()),
         work=params.work,
         webhook=asked.webhook,
         track_id=asked.track_id,

@@ -20,7 +20,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -33,7 +32,6 @@ from sqlalchemy import (
     Row,
     bindparam,
     case,
-    delete,
     func,
     insert,
     select,
@@ -45,7 +43,6 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from server.changes import ChangeSignal
 from server.clocks import SharedClock
-from server.commits import GroupCommit, each
 from server.database import Topic, check_file, jobs, notify, read_only, receipts, workers
 from server.deliveries import queue_delivery
 from server.estimates import START_S, DoneWork, Forecast, LiveWork, measure, play
@@ -60,7 +57,6 @@ from server.jobs import (
     NewJob,
     QueueShare,
     Standing,
-    Submitted,
 )
 from server.receipts import Receipt
 from server.silence import Silence
@@ -233,8 +229,6 @@ class JobStore:
         self._shared_clock = shared_clock or SharedClock(engine, clock, steady_clock)
         limits = QueueLimits(max_waiting, max_waiting_per_key)
         self._submissions = Submissions(engine, limits, clock, self._shared_clock)
-        # Many at once, where a disk fails for all who wait for it.
-        self._withdrawals = GroupCommit(engine, each(withdraw), "withdraw")
         self._claims = Silence[tuple[int, int]](steady_clock)
         self._workers = Silence[str](steady_clock)
 
@@ -247,25 +241,21 @@ class JobStore:
         check_file(self._engine)
 
     def submit(self, new: NewJob, once: Idempotency | None = None) -> Job:
-        """Make a job durable; when this returns it survives the death of every process.
+        """Make a job durable: the row is fsynced when this returns, by a group commit.
 
         once: where it came with an idempotency key. The job of an earlier request with the same
             key and body is given instead; its file prefix tells.
         Raises: QueueFull, Conflict; sqlalchemy.exc.SQLAlchemyError.
         """
-        return self.begin_submit(new, once).result().job
-
-    def begin_submit(self, new: NewJob, once: Idempotency | None = None) -> Future[Submitted]:
-        """`submit` for a caller who has more to do; the result raises what `submit` raises."""
-        return self._submissions.begin(new, once)
+        return self._submissions.submit(new, once)
 
     def replayed(self, key_id: str, once: Idempotency) -> Job | None:
         """The job that an earlier request with this idempotency key made. Raises: Conflict."""
         return self._submissions.replayed(key_id, once)
 
-    def room_for(self, key_id: str, share: QueueShare = USUAL_SHARE) -> int:
-        """How many more jobs of a key `submit` would take now, at least one. Raises: QueueFull."""
-        return self._submissions.room_for(key_id, share)
+    def check_room(self, key_id: str, share: QueueShare = USUAL_SHARE) -> None:
+        """Whether `submit` would take a job of a key now. Raises: QueueFull."""
+        self._submissions.check_room(key_id, share)
 
     def get(self, job_id: int) -> Job | None:
         """The job, None where there is none."""
@@ -447,13 +437,6 @@ class JobStore:
         """Queued or running to cancelled; False when it had ended already."""
         return self._end((jobs.c.id == job_id) & IS_LIVE, JobState.CANCELLED)
 
-    def withdraw(self, job: Job) -> bool:
-        """Remove a job that nobody was told of, as if it had never been submitted.
-
-        Whoever makes it already finds it taken away. False where it has ended.
-        """
-        return self._withdrawals.run(job.id)
-
     def requeue_expired(self) -> int:
         """Give back the jobs whose lease has run out; how many there were.
 
@@ -623,9 +606,3 @@ def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[in
 def _held(job: Job) -> dict[str, int]:
     """The parameters of `HELD`."""
     return {"held_id": job.id, "held_claim": job.claim}
-
-
-def withdraw(connection: Connection, job_id: int) -> bool:
-    """As `JobStore.withdraw`."""
-    remove = delete(jobs).where(jobs.c.id == job_id, IS_LIVE)
-    return connection.execute(remove).rowcount == 1

@@ -8,7 +8,6 @@ import asyncio
 import functools
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from server.slots import Slots
 
@@ -24,12 +23,10 @@ class Lookups:
 
     def __init__(self, resolver: Resolver | None = None) -> None:
         self._resolver = resolver or resolve
-        self._threads = ThreadPoolExecutor(THREADS, "lookup")
         self._places = Slots(THREADS, THREADS_PER_OWNER)
 
     def close(self) -> None:
         """No more look-ups; those under way are not waited for."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def find(self, host: str, port: int, owner: str) -> Sequence[str]:
         """The addresses of a host. Raises: TimeoutError, other OSError, UnicodeError."""
@@ -39,7 +36,7 @@ class Lookups:
         async with asyncio.timeout(TIMEOUT_S):
             await self._places.take(owner)
             look_up = functools.partial(self._resolver, host, port)
-            return await self._places.use_in_thread(owner, self._threads, look_up)
+            return await self._places.use_in_thread(owner, look_up)
 
 
 def resolve(host: str, port: int) -> Sequence[str]:

@@ -1,9 +1,12 @@
 """What the API process is made of, and how endpoints reach its synchronous parts."""
 
 import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
+
+from anyio import CapacityLimiter, to_thread
 
 from server.auth import KeyRing
 from server.background import Background
@@ -14,31 +17,34 @@ from server.estimates import Estimator, ToldEstimates
 from server.followers import Followers
 from server.health import Health
 from server.job_store import JobStore
-from server.keeping import Keeper
 from server.metrics import Metrics
-from server.outlook import Outlook
 from server.sandbox import Sandbox
 from server.settings import Settings
-from server.slots import Headcount
+from server.slots import Headcount, Slots
 from server.storage import Storage
-from server.threads import Threads
 from server.waiters import Waiters
 from server.webhooks import WebhookSender
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FILES = "files"
+"""The only owner of places for file calls."""
+
 WEBHOOKS = "webhooks"
 """Name of the background task without which a server is not ready."""
 
 STORE_THREADS = 8
-"""Database calls at a time. Each may take a connection of the database's pool, as may each thread
-of the webhooks and the one of the janitor; waiters and followers take two each, and all that share
-commits one for each kind."""
+"""Short database calls at a time. Each may take a connection of the database's pool; so may each
+webhook that is sent, the janitor, the watcher, and one group commit."""
 
-FILE_THREADS = 8
-"""File calls at a time, apart from those of the database: a file store that hangs may take all of
-them for some seconds, and stops nothing else."""
+SUBMIT_THREADS = 32
+"""Submits at a time, which share group commits. They have threads of their own, so that a disk that
+fsyncs slowly does not delay reads."""
+
+FILE_THREADS = 32
+"""File calls at a time. Each keeps its thread until the file store has answered, even when its
+caller has given up: a file store that hangs takes these threads, and no others."""
 
 FILE_PATIENCE_S = 10.0
 """For a file call, with the time until a thread is free."""
@@ -54,12 +60,10 @@ class Services:
     settings: Settings
     keys: KeyRing
     store: JobStore
-    outlook: Outlook
     estimator: Estimator
     storage: Storage
     fetcher: Fetcher
     sandbox: Sandbox
-    keeper: Keeper
     waiters: Waiters
     followers: Followers
     deliveries: DeliveryStore
@@ -67,9 +71,10 @@ class Services:
     background: Background
     metrics: Metrics
     health: Health
-    store_threads: Threads
-    file_threads: Threads
     arrivals: Headcount = field(default_factory=Headcount)
+    store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(STORE_THREADS))
+    submit_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(SUBMIT_THREADS))
+    file_threads: Slots = field(default_factory=lambda: Slots(FILE_THREADS, FILE_THREADS))
     told: ToldEstimates = field(default_factory=ToldEstimates)
 
     async def in_store_thread(
@@ -77,15 +82,26 @@ class Services:
     ) -> R:
         """Call what reads or writes the database without blocking the event loop."""
         with self.health.noting():
-            return await self.store_threads.call(function, *args, **kwargs)
+            call = functools.partial(function, *args, **kwargs)
+            return await to_thread.run_sync(call, limiter=self.store_threads)
+
+    async def in_submit_thread(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """The same for what waits for a group commit."""
+        with self.health.noting():
+            call = functools.partial(function, *args, **kwargs)
+            return await to_thread.run_sync(call, limiter=self.submit_threads)
 
     async def in_file_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """The same for what reads or removes files. Raises: StorageUnavailable, also when late."""
+        call = functools.partial(function, *args, **kwargs)
         with self.health.noting():
             try:
                 async with asyncio.timeout(FILE_PATIENCE_S):
-                    return await self.file_threads.call(function, *args, **kwargs)
+                    await self.file_threads.take(FILES)
+                    return await self.file_threads.use_in_thread(FILES, call)
             except TimeoutError as error:
                 raise StorageUnavailable("the file store does not answer") from error

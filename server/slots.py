@@ -1,15 +1,12 @@
 """A limited number of places, shared out fairly among those who ask."""
 
 import asyncio
-import contextvars
-import functools
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
-from server.threads import settled
+from anyio import CapacityLimiter, to_thread
 
 R = TypeVar("R")
 
@@ -26,6 +23,7 @@ class Slots:
 
     def __init__(self, total: int, per_owner: int) -> None:
         self._free = total
+        self._threads = CapacityLimiter(total)
         self._per_owner = per_owner
         self._taken: Counter[str] = Counter()
         # In the order of their turns.
@@ -82,15 +80,22 @@ class Slots:
         leave(self._taken, owner)
         self._hand_out()
 
-    async def use_in_thread(self, owner: str, threads: Executor, function: Callable[[], R]) -> R:
-        """Call a function in a place that was taken.
+    async def use_in_thread(self, owner: str, function: Callable[[], R]) -> R:
+        """Call a function in a thread, in a place that was taken.
 
         The place is given back when the thread is done: a caller that gives up earlier cannot stop
-        it. Log lines keep the caller's context.
+        the thread.
         """
-        answer = threads.submit(contextvars.copy_context().run, function)
-        await settled(answer, first=functools.partial(self.give_back, owner))
-        return answer.result()
+
+        def end(task: asyncio.Task[R]) -> None:
+            self.give_back(owner)
+            if not task.cancelled():
+                task.exception()  # nobody may be there any longer to retrieve it
+
+        # A task of its own, which goes on when the caller is cancelled.
+        task = asyncio.create_task(to_thread.run_sync(function, limiter=self._threads))
+        task.add_done_callback(end)
+        return await asyncio.shield(task)
 
     def _hand_out(self) -> None:
         for owner, turns in list(self._waiting.items()):

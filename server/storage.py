@@ -3,8 +3,7 @@
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
@@ -13,9 +12,7 @@ from urllib.parse import unquote, urlsplit
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from server.batches import Batches
 from server.errors import StorageUnavailable
-from server.threads import all_of
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -63,10 +60,6 @@ CONTENT_TYPES = {".png": "image/png"}
 PROBE_BYTES = 1_000_000
 """Of a probe: what the input of a picture at 512×512 takes."""
 
-SYNCS, UPLOADS = 8, 64
-"""Files that `put_early` brings to the disk, or to an object store, at a time. A thread that comes
-back from the disk waits for the interpreter, and many that do so slow down all others."""
-
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 UNFINISHED = ".unfinished"
@@ -107,8 +100,6 @@ class Storage:
                 client_options={"timeout": f"{PUT_S}s", **options},
                 retry_config=retries(PUT_AGAIN_S),
             )
-        self._threads = ThreadPoolExecutor(UPLOADS if self._folder is None else SYNCS, "put")
-        self._folders = Batches(sync_folders, "sync")
 
     def put(self, key: str, content: bytes) -> None:
         """Store; readers see all of it or nothing, and once this returns it survives a power cut.
@@ -120,37 +111,7 @@ class Storage:
                 kind = CONTENT_TYPES.get(os.path.splitext(key)[1], "application/octet-stream")
                 self._puts.put(key, content, attributes={"Content-Type": kind})
                 return
-            path = os.path.join(self._folder, relative_path(key))
-            write(path, content)()
-            sync_folder(os.path.dirname(path))
-
-    def put_early(
-        self, make: Callable[[], tuple[str, bytes]], is_shown: Callable[[], None]
-    ) -> Future[None]:
-        """`put` of a new key in a thread; is there once the content survives a power cut.
-
-        make: key and content. is_shown: called in the thread as soon as the content can be read;
-        what a crash leaves then may be a part of it. The result raises: StorageUnavailable, and
-        what those two raise.
-        """
-        folders: list[Future[None]] = []
-
-        def put() -> None:
-            key, content = make()
-            if self._folder is None:
-                self.put(key, content)
-                is_shown()
-                return
-            path = os.path.join(self._folder, relative_path(key))
-            with telling_of(f"cannot write {key}"):
-                sync_bytes = write_new(path, content)
-                folders.append(self._folders.begin(os.path.dirname(path)))
-                try:
-                    is_shown()
-                finally:
-                    sync_bytes()
-
-        return all_of([self._threads.submit(put)], more=lambda: folders)
+            write(os.path.join(self._folder, relative_path(key)), content)
 
     def get(self, key: str) -> bytes | None:
         """The content, None where there is none. Raises: StorageUnavailable."""
@@ -261,54 +222,27 @@ def relative_path(key: str) -> str:
     return "/".join(parts)
 
 
-# Paths are plain texts here: those of `pathlib` take a tenth of the time of an accepted job.
+def write(path: str, content: bytes) -> None:
+    """Write a file that readers see whole or not at all, and that survives a power cut.
 
-
-def write(path: str, content: bytes) -> Callable[[], None]:
-    """Write a file that is whole under its name, or not there, for whoever looks.
-
-    The call that is given back, which must be made, brings its bytes to the disk; `sync_folder`
-    brings its name there, before or after. What a power cut leaves until then may be half a file,
-    but then nobody was told that there is one.
-    Both raise: OSError. Where the call does, the file is there, and may be lost.
+    Raises: OSError.
     """
     unfinished = f"{path}.{random.getrandbits(32):08x}{UNFINISHED}"
-    sync_bytes = write_new(unfinished, content)
+    folder = os.path.dirname(path)
+    make_folder(folder)
     try:
+        descriptor = os.open(unfinished, NEW_FILE, 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
         os.rename(unfinished, path)
     except OSError:
         with contextlib.suppress(OSError):
-            sync_bytes()  # which closes the file
-        with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise
-    return sync_bytes
-
-
-def write_new(path: str, content: bytes) -> Callable[[], None]:
-    """`write` for a name that nobody looks for until this has returned."""
-    try:
-        descriptor = os.open(path, NEW_FILE, 0o666)
-    except FileNotFoundError:
-        make_folder(os.path.dirname(path))
-        descriptor = os.open(path, NEW_FILE, 0o666)
-    try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-    except OSError:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
-
-    def sync_bytes() -> None:
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    return sync_bytes
+    # The name is durable once the folder is fsynced.
+    sync_folder(folder)
 
 
 def make_folder(folder: str) -> None:
@@ -329,16 +263,3 @@ def sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_folders(folders: Sequence[str]) -> list[StorageUnavailable | None]:
-    """`sync_folder` for each, once for all that are the same; what they raise is given back."""
-    outcomes: dict[str, StorageUnavailable | None] = {}
-    for folder in dict.fromkeys(folders):
-        try:
-            with telling_of(f"cannot write to {os.path.basename(folder)}"):
-                sync_folder(folder)
-            outcomes[folder] = None
-        except StorageUnavailable as error:
-            outcomes[folder] = error
-    return [outcomes[folder] for folder in folders]

@@ -7,7 +7,6 @@ Lower turns go first; within one, who came first. Jobs of a higher priority go b
 A number given once stays true, so the next job, and a job's position, are looked up in an index.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,55 +30,24 @@ ORDER = (jobs.c.priority.desc(), jobs.c.turn, jobs.c.id)
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
-    """What a new job of a key meets. turn: it would get; waiting: jobs, in all and of the key."""
+class QueuePosition:
+    """Where a new job would stand. turn: its number; waiting: jobs now, in all and of its key."""
 
     turn: int
     waiting: int
     waiting_of_key: int
 
 
-class Line:
-    """The queue as jobs meet it that are submitted in one transaction, one behind the other.
-
-    owners: their keys and priorities; each is looked up once, before any of the jobs is written.
-    """
-
-    def __init__(self, connection: Connection, owners: Iterable[tuple[str, int]]) -> None:
-        self._waiting = 0
-        self._waiting_of: dict[str, int] = {}
-        self._own_last: dict[tuple[str, int], int] = {}
-        self._present: dict[int, int | None] = {}
-        self._newest: dict[int, int | None] = {}
-        for key_id, priority in owners:
-            row = connection.execute(_ARRIVAL, {"key": key_id, "class": priority}).one()
-            self._waiting = row.waiting
-            self._waiting_of[key_id] = row.waiting_of_key
-            self._own_last[key_id, priority] = row.own_last
-            self._present[priority], self._newest[priority] = row.present, row.newest
-
-    def look(self, key_id: str, priority: int) -> Arrival:
-        """As a job submitted now would meet it."""
-        present = self._present[priority]
-        if present is None:  # none waits
-            present = self._newest[priority] or 0
-        turn = max(present, self._own_last[key_id, priority] + 1)
-        return Arrival(turn, self._waiting, self._waiting_of[key_id])
-
-    def join(self, key_id: str, priority: int) -> Arrival:
-        """The same, for a job that is submitted."""
-        arrival = self.look(key_id, priority)
-        self._waiting += 1
-        self._waiting_of[key_id] += 1
-        self._own_last[key_id, priority] = arrival.turn
-        if self._present[priority] is None:
-            self._present[priority] = arrival.turn
-        self._newest[priority] = max(self._newest[priority] or 0, arrival.turn)
-        return arrival
+def next_position(connection: Connection, key_id: str, priority: int) -> QueuePosition:
+    """The position of a job that this key submits now."""
+    row = connection.execute(_POSITION, {"key": key_id, "class": priority}).one()
+    # Where none waits, the newest job's turn is the present one.
+    present = row.newest or 0 if row.present is None else row.present
+    return QueuePosition(max(present, row.own_last + 1), row.waiting, row.waiting_of_key)
 
 
-def _build_arrival() -> Select[Any]:
-    """The question of `Line`; built once, as every accepted job asks it."""
+def _position_query() -> Select[Any]:
+    """Built once, as every accepted job asks it."""
     of_key = jobs.c.key_id == bindparam("key")
     of_class = jobs.c.priority == bindparam("class")
     count = select(func.count()).where(IS_WAITING)
@@ -102,4 +70,4 @@ def _build_arrival() -> Select[Any]:
     )
 
 
-_ARRIVAL = _build_arrival()
+_POSITION = _position_query()

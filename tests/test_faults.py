@@ -10,7 +10,6 @@ import struct
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,14 +29,13 @@ from server.deliveries import Attempt, DeliveryState, DeliveryStore
 from server.door import Dialler, Door, dial
 from server.errors import StorageUnavailable
 from server.idempotency import Idempotency
+from server.intake import put_input, submit
 from server.janitor import ORPHAN_S, Janitor
 from server.job_store import MAX_ATTEMPTS, JobStore
 from server.jobs import Job, JobState, NewJob
-from server.keeping import Keeper
 from server.receipts import Model
 from server.settings import RetentionSettings, Settings, WebhookSettings
 from server.storage import Storage, StoredFile
-from server.threads import Threads
 from server.webhooks import WebhookSender
 from server.worker import Worker
 from tests.chaos.pipeline import ScriptedPipeline
@@ -256,36 +254,6 @@ class FaultyStorage(Storage):
         if strikes:
             raise StorageUnavailable("after")
 
-    def put_early(
-        self, make: Callable[[], tuple[str, bytes]], is_shown: Callable[[], None]
-    ) -> Future[None]:
-        """As the base class, with two places to fail: before its caller learns that readers see it,
-        and on the way to the disk."""
-        is_struck = False
-
-        def make_at_risk() -> tuple[str, bytes]:
-            nonlocal is_struck
-            is_struck = self._fault.strikes
-            if is_struck and not self._is_lost:
-                raise StorageUnavailable("before")
-            return make()
-
-        def show_at_risk() -> None:
-            if is_struck:
-                raise StorageUnavailable("after")
-            is_shown()
-
-        stored = super().put_early(make_at_risk, show_at_risk)
-        stored.exception()  # all of it has been done
-        failing: Future[None] = Future()
-        try:
-            with self._at_risk():
-                stored.result()
-            failing.set_result(None)
-        except StorageUnavailable as error:
-            failing.set_exception(error)
-        return failing
-
     def put(self, key: str, content: bytes) -> None:
         """As the base class."""
         with self._at_risk():
@@ -383,14 +351,9 @@ def test_promises_hold_wherever_the_file_store_fails(is_lost: bool, tmp_path: Pa
 def keep(
     store: JobStore, storage: Storage, new: NewJob, pair: DecodedPair, once: Idempotency | None
 ) -> Job:
-    """As the intake has a job kept."""
-
-    async def run() -> Job:
-        with Threads(1, "test") as threads:
-            keeper = Keeper(store, storage, threads)
-            return (await keeper.keep(lambda: new, pair, once)).job
-
-    return asyncio.run(run())
+    """As `accept` does with a decoded pair."""
+    put_input(storage, new, pair)
+    return submit(store, storage, new, once).job
 
 
 def run_with_files(engine: Engine, storage: Storage, data_dir: Path) -> list[int]:

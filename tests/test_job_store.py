@@ -396,13 +396,13 @@ def test_ids_are_asked_for_in_few_sizes(count: int) -> None:
 def test_queue_has_an_end(engine: Engine) -> None:
     store = JobStore(engine, max_waiting=2)
     store.submit(new_job())
-    store.room_for("somebody")
+    store.check_room("somebody")
     store.submit(new_job())
     with pytest.raises(QueueFull) as refused:
         store.submit(new_job())
     assert refused.value.limit == 2
     with pytest.raises(QueueFull):
-        store.room_for("somebody")
+        store.check_room("somebody")
     claim_one(store)  # a running job waits no longer
     store.submit(new_job())
 

@@ -84,9 +84,9 @@ SERVER = {
     "migrations": "database",
     "changes": "database notifications",
     "notifications": "database",
-    "storage": "batches errors threads",
+    "storage": "errors",
     "addresses": "settings",
-    "slots": "threads",
+    "slots": "",
     "exchange": "",
     "lookups": "slots",
     "codings": "",
@@ -103,21 +103,19 @@ SERVER = {
     "sandbox": "decoder decoders errors slots talks models.decoding",
     "wal": "database",
     "clocks": "database",
-    "deliveries": "clocks commits database errors",
+    "deliveries": "clocks database errors group_commit",
     "failures": "models.params",
     "receipts": "models.mask_reading",
     "idempotency": "database errors",
-    "batches": "",
-    "commits": "batches",
+    "group_commit": "errors",
     "turns": "database",
     "silence": "",
     "jobs": "models.params",
     "estimates": "",
     "job_rows": "database jobs turns models.params",
-    "submissions": "commits database errors idempotency job_rows jobs turns",
-    "job_store": "changes clocks commits database deliveries estimates failures idempotency"
+    "submissions": "database errors group_commit idempotency job_rows jobs turns",
+    "job_store": "changes clocks database deliveries estimates failures idempotency"
     " job_rows jobs receipts silence submissions turns",
-    "keeping": "decoders errors idempotency job_store jobs storage threads",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "clocks database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
@@ -131,12 +129,11 @@ SERVER = {
     "circuits": "",
     "webhooks": "addresses circuits deliveries dialects door errors exchange job_store jobs"
     " limits settings slots telemetry threads",
-    "health": "database errors telemetry threads",
-    "outlook": "job_store jobs",
+    "health": "database errors slots telemetry",
     "services": "auth background deliveries egress errors estimates followers health job_store"
-    " keeping metrics outlook sandbox settings slots storage threads waiters webhooks",
-    "intake": "auth decoder decoders downloads errors idempotency jobs notices proxies receipts"
-    " services settings slots models.mask_reading models.params",
+    " metrics sandbox settings slots storage waiters webhooks",
+    "intake": "auth decoder decoders downloads errors idempotency job_store jobs notices proxies"
+    " receipts services settings slots storage models.mask_reading models.params",
     "holding": "",
     "routes": "auth bodies dialects errors health holding intake job_store jobs services settings"
     " telemetry models.enhance",
@@ -156,8 +153,8 @@ SERVER = {
     "preflight": "devices settings models.errors models.registry",
     "supervisor": "job_store metrics settings telemetry",
     "app": "auth background database deliveries dialects door egress errors estimates followers"
-    " health holding intake janitor job_store jobs keeping keys metrics middleware native_routes"
-    " outlook proxies routes sandbox services settings silence storage telemetry threads waiters"
+    " health holding intake janitor job_store jobs keys metrics middleware native_routes"
+    " proxies routes sandbox services settings silence storage telemetry waiters"
     " wal webhooks models.decoding",
     "metrics": "database estimates failures job_store jobs settings",
     "proxies": "",

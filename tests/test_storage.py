@@ -79,9 +79,6 @@ from server.storage import Storage
 Storage(sys.argv[1]).put("generations/a-0.png", b"content")
 os.rename(sys.argv[2], sys.argv[2] + ".answered")
 """
-PUT_EARLY = PUT.replace("put(", "put_early(lambda: (").replace(
-    'b"content")', 'b"content"), bool).result()'
-)
 
 
 @pytest.fixture
@@ -95,17 +92,14 @@ def strace() -> str:
     return found
 
 
-@pytest.mark.parametrize("put", [PUT, PUT_EARLY], ids=["put", "put_early"])
-def test_put_returns_when_bytes_and_names_are_on_disk(
-    put: str, strace: str, tmp_path: Path
-) -> None:
+def test_put_returns_when_bytes_and_names_are_on_disk(strace: str, tmp_path: Path) -> None:
     answer = tmp_path / "answer"
     answer.touch()
     files, log = tmp_path / "files", tmp_path / "log"
     calls = "trace=fsync,fdatasync,rename,renameat,renameat2"
     subprocess.run(
         [strace, "-f", "-y", "-e", calls, "-o", str(log)]
-        + [sys.executable, "-c", put, files.as_uri(), str(answer)],
+        + [sys.executable, "-c", PUT, files.as_uri(), str(answer)],
         check=True,
         timeout=120,
     )
@@ -116,36 +110,12 @@ def test_put_returns_when_bytes_and_names_are_on_disk(
     ]
     ours = [paths for paths in seen if paths and paths[0].is_relative_to(tmp_path)]
     picture = files / "generations" / "a-0.png"
-    assert ours.pop(0) == [files]
     assert ours.pop() == [answer, tmp_path / "answer.answered"]
-    if put is PUT:
-        written, renamed = ours.pop(0)
-        assert (written.parent, renamed) == (picture.parent, picture)
-    assert sorted(ours) == [[picture.parent], [picture]]  # at once, where it is `put_early`
+    above, bytes_synced, renaming, name_synced = ours
+    unfinished, renamed = renaming
+    assert above == [files]
+    assert (bytes_synced, renamed, name_synced) == ([unfinished], picture, [picture.parent])
     assert "fsync" in log.read_text()
-
-
-def test_early_content_is_told_of_once_it_can_be_read(storage: Storage) -> None:
-    seen: list[bytes | None] = []
-    stored = storage.put_early(
-        lambda: ("inputs/a", b"content"), lambda: seen.append(storage.get("inputs/a"))
-    )
-    stored.result()
-    assert seen == [b"content"]
-
-
-def test_early_content_that_cannot_be_made_is_not_stored(storage: Storage) -> None:
-    shown: list[bool] = []
-
-    def fail() -> tuple[str, bytes]:
-        raise KeyError("made")
-
-    with pytest.raises(KeyError, match="made"):
-        storage.put_early(fail, lambda: shown.append(True)).result()
-    storage.put("inputs/a", b"content")
-    with pytest.raises(StorageUnavailable):
-        storage.put_early(lambda: ("inputs/a/b", b""), lambda: shown.append(True)).result()
-    assert shown == []
 
 
 def test_write_that_fails_is_told_of_and_leaves_nothing(tmp_path: Path) -> None:
@@ -173,15 +143,13 @@ def test_what_a_crash_left_half_written_is_listed(storage: Storage, tmp_path: Pa
     assert not (tmp_path / "deep/files" / left).exists()
 
 
-@pytest.mark.parametrize("put", [PUT, PUT_EARLY], ids=["put", "put_early"])
-@pytest.mark.parametrize("path", ["", "generations/a-0.png", "generations"])
-def test_failing_fsync_is_told_of(path: str, put: str, strace: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nth", [1, 2, 3], ids=["folder above", "bytes", "name"])
+def test_failing_fsync_is_reported(nth: int, strace: str, tmp_path: Path) -> None:
     answer = tmp_path / "answer"
     answer.touch()
     ended = subprocess.run(
-        [strace, "-f", "-P", str(tmp_path / "files" / path), "-o", os.devnull]
-        + ["-e", "inject=fsync:error=EIO"]
-        + [sys.executable, "-c", put, (tmp_path / "files").as_uri(), str(answer)],
+        [strace, "-f", "-o", os.devnull, "-e", f"inject=fsync:error=EIO:when={nth}"]
+        + [sys.executable, "-c", PUT, (tmp_path / "files").as_uri(), str(answer)],
         capture_output=True,
         timeout=120,
     )

@@ -123,12 +123,12 @@ class TestLimits:
         submit(store, "a", 2)
         for refused in (
             lambda: store.submit(new_job(key_id="a")),
-            lambda: store.room_for("a"),
+            lambda: store.check_room("a"),
         ):
             with pytest.raises(QueueFull) as full:
                 refused()
             assert full.value.limit == 2
-        store.room_for("b")
+        store.check_room("b")
         claim(store)
         submit(store, "a")
 
@@ -137,12 +137,12 @@ class TestLimits:
         for limit in (1, 3):
             share = QueueShare(max_waiting=limit)
             for _ in range(limit):
-                store.room_for(f"k{limit}", share)
+                store.check_room(f"k{limit}", share)
                 store.submit(new_job(key_id=f"k{limit}", share=share))
             with pytest.raises(QueueFull):
                 store.submit(new_job(key_id=f"k{limit}", share=share))
             with pytest.raises(QueueFull):
-                store.room_for(f"k{limit}", share)
+                store.check_room(f"k{limit}", share)
 
     def test_whole_queue_has_a_limit(self, engine: Engine) -> None:
         store = JobStore(engine, max_waiting=3, max_waiting_per_key=2)

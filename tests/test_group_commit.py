@@ -1,7 +1,8 @@
 """Shared transactions: who is committed with whom, who is told what, and in which order."""
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -9,11 +10,11 @@ import pytest
 from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from server.commits import GroupCommit, each
+from server.errors import QueueFull
+from server.group_commit import GroupCommit
 
 WAIT_S = 20
 Work: TypeAlias = Callable[[Connection], Any]
-"""May give an error for its caller, or raise one."""
 
 
 def do(connection: Connection, work: Work) -> Any:
@@ -24,7 +25,13 @@ def do(connection: Connection, work: Work) -> Any:
 def commits(engine: Engine) -> GroupCommit[Work, Any]:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE notes (note INTEGER PRIMARY KEY)"))
-    return GroupCommit(engine, each(do), "test")
+    return GroupCommit(engine, do)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(40) as pool:
+        yield pool
 
 
 def note(number: int) -> Callable[[Connection], int]:
@@ -43,8 +50,9 @@ def notes_of(engine: Engine) -> list[int]:
 class Crowd:
     """A group that gathers behind one that is held inside its transaction."""
 
-    def __init__(self, commits: GroupCommit[Work, Any]) -> None:
+    def __init__(self, commits: GroupCommit[Work, Any], threads: ThreadPoolExecutor) -> None:
         self._commits = commits
+        self._threads = threads
         self._release = threading.Event()
         has_begun = threading.Event()
 
@@ -53,13 +61,17 @@ class Crowd:
             assert self._release.wait(WAIT_S)
             return "leader"
 
-        self.leader = commits.begin(lead)
+        self.leader = threads.submit(commits.run, lead)
         assert has_begun.wait(WAIT_S)
         self._all = [self.leader]
 
     def add(self, work: Work) -> Future[Any]:
-        """A further caller."""
-        self._all.append(self._commits.begin(work))
+        """A further caller, who waits for the leader's commit when this returns."""
+        self._all.append(self._threads.submit(self._commits.run, work))
+        for _ in range(100_000):
+            if len(self._commits._waiting) == len(self._all) - 1:
+                break
+            time.sleep(0.0002)
         return self._all[-1]
 
     def go(self) -> None:
@@ -83,10 +95,10 @@ def test_one_caller_gets_its_result_after_the_commit(
 
 
 def test_callers_that_come_during_a_commit_share_the_next(
-    commits: GroupCommit[Work, Any], engine: Engine
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
     seen = count_commits(engine)
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
     futures = [crowd.add(note(number)) for number in range(32)]
     crowd.go()
     assert [future.result() for future in futures] == [*range(32)]
@@ -94,13 +106,15 @@ def test_callers_that_come_during_a_commit_share_the_next(
     assert len(seen) == 2, "the leader's own, and one for all others"
 
 
-def test_order_is_that_of_arrival(commits: GroupCommit[Work, Any]) -> None:
+def test_order_is_that_of_arrival(
+    commits: GroupCommit[Work, Any], threads: ThreadPoolExecutor
+) -> None:
     order: list[int] = []
 
     def append(number: int) -> Work:
         return lambda _connection: order.append(number)
 
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
     for number in range(20):
         crowd.add(append(number))
     crowd.go()
@@ -108,19 +122,21 @@ def test_order_is_that_of_arrival(commits: GroupCommit[Work, Any]) -> None:
 
 
 def test_nobody_is_answered_before_the_commit(
-    commits: GroupCommit[Work, Any], engine: Engine
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
     answered: list[bool] = []
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
     futures = [crowd.add(note(number)) for number in range(3)]
     event.listen(engine, "commit", lambda _: answered.append(any(each.done() for each in futures)))
     crowd.go()
     assert answered == [False, False]
 
 
-def test_member_that_fails_does_so_alone(commits: GroupCommit[Work, Any], engine: Engine) -> None:
+def test_member_that_fails_does_so_alone(
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
+) -> None:
     commits.run(note(3))
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
 
     def fail(_connection: Connection) -> None:
         raise KeyError("failed")
@@ -135,38 +151,40 @@ def test_member_that_fails_does_so_alone(commits: GroupCommit[Work, Any], engine
     assert notes_of(engine) == [1, 2, 3, 4]
 
 
-def test_errors_that_are_given_back_cost_nobody_a_second_run(
-    commits: GroupCommit[Work, Any], engine: Engine
+def test_refusals_cost_nobody_a_second_run(
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
     runs: list[int] = []
 
     def work(number: int) -> Work:
-        def write(connection: Connection) -> int | KeyError:
+        def write(connection: Connection) -> int:
             runs.append(number)
-            return KeyError("refused") if number % 4 else note(number)(connection)
+            if number % 4:
+                raise QueueFull(1)
+            return note(number)(connection)
 
         return write
 
     futures = [crowd.add(work(number)) for number in range(20)]
     crowd.go()
     assert runs == [*range(20)]
-    assert [type(future.exception()) for future in futures[1::4]] == [KeyError] * 5
+    assert [type(future.exception()) for future in futures[1::4]] == [QueueFull] * 5
     assert [future.result() for future in futures[::4]] == notes_of(engine) == [*range(0, 20, 4)]
 
 
 def test_refused_member_that_is_run_again_may_succeed(
-    commits: GroupCommit[Work, Any], engine: Engine
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
     """There is room for it when a neighbour before it has failed."""
     commits.run(note(1))
     is_full = [True]
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
 
-    def hesitate(connection: Connection) -> int | KeyError:
+    def hesitate(connection: Connection) -> int:
         if is_full.pop():
             is_full.append(False)
-            return KeyError("refused")
+            raise QueueFull(1)
         return note(5)(connection)
 
     hesitant, twice = crowd.add(hesitate), crowd.add(note(1))
@@ -176,9 +194,9 @@ def test_refused_member_that_is_run_again_may_succeed(
 
 
 def test_commit_that_fails_is_told_to_every_member(
-    commits: GroupCommit[Work, Any], engine: Engine
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
     futures = [crowd.add(note(number)) for number in range(3)]
     remaining = ["leader"]
 
@@ -197,10 +215,10 @@ def test_commit_that_fails_is_told_to_every_member(
 
 
 def test_a_commit_may_fail_for_one_member_of_a_group_that_is_taken_apart(
-    commits: GroupCommit[Work, Any], engine: Engine
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
     commits.run(note(1))
-    crowd = Crowd(commits)
+    crowd = Crowd(commits, threads)
     first, twice, last = (crowd.add(note(number)) for number in (2, 1, 3))
     commits_left = [True, True]  # the leader's, and the first member's
 
@@ -218,28 +236,8 @@ def test_a_commit_may_fail_for_one_member_of_a_group_that_is_taken_apart(
     assert notes_of(engine) == [1, 2]
 
 
-def test_a_group_is_worked_off_as_one(engine: Engine, commits: GroupCommit[Work, Any]) -> None:
-    groups: list[list[int]] = []
-    has_begun, may_go_on = threading.Event(), threading.Event()
-
-    def work(_connection: Connection, group: Sequence[int]) -> list[int]:
-        has_begun.set()
-        assert may_go_on.wait(WAIT_S)
-        groups.append([*group])
-        return [10 * number for number in group]
-
-    together = GroupCommit(engine, work, "test")
-    first = together.begin(0)
-    assert has_begun.wait(WAIT_S)
-    others = [together.begin(number) for number in range(1, 5)]
-    may_go_on.set()
-    assert [future.result(WAIT_S) for future in (first, *others)] == [0, 10, 20, 30, 40]
-    assert groups == [[0], [1, 2, 3, 4]]
-
-
 def test_many_threads_lose_and_double_nothing(
-    commits: GroupCommit[Work, Any], engine: Engine
+    commits: GroupCommit[Work, Any], engine: Engine, threads: ThreadPoolExecutor
 ) -> None:
-    with ThreadPoolExecutor(16) as threads:
-        assert [*threads.map(lambda number: commits.run(note(number)), range(400))] == [*range(400)]
+    assert [*threads.map(lambda number: commits.run(note(number)), range(400))] == [*range(400)]
     assert notes_of(engine) == [*range(400)]
