@@ -170,7 +170,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
         background.start("keys", lambda: keep_fresh(services))
         background.start("watch", lambda: watch_workers(services))
         if engine.dialect.name == "sqlite":
-            background.start("log", lambda: keep_log_short(services))
+            background.start("log", lambda: keep_log_short(services, engine))
         yield services
 
 

@@ -32,7 +32,7 @@ def submission(
 
 def submit_together(
     engine: Engine, group: Sequence[tuple[NewJob, Idempotency | None]]
-) -> list[Job | Exception]:
+) -> list[Job | BaseException]:
     """In one transaction, as the members of one group commit."""
     submissions = Submissions(engine, LIMITS, lambda: NOW, lambda: NOW)
     members = [(each, Future[Job]()) for each in group]
