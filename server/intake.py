@@ -122,11 +122,14 @@ async def accept(
     base_url, called_url: of the request, by the functions of these names.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
-    await check_room(services, caller)
+    if services.waiters.is_released:
+        raise ServerBusy
+    services.health.refuse_writes()
     if once is not None:
         earlier = await services.in_store_thread(services.store.replayed, caller.key_id, once)
         if earlier is not None:
             return Submitted(earlier, is_new=False)
+    await services.in_store_thread(services.store.check_room, caller.key_id, share_of(caller))
     with admission_slot(services, caller):
         images, fetch_s = await fetch(services, asked, caller, (base_url, called_url))
         async with decoded(services, images, asked, caller) as (pair, decode_s):
@@ -134,14 +137,6 @@ async def accept(
             new = write_job(asked, caller, base_url, pair, intake)
             await services.in_file_thread(put_input, services.storage, new, pair)
         return await services.in_submit_thread(submit, services.store, services.storage, new, once)
-
-
-async def check_room(services: Services, caller: Caller) -> None:
-    """Refuse before any work is done. Raises: ServerBusy, QueueFull, StorageUnavailable."""
-    if services.waiters.is_released:
-        raise ServerBusy
-    services.health.refuse_writes()
-    await services.in_store_thread(services.store.check_room, caller.key_id, share_of(caller))
 
 
 @asynccontextmanager
