@@ -35,7 +35,7 @@ from server.database import migrate, open_engine
 from server.decoder import Wanted
 from server.decoders import DecodedPair, Decoder
 from server.job_store import JobStore
-from server.jobs import NewJob
+from server.jobs import NewJob, RequestFacts
 from server.settings import Settings
 from server.storage import Storage
 from tests.processes import ServerProcess, image_host
@@ -168,7 +168,8 @@ def make_stages(scratch: Path) -> list[Stage]:
     png = encode_png(pair.init_image)
 
     def new_job() -> NewJob:
-        return NewJob("v3", {}, order.params(), "", str(uuid.uuid4()), order.params().work)
+        params, prefix = order.params(), str(uuid.uuid4())
+        return NewJob("v3", RequestFacts(), params, "", prefix, params.work)
 
     def finish_job() -> None:
         (job,) = store.claim("stages", 1)

@@ -46,7 +46,7 @@ from server.database import deliveries, jobs, migrate, open_engine, read_only
 from server.deliveries import DeliveryState
 from server.http import raise_open_file_limit
 from server.job_store import JobStore
-from server.jobs import Job, JobState, NewJob
+from server.jobs import Job, JobState, NewJob, RequestFacts
 from server.settings import Settings
 from server.storage import Storage
 from tests.postgres import find_binaries, running_postgres
@@ -540,12 +540,11 @@ def newest_ids(engine: Engine, count: int = 200) -> list[int]:
 def new_job(index: int, webhook: str | None = None) -> NewJob:
     """As the API would make it of a request of `make_bodies`."""
     params = InpaintParams(prompt=make_prompt(index), seed=index, width=SIDE_PX, height=SIDE_PX)
-    request = {
-        "init_image": "(base64, 11000 bytes)",
-        "mask_image": "(base64, 1000 bytes)",
-        "base_url": "http://127.0.0.1",
-        "wants_base64": False,
-    }
+    request = RequestFacts(
+        base_url="http://127.0.0.1",
+        init_image="(base64, 11000 bytes)",
+        mask_image="(base64, 1000 bytes)",
+    )
     prefix = str(uuid.uuid4())
     return NewJob("v3", request, params, "load", prefix, params.work, webhook=webhook)
 

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any, Protocol
 
@@ -24,8 +24,8 @@ from server.downloads import ImageSource, OwnOutputs, download_images
 from server.errors import ApiError, ImageUnavailable, JobNotFound, QueueFull, ServerBusy
 from server.idempotency import Idempotency
 from server.job_store import JobStore
-from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, QueueShare, Submitted
-from server.notices import Notice, with_notices
+from server.jobs import OUTPUT_FOLDER, Job, JobState, NewJob, QueueShare, RequestFacts, Submitted
+from server.notices import Notice
 from server.proxies import BASE_URL
 from server.receipts import Intake
 from server.services import Services
@@ -67,8 +67,17 @@ class AskedJob(Protocol):
     def params(self, width: int, height: int) -> InpaintParams:
         """The job's parameters once its size is known. Raises: InvalidRequest."""
 
-    def record(self, base_url: str) -> dict[str, Any]:
-        """What the dialect's answers need besides the parameters, JSON values."""
+    @property
+    def previews(self) -> bool:
+        """The worker shows the job while it runs."""
+
+    @property
+    def notices(self) -> Sequence[Notice]:
+        """What of the request is not applied as asked."""
+
+    @property
+    def own_facts(self) -> Mapping[str, Any]:
+        """What the job's row keeps for this dialect alone, JSON values."""
 
 
 def get_services(request: Request) -> Services:
@@ -244,12 +253,12 @@ def write_job(
     """What is submitted. Raises: InvalidRequest."""
     height, width = pair.mask.shape
     params = asked.params(*canvas_size(asked, width, height))
-    notices = [*pair.notices]
+    notices = [*asked.notices, *pair.notices]
     if marks_nothing(pair.mask, is_soft=params.soft_mask, is_inverted=params.invert_mask):
         notices.append(Notice.MASK_IS_EMPTY)
     return NewJob(
         dialect=asked.dialect,
-        request=with_notices(asked.record(base_url), notices) | {"intake": intake.to_json()},
+        request=facts_of(asked, base_url, notices, intake),
         params=params,
         key_id=caller.key_id,
         share=share_of(caller),
@@ -257,6 +266,21 @@ def write_job(
         work=params.work,
         webhook=asked.webhook,
         track_id=asked.track_id,
+    )
+
+
+def facts_of(
+    asked: AskedJob, base_url: str, notices: Iterable[Notice], intake: Intake | None
+) -> RequestFacts:
+    """What the job's row keeps of its request."""
+    return RequestFacts(
+        base_url=base_url,
+        init_image=asked.init_image.describe(),
+        mask_image=asked.mask_image.describe(),
+        previews=asked.previews,
+        warnings=tuple(dict.fromkeys(notices)),
+        intake=intake,
+        own=asked.own_facts,
     )
 
 

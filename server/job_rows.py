@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from models.params import InpaintParams
-from server.jobs import Job, JobState
+from server.jobs import Job, JobState, RequestFacts
 
 
 def to_job(row: Row[Any]) -> Job:
@@ -13,5 +13,6 @@ def to_job(row: Row[Any]) -> Job:
     values = dict(row._mapping)
     del values["beaten_at"], values["submitted_s"]
     values["state"] = JobState(values["state"])
+    values["request"] = RequestFacts.from_json(values["request"])
     values["params"] = InpaintParams.from_json(values["params"])
     return Job(**values)

@@ -3,11 +3,14 @@
 No database and no change of state here; that is `job_store.py`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 from models.params import InpaintParams
+from server.notices import Notice
+from server.receipts import Intake
 
 INPUT_FOLDER = "inputs"
 """First part of the storage key of a job's init image and mask."""
@@ -58,11 +61,65 @@ USUAL_SHARE = QueueShare()
 
 
 @dataclass(frozen=True, slots=True)
-class NewJob:
-    """What a dialect hands in.
+class RequestFacts:
+    """What a job's row keeps of its request besides the parameters.
 
-    request: what the dialect needs to write its answers later, JSON values; and `previews`, true
-        where the worker is to show the job while it runs.
+    base_url: of the URLs in answers. init_image, mask_image: a URL as it was sent, or the kind and
+        size of an inline image. previews: the worker shows the job while it runs.
+    intake: how the images came in; None in rows of earlier versions.
+    own: facts of the job's dialect alone, JSON values, for which it has a frozen type.
+    """
+
+    base_url: str = ""
+    init_image: str = ""
+    mask_image: str = ""
+    previews: bool = False
+    warnings: tuple[Notice, ...] = ()
+    intake: Intake | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a job row; `from_json` is the way back."""
+        return {
+            **self.own,
+            "base_url": self.base_url,
+            "init_image": self.init_image,
+            "mask_image": self.mask_image,
+            "previews": self.previews,
+            "warnings": [*self.warnings],
+            "intake": None if self.intake is None else self.intake.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RequestFacts":
+        """Also of earlier versions' rows, which lack some; codes of later ones are left out."""
+        codes, intake = values.get("warnings", ()), values.get("intake")
+        return cls(
+            base_url=values.get("base_url", ""),
+            init_image=values.get("init_image", ""),
+            mask_image=values.get("mask_image", ""),
+            previews=values.get("previews", False),
+            warnings=tuple(notice for notice in Notice if notice in codes),
+            intake=None if intake is None else Intake.from_json(intake),
+            own={name: value for name, value in values.items() if name not in SHARED_FACTS},
+        )
+
+    def warnings_at(self, coverage: float | None) -> list[Notice]:
+        """The warnings of a finished job, because a mask may also have shrunk to nothing.
+
+        coverage: the share of the picture that was repainted; None for a job that is not finished.
+        """
+        is_empty = coverage == 0 and Notice.MASK_IS_EMPTY not in self.warnings
+        return [*([Notice.MASK_IS_EMPTY] if is_empty else []), *self.warnings]
+
+
+SHARED_FACTS = {each.name for each in fields(RequestFacts)} - {"own"}
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What is submitted.
+
     key_id: whose job it is. share: what that key may have of the queue.
     file_prefix: uuid4; names the job's files.
     work: size of the job in pixel steps, for estimates of time.
@@ -70,7 +127,7 @@ class NewJob:
     """
 
     dialect: str
-    request: dict[str, Any]
+    request: RequestFacts
     params: InpaintParams
     key_id: str
     file_prefix: str
@@ -105,7 +162,7 @@ class Job:
     state: JobState
     key_id: str
     dialect: str
-    request: dict[str, Any]
+    request: RequestFacts
     params: InpaintParams
     file_prefix: str
     work: float
@@ -152,7 +209,7 @@ class Job:
     @property
     def wants_previews(self) -> bool:
         """Whether the worker is to show the job while it runs."""
-        return bool(self.request.get("previews"))
+        return self.request.previews
 
     @property
     def preview_key(self) -> str:

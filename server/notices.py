@@ -1,17 +1,12 @@
 """What a client should know about a job that succeeds all the same: a closed list of warnings.
 
-A job keeps them in its row, among what its dialect recorded of the request. The native API tells
-them; V3 has no place for them.
+A job keeps them in its row. The native API reports them; V3 has no place for them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
 
 from models.prompt_syntax import has_extra_networks, has_unread_syntax
-
-RECORD_KEY = "warnings"
-"""Where a job's `request` holds the codes."""
 
 
 class Notice(StrEnum):
@@ -72,18 +67,3 @@ def prompt_notices(prompts: Sequence[str]) -> list[Notice]:
     if any(map(has_unread_syntax, prompts)):
         notices.append(Notice.PROMPT_SYNTAX_UNSUPPORTED)
     return notices
-
-
-def with_notices(record: Mapping[str, Any], notices: Iterable[Notice]) -> dict[str, Any]:
-    """The record with these added to those it has, each once."""
-    codes = [*record.get(RECORD_KEY, ()), *map(str, notices)]
-    return {**record, RECORD_KEY: [*dict.fromkeys(codes)]}
-
-
-def notices_of(record: Mapping[str, Any], coverage: float | None = None) -> list[Notice]:
-    """Those of a job's `request`; without codes of a newer version.
-
-    coverage: of a finished job, because a mask may also have shrunk to nothing.
-    """
-    codes = [*record.get(RECORD_KEY, ()), *([Notice.MASK_IS_EMPTY] if coverage == 0 else ())]
-    return [notice for notice in Notice if notice in codes]

@@ -13,7 +13,6 @@ from server.failures import Failure
 from server.inspection import Stages, inspect_pictures, repaired_parts, run_times, versions
 from server.job_store import JobStore
 from server.jobs import Job, JobState
-from server.notices import notices_of
 from server.receipts import Model, Receipt
 from server.storage import Storage
 from server.telemetry import get_logger
@@ -123,12 +122,13 @@ class Result:
             self.stores.drop_input(self.job)
         else:
             self.stores.drop_pictures(self.job)
+        intake = self.job.request.intake
         logger.info(
             "job finished" if is_ours else "job finished by another",
             job_id=self.job.id,
             coverage=self._coverage,
-            mask_read_as=self.job.request.get("intake", {}).get("mask_read_as"),
-            warnings=", ".join(notices_of(self.job.request, self._coverage)),
+            mask_read_as=intake.mask_read_as if intake else None,
+            warnings=", ".join(self.job.request.warnings_at(self._coverage)),
         )
 
     def _was_ours(self) -> bool:

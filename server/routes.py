@@ -208,7 +208,7 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str] | No
     result is None. Raises: StorageUnavailable.
     """
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    if not job.request.get("wants_base64"):  # jobs of other dialects cannot ask for it
+    if not v3.V3Facts.of(job).wants_base64:
         return urls
     if services.settings.base64_output is Base64Output.LINK:
         return [url.removesuffix(".png") + ".base64" for url in urls]

@@ -91,7 +91,7 @@ class Submissions:
             "state": JobState.QUEUED,
             "key_id": new.key_id,
             "dialect": new.dialect,
-            "request": new.request,
+            "request": new.request.to_json(),
             "params": new.params.to_json(),
             "file_prefix": new.file_prefix,
             "work": new.work,

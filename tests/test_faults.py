@@ -439,8 +439,7 @@ async def deliver_in_spite(kind: str, fault: Fault, engine: Engine) -> None:
     behaviours = {"reset": resetting(fault), "silence": falling_silent(fault)}
     async with running_stub(behaviours.get(kind, answering(ANSWER))) as stub:
         for _ in range(HOOKS):
-            asked = {"init_image": "", "mask_image": "", "wants_base64": False, "base_url": ""}
-            store.submit(new_job(webhook=f"{stub.url}/hook", request=asked))
+            store.submit(new_job(webhook=f"{stub.url}/hook"))
         held = store.claim("w", HOOKS)
         for job in held:
             store.finish(job, [False])

@@ -34,7 +34,7 @@ from server.job_store import (
     WorkerStatus,
     in_few_sizes,
 )
-from server.jobs import Beat, Job, JobState, NewJob
+from server.jobs import Beat, Job, JobState, NewJob, RequestFacts
 from server.silence import LOOK_S
 from tests.postgres import PostgresServer
 
@@ -56,7 +56,7 @@ class Clock:
 def new_job(**changes: Any) -> NewJob:
     plain = NewJob(
         dialect="v3",
-        request={"init_image": "http://x/a.png"},
+        request=RequestFacts(init_image="http://x/a.png"),
         params=PARAMS,
         key_id="somebody",
         file_prefix=str(uuid.uuid4()),

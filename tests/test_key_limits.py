@@ -110,7 +110,7 @@ def picture(tmp_path: Path) -> Iterator[str]:
 def test_pictures_may_come_from_its_networks(
     dialect: Dialect, picture: str, limited: Holder
 ) -> None:
-    assert limited.job(dialect, init_image=picture).request["init_image"] == picture
+    assert limited.job(dialect, init_image=picture).request.init_image == picture
 
 
 @either

@@ -110,7 +110,7 @@ SERVER = {
     "group_commit": "errors",
     "turns": "database",
     "silence": "",
-    "jobs": "models.params",
+    "jobs": "notices receipts models.params",
     "estimates": "",
     "job_rows": "database jobs turns models.params",
     "submissions": "database errors group_commit idempotency job_rows jobs turns",
@@ -143,7 +143,7 @@ SERVER = {
     "checkpoints": "receipts settings telemetry models.acceleration models.errors"
     " models.fingerprint models.manifests models.pipeline models.registry models.residency",
     "endings": "errors failures jobs telemetry",
-    "results": "endings errors failures inspection job_store jobs notices receipts storage"
+    "results": "endings errors failures inspection job_store jobs receipts storage"
     " telemetry models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
     "worker": "checkpoints database decoders endings errors failures inspection job_store jobs"

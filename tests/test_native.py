@@ -71,10 +71,7 @@ def test_every_parameter_reaches_the_job() -> None:
 
 
 def test_previews_are_for_the_worker_and_no_parameter() -> None:
-    assert [read().record("")["previews"], read(previews=True).record("")["previews"]] == [
-        False,
-        True,
-    ]
+    assert [read().previews, read(previews=True).previews] == [False, True]
     assert problems(previews="yes") == {"previews": FieldProblem.WRONG_TYPE}
     plain, shown = (read(seed=1, previews=each).params(64, 64) for each in (False, True))
     assert plain == shown

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 
 from server.errors import StorageUnavailable
 from server.job_store import JobStore
-from server.jobs import Job
+from server.jobs import Job, RequestFacts
 from server.previews import PreviewFiles
 from server.storage import Storage
 from tests.test_job_store import claim_one, new_job
@@ -49,7 +49,7 @@ def thread() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture
 def job(engine: Engine) -> Job:
     store = JobStore(engine)
-    store.submit(new_job(request={"previews": True}))
+    store.submit(new_job(request=RequestFacts(previews=True)))
     return claim_one(store)
 
 

@@ -31,7 +31,8 @@ from server.errors import (
     Stranger,
     TooManyStreams,
 )
-from server.jobs import Job, JobState
+from server.intake import facts_of
+from server.jobs import Job, JobState, RequestFacts
 from server.notices import Notice
 from server.settings import ErrorStatus, StepsPolicy
 from tests.hostile_urls import URLS_OF_TWO_READINGS
@@ -249,10 +250,6 @@ class TestReading:
             Notice.LORA_TAG_IGNORED,
             Notice.PROMPT_SYNTAX_UNSUPPORTED,
         )
-        assert request.record("")["warnings"] == [
-            "lora_tag_ignored",
-            "prompt_syntax_unsupported",
-        ]
 
     def test_images_may_be_uploads_or_base64(self) -> None:
         request = read(init_image=b"\x89PNG", mask_image=" data:image/png;base64,AAAA ")
@@ -273,15 +270,16 @@ class TestReading:
         request = read(prompt="a \ud800 cat", enhance_prompt="no", track_id="\udfff")
         assert (request.prompt, request.track_id) == ("a ? cat", "?")
 
-    def test_record_holds_what_the_answers_echo(self) -> None:
+    def test_row_keeps_what_the_answers_echo(self) -> None:
         request = read(init_image=b"\x89PNG", base64="yes")
-        assert request.record("http://h") == {
-            "init_image": "(file, 4 bytes)",
-            "mask_image": MASK,
-            "wants_base64": True,
-            "base_url": "http://h",
-            "warnings": [],
-        }
+        facts = facts_of(request, "http://h", [], None)
+        assert facts == RequestFacts(
+            base_url="http://h",
+            init_image="(file, 4 bytes)",
+            mask_image=MASK,
+            own={"wants_base64": True},
+        )
+        assert RequestFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
 
 
 def test_description_has_the_ranges_that_are_read() -> None:
@@ -477,7 +475,7 @@ def job() -> Job:
         state=JobState.FINISHED,
         key_id="anonymous",
         dialect=v3.DIALECT,
-        request=request.record("http://h"),
+        request=facts_of(request, "http://h", [], None),
         params=InpaintParams.from_json(json.loads(json.dumps(request.params(512, 512).to_json()))),
         file_prefix=PREFIX,
         work=1.0,

@@ -42,7 +42,7 @@ from server.deliveries import (
 from server.errors import Conflict, ConflictKind
 from server.failures import Failure
 from server.job_store import MAX_ATTEMPTS, JobStore
-from server.jobs import Job, NewJob
+from server.jobs import Job, NewJob, RequestFacts
 from server.settings import WebhookSettings
 from server.webhooks import (
     CALLS_PER_HOST,
@@ -96,12 +96,12 @@ def submit(
     jobs.submit(
         NewJob(
             dialect=dialect,
-            request={
-                "init_image": "http://pictures.example/init.png",
-                "mask_image": "http://pictures.example/mask.png",
-                "wants_base64": True,
-                "base_url": "http://inpaint.example",
-            },
+            request=RequestFacts(
+                base_url="http://inpaint.example",
+                init_image="http://pictures.example/init.png",
+                mask_image="http://pictures.example/mask.png",
+                own={"wants_base64": True},
+            ),
             params=InpaintParams(prompt="a red circle", seed=1, samples=2),
             key_id=key_id,
             file_prefix=str(uuid.uuid4()),

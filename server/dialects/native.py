@@ -41,7 +41,7 @@ from server.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.downloads import ImageSource
 from server.errors import InvalidBody, InvalidRequest, JobNotFound
 from server.idempotency import Idempotency
-from server.notices import RECORD_KEY, prompt_notices
+from server.notices import Notice, prompt_notices
 
 DIALECT = "native"
 MAX_REPORTED_FIELDS = 50
@@ -327,14 +327,17 @@ class NativeJob:
                 {each.field: [FieldProblem.TOO_MANY_STEPS] for each in error.violations}
             ) from error
 
-    def record(self, base_url: str) -> dict[str, Any]:
-        return {
-            "init_image": self.init_image.describe(),
-            "mask_image": self.mask_image.describe(),
-            "base_url": base_url,
-            "previews": self.request.previews,
-            RECORD_KEY: prompt_notices([self.request.prompt, self.request.negative_prompt]),
-        }
+    @property
+    def previews(self) -> bool:
+        return self.request.previews
+
+    @property
+    def notices(self) -> Sequence[Notice]:
+        return prompt_notices([self.request.prompt, self.request.negative_prompt])
+
+    @property
+    def own_facts(self) -> Mapping[str, Any]:
+        return {}
 
 
 def read_job(

@@ -11,7 +11,7 @@ from models.mask_reading import MaskReading
 from server.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryState, DeliveryStatus
 from server.failures import Failure
 from server.jobs import OUTPUT_FOLDER, Job, JobState
-from server.notices import Notice, notices_of
+from server.notices import Notice
 from server.receipts import Intake, Model, Receipt
 
 
@@ -237,7 +237,7 @@ def write_job(
     job: Job, receipt: Receipt | None, base_url: str, position: int | None, eta_s: float | None
 ) -> JobAnswer:
     """A job in full. position, eta_s: None for one that does not wait, or has ended."""
-    intake = intake_of(job)
+    intake = job.request.intake
     return JobAnswer(
         **summary_values(job),
         position=position,
@@ -246,18 +246,12 @@ def write_job(
         mask=write_mask(intake, receipt),
         warnings=[
             WarningAnswer(code=notice, message=notice.sentence)
-            for notice in notices_of(job.request, receipt.coverage if receipt else None)
+            for notice in job.request.warnings_at(receipt.coverage if receipt else None)
         ],
         outputs=write_outputs(job, receipt, base_url),
         params=job.params.to_json(),
         receipt=write_receipt(receipt, intake) if receipt else None,
     )
-
-
-def intake_of(job: Job) -> Intake | None:
-    """None for a job of an earlier version."""
-    values = job.request.get("intake")
-    return None if values is None else Intake.from_json(values)
 
 
 def write_mask(intake: Intake | None, receipt: Receipt | None) -> Mask | None:
@@ -324,7 +318,7 @@ def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> T
 
 def write_webhook(job: Job) -> dict[str, Any]:
     """The call that tells of a job's end; what else is known of it can be fetched."""
-    base_url = job.request["base_url"]
+    base_url = job.request.base_url
     summary = write_summary(job).model_dump(mode="json")
     outputs = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
     return {"type": f"job.{job.state}", **summary, "outputs": outputs if job.has_pictures else []}

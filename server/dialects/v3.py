@@ -47,7 +47,7 @@ from server.errors import (
     TooManyStreams,
 )
 from server.jobs import OUTPUT_FOLDER, Job, JobState
-from server.notices import RECORD_KEY, Notice, prompt_notices
+from server.notices import Notice, prompt_notices
 from server.settings import ErrorStatus, StepsPolicy
 
 DIALECT = "v3"
@@ -97,6 +97,7 @@ class V3Request:
     track_id: Any
     dialect: str = DIALECT
     keeps_own_size: bool = False
+    previews: bool = False
     notices: tuple[Notice, ...] = ()
 
     def params(self, width: int, height: int) -> InpaintParams:
@@ -122,15 +123,29 @@ class V3Request:
                 {each.field: [write_violation(each)] for each in error.violations}
             ) from error
 
-    def record(self, base_url: str) -> dict[str, Any]:
-        """What the answers need besides the parameters; goes into the job row."""
-        return {
-            "init_image": self.init_image.describe(),
-            "mask_image": self.mask_image.describe(),
-            "wants_base64": self.wants_base64,
-            "base_url": base_url,
-            RECORD_KEY: list(self.notices),
-        }
+    @property
+    def own_facts(self) -> dict[str, Any]:
+        """See `V3Facts`."""
+        return V3Facts(wants_base64=self.wants_base64).to_json()
+
+
+@dataclass(frozen=True, slots=True)
+class V3Facts:
+    """What a V3 job's row keeps beside what all jobs' rows do.
+
+    wants_base64: the answer holds the pictures as texts instead of URLs.
+    """
+
+    wants_base64: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `of` is the way back."""
+        return {"wants_base64": self.wants_base64}
+
+    @classmethod
+    def of(cls, job: Job) -> "V3Facts":
+        """A job's; the defaults for a job of another dialect."""
+        return cls(wants_base64=bool(job.request.own.get("wants_base64")))
 
 
 def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
@@ -246,8 +261,8 @@ def write_meta(job: Job) -> Body:
         "W": params.width,
         "file_prefix": job.file_prefix,
         "guidance_scale": params.guidance_scale,
-        "init_image": job.request["init_image"],
-        "mask_image": job.request["mask_image"],
+        "init_image": job.request.init_image,
+        "mask_image": job.request.mask_image,
         "n_samples": params.samples,
         "negative_prompt": params.negative_prompt,
         "outdir": "out",
@@ -330,7 +345,7 @@ def write_webhook(job: Job) -> Body:
     stays one when its pictures have been removed since: an earlier try may have told of it.
     """
     if job.state is JobState.FINISHED:
-        base_url = job.request["base_url"]
+        base_url = job.request.base_url
         names = job.output_names if job.has_pictures else []
         output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in names]
         return {**write_success(job, output), "track_id": job.track_id}
