@@ -81,7 +81,7 @@ def ready_announced(store: JobStore, worker_ids: Sequence[str], url: str) -> Ite
 def is_one_ready(store: JobStore, worker_ids: Sequence[str]) -> bool:
     """False also where the database is away."""
     with suppress(SQLAlchemyError):
-        return any(each.id in worker_ids and each.state == "ready" for each in store.workers_seen())
+        return any(each.id in worker_ids and each.state == "ready" for each in store.workers.seen())
     return False
 
 

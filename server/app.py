@@ -197,7 +197,7 @@ async def watch_workers(services: Services) -> None:
     while True:
         try:
             await services.in_store_thread(services.store.requeue_expired)
-            await services.in_store_thread(services.store.forget_silent_workers)
+            await services.in_store_thread(services.store.workers.forget_silent)
         except SQLAlchemyError:
             logger.exception("workers cannot be watched")
         await asyncio.sleep(LOOK_S)

@@ -13,6 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sqlalchemy import Connection, case, select
+
+from server.database import jobs
+from server.jobs import JobState
+from server.turns import ORDER
+
 MARGIN = 1.2
 """Of all estimates, for jobs that arrive later."""
 
@@ -55,6 +61,29 @@ FRESH_S = 0.2
 COST_FACTOR = 10.0
 """A forecast counts for so many times as long as it took to make: with a thousand jobs in the queue
 it may take a tenth of one core."""
+
+
+RECENT_JOBS = 20
+"""How many of the last finished jobs tell the speed."""
+
+SIDES = [jobs.c.params[name].as_integer() for name in ("samples", "width", "height")]
+PIXELS = SIDES[0] * SIDES[1] * SIDES[2]
+"""Of a job, in each of its steps."""
+
+RECENT = (
+    select(PIXELS.label("pixels"), jobs.c.work, jobs.c.finished_at, jobs.c.run_s)
+    .where(jobs.c.state == JobState.FINISHED, jobs.c.run_s > 0, jobs.c.work > 0)
+    .order_by(jobs.c.id.desc())
+    .limit(RECENT_JOBS)
+)
+LEFT = jobs.c.work * (
+    1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
+)
+IN_ORDER = (
+    select(jobs.c.id, jobs.c.state, PIXELS.label("pixels"), LEFT.label("left"))
+    .where(jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING]))
+    .order_by((jobs.c.state == JobState.RUNNING).desc(), *ORDER)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +246,27 @@ def play(live: Sequence[LiveWork], places: int, throughput: Throughput, pause_s:
         {each.id: position for position, each in enumerate(waiting, 1)},
         at_s if wait_s is None else wait_s,
     )
+
+
+def read_forecast(
+    connection: Connection, devices: Sequence[str], places_on: Callable[[str], int], now: float
+) -> Forecast:
+    """The queue in the database, played forward.
+
+    devices: those of the workers that are ready. places_on: jobs side by side in a worker, by its
+    device. now: seconds since the epoch.
+    """
+    done = [
+        DoneWork(row.pixels, row.work / row.pixels, row.finished_at, row.run_s)
+        for row in connection.execute(RECENT)
+    ]
+    left = [
+        LiveWork(row.id, row.state == JobState.RUNNING, row.pixels, row.left / row.pixels)
+        for row in connection.execute(IN_ORDER)
+    ]
+    places = sum(map(places_on, devices)) or places_on("")
+    pause_s = 0.0 if devices else START_S
+    return play(left, places, measure(done, len(devices), now), pause_s=pause_s)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
@@ -38,14 +38,12 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from server.changes import ChangeSignal
 from server.clocks import SharedClock
-from server.database import Topic, check_file, jobs, notify, read_only, receipts, workers
+from server.database import Topic, check_file, jobs, notify, read_only, receipts
 from server.deliveries import queue_delivery
-from server.estimates import START_S, DoneWork, Forecast, LiveWork, measure, play
+from server.estimates import Forecast, read_forecast
 from server.failures import Failure
 from server.idempotency import Idempotency
 from server.job_rows import to_job
@@ -62,21 +60,13 @@ from server.receipts import Receipt
 from server.silence import Silence
 from server.submissions import QueueLimits, Submissions
 from server.turns import IS_WAITING, ORDER
+from server.workers import WorkerRegistry
 
 LEASE_S = 35.0
 """It takes two looks more until a lost job is queued again: 45 s in all."""
 
 MAX_ATTEMPTS = 3
 WORKER_LOST = Failure.WORKER_LOST.sentence
-RECENT_JOBS = 20
-"""How many of the last finished jobs tell the speed."""
-
-WORKER_SEEN_S = 30.0
-"""A worker not heard of for so long is not counted."""
-
-WORKER_KEPT_S = 600.0
-"""The row of one not heard of for so long is removed."""
-
 OVER_SHARE_S = 0.25
 """Other workers that have room claim a job sooner than that."""
 
@@ -133,25 +123,6 @@ CLAIM = (
     .returning(jobs)
 )
 
-SIDES = [jobs.c.params[name].as_integer() for name in ("samples", "width", "height")]
-PIXELS = SIDES[0] * SIDES[1] * SIDES[2]
-"""Of a job, in each of its steps."""
-
-RECENT = (
-    select(PIXELS.label("pixels"), jobs.c.work, jobs.c.finished_at, jobs.c.run_s)
-    .where(jobs.c.state == JobState.FINISHED, jobs.c.run_s > 0, jobs.c.work > 0)
-    .order_by(jobs.c.id.desc())
-    .limit(RECENT_JOBS)
-)
-LEFT = jobs.c.work * (
-    1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
-)
-IN_ORDER = (
-    select(jobs.c.id, jobs.c.state, PIXELS.label("pixels"), LEFT.label("left"))
-    .where(IS_LIVE)
-    .order_by((jobs.c.state == JobState.RUNNING).desc(), *ORDER)
-)
-
 CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
 
@@ -193,18 +164,6 @@ FINISH = (
 KEEP = insert(receipts)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """What a worker last said of itself. state: loading, ready or failed."""
-
-    id: str
-    device: str
-    model: str
-    state: str
-    detail: str
-    seen_at: float
-
-
 class JobStore:
     """All access to job rows. Synchronous; safe to call from several threads and processes.
 
@@ -230,7 +189,7 @@ class JobStore:
         limits = QueueLimits(max_waiting, max_waiting_per_key)
         self._submissions = Submissions(engine, limits, clock, self._shared_clock)
         self._claims = Silence[tuple[int, int]](steady_clock)
-        self._workers = Silence[str](steady_clock)
+        self.workers = WorkerRegistry(engine, clock, steady_clock)
 
     def change_signal(self, *topics: Topic) -> ChangeSignal:
         """For one thread that waits for others' commits. topics: all where none is named."""
@@ -364,7 +323,7 @@ class JobStore:
 
     def _share(self, connection: Connection, worker_id: str, waiting: int) -> int:
         """How many more jobs a worker may take until it has its share. waiting: of the jobs."""
-        ready = {each.id for each in self._seen(connection) if each.state == "ready"}
+        ready = {each.id for each in self.workers.ready_in(connection)}
         held: dict[str, int] = {
             row.worker_id: row.jobs for row in connection.execute(HELD_BY_WORKERS)
         }
@@ -457,76 +416,9 @@ class JobStore:
     def forecast(self, places_on: Callable[[str], int]) -> Forecast:
         """When all jobs will end. places_on: jobs side by side in a worker, by its device."""
         with read_only(self._engine) as connection:
-            ready = [each for each in self._seen(connection) if each.state == "ready"]
-            recent = connection.execute(RECENT).all()
-            live = connection.execute(IN_ORDER).all()
-        done = [
-            DoneWork(row.pixels, row.work / row.pixels, row.finished_at, row.run_s)
-            for row in recent
-        ]
-        left = [
-            LiveWork(row.id, row.state == JobState.RUNNING, row.pixels, row.left / row.pixels)
-            for row in live
-        ]
-        places = sum(places_on(each.device) for each in ready)
-        return play(
-            left,
-            places or places_on(""),
-            measure(done, len(ready), self._clock()),
-            pause_s=0.0 if ready else START_S,
-        )
-
-    def report_worker(self, status: WorkerStatus) -> None:
-        """Write a worker's word of itself, in place of its earlier one."""
-        values = {each.name: getattr(status, each.name) for each in fields(status)}
-        is_sqlite = self._engine.dialect.name == "sqlite"
-        upsert = (sqlite_insert if is_sqlite else postgresql_insert)(workers).values(values)
-        with self._engine.begin() as connection:
-            connection.execute(upsert.on_conflict_do_update(index_elements=["id"], set_=values))
-
-    def forget_worker(self, worker_id: str) -> None:
-        """A worker has ended."""
-        with self._engine.begin() as connection:
-            connection.execute(workers.delete().where(workers.c.id == worker_id))
-
-    def workers_seen(self) -> list[WorkerStatus]:
-        """The workers heard of lately."""
-        with read_only(self._engine) as connection:
-            return self._seen(connection)
-
-    def forget_silent_workers(self) -> int:
-        """Remove the rows of workers long dead; how many there were."""
-        with read_only(self._engine) as connection:
-            words = connection.execute(select(workers.c.id, workers.c.seen_at)).all()
-        silent_s = self._listen({row.id: row.seen_at for row in words})
-        dead = [tuple(row) for row in words if silent_s[row.id] > WORKER_KEPT_S]
-        if not dead:
-            return 0
-        is_dead = tuple_(workers.c.id, workers.c.seen_at).in_(dead)
-        with self._engine.begin() as connection:
-            return connection.execute(workers.delete().where(is_dead)).rowcount
-
-    def worker(self, worker_id: str) -> WorkerStatus | None:
-        """A worker's last word, however old; None before its first."""
-        query = select(workers).where(workers.c.id == worker_id)
-        with read_only(self._engine) as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else WorkerStatus(**row._mapping)
-
-    def _seen(self, connection: Connection) -> list[WorkerStatus]:
-        rows = connection.execute(select(workers)).all()
-        silent_s = self._listen({row.id: row.seen_at for row in rows})
-        return [WorkerStatus(**row._mapping) for row in rows if silent_s[row.id] < WORKER_SEEN_S]
-
-    def _listen(self, words: Mapping[str, float]) -> dict[str, float]:
-        """Seconds since each worker was last heard. words: `seen_at` by id, of all workers."""
-
-        def guess(seen_at: float) -> float:
-            # At the first look there is nothing but the wall clock. Where it is wrong, a living
-            # worker is not counted until it speaks again, some seconds later.
-            return min(abs(self._clock() - seen_at), WORKER_SEEN_S)
-
-        return self._workers.look(words, guess)
+            ready = self.workers.ready_in(connection)
+            devices = [each.device for each in ready]
+            return read_forecast(connection, devices, places_on, self._clock())
 
     def _run_s(self, job: Job) -> float | None:
         return None if job.claimed_s is None else max(0.0, self._steady_clock() - job.claimed_s)

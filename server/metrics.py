@@ -19,9 +19,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.database import deliveries, delivery_attempts, jobs, read_only
 from server.estimates import Estimator
 from server.failures import Failure
-from server.job_store import JobStore, WorkerStatus
+from server.job_store import JobStore
 from server.jobs import JobState
 from server.settings import SHARED_FIGURES
+from server.workers import WorkerStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNKNOWN_ROUTE = "unknown"
@@ -122,7 +123,7 @@ class StoredFigures(Collector):
 
     def _read(self) -> Iterator[Metric]:
         wait_s = self._estimator.forecast().wait_s
-        seen = self._store.workers_seen()
+        seen = self._store.workers.seen()
         with read_only(self._engine) as connection:
             in_state = dict(count_by(connection, jobs.c.state))
             sentences = count_by(connection, jobs.c.error)

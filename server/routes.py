@@ -33,11 +33,11 @@ from server.intake import (
     find_job,
     get_services,
 )
-from server.job_store import WorkerStatus
 from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState
 from server.services import WEBHOOKS, Services
 from server.settings import Base64Output, Settings
 from server.telemetry import get_logger
+from server.workers import WorkerStatus
 
 logger = get_logger(__name__)
 
@@ -265,7 +265,7 @@ async def workers_seen(services: Services) -> list[WorkerStatus]:
         return []
     try:
         async with asyncio.timeout(PROBE_PATIENCE_S):
-            return await services.in_store_thread(services.store.workers_seen)
+            return await services.in_store_thread(services.store.workers.seen)
     except (TimeoutError, SQLAlchemyError) as error:
         services.health.note(Store.DATABASE, error)
     return []

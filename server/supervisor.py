@@ -18,10 +18,11 @@ from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.job_store import JobStore, WorkerStatus
+from server.job_store import JobStore
 from server.metrics import forget_process
 from server.settings import Settings
 from server.telemetry import get_logger
+from server.workers import WorkerStatus
 
 logger = get_logger(__name__)
 
@@ -95,7 +96,7 @@ class Watch:
             return False
         self._look_again_at = now + min(self._stall_s, self._load_stall_s) / WATCHES_PER_STALL
         try:
-            word = self._store.worker(self._worker_id)
+            word = self._store.workers.get(self._worker_id)
         except SQLAlchemyError:
             self._heard_at = now  # the worker could not have spoken
             return False
@@ -176,25 +177,25 @@ class WorkerChild:
         self._has_been_ready |= self._watch is not None and self._watch.has_been_ready
         try:
             self._store.requeue_of(self._id)
-            word = self._store.worker(self._id)
+            word = self._store.workers.get(self._id)
             if word is None or word.state != "failed":
-                self._store.forget_worker(self._id)
+                self._store.workers.forget(self._id)
         except SQLAlchemyError:
             logger.exception("jobs not taken back", **self.label)
 
     def forget(self) -> None:
         with suppress(SQLAlchemyError):
-            self._store.forget_worker(self._id)
+            self._store.workers.forget(self._id)
 
     def complaint(self) -> str:
         with suppress(SQLAlchemyError):
-            word = self._store.worker(self._id)
+            word = self._store.workers.get(self._id)
             return word.detail if word is not None else ""
         return ""
 
     def is_missed(self) -> bool:
         with suppress(SQLAlchemyError):
-            seen = self._store.workers_seen()
+            seen = self._store.workers.seen()
             return not (self._has_been_ready or any(each.state == "ready" for each in seen))
         return False
 

@@ -35,7 +35,7 @@ from server.endings import Endings
 from server.errors import StorageUnavailable
 from server.failures import Failure
 from server.inspection import Stages
-from server.job_store import OVER_SHARE_S, JobStore, WorkerStatus
+from server.job_store import OVER_SHARE_S, JobStore
 from server.jobs import Beat, Job
 from server.previews import DaemonThread, PreviewFiles
 from server.receipts import Model
@@ -43,6 +43,7 @@ from server.results import Result, Stores
 from server.settings import Settings
 from server.storage import Storage
 from server.telemetry import get_logger
+from server.workers import WorkerStatus
 
 logger = get_logger(__name__)
 
@@ -360,7 +361,7 @@ class Worker:
     def _say(self, state: str, detail: str) -> None:
         """Raises: SQLAlchemyError."""
         self._report_at = time.monotonic() + REPORT_S
-        self.store.report_worker(
+        self.store.workers.report(
             WorkerStatus(
                 id=self.worker_id,
                 device=self.device,
@@ -412,7 +413,7 @@ def run(
             # What it could not hand back, or died of.
             store.requeue_of(worker_id)
             if not is_explained:
-                store.forget_worker(worker_id)
+                store.workers.forget(worker_id)
         except DatabaseFileGone:
             pass  # its rows are gone with the file
         except SQLAlchemyError:

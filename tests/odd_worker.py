@@ -12,8 +12,9 @@ import time
 
 from server.changes import ChangeSignal
 from server.database import Topic, open_engine
-from server.job_store import JobStore, WorkerStatus
+from server.job_store import JobStore
 from server.supervisor import UNUSABLE
+from server.workers import WorkerStatus
 
 BAD_PREFIX = "poison"
 """Jobs whose files are named so kill a worker that crashes."""
@@ -53,7 +54,7 @@ def main() -> None:
 
 def report(store: JobStore, worker_id: str, state: str) -> None:
     """As a worker does."""
-    store.report_worker(WorkerStatus(worker_id, "cpu", "builtin", state, state, time.time()))
+    store.workers.report(WorkerStatus(worker_id, "cpu", "builtin", state, state, time.time()))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from sqlalchemy import text
 
 from server.database import open_engine
 from server.failures import Failure
-from server.job_store import WorkerStatus
 from server.settings import Settings
+from server.workers import WorkerStatus
 from tests.http_stub import ANSWER_S, LiveApp, running_app
 from tests.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit
 from tests.test_job_store import status
@@ -62,7 +62,7 @@ def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings
         store.cancel(2)
         (job,) = store.claim("w", 1)
         store.fail(job, Failure.OUT_OF_MEMORY.sentence)
-        store.report_worker(seen_now(status("w", 0)))
+        store.workers.report(seen_now(status("w", 0)))
 
     figures = figures_of(admin)
 
@@ -107,9 +107,9 @@ def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Set
         answer = admin.get(path)
         assert (answer.status_code, answer.json()["reason"]) == (code, "0/1 workers ready")
     with store_of(settings) as store:
-        store.report_worker(seen_now(status("w", 0)))
+        store.workers.report(seen_now(status("w", 0)))
         failed = WorkerStatus("x", "cpu", "builtin", "failed", "/srv/model: no such file", 0)
-        store.report_worker(seen_now(failed))
+        store.workers.report(seen_now(failed))
     submit(app.client)
     details = admin.get("/readyz").json()
     assert details["status"] == "ok"

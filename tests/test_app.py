@@ -24,11 +24,12 @@ from sqlalchemy import text
 from server.database import migrate, open_engine
 from server.estimates import START_S
 from server.janitor import HOUR_S, Janitor
-from server.job_store import JobStore, WorkerStatus
+from server.job_store import JobStore
 from server.jobs import Job
 from server.keys import KeyLimits, KeyStore
 from server.settings import Settings, load_settings
 from server.storage import Storage
+from server.workers import WorkerStatus
 from tests.chaos.site import until
 from tests.hostile_pictures import noise, saved
 from tests.http_stub import ANSWER_S, LiveApp, png_bytes, running_app
@@ -951,7 +952,7 @@ class TestHealth:
                 (failed, 200, "1/2 workers ready; 1 failed"),
             ]:
                 if worker is not None:
-                    store.report_worker(seen_now(worker))
+                    store.workers.report(seen_now(worker))
                 answer = app.client.get("/readyz/workers")
                 assert (answer.status_code, answer.json()["reason"]) == (code, reason)
                 # A request is taken all the same, and waits.
@@ -965,7 +966,7 @@ class TestHealth:
             load = post(app.client, "system_load")
             assert load == {**nothing, "queue_time": START_S}, "nobody works yet"
             assert isinstance(load["queue_time"], int)
-            store.report_worker(seen_now(status("w", 0)))
+            store.workers.report(seen_now(status("w", 0)))
 
             def is_told(**load: int) -> bool:
                 return bool(post(app.client, "system_load") == {**nothing, **load})

@@ -20,22 +20,19 @@ from sqlalchemy.exc import IntegrityError
 from models.params import InpaintParams, SchedulerName
 from server.database import Topic, jobs, open_engine, workers
 from server.errors import QueueFull
-from server.estimates import GUESSED_SPEED, START_S
+from server.estimates import GUESSED_SPEED, RECENT_JOBS, START_S
 from server.job_store import (
     LEASE_S,
     MAX_ATTEMPTS,
     MOST_IDS,
     OVER_SHARE_S,
-    RECENT_JOBS,
-    WORKER_KEPT_S,
     WORKER_LOST,
-    WORKER_SEEN_S,
     JobStore,
-    WorkerStatus,
     in_few_sizes,
 )
 from server.jobs import Beat, Job, JobState, NewJob, RequestFacts
 from server.silence import LOOK_S
+from server.workers import WORKER_KEPT_S, WORKER_SEEN_S, WorkerStatus
 from tests.postgres import PostgresServer
 
 PLACES, LARGE = 3, 10_000_000.0
@@ -465,7 +462,7 @@ class TestForecast:
 
     @pytest.fixture(autouse=True)
     def worker(self, store: JobStore, clock: Clock) -> None:
-        store.report_worker(status("a", clock()))
+        store.workers.report(status("a", clock()))
 
     @pytest.fixture
     def make_together(self, store: JobStore, clock: Clock) -> Callable[..., list[Job]]:
@@ -492,9 +489,9 @@ class TestForecast:
         self, state: str | None, store: JobStore, clock: Clock
     ) -> None:
         if state:
-            store.report_worker(status("a", clock(), state))
+            store.workers.report(status("a", clock(), state))
         else:
-            store.forget_worker("a")
+            store.workers.forget("a")
         job = store.submit(new_job(work=2 * GUESSED_SPEED))
         assert store.forecast(places).ends_s[job.id] > START_S + 2
         assert store.forecast(places).wait_s == START_S
@@ -530,18 +527,18 @@ class TestForecast:
         assert store.forecast(places).ends_s[job.id] > 10 * quick
 
     def test_workers_add_up_while_they_are_seen(self, store: JobStore, clock: Clock) -> None:
-        store.report_worker(status("b", clock()))
+        store.workers.report(status("b", clock()))
         job = store.submit(new_job(work=LARGE))
         of_two = store.forecast(places).ends_s[job.id]
         hear_nothing(store, clock, WORKER_SEEN_S)
-        store.report_worker(status("a", clock()))
+        store.workers.report(status("a", clock()))
         assert store.forecast(places).ends_s[job.id] == pytest.approx(2 * of_two)
 
     @pytest.mark.parametrize("jump_s", [30 * HOUR_S, -24 * HOUR_S])
     def test_jump_of_the_clock_changes_no_estimate(self, jump_s: float, engine: Engine) -> None:
         wall, steady = Clock(), Clock()
         store = JobStore(engine, clock=wall, steady_clock=steady)
-        store.report_worker(status("a", wall()))
+        store.workers.report(status("a", wall()))
 
         def make_together(count: int, jump_s: float = 0.0) -> list[Job]:
             for _ in range(count):
@@ -593,7 +590,7 @@ def hear_nothing(store: JobStore, clock: Clock, seconds: float) -> None:
     """Let the time pass, while the workers are looked at as always."""
     for _ in range(math.ceil(seconds / LOOK_S)):
         clock.now += LOOK_S
-        store.forget_silent_workers()
+        store.workers.forget_silent()
 
 
 @pytest.mark.parametrize("shift_s", [0, 60, -60, 3 * 86_400, -3 * 86_400])
@@ -602,39 +599,39 @@ def test_worker_is_seen_while_it_speaks_whatever_its_clock(
 ) -> None:
     for _ in range(3):
         clock.now += LOOK_S
-        store.report_worker(status("a", clock() + shift_s))
-        seen = store.workers_seen()
+        store.workers.report(status("a", clock() + shift_s))
+        seen = store.workers.seen()
     assert [worker.id for worker in seen] == ["a"]
     hear_nothing(store, clock, WORKER_SEEN_S)
-    assert store.workers_seen() == []
+    assert store.workers.seen() == []
 
 
 def test_first_look_takes_no_old_word_for_a_living_worker(engine: Engine, clock: Clock) -> None:
-    JobStore(engine).report_worker(status("dead", clock() - WORKER_SEEN_S))
-    JobStore(engine).report_worker(status("alive", clock() - WORKER_SEEN_S + 1))
+    JobStore(engine).workers.report(status("dead", clock() - WORKER_SEEN_S))
+    JobStore(engine).workers.report(status("alive", clock() - WORKER_SEEN_S + 1))
     begun = JobStore(engine, clock=clock, steady_clock=clock)
-    assert [worker.id for worker in begun.workers_seen()] == ["alive"]
+    assert [worker.id for worker in begun.workers.seen()] == ["alive"]
 
 
 def test_row_of_a_dead_worker_is_removed(store: JobStore, clock: Clock) -> None:
-    store.report_worker(status("dead", clock()))
+    store.workers.report(status("dead", clock()))
     hear_nothing(store, clock, WORKER_KEPT_S)
-    store.report_worker(status("alive", clock()))
-    assert store.worker("dead")
+    store.workers.report(status("alive", clock()))
+    assert store.workers.get("dead")
     hear_nothing(store, clock, LOOK_S)
-    assert (store.worker("dead"), store.worker("alive")) == (
+    assert (store.workers.get("dead"), store.workers.get("alive")) == (
         None,
         status("alive", clock() - LOOK_S),
     )
 
 
 def test_workers_last_word_counts(store: JobStore, clock: Clock) -> None:
-    store.report_worker(status("a", clock(), "loading"))
-    store.report_worker(status("a", clock(), "ready"))
-    store.report_worker(status("b", clock() - WORKER_SEEN_S))
-    assert store.workers_seen() == [status("a", clock())]
-    store.forget_worker("a")
-    assert store.workers_seen() == []
+    store.workers.report(status("a", clock(), "loading"))
+    store.workers.report(status("a", clock(), "ready"))
+    store.workers.report(status("b", clock() - WORKER_SEEN_S))
+    assert store.workers.seen() == [status("a", clock())]
+    store.workers.forget("a")
+    assert store.workers.seen() == []
 
 
 def test_worker_states_are_a_closed_list(engine: Engine) -> None:
@@ -771,7 +768,7 @@ class TestShares:
         """Of three workers, which say that they are ready."""
         stores = [JobStore(engine, clock=clock, steady_clock=clock) for _ in "abc"]
         for name, store in zip("abc", stores, strict=True):
-            store.report_worker(status(name, clock.now))
+            store.workers.report(status(name, clock.now))
         return stores
 
     def claims(self, stores: list[JobStore]) -> list[int]:
@@ -806,18 +803,18 @@ class TestShares:
 
     def test_silent_worker_has_no_share(self, stores: list[JobStore], clock: Clock) -> None:
         first, *_ = stores
-        assert len(first.workers_seen()) == 3
+        assert len(first.workers.seen()) == 3
         for _ in range(int(WORKER_SEEN_S / LOOK_S) + 1):
             clock.now += LOOK_S
-            first.report_worker(status("a", clock.now))
-            first.workers_seen()
+            first.workers.report(status("a", clock.now))
+            first.workers.seen()
         for _ in range(8):
             first.submit(new_job())
         assert len(first.claim("a", 16)) == 8
 
     def test_worker_that_loads_has_no_share(self, stores: list[JobStore], clock: Clock) -> None:
         first, *_ = stores
-        first.report_worker(replace(status("b", clock.now), state="loading"))
+        first.workers.report(replace(status("b", clock.now), state="loading"))
         for _ in range(8):
             first.submit(new_job())
         assert len(first.claim("a", 16)) == 4
@@ -837,7 +834,7 @@ class TestTopics:
         "beat of nothing": (lambda store, job: store.beat(replace(job, claim=0), 1, 2), set()),
         "late finish": (lambda store, job: store.finish(replace(job, claim=0), []), set()),
         "empty claim": (lambda store, _: store.claim("w", 5), set()),
-        "report": (lambda store, _: store.report_worker(status("w", 0)), set()),
+        "report": (lambda store, _: store.workers.report(status("w", 0)), set()),
         "nothing expired": (lambda store, _: store.requeue_expired(), set()),
     }
 

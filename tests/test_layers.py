@@ -111,11 +111,12 @@ SERVER = {
     "turns": "database",
     "silence": "",
     "jobs": "notices receipts models.params",
-    "estimates": "",
+    "estimates": "database jobs turns",
+    "workers": "database silence",
     "job_rows": "database jobs turns models.params",
     "submissions": "database errors group_commit idempotency job_rows jobs turns",
     "job_store": "changes clocks database deliveries estimates failures idempotency"
-    " job_rows jobs receipts silence submissions turns",
+    " job_rows jobs receipts silence submissions turns workers",
     "previews": "errors jobs storage telemetry models.images",
     "janitor": "clocks database deliveries errors jobs settings storage telemetry",
     "background": "telemetry",
@@ -135,7 +136,7 @@ SERVER = {
     "intake": "auth decoder decoders downloads errors idempotency job_store jobs notices proxies"
     " receipts services settings slots storage models.mask_reading models.params",
     "holding": "",
-    "routes": "auth bodies dialects errors health holding intake job_store jobs services settings"
+    "routes": "auth bodies dialects errors health holding intake workers jobs services settings"
     " telemetry models.enhance",
     "native_events": "dialects followers jobs",
     "native_routes": "auth bodies deliveries dialects errors followers idempotency intake"
@@ -147,16 +148,16 @@ SERVER = {
     " telemetry models.images models.pipeline",
     "inspection": "jobs receipts models.canvas models.masks models.pipeline",
     "worker": "checkpoints database decoders endings errors failures inspection job_store jobs"
-    " previews receipts results settings storage telemetry models.captions"
+    " previews receipts results settings storage telemetry workers models.captions"
     " models.engine models.errors models.pipeline models.residency",
     "devices": "telemetry",
     "preflight": "devices settings models.errors models.registry",
-    "supervisor": "job_store metrics settings telemetry",
+    "supervisor": "job_store workers metrics settings telemetry",
     "app": "auth background database deliveries dialects door egress errors estimates followers"
     " health holding intake janitor job_store jobs keys metrics middleware native_routes"
     " proxies routes sandbox services settings silence storage telemetry waiters"
     " wal webhooks models.decoding",
-    "metrics": "database estimates failures job_store jobs settings",
+    "metrics": "database estimates failures job_store workers jobs settings",
     "proxies": "",
     "middleware": "bodies errors metrics proxies settings telemetry",
     "admin": "connections errors health intake metrics middleware proxies routes services",

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from server.job_store import WORKER_LOST, JobStore, WorkerStatus
+from server.job_store import WORKER_LOST, JobStore
 from server.jobs import Job, JobState
 from server.supervisor import (
     LOAD_STALL_S,
@@ -21,6 +22,7 @@ from server.supervisor import (
     worker_children,
 )
 from server.waiters import Waiters
+from server.workers import WorkerRegistry, WorkerStatus
 from tests.conftest import migrated_sqlite
 from tests.odd_worker import BAD_PREFIX
 from tests.test_job_store import Clock, new_job, status
@@ -38,28 +40,38 @@ def url(tmp_path: Path) -> str:
     return migrated_sqlite(tmp_path)
 
 
+class CountingRegistry(WorkerRegistry):
+    """Notes what was asked of it. forgotten: a worker's row was removed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.forgotten = threading.Event()
+        self.others_sought = threading.Event()
+
+    def forget(self, worker_id: str) -> None:
+        """As the base class."""
+        super().forget(worker_id)
+        self.forgotten.set()
+
+    def seen(self) -> list[WorkerStatus]:
+        """As the base class."""
+        self.others_sought.set()
+        return super().seen()
+
+
 class CountingStore(JobStore):
     """A store that counts how often jobs were taken back, and fails as often as told.
 
-    workers: how many different ones must have ended besides. forgotten: a worker's row was removed.
+    workers: how many different ones must have ended besides.
     """
 
     def __init__(self, engine: Engine, failures: int, enough: int, workers: int = 1) -> None:
         super().__init__(engine)
+        self.workers: CountingRegistry = CountingRegistry(engine, time.time, time.monotonic)
         self.calls = 0
         self.is_enough = threading.Event()
-        self.forgotten = threading.Event()
-        self.others_sought = threading.Event()
         self._failures, self._enough, self._different = failures, enough, workers
         self._ended: set[str] = set()
-
-    def forget_worker(self, worker_id: str) -> None:
-        super().forget_worker(worker_id)
-        self.forgotten.set()
-
-    def workers_seen(self) -> list[WorkerStatus]:
-        self.others_sought.set()
-        return super().workers_seen()
 
     def requeue_of(self, worker_id: str) -> int:
         self.calls += 1
@@ -96,30 +108,30 @@ def test_killed_worker_is_not_ready_any_more(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=1)
     store.submit(new_job(file_prefix=BAD_PREFIX))
     with keeping(store, odd_worker(url, "crash"), NEVER):
-        assert store.forgotten.wait(WAIT_S)
-        assert store.workers_seen() == []
+        assert store.workers.forgotten.wait(WAIT_S)
+        assert store.workers.seen() == []
 
 
 def test_why_a_worker_failed_is_told_until_the_end(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=3)
     with keeping(store, odd_worker(url, "fail"), AT_ONCE):
         assert store.is_enough.wait(WAIT_S)
-        assert not store.forgotten.is_set()
-    assert store.workers_seen() == []
+        assert not store.workers.forgotten.is_set()
+    assert store.workers.seen() == []
 
 
 def test_server_ends_when_no_worker_can_be_used(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=2, workers=2)
     workers = worker_children(["cpu", "cpu"], [], store, command=odd_worker(url, "unusable"))
     with Supervisor(workers, NEVER) as running:
-        assert store.others_sought.wait(WAIT_S)
+        assert store.workers.others_sought.wait(WAIT_S)
     assert running.failure == "failed"
     assert store.is_enough.is_set(), "before both have tried"
 
 
 def test_server_goes_on_while_another_worker_is_ready(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=3)
-    store.report_worker(status("elsewhere", time.time(), "ready"))
+    store.workers.report(status("elsewhere", time.time(), "ready"))
     workers = worker_children(["cpu"], [], store, command=odd_worker(url, "unusable"))
     with Supervisor(workers, NEVER, unusable_delay_s=0.01) as running:
         assert store.is_enough.wait(WAIT_S)
@@ -131,10 +143,10 @@ def test_server_goes_on_when_its_worker_was_ready_before(engine: Engine) -> None
     (worker,) = worker_children(["cpu"], [], store)
     worker_id = str(worker.label["worker_id"])
     assert worker.is_missed()
-    store.report_worker(status(worker_id, time.time(), "ready"))
+    store.workers.report(status(worker_id, time.time(), "ready"))
     assert not worker.new_watch()()
     worker.take_back(None)
-    assert store.workers_seen() == []
+    assert store.workers.seen() == []
     assert not worker.is_missed()
 
 
@@ -225,7 +237,7 @@ class TestWatch:
         return watch
 
     def say(self, store: JobStore, state: str, seen_at: float) -> None:
-        store.report_worker(status("w", seen_at, state))
+        store.workers.report(status("w", seen_at, state))
 
     def test_silent_worker_has_stalled(self, store: JobStore, clock: Clock, watch: Watch) -> None:
         for second in range(3):
