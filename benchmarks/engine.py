@@ -29,7 +29,7 @@ from models.acceleration import USUAL, Acceleration, accelerated
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.errors import OutOfMemory
 from models.pipeline import InpaintPipeline
-from models.residency import Residency
+from models.residency import ModelPool
 
 OURS, PLAIN, BATCHED, COMPILED = "ours", "plain", "plain, batched", "plain, compiled"
 OURS_EAGER = "ours, eager"
@@ -83,7 +83,7 @@ class OurEngine:
             checkpoints.load(folder), partial(accelerated, acceleration=acceleration)
         )
         limits = EngineLimits(max_generations=most_in_flight)
-        self._engine = InpaintEngine(Residency.of(MODEL, pipeline), limits)
+        self._engine = InpaintEngine(ModelPool.of(MODEL, pipeline), limits)
         self._ids = count()
 
     def __call__(self, orders: Sequence[Order]) -> Pictures:

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from models.canvas import prepare_canvas
 from models.params import InpaintParams
 from models.pipeline import InpaintPipeline, Picture, Sample, Source
-from models.residency import Residency
+from models.residency import ModelPool
 from server.database import open_engine
 from server.job_store import JobStore
 from server.settings import load_settings
@@ -81,8 +81,8 @@ class NoopPipeline(InpaintPipeline):
 class NoopWorker(Worker):
     """The worker's own loop around `NoopPipeline`."""
 
-    def _open_models(self) -> Residency:
-        return Residency.of(self.settings.model, NoopPipeline())
+    def _open_models(self) -> ModelPool:
+        return ModelPool.of(self.settings.model, NoopPipeline())
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ class CallLimit:
         return gain >= WORTHWHILE_GAIN
 
 
-class CallBudget:
+class BatchSizer:
     """A `CallLimit` per kind of call.
 
     first: units of a call before anything was measured. most: units that no call exceeds.
@@ -150,7 +150,7 @@ class CallBudget:
         return self._limits.setdefault(kind, CallLimit(self._first))
 
 
-def stall_s(step_budget: CallBudget, running: Mapping[CallKind, int]) -> float:
+def stall_s(step_budget: BatchSizer, running: Mapping[CallKind, int]) -> float:
     """Seconds a call of the VAE may last beside running samples: `STALL_STEPS` of their quickest.
 
     running: rows of each kind. 0 while no step of one was timed, unlimited where none run.

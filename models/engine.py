@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.batching import BatchKey, CallBudget, CallKind, stall_s
+from models.batching import BatchKey, BatchSizer, CallKind, stall_s
 from models.errors import DeviceLost, EngineError, OutOfMemory
 from models.params import InpaintParams
 from models.pipeline import Picture, Sample, Source
-from models.residency import Readiness, Residency
+from models.residency import ModelPool, Readiness
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ Event: TypeAlias = Progress | Finished | Failed
 
 
 @dataclass(slots=True, eq=False)
-class Member:
+class RunningSample:
     """A sample among those of its generation.
 
     last_turn: when it last took a step, in turns of the engine.
@@ -120,20 +120,20 @@ class EngineLimits:
 class InpaintEngine:
     """Runs generations step by step, many at a time."""
 
-    models: Residency
+    models: ModelPool
     limits: EngineLimits = EngineLimits()
     _waiting: deque[Generation] = field(default_factory=deque)
-    _running: dict[int, list[Member]] = field(default_factory=dict)
+    _running: dict[int, list[RunningSample]] = field(default_factory=dict)
     _turn: int = 0
     _may_stall: bool = True
     _is_resting: bool = True
-    _rows: CallBudget = field(init=False)
-    _pictures: CallBudget = field(init=False)
+    _rows: BatchSizer = field(init=False)
+    _pictures: BatchSizer = field(init=False)
 
     def __post_init__(self) -> None:
         limits = self.limits
-        self._rows = CallBudget(limits.first_rows, limits.max_rows)
-        self._pictures = CallBudget(limits.first_pictures, limits.max_rows, limits.max_pixels)
+        self._rows = BatchSizer(limits.first_rows, limits.max_rows)
+        self._pictures = BatchSizer(limits.first_pictures, limits.max_rows, limits.max_pixels)
 
     @property
     def free_places(self) -> int:
@@ -225,7 +225,7 @@ class InpaintEngine:
                 in_use.add(generation.model)
         return ready, failures
 
-    def _select_batch(self, runnable: Sequence[Member]) -> list[Member]:
+    def _select_batch(self, runnable: Sequence[RunningSample]) -> list[RunningSample]:
         """The next UNet call: the key, and of it the samples, that have waited for the most turns.
 
         So every size gets its turn, and a call of one size delays the others once.
@@ -245,15 +245,15 @@ class InpaintEngine:
         return batch
 
     def _select_pictures(
-        self, denoised: Sequence[Member], runnable: Sequence[Member]
-    ) -> list[Member]:
+        self, denoised: Sequence[RunningSample], runnable: Sequence[RunningSample]
+    ) -> list[RunningSample]:
         """What to decode next: pictures of one size."""
         first = denoised[0]
         same = [member for member in denoised if member.key.picture == first.key.picture]
         return same[: self._pictures_per_call(first.generation, runnable)]
 
     def _select_waiting(
-        self, ready: Sequence[Generation], runnable: Sequence[Member]
+        self, ready: Sequence[Generation], runnable: Sequence[RunningSample]
     ) -> list[Generation]:
         """The first that is ready, and others of its model and size; no longer waiting.
 
@@ -266,7 +266,7 @@ class InpaintEngine:
         self._waiting = deque(each for each in self._waiting if each.id not in taken)
         return selected
 
-    def _pictures_per_call(self, generation: Generation, runnable: Sequence[Member]) -> int:
+    def _pictures_per_call(self, generation: Generation, runnable: Sequence[RunningSample]) -> int:
         if self.limits.is_reproducible:
             return 1
         running: Counter[CallKind] = Counter()
@@ -287,11 +287,11 @@ class InpaintEngine:
             if isinstance(samples, Exception):
                 events.append(self._failed(generation.id, samples))
                 continue
-            self._running[generation.id] = [Member(generation, sample) for sample in samples]
+            self._running[generation.id] = [RunningSample(generation, sample) for sample in samples]
             events.append(self._progress(generation.id))
         return events
 
-    def _denoise(self, batch: Sequence[Member]) -> list[Event]:
+    def _denoise(self, batch: Sequence[RunningSample]) -> list[Event]:
         """One step of a batch; one progress event for each of its generations that goes on."""
         failures: list[Event] = []
         kind = batch[0].key.kind
@@ -310,24 +310,24 @@ class InpaintEngine:
         touched = dict.fromkeys(member.generation_id for member in batch)
         return [*failures, *(self._progress(each) for each in touched if each in self._running)]
 
-    def _predict(self, kind: CallKind, batch: Sequence[Member]) -> list[torch.Tensor]:
+    def _predict(self, kind: CallKind, batch: Sequence[RunningSample]) -> list[torch.Tensor]:
         """The UNet call, timed where that helps to find the best number of rows."""
         samples = [member.sample for member in batch]
         rows = sum(sample.rows for sample in samples)
         with self._timed(self._rows, kind, rows):
             return self.models.pipeline(kind.model).denoise_step(samples)
 
-    def _shrink_rows(self, kind: CallKind, batch: Sequence[Member]) -> None:
+    def _shrink_rows(self, kind: CallKind, batch: Sequence[RunningSample]) -> None:
         self._rows.shrink(kind, sum(member.sample.rows for member in batch))
 
-    def _shrink_pictures(self, kind: CallKind, batch: Sequence[Generation | Member]) -> None:
+    def _shrink_pictures(self, kind: CallKind, batch: Sequence[Generation | RunningSample]) -> None:
         self._pictures.shrink(kind, len(batch))
 
-    def _decode(self, members: Sequence[Member]) -> list[Event]:
+    def _decode(self, members: Sequence[RunningSample]) -> list[Event]:
         kind = members[0].generation.picture_kind
         pipeline = self.models.pipeline(kind.model)
 
-        def work(some: Sequence[Member]) -> list[Picture]:
+        def work(some: Sequence[RunningSample]) -> list[Picture]:
             with self._timed(self._pictures, kind, len(some)):
                 return pipeline.decode([member.sample for member in some])
 
@@ -379,7 +379,7 @@ class InpaintEngine:
         return [each for part in parts for each in self._attempt(part, work, shrink)]
 
     @contextmanager
-    def _timed(self, budget: CallBudget, kind: CallKind, units: int) -> Iterator[None]:
+    def _timed(self, budget: BatchSizer, kind: CallKind, units: int) -> Iterator[None]:
         """Tells the budget how long a call took, where that helps to find the best size."""
         if not budget.wants_measurement(kind, units):
             yield

@@ -32,7 +32,7 @@ class Readiness(Enum):
 
 
 @dataclass(slots=True)
-class Residency:
+class ModelPool:
     """The loaded models by id.
 
     load: reads a checkpoint into the host's memory; called in a thread.
@@ -50,7 +50,7 @@ class Residency:
     _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
 
     @classmethod
-    def of(cls, model: str, pipeline: InpaintPipeline) -> "Residency":
+    def of(cls, model: str, pipeline: InpaintPipeline) -> "ModelPool":
         """One model that is always there, and no other."""
 
         def refuse(asked: str) -> Components:

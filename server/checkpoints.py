@@ -26,7 +26,7 @@ from models.registry import (
     pinned_digests,
     read_catalog,
 )
-from models.residency import Residency
+from models.residency import ModelPool
 from server.receipts import Model
 from server.settings import DtypeName, Settings
 from server.telemetry import get_logger
@@ -63,7 +63,7 @@ class Checkpoints:
         heard_at = self._heard_at
         return 0.0 if heard_at is None else time.monotonic() - heard_at
 
-    def open(self, say: Callable[[str], None]) -> Residency:
+    def open(self, say: Callable[[str], None]) -> ModelPool:
         """The models that jobs may ask for; the server's own is loaded.
 
         say: told how far that is. Raises: DeviceUnavailable, ModelUnavailable.
@@ -71,7 +71,7 @@ class Checkpoints:
         device = pick_device(self.device_name)
         if device.index is not None:
             torch.cuda.set_device(device)  # for what is not told where to run
-        models = Residency(
+        models = ModelPool(
             load=lambda model: self._load(model, device),
             place=self._place_on(device),
             budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),

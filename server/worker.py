@@ -27,7 +27,7 @@ from models.errors import (
     UnusablePicture,
 )
 from models.pipeline import Picture, Source
-from models.residency import Residency
+from models.residency import ModelPool
 from server.checkpoints import Checkpoints
 from server.database import DatabaseFileGone, Topic, open_engine
 from server.decoders import DecodedPair, UnknownFormat
@@ -264,7 +264,7 @@ class Worker:
         self._may_be_waiting = True  # a job that is given out alone is not claimed beside others
         self._previews.drop(job)
 
-    def _open_models(self) -> Residency:
+    def _open_models(self) -> ModelPool:
         """The models that jobs may ask for. Raises: DeviceUnavailable, ModelUnavailable."""
         return self._checkpoints.open(lambda detail: self.report("loading", detail))
 

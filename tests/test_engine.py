@@ -20,7 +20,7 @@ from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture
 from models.params import InpaintParams, SchedulerName
 from models.pipeline import InpaintPipeline, Picture, Source
 from models.registry import Components
-from models.residency import Residency
+from models.residency import ModelPool
 from tests.test_pipeline import (
     SOURCE,
     Answer,
@@ -156,7 +156,7 @@ def make_engine(
         first_pictures=samples_per_call,
         is_reproducible=samples_per_call == 1,
     )
-    return InpaintEngine(Residency.of(MODEL, cast(InpaintPipeline, pipeline)), limits)
+    return InpaintEngine(ModelPool.of(MODEL, cast(InpaintPipeline, pipeline)), limits)
 
 
 def make_generation(generation_id: int, model: str = MODEL, **changes: Any) -> Generation:
@@ -398,7 +398,7 @@ def test_picture_does_not_depend_on_what_else_runs(
     arrivals: list[tuple[dict[str, Any], int, bool]],
 ) -> None:
     limits = EngineLimits(first_rows=8, first_pictures=4, is_reproducible=is_reproducible)
-    engine = InpaintEngine(Residency.of(MODEL, InpaintPipeline(tiny_components)), limits)
+    engine = InpaintEngine(ModelPool.of(MODEL, InpaintPipeline(tiny_components)), limits)
     events: list[Event] = []
     jobs: dict[int, InpaintParams] = {}
     for number, (changes, turns, is_cancelled) in enumerate(arrivals):
@@ -428,7 +428,7 @@ def test_pictures_made_together_are_those_of_diffusers(tiny_components: Componen
     ]
     pipeline = InpaintPipeline(tiny_components)
     engine = InpaintEngine(
-        Residency.of(MODEL, pipeline), EngineLimits(first_rows=8, first_pictures=4)
+        ModelPool.of(MODEL, pipeline), EngineLimits(first_rows=8, first_pictures=4)
     )
 
     ends = run_all(engine, *(Generation(n, MODEL, job, SOURCE) for n, job in enumerate(jobs)))

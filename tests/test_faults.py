@@ -22,7 +22,7 @@ from sqlalchemy import Engine, delete, event, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from models.params import InpaintParams
-from models.residency import Residency
+from models.residency import ModelPool
 from server.database import deliveries, delivery_attempts, jobs, open_engine
 from server.decoders import DecodedPair
 from server.deliveries import Attempt, DeliveryState, DeliveryStore
@@ -301,8 +301,8 @@ class LastJobStops(JobStore):
 class PlainWorker(Worker):
     """The worker's own loop around a pipeline without weights."""
 
-    def _open_models(self) -> Residency:
-        return Residency.of(self.settings.model, ScriptedPipeline())
+    def _open_models(self) -> ModelPool:
+        return ModelPool.of(self.settings.model, ScriptedPipeline())
 
     def _describe_model(self, job: Job) -> Model:
         return Model("scripted", None, "cpu", "float32")

@@ -27,7 +27,7 @@ from models.graphs import CudaRecorder, GraphedUNet, GraphLimits
 from models.params import InpaintParams, SchedulerName
 from models.pipeline import InpaintPipeline, Sample, Source
 from models.registry import Components, ModelSpec, load_components
-from models.residency import Residency
+from models.residency import ModelPool
 from models.unet import EagerUNet, GatheredUNet, UNetInputs, UNetRows
 from tests.test_pipeline import MIXED_BATCH, SOURCE, denoise, make_params
 from tests.tiny import save_tiny_checkpoint
@@ -243,7 +243,7 @@ def test_half_precision_makes_the_float32_picture(
 def test_engine_shrinks_its_batches_when_memory_is_short(builtin: Components) -> None:
     pipeline = build(builtin, Acceleration())
     engine = InpaintEngine(
-        Residency.of("builtin", pipeline), EngineLimits(max_generations=8, first_rows=16)
+        ModelPool.of("builtin", pipeline), EngineLimits(max_generations=8, first_rows=16)
     )
     for number in range(8):
         engine.add(

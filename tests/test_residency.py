@@ -15,7 +15,7 @@ from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine
 from models.errors import ModelUnavailable
 from models.pipeline import InpaintPipeline
 from models.registry import Components, ModelSpec, load_components
-from models.residency import Readiness, Residency
+from models.residency import ModelPool, Readiness
 from tests.test_engine import drain, error_of, make_generation, pictures_of, run_all
 from tests.test_pipeline import generated, make_params
 from tests.tiny import save_tiny_checkpoint
@@ -66,16 +66,16 @@ def reading(folders: dict[str, Path]) -> Reading:
 
 
 @pytest.fixture
-def fits_one(reading: Reading) -> Iterator[Residency]:
+def fits_one(reading: Reading) -> Iterator[ModelPool]:
     """A budget for either of the two, but not for both."""
     size_bytes = reading.load("inpaint").size_bytes
     reading.loads.clear()
-    models = Residency(reading.load, reading.place, budget_bytes=size_bytes + 1)
+    models = ModelPool(reading.load, reading.place, budget_bytes=size_bytes + 1)
     yield models
     models.close()
 
 
-def run_engine(models: Residency, names: Sequence[str]) -> list[Event]:
+def run_engine(models: ModelPool, names: Sequence[str]) -> list[Event]:
     """The events of a generation of each of these models, in one engine."""
     engine = InpaintEngine(models, EngineLimits(max_generations=8))
     for number, name in enumerate(names, start=1):
@@ -83,7 +83,7 @@ def run_engine(models: Residency, names: Sequence[str]) -> list[Event]:
     return drain_slowly(engine, models)
 
 
-def drain_slowly(engine: InpaintEngine, models: Residency) -> list[Event]:
+def drain_slowly(engine: InpaintEngine, models: ModelPool) -> list[Event]:
     """Every event; where only loading is left to wait for, it is waited for."""
     events: list[Event] = []
     for _ in range(1000):
@@ -105,7 +105,7 @@ def test_size_is_that_of_the_parameters(reading: Reading) -> None:
     assert components.size_bytes < 4 * numbers * 1.1, "buffers are few"
 
 
-def test_model_is_read_beside_other_work(fits_one: Residency, reading: Reading) -> None:
+def test_model_is_read_beside_other_work(fits_one: ModelPool, reading: Reading) -> None:
     reading.may_read.clear()
     assert fits_one.ask("inpaint") is Readiness.LOADING
     assert fits_one.ask("inpaint") is Readiness.LOADING
@@ -115,7 +115,7 @@ def test_model_is_read_beside_other_work(fits_one: Residency, reading: Reading) 
     assert reading.loads == ["inpaint"]
 
 
-def test_model_asked_for_longest_ago_makes_room(fits_one: Residency, reading: Reading) -> None:
+def test_model_asked_for_longest_ago_makes_room(fits_one: ModelPool, reading: Reading) -> None:
     fits_one.wait_for("inpaint")
     fits_one.wait_for("ordinary")
     gc.collect()
@@ -129,7 +129,7 @@ def test_model_asked_for_longest_ago_makes_room(fits_one: Residency, reading: Re
 def test_least_recent_of_several_leaves(reading: Reading) -> None:
     reading.folders = reading.folders | {"third": reading.folders["ordinary"]}
     size_bytes = reading.load("inpaint").size_bytes
-    models = Residency(reading.load, reading.place, budget_bytes=2 * size_bytes + 1)
+    models = ModelPool(reading.load, reading.place, budget_bytes=2 * size_bytes + 1)
     for model in ("inpaint", "ordinary", "inpaint", "third"):
         models.wait_for(model)
 
@@ -137,7 +137,7 @@ def test_least_recent_of_several_leaves(reading: Reading) -> None:
     models.close()
 
 
-def test_model_in_use_stays(fits_one: Residency) -> None:
+def test_model_in_use_stays(fits_one: ModelPool) -> None:
     fits_one.wait_for("inpaint")
     fits_one.ask("ordinary")
     fits_one._loading["ordinary"].exception(60)
@@ -148,14 +148,14 @@ def test_model_in_use_stays(fits_one: Residency) -> None:
 
 
 def test_model_larger_than_the_budget_is_refused(reading: Reading) -> None:
-    models = Residency(reading.load, reading.place, budget_bytes=1000)
+    models = ModelPool(reading.load, reading.place, budget_bytes=1000)
     with pytest.raises(ModelUnavailable, match="GB"):
         models.wait_for("inpaint")
     models.close()
 
 
 def test_failed_load_is_tried_again(reading: Reading) -> None:
-    models = Residency(reading.load, reading.place)
+    models = ModelPool(reading.load, reading.place)
     for _ in range(2):
         with pytest.raises(ModelUnavailable, match="no model"):
             models.wait_for("missing")
@@ -166,7 +166,7 @@ def test_failed_load_is_tried_again(reading: Reading) -> None:
 
 
 def test_jobs_of_two_models_take_turns_where_one_fits(
-    fits_one: Residency, reading: Reading
+    fits_one: ModelPool, reading: Reading
 ) -> None:
     events = run_engine(fits_one, ["inpaint", "ordinary", "inpaint"])
     ends = {each.generation_id: each for each in events if isinstance(each, Finished | Failed)}
@@ -179,7 +179,7 @@ def test_jobs_of_two_models_take_turns_where_one_fits(
 
 
 def test_both_models_run_side_by_side_where_they_fit(reading: Reading) -> None:
-    models = Residency(reading.load, reading.place)
+    models = ModelPool(reading.load, reading.place)
     run_engine(models, ["inpaint", "ordinary", "inpaint", "ordinary"])
 
     assert sorted(reading.loads) == ["inpaint", "ordinary"]
@@ -188,7 +188,7 @@ def test_both_models_run_side_by_side_where_they_fit(reading: Reading) -> None:
 
 
 def test_running_model_is_not_starved_of_and_does_not_starve(
-    fits_one: Residency, reading: Reading
+    fits_one: ModelPool, reading: Reading
 ) -> None:
     """One that waits for room keeps those behind it from taking the room again and again."""
     fits_one.wait_for("inpaint")
@@ -211,7 +211,7 @@ def test_running_model_is_not_starved_of_and_does_not_starve(
 
 
 def test_job_of_a_model_that_cannot_be_loaded_fails_alone(reading: Reading) -> None:
-    models = Residency(reading.load, reading.place)
+    models = ModelPool(reading.load, reading.place)
     events = run_engine(models, ["inpaint", "missing"])
     ends = {each.generation_id: each for each in events if isinstance(each, Finished | Failed)}
 
@@ -221,7 +221,7 @@ def test_job_of_a_model_that_cannot_be_loaded_fails_alone(reading: Reading) -> N
 
 
 def test_engine_rests_while_a_model_is_read(reading: Reading) -> None:
-    models = Residency(reading.load, reading.place)
+    models = ModelPool(reading.load, reading.place)
     engine = InpaintEngine(models)
     reading.may_read.clear()
     engine.add(make_generation(1, "inpaint", num_inference_steps=1))
@@ -235,7 +235,7 @@ def test_engine_rests_while_a_model_is_read(reading: Reading) -> None:
 
 
 def test_only_model_of_a_fixed_room_is_served(tiny_pipeline: InpaintPipeline) -> None:
-    engine = InpaintEngine(Residency.of("only", tiny_pipeline))
+    engine = InpaintEngine(ModelPool.of("only", tiny_pipeline))
     ends = run_all(engine, make_generation(1, "only", num_inference_steps=1))
     assert pictures_of(ends[1])
     engine.add(make_generation(2, "other"))
@@ -252,7 +252,7 @@ def test_model_that_finds_no_memory_at_first_is_placed_once_more(reading: Readin
             raise torch.OutOfMemoryError("full")
         return reading.place(components)
 
-    models = Residency(reading.load, place)
+    models = ModelPool(reading.load, place)
     try:
         assert isinstance(models.wait_for("inpaint"), InpaintPipeline)
     finally:

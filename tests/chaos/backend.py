@@ -19,7 +19,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import server.worker  # noqa: E402
-from models.residency import Residency  # noqa: E402
+from models.residency import ModelPool  # noqa: E402
 from server.cli import main  # noqa: E402
 from server.job_store import JobStore  # noqa: E402
 from server.jobs import Job  # noqa: E402
@@ -33,13 +33,13 @@ from tests.chaos.scripts import FOLDER_VARIABLE, HUNG_LOAD, LEDGER, Stage  # noq
 class ScriptedWorker(Worker):
     """The worker's own loop around `ScriptedPipeline`."""
 
-    def _open_models(self) -> Residency:
+    def _open_models(self) -> ModelPool:
         hung = Path(os.environ[FOLDER_VARIABLE]) / HUNG_LOAD
         if hung.exists():
             self.report("loading", "model weights")
             hung.unlink()
             threading.Event().wait()
-        return Residency.of(self.settings.model, ScriptedPipeline())
+        return ModelPool.of(self.settings.model, ScriptedPipeline())
 
     def _describe_model(self, job: Job) -> Model:
         return Model("scripted", None, "cpu", "float32")
