@@ -173,7 +173,7 @@ def make_stages(scratch: Path) -> list[Stage]:
 
     def finish_job() -> None:
         (job,) = store.claim("stages", 1)
-        store.beat(job, 1, 1)
+        store.heartbeat(job, 1, 1)
         store.finish(job, [None])
 
     return [

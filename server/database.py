@@ -154,9 +154,9 @@ jobs = Table(
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("attempt", Integer, nullable=False, default=0),
-    Column("claim", Integer, nullable=False, server_default="0"),
+    Column("fencing_token", Integer, nullable=False, server_default="0"),
     Column("worker_id", Text),
-    Column("beaten_at", Float),
+    Column("heartbeat_at", Float),
     Column("step", Integer, nullable=False, default=0),
     Column("total_steps", Integer, nullable=False, default=0),
     Column("preview_step", Integer),
@@ -168,7 +168,7 @@ jobs = Table(
         "state IN ('queued', 'running', 'finished', 'failed', 'cancelled')", name="state_known"
     ),
     CheckConstraint(
-        "(state = 'running') = (worker_id IS NOT NULL AND beaten_at IS NOT NULL)",
+        "(state = 'running') = (worker_id IS NOT NULL AND heartbeat_at IS NOT NULL)",
         name="running_has_lease",
     ),
     CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="failed_has_error"),

@@ -49,6 +49,9 @@ ORPHAN_S = 24 * 3_600.0
 HOUR_S = 3_600.0
 UUID_LENGTH = 36
 
+PICTURES = (jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.fencing_token)
+"""What the storage keys of a job's pictures are made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Removed:
@@ -147,7 +150,7 @@ class Janitor:
             update(jobs)
             .where(jobs.c.id.in_(due), jobs.c.expired_at.is_(None))
             .values(expired_at=self._clock())
-            .returning(jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.claim)
+            .returning(*PICTURES)
         )
         # The rows come first: a webhook that is asked for meanwhile must not name pictures that are
         # about to go. What is left of them when a removal fails is found by the next sweep.
@@ -195,11 +198,10 @@ class Janitor:
 
     def _finished(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
         """Jobs that have pictures by their rows: the id, and what `output_keys_of` wants."""
-        files = (jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.claim)
         last_id = 0
         while not self._is_stopping.is_set():
             query = (
-                select(jobs.c.id, *files)
+                select(jobs.c.id, *PICTURES)
                 .where(
                     jobs.c.state == JobState.FINISHED,
                     jobs.c.expired_at.is_(None),
@@ -212,8 +214,8 @@ class Janitor:
                 rows = connection.execute(query).all()
             if not rows:
                 return
-            for job_id, prefix, samples, claim in rows:
-                yield job_id, (prefix, samples, claim)
+            for job_id, prefix, samples, token in rows:
+                yield job_id, (prefix, samples, token)
             last_id = rows[-1].id
 
     def _delete_batch(self) -> int:

@@ -11,7 +11,7 @@ from server.jobs import Job, JobState, RequestFacts
 def to_job(row: Row[Any]) -> Job:
     """A whole row of `jobs`."""
     values = dict(row._mapping)
-    del values["beaten_at"], values["submitted_s"]
+    del values["heartbeat_at"], values["submitted_s"]
     values["state"] = JobState(values["state"])
     values["request"] = RequestFacts.from_json(values["request"])
     values["params"] = InpaintParams.from_json(values["params"])

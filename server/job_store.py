@@ -5,12 +5,12 @@
       └──requeue────────┘ └──(third lost attempt)──> failed
     queued or running ──cancel──> cancelled
 
-A claim gives a lease and a number. The number is the fencing token: `beat`, `finish`, `fail` and
-`release` name it, and have no effect once the job was given to somebody else. It only ever grows,
+A claim gives a lease and a fencing token. `heartbeat`, `finish`, `fail` and `release` name the
+token, and have no effect once the job was given to another worker. The token only ever grows,
 unlike the count of attempts, of which a released one is taken back.
 
-A lease runs out when its holder has not beaten for `LEASE_S`, as the process that looks has seen by
-its own steady clock (`silence.py`). No time of a row is compared with any clock for that.
+A lease runs out when its holder has sent no heartbeat for `LEASE_S`, as the process that looks has
+seen by its own steady clock (`silence.py`). No time of a row is compared with any clock for that.
 
 Times of rows are the wall clock's and are for people: that clock may jump. Durations come from the
 steady clock of the process that measured them, and are stored as such.
@@ -49,7 +49,7 @@ from server.idempotency import Idempotency
 from server.job_rows import to_job
 from server.jobs import (
     USUAL_SHARE,
-    Beat,
+    Heartbeat,
     Job,
     JobState,
     NewJob,
@@ -113,11 +113,11 @@ CLAIM = (
     .values(
         state=JobState.RUNNING,
         worker_id=bindparam("claimed_by"),
-        beaten_at=bindparam("now"),
+        heartbeat_at=bindparam("now"),
         started_at=bindparam("now"),
         queued_s=case((QUEUED_S < 0, 0.0), else_=QUEUED_S),
         attempt=jobs.c.attempt + 1,
-        claim=jobs.c.claim + 1,
+        fencing_token=jobs.c.fencing_token + 1,
         preview_step=None,
     )
     .returning(jobs)
@@ -127,20 +127,20 @@ CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
 """What `JobStore._run` asks of each job that it changes."""
 
 
-def is_held(job_id: Any, claim: Any) -> ColumnElement[bool]:
+def is_held(job_id: Any, fencing_token: Any) -> ColumnElement[bool]:
     """The job runs and this claim of it is still the present one."""
-    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.claim == claim)
+    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.fencing_token == fencing_token)
     return is_claim & (jobs.c.state == JobState.RUNNING)
 
 
-HELD = is_held(bindparam("held_id"), bindparam("held_claim"))
+HELD = is_held(bindparam("held_id"), bindparam("held_token"))
 """With parameters; `_held` gives them."""
 
-BEAT = (
+HEARTBEAT = (
     update(jobs)
     .where(HELD)
     .values(
-        beaten_at=bindparam("now"),
+        heartbeat_at=bindparam("now"),
         step=bindparam("done"),
         total_steps=bindparam("in_all"),
         preview_step=bindparam("shown"),
@@ -154,7 +154,7 @@ FINISH = (
         state=JobState.FINISHED,
         finished_at=bindparam("now"),
         worker_id=None,
-        beaten_at=None,
+        heartbeat_at=None,
         run_s=bindparam("took_s"),
         flagged=bindparam("verdicts", type_=jobs.c.flagged.type),
         step=jobs.c.total_steps,
@@ -335,40 +335,40 @@ class JobStore:
         with self._engine.begin() as connection:
             changed = self._change(
                 connection,
-                is_held(job.id, job.claim),
+                is_held(job.id, job.fencing_token),
                 state=JobState.QUEUED,
                 attempt=jobs.c.attempt - 1,
                 worker_id=None,
-                beaten_at=None,
+                heartbeat_at=None,
                 step=0,
                 total_steps=0,
             )
         return changed == 1
 
-    def beat(self, job: Job, step: int, total_steps: int) -> bool:
+    def heartbeat(self, job: Job, step: int, total_steps: int) -> bool:
         """Renew the lease and note the progress; False when the job is no longer ours."""
-        return not self.beat_all([Beat(job, step, total_steps)])
+        return not self.heartbeat_all([Heartbeat(job, step, total_steps)])
 
-    def beat_all(self, beats: Sequence[Beat]) -> list[Job]:
-        """`beat` for many, with one commit. Gives those no longer ours."""
+    def heartbeat_all(self, heartbeats: Sequence[Heartbeat]) -> list[Job]:
+        """`heartbeat` for many, with one commit. Gives those no longer ours."""
         now = self._clock()
         with self._engine.begin() as connection:
             lost = [
-                beat.job
-                for beat in beats
+                each.job
+                for each in heartbeats
                 if not self._run(
                     connection,
-                    BEAT,
+                    HEARTBEAT,
                     {
-                        **_held(beat.job),
+                        **_held(each.job),
                         "now": now,
-                        "done": beat.step,
-                        "in_all": beat.total_steps,
-                        "shown": beat.preview_step,
+                        "done": each.step,
+                        "in_all": each.total_steps,
+                        "shown": each.preview_step,
                     },
                 )
             ]
-            if len(lost) < len(beats):
+            if len(lost) < len(heartbeats):
                 notify(connection, Topic.PROGRESS)
         return lost
 
@@ -389,7 +389,7 @@ class JobStore:
 
     def fail(self, job: Job, error: str) -> bool:
         """Running to failed; error is for the client. False when the job is no longer ours."""
-        which = is_held(job.id, job.claim)
+        which = is_held(job.id, job.fencing_token)
         return self._end(which, JobState.FAILED, error=error, run_s=self._run_s(job))
 
     def cancel(self, job_id: int) -> bool:
@@ -401,13 +401,15 @@ class JobStore:
 
         To be called every `silence.LOOK_S`: what was not seen to be silent has not run out.
         """
-        beats = select(jobs.c.id, jobs.c.claim, jobs.c.beaten_at)
+        heartbeats = select(jobs.c.id, jobs.c.fencing_token, jobs.c.heartbeat_at)
         with read_only(self._engine) as connection:
-            rows = connection.execute(beats.where(jobs.c.state == JobState.RUNNING)).all()
-        silent_s = self._claims.look({(row.id, row.claim): row.beaten_at for row in rows})
-        lost = [tuple(row) for row in rows if silent_s[row.id, row.claim] > LEASE_S]
+            rows = connection.execute(heartbeats.where(jobs.c.state == JobState.RUNNING)).all()
+        silent_s = self._claims.look(
+            {(row.id, row.fencing_token): row.heartbeat_at for row in rows}
+        )
+        lost = [tuple(row) for row in rows if silent_s[row.id, row.fencing_token] > LEASE_S]
         # One that has beaten since the look is spared.
-        return self._requeue(tuple_(*beats.selected_columns).in_(lost)) if lost else 0
+        return self._requeue(tuple_(*heartbeats.selected_columns).in_(lost)) if lost else 0
 
     def requeue_of(self, worker_id: str) -> int:
         """Give back all jobs of a worker known to be dead; how many there were."""
@@ -434,7 +436,7 @@ class JobStore:
                 error=case((is_last, WORKER_LOST), else_=None),
                 finished_at=case((is_last, self._clock()), else_=None),
                 worker_id=None,
-                beaten_at=None,
+                heartbeat_at=None,
                 step=0,
                 total_steps=0,
             )
@@ -448,7 +450,7 @@ class JobStore:
                 state=state,
                 finished_at=self._clock(),
                 worker_id=None,
-                beaten_at=None,
+                heartbeat_at=None,
                 **values,
             )
         return changed == 1
@@ -497,4 +499,4 @@ def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[in
 
 def _held(job: Job) -> dict[str, int]:
     """The parameters of `HELD`."""
-    return {"held_id": job.id, "held_claim": job.claim}
+    return {"held_id": job.id, "held_token": job.fencing_token}

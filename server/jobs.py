@@ -148,7 +148,7 @@ class Job:
 
     priority, turn: its place among waiting jobs, see `turns.py`.
     attempt: how often it was claimed, but for claims that were released.
-    claim: number of the latest claim; the fencing token.
+    fencing_token: number of the latest claim; see `job_store.py`.
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
     preview_step: how many were done in the latest preview of the latest attempt; None without one.
     queued_s: seconds from submission to the latest claim, by a clock that both processes share.
@@ -180,7 +180,7 @@ class Job:
     error: str | None
     priority: int = 0
     turn: int = 0
-    claim: int = 0
+    fencing_token: int = 0
     expired_at: float | None = None
     preview_step: int | None = None
     queued_s: float | None = None
@@ -194,12 +194,12 @@ class Job:
     @property
     def output_names(self) -> list[str]:
         """File names of the pictures, in sample order."""
-        return output_names_of(self.file_prefix, self.params.samples, self.claim)
+        return output_names_of(self.file_prefix, self.params.samples, self.fencing_token)
 
     @property
     def output_keys(self) -> list[str]:
         """Storage keys of the pictures, in sample order."""
-        return output_keys_of(self.file_prefix, self.params.samples, self.claim)
+        return output_keys_of(self.file_prefix, self.params.samples, self.fencing_token)
 
     @property
     def has_pictures(self) -> bool:
@@ -241,7 +241,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """What a worker tells of a job it holds; the numbers are as in `Job`."""
 
     job: Job
@@ -255,16 +255,18 @@ def input_key_of(file_prefix: str) -> str:
     return f"{INPUT_FOLDER}/{file_prefix}.npy"
 
 
-def output_names_of(file_prefix: str, samples: int, claim: int) -> list[str]:
+def output_names_of(file_prefix: str, samples: int, fencing_token: int) -> list[str]:
     """File names of a job's pictures, in sample order.
 
     Every claim has its own: one that was given up may still write, and must not change what its
     successor has finished.
     """
-    suffix = f"-{claim}" if claim > 1 else ""
+    suffix = f"-{fencing_token}" if fencing_token > 1 else ""
     return [f"{file_prefix}-{index}{suffix}.png" for index in range(samples)]
 
 
-def output_keys_of(file_prefix: str, samples: int, claim: int) -> list[str]:
+def output_keys_of(file_prefix: str, samples: int, fencing_token: int) -> list[str]:
     """Storage keys of a job's pictures, in sample order."""
-    return [f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, claim)]
+    return [
+        f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, fencing_token)
+    ]

@@ -136,4 +136,4 @@ class Result:
         now = self.stores.jobs.get(self.job.id)
         if now is None:
             return False
-        return now.state is JobState.FINISHED and now.claim == self.job.claim
+        return now.state is JobState.FINISHED and now.fencing_token == self.job.fencing_token

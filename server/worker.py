@@ -36,7 +36,7 @@ from server.errors import StorageUnavailable
 from server.failures import Failure
 from server.inspection import Stages
 from server.job_store import OVER_SHARE_S, JobStore
-from server.jobs import Beat, Job
+from server.jobs import Heartbeat, Job
 from server.previews import DaemonThread, PreviewFiles
 from server.receipts import Model
 from server.results import Result, Stores
@@ -233,11 +233,11 @@ class Worker:
         Raises: SQLAlchemyError.
         """
         self._make_previews(engine)
-        beats = [
-            Beat(held.job, held.step, held.total_steps, self._previews.step_of(held.job))
+        heartbeats = [
+            Heartbeat(held.job, held.step, held.total_steps, self._previews.step_of(held.job))
             for held in self._held.values()
         ]
-        for job in self.store.beat_all(beats):
+        for job in self.store.heartbeat_all(heartbeats):
             # One whose end is on its way may just have ended.
             if job.id not in self._endings:
                 logger.warning("job was taken away", job_id=job.id)

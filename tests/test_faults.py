@@ -144,7 +144,7 @@ class Run:
         self.submit("b", "http://x/2")
         self.submit("a")
         for index, job in enumerate(self.claim(2)):
-            self.insist(self.store.beat, job, 1, 2)
+            self.insist(self.store.heartbeat, job, 1, 2)
             if index == 0:
                 self.insist(self.store.finish, job, [False])
             else:

@@ -38,7 +38,7 @@ class Known:
     has_webhook: bool
     state: str = "queued"
     attempt: int = 0
-    claim: int = 0
+    fencing_token: int = 0
     worker: str = ""
     silent_s: float | None = None
     marks: list[bool] = field(default_factory=list)
@@ -127,9 +127,9 @@ class History(RuleBasedStateMachine):
             assert job.id == min(self.waiting(job.key_id)), "a key's jobs in their order"
             known.state, known.worker = "running", worker
             known.attempt += 1
-            known.claim += 1
+            known.fencing_token += 1
             known.silent_s = None
-            assert (job.attempt, job.claim) == (known.attempt, known.claim)
+            assert (job.attempt, job.fencing_token) == (known.attempt, known.fencing_token)
         self.claims += claimed
 
     def end(self, job_id: int, state: str) -> None:
@@ -147,7 +147,7 @@ class History(RuleBasedStateMachine):
         is_held = self.is_held(job)
         mark = [bool(next(self.marks) % 3)]
         verbs: dict[str, Callable[[], bool]] = {
-            "beat": lambda: self.store.beat(job, 1, 2),
+            "beat": lambda: self.store.heartbeat(job, 1, 2),
             "finish": lambda: self.store.finish(job, mark),
             "fail": lambda: self.store.fail(job, "reason"),
             "release": lambda: self.store.release(job),
@@ -166,7 +166,7 @@ class History(RuleBasedStateMachine):
 
     def is_held(self, job: Job) -> bool:
         known = self.known[job.id]
-        return known.state == "running" and known.claim == job.claim
+        return known.state == "running" and known.fencing_token == job.fencing_token
 
     @precondition(lambda self: any(map(self.is_held, self.claims)))
     @rule(data=st.data(), worker=st.sampled_from(["w1", "w2"]))
@@ -185,7 +185,7 @@ class History(RuleBasedStateMachine):
         return [
             claim
             for claim in self.claims
-            if claim.id in running and running[claim.id].claim != claim.claim
+            if claim.id in running and running[claim.id].fencing_token != claim.fencing_token
         ]
 
     @precondition(lambda self: self.late_claims())
@@ -193,7 +193,7 @@ class History(RuleBasedStateMachine):
     def report_late(self, data: st.DataObject) -> None:
         """The one that holds the job is not disturbed."""
         job = data.draw(st.sampled_from(self.late_claims()))
-        assert not self.store.beat(job, 1, 2)
+        assert not self.store.heartbeat(job, 1, 2)
         assert not self.store.finish(job, [True])
         assert not self.store.fail(job, "late")
         assert not self.store.release(job)
@@ -291,9 +291,9 @@ class History(RuleBasedStateMachine):
         assert [row.id for row in sorted(rows, key=lambda row: row.id)] == sorted(self.known)
         for row in rows:
             known = self.known[row.id]
-            assert (row.state, row.attempt, row.claim) == (
+            assert (row.state, row.attempt, row.fencing_token) == (
                 *(known.state, known.attempt),
-                known.claim,
+                known.fencing_token,
             )
             assert (row.flagged or []) == known.marks, "the first result stays"
         states: dict[int, Any] = {job_id: job.delivery for job_id, job in self.known.items()}

@@ -30,7 +30,7 @@ from server.job_store import (
     JobStore,
     in_few_sizes,
 )
-from server.jobs import Beat, Job, JobState, NewJob, RequestFacts
+from server.jobs import Heartbeat, Job, JobState, NewJob, RequestFacts
 from server.silence import LOOK_S
 from server.workers import WORKER_KEPT_S, WORKER_SEEN_S, WorkerStatus
 from tests.postgres import PostgresServer
@@ -158,7 +158,7 @@ def test_claim_names_worker_attempt_and_start(store: JobStore, clock: Clock) -> 
 def test_finish_ends_the_job_once(store: JobStore, clock: Clock) -> None:
     store.submit(new_job())
     job = claim_one(store)
-    store.beat(job, 3, 40)
+    store.heartbeat(job, 3, 40)
     clock.now += 2.5
     assert store.finish(job, [False, None])
     ended = get(store, job.id)
@@ -166,7 +166,7 @@ def test_finish_ends_the_job_once(store: JobStore, clock: Clock) -> None:
     assert (ended.step, ended.total_steps) == (40, 40)
     assert not store.finish(job, [True, True])
     assert not store.fail(job, "late")
-    assert not store.beat(job, 5, 40)
+    assert not store.heartbeat(job, 5, 40)
     assert not store.cancel(job.id)
     assert get(store, job.id) == ended
 
@@ -247,7 +247,7 @@ def test_jump_of_the_clock_ends_no_lease_and_delays_none(
     kept, lost = store.claim("w", 2)
     assert pass_time(store, steady, LEASE_S / 2) == 0
     wall.now += days * 86_400
-    assert store.beat(kept, 1, 20)
+    assert store.heartbeat(kept, 1, 20)
     assert pass_time(store, steady, LEASE_S / 2) == 0
     assert pass_time(store, steady, LOOK_S) == 1
     assert [state_of(store, job.id) for job in (kept, lost)] == ["running", "queued"]
@@ -262,7 +262,7 @@ def test_node_whose_clock_is_ahead_takes_nobodys_lease(engine: Engine, clock: Cl
     job = claim_one(here)
     for _ in range(20):
         clock.now += LOOK_S
-        assert here.beat(job, 1, 20)
+        assert here.heartbeat(job, 1, 20)
         assert pass_time(there, ahead, LOOK_S) == 0
     assert pass_time(there, ahead, LEASE_S + LOOK_S) == 1
 
@@ -274,7 +274,7 @@ def test_time_in_which_nobody_looked_takes_no_lease(store: JobStore, clock: Cloc
     store.requeue_expired()
     clock.now += 3_600
     assert store.requeue_expired() == 0
-    assert store.beat(job, 1, 20)
+    assert store.heartbeat(job, 1, 20)
 
 
 def test_beat_after_the_look_saves_the_lease(store: JobStore, clock: Clock, engine: Engine) -> None:
@@ -283,10 +283,10 @@ def test_beat_after_the_look_saves_the_lease(store: JobStore, clock: Clock, engi
     assert pass_time(store, clock, LEASE_S) == 0
     clock.now += LOOK_S
 
-    def beat(*_arguments: Any) -> None:
-        assert JobStore(engine).beat(job, 1, 20)
+    def heartbeat(*_arguments: Any) -> None:
+        assert JobStore(engine).heartbeat(job, 1, 20)
 
-    event.listen(engine, "rollback", beat, once=True)  # the end of the look
+    event.listen(engine, "rollback", heartbeat, once=True)  # the end of the look
     assert store.requeue_expired() == 0
     assert state_of(store, job.id) is JobState.RUNNING
 
@@ -295,7 +295,7 @@ def test_beat_renews_the_lease(store: JobStore, clock: Clock) -> None:
     store.submit(new_job())
     job = claim_one(store)
     assert pass_time(store, clock, LEASE_S - 1) == 0
-    assert store.beat(job, 5, 20)
+    assert store.heartbeat(job, 5, 20)
     assert pass_time(store, clock, LEASE_S - 1) == 0
     assert (get(store, job.id).step, get(store, job.id).total_steps) == (5, 20)
 
@@ -304,7 +304,7 @@ def test_beat_tells_of_a_preview_until_another_worker_begins(store: JobStore) ->
     job_id = store.submit(new_job()).id
     job = claim_one(store)
     assert store.standings([job_id])[job_id].preview_step is None
-    assert store.beat_all([Beat(job, 5, 20, preview_step=4)]) == []
+    assert store.heartbeat_all([Heartbeat(job, 5, 20, preview_step=4)]) == []
     assert store.standings([job_id])[job_id].preview_step == 4
     store.requeue_of("w")
     claim_one(store)
@@ -321,7 +321,7 @@ def test_jobs_of_a_dead_worker_are_given_back_at_once(store: JobStore) -> None:
 
 def test_given_back_job_starts_anew_and_keeps_its_place(store: JobStore) -> None:
     first, _ = store.submit(new_job()), store.submit(new_job())
-    store.beat(claim_one(store), 5, 20)
+    store.heartbeat(claim_one(store), 5, 20)
     store.requeue_of("w")
     again = claim_one(store)
     assert (again.id, again.attempt, again.step, again.total_steps) == (first.id, 2, 0, 0)
@@ -333,7 +333,7 @@ def test_late_worker_has_no_say(store: JobStore) -> None:
     old = claim_one(store, "w")
     store.requeue_of("w")
     new = claim_one(store, "w")
-    assert not store.beat(old, 1, 20)
+    assert not store.heartbeat(old, 1, 20)
     assert not store.finish(old, [])
     assert not store.fail(old, "late")
     assert store.finish(new, [False, False])
@@ -421,7 +421,7 @@ ROW = {
     "work": 1.0,
     "created_at": 0.0,
 }
-RUNNING = {"state": "running", "worker_id": "w", "beaten_at": 1.0}
+RUNNING = {"state": "running", "worker_id": "w", "heartbeat_at": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ RUNNING = {"state": "running", "worker_id": "w", "beaten_at": 1.0}
         {"state": None},
         {"state": "running"},
         RUNNING | {"worker_id": None},
-        RUNNING | {"beaten_at": None},
+        RUNNING | {"heartbeat_at": None},
         RUNNING | {"state": "finished"},
         RUNNING | {"state": "queued"},
         RUNNING | {"error": "reason"},
@@ -499,7 +499,7 @@ class TestForecast:
     def test_running_jobs_go_first_and_have_what_is_left(self, store: JobStore) -> None:
         jobs = [store.submit(new_job(work=LARGE)) for _ in range(PLACES + 2)]
         for job in store.claim("a", PLACES):
-            store.beat(job, 19, 20)
+            store.heartbeat(job, 19, 20)
         forecast = store.forecast(places)
         assert (forecast.waiting, forecast.running) == (2, PLACES)
         assert forecast.positions == {jobs[-2].id: 1, jobs[-1].id: 2}
@@ -830,9 +830,12 @@ class TestTopics:
         "finish": (lambda store, job: store.finish(job, []), {Topic.ENDED}),
         "fail": (lambda store, job: store.fail(job, "reason"), {Topic.ENDED}),
         "cancel": (lambda store, job: store.cancel(job.id), {Topic.ENDED}),
-        "beat": (lambda store, job: store.beat(job, 1, 2), {Topic.PROGRESS}),
-        "beat of nothing": (lambda store, job: store.beat(replace(job, claim=0), 1, 2), set()),
-        "late finish": (lambda store, job: store.finish(replace(job, claim=0), []), set()),
+        "beat": (lambda store, job: store.heartbeat(job, 1, 2), {Topic.PROGRESS}),
+        "beat of nothing": (
+            lambda store, job: store.heartbeat(replace(job, fencing_token=0), 1, 2),
+            set(),
+        ),
+        "late finish": (lambda store, job: store.finish(replace(job, fencing_token=0), []), set()),
         "empty claim": (lambda store, _: store.claim("w", 5), set()),
         "report": (lambda store, _: store.workers.report(status("w", 0)), set()),
         "nothing expired": (lambda store, _: store.requeue_expired(), set()),

@@ -18,7 +18,7 @@ from server.database import open_engine
 from server.dialects.native_answers import JobAnswer
 from server.followers import Followers
 from server.job_store import JobStore
-from server.jobs import Beat, JobState, Standing
+from server.jobs import Heartbeat, JobState, Standing
 from server.keys import KeyStore
 from server.storage import Storage
 from tests.chaos.site import until
@@ -61,7 +61,7 @@ class TestFollowers:
                 seen = [await follower.news(LONG_S)]
                 held = {each.id: each for each in await asyncio.to_thread(store.claim, "w", 2)}
                 seen.append(await follower.news(LONG_S))
-                await asyncio.to_thread(store.beat, held[job.id], 3, 14)
+                await asyncio.to_thread(store.heartbeat, held[job.id], 3, 14)
                 seen.append(await follower.news(LONG_S))
                 await asyncio.to_thread(store.cancel, job.id)
                 seen.append(await follower.news(LONG_S))
@@ -276,7 +276,7 @@ class TestStream:
             assert next(events) == ("queued", {"position": 1})
             job = claim(live_store, job_id)
             assert next(events) == ("started", {"attempt": 1})
-            live_store.beat(job, 7, 14)
+            live_store.heartbeat(job, 7, 14)
             assert next(events) == ("step", {"step": 7, "total_steps": 14})
             live_store.finish(job, [False, False])
             name, told = next(events)
@@ -312,23 +312,23 @@ class TestStream:
         storage = Storage(settings_in(tmp_path).storage_url)
         with following(app, job.id) as events:
             assert next(events)[0] == "started"
-            live_store.beat_all([Beat(job, 3, 14, preview_step=2)])
+            live_store.heartbeat_all([Heartbeat(job, 3, 14, preview_step=2)])
             assert next(events) == ("step", {"step": 3, "total_steps": 14})
             # Told once the first preview has been looked for.
-            live_store.beat_all([Beat(job, 4, 14, preview_step=2)])
+            live_store.heartbeat_all([Heartbeat(job, 4, 14, preview_step=2)])
             assert next(events) == ("step", {"step": 4, "total_steps": 14})
             storage.put(job.preview_key, b"\x89PNG")
-            live_store.beat_all([Beat(job, 6, 14, preview_step=5)])
+            live_store.heartbeat_all([Heartbeat(job, 6, 14, preview_step=5)])
             assert next(events)[0] == "step", "the first one was gone before it could be read"
             image = "data:image/png;base64,iVBORw=="
             shown = {"step": 5, "total_steps": 14, "image": image}
             assert next(events) == ("preview", shown)
-            live_store.beat_all([Beat(job, 7, 14, preview_step=5)])
+            live_store.heartbeat_all([Heartbeat(job, 7, 14, preview_step=5)])
             assert next(events)[0] == "step"
             live_store.cancel(job.id)
             assert [name for name, _ in events] == ["cancelled"]
         late = claim(live_store, create(app))
-        live_store.beat_all([Beat(late, 3, 14, preview_step=2)])
+        live_store.heartbeat_all([Heartbeat(late, 3, 14, preview_step=2)])
         storage.put(late.preview_key, b"\x89PNG")
         with following(app, late.id) as events:
             assert [next(events)[0] for _ in range(3)] == ["started", "step", "preview"]
@@ -346,7 +346,7 @@ class TestStream:
 
     def test_coming_back(self, app: LiveApp, live_store: JobStore) -> None:
         job = claim(live_store, create(app))
-        live_store.beat(job, 7, 14)
+        live_store.heartbeat(job, 7, 14)
         with following(app, job.id) as events:
             assert next(events)[0] == "started"
             assert next(events) == ("step", {"step": 7, "total_steps": 14})

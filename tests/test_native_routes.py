@@ -19,7 +19,7 @@ from models.mask_reading import MaskReading
 from server.database import idempotency_keys, jobs, open_engine
 from server.failures import Failure
 from server.job_store import MAX_ATTEMPTS, JobStore
-from server.jobs import Beat, Job
+from server.jobs import Heartbeat, Job
 from server.notices import Notice
 from server.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.settings import Settings
@@ -168,7 +168,7 @@ class TestLifeOfAJob:
 
     def test_running_with_progress(self, client: httpx.Client, store: JobStore) -> None:
         job = claim(store, create(client)["id"])
-        store.beat(job, 3, 14)
+        store.heartbeat(job, 3, 14)
         told = read(client, job.id)
         assert (told["state"], told["position"], told["attempts"]) == ("running", None, 1)
         assert told["progress"] == {"step": 3, "total_steps": 14}
@@ -550,7 +550,7 @@ class TestCancel:
             for _ in range(2):
                 answer = client.post(f"/api/jobs/{job_id}/cancel")
                 assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
-        assert store.beat_all([Beat(running, 1, 2)]) == [running], "its worker is told"
+        assert store.heartbeat_all([Heartbeat(running, 1, 2)]) == [running], "its worker is told"
 
     def test_input_is_dropped(
         self, client: httpx.Client, store: JobStore, settings: Settings

@@ -485,7 +485,7 @@ def job() -> Job:
         started_at=1.0,
         finished_at=2.0,
         attempt=1,
-        claim=1,
+        fencing_token=1,
         worker_id=None,
         step=14,
         total_steps=14,
