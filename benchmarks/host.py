@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -33,11 +33,12 @@ from models.decoding import ImageLimits, decode_image, decode_mask
 from models.images import encode_png
 from server.database import migrate, open_engine
 from server.decoder import Wanted
-from server.decoders import DecodedPair, Decoder
+from server.decoders import DecodedPair
 from server.job_store import JobStore
 from server.jobs import NewJob, RequestFacts
 from server.settings import Settings
 from server.storage import Storage
+from tests.blocking_decoder import BlockingDecoder
 from tests.processes import ServerProcess, image_host
 
 API, WORKER = "api", "worker"
@@ -154,7 +155,7 @@ def running_worker(data_dir: Path, log: Path) -> Iterator[subprocess.Popen[bytes
         process.wait()
 
 
-def make_stages(scratch: Path) -> list[Stage]:
+def make_stages(scratch: Path, decoder: BlockingDecoder) -> list[Stage]:
     """In the order of a request. Each leaves behind what the next one needs."""
     (order,) = make_orders(SIDE_PX, [1], seed=1)
     settings = Settings(data_dir=scratch / "stages")
@@ -163,7 +164,6 @@ def make_stages(scratch: Path) -> list[Stage]:
     store, storage = JobStore(engine), Storage(settings.storage_url)
     source = order.source()
     files = {"init_image": encode_png(source.init_image), "mask_image": png_of_mask(scratch)}
-    decoder = Decoder(ImageLimits())
     pair = decoder.decode_pair(files, Wanted(SIDE_PX, SIDE_PX))
     png = encode_png(pair.init_image)
 
@@ -306,11 +306,13 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         results = measure.run_in_turns(cases, ["server"], bench.run, deadline)
     costs = {str(case.clients): results[case]["server"] for case in cases}
     totals = {clients: summarise(each) for clients, each in costs.items() if each}
+    with closing(BlockingDecoder(ImageLimits())) as decoder:
+        stages = split(make_stages(scratch, decoder), totals["1"])
     return {
         "machine": machine,
         "idle_percent": idle,
         "clients": totals,
-        "stages": split(make_stages(scratch), totals["1"]),
+        "stages": stages,
         "codecs": [dataclasses.asdict(each) for each in measure_codecs()],
     }
 

@@ -149,7 +149,9 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             store.check_file,
         )
         background.start("health", health.run)
-        sandbox = stack.enter_context(Sandbox(ImageLimits(settings.fetch.max_image_bytes)))
+        sandbox = await stack.enter_async_context(
+            Sandbox(ImageLimits(settings.fetch.max_image_bytes))
+        )
         sandbox.warm()
         services = Services(
             settings=settings,

@@ -49,14 +49,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
 
 READY, READY_UNFILTERED = b"R", b"r"
-REQUEST = struct.Struct("<BIHHBHHB")
-"""Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, marks:
-`MAY_KEEP_OWN`, `LIKE_LAST`, and for a mask how the init image is stored, zeros where that is not
-known."""
-MAY_KEEP_OWN = 1
-"""The picture may keep its own size."""
-LIKE_LAST = 2
-"""It is to have that of the last picture, where that one could be read, and belongs to it."""
+REQUEST = struct.Struct("<BIHH?HHB")
+"""Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, whether
+the picture may keep its own size, and for a mask how the init image is stored, zeros where that is
+not known."""
 REPLY = struct.Struct("<BHHHHBBI")
 """Outcome, and for a picture: width, height, how it is stored, a note, and the bytes of its colour
 profile. Its pixels follow, then the profile. The note is the index in `READINGS` for a mask, and
@@ -101,17 +97,12 @@ class Wanted:
 
 
 def write_request(
-    kind: Kind,
-    content: bytes,
-    wanted: Wanted,
-    *,
-    init_image: Stored | None = None,
-    like_last: bool = False,
+    kind: Kind, content: bytes, wanted: Wanted, *, init_image: Stored | None = None
 ) -> bytes:
     """A request, with its file. init_image: how the one that a mask belongs to is stored."""
-    marks = MAY_KEEP_OWN * wanted.keeps_own_size | LIKE_LAST * like_last
     size = wanted.width or 0, wanted.height or 0
-    return REQUEST.pack(kind, len(content), *size, marks, *(init_image or NOT_STORED)) + content
+    stored = init_image or NOT_STORED
+    return REQUEST.pack(kind, len(content), *size, wanted.keeps_own_size, *stored) + content
 
 
 def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes | memoryview]:
@@ -140,17 +131,10 @@ def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
     is_filtered = confine(MEMORY_BYTES, CPU_S)
     replies.write(READY if is_filtered else READY_UNFILTERED)
     replies.flush()
-    last: tuple[int, int, Stored] | None = None
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
-        kind, size, width, height, marks, *stored = REQUEST.unpack(head)
-        init_image = Stored(*stored)
-        if marks & LIKE_LAST and last is not None:
-            width, height, init_image = last
-        wanted = Wanted(width or None, height or None, bool(marks & MAY_KEEP_OWN))
-        picture = decode(Kind(kind), requests.read(size), limits, wanted, init_image)
-        last = None
-        if not isinstance(picture, ImageFault):
-            last = picture.pixels.shape[1], picture.pixels.shape[0], picture.stored
+        kind, size, width, height, keeps_own_size, *stored = REQUEST.unpack(head)
+        wanted = Wanted(width or None, height or None, keeps_own_size)
+        picture = decode(Kind(kind), requests.read(size), limits, wanted, Stored(*stored))
         replies.writelines(write_reply(picture))
         del picture
         replies.flush()

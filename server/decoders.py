@@ -4,15 +4,14 @@
 picture and nothing else: the next one meets a fresh child. What a child answers is checked too.
 """
 
+import asyncio
 import contextlib
 import os
-import select
 import signal
 import struct
-import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from server.decoder import (
     READINGS,
     READY_UNFILTERED,
     REPLY,
-    REQUEST,
     Kind,
     Wanted,
     limits_of,
@@ -40,7 +38,6 @@ from server.decoder import (
 )
 from server.errors import ApiError, ImageProblem, ImageUnavailable
 from server.notices import Notice
-from server.talks import BLOCKING, Talk, Wait, run_to_end
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
@@ -50,12 +47,10 @@ WALL_S = 10
 
 START_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 1.0
-"""From a closed pipe, or from nonsense, to SIGKILL."""
+"""From a closed pipe, or from a reply that cannot be, to SIGKILL."""
 
 PICTURES_PER_CHILD = 10_000
 """Then a fresh child takes over, so that whatever leaks cannot grow."""
-
-PIPE_BYTES = 2**20
 
 PROBLEM_OF_FAULT = {
     ImageFault.NOT_AN_IMAGE: ImageProblem.NOT_AN_IMAGE,
@@ -144,8 +139,8 @@ class UnknownFormat(ValueError):
         super().__init__(f"stored images of format {version}, and this server knows 1 and 2")
 
 
-class DecoderEnded(Exception):
-    """The child is gone, or says what it cannot mean."""
+class ImpossibleReply(Exception):
+    """The child says what it cannot mean."""
 
 
 class ChildKilled(Exception):
@@ -153,9 +148,9 @@ class ChildKilled(Exception):
 
 
 class Decoder:
-    """One child process, started when it is needed; for one thread at a time, but for `stop`.
+    """One child process, started when it is needed; decodes one picture at a time.
 
-    The thread that decodes first must outlive the child: the kernel ends it with that thread.
+    For one event loop, whose thread must outlive the child: the kernel kills it with that thread.
     """
 
     def __init__(
@@ -169,46 +164,30 @@ class Decoder:
         self._wall_s = wall_s
         self._pictures_per_child = pictures_per_child
         self._program = program
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_ready = False
-        self._is_asked = False
-        self._request_room = 0
-        self._is_stopped = False
+        self._lock = asyncio.Lock()
+        self._process: Process | None = None
+        self._is_closed = False
         self._pictures = 0
         self.starts = 0
 
     @property
     def pid(self) -> int | None:
-        """Of the child there is now."""
+        """Process id of the current child."""
         return None if self._process is None else self._process.pid
 
-    def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
-        """`talk_of_pair` to its end, in this thread."""
-        return run_to_end(self.talk_of_pair(images, wanted))
-
-    def decode(
-        self, kind: Kind, content: bytes, wanted: Wanted = OWN
-    ) -> DecodedImage | DecodedMask | ImageProblem:
-        """`talk_of` to its end, in this thread."""
-        return run_to_end(self.talk_of(kind, content, wanted))
-
-    def talk_of_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> Talk[DecodedPair]:
+    async def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
         """Decode and resize, the mask to the init image's size and turned with it.
 
-        images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all at fault.
+        images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all at fault;
+        ApiError.
         """
-        mask_too = self._request_ahead(images, wanted)
-        init_image = yield from self.talk_of(
-            Kind.INIT_IMAGE, images["init_image"], wanted, mask_too
-        )
+        init_image = await self.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
         stored = None
         if not isinstance(init_image, ImageProblem):
             height, width = init_image.pixels.shape[:2]
             wanted = replace(wanted, width=width, height=height)
             stored = init_image.stored
-        mask = yield from self.talk_of(
-            Kind.MASK_IMAGE, images["mask_image"], wanted, init_image=stored
-        )
+        mask = await self.decode(Kind.MASK_IMAGE, images["mask_image"], wanted, stored)
         if isinstance(init_image, DecodedImage) and isinstance(mask, DecodedMask):
             return pair_of(init_image, mask)
         outcomes = {"init_image": init_image, "mask_image": mask}
@@ -216,216 +195,177 @@ class Decoder:
             {name: each for name, each in outcomes.items() if isinstance(each, ImageProblem)}
         )
 
-    def talk_of(
-        self,
-        kind: Kind,
-        content: bytes,
-        wanted: Wanted = OWN,
-        ahead: bytes = b"",
-        init_image: Stored | None = None,
-    ) -> Talk[DecodedImage | DecodedMask | ImageProblem]:
+    async def decode(
+        self, kind: Kind, content: bytes, wanted: Wanted = OWN, init_image: Stored | None = None
+    ) -> DecodedImage | DecodedMask | ImageProblem:
         """The picture at the wanted size, or what is wrong with it.
 
-        ahead: the request that comes next, sent along. init_image: how that of a mask is stored.
-        Raises: ApiError when no child can be started.
+        init_image: how the init image of a mask is stored. Raises: ApiError when no child can be
+        started.
         """
         if len(content) > self._limits.max_bytes:
             return ImageProblem.TOO_LARGE
-        try:
-            request = write_request(kind, content, wanted, init_image=init_image)
-            return (yield from self._ask(kind, request, wanted, ahead))
-        except ChildKilled:
-            # By somebody else, who cannot be told from a picture that takes the host's last memory.
-            # Asked again, the first one succeeds and the second one is refused.
+        request = write_request(kind, content, wanted, init_image=init_image)
+        async with self._exclusive():
             try:
-                return (yield from self._ask(kind, request, wanted))
+                return await self._ask(kind, request, wanted)
             except ChildKilled:
+                # An operator's SIGKILL cannot be told from that of a kernel short of memory. A
+                # second try succeeds after the former, and fails again after the latter.
+                with contextlib.suppress(ChildKilled):
+                    return await self._ask(kind, request, wanted)
                 return ImageProblem.DAMAGED
 
-    def talk_of_start(self) -> Talk[None]:
-        """`start`, in a thread."""
-        yield BLOCKING
-        self.start()
+    async def start(self) -> None:
+        """Start the child, unless there is one, and wait until it is ready. Raises: ApiError."""
+        async with self._exclusive():
+            await self._ready_child()
 
-    def start(self) -> None:
-        """Start the child, unless there is one; it gets ready by itself."""
-        if self._is_running:
-            return
-        self._end()
-        if self._is_stopped:
+    async def close(self) -> None:
+        """Kill the child and start no other. A picture under way ends with an ApiError."""
+        self._is_closed = True
+        self._kill()
+        async with self._lock:
+            await self._end()
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self) -> AsyncIterator[None]:
+        """One caller at a time. If it is cancelled, the child is killed, because the next caller
+        would take the answer that is still to come for its own."""
+        async with self._lock:
+            try:
+                yield
+            except asyncio.CancelledError:
+                await self._end()
+                raise
+
+    async def _ready_child(self) -> Process:
+        """The current child where it may go on, else a new one. Raises: ApiError."""
+        if (
+            self._process is not None
+            and self._process.returncode is None
+            and self._pictures < self._pictures_per_child
+        ):
+            return self._process
+        await self._end()
+        if self._is_closed:
             raise ApiError
+        try:
+            self._process = process = await self._spawn()
+            async with asyncio.timeout(START_TIMEOUT_S):
+                ready = await output_of(process).readexactly(1)
+        except (OSError, EOFError) as error:
+            await self._end()
+            raise ApiError("no picture decoder") from error
+        if ready == READY_UNFILTERED:
+            logger.warning("picture decoder runs without a filter of system calls")
+        return process
+
+    async def _spawn(self) -> Process:
         limits = self._limits
         numbers = (limits.max_bytes, limits.max_pixels, limits.max_side)
         paths = [str(REPOSITORY), *(path for path in sys.path if os.path.isabs(path))]
+        arguments = ["-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths]
+        self.starts += 1
+        self._pictures = 0
         with on_all_cores():
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                *arguments,
+                stdin=PIPE,
+                stdout=PIPE,
                 cwd="/",
                 env={},
                 start_new_session=True,  # an operator's Ctrl-C is for the server
             )
-        self.starts += 1
-        for descriptor in self._descriptors():
-            os.set_blocking(descriptor, False)
-        self._request_room, _ = map(widen, self._descriptors())
 
-    @property
-    def _is_running(self) -> bool:
-        """Whether there is a child that may go on; one with its number of pictures may not."""
-        is_worn_out = self._pictures >= self._pictures_per_child
-        return self._process is not None and self._process.poll() is None and not is_worn_out
-
-    def stop(self) -> None:
-        """Kill the child and start no other; may be called from any thread."""
-        self._is_stopped = True
-        if (process := self._process) is not None:
-            process.kill()
-
-    def close(self) -> None:
-        """After the last picture."""
-        self._is_stopped = True
-        self._end()
-
-    def _request_ahead(self, images: Mapping[str, bytes], wanted: Wanted) -> bytes:
-        """The mask's request, where both fit into a pipe: the child has work while we are away.
-
-        Larger ones could wait for us to read while we wait for them to be read.
-        """
-        mask, size = images["mask_image"], sum(map(len, images.values())) + 2 * REQUEST.size
-        if size > self._request_room or len(mask) > self._limits.max_bytes:
-            return b""
-        return write_request(Kind.MASK_IMAGE, mask, wanted, like_last=True)
-
-    def _get_ready(self) -> Talk[None]:
-        """Start the child, unless there is one, and wait until it can be asked.
-
-        Raises: ApiError when none can be started.
-        """
-        if self._is_asked:  # if it has ended since, its reply tells
-            return
-        if not self._is_running:
-            yield BLOCKING
-            self.start()
-        if self._is_ready:
-            return
-        try:
-            said = yield from self._receive(1, time.monotonic() + START_TIMEOUT_S)
-        except (DecoderEnded, TimeoutError) as error:
-            yield BLOCKING
-            self._end()
-            raise ApiError("no picture decoder") from error
-        if said == READY_UNFILTERED:
-            logger.warning("picture decoder runs without a filter of system calls")
-        self._is_ready = True
-
-    def _ask(
-        self, kind: Kind, request: bytes, wanted: Wanted, ahead: bytes = b""
-    ) -> Talk[DecodedImage | DecodedMask | ImageProblem]:
-        yield from self._get_ready()
-        until = time.monotonic() + self._wall_s
+    async def _ask(
+        self, kind: Kind, request: bytes, wanted: Wanted
+    ) -> DecodedImage | DecodedMask | ImageProblem:
+        """The child's answer. Raises: ApiError, ChildKilled."""
+        process = await self._ready_child()
         self._pictures += 1
         try:
-            if not self._is_asked:
-                yield from self._send(request + ahead, until)
-            self._is_asked = bool(ahead)
-            return (yield from self._read_reply(kind, wanted, until))
-        except (DecoderEnded, TimeoutError) as error:
-            yield BLOCKING
-            return self._bury(is_late=isinstance(error, TimeoutError))
+            async with asyncio.timeout(self._wall_s):
+                requests = input_of(process)
+                requests.write(request)
+                await requests.drain()
+                return await self._read_reply(output_of(process), kind, wanted)
+        except (OSError, EOFError, ImpossibleReply) as error:
+            return await self._end_failed(process, is_late=isinstance(error, TimeoutError))
 
-    def _read_reply(
-        self, kind: Kind, wanted: Wanted, until: float
-    ) -> Talk[DecodedImage | DecodedMask | ImageProblem]:
-        head = REPLY.unpack((yield from self._receive(REPLY.size, until)))
+    async def _read_reply(
+        self, replies: asyncio.StreamReader, kind: Kind, wanted: Wanted
+    ) -> DecodedImage | DecodedMask | ImageProblem:
+        """Raises: ImpossibleReply, IncompleteReadError."""
+        head = REPLY.unpack(await replies.readexactly(REPLY.size))
         outcome, width, height, *numbers, note, profile_size = head
         if outcome != PICTURE:
             if outcome > len(FAULTS):
-                raise DecoderEnded
+                raise ImpossibleReply
             return PROBLEM_OF_FAULT[FAULTS[outcome - 1]]
         # A size that fits needs no fitting: anything else is no answer to what was asked. A picture
         # that keeps its own fits at any, so room is made only for what a file may hold.
         limits = limits_of(kind, self._limits, wanted)
         is_within = width * height <= limits.max_pixels and max(width, height) <= limits.max_side
         if 0 in (width, height) or not is_within or wanted.fit(width, height) != (width, height):
-            raise DecoderEnded
+            raise ImpossibleReply
         stored = Stored(*numbers)
         is_mask = kind is Kind.MASK_IMAGE
         if 0 in stored or profile_size > MAX_KEPT_BYTES * (not is_mask):
-            raise DecoderEnded
+            raise ImpossibleReply
         if note >= (len(READINGS) if is_mask else 1 + PROFILE_LOST + ALPHA_LOST):
-            raise DecoderEnded
-        pixels = yield from self._receive(width * height * kind.channels, until)
+            raise ImpossibleReply
+        pixels = await replies.readexactly(width * height * kind.channels)
         array = np.frombuffer(pixels, np.uint8).reshape(height, width, -1)
         if is_mask:
             return DecodedMask(array[:, :, 0], stored, READINGS[note])
-        profile = bytes((yield from self._receive(profile_size, until)))
+        profile = await replies.readexactly(profile_size)
         losses = bool(note & PROFILE_LOST), bool(note & ALPHA_LOST)
         return DecodedImage(array, stored, profile, *losses)
 
-    def _bury(self, *, is_late: bool) -> ImageProblem:
-        """The picture's problem, once its child has failed. Raises: ChildKilled."""
-        exit_code = self._end(may_finish=not is_late)
-        if self._is_stopped:
+    async def _end_failed(self, process: Process, *, is_late: bool) -> ImageProblem:
+        """End a child that failed; the problem of its picture. Raises: ChildKilled, ApiError."""
+        if not is_late:
+            # A child that is about to end by itself may, because its exit status tells the cause.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXIT_TIMEOUT_S):
+                    await process.wait()
+        exit_code = process.returncode  # None where the child goes on, and is killed now
+        await self._end()
+        if self._is_closed:
             raise ApiError
         logger.warning("picture decoder ended", exit_code=exit_code, is_late=is_late)
         if exit_code == -signal.SIGKILL and not is_late:
             raise ChildKilled
         return ImageProblem.TOO_SLOW if is_late else ImageProblem.DAMAGED
 
-    def _end(self, *, may_finish: bool = False) -> int | None:
-        """The child's exit status, or that of being killed; None where there was none.
-
-        may_finish: a child that is about to end by itself is let, for its status tells why.
-        """
+    async def _end(self) -> None:
+        """Kill the child, if there is one, and wait for its end."""
+        self._kill()
         process, self._process = self._process, None
-        self._is_ready = self._is_asked = False
-        self._pictures = 0
-        if process is None:
-            return None
-        if may_finish:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(EXIT_TIMEOUT_S)
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-        return process.wait()
+        if process is not None:
+            # asyncio closes the pipes once what the child has written is read.
+            await process.communicate()
 
-    def _send(self, content: bytes, until: float) -> Talk[None]:
-        rest = memoryview(content)
-        descriptor, _ = self._descriptors()
-        while rest:
-            try:
-                rest = rest[os.write(descriptor, rest) :]
-            except BlockingIOError:
-                yield Wait(descriptor, select.POLLOUT, until)
-            except BrokenPipeError as error:
-                raise DecoderEnded from error
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                self._process.kill()
 
-    def _receive(self, size: int, until: float) -> Talk[bytearray]:
-        content = bytearray(size)
-        rest = memoryview(content)
-        _, descriptor = self._descriptors()
-        while rest:
-            try:
-                received = os.readv(descriptor, [rest])
-            except BlockingIOError:
-                yield Wait(descriptor, select.POLLIN, until)
-                continue
-            if not received:
-                raise DecoderEnded
-            rest = rest[received:]
-        return content
 
-    def _descriptors(self) -> tuple[int, int]:
-        """Where requests go, and where replies come from."""
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise DecoderEnded
-        return process.stdin.fileno(), process.stdout.fileno()
+def input_of(process: Process) -> asyncio.StreamWriter:
+    """Where requests go. Raises: BrokenPipeError."""
+    if process.stdin is None:
+        raise BrokenPipeError
+    return process.stdin
+
+
+def output_of(process: Process) -> asyncio.StreamReader:
+    """Where replies come from. Raises: EOFError."""
+    if process.stdout is None:
+        raise EOFError
+    return process.stdout
 
 
 def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:
@@ -449,17 +389,3 @@ def have_same_proportions(size: tuple[int, int], other: tuple[int, int]) -> bool
     across, down = size[0] * other[1], size[1] * other[0]
     one_pixel = max(*size, *other)
     return abs(across - down) <= max(one_pixel, SAME_PROPORTIONS * max(across, down))
-
-
-def widen(pipe: int) -> int:
-    """How many bytes a pipe takes that nobody reads, 0 where that is not known.
-
-    It is widened so that a picture crosses in one go. Not granted to every user; it works without.
-    """
-    if sys.platform != "linux":
-        return 0
-    import fcntl
-
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)

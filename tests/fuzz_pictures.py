@@ -15,10 +15,10 @@ from PIL import Image
 
 from models.decoding import DecodedImage, DecodedMask, ImageLimits
 from server.decoder import Kind
-from server.decoders import Decoder
 from server.errors import ImageProblem
 from tests import hostile_pictures as hostile
 from tests import profiles
+from tests.blocking_decoder import BlockingDecoder
 
 LIMITS = ImageLimits(max_bytes=1_000_000)
 """Pixels as in the server, so that a mutated header may ask for much."""
@@ -38,7 +38,7 @@ class Outcomes:
 
 def fuzz(count: int, seed: int) -> Outcomes:
     """Decode so many mutated pictures, each as an init image or as a mask."""
-    decoder = Decoder(LIMITS)
+    decoder = BlockingDecoder(LIMITS)
     outcomes = Outcomes()
     try:
         for number, content in zip(range(count), mutations(seed), strict=False):

@@ -14,9 +14,9 @@ import pytest
 
 from models.decoding import ImageLimits
 from server.decoder import Kind, Wanted
-from server.decoders import Decoder
 from server.errors import ImageProblem
 from tests import hostile_pictures as hostile
+from tests.blocking_decoder import BlockingDecoder
 from tests.fuzz_pictures import fuzz
 from tests.http_stub import png_bytes
 from tests.processes import ServerProcess
@@ -27,9 +27,9 @@ PARENT_GROWTH_BYTES = 30_000_000
 
 
 @pytest.fixture(scope="module")
-def corpus_decoder() -> Iterator[Decoder]:
+def corpus_decoder() -> Iterator[BlockingDecoder]:
     # Processor time is what is bounded below: other machines have other things to do.
-    decoder = Decoder(ImageLimits(), wall_s=120)
+    decoder = BlockingDecoder(ImageLimits(), wall_s=120)
     yield decoder
     decoder.close()
 
@@ -51,7 +51,7 @@ def memory_bytes(pid: int | str, name: str) -> int:
 @on_linux
 @pytest.mark.parametrize(("name", "kind"), [*itertools.product(hostile.CORPUS, Kind)])
 def test_hostile_picture_is_taken_or_refused(
-    corpus_decoder: Decoder, name: str, kind: Kind
+    corpus_decoder: BlockingDecoder, name: str, kind: Kind
 ) -> None:
     picture = hostile.CORPUS[name]
     content = picture.make()

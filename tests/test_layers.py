@@ -97,10 +97,9 @@ SERVER = {
     "confinement": "",
     "decoder": "confinement models.decoding models.errors models.mask_reading models.params",
     "cores": "telemetry",
-    "talks": "",
-    "decoders": "cores decoder errors notices talks telemetry models.colour models.decoding"
+    "decoders": "cores decoder errors notices telemetry models.colour models.decoding"
     " models.errors models.mask_reading",
-    "sandbox": "decoder decoders errors slots talks models.decoding",
+    "sandbox": "decoder decoders errors slots models.decoding",
     "wal": "database",
     "clocks": "database",
     "deliveries": "clocks database errors group_commit",

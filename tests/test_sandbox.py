@@ -10,7 +10,6 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from server.notices import Notice
 from server.sandbox import Sandbox
 from tests import hostile_pictures as hostile
 from tests import profiles
+from tests.blocking_decoder import BlockingDecoder
 from tests.http_stub import png_bytes
 from tests.test_layers import REPOSITORY, loaded_by
 
@@ -37,8 +37,8 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Iterator[Decoder]:
-    decoder = Decoder(LIMITS, wall_s=60)
+def decoder() -> Iterator[BlockingDecoder]:
+    decoder = BlockingDecoder(LIMITS, wall_s=60)
     yield decoder
     decoder.close()
 
@@ -68,7 +68,7 @@ def images_of(
     ],
 )
 def test_pair_has_the_size_asked_for_or_its_own(
-    decoder: Decoder,
+    decoder: BlockingDecoder,
     own: tuple[int, int],
     asked: tuple[int | None, int | None],
     size: tuple[int, int],
@@ -80,12 +80,9 @@ def test_pair_has_the_size_asked_for_or_its_own(
     assert pair.init_image.dtype == pair.mask.dtype == np.uint8
 
 
-@pytest.mark.parametrize("room", [0, 2**20], ids=["one after the other", "together"])
-def test_pair_is_the_same_however_it_is_handed_over(decoder: Decoder, room: int) -> None:
+def test_pair_is_the_same_as_its_pictures_alone(decoder: BlockingDecoder) -> None:
     asked = [((96, 64), OWN), ((1500, 750), OWN), ((64, 64), Wanted(128, 192))]
     broken = {"init_image": b"x", "mask_image": hostile.saved(hostile.noise("L", 80))}
-    decoder.start()
-    decoder._request_room = room
     for own, wanted in asked:
         images = images_of(own)
         alone = decoder.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
@@ -101,10 +98,8 @@ def test_pair_is_the_same_however_it_is_handed_over(decoder: Decoder, room: int)
         assert refused.value.problems == {"init_image": ImageProblem.NOT_AN_IMAGE}
 
 
-@pytest.mark.parametrize("room", [0, 2**20], ids=["one after the other", "together"])
 @pytest.mark.parametrize("bad", ["init_image", "mask_image"])
-def test_child_that_dies_of_one_picture_is_asked_for_the_other(room: int, bad: str) -> None:
-    """The one that was sent along is sent again."""
+def test_death_by_one_picture_leaves_the_other_to_be_judged(bad: str) -> None:
     program = """
 import os, sys
 sys.path[:] = sys.argv[4:]
@@ -117,9 +112,7 @@ def decode(kind, content, *rest):
 decoder.decode = decode
 decoder.main(*map(int, sys.argv[1:4]))
 """
-    decoder = Decoder(LIMITS, program=program)
-    decoder.start()
-    decoder._request_room = room
+    decoder = BlockingDecoder(LIMITS, program=program)
     images = images_of((64, 64))
     try:
         with pytest.raises(ImageUnavailable) as refused:
@@ -130,7 +123,7 @@ decoder.main(*map(int, sys.argv[1:4]))
         decoder.close()
 
 
-def test_pixels_cross_unchanged(decoder: Decoder) -> None:
+def test_pixels_cross_unchanged(decoder: BlockingDecoder) -> None:
     image, mask = hostile.noise("RGB", 128), hostile.noise("L", 128)
     images = {"init_image": hostile.saved(image), "mask_image": hostile.saved(mask)}
     pair = decoder.decode_pair(images)
@@ -153,7 +146,7 @@ def test_pixels_cross_unchanged(decoder: Decoder) -> None:
 )
 @pytest.mark.parametrize("name", ["init_image", "mask_image"])
 def test_problem_names_the_image(
-    decoder: Decoder, name: str, content: bytes, problem: ImageProblem
+    decoder: BlockingDecoder, name: str, content: bytes, problem: ImageProblem
 ) -> None:
     images = dict.fromkeys(["init_image", "mask_image"], png_bytes()) | {name: content}
     with pytest.raises(ImageUnavailable) as refused:
@@ -161,7 +154,7 @@ def test_problem_names_the_image(
     assert refused.value.problems == {name: problem}
 
 
-def test_both_images_at_fault_are_named(decoder: Decoder) -> None:
+def test_both_images_at_fault_are_named(decoder: BlockingDecoder) -> None:
     with pytest.raises(ImageUnavailable) as refused:
         decoder.decode_pair({"init_image": b"x", "mask_image": b"GIF8"})
     assert refused.value.problems == {
@@ -174,16 +167,13 @@ def test_every_fault_of_an_image_has_a_problem() -> None:
     assert set(PROBLEM_OF_FAULT) == set(ImageFault)
 
 
-@pytest.mark.parametrize("room", [0, 2**20], ids=["one after the other", "together"])
-def test_profile_and_orientation_cross_the_pipe(decoder: Decoder, room: int) -> None:
+def test_profile_and_orientation_cross_the_pipe(decoder: BlockingDecoder) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     stored = Image.new("RGB", (96, 64), "red")
     mask = Image.new("L", (96, 64))
     mask.paste(255, (0, 0, 32, 32))  # the upper left as stored is the upper right as shown
     profile = profiles.display_p3()
-    decoder.start()
-    decoder._request_room = room
     for file_format in ("PNG", "JPEG", "WEBP"):
         init_image = hostile.saved(stored, file_format, exif=exif, icc_profile=profile)
         images = {"init_image": init_image, "mask_image": hostile.saved(mask)}
@@ -195,7 +185,7 @@ def test_profile_and_orientation_cross_the_pipe(decoder: Decoder, room: int) -> 
         assert np.argwhere(pair.mask).max(axis=0).tolist() == [31, 63]
 
 
-def test_confined_child_converts_by_profile(decoder: Decoder) -> None:
+def test_confined_child_converts_by_profile(decoder: BlockingDecoder) -> None:
     """The filter of system calls grants what littlecms needs."""
     for mode, profile, plain in [
         ("CMYK", profiles.ink(), [0, 255, 255]),
@@ -212,7 +202,7 @@ def test_confined_child_converts_by_profile(decoder: Decoder) -> None:
         np.testing.assert_array_equal(decoded.pixels, expected)
 
 
-def test_notices_of_a_pair(decoder: Decoder) -> None:
+def test_notices_of_a_pair(decoder: BlockingDecoder) -> None:
     broken = hostile.saved(hostile.noise(), icc_profile=b"no profile")
     images = {"init_image": broken, "mask_image": png_bytes(64, 128)}
     pair = decoder.decode_pair(images)
@@ -221,7 +211,7 @@ def test_notices_of_a_pair(decoder: Decoder) -> None:
     assert decoder.decode_pair(images | {"mask_image": ones}).notices == (Notice.PROFILE_NOT_KEPT,)
 
 
-def test_lost_transparency_is_noticed(decoder: Decoder) -> None:
+def test_lost_transparency_is_noticed(decoder: BlockingDecoder) -> None:
     opaque = hostile.noise("RGB").convert("RGBA")
     holed = opaque.copy()
     holed.putalpha(Image.linear_gradient("L").resize((64, 64)))
@@ -237,7 +227,7 @@ def test_lost_transparency_is_noticed(decoder: Decoder) -> None:
         assert decoder.decode_pair(images).notices == notices
 
 
-def test_reading_of_a_mask_crosses_the_pipe(decoder: Decoder) -> None:
+def test_reading_of_a_mask_crosses_the_pipe(decoder: BlockingDecoder) -> None:
     strokes = Image.new("RGBA", (64, 64))
     strokes.paste("red", (8, 8, 20, 20))
     images = {"init_image": png_bytes(), "mask_image": hostile.saved(strokes)}
@@ -350,7 +340,9 @@ print(*set(sys.modules) - before)
 
 
 @on_linux
-def test_child_has_nothing_to_steal(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_has_nothing_to_steal(
+    decoder: BlockingDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder.decode_pair(images_of((64, 64)))
     process = Path(f"/proc/{decoder.pid}")
     assert (process / "environ").read_bytes() == b""
@@ -360,7 +352,7 @@ def test_child_has_nothing_to_steal(decoder: Decoder, monkeypatch: pytest.Monkey
 
 
 @on_linux
-def test_child_is_limited(decoder: Decoder) -> None:
+def test_child_is_limited(decoder: BlockingDecoder) -> None:
     decoder.decode_pair(images_of((64, 64)))
     process = Path(f"/proc/{decoder.pid}")
     limits = {
@@ -485,7 +477,7 @@ def test_filter_names_no_way_out() -> None:
 
 def test_missing_filter_is_in_the_log() -> None:
     program = "import os, sys; os.write(1, b'r'); sys.stdin.read()"
-    decoder = Decoder(LIMITS, wall_s=0.1, program=program)
+    decoder = BlockingDecoder(LIMITS, wall_s=0.1, program=program)
     with structlog.testing.capture_logs() as lines:
         decoder.decode(Kind.INIT_IMAGE, png_bytes())
     decoder.close()
@@ -495,10 +487,10 @@ def test_missing_filter_is_in_the_log() -> None:
 # Children that fail
 
 
-def failing(*statements: str, wall_s: float = 30) -> Decoder:
+def failing(*statements: str, wall_s: float = 30) -> BlockingDecoder:
     """A decoder whose child is ready, reads a request's head, and then does this."""
     lines = ["import os, signal, time", "os.write(1, b'R')", "os.read(0, 9)", *statements]
-    return Decoder(LIMITS, wall_s=wall_s, program="\n".join(lines))
+    return BlockingDecoder(LIMITS, wall_s=wall_s, program="\n".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -553,6 +545,21 @@ def test_no_room_is_made_for_a_picture_that_cannot_be(kind: Kind, size: tuple[in
         decoder.close()
 
 
+def test_child_that_never_stops_talking_is_killed() -> None:
+    """What it says is neither kept nor waited for."""
+    decoder = failing("while True: os.write(1, bytes(2**20))")
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            assert decoder.decode(Kind.INIT_IMAGE, png_bytes()) is ImageProblem.DAMAGED
+            assert decoder.pid is None
+        assert decoder.starts == 2
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+        decoder.close()
+
+
 def test_picture_whose_child_is_killed_is_tried_twice() -> None:
     decoder = failing("os.kill(os.getpid(), signal.SIGKILL)")
     assert decoder.decode(Kind.INIT_IMAGE, png_bytes()) is ImageProblem.DAMAGED
@@ -573,11 +580,11 @@ def test_child_that_hangs_is_killed(statement: str) -> None:
 
 
 def test_picture_that_takes_too_long_is_refused() -> None:
-    decoder = Decoder(ImageLimits(), wall_s=0.5)
+    decoder = BlockingDecoder(ImageLimits(), wall_s=0.5)
     try:
         scans = hostile.scans((4_000, 4_000), 300)
         assert decoder.decode(Kind.INIT_IMAGE, scans) is ImageProblem.TOO_SLOW
-        decoder._wall_s = 60  # on a machine that stands still any picture takes long
+        decoder.decoder._wall_s = 60  # on a machine that stands still any picture takes long
         assert not isinstance(
             decoder.decode(Kind.INIT_IMAGE, png_bytes(), Wanted(64, 64)), ImageProblem
         )
@@ -586,14 +593,14 @@ def test_picture_that_takes_too_long_is_refused() -> None:
 
 
 def test_child_that_never_gets_ready_is_the_servers_fault() -> None:
-    decoder = Decoder(LIMITS, program="raise SystemExit(1)")
+    decoder = BlockingDecoder(LIMITS, program="raise SystemExit(1)")
     with pytest.raises(ApiError) as told:
         decoder.decode(Kind.INIT_IMAGE, png_bytes())
     assert type(told.value) is ApiError
     decoder.close()
 
 
-def test_child_killed_between_pictures_is_replaced_unnoticed(decoder: Decoder) -> None:
+def test_child_killed_between_pictures_is_replaced_unnoticed(decoder: BlockingDecoder) -> None:
     for _ in range(2):
         decoder.decode_pair(images_of((64, 64)))
         assert decoder.pid is not None
@@ -602,7 +609,7 @@ def test_child_killed_between_pictures_is_replaced_unnoticed(decoder: Decoder) -
 
 
 def test_child_is_replaced_after_its_number_of_pictures() -> None:
-    decoder = Decoder(LIMITS, pictures_per_child=4)
+    decoder = BlockingDecoder(LIMITS, pictures_per_child=4)
     try:
         for _ in range(5):
             decoder.decode_pair(images_of((64, 64)))
@@ -616,9 +623,9 @@ def test_child_ends_with_its_parent() -> None:
     program = """
 import os, signal
 from models.decoding import ImageLimits
-from server.decoders import Decoder
+from tests.blocking_decoder import BlockingDecoder
 from tests.http_stub import png_bytes
-decoder = Decoder(ImageLimits())
+decoder = BlockingDecoder(ImageLimits())
 decoder.decode_pair(dict.fromkeys(["init_image", "mask_image"], png_bytes()))
 # Stopped, it cannot notice by itself that nobody asks any more.
 os.kill(decoder.pid, signal.SIGSTOP)
@@ -658,7 +665,7 @@ async def decode(
 
 def test_requests_share_the_children() -> None:
     async def run() -> None:
-        with Sandbox(LIMITS) as sandbox:
+        async with Sandbox(LIMITS) as sandbox:
             calls = [decode(sandbox, images_of((side, side))) for side in SIDES]
             pairs = await asyncio.gather(*calls)
         assert [pair.mask.shape for pair in pairs] == [(side, side) for side in SIDES]
@@ -671,7 +678,7 @@ SIDES = range(64, 1024, 16)
 
 def test_loop_goes_on_while_a_child_works() -> None:
     async def run() -> None:
-        with Sandbox(LIMITS, wall_s=30) as sandbox:
+        async with Sandbox(LIMITS, wall_s=30) as sandbox:
             task = asyncio.create_task(decode(sandbox, images_of((900, 900))))
             turns = 0
             while not task.done():
@@ -684,7 +691,7 @@ def test_loop_goes_on_while_a_child_works() -> None:
 
 def test_cancelled_request_leaves_its_child_in_order() -> None:
     async def run() -> None:
-        with Sandbox(LIMITS, children=1) as sandbox:
+        async with Sandbox(LIMITS, children=1) as sandbox:
             await decode(sandbox, images_of((64, 64)))
             for side in (512, 1000, 72):
                 lost = asyncio.create_task(decode(sandbox, images_of((800, 800))))
@@ -704,7 +711,7 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
     size = sum(map(len, images.values()))
 
     async def run() -> None:
-        with Sandbox(LIMITS, max_waiting_bytes=10 * size) as sandbox:
+        async with Sandbox(LIMITS, max_waiting_bytes=10 * size) as sandbox:
             calls = [decode(sandbox, images) for _ in range(100)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
             assert sum(isinstance(each, DecodedPair) for each in answers) == 10
@@ -720,7 +727,7 @@ def test_pixels_that_are_held_take_room(room: int, is_let_in: bool) -> None:
     """The next request gets the child at once, or when the pixels are needed no longer."""
 
     async def run() -> None:
-        with Sandbox(LIMITS, children=1, max_decoded_bytes=room) as sandbox:
+        async with Sandbox(LIMITS, children=1, max_decoded_bytes=room) as sandbox:
             async with sandbox.decoded(images_of((64, 64))) as pair:
                 assert pair.mask.shape == (64, 64)
                 next_one = asyncio.create_task(decode(sandbox, images_of((72, 72))))
@@ -740,7 +747,7 @@ def test_pixels_that_are_held_take_room(room: int, is_let_in: bool) -> None:
 
 def test_refused_pictures_give_their_places_back() -> None:
     async def run() -> None:
-        with Sandbox(LIMITS, children=2, children_per_key=1) as sandbox:
+        async with Sandbox(LIMITS, children=2, children_per_key=1) as sandbox:
             too_large = dict.fromkeys(["init_image", "mask_image"], bytes(LIMITS.max_bytes + 1))
             for images in (dict.fromkeys(too_large, b"GIF89a"), too_large) * 3:
                 with pytest.raises(ImageUnavailable):
@@ -752,14 +759,13 @@ def test_refused_pictures_give_their_places_back() -> None:
 
 def test_first_request_finds_a_child_that_is_ready() -> None:
     async def run() -> None:
-        with Sandbox(LIMITS) as sandbox:
+        async with Sandbox(LIMITS) as sandbox:
             sandbox.warm()
             async with asyncio.timeout(60):
-                while len(sandbox._idle) < len(sandbox._children):  # noqa: ASYNC110
-                    await asyncio.sleep(0)
+                await sandbox._warming
             for _ in range(3):
                 await decode(sandbox, images_of((64, 64)))
-            assert [child.decoder.starts for child in sandbox._children] == [0, 0, 1]
+            assert [decoder.starts for decoder in sandbox._decoders] == [0, 0, 1]
 
     asyncio.run(run())
 
@@ -769,7 +775,7 @@ def test_leaving_while_a_child_starts_is_no_fault() -> None:
         faults: list[dict[str, object]] = []
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _loop, context: faults.append(context))
-        with Sandbox(LIMITS) as sandbox:
+        async with Sandbox(LIMITS) as sandbox:
             sandbox.warm()
         for _ in range(10):
             await asyncio.sleep(0)
@@ -788,7 +794,7 @@ def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_k
     async def run() -> None:
         limits = ImageLimits()
         shares = {"children": children, "children_per_key": children_per_key}
-        with Sandbox(limits, wall_s=120, **shares) as sandbox:
+        async with Sandbox(limits, wall_s=120, **shares) as sandbox:
             greedy = [
                 asyncio.create_task(decode(sandbox, slow_pair(), key_id="greedy")) for _ in range(4)
             ]
@@ -807,7 +813,7 @@ def test_request_that_finds_no_child_is_refused_in_time() -> None:
         impatient = Sandbox(
             ImageLimits(), children=1, children_per_key=1, wall_s=120, patience_s=0.05
         )
-        with impatient as sandbox:
+        async with impatient as sandbox:
             slow = asyncio.create_task(decode(sandbox, slow_pair()))
             await asyncio.sleep(0)
             with pytest.raises(QueueFull):
@@ -823,7 +829,7 @@ def test_files_of_one_key_do_not_take_all_room() -> None:
     size = sum(map(len, images.values()))
 
     async def run() -> None:
-        with Sandbox(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
+        async with Sandbox(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
             calls = [decode(sandbox, images, key_id="greedy") for _ in range(20)]
             modest = decode(sandbox, images, key_id="modest")
             *greedy, pair = await asyncio.gather(*calls, modest, return_exceptions=True)
@@ -835,10 +841,10 @@ def test_files_of_one_key_do_not_take_all_room() -> None:
 
 def test_leaving_ends_the_children() -> None:
     async def run() -> list[int]:
-        with Sandbox(LIMITS) as sandbox:
+        async with Sandbox(LIMITS) as sandbox:
             calls = [decode(sandbox, images_of((900, 900))) for _ in range(4)]
             await asyncio.gather(*calls)
-            pids = [child.decoder.pid for child in sandbox._children if child.decoder.pid]
+            pids = [decoder.pid for decoder in sandbox._decoders if decoder.pid]
             assert pids
         return pids
 
@@ -847,15 +853,49 @@ def test_leaving_ends_the_children() -> None:
             os.kill(pid, 0)
 
 
-def test_leaving_does_not_wait_for_a_child_that_hangs() -> None:
-    decoder = failing("signal.pause()", wall_s=600)
-    with ThreadPoolExecutor(1) as thread:
-        decoding = thread.submit(decoder.decode, Kind.INIT_IMAGE, png_bytes())
-        for _ in range(1_000):
-            if decoder.pid:
-                break
-            threading.Event().wait(0.01)
-        decoder.stop()
+def hanging() -> Decoder:
+    """A decoder whose child never answers."""
+    return Decoder(LIMITS, wall_s=600, program=HANGS)
+
+
+HANGS = "import os, signal; os.write(1, b'R'); signal.pause()"
+
+
+async def pid_of(decoder: Decoder) -> int:
+    """The child's, once it has been asked."""
+    async with asyncio.timeout(60):
+        while not decoder.pid or not decoder._pictures:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    return decoder.pid
+
+
+def test_closing_does_not_wait_for_a_child_that_hangs() -> None:
+    async def run() -> int:
+        decoder = hanging()
+        decoding = asyncio.create_task(decoder.decode(Kind.INIT_IMAGE, png_bytes()))
+        pid = await pid_of(decoder)
+        async with asyncio.timeout(60):
+            await decoder.close()
         with pytest.raises(ApiError):
-            decoding.result(30)
-    decoder.close()
+            await decoding
+        return pid
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(asyncio.run(run()), 0)
+
+
+def test_child_of_a_cancelled_caller_is_killed() -> None:
+    async def run() -> None:
+        decoder = hanging()
+        for _ in range(2):
+            decoding = asyncio.create_task(decoder.decode(Kind.INIT_IMAGE, png_bytes()))
+            pid = await pid_of(decoder)
+            decoding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await decoding
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+            assert decoder.pid is None
+        await decoder.close()
+
+    asyncio.run(run())
