@@ -130,7 +130,6 @@ class Door:
         for kept in self._kept:
             kept.connection.abort()
         self._kept.clear()
-        self._lookups.close()
 
     @contextlib.asynccontextmanager
     async def request(

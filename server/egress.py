@@ -38,7 +38,7 @@ from server.errors import ImageProblem
 from server.exchange import BodyTooLarge
 from server.lookups import numeric_addresses
 from server.settings import FetchSettings
-from server.slots import Slots
+from server.slots import FairSemaphore
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
@@ -84,7 +84,7 @@ class Fetcher:
         self._settings = settings
         self._door = door or Door()
         self._is_own_door = door is None
-        self._slots = Slots(settings.max_concurrent, settings.max_concurrent_per_key)
+        self._slots = FairSemaphore(settings.max_concurrent, settings.max_concurrent_per_key)
         self._pictures = Pictures(settings.cache_bytes, settings.cache_bytes_per_key)
 
     async def aclose(self) -> None:
@@ -105,7 +105,7 @@ class Fetcher:
             # One deadline over everything: time-outs of single reads do not stop a drip.
             async with (
                 asyncio.timeout(self._settings.total_timeout_s),
-                self._slots.taken_by(rights.key_id),
+                self._slots.held_by(rights.key_id),
             ):
                 return await self._follow(target, rights.key_id, policy)
         except BodyTooLarge as error:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from server.database import DatabaseFileGone
 from server.errors import StorageUnavailable
-from server.slots import Slots
+from server.slots import FairSemaphore
 from server.telemetry import get_logger
 
 logger = get_logger(__name__)
@@ -56,7 +56,7 @@ class Health:
         self._is_file_gone = False
         self._has_failed = asyncio.Event()
         # A store that hangs holds up no other store, and gets no second probe.
-        self._places = Slots(len(Store), per_owner=1)
+        self._slots = FairSemaphore(len(Store), per_owner=1)
 
     @property
     def failing(self) -> list[Store]:
@@ -121,8 +121,8 @@ class Health:
     async def _probe(self, store: Store) -> None:
         try:
             async with asyncio.timeout(PROBE_PATIENCE_S):
-                await self._places.take(store)
-                await self._places.use_in_thread(store, self._probes[store])
+                await self._slots.acquire(store)
+                await self._slots.use_in_thread(store, self._probes[store])
         except (SQLAlchemyError, StorageUnavailable, TimeoutError):
             return
         self._failing.discard(store)

@@ -30,7 +30,7 @@ from server.proxies import BASE_URL
 from server.receipts import Intake
 from server.services import Services
 from server.settings import Settings
-from server.slots import NoPlace
+from server.slots import NoSlot
 from server.storage import Storage
 
 FEW_ARRIVALS = 16
@@ -199,9 +199,9 @@ def admission_slot(services: Services, caller: Caller) -> Iterator[None]:
     """
     limit = caller.limits.max_waiting or services.settings.queue.max_waiting_per_key
     try:
-        with services.arrivals.entered_by(caller.key_id, max(limit, FEW_ARRIVALS)):
+        with services.arrivals.held_by(caller.key_id, max(limit, FEW_ARRIVALS)):
             yield
-    except NoPlace as error:
+    except NoSlot as error:
         raise QueueFull(limit) from error
 
 

@@ -9,7 +9,7 @@ import functools
 import socket
 from collections.abc import Callable, Sequence
 
-from server.slots import Slots
+from server.slots import FairSemaphore
 
 Resolver = Callable[[str, int], Sequence[str]]
 """The addresses of a host and port; may block. Raises: OSError, UnicodeError."""
@@ -23,10 +23,7 @@ class Lookups:
 
     def __init__(self, resolver: Resolver | None = None) -> None:
         self._resolver = resolver or resolve
-        self._places = Slots(THREADS, THREADS_PER_OWNER)
-
-    def close(self) -> None:
-        """No more look-ups; those under way are not waited for."""
+        self._slots = FairSemaphore(THREADS, THREADS_PER_OWNER)
 
     async def find(self, host: str, port: int, owner: str) -> Sequence[str]:
         """The addresses of a host. Raises: TimeoutError, other OSError, UnicodeError."""
@@ -34,9 +31,9 @@ class Lookups:
         if literals:
             return literals
         async with asyncio.timeout(TIMEOUT_S):
-            await self._places.take(owner)
+            await self._slots.acquire(owner)
             look_up = functools.partial(self._resolver, host, port)
-            return await self._places.use_in_thread(owner, look_up)
+            return await self._slots.use_in_thread(owner, look_up)
 
 
 def resolve(host: str, port: int) -> Sequence[str]:

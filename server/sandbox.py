@@ -9,7 +9,7 @@ from models.decoding import ImageLimits
 from server.decoder import Wanted
 from server.decoders import OWN, WALL_S, DecodedPair, Decoder
 from server.errors import ApiError, QueueFull
-from server.slots import NoPlace, Slots
+from server.slots import FairSemaphore, NoSlot
 
 CHILDREN, CHILDREN_PER_KEY = 3, 2
 """Pairs of pictures decoded at a time. One child is left for others, whatever one key sends."""
@@ -46,7 +46,7 @@ class Sandbox:
         self._decoders = [Decoder(limits, wall_s) for _ in range(children)]
         # The last one used comes first: with little to do, one warm child does it all.
         self._idle = [*self._decoders]
-        self._slots = Slots(children, children_per_key)
+        self._slots = FairSemaphore(children, children_per_key)
         self._patience_s = patience_s
         self._max_waiting_bytes = max_waiting_bytes
         self._max_waiting_bytes_per_key = max_waiting_bytes_per_key
@@ -69,14 +69,14 @@ class Sandbox:
         size = pair.init_image.nbytes + pair.mask.nbytes
         keeps_slot = self._decoded_bytes + size > self._max_decoded_bytes
         if not keeps_slot:
-            self._slots.give_back(key_id)
+            self._slots.release(key_id)
         self._decoded_bytes += size
         try:
             yield pair
         finally:
             self._decoded_bytes -= size
             if keeps_slot:
-                self._slots.give_back(key_id)
+                self._slots.release(key_id)
 
     async def _decode(
         self, images: Mapping[str, bytes], wanted: Wanted, key_id: str
@@ -92,9 +92,9 @@ class Sandbox:
         self._waiting_bytes += size
         self._waiting_bytes_of[key_id] += size
         try:
-            await self._slots.take(key_id, self._patience_s)
+            await self._slots.acquire(key_id, self._patience_s)
             return await self._use_decoder(images, wanted, key_id)
-        except NoPlace as error:
+        except NoSlot as error:
             raise QueueFull(self._waiting) from error
         finally:
             self._waiting -= 1
@@ -111,7 +111,7 @@ class Sandbox:
         try:
             return await decoder.decode_pair(images, wanted)
         except BaseException:
-            self._slots.give_back(key_id)
+            self._slots.release(key_id)
             raise
         finally:
             self._idle.append(decoder)

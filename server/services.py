@@ -20,7 +20,7 @@ from server.job_store import JobStore
 from server.metrics import Metrics
 from server.sandbox import Sandbox
 from server.settings import Settings
-from server.slots import Headcount, Slots
+from server.slots import FairSemaphore, KeyedCounter
 from server.storage import Storage
 from server.waiters import Waiters
 from server.webhooks import WebhookSender
@@ -71,10 +71,12 @@ class Services:
     background: Background
     metrics: Metrics
     health: Health
-    arrivals: Headcount = field(default_factory=Headcount)
+    arrivals: KeyedCounter = field(default_factory=KeyedCounter)
     store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(STORE_THREADS))
     submit_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(SUBMIT_THREADS))
-    file_threads: Slots = field(default_factory=lambda: Slots(FILE_THREADS, FILE_THREADS))
+    file_threads: FairSemaphore = field(
+        default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
+    )
     told: ToldEstimates = field(default_factory=ToldEstimates)
 
     async def in_store_thread(
@@ -101,7 +103,7 @@ class Services:
         with self.health.noting():
             try:
                 async with asyncio.timeout(FILE_PATIENCE_S):
-                    await self.file_threads.take(FILES)
+                    await self.file_threads.acquire(FILES)
                     return await self.file_threads.use_in_thread(FILES, call)
             except TimeoutError as error:
                 raise StorageUnavailable("the file store does not answer") from error

@@ -1,4 +1,4 @@
-"""A limited number of places, shared out fairly among those who ask."""
+"""A limited number of slots, shared out fairly among their owners, such as API keys."""
 
 import asyncio
 from collections import Counter, deque
@@ -6,138 +6,117 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
-from anyio import CapacityLimiter, to_thread
+import anyio
+import anyio.to_thread
 
 R = TypeVar("R")
 
 
-class NoPlace(Exception):
+class NoSlot(Exception):
     """There is none for this owner now."""
 
 
-class Slots:
-    """At most `total` places, and at most `per_owner` of them one owner's.
+class FairSemaphore:
+    """At most `total` slots, and at most `per_owner` of them one owner's.
 
-    A freed place goes to the owners in turn, not to whoever has queued most. For one event loop.
+    A released slot goes to the owners in turn (round robin), not to whoever has queued most. For
+    one event loop.
     """
 
     def __init__(self, total: int, per_owner: int) -> None:
         self._free = total
-        self._threads = CapacityLimiter(total)
         self._per_owner = per_owner
-        self._taken: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
         # In the order of their turns.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @asynccontextmanager
-    async def taken_by(self, owner: str) -> AsyncIterator[None]:
-        """A place for the length of the block; waits for one."""
-        await self.take(owner)
+    async def held_by(self, owner: str) -> AsyncIterator[None]:
+        """A slot for the length of the block; waits for one."""
+        await self.acquire(owner)
         try:
             yield
         finally:
-            self.give_back(owner)
+            self.release(owner)
 
-    def take_at_once(self, owner: str) -> bool:
-        """A place until it is given back, where there is one and nobody waits."""
-        is_free = bool(self._free) and not self._waiting and self._taken[owner] < self._per_owner
-        if is_free:
-            self._free -= 1
-            self._taken[owner] += 1
-        return is_free
-
-    async def take(self, owner: str, patience_s: float | None = None) -> None:
-        """A place until it is given back; waits for one. Raises: NoPlace, when patience ends."""
-        if self.take_at_once(owner):
-            return
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
+    async def acquire(self, owner: str, timeout_s: float | None = None) -> None:
+        """Wait for a slot. Raises: NoSlot after the timeout."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
         self._hand_out()
-        # By hand: for a call that finds its place soon, a timeout of asyncio's is half the work.
-        timer = None if patience_s is None else loop.call_later(patience_s, self._end, owner, turn)
         try:
-            await turn
-        except asyncio.CancelledError:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except (TimeoutError, asyncio.CancelledError) as error:
             if turn.cancelled():
-                self._forget(owner, turn)
+                self._leave_queue(owner, turn)
                 self._hand_out()
-            else:
-                self.give_back(owner)
+            else:  # the slot was handed over in the same turn of the event loop
+                self.release(owner)
+            if isinstance(error, TimeoutError):
+                raise NoSlot from error
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
 
-    def _end(self, owner: str, turn: asyncio.Future[None]) -> None:
-        if not turn.done():
-            self._forget(owner, turn)
-            turn.set_exception(NoPlace())
-
-    def give_back(self, owner: str) -> None:
-        """A place of this owner's, for the next."""
+    def release(self, owner: str) -> None:
+        """Give a slot of this owner's to the next."""
         self._free += 1
-        leave(self._taken, owner)
+        decrement(self._held, owner)
         self._hand_out()
 
     async def use_in_thread(self, owner: str, function: Callable[[], R]) -> R:
-        """Call a function in a thread, in a place that was taken.
+        """Call a function in a thread, in a slot that was acquired.
 
-        The place is given back when the thread is done: a caller that gives up earlier cannot stop
+        The slot is released when the thread is done: a caller that is cancelled earlier cannot stop
         the thread.
         """
-
-        def end(task: asyncio.Task[R]) -> None:
-            self.give_back(owner)
-            if not task.cancelled():
-                task.exception()  # nobody may be there any longer to retrieve it
-
-        # A task of its own, which goes on when the caller is cancelled.
-        task = asyncio.create_task(to_thread.run_sync(function, limiter=self._threads))
-        task.add_done_callback(end)
-        return await asyncio.shield(task)
+        # The slots are the limit here. The default limiter is shared with everything else, and
+        # threads that hang would use it up.
+        limiter = anyio.CapacityLimiter(1)
+        call = asyncio.create_task(anyio.to_thread.run_sync(function, limiter=limiter))
+        call.add_done_callback(lambda _: self.release(owner))
+        return await asyncio.shield(call)
 
     def _hand_out(self) -> None:
         for owner, turns in list(self._waiting.items()):
             if not self._free:
                 return
             # One that was cancelled just now leaves by itself, and hands out again.
-            if self._taken[owner] < self._per_owner and not turns[0].cancelled():
+            if self._held[owner] < self._per_owner and not turns[0].cancelled():
                 del self._waiting[owner]
                 turn = turns.popleft()
                 if turns:
                     self._waiting[owner] = turns  # last in line again
                 self._free -= 1
-                self._taken[owner] += 1
+                self._held[owner] += 1
                 turn.set_result(None)
 
-    def _forget(self, owner: str, turn: asyncio.Future[None]) -> None:
+    def _leave_queue(self, owner: str, turn: asyncio.Future[None]) -> None:
         turns = self._waiting[owner]
         turns.remove(turn)
         if not turns:
             del self._waiting[owner]
 
 
-class Headcount:
-    """How many of each owner are inside, where nobody waits at the door. For one event loop."""
+class KeyedCounter:
+    """How many slots each owner holds, where nobody waits for one. For one event loop."""
 
     def __init__(self) -> None:
-        self._inside: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
 
     @contextmanager
-    def entered_by(self, owner: str, limit: int) -> Iterator[None]:
-        """One more for the length of the block. Raises: NoPlace where the limit is reached."""
-        if self._inside[owner] >= limit:
-            raise NoPlace
-        self._inside[owner] += 1
+    def held_by(self, owner: str, limit: int) -> Iterator[None]:
+        """A slot for the length of the block. Raises: NoSlot where the owner holds `limit`."""
+        if self._held[owner] >= limit:
+            raise NoSlot
+        self._held[owner] += 1
         try:
             yield
         finally:
-            leave(self._inside, owner)
+            decrement(self._held, owner)
 
 
-def leave(counts: Counter[str], owner: str) -> None:
-    """One less; those with none are forgotten."""
+def decrement(counts: Counter[str], owner: str) -> None:
+    """Count one less; an owner at zero is removed, so that the counter cannot grow for ever."""
     counts[owner] -= 1
     if not counts[owner]:
         del counts[owner]

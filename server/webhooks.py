@@ -31,7 +31,7 @@ from server.job_store import JobStore
 from server.jobs import Job
 from server.limits import TokenBuckets
 from server.settings import WebhookSettings
-from server.slots import Slots
+from server.slots import FairSemaphore
 from server.telemetry import get_logger
 from server.threads import Threads
 
@@ -147,7 +147,7 @@ class WebhookSender:
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
         self._asked_calls = TokenBuckets()
-        self._ping_places = Slots(PING_PLACES, PING_PLACES_PER_KEY)
+        self._ping_places = FairSemaphore(PING_PLACES, PING_PLACES_PER_KEY)
         self._has_ended = asyncio.Event()
         self._threads: Threads
         """While it runs."""
@@ -177,7 +177,7 @@ class WebhookSender:
     async def ping(self, url: str, rights: Rights) -> tuple[str, Attempt]:
         """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
         self.count_asked_call(rights.key_id)
-        async with self._ping_places.taken_by(rights.key_id):
+        async with self._ping_places.held_by(rights.key_id):
             return await self._caller.ping(url, rights)
 
     def count_asked_call(self, key_id: str) -> None:

@@ -38,7 +38,6 @@ def slow_names() -> Iterator[tuple[SlowNames, Lookups]]:
         yield resolver, lookups
     finally:
         resolver.let()
-        lookups.close()
 
 
 async def give_up_on(lookups: Lookups, owner: str, count: int) -> None:
@@ -104,7 +103,6 @@ def test_failure_is_told(error: type[Exception]) -> None:
         for _ in range(2 * THREADS_PER_OWNER):
             with pytest.raises(error):
                 await lookups.find("a.example", 80, "k")
-        lookups.close()
 
     asyncio.run(run())
 
