@@ -25,7 +25,6 @@ from server.door import Door, listeners_of
 from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.estimates import Estimator
-from server.followers import Followers
 from server.health import Health, Store, write_nothing
 from server.holding import Holding
 from server.intake import get_services
@@ -45,9 +44,9 @@ from server.settings import ErrorStatus, Settings
 from server.silence import LOOK_S
 from server.storage import Storage
 from server.telemetry import get_logger
-from server.waiters import Waiters
 from server.wal import LOOK_S as LOG_LOOK_S
 from server.wal import shorten_log
+from server.watcher import JobWatcher
 from server.webhooks import WebhookSender
 
 logger = get_logger(__name__)
@@ -138,8 +137,9 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
         background = await stack.enter_async_context(Background())
         background.start(WEBHOOKS, webhooks.run)
         background.start("janitor", Janitor(engine, storage, settings.retention).run)
-        waiters = stack.enter_context(Waiters(store))
-        followers = stack.enter_context(Followers(store, settings.http.max_streams_per_key))
+        watcher = await stack.enter_async_context(
+            JobWatcher(store, settings.http.max_streams_per_key)
+        )
         probe_key = f"{INPUT_FOLDER}/probe-{uuid.uuid4()}"
         health = Health(
             {
@@ -161,8 +161,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             storage=storage,
             fetcher=Fetcher(settings.fetch, fetch_door),
             sandbox=sandbox,
-            waiters=waiters,
-            followers=followers,
+            watcher=watcher,
             deliveries=deliveries,
             webhooks=webhooks,
             background=background,
@@ -188,7 +187,7 @@ async def keep_fresh(services: Services) -> None:
             await services.in_store_thread(services.keys.refresh)
         except (OSError, ValueError, SQLAlchemyError):
             logger.exception("keys not read")
-        services.followers.end_invalid(services.keys.is_valid)
+        services.watcher.end_invalid(services.keys.is_valid)
 
 
 async def watch_workers(services: Services) -> None:

@@ -128,8 +128,7 @@ class Server(uvicorn.Server):
             self._children.stop()
         services = getattr(self._app.state, "services", None)
         if services is not None:
-            services.waiters.release_all()
-            services.followers.release_all()
+            services.watcher.release_all()
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:

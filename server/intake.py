@@ -131,7 +131,7 @@ async def accept(
     base_url, called_url: of the request, by the functions of these names.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
-    if services.waiters.is_released:
+    if services.watcher.is_released:
         raise ServerBusy
     services.health.refuse_writes()
     if once is not None:

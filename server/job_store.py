@@ -19,8 +19,8 @@ steady clock of the process that measured them, and are stored as such.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -51,10 +51,10 @@ from server.jobs import (
     USUAL_SHARE,
     Heartbeat,
     Job,
+    JobProgress,
     JobState,
     NewJob,
     QueueShare,
-    Standing,
 )
 from server.receipts import Receipt
 from server.silence import Silence
@@ -73,19 +73,24 @@ OVER_SHARE_S = 0.25
 COUNTED = 1_000
 """Waiting jobs, for a worker's share. With more all workers are full."""
 
-MOST_IDS = 256
-"""In one statement."""
-
 # What every job needs is built once: building costs more than running.
 GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
-ENDED = select(jobs).where(
-    jobs.c.id.in_(bindparam("job_ids", expanding=True)),
-    jobs.c.state.in_([state for state in JobState if state.is_terminal]),
-)
 IS_LIVE: ColumnElement[bool] = jobs.c.state.in_(
     [state for state in JobState if not state.is_terminal]
 )
 LIVE = select(jobs.c.id).where(IS_LIVE)
+PROGRESS = (
+    select(
+        jobs.c.id,
+        jobs.c.state,
+        jobs.c.attempt,
+        jobs.c.step,
+        jobs.c.total_steps,
+        jobs.c.preview_step,
+    )
+    .where(IS_LIVE)
+    .order_by(*ORDER)
+)
 WAITING = select(func.count()).select_from(
     select(jobs.c.id).where(IS_WAITING).limit(COUNTED).subquery()
 )
@@ -235,22 +240,15 @@ class JobStore:
         with read_only(self._engine) as connection:
             return [to_job(row) for row in connection.execute(query)]
 
-    def standings(self, job_ids: Sequence[int]) -> dict[int, Standing]:
-        """How far those of the jobs are that there are, in one look."""
-        progress = (jobs.c.step, jobs.c.total_steps, jobs.c.preview_step)
-        columns = (jobs.c.id, jobs.c.state, jobs.c.attempt, *progress)
-        queue = select(jobs.c.id).where(IS_WAITING).order_by(*ORDER)
+    def progress_of(self, job_ids: Collection[int]) -> dict[int, JobProgress]:
+        """How far those of the jobs are that there are."""
         with read_only(self._engine) as connection:
-            rows = [
-                row
-                for some in in_few_sizes(job_ids)
-                for row in connection.execute(select(*columns).where(jobs.c.id.in_(some)))
-            ]
-            is_queued = any(row.state == JobState.QUEUED for row in rows)
-            waiting = connection.scalars(queue).all() if is_queued else []
+            live = connection.execute(PROGRESS).all()
+            ended = _rows_of(connection, {*job_ids} - {row.id for row in live})
+        waiting = (row.id for row in live if row.state == JobState.QUEUED)
         positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
         return {
-            row.id: Standing(
+            row.id: JobProgress(
                 JobState(row.state),
                 row.attempt,
                 row.step,
@@ -258,7 +256,8 @@ class JobStore:
                 positions.get(row.id),
                 row.preview_step,
             )
-            for row in rows
+            for row in (*live, *ended)
+            if row.id in job_ids
         }
 
     def receipt_of(self, job_id: int) -> Receipt | None:
@@ -268,18 +267,11 @@ class JobStore:
             values = connection.execute(query).scalar_one_or_none()
         return None if values is None else Receipt.from_json(values)
 
-    def ended(self, job_ids: Sequence[int]) -> list[Job]:
+    def ended(self, job_ids: Collection[int]) -> list[Job]:
         """Those of the jobs that are in a terminal state."""
         with read_only(self._engine) as connection:
-            if len(job_ids) > MOST_IDS:
-                # Of thousands that are waited for nearly all are alive; one short question tells.
-                live = {*connection.scalars(LIVE)}
-                job_ids = [job_id for job_id in job_ids if job_id not in live]
-            return [
-                to_job(row)
-                for some in in_few_sizes(job_ids)
-                for row in connection.execute(ENDED, {"job_ids": some})
-            ]
+            live = {*connection.scalars(LIVE)}
+            return [to_job(row) for row in _rows_of(connection, {*job_ids} - live)]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
         """Take up to `limit` queued jobs, first to last, each with a new claim.
@@ -478,16 +470,13 @@ class JobStore:
         return len(rows)
 
 
-def in_few_sizes(job_ids: Sequence[int]) -> Iterator[list[int]]:
-    """The ids in lists whose lengths are powers of two; the last id may be repeated.
+def _rows_of(connection: Connection, job_ids: Iterable[int]) -> list[Row[*tuple[Any, ...]]]:
+    """The rows of those of the jobs that there are.
 
-    Each length is a statement of its own, which drivers keep: with a thousand lengths they would
-    keep hundreds of megabytes.
+    One by one, because drivers keep a statement for each length of a list of ids.
     """
-    for start in range(0, len(job_ids), MOST_IDS):
-        some = [*job_ids[start : start + MOST_IDS]]
-        size = 1 << (len(some) - 1).bit_length()
-        yield some + some[-1:] * (size - len(some))
+    found = (connection.execute(GET, {"job_id": each}).one_or_none() for each in sorted(job_ids))
+    return [row for row in found if row is not None]
 
 
 def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[int]:

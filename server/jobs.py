@@ -226,7 +226,7 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class JobProgress:
     """How far a job is, in short.
 
     position: 1 is next; None for one that does not wait. preview_step: as in `Job`.

@@ -8,8 +8,8 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 
 from server.dialects.native_answers import JobAnswer
-from server.followers import Follower
-from server.jobs import JobState, Standing
+from server.jobs import JobProgress, JobState
+from server.watcher import Subscription
 
 HEARTBEAT_S = 15.0
 """Between two comments on a stream without news; proxies cut silent connections."""
@@ -47,35 +47,35 @@ class Unauthorized(BaseModel):
 
 
 async def write_events(
-    follower: Follower,
-    tell: Callable[[], Awaitable[JobAnswer]],
-    show: Callable[[], Awaitable[bytes | None]],
+    subscription: Subscription,
+    read_ended: Callable[[], Awaitable[JobAnswer]],
+    read_preview: Callable[[], Awaitable[bytes | None]],
     heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[bytes]:
     """The present state, then each change until the job or the key has ended, or the server stops.
 
-    tell: the job in full, for the last event. show: its newest preview, None where it is gone.
+    read_ended: in full, for the last event. read_preview: the newest one, None where it is gone.
     """
-    last: Standing | None = None
-    while not follower.is_over:
-        now = await follower.news(heartbeat_s)
+    last: JobProgress | None = None
+    while not subscription.is_over:
+        now = await subscription.next(heartbeat_s)
         if now is None:
             yield KEEPALIVE_COMMENT
             continue
         for name, data in events_between(last, now):
             yield write_event(name, data, f"{now.attempt}-{now.step}-{name}")
-        if (step := new_preview_step(last, now)) and (image := await show()):
+        if (step := new_preview_step(last, now)) and (image := await read_preview()):
             preview = Preview(step=step, total_steps=now.total_steps, image=data_uri(image))
             yield write_event("preview", preview, f"{now.attempt}-{step}-preview")
         last = now
         if now.state.is_terminal:
-            yield write_event(now.state, await tell(), now.state)
+            yield write_event(now.state, await read_ended(), now.state)
             return
-    if follower.has_key_ended:
+    if subscription.has_key_ended:
         yield write_event("unauthorized", Unauthorized(), "unauthorized")
 
 
-def events_between(last: Standing | None, now: Standing) -> Iterator[tuple[str, BaseModel]]:
+def events_between(last: JobProgress | None, now: JobProgress) -> Iterator[tuple[str, BaseModel]]:
     """The events that lead from what was told last to what is; none of a job that has ended."""
     if now.state is JobState.QUEUED:
         yield "queued", Queued(position=now.position)
@@ -88,7 +88,7 @@ def events_between(last: Standing | None, now: Standing) -> Iterator[tuple[str, 
         yield "step", Step(step=now.step, total_steps=now.total_steps)
 
 
-def new_preview_step(last: Standing | None, now: Standing) -> int | None:
+def new_preview_step(last: JobProgress | None, now: JobProgress) -> int | None:
     """Of the preview that there is; None where it was told of last."""
     is_told = last is not None and (
         (last.attempt, last.preview_step) == (now.attempt, now.preview_step)

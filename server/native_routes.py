@@ -25,7 +25,6 @@ from server.dialects.native_answers import (
 )
 from server.dialects.native_problems import declare
 from server.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
-from server.followers import Follower
 from server.idempotency import Idempotency
 from server.intake import (
     ServicesOf,
@@ -38,6 +37,7 @@ from server.intake import (
 )
 from server.jobs import Job, JobState
 from server.services import Services
+from server.watcher import Subscription
 
 router = APIRouter(tags=["jobs"])
 
@@ -105,15 +105,15 @@ async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
 JobOf = Annotated[Job, Depends(get_job)]
 
 
-async def get_follower(
+async def get_subscription(
     services: ServicesOf, caller: CallerOf, job: JobOf
-) -> AsyncIterator[Follower]:
-    """A view of the job of the path, until the answer has ended. Raises: TooManyStreams."""
-    with services.followers.follow(job.id, caller.key_id, caller.key_digest) as follower:
-        yield follower
+) -> AsyncIterator[Subscription]:
+    """To the job of the path, until the answer has ended. Raises: TooManyStreams."""
+    with services.watcher.subscribe(job.id, caller.key_id, caller.key_digest) as subscription:
+        yield subscription
 
 
-FollowerOf = Annotated[Follower, Depends(get_follower)]
+SubscriptionOf = Annotated[Subscription, Depends(get_subscription)]
 
 
 @router.post(
@@ -205,7 +205,7 @@ async def follow_job(
     request: Request,
     services: ServicesOf,
     job: JobOf,
-    follower: FollowerOf,
+    subscription: SubscriptionOf,
     last_event_id: Annotated[
         str | None, Header(description="Not needed to connect again: the present state comes first")
     ] = None,
@@ -215,17 +215,17 @@ async def follow_job(
         return Response(status_code=204)  # which ends an EventSource's attempts to connect
     base_url = base_url_of(request, services.settings)
 
-    async def tell_end() -> JobAnswer:
+    async def read_ended() -> JobAnswer:
         ended = await services.in_store_thread(services.store.get, job.id)
         return await tell(services, ended or job, base_url)
 
-    async def show() -> bytes | None:
+    async def read_preview() -> bytes | None:
         try:
             return await services.in_file_thread(services.storage.get, job.preview_key)
         except StorageUnavailable:
             return None  # not worth the stream
 
-    events = native_events.write_events(follower, tell_end, show)
+    events = native_events.write_events(subscription, read_ended, read_preview)
     return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
 
 

@@ -100,7 +100,7 @@ async def inpaint(request: Request) -> Response:
     job_id, key_id = submitted.job.id, caller.key_id
 
     async def answer() -> JSONResponse:
-        ended = await services.waiters.wait(job_id, max(0.0, hold_until - time.monotonic()))
+        ended = await services.watcher.wait(job_id, max(0.0, hold_until - time.monotonic()))
         if ended is None:
             job = await find_job(services, job_id, key_id)
             return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
@@ -251,7 +251,7 @@ async def readiness(services: Services) -> Readiness:
     """Ask the database for its workers, unless it is known to fail."""
     workers = await workers_seen(services)
     failing = services.background.failing()
-    troubles = ["draining"] if services.waiters.is_released else []
+    troubles = ["draining"] if services.watcher.is_released else []
     troubles += services.health.troubles
     troubles += [f"{name} failed lately" for name in failing if name == WEBHOOKS]
     others = [f"{name} failed lately" for name in failing if name != WEBHOOKS]

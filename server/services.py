@@ -14,7 +14,6 @@ from server.deliveries import DeliveryStore
 from server.egress import Fetcher
 from server.errors import StorageUnavailable
 from server.estimates import Estimator, ToldEstimates
-from server.followers import Followers
 from server.health import Health
 from server.job_store import JobStore
 from server.metrics import Metrics
@@ -22,7 +21,7 @@ from server.sandbox import Sandbox
 from server.settings import Settings
 from server.slots import FairSemaphore, KeyedCounter
 from server.storage import Storage
-from server.waiters import Waiters
+from server.watcher import JobWatcher
 from server.webhooks import WebhookSender
 
 P = ParamSpec("P")
@@ -64,8 +63,7 @@ class Services:
     storage: Storage
     fetcher: Fetcher
     sandbox: Sandbox
-    waiters: Waiters
-    followers: Followers
+    watcher: JobWatcher
     deliveries: DeliveryStore
     webhooks: WebhookSender
     background: Background

@@ -277,9 +277,9 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def test_pool_has_a_connection_for_every_thread(engine: Engine) -> None:
-    """Of the API process: of the store, the webhooks, the janitor, waiters and followers."""
+    """Of the API process: of the store, the webhooks, the janitor, the watcher."""
     in_all = POOL_SIZE + MORE_CONNECTIONS
-    assert STORE_THREADS + THREADS + 1 + 2 * 2 + 2 <= in_all
+    assert STORE_THREADS + THREADS + 1 + 2 + 2 <= in_all
     with ExitStack() as stack:
         for _ in range(in_all):
             stack.enter_context(read_only(engine))

@@ -1,37 +1,34 @@
 """Following jobs: who is told what, that nothing stays behind, and that it ends."""
 
-import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from server import native_events
 from server.database import open_engine
 from server.dialects.native_answers import JobAnswer
-from server.followers import Followers
 from server.job_store import JobStore
-from server.jobs import Heartbeat, JobState, Standing
+from server.jobs import Heartbeat, JobProgress, JobState
 from server.keys import KeyStore
 from server.storage import Storage
+from server.watcher import JobWatcher
 from tests.chaos.site import until
 from tests.conftest import migrated_sqlite
 from tests.http_stub import LiveApp, running_app
 from tests.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.test_job_store import new_job
 from tests.test_native_routes import BODY, claim, client_of
-from tests.test_waiters import statements_fail
+from tests.test_watcher import run_with
 
 LONG_S = 60
-KEY = "a holder"
-R = TypeVar("R")
 Event = tuple[str, dict[str, Any]]
 
 
@@ -40,153 +37,12 @@ def store(engine: Engine) -> JobStore:
     return JobStore(engine)
 
 
-def run_with(store: JobStore, body: Callable[[Followers], Awaitable[R]]) -> R:
-    """Run `body` on an event loop beside followers; it must end well before `LONG_S`."""
-
-    async def run() -> R:
-        with Followers(store, max_per_key=100) as followers:
-            async with asyncio.timeout(LONG_S / 2):
-                return await body(followers)
-
-    return asyncio.run(run())
-
-
-class TestFollowers:
-    def test_present_state_comes_first_then_each_change(self, store: JobStore) -> None:
-        store.submit(new_job())
-        job = store.submit(new_job())
-
-        async def body(followers: Followers) -> list[Standing | None]:
-            with followers.follow(job.id, KEY) as follower:
-                seen = [await follower.news(LONG_S)]
-                held = {each.id: each for each in await asyncio.to_thread(store.claim, "w", 2)}
-                seen.append(await follower.news(LONG_S))
-                await asyncio.to_thread(store.heartbeat, held[job.id], 3, 14)
-                seen.append(await follower.news(LONG_S))
-                await asyncio.to_thread(store.cancel, job.id)
-                seen.append(await follower.news(LONG_S))
-            return seen
-
-        assert run_with(store, body) == [
-            Standing(JobState.QUEUED, 0, 0, 0, position=2),
-            Standing(JobState.RUNNING, 1, 0, 0, None),
-            Standing(JobState.RUNNING, 1, 3, 14, None),
-            Standing(JobState.CANCELLED, 1, 3, 14, None),
-        ]
-
-    def test_latecomer_and_others_get_the_present_state(self, store: JobStore) -> None:
-        ids = [store.submit(new_job()).id for _ in range(3)]
-
-        async def body(followers: Followers) -> list[int | None]:
-            seen = []
-            with ExitStack() as stack:
-                for job_id in [*ids, *ids]:
-                    follower = stack.enter_context(followers.follow(job_id, KEY))
-                    standing = await follower.news(LONG_S)
-                    assert standing is not None
-                    seen.append(standing.position)
-            return seen
-
-        assert run_with(store, body) == [1, 2, 3, 1, 2, 3]
-
-    def test_nobody_is_told_without_a_change_of_its_job(self, store: JobStore) -> None:
-        quiet, *busy = (store.submit(new_job()).id for _ in range(3))
-
-        async def body(followers: Followers) -> Standing | None:
-            with followers.follow(quiet, KEY) as idle:
-                assert await idle.news(LONG_S)
-                # News goes out in order: what the first change had for `idle` comes before the
-                # second's.
-                for job_id in busy:
-                    with followers.follow(job_id, KEY) as follower:
-                        assert await follower.news(LONG_S)
-                        await asyncio.to_thread(store.cancel, job_id)
-                        assert await follower.news(LONG_S)
-                return await idle.news(0)
-
-        assert run_with(store, body) is None
-
-    def test_stopping_ends_every_view_and_later_ones(self, store: JobStore) -> None:
-        job_id = store.submit(new_job()).id
-
-        async def body(followers: Followers) -> list[bool]:
-            with followers.follow(job_id, KEY) as early:
-                await early.news(LONG_S)
-                followers.release_all()
-                assert await early.news(LONG_S) is None
-                with followers.follow(job_id, KEY) as late:
-                    assert await late.news(LONG_S) is None
-                    return [early.is_over, late.is_over]
-
-        assert run_with(store, body) == [True, True]
-
-    def test_what_was_looked_up_before_the_end_does_not_undo_it(self, store: JobStore) -> None:
-        job_id = store.submit(new_job()).id
-
-        async def body(followers: Followers) -> list[Standing | None]:
-            with followers.follow(job_id, KEY) as follower:
-                standing = await follower.news(LONG_S)
-                followers.release_all()
-                follower.tell(standing)
-                await asyncio.sleep(0)
-                assert follower.is_over
-                return [standing, await follower.news(LONG_S)]
-
-        assert run_with(store, body)[1] is None
-
-    def test_any_error_of_a_look_is_survived(self, store: JobStore, engine: Engine) -> None:
-        job_id = store.submit(new_job()).id
-
-        async def body(followers: Followers) -> Standing | None:
-            with followers.follow(job_id, KEY) as follower:
-                return await follower.news(LONG_S)
-
-        with statements_fail(engine, 2):
-            assert run_with(store, body) is not None
-
-    def test_job_that_is_gone_ends_the_view(self, store: JobStore) -> None:
-        async def body(followers: Followers) -> bool:
-            with followers.follow(999, KEY) as follower:
-                assert await follower.news(LONG_S) is None
-                return follower.is_over
-
-        assert run_with(store, body)
-
-    def test_nothing_stays_behind(self, store: JobStore) -> None:
-        job_id = store.submit(new_job()).id
-
-        async def body(followers: Followers) -> int:
-            with followers.follow(job_id, KEY), followers.follow(job_id, KEY):
-                assert len(followers) == 2
-            return len(followers)
-
-        assert run_with(store, body) == 0
-
-    def test_database_that_comes_back_is_looked_at_again(self, store: JobStore, url: str) -> None:
-        job_id = store.submit(new_job()).id
-        other = open_engine(url)
-
-        def rename(old: str, new: str) -> None:
-            with other.begin() as connection:
-                connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))
-
-        async def body(followers: Followers) -> Standing | None:
-            await asyncio.to_thread(rename, "jobs", "away")
-            with followers.follow(job_id, KEY) as follower:
-                assert await follower.news(0.3) is None
-                await asyncio.to_thread(rename, "away", "jobs")
-                return await follower.news(LONG_S)
-
-        assert run_with(store, body) is not None
-        other.dispose()
-
-
 def test_skipped_states_are_made_up_for() -> None:
-    queued = Standing(JobState.QUEUED, 0, 0, 0, 1)
-    late = Standing(JobState.RUNNING, 1, 5, 14, None)
-    again = Standing(JobState.RUNNING, 2, 0, 0, None)
+    queued = JobProgress(JobState.QUEUED, 0, 0, 0, 1)
+    late = JobProgress(JobState.RUNNING, 1, 5, 14, None)
+    again = JobProgress(JobState.RUNNING, 2, 0, 0, None)
 
-    def names(last: Standing | None, now: Standing) -> list[str]:
+    def names(last: JobProgress | None, now: JobProgress) -> list[str]:
         return [name for name, _ in native_events.events_between(last, now)]
 
     assert names(None, late) == ["started", "step"]
@@ -194,11 +50,11 @@ def test_skipped_states_are_made_up_for() -> None:
     assert names(late, late) == ["step"]
     assert names(late, again) == ["started"], "another worker has it"
     assert names(late, queued) == ["queued"]
-    assert names(late, Standing(JobState.FAILED, 1, 5, 14, None)) == []
+    assert names(late, JobProgress(JobState.FAILED, 1, 5, 14, None)) == []
 
 
 def test_preview_is_told_of_once() -> None:
-    plain = Standing(JobState.RUNNING, 1, 5, 14, None)
+    plain = JobProgress(JobState.RUNNING, 1, 5, 14, None)
     shown = replace(plain, preview_step=5)
     later = replace(shown, step=6)
     again = replace(shown, attempt=2)
@@ -218,9 +74,9 @@ def test_silence_is_filled_with_comments(store: JobStore) -> None:
     async def nothing() -> None:
         raise AssertionError("there is no preview")
 
-    async def body(followers: Followers) -> list[bytes]:
-        with followers.follow(job_id, KEY) as follower:
-            events = native_events.write_events(follower, never, nothing, heartbeat_s=0.05)
+    async def body(watcher: JobWatcher) -> list[bytes]:
+        with watcher.subscribe(job_id, "a holder") as subscription:
+            events = native_events.write_events(subscription, never, nothing, heartbeat_s=0.05)
             # The job is looked up first, and there may be silence meanwhile.
             while (first := await anext(events)).startswith(b":"):
                 pass
@@ -301,8 +157,8 @@ class TestStream:
             with store_of(settings) as store:
                 store.cancel(jobs[FIRST])
             assert all("event: cancelled" in streams[n].read().decode() for n in (0, 1))
-            followers: Followers = app.app.state.services.followers
-            until(lambda: len(followers) == 1, LONG_S, "the ended streams give their places back")
+            watcher: JobWatcher = app.app.state.services.watcher
+            until(lambda: len(watcher) == 1, LONG_S, "the ended streams give their places back")
             assert follow(FIRST).status_code == 200
 
     def test_preview_comes_with_its_step(
@@ -358,7 +214,7 @@ class TestStream:
 
     def test_clients_that_go_away_leave_nothing(self, app: LiveApp, live_store: JobStore) -> None:
         job_id = create(app)
-        followers: Followers = app.app.state.services.followers
+        watcher: JobWatcher = app.app.state.services.watcher
         head = f"GET /api/jobs/{job_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         clients = [socket.create_connection(("127.0.0.1", app.port), LONG_S) for _ in range(200)]
         for client in clients:
@@ -369,12 +225,12 @@ class TestStream:
                 piece = client.recv(4_096)
                 assert piece, "it was cut"
                 received += piece
-        assert len(followers) == 200
+        assert len(watcher) == 200
         for client in clients:
             client.close()
         with following(app, job_id) as events:
             assert next(events)[0] == "queued"
-            until(lambda: len(followers) == 1, LONG_S, "the server notices")
+            until(lambda: len(watcher) == 1, LONG_S, "the server notices")
 
     def test_stopping_server_ends_streams(self, app: LiveApp) -> None:
         with following(app, create(app)) as events:

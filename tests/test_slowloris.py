@@ -128,7 +128,7 @@ def left_in(app: LiveApp) -> tuple[int, ...]:
     """Connections, running requests, waiters, sockets open in this process."""
     state = app.server.server_state
     sockets = [name for name in map(link_of, os.listdir("/proc/self/fd")) if "socket:" in name]
-    waiting = app.server._app.state.services.waiters._futures
+    waiting = app.app.state.services.watcher
     return app.server.gate.open_count, len(state.tasks), len(waiting), len(sockets)
 
 

@@ -21,8 +21,8 @@ from server.supervisor import (
     Watch,
     worker_children,
 )
-from server.waiters import Waiters
 from server.workers import WorkerRegistry, WorkerStatus
+from server.watcher import JobWatcher
 from tests.conftest import migrated_sqlite
 from tests.odd_worker import BAD_PREFIX
 from tests.test_job_store import Clock, new_job, status
@@ -179,8 +179,8 @@ def ended(store: JobStore, job_ids: Sequence[int]) -> list[Job]:
     """The jobs, once all have ended."""
 
     async def wait() -> list[Job | None]:
-        with Waiters(store) as waiters:
-            return await asyncio.gather(*(waiters.wait(job_id, WAIT_S) for job_id in job_ids))
+        async with JobWatcher(store, 1) as watcher:
+            return await asyncio.gather(*(watcher.wait(job_id, WAIT_S) for job_id in job_ids))
 
     jobs = [job for job in asyncio.run(wait()) if job is not None]
     assert len(jobs) == len(job_ids), "a job did not end"

@@ -103,8 +103,8 @@ def test_classes_have_turns_of_their_own(store: JobStore) -> None:
 
 
 def positions(store: JobStore, job_ids: list[int]) -> list[int | None]:
-    standings = store.standings(job_ids)
-    return [standings[job_id].position for job_id in job_ids]
+    progress = store.progress_of(job_ids)
+    return [progress[job_id].position for job_id in job_ids]
 
 
 def test_position_counts_the_jobs_that_go_before(store: JobStore) -> None:
@@ -114,7 +114,7 @@ def test_position_counts_the_jobs_that_go_before(store: JobStore) -> None:
     assert positions(store, order) == [1, 2, 3, 4, 5, 6]
     claim(store, 2)
     assert positions(store, order) == [None, None, 1, 2, 3, 4]
-    assert store.standings([99]) == {}
+    assert store.progress_of([99]) == {}
 
 
 class TestLimits:
@@ -248,4 +248,4 @@ class TestLongQueue:
     def test_turns_go_round_all_keys(self, store: JobStore, engine: Engine) -> None:
         insert_many(engine)
         assert claim(store, 150) == [*range(1, 151)]
-        assert store.standings([MANY])[MANY].position == MANY - 150
+        assert store.progress_of([MANY])[MANY].position == MANY - 150
