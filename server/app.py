@@ -26,18 +26,16 @@ from server.egress import Fetcher
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.estimates import Estimator
 from server.health import Health, Store, write_nothing
-from server.holding import Holding
 from server.intake import get_services
 from server.janitor import Janitor
 from server.job_store import JobStore
 from server.jobs import INPUT_FOLDER
 from server.keys import KeyStore
 from server.metrics import Metrics, StoredFigures
-from server.middleware import CrossOrigin, DirectRoutes, ErrorAnswers, RequestContext
-from server.native_routes import create_job
+from server.middleware import CrossOrigin, ErrorAnswers, RequestContext
 from server.native_routes import router as native_router
 from server.proxies import TrustedProxies
-from server.routes import inpaint, router
+from server.routes import router
 from server.sandbox import Sandbox
 from server.services import WEBHOOKS, Services
 from server.settings import ErrorStatus, Settings
@@ -69,14 +67,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(native_router)
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
-    # The last one added is the outermost.
-    app.add_middleware(DirectRoutes, {"/api/jobs": create_job, "/api/v3/inpaint": inpaint})
-    app.add_middleware(Holding)
 
     def serves_loopback_only() -> bool:
         services: Services = app.state.services
         return services.keys.serves_loopback_only
 
+    # The last one added is the outermost.
     app.add_middleware(
         ErrorAnswers,
         settings,

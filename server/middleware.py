@@ -4,22 +4,19 @@ TrustedProxies   `proxies.py`: who asks, and by which address, where a proxy say
 RequestContext   id, forgiving path, headers of every answer, one log line
 CrossOrigin      CORS; outside of the next, so that pages can read errors too
 ErrorAnswers     Host header and free room; any exception becomes an answer
-Holding          `holding.py`: waits for the jobs of held calls
-DirectRoutes     the busiest endpoints, past the framework
 """
 
 import functools
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
@@ -52,7 +49,6 @@ ANSWER_HEADERS = (
 EXPOSED_HEADERS = ("Location", "Retry-After", "Idempotency-Replayed", "X-Request-ID")
 """Answer headers that a page of another origin may read."""
 
-Endpoint = Callable[[Request], Awaitable[Response]]
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 
 
@@ -209,29 +205,6 @@ class ErrorAnswers:
             if not is_loopback(host_of(origin)):
                 return Stranger.PAGE
         return None if is_loopback(client[0]) else Stranger.ADDRESS
-
-
-class DirectRoutes:
-    """ASGI middleware that takes POSTs to the busiest endpoints past the framework.
-
-    That has described them, and for each call would match one route after the other and look at
-    what the endpoint wants, which takes a fourth of the event loop's time for it. These want the
-    request and nothing else. endpoints: by path.
-    """
-
-    def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
-        self._app = app
-        self._routes = {path: Route(path, endpoint) for path, endpoint in endpoints.items()}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_post = scope["type"] == "http" and scope["method"] == "POST"
-        route = self._routes.get(scope["path"]) if is_post else None
-        if route is None:
-            await self._app(scope, receive, send)
-            return
-        scope["route"] = route  # as the framework notes its own, for log and figures
-        response = await route.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
 
 
 @functools.lru_cache(KNOWN_HOSTS)

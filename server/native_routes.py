@@ -33,7 +33,6 @@ from server.intake import (
     base_url_of,
     called_url_of,
     find_job,
-    get_services,
 )
 from server.jobs import Job, JobState
 from server.services import Services
@@ -81,20 +80,22 @@ def describe_body(model: Any) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-CREATE_CALL = {
-    "security": [{Bearer.scheme_name: []}, {KeyHeader.scheme_name: []}],
-    "parameters": [
-        {
-            "name": IDEMPOTENCY_KEY,
-            "in": "header",
-            "required": False,
-            "description": "1 to 255 visible ASCII characters. For 24 hours the same key with the "
-            "same body gives the same job, with another body an error",
-            "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
-        }
-    ],
-}
-"""OpenAPI's description of what `create_job` reads itself."""
+async def get_body(request: Request, services: ServicesOf, _caller: CallerOf) -> bytes:
+    """The JSON body, read for known callers only. Raises: InvalidBody, BodyTooLarge."""
+    return await read_json(request, services.settings.max_body_bytes)
+
+
+BodyOf = Annotated[bytes, Depends(get_body)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias=IDEMPOTENCY_KEY,
+        description="1 to 255 visible ASCII characters. For 24 hours the same key with the same "
+        "body gives the same job, with another body an error",
+        # Told, and checked by the dialect, which has a code of its own for it.
+        json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    ),
+]
 
 
 async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
@@ -125,26 +126,28 @@ SubscriptionOf = Annotated[Subscription, Depends(get_subscription)]
         200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
         **declare(400, 413, 422),
     },
-    openapi_extra={**describe_body(native.JobRequest), **CREATE_CALL},
+    openapi_extra=describe_body(native.JobRequest),
 )
-async def create_job(request: Request) -> Response:
+async def create_job(
+    request: Request,
+    services: ServicesOf,
+    caller: CallerOf,
+    body: BodyOf,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Repaint the white part of a mask in an image."""
-    services = get_services(request)
     settings = services.settings
-    caller = admit(request, native.read_key(request.headers))
-    body = await read_json(request, settings.max_body_bytes)
 
-    def understand(body: bytes) -> tuple[native.NativeJob, Idempotency | None]:
+    def read(body: bytes) -> tuple[native.NativeJob, Idempotency | None]:
         asked = native.read_job(
             body,
             force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
             models=settings.offered_models,
             https_webhooks=settings.webhook.https_only,
         )
-        once = native.read_idempotency(request.headers.get(IDEMPOTENCY_KEY), asked.request)
-        return asked, once
+        return asked, native.read_idempotency(idempotency_key, asked.request)
 
-    asked, once = await parsed(understand, body)
+    asked, once = await parsed(read, body)
     base_url = base_url_of(request, settings)
     submitted = await accept(services, asked, caller, base_url, called_url_of(request), once)
     headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
@@ -273,12 +276,11 @@ async def list_deliveries(
     responses=declare(400, 413, 422),
     openapi_extra=describe_body(native.PingRequest),
 )
-async def ping(request: Request, services: ServicesOf, caller: CallerOf) -> PingAnswer:
+async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnswer:
     """Send a signed test event to a URL, as a webhook would be sent, and tell what came back.
 
     30 a minute, redeliveries included. Why there was no answer is not told: it is in the log.
     """
-    body = await read_json(request, services.settings.max_body_bytes)
     url = native.read_ping(body, https_only=services.settings.webhook.https_only)
     return native_answers.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
 

@@ -22,7 +22,6 @@ from server.bodies import Fields, read_fields, release_body
 from server.dialects import v3
 from server.errors import RouteNotFound
 from server.health import PROBE_PATIENCE_S, Store
-from server.holding import Held
 from server.intake import (
     ServicesOf,
     accept,
@@ -31,7 +30,6 @@ from server.intake import (
     called_url_of,
     eta_s,
     find_job,
-    get_services,
 )
 from server.jobs import OUTPUT_FOLDER, OUTPUT_STEM, Job, JobState
 from server.services import WEBHOOKS, Services
@@ -58,59 +56,54 @@ OUTPUT_HEADERS = {
 }
 
 
-async def get_fields(request: Request) -> Fields:
+async def get_fields(request: Request, services: ServicesOf) -> Fields:
     """The request's parameters, wherever they stand. Raises: InvalidBody."""
-    return await read_fields(request, get_services(request).settings.max_body_bytes)
+    return await read_fields(request, services.settings.max_body_bytes)
 
 
-async def get_caller(request: Request, fields: Annotated[Fields, Depends(get_fields)]) -> Caller:
+FieldsOf = Annotated[Fields, Depends(get_fields)]
+
+
+async def get_caller(request: Request, fields: FieldsOf) -> Caller:
     """Who calls, and what they may do. Raises: InvalidApiKey, RateLimited."""
     return admit(request, v3.read_key(fields, request.headers))
 
 
-async def get_key_id(caller: Annotated[Caller, Depends(get_caller)]) -> str:
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_key_id(caller: CallerOf) -> str:
     """Whose request it is."""
     return caller.key_id
 
 
-FieldsOf = Annotated[Fields, Depends(get_fields)]
 KeyId = Annotated[str, Depends(get_key_id)]
 
 
 @router.post("/api/v3/inpaint", openapi_extra=v3.INPAINT_OPENAPI)
-async def inpaint(request: Request) -> Response:
+async def inpaint(
+    request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
+) -> JSONResponse:
     """Repaint the white part of a mask in an image."""
-    services = get_services(request)
-    fields = await get_fields(request)
-    caller = await get_caller(request, fields)
     own_hold_s = caller.limits.hold_s
     hold_s = services.settings.hold_s if own_hold_s is None else own_hold_s
     hold_until = time.monotonic() + hold_s
     if v3.is_fetch(fields):
         return await fetch(request, services, fields, caller.key_id)
-    asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
-    base_url = base_url_of(request, services.settings)
-    submitted = await accept(services, asked, caller, base_url, called_url_of(request))
+    job_id = await submit(request, services, fields, caller)
+    # The framework keeps `fields` until the answer is there, and they may hold pictures.
+    fields.clear()
     release_body(request)
-    if asked.notices:
-        # By their codes: what a client wrote stays out of the log.
-        ignored = ", ".join(asked.notices)
-        logger.info("parameters ignored", job_id=submitted.job.id, detail=ignored)
-    # All that thousands of held calls need to keep.
-    job_id, key_id = submitted.job.id, caller.key_id
-
-    async def answer() -> JSONResponse:
-        ended = await services.watcher.wait(job_id, max(0.0, hold_until - time.monotonic()))
-        if ended is None:
-            job = await find_job(services, job_id, key_id)
-            return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
-        if ended.state is JobState.FINISHED:
-            output = await outputs(services, ended, base_url)
-            if output is not None:
-                return JSONResponse(v3.write_success(ended, output))
-        return JSONResponse(v3.write_failed(ended))
-
-    return Held(answer)
+    ended = await services.watcher.wait(job_id, max(0.0, hold_until - time.monotonic()))
+    base_url = base_url_of(request, services.settings)
+    if ended is None:
+        job = await find_job(services, job_id, caller.key_id)
+        return JSONResponse(v3.write_processing(job, await eta_s(services, job), base_url))
+    if ended.state is JobState.FINISHED:
+        output = await outputs(services, ended, base_url)
+        if output is not None:
+            return JSONResponse(v3.write_success(ended, output))
+    return JSONResponse(v3.write_failed(ended))
 
 
 @router.post("/api/v3/fetch", openapi_extra=v3.FETCH_OPENAPI)
@@ -187,6 +180,18 @@ async def readyz(services: ServicesOf) -> JSONResponse:
 async def readyz_workers(services: ServicesOf) -> JSONResponse:
     """Whether a request made now would be worked on: the same, and a worker is ready."""
     return to_probe_answer(await readiness(services), needs_worker=True)
+
+
+async def submit(request: Request, services: Services, fields: Fields, caller: Caller) -> int:
+    """Make a job of an inpaint call; gives its id. Raises: as `v3.read_inpaint`, `accept`."""
+    asked = v3.read_inpaint(fields, reading_policy(services.settings, caller))
+    base_url = base_url_of(request, services.settings)
+    submitted = await accept(services, asked, caller, base_url, called_url_of(request))
+    if asked.notices:
+        # By their codes: what a client wrote stays out of the log.
+        ignored = ", ".join(asked.notices)
+        logger.info("parameters ignored", job_id=submitted.job.id, detail=ignored)
+    return submitted.job.id
 
 
 async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:

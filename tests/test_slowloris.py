@@ -31,6 +31,7 @@ CALLED: dict[str, tuple[str, str, Any, str]] = {
 }
 """Method, path, body and the status that is told."""
 CLIENTS = 300
+BODIES, BODY_BYTES = 12, 8_000_000
 LIMIT_S = 120.0
 HALVES = (
     b"",
@@ -122,6 +123,32 @@ def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
         wait_until(lambda: left_in(app), before)
         assert app.client.post("/api/v3/fetch/1").json()["status"] == "processing"
         assert waiting_in(store) == CLIENTS
+
+
+def test_waiting_clients_keep_none_of_their_bodies_in_memory(tmp_path: Path) -> None:
+    environment = {"INPAINT_HOLD_S": "600", "INPAINT_ADMIN__PORT": "0"}
+    server = ServerProcess(tmp_path, environment, "--workers", "0")
+    port = httpx.URL(server.url).port or 0
+    body = json.dumps({**BODY, "unknown": "x" * BODY_BYTES}).encode()
+    head = f"POST /api/v3/inpaint HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    try:
+        with ExitStack() as stack, server.client:
+            store = stack.enter_context(store_of(settings_in(tmp_path)))
+            sizes = []
+            for count in range(1, BODIES + 1):
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                client.sendall(head.encode() + b"\r\n" + body)
+                wait_until(lambda: waiting_in(store), count)
+                sizes.append(memory_of(server.pid))
+            assert sizes[-1] - sizes[0] < BODIES * BODY_BYTES / 2
+    finally:
+        server.stop()
+
+
+def memory_of(pid: int) -> int:
+    """Resident bytes of a process."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 def left_in(app: LiveApp) -> tuple[int, ...]:
