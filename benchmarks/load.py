@@ -134,17 +134,11 @@ TARGETS = (
 )
 
 
-def api_processes(pid: int) -> list[Any]:
-    """Of a server; pid: of the first one, of which the others are children."""
-    first = psutil.Process(pid)
-    return [first, *(each for each in first.children() if "serve" in each.cmdline())]
-
-
 class Cpu:
-    """Processor time of the API processes and of their picture decoders, since the last look."""
+    """Processor time of the API process and of its picture decoders, since the last look."""
 
     def __init__(self, pid: int) -> None:
-        self._api = api_processes(pid)
+        self._api = psutil.Process(pid)
         self._last = self._read()
 
     def ms_per(self, count: int) -> dict[str, float]:
@@ -155,19 +149,11 @@ class Cpu:
         return {"api_cpu_ms": api_s * scale, "decoders_cpu_ms": decoders_s * scale}
 
     def _read(self) -> tuple[float, float]:
-        api = [each.cpu_times() for each in self._api]
-        decoders = [
-            child.cpu_times()
-            for each in self._api
-            for child in each.children()
-            if child not in self._api
-        ]
+        api = self._api.cpu_times()
+        decoders = [child.cpu_times() for child in self._api.children()]
         # Decoders are replaced after some thousand pictures: those that have ended count too.
-        ended_s = sum(each.children_user + each.children_system for each in api)
-        own_s, decoders_s = (
-            sum(each.user + each.system for each in times) for times in (api, decoders)
-        )
-        return own_s, ended_s + decoders_s
+        ended_s = api.children_user + api.children_system
+        return api.user + api.system, ended_s + sum(each.user + each.system for each in decoders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +182,7 @@ def sqlite_url(data_dir: Path) -> str:
 
 @contextmanager
 def running_site(data_dir: Path, settings: Mapping[str, str], database_url: str) -> Iterator[Site]:
-    """A server without workers, once all its processes answer."""
+    """A server without workers, once it answers."""
     began = time.perf_counter()
     own = {**LASTING_CONNECTIONS, "INPAINT_DATABASE_URL": database_url}
     server = ServerProcess(data_dir, {**own, **settings}, *NO_WORKERS)
@@ -205,14 +191,11 @@ def running_site(data_dir: Path, settings: Mapping[str, str], database_url: str)
         stack.callback(server.stop)
         asyncio.run(ask_once(server.url, get_bytes(f"{server.url}/healthz")))
         started_s = time.perf_counter() - began
-        for _ in range(1, int(settings.get(PROCESSES, "1"))):
-            server.wait_for("listening")
         engine = open_engine(database_url)
         stack.callback(engine.dispose)
         yield Site(server, engine, JobStore(engine), started_s)
 
 
-PROCESSES = "INPAINT_HTTP__PROCESSES"
 NO_WORKERS = ("--workers", "0")
 LASTING_CONNECTIONS = {"INPAINT_HTTP__KEEP_ALIVE_S": "300", "INPAINT_HTTP__HEAD_TIMEOUT_S": "300"}
 """A steady run opens connections ahead, and needs some of them late."""
@@ -368,11 +351,9 @@ class LoadBench:
         size: Size,
         deadline: measure.Deadline,
         database_url: DatabaseUrl = sqlite_url,
-        processes: int = 1,
     ) -> None:
         self._scratch = scratch
         self._database_url = database_url
-        self._own = {PROCESSES: str(processes)}
         self._size = size
         self._deadline = deadline
         self._bodies = make_bodies()
@@ -469,7 +450,7 @@ class LoadBench:
             wanted = DELIVERED_SHARE * sum(url in set(receivers.living) for url in urls)
             settings = {"INPAINT_WEBHOOK__ALLOW_CIDRS": "127.0.0.0/8"}
             with ExitStack() as stack:
-                starting = running_site(folder, {**self._own, **settings}, url)
+                starting = running_site(folder, settings, url)
                 site = await asyncio.to_thread(stack.enter_context, starting)
                 self._starts.append(site.started_s)
                 cpu = Cpu(site.server.pid)
@@ -498,8 +479,7 @@ class LoadBench:
     @contextmanager
     def _site(self, name: str, settings: Mapping[str, str]) -> Iterator[Site]:
         folder = self._scratch / name
-        own = {**self._own, **settings}
-        with running_site(folder, own, self._database_url(folder)) as site:
+        with running_site(folder, settings, self._database_url(folder)) as site:
             self._starts.append(site.started_s)
             yield site
 
@@ -603,8 +583,8 @@ async def wake_up(site: Site, requests: Iterator[bytes], count: int) -> dict[str
 
 async def wait_together(site: Site, requests: Iterator[bytes], count: int) -> dict[str, float]:
     """So many held calls at a time; then all their jobs end with one commit."""
-    processes = api_processes(site.server.pid)
-    before = memory_of(processes)
+    process = psutil.Process(site.server.pid)
+    before = memory_of(process)
     wires: list[Wire] = []
     asking: list[asyncio.Future[Message]] = []
     while len(asking) < count:
@@ -613,7 +593,7 @@ async def wait_together(site: Site, requests: Iterator[bytes], count: int) -> di
         asking += [asyncio.ensure_future(wire.ask(next(requests))) for wire in wave]
         await until_waiting(site.engine, asking)
     await asyncio.sleep(1.0)
-    held = memory_of(processes)
+    held = memory_of(process)
     await asyncio.to_thread(end_waiting, site.engine)
     ended_at = time.perf_counter()
     async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -634,10 +614,10 @@ async def wait_together(site: Site, requests: Iterator[bytes], count: int) -> di
     }
 
 
-def memory_of(processes: Sequence[Any]) -> dict[str, float]:
-    """Resident and proportional MiB of some processes together, other children not included."""
-    memory = [process.memory_full_info() for process in processes]
-    return {name: sum(getattr(each, name) for each in memory) / MIB for name in ("rss", "pss")}
+def memory_of(process: Any) -> dict[str, float]:
+    """Resident and proportional MiB of a process, its children not included."""
+    memory = process.memory_full_info()
+    return {name: getattr(memory, name) / MIB for name in ("rss", "pss")}
 
 
 async def until_waiting(engine: Engine, asking: Sequence[asyncio.Future[Message]]) -> None:
@@ -694,7 +674,7 @@ def to_text(findings: dict[str, Any]) -> str:
     lines = [
         f"# Load: {measure.machine_line(findings['machine'])}",
         "",
-        f"API processes: {findings['processes']}; no workers, the generator on the same cores; "
+        "One API process; no workers, the generator on the same cores; "
         f"{findings['database']} on {findings['filesystem']},",
         f"fsync {min(fsyncs):.2f} to {max(fsyncs):.2f} ms, load average before "
         f"{findings['machine']['load_average_before']}.",
@@ -791,13 +771,12 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     deadline = measure.Deadline(options.budget_s)
     databases = postgresql_urls(options.scratch) if options.postgresql else nullcontext(sqlite_url)
     with databases as database_url:
-        bench = LoadBench(scratch, size, deadline, database_url, options.processes)
+        bench = LoadBench(scratch, size, deadline, database_url)
         bench.run(options.only)
     return {
         "machine": machine,
         "database": "PostgreSQL" if options.postgresql else "SQLite",
         "filesystem": filesystem,
-        "processes": options.processes,
         "size": dataclasses.asdict(size),
         "left_out": bench.left_out,
         "figures": bench.figures,
@@ -822,7 +801,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
     parser.add_argument("--fsync-ms", type=float, help="make the disk so much slower; needs cc")
     parser.add_argument("--postgresql", action="store_true", help="start one; not SQLite")
-    parser.add_argument("--processes", type=int, default=1, help="that answer on the port")
     parser.add_argument(
         "--only", type=measure.words, default=("",), help="parts whose names begin so"
     )
@@ -841,7 +819,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-load-", dir=options.scratch) as scratch:
         findings = run(options, Path(scratch))
     name = "load_postgresql" if options.postgresql else "load"
-    name += f"_{options.processes}processes" if options.processes > 1 else ""
     name += f"_{options.fsync_ms:g}ms" if options.fsync_ms else ""
     report.write_report(options.out, name, findings, to_text(findings), to_charts(findings))
 

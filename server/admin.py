@@ -70,12 +70,6 @@ def names_address(host: bytes) -> bool:
     return True
 
 
-def note_connections(metrics: Metrics, gate: Gate) -> None:
-    """This process's connections, as they are now."""
-    metrics.connections.set(gate.open_count)
-    metrics.connections_cut.set(gate.cut_count)
-
-
 def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> Starlette:
     """The application of the second port.
 
@@ -87,8 +81,10 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
         return found
 
     async def metrics(_request: Request) -> Response:
-        note_connections(main.state.metrics, gate)
-        content = await services().in_store_thread(services().metrics.text)
+        found: Metrics = services().metrics
+        found.connections.set(gate.open_count)
+        found.connections_cut.set(gate.cut_count)
+        content = await services().in_store_thread(found.text)
         return Response(content, headers={**HEADERS, "Content-Type": CONTENT_TYPE})
 
     async def healthz(_request: Request) -> Response:

@@ -20,9 +20,7 @@ logger = get_logger(__name__)
 LOOK_S = 0.25
 """Between two looks whether a worker is ready."""
 
-STARTING = frozenset(
-    {"worker started", "server started", "model loaded", "warmed up", "worker ready"}
-)
+STARTING = frozenset({"worker started", "model loaded", "warmed up", "worker ready"})
 """Events of a start that the lines for a person stand for."""
 
 

@@ -114,7 +114,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             max_waiting_per_key=settings.queue.max_waiting_per_key,
         )
         estimator = Estimator(lambda: store.forecast(settings.places_on))
-        metrics.stored.register(StoredFigures(engine, store, estimator))
+        metrics.registry.register(StoredFigures(engine, store, estimator))
         keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
         storage = Storage(settings.storage_url)
         # One each, so that neither waits for the other's look-ups.

@@ -7,7 +7,6 @@ import argparse
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from server.settings import SHARED_FIGURES, IpNetwork, Settings, load_settings, network_of
+from server.settings import IpNetwork, Settings, load_settings, network_of
 from server.settings_errors import InvalidSettings
 from server.terminal import printable
 
 SHARED_FLAGS = ("config", "data_dir", "model")
-"""Flags that `serve` passes on to its children."""
+"""Flags that `serve` passes on to its workers."""
 
 
 class Refusal(Exception):
@@ -149,9 +148,6 @@ def make_parser() -> Parser:
     each.add_argument(
         "--worker-command", metavar="COMMAND", help="what starts a worker; default: this program"
     )
-    # Of a further process on the same port: its number, its parent, and what that has chosen.
-    for flag in ("--process", "--parent", "--admin-port"):
-        each.add_argument(flag, type=int, help=argparse.SUPPRESS)
     each.set_defaults(run=serve)
 
     each = commands.add_parser("worker", parents=[shared], help="make pictures for a server")
@@ -294,28 +290,7 @@ def settings_of(options: argparse.Namespace, *names: str) -> Settings:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Listen, migrate, start workers and further servers, answer until SIGTERM or SIGINT."""
-    with refusing():
-        settings = settings_of(options, "host", "port", "devices", "workers")
-    if settings.http.processes > 1:
-        with shared_figures():
-            return answer(options, settings)
-    return answer(options, settings)
-
-
-@contextmanager
-def shared_figures() -> Iterator[None]:
-    """Where the processes of one port count together; see `metrics.py`, which is imported later."""
-    if SHARED_FIGURES in os.environ:  # the first process's, or the operator's
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="inpaint-figures-") as folder:
-        os.environ[SHARED_FIGURES] = folder
-        yield
-
-
-def answer(options: argparse.Namespace, settings: Settings) -> int:
-    """`serve`, once its settings are known."""
+    """Listen, migrate, start workers, answer until SIGTERM or SIGINT."""
     from server.announcements import STARTING, announce, ready_announced
     from server.app import create_app
     from server.auth import read_keys_file
@@ -324,56 +299,63 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     from server.job_store import JobStore
     from server.keys import KeyStore
     from server.preflight import check_workers
-    from server.supervisor import Supervisor, children_of
-    from server.telemetry import configure_logging, get_logger, learn_secrets
+    from server.supervisor import WORKER_COMMAND, Supervisor, worker_children
+    from server.telemetry import configure_logging, learn_secrets
 
     with refusing():
+        settings = settings_of(options, "host", "port", "devices", "workers")
         settings.make_data_dir()
         configure_logging(secrets=settings.secrets, said_to_person=STARTING)
+        warn_of(settings)
         command = shlex.split(options.worker_command or "")
-        is_first = options.process is None
         if settings.auth.keys_file is not None:
             learn_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
-        if is_first and settings.open_data_dir:
-            get_logger(__name__).warning(
-                "others may enter the data folder", detail=settings.open_data_dir
-            )
-        if is_first:
-            settings = check_workers(settings, command)
+        settings = check_workers(settings, command)
         raise_open_file_limit()
         engine = open_migrated(settings.sqlalchemy_url)
         has_keys = KeyStore(engine).has_keys()
         settings.refuse_open_server(has_keys)
-        listeners = listen(settings, is_first=is_first)
+        listeners = listen(settings)
         admin = listeners.get(ADMIN_LISTENING)
-        own_admin_port = None if admin is None else admin.getsockname()[1]
+        admin_port = None if admin is None else admin.getsockname()[1]
         # The ports taken for 0: the server must know where it listens, to stay out of there.
         settings = settings.model_copy(
             update={
                 "port": listeners["listening"].getsockname()[1],
-                "admin": settings.admin.model_copy(
-                    update={"port": own_admin_port if is_first else options.admin_port}
-                ),
+                "admin": settings.admin.model_copy(update={"port": admin_port}),
             }
         )
         app = create_app(settings)
         store = JobStore(engine)
-        own = children_of(settings, shared_flags(options), store, command) if is_first else []
-    children = Supervisor(own)
-    index = 0 if is_first else options.process
-    server = Server(app, settings, own_admin_port, children, index, options.parent)
+        workers = worker_children(
+            settings.worker_devices,
+            shared_flags(options),
+            store,
+            (settings.worker_stall_s, settings.worker_load_stall_s),
+            command or WORKER_COMMAND,
+        )
+    supervisor = Supervisor(workers)
+    server = Server(app, settings, admin_port, supervisor)
     urls = {event: url_of(each) for event, each in listeners.items()}
     url = urls.pop("listening")
-    worker_ids = [str(each.label["worker_id"]) for each in own if "worker_id" in each.label]
-    with children, ready_announced(store, worker_ids, url):
-        if is_first:
-            announce(settings, url, settings.access(has_keys), urls)
-        else:
-            get_logger(__name__).info("listening", url=url, process=index)
+    worker_ids = [each.label["worker_id"] for each in workers]
+    with supervisor, ready_announced(store, worker_ids, url):
+        announce(settings, url, settings.access(has_keys), urls)
         server.run_until_stopped(*listeners.values())
-    if children.failure is not None:
-        raise Refusal(children.failure)
+    if supervisor.failure is not None:
+        raise Refusal(supervisor.failure)
     return 0
+
+
+def warn_of(settings: Settings) -> None:
+    """Log what an operator should change, though the server starts all the same."""
+    from server.telemetry import get_logger
+
+    logger = get_logger(__name__)
+    for sentence in settings.removed:
+        logger.warning("setting has no effect any more", detail=sentence)
+    if settings.open_data_dir:
+        logger.warning("others may enter the data folder", detail=settings.open_data_dir)
 
 
 def shared_flags(options: argparse.Namespace) -> list[str]:

@@ -1,18 +1,11 @@
-"""The HTTP server around the application: listening sockets, limits, and an orderly end.
-
-Several processes may answer on one port, as one takes no more than a core. Each listens for itself,
-and the kernel shares connections out. The first one has the workers and the admin port, keeps the
-others alive and is the last to end; they end when they are told to, or when it is gone.
-"""
+"""The HTTP server around the application: listening sockets, limits, and graceful shutdown."""
 
 import asyncio
 import errno
 import gc
-import os
 import resource
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from server.admin import ByPort, create_admin_app, note_connections
+from server.admin import ByPort, create_admin_app
 from server.connections import Gate, GuardedConfig
 from server.cores import stay_on_one_core
 from server.settings import Settings
@@ -32,9 +25,6 @@ BACKLOG = 2_048
 GRACE_S = 4
 """From the end of the last worker until connections that are still open are cut."""
 
-FREE_LOOKS, FREE_PAUSE_S = 10 * (GRACE_S + 2), 0.1
-"""For a port to be given up by those who are about to end."""
-
 ADMIN_LISTENING = "admin listening"
 
 OWN_FILES = 256
@@ -44,11 +34,10 @@ OWN_FILES = 256
 class Server(uvicorn.Server):
     """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop.
 
-    Told to stop, it goes on answering until its children have ended: new jobs are refused, earlier
-    ones can be fetched.
+    Told to stop, the server goes on answering until its workers have ended: new jobs are refused,
+    earlier ones can be fetched.
 
-    admin_port: connections to it get the admin application. children: workers and other servers.
-    index, parent: of a further process on the same port, from 1; and of which it is the child.
+    admin_port: connections to it get the admin application.
     """
 
     def __init__(
@@ -56,17 +45,13 @@ class Server(uvicorn.Server):
         app: FastAPI,
         settings: Settings,
         admin_port: int | None = None,
-        children: Supervisor | None = None,
-        index: int = 0,
-        parent: int | None = None,
+        workers: Supervisor | None = None,
     ) -> None:
         self._app = app
-        self._children = children
-        self._parent = parent
+        self._workers = workers
         self._watchdog: Watchdog | None = None
         self._is_on_one_core = settings.http.one_core
-        self._core = index if settings.http.processes > 1 else None
-        limits = settings.http.of_one_process
+        limits = settings.http
         self.gate = Gate(
             limits,
             min(limits.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
@@ -95,7 +80,7 @@ class Server(uvicorn.Server):
     def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
         if self._is_on_one_core:
-            stay_on_one_core(self._core)
+            stay_on_one_core()
         # uvicorn raises the signal again once it is done, for handlers that stood before its own;
         # with the default ones the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -121,11 +106,11 @@ class Server(uvicorn.Server):
         loop.call_later(LOOK_S / 2, self._tick, watchdog, loop)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Children end, and held requests get their "processing" answer now."""
+        """Workers end, and held requests get their "processing" answer now."""
         if self._watchdog is not None:
             self._watchdog.expect_end()
-        if self._children is not None:
-            self._children.stop()
+        if self._workers is not None:
+            self._workers.stop()
         services = getattr(self._app.state, "services", None)
         if services is not None:
             services.watcher.release_all()
@@ -133,30 +118,19 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to close the listening sockets and end."""
-        note_connections(self._app.state.metrics, self.gate)
-        if self._parent not in (None, os.getppid()) and not self.should_exit:
-            self.handle_exit(signal.SIGTERM, None)
-        if self._children is not None and self._children.failure and not self.should_exit:
+        if self._workers is not None and self._workers.failure and not self.should_exit:
             self.handle_exit(signal.SIGTERM, None)
         is_told = await super().on_tick(counter)
-        are_children_gone = self._children is None or self._children.has_ended
-        return is_told and (are_children_gone or self.force_exit)
+        are_workers_gone = self._workers is None or self._workers.has_ended
+        return is_told and (are_workers_gone or self.force_exit)
 
 
-def listen(settings: Settings, *, is_first: bool) -> dict[str, socket.socket]:
-    """The listening sockets of one process, by what the log says of them.
-
-    is_first: of the processes on the port, which has the admin port as well. Raises: ValueError.
-    """
+def listen(settings: Settings) -> dict[str, socket.socket]:
+    """The listening sockets, by what the log says of them. Raises: ValueError."""
     host, port, admin = settings.host, settings.port, settings.admin
     with explained(host, port, "--port"):
-        if settings.http.processes == 1:
-            listeners = {"listening": bind(host, port)}
-        elif is_first:
-            listeners = {"listening": bind_first(host, port)}
-        else:
-            listeners = {"listening": bind(host, port, is_shared=True)}
-    if is_first and admin.port is not None:
+        listeners = {"listening": bind(host, port)}
+    if admin.port is not None:
         try:
             with explained(admin.host, admin.port, "INPAINT_ADMIN__PORT"):
                 listeners[ADMIN_LISTENING] = bind(admin.host, admin.port)
@@ -187,18 +161,13 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """A listening socket; port 0 takes a free one. is_shared: other processes may listen there too.
-
-    Raises: OSError.
-    """
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises: OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio switches Nagle's algorithm off only where it is: the
     # second half of an answer would wait for the client's delayed acknowledgement, 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if is_shared:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
         listener.listen(BACKLOG)
@@ -206,30 +175,6 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def bind_first(host: str, port: int) -> socket.socket:
-    """A listening socket on a port that this process will share with its children alone.
-
-    Two servers that were given one port by mistake would each get half of the calls. Waits for
-    children of a server that was killed, which still answer for a moment. Raises: OSError.
-    """
-    for _ in range(FREE_LOOKS):
-        if is_free(host, port):
-            break
-        time.sleep(FREE_PAUSE_S)
-    with bind(host, port) as alone:
-        port = alone.getsockname()[1]
-    return bind(host, port, is_shared=True)
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether nobody listens there, or may not be asked."""
-    try:
-        bind(host, port).close()
-    except OSError:
-        return False
-    return True
 
 
 def open_file_limit() -> int:

@@ -1,17 +1,14 @@
 """Figures of a running server for Prometheus, and the second port that tells them.
 
 No text of a client is ever a label: labels come from routes, enums and our own tables. What many
-processes take part in is read from the database at the moment somebody asks. Where several answer
-requests on one port, they count in files of a folder that they share, and any of them tells all.
+processes take part in is read from the database at the moment somebody asks.
 """
 
-import os
 from collections import Counter as Counts
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily as Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 from sqlalchemy import Column, Connection, Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,7 +18,6 @@ from server.estimates import Estimator
 from server.failures import Failure
 from server.job_store import JobStore
 from server.jobs import JobState
-from server.settings import SHARED_FIGURES
 from server.workers import WorkerStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,13 +27,9 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 
 
 class Metrics:
-    """The counters of one API process. Safe to use from several threads.
-
-    stored: for collectors of figures that all processes see alike.
-    """
+    """The counters of one API process. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self.stored = CollectorRegistry()
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "inpaint_requests", "Requests answered", ["route", "status"], registry=self.registry
@@ -67,17 +59,11 @@ class Metrics:
             buckets=ESTIMATE_BUCKETS,
             registry=self.registry,
         )
-        self.connections = Gauge(
-            "inpaint_connections",
-            "Open connections",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
+        self.connections = Gauge("inpaint_connections", "Open connections", registry=self.registry)
         self.connections_cut = Gauge(
             "inpaint_connections_cut",
             "Closed for want of room since the start",
             registry=self.registry,
-            multiprocess_mode="sum",
         )
 
     def observe_estimate(self, ratio: float | None) -> None:
@@ -87,17 +73,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format. May read the database: call it in a thread."""
-        counted = self.registry
-        if SHARED_FIGURES in os.environ:
-            counted = CollectorRegistry()
-            MultiProcessCollector(counted)  # type: ignore[no-untyped-call]
-        return generate_latest(counted) + generate_latest(self.stored)
-
-
-def forget_process(pid: int) -> None:
-    """What an API process that has ended had open is open no longer."""
-    if SHARED_FIGURES in os.environ:
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+        return generate_latest(self.registry)
 
 
 class StoredFigures(Collector):

@@ -28,6 +28,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FilePath,
+    ModelWrapValidatorHandler,
     SecretStr,
     ValidationError,
     model_validator,
@@ -45,9 +46,12 @@ from models.spelling import did_you_mean
 from server.settings_errors import explain
 
 ENV_PREFIX = "INPAINT_"
-SHARED_FIGURES = "PROMETHEUS_MULTIPROC_DIR"
-"""Variable that names the folder in which several processes count together; it is the library's,
-which reads it when it is imported."""
+REMOVED = {
+    ("http", "processes"): "one API process listens on a port; to use more cores, run several "
+    "servers on one database and file store behind a load balancer",
+}
+"""Settings of earlier versions by section and name, and what to do instead. A start that still
+gives them warns and goes on."""
 
 DATABASES = ("sqlite", "postgresql", "postgres")
 
@@ -313,8 +317,6 @@ class HttpSettings(Section):
     a client that takes too little of its answer. max_buffered_bytes: of all bodies, and of answers
     not taken, in memory.
     max_streams_per_key: jobs a key may follow at a time. one_core: see `cores.py`.
-    processes: that answer requests on the same port. They share `max_connections` and
-    `max_buffered_bytes`; what is limited per address or key each of them counts for itself.
     """
 
     head_timeout_s: float = Field(default=10, gt=0)
@@ -326,14 +328,6 @@ class HttpSettings(Section):
     max_buffered_bytes: Size = Field(default=512_000_000, ge=1)
     max_streams_per_key: int = Field(default=256, ge=1)
     one_core: bool = True
-    processes: int = Field(default=1, ge=1, le=64)
-
-    @property
-    def of_one_process(self) -> "HttpSettings":
-        """With its part of what the processes share."""
-        shared = ("max_connections", "max_buffered_bytes")
-        parts = {name: max(1, getattr(self, name) // self.processes) for name in shared}
-        return self.model_copy(update=parts)
 
 
 class AdminSettings(Section):
@@ -425,6 +419,7 @@ class Settings(BaseSettings):
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
     enhance: EnhanceSettings = EnhanceSettings()
+    _removed: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def settings_customise_sources(
@@ -447,6 +442,27 @@ class Settings(BaseSettings):
         if file is not None:
             sources.append(TomlConfigSettingsSource(settings_cls, file))
         return tuple(sources)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _leave_out_removed(
+        cls, given: dict[str, Any], validate: ModelWrapValidatorHandler["Settings"]
+    ) -> "Settings":
+        found = tuple(
+            (section, name)
+            for section, name in REMOVED
+            if isinstance(values := given.get(section), dict) and name in values
+        )
+        for section, name in found:
+            del given[section][name]
+        settings = validate(given)
+        settings._removed = found
+        return settings
+
+    @property
+    def removed(self) -> list[str]:
+        """A sentence for each setting that was given and has no effect any more."""
+        return [f"{section}.{name}: {REMOVED[section, name]}" for section, name in self._removed]
 
     @model_validator(mode="after")
     def _refuse_what_contradicts(self) -> "Settings":

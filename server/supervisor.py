@@ -1,6 +1,6 @@
-"""Keeps processes alive: one worker per device, and the further ones that answer requests.
+"""Keeps the worker processes alive, one per device.
 
-One that ends is started again; what a worker had is handed back at once.
+A worker that ends is started again, and its jobs are handed back at once.
 """
 
 import os
@@ -11,16 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.job_store import JobStore
-from server.metrics import forget_process
-from server.settings import Settings
 from server.telemetry import get_logger
 from server.workers import WorkerStatus
 
@@ -28,7 +25,7 @@ logger = get_logger(__name__)
 
 POLL_S = 0.05
 DELAYS_S = (1.0, 30.0)
-"""Before a process is started again: the first time, and the longest."""
+"""Before a worker is started again: the first time, and the longest."""
 
 UNUSABLE = 78
 """Exit status of a worker whose model or device cannot be used: only somebody else can mend that.
@@ -38,7 +35,7 @@ UNUSABLE_DELAY_S = 300.0
 """Before such a worker is started again: the hub may be back, or a file."""
 
 STEADY_S = 60.0
-"""One that lived so long starts again with the first delay."""
+"""A worker that lived so long starts again with the first delay."""
 
 GRACE_S = 25.0
 """From SIGTERM to SIGKILL; the rest of the half minute that a stop may take is the server's own."""
@@ -114,45 +111,8 @@ class Watch:
         self.has_been_ready |= word is not None and word.state == "ready"
 
 
-class Child(Protocol):
-    """A process that is started again when it ends."""
-
-    @property
-    def kind(self) -> str:
-        """What log lines call it."""
-
-    @property
-    def label(self) -> Mapping[str, object]:
-        """What tells it from others there."""
-
-    @property
-    def command(self) -> Sequence[str]: ...
-
-    def new_watch(self) -> Callable[[], bool]:
-        """For one life: whether it hangs."""
-
-    def take_back(self, pid: int | None) -> None:
-        """A life has ended, or none could begin; never raises."""
-
-    def forget(self) -> None:
-        """There will be no other; never raises."""
-
-    def complaint(self) -> str:
-        """After `UNUSABLE`: why, in its own words; never raises."""
-
-    def is_missed(self) -> bool:
-        """After `UNUSABLE`: whether it never did its work and no other does; never raises."""
-
-
-def event_of(child: Child, what: str) -> str:
-    """What has happened to it, for the log."""
-    return f"{child.kind} {what}"
-
-
 class WorkerChild:
     """A worker, and what the database knows of it. stalls_s: see `STALL_S` and `LOAD_STALL_S`."""
-
-    kind = "worker"
 
     def __init__(
         self, device: str, command: Sequence[str], store: JobStore, stalls_s: tuple[float, float]
@@ -166,13 +126,15 @@ class WorkerChild:
         self.command = [*command, "--worker-id", self._id, "--device", device]
 
     def new_watch(self) -> Callable[[], bool]:
+        """For one life: whether the worker hangs."""
         self._watch = Watch(self._store, self._id, *self._stalls_s)
         return self._watch.has_stalled
 
-    def take_back(self, pid: int | None) -> None:
+    def take_back(self) -> None:
         """Queue the jobs of a worker that has ended; where that fails, their leases run out.
 
-        It is not ready any more, whatever it said. Only why it failed is worth keeping.
+        Never raises. The worker is not ready any more, whatever its row says; the row is kept only
+        where it tells why the worker failed.
         """
         self._has_been_ready |= self._watch is not None and self._watch.has_been_ready
         try:
@@ -184,54 +146,23 @@ class WorkerChild:
             logger.exception("jobs not taken back", **self.label)
 
     def forget(self) -> None:
+        """Remove the row of a worker that will not be started again. Never raises."""
         with suppress(SQLAlchemyError):
             self._store.workers.forget(self._id)
 
     def complaint(self) -> str:
+        """After `UNUSABLE`: the reason, in the worker's words. Never raises."""
         with suppress(SQLAlchemyError):
             word = self._store.workers.get(self._id)
             return word.detail if word is not None else ""
         return ""
 
     def is_missed(self) -> bool:
+        """After `UNUSABLE`: whether this worker was never ready and no other is. Never raises."""
         with suppress(SQLAlchemyError):
             seen = self._store.workers.seen()
             return not (self._has_been_ready or any(each.state == "ready" for each in seen))
         return False
-
-
-class ServerChild:
-    """A further process that answers requests on this one's port. index: from 1.
-
-    One that hangs ends itself (`watchdog.py`). when_ended: told of each that has ended, by its
-    process id.
-    """
-
-    kind = "server"
-
-    def __init__(
-        self, index: int, command: Sequence[str], when_ended: Callable[[int], None]
-    ) -> None:
-        self._when_ended = when_ended
-        self.label = {"process": index}
-        self.command = [*command, "--process", str(index)]
-
-    def new_watch(self) -> Callable[[], bool]:
-        return lambda: False
-
-    def take_back(self, pid: int | None) -> None:
-        """Its jobs are in the database, and stay there."""
-        if pid is not None:
-            self._when_ended(pid)
-
-    def forget(self) -> None:
-        """Nobody knows of it."""
-
-    def complaint(self) -> str:
-        return ""
-
-    def is_missed(self) -> bool:
-        return False  # it never ends so
 
 
 def worker_children(
@@ -251,48 +182,23 @@ def worker_children(
     return [WorkerChild(device, whole, store, stalls_s) for device in devices]
 
 
-def children_of(
-    settings: Settings, flags: Sequence[str], store: JobStore, worker_command: Sequence[str] = ()
-) -> list[Child]:
-    """What the first process of a server keeps alive.
-
-    settings: with the ports that it has. flags: for all. worker_command: see `worker_children`.
-    """
-    stalls_s = (settings.worker_stall_s, settings.worker_load_stall_s)
-    workers = worker_children(
-        settings.worker_devices, flags, store, stalls_s, worker_command or WORKER_COMMAND
-    )
-    chosen = {
-        "host": settings.host,
-        "port": settings.port,
-        "devices": ",".join(settings.devices),
-        "workers": settings.workers,
-        "admin-port": settings.admin.port,
-        "parent": os.getpid(),
-    }
-    command = [*PROGRAM, "serve", *flags]
-    command += [f"--{name}={value}" for name, value in chosen.items() if value is not None]
-    others = range(1, settings.http.processes)
-    return [*workers, *(ServerChild(index, command, forget_process) for index in others)]
-
-
 class Supervisor:
-    """Use as a context manager: entering starts the processes, leaving stops them and waits.
+    """Use as a context manager: entering starts the workers, leaving stops them and waits.
 
-    delays_s: before a process is started again, the first and the longest. unusable_delay_s: before
-    one that cannot be used is.
+    delays_s: before a worker is started again, the first and the longest. unusable_delay_s: the
+    same after `UNUSABLE`.
     """
 
     def __init__(
         self,
-        children: Sequence[Child],
+        children: Sequence[WorkerChild],
         delays_s: tuple[float, float] = DELAYS_S,
         unusable_delay_s: float = UNUSABLE_DELAY_S,
     ) -> None:
         self._first_delay_s, self._last_delay_s = delays_s
         self._unusable_delay_s = unusable_delay_s
-        self._workers = {child for child in children if isinstance(child, WorkerChild)}
-        self._unusable: set[Child] = set()
+        self._children = frozenset(children)
+        self._unusable: set[WorkerChild] = set()
         self.failure: str | None = None
         """Why no worker can be used, once all have tried and none ever could."""
         self._is_told = False
@@ -318,7 +224,7 @@ class Supervisor:
             keeper.join()
 
     def stop(self) -> None:
-        """Tell the processes to end, and do not wait. May be called by a signal's handler."""
+        """Tell the workers to end, and do not wait. May be called by a signal's handler."""
         # Not set twice: a second signal could come while the event's own lock is taken.
         if not self._is_told:
             self._is_told = True
@@ -326,11 +232,11 @@ class Supervisor:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all processes are gone for good."""
+        """Whether all workers are gone for good."""
         return not any(keeper.is_alive() for keeper in self._keepers)
 
-    def _keep(self, child: Child) -> None:
-        """One child's life after life."""
+    def _keep(self, child: WorkerChild) -> None:
+        """Start the worker again and again, until the server stops."""
         delay_s = self._first_delay_s
         while not self._is_stopping.is_set():
             started = time.monotonic()
@@ -343,51 +249,49 @@ class Supervisor:
                 continue
             if time.monotonic() - started > STEADY_S:
                 delay_s = self._first_delay_s
-            logger.error(
-                event_of(child, "ended"), **child.label, exit_code=exit_code, delay_s=delay_s
-            )
+            logger.error("worker ended", **child.label, exit_code=exit_code, delay_s=delay_s)
             self._is_stopping.wait(delay_s)
             delay_s = min(delay_s * 2, self._last_delay_s)
         child.forget()
 
-    def _put_off(self, child: Child) -> None:
+    def _put_off(self, child: WorkerChild) -> None:
         """Wait long, or say that there is no use in waiting."""
         self._unusable.add(child)
         complaint = child.complaint()
-        if self._workers <= self._unusable and child.is_missed():
+        if self._children <= self._unusable and child.is_missed():
             self.failure = complaint or "no worker can be started"
         else:
             logger.error(
-                event_of(child, "cannot be used"),
+                "worker cannot be used",
                 **child.label,
                 detail=complaint,
                 delay_s=self._unusable_delay_s,
             )
         self._is_stopping.wait(self._unusable_delay_s)
 
-    def _live(self, child: Child) -> int | None:
+    def _live(self, child: WorkerChild) -> int | None:
         """One life, from start to exit status; None where there was no room for a process."""
         try:
             # A group of its own: Ctrl-C is for us, and we tell our children in our own time.
             process = subprocess.Popen(child.command, process_group=0)
         except OSError as error:
-            logger.error(event_of(child, "cannot be started"), **child.label, detail=str(error))
-            child.take_back(None)
+            logger.error("worker cannot be started", **child.label, detail=str(error))
+            child.take_back()
             return None
-        logger.info(event_of(child, "started"), **child.label, pid=process.pid)
+        logger.info("worker started", **child.label, pid=process.pid)
         try:
             return self._wait(process, child)
         finally:
-            child.take_back(process.pid)
+            child.take_back()
 
-    def _wait(self, process: subprocess.Popen[bytes], child: Child) -> int:
+    def _wait(self, process: subprocess.Popen[bytes], child: WorkerChild) -> int:
         """Until the process ends: by itself, because it hangs, or because we are stopping."""
         has_stalled = child.new_watch()
         while not self._is_stopping.wait(POLL_S):
             if process.poll() is not None:
                 return process.returncode
             if has_stalled():
-                logger.error(event_of(child, "hangs"), **child.label, pid=process.pid)
+                logger.error("worker hangs", **child.label, pid=process.pid)
                 process.kill()  # it would not hear anything gentler
                 return process.wait()
         process.send_signal(signal.SIGTERM)

@@ -21,7 +21,7 @@ from server.terminal import printable
 FIELDS = frozenset(
     "event level timestamp logger exception action request_id method path status duration_ms url "
     "job_id job_ids worker_id device model state detail count pid exit_code delay_s seconds "
-    "error version process data_dir access coverage mask_read_as warnings".split()
+    "error version data_dir access coverage mask_read_as warnings".split()
 )
 
 

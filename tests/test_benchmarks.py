@@ -241,7 +241,6 @@ def test_load_report_tells_what_was_left_out() -> None:
     findings = {
         "machine": {"cpu": "x", "cores": 2, "gpu": None, "versions": {}, "load_average_before": 0},
         "database": "SQLite",
-        "processes": 1,
         "filesystem": "ext4",
         "left_out": ["webhooks"],
         "figures": {"steady": {"fsync_ms": 4.0, "p50_ms": 9.0, "calls": 7}},

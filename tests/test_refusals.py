@@ -34,15 +34,15 @@ def test_port_in_use_is_named() -> None:
         port = taken.getsockname()[1]
         expected = f"^cannot listen on 127.0.0.1:{port}: Address already in use; .* with --port$"
         with pytest.raises(ValueError, match=expected):
-            listen(load_settings(port=port), is_first=True)
+            listen(load_settings(port=port))
         admin = {"port": port}
         with pytest.raises(ValueError, match="choose another with INPAINT_ADMIN__PORT$"):
-            listen(load_settings(port=0, admin=admin), is_first=True)
+            listen(load_settings(port=0, admin=admin))
 
 
 def test_address_that_is_not_ours_is_named() -> None:
     with pytest.raises(ValueError, match=r"^cannot listen on \[2001:db8::1\]:0: "):
-        listen(load_settings(port=0, host="2001:db8::1"), is_first=True)
+        listen(load_settings(port=0, host="2001:db8::1"))
 
 
 @pytest.mark.parametrize(

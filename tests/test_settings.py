@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import REPOSITORY, Base64Output, HttpSettings, StepsPolicy, load_settings
+from server.settings import (
+    REMOVED,
+    REPOSITORY,
+    Base64Output,
+    StepsPolicy,
+    load_settings,
+)
 
 Environment = Callable[..., None]
 
@@ -347,11 +353,25 @@ def test_authorities_must_be_certificates(content: bytes | None, tmp_path: Path)
         load_settings(egress={"ca_file": str(file)})
 
 
-def test_processes_share_the_room_of_the_server() -> None:
-    whole = HttpSettings(processes=3, max_connections=100, max_buffered_bytes=2)
-    part = whole.of_one_process
-    assert (part.max_connections, part.max_buffered_bytes) == (33, 1)
-    assert part.max_connections_per_address == whole.max_connections_per_address
+@pytest.mark.parametrize("name", REMOVED)
+def test_removed_setting_is_read_past_and_told_of(
+    name: tuple[str, str], tmp_path: Path, environment: Environment
+) -> None:
+    section, field = name
+    file = write_file(tmp_path, f"[{section}]\n{field} = 4\nkeep_alive_s = 5")
+    environment(**{f"{section}__{field}".upper(): "2"})
+
+    settings = load_settings(file)
+
+    (sentence,) = settings.removed
+    assert sentence == f"{section}.{field}: {REMOVED[name]}"
+    assert settings.model_copy(update={"port": 1}).removed == [sentence]
+    assert settings.http.keep_alive_s == 5
+    assert load_settings(file).http == settings.http
+
+
+def test_nothing_is_told_of_settings_that_were_not_removed() -> None:
+    assert load_settings().removed == []
 
 
 def test_proxies_are_networks_where_they_look_like_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,11 +141,11 @@ def test_server_goes_on_while_another_worker_is_ready(engine: Engine, url: str) 
 def test_server_goes_on_when_its_worker_was_ready_before(engine: Engine) -> None:
     store = JobStore(engine)
     (worker,) = worker_children(["cpu"], [], store)
-    worker_id = str(worker.label["worker_id"])
+    worker_id = worker.label["worker_id"]
     assert worker.is_missed()
     store.workers.report(status(worker_id, time.time(), "ready"))
     assert not worker.new_watch()()
-    worker.take_back(None)
+    worker.take_back()
     assert store.workers.seen() == []
     assert not worker.is_missed()
 

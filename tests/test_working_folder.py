@@ -23,10 +23,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_children_import_nothing_from_the_working_directory(tmp_path: Path, folder: Path) -> None:
-    # Two servers, a worker, and the picture decoders of both servers.
-    server = ServerProcess(
-        tmp_path / "data", {"INPAINT_HTTP__PROCESSES": "2"}, "--workers", "1", folder=folder
-    )
+    # The server itself, a worker, and the picture decoders.
+    server = ServerProcess(tmp_path / "data", {}, "--workers", "1", folder=folder)
     try:
         server.wait_for("worker ready")
         assert server.client.post("/api/jobs", json=make_bodies(1)[0]).status_code == 202
@@ -34,4 +32,4 @@ def test_children_import_nothing_from_the_working_directory(tmp_path: Path, fold
         server.stop()
         server.client.close()
     assert not (tmp_path / "imported").exists()
-    assert not server.events("worker ended") + server.events("server ended")
+    assert not server.events("worker ended")
