@@ -22,7 +22,6 @@ from models.colour import MAX_KEPT_BYTES
 from models.decoding import DecodedImage, DecodedMask, ImageLimits, Stored
 from models.errors import ImageFault
 from models.mask_reading import MaskReading
-from server.cores import on_all_cores
 from server.decoder import (
     ALPHA_LOST,
     FAULTS,
@@ -268,16 +267,15 @@ class Decoder:
         arguments = ["-I", "-S", "-B", "-c", self._program, *map(str, numbers), *paths]
         self.starts += 1
         self._pictures = 0
-        with on_all_cores():
-            return await asyncio.create_subprocess_exec(
-                sys.executable,
-                *arguments,
-                stdin=PIPE,
-                stdout=PIPE,
-                cwd="/",
-                env={},
-                start_new_session=True,  # an operator's Ctrl-C is for the server
-            )
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            stdin=PIPE,
+            stdout=PIPE,
+            cwd="/",
+            env={},
+            start_new_session=True,  # an operator's Ctrl-C is for the server
+        )
 
     async def _ask(
         self, kind: Kind, request: bytes, wanted: Wanted

@@ -16,7 +16,6 @@ from starlette.types import ASGIApp
 
 from server.admin import ByPort, create_admin_app
 from server.connections import Gate, GuardedConfig
-from server.cores import stay_on_one_core
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.watchdog import LOOK_S, Watchdog
@@ -50,7 +49,6 @@ class Server(uvicorn.Server):
         self._app = app
         self._workers = workers
         self._watchdog: Watchdog | None = None
-        self._is_on_one_core = settings.http.one_core
         limits = settings.http
         self.gate = Gate(
             limits,
@@ -79,8 +77,6 @@ class Server(uvicorn.Server):
 
     def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
-        if self._is_on_one_core:
-            stay_on_one_core()
         # uvicorn raises the signal again once it is done, for handlers that stood before its own;
         # with the default ones the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -49,6 +49,7 @@ ENV_PREFIX = "INPAINT_"
 REMOVED = {
     ("http", "processes"): "one API process listens on a port; to use more cores, run several "
     "servers on one database and file store behind a load balancer",
+    ("http", "one_core"): "threads run on any core; taskset keeps a server on some of them",
 }
 """Settings of earlier versions by section and name, and what to do instead. A start that still
 gives them warns and goes on."""
@@ -316,7 +317,7 @@ class HttpSettings(Section):
     head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
     a client that takes too little of its answer. max_buffered_bytes: of all bodies, and of answers
     not taken, in memory.
-    max_streams_per_key: jobs a key may follow at a time. one_core: see `cores.py`.
+    max_streams_per_key: jobs a key may follow at a time.
     """
 
     head_timeout_s: float = Field(default=10, gt=0)
@@ -327,7 +328,6 @@ class HttpSettings(Section):
     max_connections_per_address: int = Field(default=512, ge=1)
     max_buffered_bytes: Size = Field(default=512_000_000, ge=1)
     max_streams_per_key: int = Field(default=256, ge=1)
-    one_core: bool = True
 
 
 class AdminSettings(Section):
