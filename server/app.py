@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -42,8 +41,6 @@ from server.settings import ErrorStatus, Settings
 from server.silence import LOOK_S
 from server.storage import Storage
 from server.telemetry import get_logger
-from server.wal import LOOK_S as LOG_LOOK_S
-from server.wal import shorten_log
 from server.watcher import JobWatcher
 from server.webhooks import WebhookSender
 
@@ -166,8 +163,6 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
         )
         background.start("keys", lambda: keep_fresh(services))
         background.start("watch", lambda: watch_workers(services))
-        if engine.dialect.name == "sqlite":
-            background.start("log", lambda: keep_log_short(services, engine))
         yield services
 
 
@@ -198,13 +193,6 @@ async def watch_workers(services: Services) -> None:
         except SQLAlchemyError:
             logger.exception("workers cannot be watched")
         await asyncio.sleep(LOOK_S)
-
-
-async def keep_log_short(services: Services, engine: Engine) -> None:
-    """SQLite's write-ahead log; again and again."""
-    while True:
-        await asyncio.sleep(LOG_LOOK_S)
-        await services.in_store_thread(shorten_log, engine)
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
