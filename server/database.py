@@ -62,11 +62,9 @@ WAL_BYTES = 32_000_000
 SQLite begins it anew."""
 
 BUSY_TIMEOUT_MS = 10_000
+"""For SQLite's lock, while another transaction writes."""
+
 SWITCH_PAUSE_MS = 20
-LOCK_PAUSE_MS = 1
-"""Between two looks whether SQLite can be written to. By itself it looks ever more seldom, every
-100 ms in the end, and a process that is busy with commits keeps another one out for seconds; see
-`commits.py` as well."""
 
 FILE_OPTION = "database_file"
 """Execution option of an engine for a SQLite file: its `DatabaseFile`."""
@@ -343,18 +341,17 @@ def check_file(engine: Engine) -> None:
 def open_engine(
     url: str,
     sqlite_version: SqliteVersion = sqlite.sqlite_version_info,
-    busy_timeout_ms: int = BUSY_TIMEOUT_MS,
     *,
     must_exist: bool = False,
 ) -> Engine:
     """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing.
 
     Its errors name no parameters: prompts are among them, and errors are logged.
-    busy_timeout_ms: how long a SQLite transaction waits for others. must_exist: a SQLite file is
-    not made either; transactions fail until another process has made it.
+    must_exist: a SQLite file is not made either; transactions fail until another process has made
+    it.
     """
     if make_url(url).get_backend_name() == "sqlite":
-        return _open_sqlite(url, sqlite_version, busy_timeout_ms, must_exist)
+        return _open_sqlite(url, sqlite_version, must_exist)
     return _open_postgresql(url)
 
 
@@ -391,9 +388,7 @@ def _limits(own: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _open_sqlite(
-    url: str, version: SqliteVersion, busy_timeout_ms: int, must_exist: bool
-) -> Engine:
+def _open_sqlite(url: str, version: SqliteVersion, must_exist: bool) -> Engine:
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -416,8 +411,8 @@ def _open_sqlite(
             "this SQLite can lose commits in WAL mode: using its slower rollback journal",
             version=".".join(map(str, version)),
         )
-    event.listen(engine, "connect", functools.partial(_set_pragmas, journal_mode, busy_timeout_ms))
-    event.listen(engine, "begin", functools.partial(_begin_immediate, busy_timeout_ms))
+    event.listen(engine, "connect", functools.partial(_set_pragmas, journal_mode))
+    event.listen(engine, "begin", _begin)
     if database:
         file = DatabaseFile(database, must_exist=must_exist)
         event.listen(engine, "do_connect", file.before_connect)
@@ -432,11 +427,9 @@ def has_sound_wal(version: SqliteVersion) -> bool:
     return version >= repaired
 
 
-def _set_pragmas(
-    journal_mode: str, busy_timeout_ms: int, connection: sqlite.Connection, _record: object
-) -> None:
+def _set_pragmas(journal_mode: str, connection: sqlite.Connection, _record: object) -> None:
     # The timeout comes first: switching the journal already needs the lock.
-    connection.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     _switch_journal(connection, journal_mode)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
@@ -459,39 +452,14 @@ def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
     connection.execute(f"PRAGMA journal_mode = {mode}")
 
 
-def _begin_immediate(busy_timeout_ms: int, connection: Connection) -> None:
-    _take_turn(busy_timeout_ms, connection)
-    # Not before: the file may be replaced while this waits for its turn.
-    check_file(connection.engine)
-
-
-def _take_turn(busy_timeout_ms: int, connection: Connection) -> None:
+def _begin(connection: Connection) -> None:
     # A deferred transaction that turns from reading to writing fails at once when another one
     # writes, whatever the timeout; taking the lock at the start waits instead. Readers that run
     # outside a write transaction use `read_only`.
-    if connection.get_execution_options().get("is_read_only"):
-        connection.exec_driver_sql("BEGIN")
-        return
-    limit = time.monotonic() + busy_timeout_ms / 1000
-    raw: sqlite.Connection = connection.connection.driver_connection
-    raw.execute("PRAGMA busy_timeout = 0")
-    try:
-        while (code := _take_lock(raw)) == sqlite.SQLITE_BUSY and time.monotonic() < limit:
-            time.sleep(LOCK_PAUSE_MS / 1000)
-        if code != sqlite.SQLITE_OK:
-            # Once more, for an error of SQLAlchemy's; a lock that came free just now is taken.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-    finally:
-        raw.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
-
-
-def _take_lock(connection: sqlite.Connection) -> int:
-    """SQLite's result code."""
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-    except sqlite.Error as error:
-        return code_of(error)
-    return int(sqlite.SQLITE_OK)
+    is_read_only = connection.get_execution_options().get("is_read_only")
+    connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
+    # Not before: the file may be replaced while this transaction waits for its lock.
+    check_file(connection.engine)
 
 
 def code_of(error: sqlite.Error) -> int:

@@ -29,6 +29,7 @@ from server.database import (
     MIGRATIONS,
     MORE_CONNECTIONS,
     POOL_SIZE,
+    DatabaseFileGone,
     SqliteVersion,
     Topic,
     has_sound_wal,
@@ -356,17 +357,25 @@ def test_write_transactions_take_the_lock_at_their_start(sqlite_engine: Engine) 
 
 
 def test_who_waits_too_long_for_a_writer_gives_up(sqlite_engine: Engine) -> None:
-    impatient = open_engine(str(sqlite_engine.url), busy_timeout_ms=50)
-    with (
-        sqlite_engine.begin(),
-        pytest.raises(OperationalError, match="locked"),
-        impatient.begin(),
-    ):
-        pass
-    report(impatient, "after")
-    # For its other waits SQLite keeps to the same.
-    assert pragma(impatient, "busy_timeout") == 50
-    impatient.dispose()
+    with sqlite_engine.connect() as impatient:
+        driver: Any = impatient.connection.driver_connection
+        driver.execute("PRAGMA busy_timeout = 50")
+        with sqlite_engine.begin(), pytest.raises(OperationalError, match="locked"):
+            impatient.begin()
+        with impatient.begin():
+            impatient.execute(REPORT, {"id": "after"})
+
+
+def test_file_that_is_moved_while_a_writer_takes_its_lock_is_noticed(
+    sqlite_engine: Engine,
+) -> None:
+    database = Path(str(sqlite_engine.url.database))
+    with sqlite_engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.set_trace_callback(lambda _statement: database.rename(f"{database}.moved"))
+        with pytest.raises(DatabaseFileGone, match="moved, removed or replaced"):
+            connection.begin()
+        driver.set_trace_callback(None)
 
 
 def test_errors_do_not_show_parameters(engine: Engine) -> None:
