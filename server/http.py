@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import gc
 import resource
 import signal
 import socket
@@ -89,12 +88,6 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self._watchdog is not None:
             self._tick(self._watchdog, asyncio.get_running_loop())
-        # What has been made so far stays for good. To look through it for garbage takes a tenth of
-        # a second each time, in which nobody is answered.
-        gc.collect()
-        gc.freeze()
-        # A request leaves none: to look through 700 new objects each time is in vain.
-        gc.set_threshold(10_000)
 
     def _tick(self, watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
         """Tell the watchdog that the loop runs, and again before its next look."""

@@ -11,7 +11,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, MutableMapping
-from contextlib import suppress
 from typing import Any, TypeAlias
 
 import structlog
@@ -147,17 +146,6 @@ def make_printable(
     }
 
 
-class Lines(structlog.WriteLogger):
-    """Writes lines, or drops them: a full disk under the log fails no request."""
-
-    def msg(self, message: str) -> None:
-        """Of any level."""
-        with suppress(OSError):
-            super().msg(message)
-
-    debug = info = warning = error = critical = exception = msg
-
-
 def configure_logging(
     level: int = logging.INFO,
     secrets: Iterable[str] = (),
@@ -201,10 +189,13 @@ def configure_logging(
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("asyncio").filters[:] = [Repeats()]
     structlog.configure(
-        # Past `logging`, whose records take as long again as all of this.
-        processors=[*shared, *renderers],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_names: Lines(sys.stderr),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
 
