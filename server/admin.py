@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.connections import Gate
 from server.health import Store
-from server.metrics import CONTENT_TYPE, Metrics
+from server.metrics import CONTENT_TYPE
 from server.proxies import HOST, is_allowed
 from server.routes import readiness
 from server.services import Services
@@ -81,7 +81,7 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
         return found
 
     async def metrics(_request: Request) -> Response:
-        found: Metrics = services().metrics
+        found = services().metrics
         found.connections.set(gate.open_count)
         found.connections_cut.set(gate.cut_count)
         content = await services().in_store_thread(found.text)
