@@ -27,7 +27,6 @@ from server.job_store import (
     OVER_SHARE_S,
     WORKER_LOST,
     JobStore,
-    in_few_sizes,
 )
 from server.jobs import Heartbeat, Job, JobState, NewJob, RequestFacts
 from server.silence import LOOK_S

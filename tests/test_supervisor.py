@@ -21,8 +21,8 @@ from server.supervisor import (
     Watch,
     worker_children,
 )
-from server.workers import WorkerRegistry, WorkerStatus
 from server.watcher import JobWatcher
+from server.workers import WorkerRegistry, WorkerStatus
 from tests.conftest import migrated_sqlite
 from tests.odd_worker import BAD_PREFIX
 from tests.test_job_store import Clock, new_job, status

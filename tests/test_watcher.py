@@ -227,7 +227,7 @@ class TestSubscribing:
                 seen = [await subscription.next(LONG_S)]
                 held = {each.id: each for each in await asyncio.to_thread(store.claim, "w", 2)}
                 seen.append(await subscription.next(LONG_S))
-                await asyncio.to_thread(store.beat, held[job.id], 3, 14)
+                await asyncio.to_thread(store.heartbeat, held[job.id], 3, 14)
                 seen.append(await subscription.next(LONG_S))
                 await asyncio.to_thread(store.cancel, job.id)
                 seen.append(await subscription.next(LONG_S))
