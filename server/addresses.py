@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 
 from server.settings import FetchSettings, IpNetwork, WebhookSettings
 
@@ -174,7 +174,7 @@ def unwrapped(
     return address.ipv4_mapped or address
 
 
-def checked_url(url: str) -> httpx.URL:
+def checked_url(url: str) -> httpx2.URL:
     """A URL whose form leaves no room for two readings. Blanks around it are dropped, others
     become `%20`.
 
@@ -186,21 +186,23 @@ def checked_url(url: str) -> httpx.URL:
     refuse_strange_text(url)
     url = without_blanks(url)
     try:
-        parsed = httpx.URL(url)
-        # Reading an international name translates it, which fails for many texts.
+        parsed = httpx2.URL(url)
         scheme, host, port = parsed.scheme, parsed.host, parsed.port
-    except (httpx.InvalidURL, ValueError) as error:
+    except (httpx2.InvalidURL, ValueError) as error:
         raise Refused("no URL") from error
     if scheme not in ("http", "https") or not host:
         raise Refused("scheme or host of URL")
     if "@" in AUTHORITY_END.split(url.partition("://")[2], maxsplit=1)[0]:
         raise Refused("user in URL")
+    # Reading an international name decodes it; what stays encoded means nothing.
+    if host.startswith("xn--"):
+        raise Refused("international name")
     if b"%" in parsed.raw_host or not 0 < (80 if port is None else port) < 65_536:
         raise Refused("host or port of URL")
     return parsed
 
 
-def redirected(url: httpx.URL, location: str) -> httpx.URL:
+def redirected(url: httpx2.URL, location: str) -> httpx2.URL:
     """Where a redirect from a URL leads. Raises: Refused.
 
     location: the header's bytes as latin-1; hosts write UTF-8 or single bytes unescaped.
@@ -213,7 +215,7 @@ def redirected(url: httpx.URL, location: str) -> httpx.URL:
     refuse_strange_text(text)
     try:
         return checked_url(str(url.join(without_blanks(text))))
-    except (httpx.InvalidURL, ValueError) as error:
+    except (httpx2.InvalidURL, ValueError) as error:
         raise Refused("redirect to no URL") from error
 
 
@@ -232,7 +234,7 @@ def refuse_strange_text(text: str) -> None:
         raise Refused("character in URL")
 
 
-def host_of(url: httpx.URL) -> str:
+def host_of(url: httpx2.URL) -> str:
     """The URL's host as it is looked up: in ASCII, for a resolver must not translate it again."""
     return url.raw_host.decode("ascii")
 
@@ -248,6 +250,6 @@ def is_private_name(host: str) -> bool:
     return "." not in host or host.endswith(PRIVATE_ENDINGS)
 
 
-def port_of(url: httpx.URL) -> int:
+def port_of(url: httpx2.URL) -> int:
     """The URL's port, or its scheme's."""
     return url.port or (443 if url.scheme == "https" else 80)

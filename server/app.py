@@ -20,8 +20,8 @@ from server.background import Background
 from server.database import migrate, open_engine
 from server.deliveries import DeliveryStore
 from server.dialects import native, native_problems, v3
-from server.door import Door, listeners_of
 from server.egress import Fetcher
+from server.egress_client import EgressClient, listeners_of
 from server.errors import ApiError, ImageUnavailable, InvalidBody, RouteNotFound, StorageUnavailable
 from server.estimates import Estimator
 from server.health import Health, Store, write_nothing
@@ -116,15 +116,13 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
         storage = Storage(settings.storage_url)
         # One each, so that neither waits for the other's look-ups.
         listeners = listeners_of(settings)
-        fetch_door, webhook_door = (Door(settings.egress, listeners) for _ in range(2))
-        for door in (fetch_door, webhook_door):
-            stack.push_async_callback(door.aclose)
+        image_client, webhook_client = (EgressClient(settings.egress, listeners) for _ in range(2))
         deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
         webhooks = WebhookSender(
             settings.webhook,
             deliveries,
             store,
-            webhook_door,
+            webhook_client,
             rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
         )
         background = await stack.enter_async_context(Background())
@@ -152,7 +150,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             store=store,
             estimator=estimator,
             storage=storage,
-            fetcher=Fetcher(settings.fetch, fetch_door),
+            fetcher=Fetcher(settings.fetch, image_client),
             sandbox=sandbox,
             watcher=watcher,
             deliveries=deliveries,

@@ -489,7 +489,7 @@ def ping_webhook(options: argparse.Namespace) -> int:
     """Send a test event under the server's own settings; 0 where the receiver took it."""
     import asyncio
 
-    from server.door import Door, listeners_of
+    from server.egress_client import EgressClient, listeners_of
     from server.webhooks import WebhookCaller
 
     parts = urlsplit(options.url)
@@ -498,11 +498,8 @@ def ping_webhook(options: argparse.Namespace) -> int:
     settings = settings_of(options)
 
     async def ping() -> int:
-        door = Door(settings.egress, listeners_of(settings))
-        try:
-            message_id, attempt = await WebhookCaller(settings.webhook, door).ping(options.url)
-        finally:
-            await door.aclose()
+        client = EgressClient(settings.egress, listeners_of(settings))
+        message_id, attempt = await WebhookCaller(settings.webhook, client).ping(options.url)
         print(message_id, attempt.status or "-", attempt.outcome, sep="\t")  # noqa: T201
         return 0 if attempt.is_success else 1
 

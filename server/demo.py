@@ -19,7 +19,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from PIL import Image
 from tqdm import tqdm
 
@@ -75,13 +75,13 @@ def run_demo(
         with served(pictures) as base, running_server(Path(folder)) as server:
             body = BODY % {"prompt": json.dumps(prompt or DEFAULT_PROMPT), "base": base}
             with step_bar(Path(folder)):
-                answer = httpx.post(
+                answer = httpx2.post(
                     f"{server}/api/v3/inpaint", content=body, timeout=REQUEST_TIMEOUT_S
                 ).json()
             print(json.dumps(answer, indent=2))  # noqa: T201 - the command's output
             if answer.get("status") != "success":
                 return 1
-            (pictures / "result.png").write_bytes(httpx.get(answer["output"][0]).content)
+            (pictures / "result.png").write_bytes(httpx2.get(answer["output"][0]).content)
         save_side_by_side([pictures / f"{n}.png" for n in ("init", "mask", "result")], out)
     print(f"init image, mask and result: {out.absolute()}")  # noqa: T201 - the command's output
     print(f"next: {sys.argv[0]} serve, then a request of your own as README.md shows")  # noqa: T201
@@ -139,7 +139,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     with tqdm(total=100, desc="loading the model", unit="%", disable=None) as bar:
         while time.monotonic() < deadline and process.poll() is None:
             url = url or next(iter(re.findall(r'"url": "([^"]+)"', log.read_text())), None)
-            reason = httpx.get(f"{url}/readyz/workers").json() if url else {}
+            reason = httpx2.get(f"{url}/readyz/workers").json() if url else {}
             if reason.get("status") == "ok":
                 bar.update(bar.total - bar.n)
                 return str(url)

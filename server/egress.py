@@ -1,6 +1,7 @@
 """Images from addresses that clients name, under limits of bytes, time and places.
 
-Which addresses may be reached is `addresses`' to say; `door` sees to it, anew at every redirect.
+`addresses` says which addresses may be reached; `egress_client` judges by it at every connect, so
+at every redirect too.
 Whether an address was denied, a name unknown or a port closed would draw a map of our network, so
 all of these have one answer: that the image cannot be had. The log has the reason. A client is told
 more where that betrays nothing: what the URL and the settings alone decide (`problem_shown_by`),
@@ -14,7 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 
 from server.addresses import (
     METADATA,
@@ -33,9 +34,8 @@ from server.addresses import (
     unwrapped,
 )
 from server.codings import CODINGS, inflate
-from server.door import NETWORK_ERRORS, Door
+from server.egress_client import NETWORK_ERRORS, BodyTooLarge, EgressClient
 from server.errors import ImageProblem
-from server.exchange import BodyTooLarge
 from server.lookups import numeric_addresses
 from server.settings import FetchSettings
 from server.slots import FairSemaphore
@@ -75,22 +75,13 @@ ANYBODY = Rights()
 
 
 class Fetcher:
-    """Downloads images.
+    """Downloads images."""
 
-    door: shared with others, and closed by whoever opened it; without one the fetcher has its own.
-    """
-
-    def __init__(self, settings: FetchSettings, door: Door | None = None) -> None:
+    def __init__(self, settings: FetchSettings, client: EgressClient | None = None) -> None:
         self._settings = settings
-        self._door = door or Door()
-        self._is_own_door = door is None
+        self._client = client or EgressClient()
         self._slots = FairSemaphore(settings.max_concurrent, settings.max_concurrent_per_key)
         self._pictures = Pictures(settings.cache_bytes, settings.cache_bytes_per_key)
-
-    async def aclose(self) -> None:
-        """Close the door if it is the fetcher's own."""
-        if self._is_own_door:
-            await self._door.aclose()
 
     async def get(self, url: str, rights: Rights = ANYBODY) -> bytes:
         """The body behind a URL. Raises: FetchFailed."""
@@ -100,7 +91,7 @@ class Fetcher:
             raise FetchFailed(ImageProblem.URL_TOO_LONG) from error
         except Refused as error:
             raise FetchFailed(ImageProblem.INVALID_URL) from error
-        policy = rights.widen(self._settings, self._door.nat64_prefixes)
+        policy = rights.widen(self._settings, self._client.nat64_prefixes)
         try:
             # One deadline over everything: time-outs of single reads do not stop a drip.
             async with (
@@ -116,10 +107,10 @@ class Fetcher:
             if isinstance(error, BadAnswer):
                 raise FetchFailed(error.kind) from error
             # Whatever the cause: of one URL the same is told whether anybody is there or not.
-            problem = problem_shown_by(target, policy, has_proxy=self._door.has_proxy)
+            problem = problem_shown_by(target, policy, has_proxy=self._client.has_proxy)
             raise FetchFailed(problem) from error
 
-    async def _follow(self, target: httpx.URL, key_id: str, policy: AddressPolicy) -> bytes:
+    async def _follow(self, target: httpx2.URL, key_id: str, policy: AddressPolicy) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             answer = await self._ask(target, key_id, policy)
             if isinstance(answer, bytes):
@@ -127,10 +118,10 @@ class Fetcher:
             target = redirected(target, answer)
         raise Refused("too many redirects")
 
-    async def _ask(self, url: httpx.URL, key_id: str, policy: AddressPolicy) -> bytes | str:
+    async def _ask(self, url: httpx2.URL, key_id: str, policy: AddressPolicy) -> bytes | str:
         """The picture, or where the host says it is. Raises: Refused, BadAnswer, NETWORK_ERRORS."""
         kept = self._pictures.get(key_id, str(url))
-        async with self._door.request(
+        async with self._client.request(
             "GET",
             url,
             policy,
@@ -145,7 +136,7 @@ class Fetcher:
             if answer.status == 304 and kept:
                 return kept.body
             if answer.status != 200:
-                is_public_host = not self._door.has_proxy and not policy.opens(
+                is_public_host = not self._client.has_proxy and not policy.opens(
                     host_of(url), unwrapped(parse_address(answer.peer), policy.nat64_prefixes)
                 )
                 raise BadAnswer(
@@ -173,7 +164,7 @@ def problem_of(status: int, is_public_host: bool) -> ImageProblem:
     return ImageProblem.HOST_FAILED
 
 
-def problem_shown_by(url: httpx.URL, policy: AddressPolicy, *, has_proxy: bool) -> ImageProblem:
+def problem_shown_by(url: httpx2.URL, policy: AddressPolicy, *, has_proxy: bool) -> ImageProblem:
     """Why a URL is never fetched, as far as it and the settings show without any look-up.
 
     `NOT_REACHABLE` where they do not: where an operator has opened the address, where a name may

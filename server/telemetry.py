@@ -185,7 +185,7 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for chatty in ("httpx", "httpcore", "alembic", "uvicorn.access", "uvicorn.error"):
+    for chatty in ("httpx2", "httpcore2", "alembic", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("asyncio").filters[:] = [Repeats()]
     structlog.configure(

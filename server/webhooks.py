@@ -24,9 +24,8 @@ from server.addresses import Refused, Rights, checked_url
 from server.circuits import Circuits
 from server.deliveries import Attempt, Delivery, DeliveryStore, host_of
 from server.dialects import native, native_answers, v3
-from server.door import NETWORK_ERRORS, Door
+from server.egress_client import NETWORK_ERRORS, BodyTooLarge, EgressClient
 from server.errors import RateLimited
-from server.exchange import BodyTooLarge
 from server.job_store import JobStore
 from server.jobs import Job
 from server.limits import TokenBuckets
@@ -62,19 +61,11 @@ NOT_MADE = "could not be made"
 
 
 class WebhookCaller:
-    """Makes the calls, signed and through the address policy. Use as an async context manager."""
+    """Makes the calls, signed and through the address policy."""
 
-    def __init__(self, settings: WebhookSettings, door: Door | None = None) -> None:
+    def __init__(self, settings: WebhookSettings, client: EgressClient | None = None) -> None:
         self._settings = settings
-        self._is_own_door = door is None
-        self._door = door or Door()
-
-    async def __aenter__(self) -> "WebhookCaller":
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        if self._is_own_door:
-            await self._door.aclose()
+        self._client = client or EgressClient()
 
     async def ping(self, url: str, rights: Rights = OPERATOR) -> tuple[str, Attempt]:
         """A test event to any address that a webhook may have: its id, and how it went."""
@@ -109,10 +100,10 @@ class WebhookCaller:
         target = checked_url(url)
         if self._settings.https_only and target.scheme != "https":
             raise Refused("not https")
-        async with self._door.request(
+        async with self._client.request(
             "POST",
             target,
-            rights.widen(self._settings, self._door.nat64_prefixes),
+            rights.widen(self._settings, self._client.nat64_prefixes),
             owner=rights.key_id,
             headers={"Content-Type": "application/json", **headers},
             max_body_bytes=MAX_REPLY_BYTES,
@@ -135,12 +126,12 @@ class WebhookSender:
         settings: WebhookSettings,
         deliveries: DeliveryStore,
         jobs: JobStore,
-        door: Door | None = None,
+        client: EgressClient | None = None,
         rights_of: Callable[[str], Rights] = Rights,
     ) -> None:
         self._settings = settings
         self._rights_of = rights_of
-        self._caller = WebhookCaller(settings, door)
+        self._caller = WebhookCaller(settings, client)
         self._deliveries = deliveries
         self._jobs = jobs
         self._calls: Counter[str] = Counter()
@@ -155,7 +146,7 @@ class WebhookSender:
     async def run(self) -> None:
         """Until cancelled. Calls under way then are tried again after the next start."""
         with Threads(THREADS, "webhooks") as self._threads:
-            async with self._caller, asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as tasks:
                 while True:
                     self._has_ended.clear()
                     looked_at = time.monotonic()

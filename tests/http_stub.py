@@ -7,8 +7,10 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-import httpx
+import httpcore2
+import httpx2
 import numpy as np
 from fastapi import FastAPI
 from PIL import Image
@@ -96,6 +98,20 @@ async def running_stub(
         await asyncio.gather(*tasks)
 
 
+class StubDialler(httpcore2.AnyIOBackend):
+    """A dialler that leads a public address to a stub on loopback, and any port to the stub's."""
+
+    def __init__(self, public: str, port: int) -> None:
+        self._public = public
+        self._port = port
+
+    async def connect_tcp(
+        self, host: str, port: int, *arguments: Any, **named: Any
+    ) -> httpcore2.AsyncNetworkStream:
+        host = "127.0.0.1" if host == self._public else host
+        return await super().connect_tcp(host, self._port, *arguments, **named)
+
+
 @dataclass(frozen=True, slots=True)
 class LiveApp:
     """Our application behind its real HTTP server. port, admin_port: for raw sockets.
@@ -103,7 +119,7 @@ class LiveApp:
     app: its inside.
     """
 
-    client: httpx.Client
+    client: httpx2.Client
     port: int
     admin_port: int
     app: FastAPI
@@ -129,9 +145,11 @@ def running_app(settings: Settings, host: str = "127.0.0.1") -> Iterator[LiveApp
 
     try:
         # Long before the server closes a connection, which may happen as a call is sent.
-        limits = httpx.Limits(keepalive_expiry=1)
+        limits = httpx2.Limits(keepalive_expiry=1)
         url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False, limits=limits) as client:
+        with httpx2.Client(
+            base_url=url, timeout=ANSWER_S, trust_env=False, limits=limits
+        ) as client:
             yield LiveApp(client, port, admin_port, app, server, stop)
     finally:
         stop()

@@ -39,7 +39,7 @@ address add 2606:4700:1::1/64 dev near nodad
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Something that listens for its neighbours, and keeps connections."""
+    """Something that listens for its neighbours."""
 
     protocol_version = "HTTP/1.1"
 
@@ -91,14 +91,13 @@ async def look() -> dict[str, Any]:
         "nobody": {each: await fetched(fetcher, each, nobody) for each in addresses},
         "named": {each: await fetched(fetcher, each, named) for each in OWN},
         "by name": {each: await fetched(fetcher, each, by_name) for each in OWN},
-        # The connections of those two are kept, and nobody else gets one.
+        # No connection of those two is left for anybody else.
         "nobody after others": {each: await fetched(fetcher, each, nobody) for each in OWN},
     }
-    await fetcher.aclose()
-    async with WebhookCaller(WebhookSettings(timeout_s=1.0)) as caller:
-        found["webhook"] = {
-            each: (await caller.ping(url_of(each), nobody))[1].outcome for each in addresses
-        }
+    caller = WebhookCaller(WebhookSettings(timeout_s=1.0))
+    found["webhook"] = {
+        each: (await caller.ping(url_of(each), nobody))[1].outcome for each in addresses
+    }
     return found
 
 

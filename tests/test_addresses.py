@@ -4,7 +4,7 @@ import re
 from functools import partial
 from ipaddress import IPv6Network, ip_address, ip_network
 
-import httpx
+import httpx2
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -243,4 +243,4 @@ def seen_as(url: str) -> tuple[str, str, int] | None:
     return checked.scheme, host_of(checked), port_of(checked)
 
 
-FROM = httpx.URL("https://a.example/pictures/")
+FROM = httpx2.URL("https://a.example/pictures/")

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import socket
 import tracemalloc
 from collections.abc import Callable
 from ipaddress import ip_network
@@ -10,7 +9,6 @@ from urllib.parse import quote
 
 import pytest
 
-from server.door import Door, dial
 from server.downloads import (
     PIECE_CHARS,
     ImageSource,
@@ -20,9 +18,10 @@ from server.downloads import (
     load_inline,
 )
 from server.egress import ANYBODY, Fetcher, FetchFailed
+from server.egress_client import EgressClient
 from server.errors import ImageProblem, ImageUnavailable
 from server.settings import FetchSettings
-from tests.http_stub import answering, response, running_stub
+from tests.http_stub import StubDialler, answering, response, running_stub
 
 CONTENT = bytes(range(256)) + b"\xff\xef"  # its base64 has + and /, and no padding
 TEXT = base64.b64encode(CONTENT).decode()
@@ -43,8 +42,6 @@ def load(
                 return await download_images(wanted, fetcher, limit)
             except ImageUnavailable as error:
                 return error.problems
-            finally:
-                await fetcher.aclose()
 
     return asyncio.run(run())
 
@@ -63,6 +60,7 @@ def test_each_image_may_come_another_way() -> None:
     }
 
 
+PUBLIC = "93.184.215.14"
 OUTPUT = "0123abcd-0123-4567-89ab-0123456789ab-0"
 
 
@@ -90,21 +88,16 @@ def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> N
 
     async def run() -> tuple[object, list[str]]:
         async with running_stub(answering(response("200 OK", body=b"fetched"))) as stub:
-
-            async def dial_stub(_address: str, _port: int) -> socket.socket:
-                return await dial("127.0.0.1", stub.port)
-
-            door = Door(resolver=lambda _host, _port: ["93.184.215.14"], dialler=dial_stub)
+            dialler = StubDialler(PUBLIC, stub.port)
+            client = EgressClient(resolver=lambda _host, _port: [PUBLIC], dialler=dialler)
             own = OwnOutputs(["https://ours.example/sd", "not a URL"], ["*.named.example"], read)
             source = {"init_image": ImageSource(url)}
             try:
                 return await download_images(
-                    source, Fetcher(FetchSettings(), door), LIMIT, ANYBODY, own
+                    source, Fetcher(FetchSettings(), client), LIMIT, ANYBODY, own
                 ), stub.heads
             except ImageUnavailable as error:
                 return error.problems, stub.heads
-            finally:
-                await door.aclose()
 
     outcome, heads = asyncio.run(run())
     if is_ours:

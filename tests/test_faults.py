@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import httpcore2
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,7 +27,7 @@ from models.residency import ModelPool
 from server.database import deliveries, delivery_attempts, jobs, open_engine
 from server.decoders import DecodedPair
 from server.deliveries import Attempt, DeliveryState, DeliveryStore
-from server.door import Dialler, Door, dial
+from server.egress_client import EgressClient
 from server.errors import StorageUnavailable
 from server.idempotency import Idempotency
 from server.intake import put_input, submit
@@ -404,18 +405,16 @@ def falling_silent(fault: Fault) -> Behaviour:
     return behave
 
 
-def failing_to_connect(fault: Fault) -> Dialler:
-    """The n-th connection is refused, and the second try that follows it."""
-    refusals = 0
+class FailingDialler(httpcore2.AnyIOBackend):
+    """The n-th connection is refused."""
 
-    async def dial_or_fail(address: str, port: int) -> socket.socket:
-        nonlocal refusals
-        if fault.strikes or refusals == 1:
-            refusals += 1
-            raise ConnectionRefusedError
-        return await dial(address, port)
+    def __init__(self, fault: Fault) -> None:
+        self._fault = fault
 
-    return dial_or_fail
+    async def connect_tcp(self, *arguments: Any, **named: Any) -> httpcore2.AsyncNetworkStream:
+        if self._fault.strikes:
+            raise httpcore2.ConnectError
+        return await super().connect_tcp(*arguments, **named)
 
 
 @pytest.mark.parametrize("kind", ["connect", "reset", "silence"])
@@ -444,7 +443,7 @@ async def deliver_in_spite(kind: str, fault: Fault, engine: Engine) -> None:
         for job in held:
             store.finish(job, [False])
         for _ in range(PHASES):
-            dialler = failing_to_connect(fault) if kind == "connect" else dial
+            dialler = FailingDialler(fault) if kind == "connect" else httpcore2.AnyIOBackend()
             await send_what_is_due(settings, calls, store, dialler)
             rows = calls.list_of(None, state=None, limit=HOOKS + 1)
             if all(each.state is DeliveryState.DELIVERED for each in rows):
@@ -460,7 +459,10 @@ async def deliver_in_spite(kind: str, fault: Fault, engine: Engine) -> None:
 
 
 async def send_what_is_due(
-    settings: WebhookSettings, calls: DeliveryStore, store: JobStore, dialler: Dialler
+    settings: WebhookSettings,
+    calls: DeliveryStore,
+    store: JobStore,
+    dialler: httpcore2.AsyncNetworkBackend,
 ) -> None:
     """One life of a sender, until nothing is due."""
 
@@ -470,12 +472,11 @@ async def send_what_is_due(
 
     every = calls.list_of(None, state=None, limit=HOOKS)
     tried = {each.id: len(each.attempts) for each in every}
-    door = Door(dialler=dialler)
-    sender = asyncio.create_task(WebhookSender(settings, calls, store, door).run())
+    client = EgressClient(dialler=dialler)
+    sender = asyncio.create_task(WebhookSender(settings, calls, store, client).run())
     async with asyncio.timeout(60):
         # The rows are what a sender leaves behind; nothing tells of their change in one process.
         while await asyncio.to_thread(due):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     sender.cancel()
     await asyncio.wait([sender])
-    await door.aclose()

@@ -1,23 +1,22 @@
-"""The corpus of hostile URLs against the real door: nothing that is denied is ever dialled.
+"""The corpus of hostile URLs against the real client: nothing that is denied is ever dialled.
 
-A dialler of ours stands in for the socket: it writes down what it is asked for, and only on
-loopback does it connect. Beside it `conftest.py` watches every socket of the process, so that no
-other way out goes unseen.
+A dialler of ours writes down what it is asked for, and connects only on loopback. Beside it
+`conftest.py` watches every socket of the process, so that no other way out goes unseen.
 """
 
 import asyncio
 import ipaddress
-import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Any
 
+import httpcore2
 import pytest
 
 from server.addresses import Refused, Rights
-from server.door import Door, dial
 from server.egress import Fetcher, FetchFailed
+from server.egress_client import EgressClient
 from server.errors import ImageProblem
 from server.settings import EgressSettings, FetchSettings, WebhookSettings
 from server.webhooks import WebhookCaller
@@ -44,27 +43,29 @@ AS_FAR_AS = (ip_network("127.0.0.0/8"), ip_network("::1"))
 NAMES = (*ANSWERS, "a..b", "a.xn--a", "unknown.example")
 
 
-@dataclass(slots=True)
-class Recorder:
+class Recorder(httpcore2.AnyIOBackend):
     """A dialler. dialled: what it was asked for."""
 
-    dialled: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.dialled: list[str] = []
 
-    async def __call__(self, address: str, port: int) -> socket.socket:
-        self.dialled.append(address)
-        parsed = ipaddress.ip_address(address.partition("%")[0])
+    async def connect_tcp(
+        self, host: str, port: int, *arguments: Any, **named: Any
+    ) -> httpcore2.AsyncNetworkStream:
+        self.dialled.append(host)
+        parsed = ipaddress.ip_address(host.partition("%")[0])
         if any(parsed in network for network in AS_FAR_AS):
-            return await dial(address, port)
-        raise ConnectionRefusedError(address)
+            return await super().connect_tcp(host, port, *arguments, **named)
+        raise httpcore2.ConnectError(host)
 
 
 @dataclass(frozen=True, slots=True)
 class Trap:
-    """A door with a recorder, and a listener on 127.0.0.1 that must hear nothing."""
+    """A client with a recorder, and a listener on 127.0.0.1 that must hear nothing."""
 
     stub: Stub
     recorder: Recorder
-    door: Door
+    client: EgressClient
     fetcher: Fetcher
 
     async def fetch(self, url: str) -> bytes | ImageProblem:
@@ -75,18 +76,15 @@ class Trap:
 
 
 def trapped(try_it: Callable[[Trap], Awaitable[None]], **limits: Any) -> Trap:
-    """What a door has dialled after the attempts."""
+    """What a client has dialled after the attempts."""
 
     async def run() -> Trap:
         async with running_stub(answering(OK)) as stub:
             recorder = Recorder()
-            door = Door(resolver=resolve_by_table, dialler=recorder)
-            fetcher = Fetcher(FetchSettings.model_validate(limits), door)
-            trap = Trap(stub, recorder, door, fetcher)
-            try:
-                await try_it(trap)
-            finally:
-                await door.aclose()
+            client = EgressClient(resolver=resolve_by_table, dialler=recorder)
+            fetcher = Fetcher(FetchSettings.model_validate(limits), client)
+            trap = Trap(stub, recorder, client, fetcher)
+            await try_it(trap)
             return trap
 
     return asyncio.run(run())
@@ -112,7 +110,7 @@ def test_no_webhook_reaches_what_is_denied() -> None:
     """By the sender's own policy and words, as a job's webhook and as a ping."""
 
     async def try_all(trap: Trap) -> None:
-        caller = WebhookCaller(WebhookSettings(), trap.door)
+        caller = WebhookCaller(WebhookSettings(), trap.client)
         for hostile in HOSTILE_URLS:
             url = hostile.replace("PORT", str(trap.stub.port))
             for attempt in (
@@ -131,7 +129,7 @@ def test_webhook_reaches_what_is_allowed() -> None:
     async def try_it(trap: Trap) -> None:
         settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.1"})
         url = f"http://loopback.example:{trap.stub.port}/"
-        attempt = await WebhookCaller(settings, trap.door).send(url, "msg_1", {}, Rights("k"))
+        attempt = await WebhookCaller(settings, trap.client).send(url, "msg_1", {}, Rights("k"))
         assert attempt.status == 200
 
     trap = trapped(try_it)
@@ -204,9 +202,9 @@ def test_name_that_flips_between_judging_and_dialling() -> None:
         port = denied.sockets[0].getsockname()[1]
         async with running_stub(answering(OK), "127.0.0.2", port) as good:
             recorder = Recorder()
-            door = Door(resolver=flip, dialler=recorder)
+            client = EgressClient(resolver=flip, dialler=recorder)
             settings = FetchSettings.model_validate({"allow_cidrs": "127.0.0.2"})
-            fetcher = Fetcher(settings, door)
+            fetcher = Fetcher(settings, client)
             url = f"http://flips.example:{good.port}/"
             seen: list[object] = []
             for _ in answers:
@@ -214,7 +212,6 @@ def test_name_that_flips_between_judging_and_dialling() -> None:
                     seen.append(await fetcher.get(url))
                 except FetchFailed as failed:
                     seen.append(type(failed.__cause__))
-            await door.aclose()
             denied.close()
             return seen, good.connections, recorder.dialled
 
@@ -228,8 +225,8 @@ class TestBehindAProxy:
         async def run() -> int:
             async with running_stub(answering(OK)) as proxy:
                 settings = EgressSettings.model_validate({"proxy": proxy.url})
-                door = Door(settings, resolver=resolve_by_table)
-                fetcher = Fetcher(FetchSettings(), door)
+                client = EgressClient(settings, resolver=resolve_by_table)
+                fetcher = Fetcher(FetchSettings(), client)
                 for url in HOSTILE_URLS:
                     # A name on a usual port is the proxy's to judge.
                     if url.lower().split("/")[2:3] in ([name] for name in NAMES):
@@ -237,7 +234,6 @@ class TestBehindAProxy:
                     with pytest.raises(FetchFailed):
                         await fetcher.get(url.replace("PORT", str(proxy.port)))
                     assert proxy.connections == 0, url
-                await door.aclose()
                 return proxy.connections
 
         assert asyncio.run(run()) == 0

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from ipaddress import ip_network
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from server.database import open_engine
@@ -51,7 +51,7 @@ def app(settings: Settings, keys: dict[str, str]) -> Iterator[LiveApp]:
 
 
 @contextmanager
-def clients(app: LiveApp, keys: dict[str, str]) -> Iterator[dict[str, httpx.Client]]:
+def clients(app: LiveApp, keys: dict[str, str]) -> Iterator[dict[str, httpx2.Client]]:
     opened = {name: client_of(app, key) for name, key in keys.items()}
     yield opened
     for client in opened.values():
