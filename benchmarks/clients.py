@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
+import httpx2
 
 from benchmarks.orders import GUIDANCE_SCALE, example_image, example_mask, make_prompt
 from benchmarks.rivals.obvious import STARTED_AT
@@ -68,8 +68,8 @@ class Answer:
 class Target(Protocol):
     """A server under test."""
 
-    async def send(self, client: httpx.AsyncClient, call: Call) -> Answer:
-        """One call, until its picture is here. Raises: httpx.HTTPError, RuntimeError."""
+    async def send(self, client: httpx2.AsyncClient, call: Call) -> Answer:
+        """One call, until its picture is here. Raises: httpx2.HTTPError, RuntimeError."""
         ...
 
     def complete(self, answers: Sequence[Answer]) -> list[Answer]:
@@ -85,7 +85,7 @@ class Ours:
     images_url: str
     data_dir: Path
 
-    async def send(self, client: httpx.AsyncClient, call: Call) -> Answer:
+    async def send(self, client: httpx2.AsyncClient, call: Call) -> Answer:
         """The V3 call, held until the job ends, then the picture from its address."""
         sent_at, began = time.time(), time.perf_counter()
         body = call.body(self.images_url)
@@ -124,7 +124,7 @@ class Rival:
     url: str
     images_url: str
 
-    async def send(self, client: httpx.AsyncClient, call: Call) -> Answer:
+    async def send(self, client: httpx2.AsyncClient, call: Call) -> Answer:
         """One call, answered with the picture."""
         sent_at, began = time.time(), time.perf_counter()
         response = await client.post(f"{self.url}/inpaint", json=call.body(self.images_url))
@@ -138,8 +138,8 @@ class Rival:
         return list(answers)
 
 
-def check_png(response: httpx.Response) -> None:
-    """Raises: httpx.HTTPError, RuntimeError for anything but a picture."""
+def check_png(response: httpx2.Response) -> None:
+    """Raises: httpx2.HTTPError, RuntimeError for anything but a picture."""
     if not response.raise_for_status().content.startswith(PNG_MAGIC):
         raise RuntimeError(f"not a picture: {response.text[:200]}")
 
@@ -151,8 +151,8 @@ async def drive(target: Target, calls: Sequence[Call], clients: int) -> tuple[li
     """
     pending = iter(calls)
     answers: list[Answer] = []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as client:
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as client:
         began = time.perf_counter()
 
         async def run_client() -> None:
@@ -178,8 +178,8 @@ def wait_until_ready(url: str, timeout_s: float) -> None:
     """Until the address answers 200. Raises: TimeoutError."""
     ends_at = time.monotonic() + timeout_s
     while time.monotonic() < ends_at:
-        with suppress(httpx.TransportError):
-            if httpx.get(url, trust_env=False).status_code == 200:
+        with suppress(httpx2.TransportError):
+            if httpx2.get(url, trust_env=False).status_code == 200:
                 return
         time.sleep(0.1)
     raise TimeoutError(f"{url} did not become ready")

@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from sqlalchemy import Engine, func, select
 
 from benchmarks import measure, report
@@ -111,7 +111,7 @@ class Soak:
     async def drive(self, calls: Sequence[SoakCall]) -> None:
         """Clients that send the next call as soon as their last is answered."""
         pending = iter(calls)
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
+        async with httpx2.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
 
             async def run_client() -> None:
                 for call in pending:
@@ -121,7 +121,7 @@ class Soak:
 
             await asyncio.gather(*(run_client() for _ in range(CLIENTS)))
 
-    async def _send(self, client: httpx.AsyncClient, call: SoakCall) -> str:
+    async def _send(self, client: httpx2.AsyncClient, call: SoakCall) -> str:
         """The status a call is answered with in the end; its pictures are fetched."""
         if call.fate is Fate.CANCEL:
             await asyncio.to_thread(self._cancel_one)
@@ -131,7 +131,7 @@ class Soak:
             if answer["status"] == "success":
                 check_png(await client.get(answer["output"][0]))
             return str(answer["status"])
-        except (httpx.HTTPError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        except (httpx2.HTTPError, RuntimeError, KeyError, json.JSONDecodeError) as error:
             return f"lost: {type(error).__name__}"
 
     def _cancel_one(self) -> None:

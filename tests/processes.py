@@ -14,7 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 COMMAND = (sys.executable, "-P", "-m", "server.cli")
 """As the console script: nothing is imported from the working directory."""
@@ -120,12 +120,12 @@ class ServerProcess(Process):
         arguments = ["serve", "--port", "0", "--data-dir", str(data_dir), *flags]
         super().__init__({**ours, **environment}, *arguments, program=program, folder=folder)
         self.url: str = self.wait_for("listening")["url"]
-        self.client = httpx.Client(
+        self.client = httpx2.Client(
             base_url=self.url,
             timeout=2 * HOLD_S,
             trust_env=False,
             # Long before the server closes the connection, which may happen as a call is sent.
-            limits=httpx.Limits(keepalive_expiry=1),
+            limits=httpx2.Limits(keepalive_expiry=1),
         )
 
     def inpaint(self, **fields: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
@@ -29,19 +29,19 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 
 
 @pytest.fixture
-def admin(app: LiveApp) -> Iterator[httpx.Client]:
+def admin(app: LiveApp) -> Iterator[httpx2.Client]:
     """A client of the second port."""
     url = f"http://127.0.0.1:{app.admin_port}"
-    with httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as client:
+    with httpx2.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as client:
         yield client
 
 
-def figures_of(admin: httpx.Client) -> dict[str, float]:
+def figures_of(admin: httpx2.Client) -> dict[str, float]:
     """What the second port tells, see `figures_from`."""
     return figures_from(admin.get("/metrics"))
 
 
-def figures_from(answer: httpx.Response) -> dict[str, float]:
+def figures_from(answer: httpx2.Response) -> dict[str, float]:
     """Every sample as `name{value of a label}`."""
     assert answer.headers["content-type"].startswith("text/plain; version=")
     return {
@@ -51,7 +51,9 @@ def figures_from(answer: httpx.Response) -> dict[str, float]:
     }
 
 
-def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
+def test_figures_follow_what_happens(
+    app: LiveApp, admin: httpx2.Client, settings: Settings
+) -> None:
     finish(settings, submit(app.client))
     submit(app.client, webhook="http://127.0.0.1:1/")
     post(app.client, "inpaint", **(BODY | {"init_image": "http://127.0.0.1:1/"}))
@@ -91,7 +93,7 @@ def test_figures_follow_what_happens(app: LiveApp, admin: httpx.Client, settings
     assert "canary" not in str(figures)
 
 
-def test_figures_without_a_database(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
+def test_figures_without_a_database(app: LiveApp, admin: httpx2.Client, settings: Settings) -> None:
     app.client.get("/healthz")
     engine = open_engine(settings.sqlalchemy_url)
     with engine.begin() as connection:
@@ -102,7 +104,7 @@ def test_figures_without_a_database(app: LiveApp, admin: httpx.Client, settings:
     assert figures["inpaint_requests_total{/healthz}{200}"] == 1
 
 
-def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Settings) -> None:
+def test_readiness_with_details(app: LiveApp, admin: httpx2.Client, settings: Settings) -> None:
     for path, code in (("/readyz", 200), ("/readyz/workers", 503)):
         answer = admin.get(path)
         assert (answer.status_code, answer.json()["reason"]) == (code, "0/1 workers ready")
@@ -122,7 +124,7 @@ def test_readiness_with_details(app: LiveApp, admin: httpx.Client, settings: Set
     assert admin.get("/healthz").json() == {"status": "ok"}
 
 
-def test_ports_do_not_mix(app: LiveApp, admin: httpx.Client) -> None:
+def test_ports_do_not_mix(app: LiveApp, admin: httpx2.Client) -> None:
     host = {"host": f"127.0.0.1:{app.admin_port}"}
     assert app.client.get("/metrics", headers=host).status_code == 404
     for method, path in (("POST", "/api/v3/inpaint"), ("GET", "/openapi.json"), ("GET", "/docs")):
@@ -154,6 +156,6 @@ def test_names_that_nobody_gave_to_the_port_are_refused(
         headers = {"host": host.replace("PORT", str(app.admin_port))}
         for path in ("/metrics", "/healthz", "/unknown"):
             url = f"http://127.0.0.1:{app.admin_port}{path}"
-            answer = httpx.get(url, headers=headers, timeout=ANSWER_S, trust_env=False)
+            answer = httpx2.get(url, headers=headers, timeout=ANSWER_S, trust_env=False)
             expected = 404 if (path, status) == ("/unknown", 200) else status
             assert answer.status_code == expected

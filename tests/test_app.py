@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from sqlalchemy import text
 
@@ -85,7 +85,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
     """A server with two keys."""
     settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": KEYS})
     with running_app(settings) as app:
@@ -101,18 +101,18 @@ def url(app: LiveApp, settings: Settings) -> str:
 
 
 @pytest.fixture
-def client(app: LiveApp) -> httpx.Client:
+def client(app: LiveApp) -> httpx2.Client:
     return app.client
 
 
-def post(client: httpx.Client, path: str, **fields: Any) -> Any:
+def post(client: httpx2.Client, path: str, **fields: Any) -> Any:
     """A JSON call under the vendor's rule that everything answers 200."""
     answer = client.post(f"/api/v3/{path}", json=fields)
     assert answer.status_code == 200
     return answer.json()
 
 
-def submit(client: httpx.Client, **changes: Any) -> int:
+def submit(client: httpx2.Client, **changes: Any) -> int:
     answer = post(client, "inpaint", **(BODY | changes))
     assert answer["status"] == "processing", answer
     return int(answer["id"])
@@ -159,7 +159,7 @@ def request_raw(port: int, target: str, method: str = "POST") -> bytes:
 
 
 class TestLifeOfAJob:
-    def test_processing_then_success(self, client: httpx.Client, settings: Settings) -> None:
+    def test_processing_then_success(self, client: httpx2.Client, settings: Settings) -> None:
         first = post(client, "inpaint", **BODY)
         job_id = first["id"]
         assert first["status"] == "processing"
@@ -188,7 +188,7 @@ class TestLifeOfAJob:
         ],
     )
     def test_every_way_to_fetch(
-        self, path: str, fields: dict[str, str], client: httpx.Client
+        self, path: str, fields: dict[str, str], client: httpx2.Client
     ) -> None:
         job_id = submit(client)
         if "request_id" in fields:
@@ -196,16 +196,16 @@ class TestLifeOfAJob:
         assert post(client, path.replace("ID", str(job_id)), **fields)["id"] == job_id
 
     @pytest.mark.parametrize("job_id", ["999999", "0", "x", "-1", "1.5", "9" * 30, "%00", "١"])
-    def test_unknown_job(self, job_id: str, client: httpx.Client) -> None:
+    def test_unknown_job(self, job_id: str, client: httpx2.Client) -> None:
         assert post(client, f"fetch/{job_id}") == NOT_FOUND
         assert post(client, "fetch", request_id=job_id) == NOT_FOUND
 
-    def test_fetch_without_an_id(self, client: httpx.Client) -> None:
+    def test_fetch_without_an_id(self, client: httpx2.Client) -> None:
         assert post(client, "fetch")["message"] == {
             "request_id": ["The request id field is required."]
         }
 
-    def test_failed_job(self, client: httpx.Client, settings: Settings) -> None:
+    def test_failed_job(self, client: httpx2.Client, settings: Settings) -> None:
         job_id = submit(client)
         with store_of(settings) as store:
             for job in store.claim("test", 10):
@@ -219,7 +219,7 @@ class TestLifeOfAJob:
             "output": "",
         }
 
-    def test_base64_inline(self, client: httpx.Client, settings: Settings) -> None:
+    def test_base64_inline(self, client: httpx2.Client, settings: Settings) -> None:
         job_id = submit(client, base64="yes")
         finish(settings, job_id)
         text = base64.b64encode(PICTURE).decode()
@@ -272,12 +272,12 @@ class TestLifeOfAJob:
         assert answer.headers["content-type"].startswith("text/plain")
         assert base64.b64decode(answer.text) == PICTURE
 
-    def test_half_a_surrogate_pair_harms_nobody(self, client: httpx.Client) -> None:
+    def test_half_a_surrogate_pair_harms_nobody(self, client: httpx2.Client) -> None:
         body = json.dumps(BODY | {"prompt": "a \ud800 cat", "key": "\udfff", "track_id": "\ud800"})
         answer = client.post("/api/v3/inpaint", content=body).json()
         assert answer["meta"]["prompt"].startswith("a ? cat ")
 
-    def test_forms(self, client: httpx.Client) -> None:
+    def test_forms(self, client: httpx2.Client) -> None:
         fields = {name: str(value) for name, value in BODY.items()}
         files = {"init_image": ("a.png", PICTURE), "mask_image": ("b.png", PICTURE)}
         urlencoded = client.post("/api/v3/inpaint", data=fields).json()
@@ -302,13 +302,13 @@ class TestForgivingReading:
         ],
     )
     def test_sizes(
-        self, sent: dict[str, object], used: tuple[int, int], client: httpx.Client
+        self, sent: dict[str, object], used: tuple[int, int], client: httpx2.Client
     ) -> None:
         images = dict.fromkeys(["init_image", "mask_image"], TALL)
         meta = post(client, "inpaint", **(BODY | images | sent))["meta"]
         assert (meta["W"], meta["H"]) == used
 
-    def test_words_for_nothing(self, client: httpx.Client) -> None:
+    def test_words_for_nothing(self, client: httpx2.Client) -> None:
         absent = {"seed": "undefined", "negative_prompt": "None", "webhook": "none", "key": "null"}
         given = {"seed": -1, "scheduler": "LMS", "strength": 0, "enhance_prompt": "no"}
         first, second = (
@@ -318,7 +318,7 @@ class TestForgivingReading:
         assert second["meta"]["negative_prompt"] == ""
         assert second["meta"]["strength"] == 0.001
 
-    def test_unescaped_plus_in_a_form(self, client: httpx.Client) -> None:
+    def test_unescaped_plus_in_a_form(self, client: httpx2.Client) -> None:
         noise = base64.b64encode(NOISE).decode()
         assert "+" in noise
         form = f"prompt=a+cat&init_image={noise}&mask_image=data:image/png;base64,{noise}"
@@ -327,7 +327,7 @@ class TestForgivingReading:
         assert (answer["status"], answer["meta"]["W"]) == ("processing", 64)
         assert answer["meta"]["prompt"].startswith("a cat ")
 
-    def test_multipart_parts_without_file_names(self, client: httpx.Client) -> None:
+    def test_multipart_parts_without_file_names(self, client: httpx2.Client) -> None:
         head = "--b\r\nContent-Disposition: form-data; name="
         parts = [
             head.encode() + b'"prompt"\r\n\r\na cat\r\n',
@@ -340,7 +340,7 @@ class TestForgivingReading:
         assert answer["status"] == "processing"
         assert answer["meta"]["mask_image"] == f"(file, {len(NOISE)} bytes)"
 
-    def test_line_breaks_in_json(self, client: httpx.Client) -> None:
+    def test_line_breaks_in_json(self, client: httpx2.Client) -> None:
         body = json.dumps(BODY | {"prompt": "PROMPT", "enhance_prompt": "no"})
         content = body.replace("PROMPT", "a cat\n\ton a mat")
         answer = client.post("/api/v3/inpaint", content=content).json()
@@ -360,13 +360,13 @@ class TestForgivingReading:
         ],
     )
     def test_tip_fits_the_body(
-        self, content: str, content_type: str, tip: str, client: httpx.Client
+        self, content: str, content_type: str, tip: str, client: httpx2.Client
     ) -> None:
         headers = {"Content-Type": content_type}
         answer = client.post("/api/v3/inpaint", content=content, headers=headers).json()
         assert (answer["message"], answer["tip"]) == ("Invalid API Request", tip)
 
-    def test_number_of_many_digits_names_its_field(self, client: httpx.Client) -> None:
+    def test_number_of_many_digits_names_its_field(self, client: httpx2.Client) -> None:
         content = json.dumps(BODY).replace('"seed": 5', '"seed": ' + "9" * 5_000)
         answer = client.post("/api/v3/inpaint", content=content).json()
         assert answer["message"] == {"seed": ["The seed must be a number."]}
@@ -424,7 +424,7 @@ class TestPaths:
             ("GET", "/api/v3/%2e%2e/%2e%2e/etc/passwd"),
         ],
     )
-    def test_wrong_path_of_the_vendor(self, method: str, path: str, client: httpx.Client) -> None:
+    def test_wrong_path_of_the_vendor(self, method: str, path: str, client: httpx2.Client) -> None:
         answer = client.request(method, path)
         assert answer.status_code == 404
         assert answer.json() == {
@@ -444,7 +444,7 @@ class TestPaths:
         ],
     )
     def test_wrong_path_elsewhere(
-        self, method: str, path: str, status: int, code: str, client: httpx.Client
+        self, method: str, path: str, status: int, code: str, client: httpx2.Client
     ) -> None:
         answer = client.request(method, path)
         assert (answer.status_code, answer.json()["code"]) == (status, code)
@@ -467,16 +467,16 @@ class TestPaths:
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert json.loads(answer.partition(b"\r\n\r\n")[2]) == NOT_FOUND
 
-    def test_every_answer_has_its_own_request_id(self, client: httpx.Client) -> None:
+    def test_every_answer_has_its_own_request_id(self, client: httpx2.Client) -> None:
         answers = [client.get("/healthz"), client.get("/nowhere"), client.post("/api/v3/fetch/1")]
         assert len({answer.headers["x-request-id"] for answer in answers}) == 3
         assert not any("server" in answer.headers for answer in answers)
 
-    def test_api_describes_itself(self, client: httpx.Client) -> None:
+    def test_api_describes_itself(self, client: httpx2.Client) -> None:
         described = client.get("/openapi.json").json()
         assert "/api/v3/inpaint" in described["paths"]
 
-    def test_urls_follow_the_host_and_a_trusted_proxy(self, locked: httpx.Client) -> None:
+    def test_urls_follow_the_host_and_a_trusted_proxy(self, locked: httpx2.Client) -> None:
         headers = {"host": "pictures.example", "x-forwarded-proto": "https", "key": FIRST}
         answer = locked.post("/api/v3/inpaint", json=BODY, headers=headers).json()
         assert answer["fetch_result"].startswith("https://pictures.example/api/v3/fetch/")
@@ -503,7 +503,7 @@ class TestBrowsers:
     }
 
     @pytest.mark.parametrize("path", ["/api/v3/inpaint", "/api/v3/fetch/5", "/api/v3/system_load"])
-    def test_preflight(self, path: str, locked: httpx.Client) -> None:
+    def test_preflight(self, path: str, locked: httpx2.Client) -> None:
         answer = locked.options(path, headers=self.PREFLIGHT)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "*"
@@ -514,11 +514,11 @@ class TestBrowsers:
         assert "access-control-allow-credentials" not in answer.headers
 
     @pytest.mark.parametrize("path", ["/api/v3/inpaint", "/api/v3/fetch/5", "/nowhere"])
-    def test_answers_may_be_read(self, path: str, client: httpx.Client) -> None:
+    def test_answers_may_be_read(self, path: str, client: httpx2.Client) -> None:
         answer = client.post(path, headers={"origin": "https://site.example"})
         assert answer.headers["access-control-allow-origin"] == "*"
 
-    def test_pages_may_read_what_answers_tell_in_headers(self, locked: httpx.Client) -> None:
+    def test_pages_may_read_what_answers_tell_in_headers(self, locked: httpx2.Client) -> None:
         answer = locked.post("/api/v3/inpaint", headers={"origin": "https://site.example"})
         exposed = set(answer.headers["access-control-expose-headers"].lower().split(", "))
         assert exposed == {"location", "retry-after", "idempotency-replayed", "x-request-id"}
@@ -527,7 +527,7 @@ class TestBrowsers:
         ("origin", "status"), [("https://site.example", 400), ("http://localhost:3000", 200)]
     )
     def test_a_preflight_promises_what_the_call_will_get(
-        self, origin: str, status: int, client: httpx.Client
+        self, origin: str, status: int, client: httpx2.Client
     ) -> None:
         preflight = client.options("/api/v3/inpaint", headers={**self.PREFLIGHT, "origin": origin})
         call = client.post("/api/jobs", headers={"origin": origin})
@@ -571,7 +571,7 @@ class TestPagesOfElsewhere:
         ids=str,
     )
     def test_are_refused(
-        self, method: str, path: str, headers: dict[str, str], client: httpx.Client
+        self, method: str, path: str, headers: dict[str, str], client: httpx2.Client
     ) -> None:
         answer = client.request(method, path, headers=headers)
         assert "serves its own machine only" in answer.text
@@ -596,12 +596,12 @@ class TestPagesOfElsewhere:
         ids=str,
     )
     def test_programs_of_the_machine_are_served(
-        self, headers: dict[str, str], client: httpx.Client
+        self, headers: dict[str, str], client: httpx2.Client
     ) -> None:
         answer = client.post("/api/v3/system_load", headers=headers)
         assert answer.json()["status"] == "ok"
 
-    def test_a_link_of_elsewhere_may_be_followed(self, client: httpx.Client) -> None:
+    def test_a_link_of_elsewhere_may_be_followed(self, client: httpx2.Client) -> None:
         headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
         assert client.get("/api/jobs", headers=headers).status_code == 200
         assert client.post("/api/jobs", headers=headers).status_code == 403
@@ -635,13 +635,13 @@ class TestPagesOfElsewhere:
             assert probe.status_code == 200
 
     @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/readyz/workers"])
-    def test_probes_come_under_any_name(self, path: str, client: httpx.Client) -> None:
+    def test_probes_come_under_any_name(self, path: str, client: httpx2.Client) -> None:
         answer = client.get(path, headers={"host": "10.0.0.7"})
         assert answer.status_code in (200, 503)
 
 
 class TestOutputs:
-    def test_picture_is_served_as_nothing_else(self, url: str, client: httpx.Client) -> None:
+    def test_picture_is_served_as_nothing_else(self, url: str, client: httpx2.Client) -> None:
         answer = client.get(url)
         assert (answer.status_code, answer.content) == (200, PICTURE)
         assert answer.headers["content-type"] == "image/png"
@@ -652,7 +652,7 @@ class TestOutputs:
         assert "immutable" in answer.headers["cache-control"]
 
     @pytest.mark.parametrize("suffix", [".png", ".base64"])
-    def test_head_tells_the_length(self, suffix: str, url: str, client: httpx.Client) -> None:
+    def test_head_tells_the_length(self, suffix: str, url: str, client: httpx2.Client) -> None:
         whole, answer = (method(url[:-4] + suffix) for method in (client.get, client.head))
         assert (answer.status_code, answer.content) == (200, b"")
         assert answer.headers["content-length"] == str(len(whole.content))
@@ -660,7 +660,7 @@ class TestOutputs:
 
     @pytest.mark.parametrize("size", [0, 1, 2, 3, 65_535, 65_536, 65_537, 200_001, 200_002])
     def test_pictures_come_whole_in_pieces(
-        self, size: int, client: httpx.Client, settings: Settings
+        self, size: int, client: httpx2.Client, settings: Settings
     ) -> None:
         content = random.Random(size).randbytes(size)
         name = f"generations/{uuid.UUID(int=size + 1)}-0"
@@ -668,10 +668,10 @@ class TestOutputs:
         assert client.get(f"/{name}.png").content == content
         assert client.get(f"/{name}.base64").content == base64.b64encode(content)
 
-    def test_query_string_is_ignored(self, url: str, client: httpx.Client) -> None:
+    def test_query_string_is_ignored(self, url: str, client: httpx2.Client) -> None:
         assert client.get(f"{url}?v=1").content == PICTURE
 
-    def test_ranges_are_not_served(self, url: str, client: httpx.Client) -> None:
+    def test_ranges_are_not_served(self, url: str, client: httpx2.Client) -> None:
         answer = client.get(url, headers={"range": "bytes=" + ",".join(["0-1"] * 1_000)})
         assert (answer.status_code, answer.content) == (200, PICTURE)
 
@@ -722,16 +722,18 @@ class TestKeys:
             {"params": {"key": FIRST}, "json": {"key": None}},
         ],
     )
-    def test_places_for_a_key(self, how: dict[str, Any], locked: httpx.Client) -> None:
+    def test_places_for_a_key(self, how: dict[str, Any], locked: httpx2.Client) -> None:
         assert locked.post("/api/v3/system_load", **how).json()["status"] == "ok"
 
     @pytest.mark.parametrize("path", ["inpaint", "fetch/1", "fetch", "system_load"])
     @pytest.mark.parametrize("key", [None, "", "three", f"{FIRST} ' --"])
-    def test_other_keys_are_refused(self, key: str | None, path: str, locked: httpx.Client) -> None:
+    def test_other_keys_are_refused(
+        self, key: str | None, path: str, locked: httpx2.Client
+    ) -> None:
         answer = post(locked, path, **(BODY | {"key": key}))
         assert (answer["status"], answer["message"]) == ("error", "Invalid Api Key")
 
-    def test_job_of_another_key_is_not_found(self, locked: httpx.Client) -> None:
+    def test_job_of_another_key_is_not_found(self, locked: httpx2.Client) -> None:
         job_id = submit(locked, key=FIRST)
         assert post(locked, f"fetch/{job_id}", key=FIRST)["status"] == "processing"
         assert post(locked, f"fetch/{job_id}", key=SECOND) == NOT_FOUND
@@ -758,7 +760,7 @@ class TestStoredKeys:
     def test_making_and_revoking_counts_within_seconds(
         self, keys: KeyStore, tmp_path: Path
     ) -> None:
-        def ask_until(expected: str, client: httpx.Client, key: str) -> None:
+        def ask_until(expected: str, client: httpx2.Client, key: str) -> None:
             limit = time.monotonic() + 30
             while post(client, "system_load", key=key)["status"] != expected:
                 assert time.monotonic() < limit
@@ -800,10 +802,10 @@ class TestStoredKeys:
     ) -> None:
         keys.create("team")
         settings = settings_in(tmp_path, host="::", auth={"wrong_keys_per_minute": 1})
-        elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+        elsewhere = httpx2.HTTPTransport(local_address="127.0.0.2")
         with (
             running_app(settings, "::") as app,
-            httpx.Client(
+            httpx2.Client(
                 base_url=app.client.base_url, timeout=ANSWER_S, transport=elsewhere
             ) as other,
         ):
@@ -816,11 +818,11 @@ class TestStoredKeys:
 
 class TestErrors:
     @pytest.mark.parametrize("content", ["{", "[]", '{"a": NaN}', "\x00", "[" * 100_000])
-    def test_unreadable_body(self, content: str, client: httpx.Client) -> None:
+    def test_unreadable_body(self, content: str, client: httpx2.Client) -> None:
         answer = client.post("/api/v3/inpaint", content=content).json()
         assert (answer["status"], answer["message"]) == ("error", "Invalid API Request")
 
-    def test_all_fields_at_fault_at_once(self, client: httpx.Client) -> None:
+    def test_all_fields_at_fault_at_once(self, client: httpx2.Client) -> None:
         assert post(client, "inpaint", samples=5) == {
             "status": "error",
             "message": {
@@ -853,7 +855,7 @@ class TestErrors:
         ids=lambda value: value[:40],
     )
     def test_image_that_cannot_be_had(
-        self, image: str, sentence: str, client: httpx.Client
+        self, image: str, sentence: str, client: httpx2.Client
     ) -> None:
         answer = post(client, "inpaint", **(BODY | {"init_image": image}))
         assert answer == {"status": "error", "message": {"init_image": [sentence]}}
@@ -867,7 +869,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("error_status", ["legacy", "http"])
     def test_status_codes(self, error_status: str, tmp_path: Path) -> None:
-        def codes_of(*answers: httpx.Response) -> list[tuple[int, str | None]]:
+        def codes_of(*answers: httpx2.Response) -> list[tuple[int, str | None]]:
             return [(each.status_code, each.headers.get("retry-after")) for each in answers]
 
         settings = settings_in(
@@ -937,7 +939,7 @@ class TestErrors:
 
 
 class TestHealth:
-    def test_process_is_alive_without_workers(self, client: httpx.Client) -> None:
+    def test_process_is_alive_without_workers(self, client: httpx2.Client) -> None:
         assert client.get("/healthz").json() == {"status": "ok"}
 
     def test_readiness_follows_the_workers(self, tmp_path: Path) -> None:
@@ -1000,7 +1002,7 @@ def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(
             lines = map(json.loads, process.stderr)
             url = next(line["url"] for line in lines if line["event"] == "listening")
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "others can read it"
-            with httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as client:
+            with httpx2.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as client:
                 call = {"prompt": "canary", "key": "canary", "webhook": "http://canary"}
                 assert submit(client, **call, scheduler="canary") == 1
                 client.post("/api/v3/system_load?key=canary", headers={"key": "canary"})

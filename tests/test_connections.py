@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.connections import RESERVE, Gate
@@ -484,7 +484,7 @@ class TestAnswers:
     def test_busy_server_says_so_and_answers_probes(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, hold_s=60, http={"max_connections": 1})
         limit = time.monotonic() + LIMIT_S
-        with running_app(settings) as app, httpx.Client(base_url=app.client.base_url) as holder:
+        with running_app(settings) as app, httpx2.Client(base_url=app.client.base_url) as holder:
             with store_of(settings) as store, holding(holder):
                 while not waiting_in(store):
                     assert time.monotonic() < limit
@@ -497,7 +497,7 @@ class TestAnswers:
     def test_a_held_call_gives_its_share_of_the_room_for_bodies_back(self, tmp_path: Path) -> None:
         settings = settings_in(tmp_path, hold_s=60, http={"max_buffered_bytes": 1_000})
         limit = time.monotonic() + LIMIT_S
-        with running_app(settings) as app, httpx.Client(base_url=app.client.base_url) as holder:
+        with running_app(settings) as app, httpx2.Client(base_url=app.client.base_url) as holder:
             app.client.get("/healthz")
             with store_of(settings) as store, holding(holder):
                 while not waiting_in(store):
@@ -510,7 +510,7 @@ class TestAnswers:
 class holding:
     """A request held by the server while the block runs."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: httpx2.Client) -> None:
         request = client.build_request("POST", "/api/v3/inpaint", json=BODY)
         head = f"POST {request.url.path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
         self._content = f"{head}{len(request.content)}\r\n\r\n".encode() + request.content

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -234,7 +234,7 @@ def test_inline_images_give_the_picture_of_their_urls(server: ServerProcess, ima
 
 
 def content_of(url: str) -> bytes:
-    return httpx.get(url, timeout=60).content
+    return httpx2.get(url, timeout=60).content
 
 
 def test_size_follows_init_image_when_absent(server: ServerProcess, images: str) -> None:

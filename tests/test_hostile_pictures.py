@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from models.decoding import ImageLimits
@@ -179,7 +179,7 @@ def test_server_stays_small_and_quick_while_a_picture_is_decoded(
     with ThreadPoolExecutor(1) as thread:
         posting = thread.submit(post, server, content, png_bytes())
         while not posting.done():
-            with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+            with httpx2.Client(base_url=server.url, timeout=60, trust_env=False) as client:
                 assert client.get("/healthz").json() == {"status": "ok"}
             answered_meanwhile += not posting.done()
     assert posting.result()["status"] in ("processing", "error")

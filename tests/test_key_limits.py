@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.database import migrate, open_engine
@@ -54,10 +54,10 @@ either = pytest.mark.parametrize("dialect", [V3, NATIVE], ids=["v3", "native"])
 class Holder:
     """Somebody with a key of its own at a running server."""
 
-    client: httpx.Client
+    client: httpx2.Client
     folder: Path
 
-    def ask(self, dialect: Dialect, **changes: Any) -> httpx.Response:
+    def ask(self, dialect: Dialect, **changes: Any) -> httpx2.Response:
         """Ask for a job."""
         asked = {"prompt": "a cat", **{name: BODY[name] for name in ("init_image", "mask_image")}}
         return self.client.post(dialect.path, json=asked | changes)

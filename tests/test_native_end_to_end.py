@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -75,7 +75,7 @@ def finished(server: ServerProcess, **changes: Any) -> dict[str, Any]:
     return job
 
 
-def pixels(answer: httpx.Response) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def pixels(answer: httpx2.Response) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return decoded(answer.content)
 
 

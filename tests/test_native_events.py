@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from sqlalchemy import Engine
 
@@ -101,7 +101,7 @@ def live_store(tmp_path: Path) -> Iterator[JobStore]:
 
 @contextmanager
 def following(
-    app: LiveApp, job_id: int, client: httpx.Client | None = None
+    app: LiveApp, job_id: int, client: httpx2.Client | None = None
 ) -> Iterator[Iterator[Event]]:
     """A job's events, one by one as they come."""
     path = f"/api/jobs/{job_id}/events"
@@ -145,7 +145,7 @@ class TestStream:
             clients = {key: stack.enter_context(client_of(app, key)) for key in KEYS}
             jobs = {key: clients[key].post("/api/jobs", json=BODY).json()["id"] for key in KEYS}
 
-            def follow(key: str) -> httpx.Response:
+            def follow(key: str) -> httpx2.Response:
                 path = f"/api/jobs/{jobs[key]}/events"
                 return stack.enter_context(clients[key].stream("GET", path))
 

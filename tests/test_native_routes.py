@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from sqlalchemy import select, update
 
@@ -65,7 +65,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 
 
 @pytest.fixture
-def client(app: LiveApp) -> Iterator[httpx.Client]:
+def client(app: LiveApp) -> Iterator[httpx2.Client]:
     """Of the first key."""
     with client_of(app, FIRST) as client:
         yield client
@@ -77,16 +77,16 @@ def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
         yield store
 
 
-def client_of(app: LiveApp, key: str) -> httpx.Client:
+def client_of(app: LiveApp, key: str) -> httpx2.Client:
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx.Client(base_url=app.client.base_url, headers=headers, trust_env=False, timeout=60)
+    return httpx2.Client(base_url=app.client.base_url, headers=headers, trust_env=False, timeout=60)
 
 
 def inline(picture: bytes) -> str:
     return base64.b64encode(picture).decode()
 
 
-def create(client: httpx.Client, **changes: Any) -> dict[str, Any]:
+def create(client: httpx2.Client, **changes: Any) -> dict[str, Any]:
     answer = client.post("/api/jobs", json=BODY | changes)
     assert answer.status_code == 202, answer.text
     job: dict[str, Any] = answer.json()
@@ -102,14 +102,14 @@ def claim(store: JobStore, job_id: int) -> Job:
     raise AssertionError(f"no job {job_id} waits")
 
 
-def read(client: httpx.Client, job_id: int) -> dict[str, Any]:
+def read(client: httpx2.Client, job_id: int) -> dict[str, Any]:
     answer = client.get(f"/api/jobs/{job_id}")
     assert answer.status_code == 200, answer.text
     job: dict[str, Any] = answer.json()
     return job
 
 
-def problem_of(answer: httpx.Response) -> tuple[int, str]:
+def problem_of(answer: httpx2.Response) -> tuple[int, str]:
     """Status and code, after a look at the form."""
     assert answer.headers["content-type"] == "application/problem+json"
     problem = answer.json()
@@ -119,7 +119,7 @@ def problem_of(answer: httpx.Response) -> tuple[int, str]:
 
 
 class TestLifeOfAJob:
-    def test_accepted(self, client: httpx.Client, settings: Settings) -> None:
+    def test_accepted(self, client: httpx2.Client, settings: Settings) -> None:
         answer = client.post("/api/jobs", json=BODY)
         job = answer.json()
         assert answer.status_code == 202
@@ -137,7 +137,7 @@ class TestLifeOfAJob:
         assert job["timings_ms"]["decode_images"] > 0
         assert job["timings_ms"]["queued"] is None
 
-    def test_what_was_not_applied_is_told(self, client: httpx.Client) -> None:
+    def test_what_was_not_applied_is_told(self, client: httpx2.Client) -> None:
         assert create(client)["warnings"] == []
         job = create(client, prompt="a cat <lora:x:1>", negative_prompt="[fog|rain]")
         told = job["warnings"]
@@ -146,7 +146,7 @@ class TestLifeOfAJob:
         assert read(client, job["id"])["warnings"] == told
         assert job["params"]["prompt"] == "a cat <lora:x:1>"
 
-    def test_what_a_vendors_call_had_ignored_is_told(self, client: httpx.Client) -> None:
+    def test_what_a_vendors_call_had_ignored_is_told(self, client: httpx2.Client) -> None:
         call = BODY | {"key": FIRST, "scheduler": "LMSDiscreteScheduler"}
         answer = post(client, "inpaint", **call)
         assert answer["status"] == "processing"
@@ -155,7 +155,7 @@ class TestLifeOfAJob:
         assert told["params"]["scheduler"] is None
 
     def test_job_of_an_earlier_version_has_no_warnings(
-        self, client: httpx.Client, settings: Settings
+        self, client: httpx2.Client, settings: Settings
     ) -> None:
         job_id = create(client, prompt="a <lora:x:1>")["id"]
         engine = open_engine(settings.sqlalchemy_url)
@@ -166,7 +166,7 @@ class TestLifeOfAJob:
         engine.dispose()
         assert read(client, job_id)["warnings"] == []
 
-    def test_running_with_progress(self, client: httpx.Client, store: JobStore) -> None:
+    def test_running_with_progress(self, client: httpx2.Client, store: JobStore) -> None:
         job = claim(store, create(client)["id"])
         store.heartbeat(job, 3, 14)
         told = read(client, job.id)
@@ -176,7 +176,7 @@ class TestLifeOfAJob:
         assert told["timings_ms"]["queued"] >= 0
 
     def test_finished_with_receipt(
-        self, client: httpx.Client, store: JobStore, settings: Settings
+        self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
         job = claim(store, create(client)["id"])
         for key in job.output_keys:
@@ -206,7 +206,7 @@ class TestLifeOfAJob:
         assert stages == [10.0, 20.0, 30.0]
         assert told["timings_ms"]["total"] > 0
 
-    def test_empty_mask_is_told_at_once(self, client: httpx.Client) -> None:
+    def test_empty_mask_is_told_at_once(self, client: httpx2.Client) -> None:
         black = inline(png_bytes(shade=100))
         cases: list[tuple[dict[str, Any], list[str]]] = [
             ({"mask_image": black}, ["mask_is_empty"]),
@@ -221,7 +221,7 @@ class TestLifeOfAJob:
         assert "no pixel" in create(client, mask_image=black)["warnings"][0]["message"]
 
     def test_mask_that_shrank_to_nothing_is_told_at_the_end(
-        self, client: httpx.Client, store: JobStore, settings: Settings
+        self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
         job = claim(store, create(client, mask_grow=-64)["id"])
         assert read(client, job.id)["warnings"] == []
@@ -232,7 +232,7 @@ class TestLifeOfAJob:
         assert [each["code"] for each in told["warnings"]] == ["mask_is_empty"]
         assert told["mask"] == {"read_as": "white", "coverage": 0.0, "box": None}
 
-    def test_mask_of_other_proportions_is_told(self, client: httpx.Client) -> None:
+    def test_mask_of_other_proportions_is_told(self, client: httpx2.Client) -> None:
         wide, odd = inline(png_bytes(256, 192)), inline(png_bytes(101, 67))
         cases: list[tuple[dict[str, Any], bool]] = [
             ({"init_image": wide, "mask_image": inline(png_bytes(192, 256))}, True),
@@ -248,14 +248,14 @@ class TestLifeOfAJob:
             expected = ["mask_proportions_differ"] if is_told else []
             assert [each["code"] for each in told] == expected, changes
 
-    def test_warnings_are_described(self, client: httpx.Client) -> None:
+    def test_warnings_are_described(self, client: httpx2.Client) -> None:
         schemas = client.get("/openapi.json").json()["components"]["schemas"]
         assert schemas["Notice"]["enum"] == list(Notice)
         assert schemas["MaskReading"]["enum"] == list(MaskReading)
         assert schemas["JobAnswer"]["properties"]["warnings"]["items"]["$ref"].endswith("Answer")
 
     def test_job_of_the_version_before_is_told(
-        self, client: httpx.Client, store: JobStore, settings: Settings
+        self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
         job = create(client)
         row = store.get(job["id"])
@@ -271,7 +271,7 @@ class TestLifeOfAJob:
         assert told["warnings"] == []
         assert told["mask"] == {"read_as": None, "coverage": None, "box": None}
 
-    def test_failed_and_lost_are_told_apart(self, client: httpx.Client, store: JobStore) -> None:
+    def test_failed_and_lost_are_told_apart(self, client: httpx2.Client, store: JobStore) -> None:
         failed = claim(store, create(client)["id"])
         store.fail(failed, Failure.OUT_OF_MEMORY.sentence)
         assert read(client, failed.id)["error"]["code"] == "out_of_memory"
@@ -287,7 +287,7 @@ class TestLifeOfAJob:
         }
 
     def test_job_of_the_vendors_path_is_told_too(
-        self, client: httpx.Client, store: JobStore, settings: Settings
+        self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
         fields = {key: BODY[key] for key in ("prompt", "init_image", "mask_image")}
         job_id = post(client, "inpaint", **fields)["id"]
@@ -298,7 +298,7 @@ class TestLifeOfAJob:
         assert (told["state"], told["receipt"], len(told["outputs"])) == ("finished", None, 1)
 
     def test_finished_job_is_told_on_the_vendors_path_too(
-        self, client: httpx.Client, store: JobStore, settings: Settings
+        self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
         job = claim(store, create(client)["id"])
         for key in job.output_keys:
@@ -309,7 +309,7 @@ class TestLifeOfAJob:
 
     @pytest.mark.parametrize("shift_s", [108_000, -86_400])
     def test_jump_of_the_workers_clock_lengthens_no_job(
-        self, shift_s: float, client: httpx.Client, settings: Settings
+        self, shift_s: float, client: httpx2.Client, settings: Settings
     ) -> None:
         wall, engine = Clock(), open_engine(settings.sqlalchemy_url)
         wall.now = time.time()
@@ -329,7 +329,7 @@ class TestLifeOfAJob:
         assert 0 <= answer["generationTime"] < 60
 
     def test_only_masked_keeps_the_pictures_size(
-        self, client: httpx.Client, settings: Settings, store: JobStore
+        self, client: httpx2.Client, settings: Settings, store: JobStore
     ) -> None:
         image = base64.b64encode(png_bytes(1_203, 77)).decode()
         job_id = create(client, init_image=image, only_masked=True)["id"]
@@ -365,7 +365,7 @@ class TestList:
             ("before", "-1", "out_of_range"),
         ],
     )
-    def test_query_at_fault(self, name: str, value: str, code: str, client: httpx.Client) -> None:
+    def test_query_at_fault(self, name: str, value: str, code: str, client: httpx2.Client) -> None:
         answer = client.get("/api/jobs", params={name: value})
         assert problem_of(answer) == (422, "invalid_fields")
         assert [(each["field"], each["code"]) for each in answer.json()["errors"]] == [(name, code)]
@@ -373,12 +373,12 @@ class TestList:
 
 class TestRefusals:
     @pytest.mark.parametrize("job_id", ["999999", "0", "x", "-1", "1.5", "9" * 30, "%00", "١"])
-    def test_unknown_job(self, job_id: str, client: httpx.Client) -> None:
+    def test_unknown_job(self, job_id: str, client: httpx2.Client) -> None:
         assert problem_of(client.get(f"/api/jobs/{job_id}")) == (404, "job_not_found")
         cancel = client.post(f"/api/jobs/{job_id}/cancel")
         assert problem_of(cancel) == (404, "job_not_found")
 
-    def test_somebody_elses_job_is_unknown(self, client: httpx.Client, app: LiveApp) -> None:
+    def test_somebody_elses_job_is_unknown(self, client: httpx2.Client, app: LiveApp) -> None:
         job_id = create(client)["id"]
         with client_of(app, SECOND) as other:
             for answer in (
@@ -402,7 +402,7 @@ class TestRefusals:
     def test_key_in_its_own_header(self, app: LiveApp) -> None:
         assert app.client.get("/api/jobs", headers={"X-API-Key": FIRST}).status_code == 200
 
-    def test_fields(self, client: httpx.Client) -> None:
+    def test_fields(self, client: httpx2.Client) -> None:
         answer = client.post("/api/jobs", json={"prompt": 1, "init_image": "x", "extra": 1})
         assert problem_of(answer) == (422, "invalid_fields")
         assert answer.json()["errors"] == [
@@ -412,10 +412,10 @@ class TestRefusals:
         ]
 
     @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"a":1}' * 30_000])
-    def test_body(self, content: str, client: httpx.Client) -> None:
+    def test_body(self, content: str, client: httpx2.Client) -> None:
         assert problem_of(client.post("/api/jobs", content=content)) == (400, "invalid_body")
 
-    def test_image(self, client: httpx.Client) -> None:
+    def test_image(self, client: httpx2.Client) -> None:
         cases = {
             "http://127.0.0.1:1/a.png": "private_address",
             "http://8.8.8.8:1/a.png": "port_not_allowed",
@@ -430,7 +430,7 @@ class TestRefusals:
             fields = [(each["field"], each["code"]) for each in answer.json()["errors"]]
             assert fields == [("init_image", code), ("mask_image", code)]
 
-    def test_path_and_method(self, client: httpx.Client) -> None:
+    def test_path_and_method(self, client: httpx2.Client) -> None:
         assert problem_of(client.get("/api/jobs/1/nothing")) == (404, "not_found")
         answer = client.put("/api/jobs")
         assert problem_of(answer) == (405, "method_not_allowed")
@@ -461,7 +461,7 @@ class TestRefusals:
 
 
 class TestIdempotency:
-    def test_replay(self, client: httpx.Client, store: JobStore) -> None:
+    def test_replay(self, client: httpx2.Client, store: JobStore) -> None:
         headers = {"Idempotency-Key": "replay"}
         body = {name: value for name, value in BODY.items() if name != "seed"}
         first = client.post("/api/jobs", json=body, headers=headers)
@@ -475,13 +475,13 @@ class TestIdempotency:
         third = client.post("/api/jobs", json=body, headers=headers)
         assert (third.status_code, third.json()["state"]) == (200, "cancelled")
 
-    def test_other_body(self, client: httpx.Client) -> None:
+    def test_other_body(self, client: httpx2.Client) -> None:
         headers = {"Idempotency-Key": "other-body"}
         client.post("/api/jobs", json=BODY, headers=headers)
         answer = client.post("/api/jobs", json=BODY | {"seed": 6}, headers=headers)
         assert problem_of(answer) == (422, "idempotency_key_reused")
 
-    def test_keys_of_two_owners_are_apart(self, client: httpx.Client, app: LiveApp) -> None:
+    def test_keys_of_two_owners_are_apart(self, client: httpx2.Client, app: LiveApp) -> None:
         headers = {"Idempotency-Key": "shared"}
         mine = client.post("/api/jobs", json=BODY, headers=headers).json()
         with client_of(app, SECOND) as other:
@@ -489,12 +489,12 @@ class TestIdempotency:
         assert theirs.status_code == 202
         assert theirs.json()["id"] != mine["id"]
 
-    def test_bad_key(self, client: httpx.Client) -> None:
+    def test_bad_key(self, client: httpx2.Client) -> None:
         answer = client.post("/api/jobs", json=BODY, headers={"Idempotency-Key": "two words"})
         assert problem_of(answer) == (422, "invalid_fields")
         assert answer.json()["errors"][0]["field"] == "Idempotency-Key"
 
-    def test_forgotten_after_a_day(self, client: httpx.Client, settings: Settings) -> None:
+    def test_forgotten_after_a_day(self, client: httpx2.Client, settings: Settings) -> None:
         headers = {"Idempotency-Key": "old"}
         first = client.post("/api/jobs", json=BODY, headers=headers).json()
         engine = open_engine(settings.sqlalchemy_url)
@@ -513,14 +513,14 @@ class TestIdempotency:
             again = app.client.post("/api/jobs", json=BODY, headers=headers)
             assert (first.status_code, again.status_code) == (202, 200)
 
-    def test_refused_request_leaves_its_key_free(self, client: httpx.Client) -> None:
+    def test_refused_request_leaves_its_key_free(self, client: httpx2.Client) -> None:
         headers = {"Idempotency-Key": "refused"}
         refused = client.post("/api/jobs", json=BODY | {"mask_image": "AAAA"}, headers=headers)
         assert refused.status_code == 422
         assert client.post("/api/jobs", json=BODY, headers=headers).status_code == 202
 
     def test_hundred_at_once_are_one_job(
-        self, client: httpx.Client, app: LiveApp, settings: Settings
+        self, client: httpx2.Client, app: LiveApp, settings: Settings
     ) -> None:
         ready = threading.Barrier(20)
 
@@ -543,7 +543,7 @@ class TestIdempotency:
 
 
 class TestCancel:
-    def test_queued_and_running_and_again(self, client: httpx.Client, store: JobStore) -> None:
+    def test_queued_and_running_and_again(self, client: httpx2.Client, store: JobStore) -> None:
         queued = create(client)["id"]
         running = claim(store, create(client)["id"])
         for job_id in (queued, running.id):
@@ -553,7 +553,7 @@ class TestCancel:
         assert store.heartbeat_all([Heartbeat(running, 1, 2)]) == [running], "its worker is told"
 
     def test_input_is_dropped(
-        self, client: httpx.Client, store: JobStore, settings: Settings
+        self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
         job_id = create(client)["id"]
         client.post(f"/api/jobs/{job_id}/cancel")
@@ -561,7 +561,7 @@ class TestCancel:
         assert job is not None
         assert Storage(settings.storage_url).get(job.input_key) is None
 
-    def test_ended_job(self, client: httpx.Client, store: JobStore) -> None:
+    def test_ended_job(self, client: httpx2.Client, store: JobStore) -> None:
         job = claim(store, create(client)["id"])
         store.finish(job, [False, False])
         assert problem_of(client.post(f"/api/jobs/{job.id}/cancel")) == (409, "job_ended")
@@ -569,12 +569,12 @@ class TestCancel:
 
 
 @pytest.mark.parametrize("path", ["/api/jobs", "/api/webhooks/ping"])
-def test_description_of_a_body_stands_by_itself(path: str, client: httpx.Client) -> None:
+def test_description_of_a_body_stands_by_itself(path: str, client: httpx2.Client) -> None:
     call = client.get("/openapi.json").json()["paths"][path]["post"]
     assert "$ref" not in json.dumps(call["requestBody"])
 
 
-def test_description_names_every_answer(client: httpx.Client) -> None:
+def test_description_names_every_answer(client: httpx2.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     declared = {
         (path, method): {*call["responses"]}

@@ -311,7 +311,7 @@ def test_child_loads_only_what_decodes() -> None:
     assert not loaded & {"asyncio", "cv2", "pydantic", "sqlalchemy", "structlog", "subprocess"} - {
         "subprocess"  # Pillow's JPEG reader imports it
     }
-    assert not loaded & {"fastapi", "httpx", "obstore", "torch", "starlette"}
+    assert not loaded & {"fastapi", "httpx2", "obstore", "torch", "starlette"}
 
 
 def test_child_needs_nothing_more_once_it_runs() -> None:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -148,7 +148,7 @@ def test_secrets_stay_where_they_may_be(tmp_path: Path, stored_key: str) -> None
 def run_into_refusals(server: ServerProcess, good: dict[str, Any], secrets: dict[str, str]) -> None:
     """Every kind of refusal, with the secrets in every place a client may put them."""
     query = f"?sig={secrets['image query']}"
-    port = httpx.URL(good["init_image"]).port
+    port = httpx2.URL(good["init_image"]).port
     for changes in (
         {"key": secrets["wrong key"]},
         {"samples": 9, "guidance_scale": secrets["body"]},
@@ -186,7 +186,7 @@ def admin_pages(server: ServerProcess) -> str:
     """All that the second port tells."""
     lines = [json.loads(line) for line in server.log if '"admin listening"' in line]
     return "".join(
-        httpx.get(f"{lines[0]['url']}/{page}", timeout=60, trust_env=False).text
+        httpx2.get(f"{lines[0]['url']}/{page}", timeout=60, trust_env=False).text
         for page in ("metrics", "readyz")
     )
 

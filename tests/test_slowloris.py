@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-import httpx
+import httpx2
 import pytest
 
 from tests.http_stub import LiveApp, running_app
@@ -66,7 +66,7 @@ def time_calls(url: str) -> dict[str, float]:
     took_s = {}
     for name, (method, path, body, expected) in CALLED.items():
         started = time.monotonic()
-        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
             answer = client.request(method, path, json=body)
         took_s[name] = time.monotonic() - started
         assert answer.json()["status"] == expected
@@ -85,9 +85,9 @@ def test_server_answers_while_thousands_hang(max_connections: int, tmp_path: Pat
     server = ServerProcess(tmp_path, environment, "--workers", "0")
     admin = server.wait_for("admin listening")["url"]
     try:
-        with server.client, hanging(httpx.URL(server.url).port or 0):
+        with server.client, hanging(httpx2.URL(server.url).port or 0):
             took_s = [time_calls(server.url) for _ in range(CALLS)]
-            connections = httpx.get(f"{admin}/readyz", timeout=60, trust_env=False).json()[
+            connections = httpx2.get(f"{admin}/readyz", timeout=60, trust_env=False).json()[
                 "connections"
             ]
         # The machine may be busy with something else for a while, the server may not.
@@ -128,7 +128,7 @@ def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
 def test_waiting_clients_keep_none_of_their_bodies_in_memory(tmp_path: Path) -> None:
     environment = {"INPAINT_HOLD_S": "600", "INPAINT_ADMIN__PORT": "0"}
     server = ServerProcess(tmp_path, environment, "--workers", "0")
-    port = httpx.URL(server.url).port or 0
+    port = httpx2.URL(server.url).port or 0
     body = json.dumps({**BODY, "unknown": "x" * BODY_BYTES}).encode()
     head = f"POST /api/v3/inpaint HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     try:

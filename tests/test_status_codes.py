@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.chaos.bucket import Bucket, running_bucket
@@ -198,7 +198,7 @@ def test_status_of_every_path(condition: str, tmp_path: Path) -> None:
             assert answer.headers["cache-control"] == "no-store", call
 
 
-def ask(made: Made, call: str) -> httpx.Response:
+def ask(made: Made, call: str) -> httpx2.Response:
     """The answer to a line of the table."""
     site = made.site
     method, path = call.replace("JOB", str(made.job)).split(" ")
@@ -212,7 +212,7 @@ def ask(made: Made, call: str) -> httpx.Response:
     return site.client.request(method, url, json=body, timeout=60)
 
 
-def told_by(call: str, answer: httpx.Response) -> int | str:
+def told_by(call: str, answer: httpx2.Response) -> int | str:
     """What a client goes by."""
     if "/api/v3/" not in call:
         return answer.status_code

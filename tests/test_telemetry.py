@@ -48,7 +48,7 @@ except ZeroDivisionError:
 def test_libraries_write_in_the_same_form_and_only_what_matters() -> None:
     (line,) = lines_of("""
 logging.getLogger("uvicorn.error").warning("odd %s", "thing", extra={"key": "canary"})
-logging.getLogger("httpx").info("GET http://x/?key=canary")
+logging.getLogger("httpx2").info("GET http://x/?key=canary")
 logging.getLogger("uvicorn.access").info("GET /?key=canary")
 logging.getLogger("uvicorn.error").debug("quiet")
 """)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import update
@@ -43,7 +43,7 @@ def app(settings: Settings) -> Iterator[LiveApp]:
 
 
 @pytest.fixture
-def client(app: LiveApp) -> Iterator[httpx.Client]:
+def client(app: LiveApp) -> Iterator[httpx2.Client]:
     with client_of(app, FIRST) as client:
         yield client
 
@@ -54,13 +54,13 @@ def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
         yield store
 
 
-def finished_job(client: httpx.Client, store: JobStore, webhook: str | None) -> int:
+def finished_job(client: httpx2.Client, store: JobStore, webhook: str | None) -> int:
     job = claim(store, create(client, webhook=webhook)["id"])
     store.finish(job, [False, False])
     return job.id
 
 
-def deliveries_of(client: httpx.Client, job_id: int, attempts: int) -> dict[str, Any]:
+def deliveries_of(client: httpx2.Client, job_id: int, attempts: int) -> dict[str, Any]:
     """The job's call, once it was tried so often."""
     limit = time.monotonic() + 3 * WAIT_S
     while time.monotonic() < limit:  # each a round trip; the row is all there is to see
@@ -71,7 +71,7 @@ def deliveries_of(client: httpx.Client, job_id: int, attempts: int) -> dict[str,
     raise AssertionError(listed)
 
 
-def test_call_is_told_of_and_made_again(client: httpx.Client, store: JobStore) -> None:
+def test_call_is_told_of_and_made_again(client: httpx2.Client, store: JobStore) -> None:
     with receiver(500) as (url, calls):
         job_id = finished_job(client, store, url)
         call = deliveries_of(client, job_id, 1)
@@ -89,7 +89,7 @@ def test_call_is_told_of_and_made_again(client: httpx.Client, store: JobStore) -
     assert ids == {call["webhook_id"]}
 
 
-def test_no_call_to_make_again(client: httpx.Client, store: JobStore) -> None:
+def test_no_call_to_make_again(client: httpx2.Client, store: JobStore) -> None:
     silent = finished_job(client, store, None)
     live = create(client, webhook="http://127.0.0.1:1/hook")["id"]
     for job_id in (silent, live):
@@ -99,7 +99,7 @@ def test_no_call_to_make_again(client: httpx.Client, store: JobStore) -> None:
 
 
 def test_dead_letters_are_listed_for_their_owner(
-    client: httpx.Client, app: LiveApp, store: JobStore
+    client: httpx2.Client, app: LiveApp, store: JobStore
 ) -> None:
     with receiver(410) as (url, _calls):
         job_id = finished_job(client, store, url)
@@ -115,7 +115,7 @@ def test_dead_letters_are_listed_for_their_owner(
     assert problem_of(client.get("/api/deliveries?state=lost")) == (422, "invalid_fields")
 
 
-def test_ping(client: httpx.Client) -> None:
+def test_ping(client: httpx2.Client) -> None:
     with receiver(204, 302) as (url, calls):
         told = client.post("/api/webhooks/ping", json={"url": url}).json()
         moved = client.post("/api/webhooks/ping", json={"url": url}).json()
@@ -154,7 +154,7 @@ def test_nobody_is_told_why_a_ping_had_no_answer(tmp_path: Path) -> None:
 
 
 def test_owner_of_a_delivery_is_not_told_why_there_was_no_answer(
-    client: httpx.Client, store: JobStore, settings: Settings
+    client: httpx2.Client, store: JobStore, settings: Settings
 ) -> None:
     told = []
     for url in ("http://10.0.0.1/", "http://127.0.0.1:1/"):
@@ -171,7 +171,7 @@ def test_owner_of_a_delivery_is_not_told_why_there_was_no_answer(
     assert reasons == {"address not allowed", "not reachable"}, "operators are"
 
 
-def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx.Client) -> None:
+def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx2.Client) -> None:
     body = {"url": "http://127.0.0.1:1/"}
     for _ in range(20 * ASKED_CALLS_PER_MINUTE):  # tokens come back meanwhile
         answer = client.post("/api/webhooks/ping", json=body)
@@ -182,7 +182,7 @@ def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx.Client) -> None:
         assert other.post("/api/webhooks/ping", json=body).status_code == 200
 
 
-def test_redeliveries_count_as_pings(app: LiveApp, client: httpx.Client, store: JobStore) -> None:
+def test_redeliveries_count_as_pings(app: LiveApp, client: httpx2.Client, store: JobStore) -> None:
     job_id = finished_job(client, store, "http://127.0.0.1:1/")
     for _ in range(20 * ASKED_CALLS_PER_MINUTE):  # tokens come back meanwhile
         answer = client.post(f"/api/jobs/{job_id}/deliveries/redeliver")
@@ -197,7 +197,7 @@ def test_redeliveries_count_as_pings(app: LiveApp, client: httpx.Client, store: 
 
 
 def test_no_call_is_made_again_once_the_pictures_are_gone(
-    client: httpx.Client, store: JobStore, settings: Settings
+    client: httpx2.Client, store: JobStore, settings: Settings
 ) -> None:
     with receiver() as (url, calls):
         job_id = finished_job(client, store, url)
@@ -222,7 +222,7 @@ def test_no_call_is_made_again_once_the_pictures_are_gone(
         ({"url": "http://x/", "key": "one"}, "unknown_field"),
     ],
 )
-def test_ping_of_no_url(body: dict[str, str], code: str, client: httpx.Client) -> None:
+def test_ping_of_no_url(body: dict[str, str], code: str, client: httpx2.Client) -> None:
     refused = client.post("/api/webhooks/ping", json=body)
     assert problem_of(refused) == (422, "invalid_fields")
     assert [each["code"] for each in refused.json()["errors"]] == [code]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import anyio.to_thread
-import httpx
+import httpx2
 from fastapi import FastAPI
 from PIL import Image
 from starlette.responses import Response
@@ -101,7 +101,7 @@ def create_app(pipeline: Any) -> FastAPI:
         task.cancel()
 
     app = FastAPI(lifespan=lifespan)
-    client = httpx.Client(trust_env=False)
+    client = httpx2.Client(trust_env=False)
 
     @app.post("/inpaint")
     async def inpaint(body: Body) -> Response:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
@@ -39,7 +39,7 @@ class Body(BaseModel):
     strength: float
     seed: int
 
-    def order(self, client: httpx.Client) -> Order:
+    def order(self, client: httpx2.Client) -> Order:
         """The request with its pictures fetched and decoded."""
         size = (self.width, self.height)
         return Order(
@@ -53,7 +53,7 @@ class Body(BaseModel):
         )
 
 
-def fetch(client: httpx.Client, url: str) -> Image.Image:
+def fetch(client: httpx2.Client, url: str) -> Image.Image:
     """The picture at an address."""
     return Image.open(io.BytesIO(client.get(url).raise_for_status().content))
 
@@ -70,7 +70,7 @@ def create_app(pipeline: Any) -> FastAPI:
     """One picture at a time; who comes meanwhile waits for the lock in a thread."""
     app = FastAPI()
     lock = threading.Lock()
-    client = httpx.Client(trust_env=False)
+    client = httpx2.Client(trust_env=False)
 
     @app.post("/inpaint")
     def inpaint(body: Body) -> Response:

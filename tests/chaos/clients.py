@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2
 
 from tests.chaos.scripts import Script
 from tests.chaos.site import Site
@@ -25,7 +25,7 @@ def asking(site: Site, pause_s: float = 0.1, **changes: Any) -> Iterator[None]:
                 # Unrepeatable: a job that was finished twice shows.
                 script = Script(tag=f"asked{count}", step_s=0.02, unrepeatable=True)
                 site.submit(script, seed=count, **changes)
-            except httpx.HTTPError:
+            except httpx2.HTTPError:
                 continue
 
     thread = threading.Thread(target=ask)

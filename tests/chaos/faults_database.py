@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pysqlite3.dbapi2 as sqlite
 from alembic import command
 from alembic.config import Config
@@ -109,7 +109,7 @@ def takes_jobs(site: Site) -> bool:
     """Whether a job is taken now."""
     try:
         return site.submit(Script(tag="back")).status_code == 200
-    except httpx.HTTPError:
+    except httpx2.HTTPError:
         return False
 
 

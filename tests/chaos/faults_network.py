@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from sqlalchemy import text
 
 from server.database import open_engine
@@ -237,7 +237,7 @@ def sent_twice(room: Path) -> Found:
         expect(len(set(plain)) == times, "requests without a key share a job")
         body = {"prompt": "twice", "init_image": INLINE_IMAGE, "mask_image": INLINE_MASK}
 
-        def send(headers: dict[str, str]) -> httpx.Response:
+        def send(headers: dict[str, str]) -> httpx2.Response:
             answer = site.client.post(f"{site.url}/api/jobs", json=body, headers=headers)
             site.note(answer, None)
             return answer

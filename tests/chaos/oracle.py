@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from sqlalchemy import text
 
 from server.database import open_engine, read_only
@@ -162,7 +162,7 @@ class Oracle:
                 continue
             try:
                 self.served[job_id] = self._fetch(row)
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 break  # nobody answers just now
             except Broken as dead:
                 wrong.append(str(dead))
@@ -174,7 +174,7 @@ class Oracle:
     def _fetch(self, row: dict[str, Any]) -> list[str]:
         """Digests of a finished job's pictures, as a client gets them.
 
-        Raises: Broken for a dead link; httpx.TransportError.
+        Raises: Broken for a dead link; httpx2.TransportError.
         """
         digests = []
         for url in self.site.outputs(row["id"], row["dialect"]):

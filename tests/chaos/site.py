@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
+import httpx2
 
 from tests.chaos.hosts import IMAGE, Host, LoopThread, running_host
 from tests.chaos.scripts import FOLDER_VARIABLE, Script
@@ -143,7 +143,7 @@ class Site:
             **(environment or {}),
         }
         self._log_seen = 0
-        self.client = httpx.Client(timeout=30, trust_env=False)
+        self.client = httpx2.Client(timeout=30, trust_env=False)
 
     @property
     def database_url(self) -> str:
@@ -259,14 +259,14 @@ class Site:
         """Status of a readiness probe; 0 where nobody answers."""
         try:
             return self.client.get(self.url + path, timeout=5).status_code
-        except httpx.HTTPError:
+        except httpx2.HTTPError:
             return 0
 
     def is_open(self) -> bool:
         """Whether the server says that it takes requests."""
         return self.readiness("/readyz") == 200
 
-    def submit(self, script: Script | None = None, **changes: Any) -> httpx.Response:
+    def submit(self, script: Script | None = None, **changes: Any) -> httpx2.Response:
         """Ask for a picture; an id in the answer is noted down."""
         answer = self.client.post(f"{self.url}/api/v3/inpaint", json=self.body(script, **changes))
         self.note(answer, changes.get("webhook"))
@@ -288,7 +288,7 @@ class Site:
             **changes,
         }
 
-    def note(self, answer: httpx.Response, webhook: str | None) -> None:
+    def note(self, answer: httpx2.Response, webhook: str | None) -> None:
         """Remember the id of an answer, if it has one."""
         with suppress(ValueError):
             job_id = answer.json().get("id")
@@ -341,7 +341,7 @@ class Site:
         """processing, success, failed or error; "" where nobody answers."""
         try:
             return str(self.fetch(job_id).get("status"))
-        except (httpx.HTTPError, ValueError):
+        except (httpx2.HTTPError, ValueError):
             return ""
 
     def ended(self, *job_ids: int, within_s: float = 60.0, status: str = "success") -> float:
