@@ -127,7 +127,7 @@ TARGETS = (
     Target("waiting clients", ("waiting", "clients"), "", 5_000, False),
     Target("memory with them", ("waiting", "rss_mib"), "MiB", 250e6 / MIB, True),
     Target("finish to answer, p50", ("wake-up", "p50_ms"), "ms", 25, True),
-    Target("webhooks, 10 % dead receivers", ("webhooks", "per_s"), "/s", 300, False),
+    Target("webhooks, 10 % dead receivers", ("webhooks", "per_s"), "/s", 50, False),
     Target("fetch, 32 clients", ("V3 fetch", "per_s"), "/s", 2_000, False),
     Target("fetch, 32 clients, p99", ("V3 fetch", "p99_ms"), "ms", 20, True),
     Target("start without a model", ("start", "p50_s"), "s", 3, True),

@@ -4,11 +4,11 @@
       │ └──later──> pending, with the next time of the schedule
       └──410, or the schedule is used up──> dead
 
-A claim moves the due time past the longest possible call, so that two senders never make the same
-call at once and one that died loses nothing.
+A claim is a lease: it moves the due time past the longest possible call, so that two senders never
+make the same call at once, and a call whose sender has died is made by another.
 
-Due times are compared with a `SharedClock`. A call that was never tried is due whatever the time;
-one that is due later than any schedule says was written by a clock that has jumped, and is due now.
+Due times are compared with a `SharedClock`. First tries are always due. A due time beyond the
+longest delay means that a clock has jumped: the call is due now.
 """
 
 import itertools
@@ -21,12 +21,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sqlalchemy import (
-    Boolean,
     ColumnElement,
     Connection,
     Engine,
     Row,
-    bindparam,
     case,
     delete,
     exists,
@@ -73,23 +71,6 @@ class DeliveryState(StrEnum):
     """The receiver answered 2xx."""
     DEAD = "dead"
     """Given up: the receiver is gone for good, or the schedule is used up."""
-
-
-# What every call needs is built once: building costs more than running.
-NOTE = insert(delivery_attempts)
-FORGET = delete(delivery_attempts).where(
-    delivery_attempts.c.delivery_id == bindparam("held_id"),
-    delivery_attempts.c.attempt <= bindparam("last_forgotten"),
-)
-FOLLOW = (
-    update(deliveries)
-    .where(
-        deliveries.c.id == bindparam("held_id"),
-        deliveries.c.attempt == bindparam("held_attempt"),
-        (deliveries.c.state == DeliveryState.PENDING) | bindparam("is_received", type_=Boolean()),
-    )
-    .values(state=bindparam("becomes"), due_at=bindparam("due"))
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +153,6 @@ class DeliveryStore:
         self._lease_s = lease_s
         self._clock = clock or SharedClock(engine)
         self._jitter = jitter or random.Random()
-        self._commits = GroupCommit(engine, self._record)
 
     def claim_due(
         self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
@@ -335,33 +315,34 @@ class DeliveryStore:
         Nothing follows for a call that was claimed anew since. One that was given up since stays
         so, unless it was received after all.
         """
-        return self._commits.run((delivery, attempt))
-
-    def _record(
-        self, connection: Connection, tried_call: tuple[Delivery, Attempt]
-    ) -> DeliveryState:
-        delivery, attempt = tried_call
         state = self._state_after(delivery, attempt)
-        tried = {
-            "delivery_id": delivery.id,
-            "attempt": delivery.attempt,
-            "started_at": attempt.started_at,
-            "duration_s": attempt.duration_s,
-            "status": attempt.status,
-            "outcome": attempt.outcome,
-        }
-        follows = {
-            "held_id": delivery.id,
-            "held_attempt": delivery.attempt,
-            "is_received": attempt.is_success,
-            "becomes": state,
-            "due": self._clock() + self._delay_s(delivery, attempt),
-        }
-        connection.execute(NOTE, tried)
-        if delivery.attempt > KEPT_ATTEMPTS:
-            forgotten = delivery.attempt - KEPT_ATTEMPTS
-            connection.execute(FORGET, {"held_id": delivery.id, "last_forgotten": forgotten})
-        connection.execute(FOLLOW, follows)
+        is_open = true() if attempt.is_success else deliveries.c.state == DeliveryState.PENDING
+        with self._engine.begin() as connection:
+            connection.execute(
+                insert(delivery_attempts).values(
+                    delivery_id=delivery.id,
+                    attempt=delivery.attempt,
+                    started_at=attempt.started_at,
+                    duration_s=attempt.duration_s,
+                    status=attempt.status,
+                    outcome=attempt.outcome,
+                )
+            )
+            connection.execute(
+                delete(delivery_attempts).where(
+                    delivery_attempts.c.delivery_id == delivery.id,
+                    delivery_attempts.c.attempt <= delivery.attempt - KEPT_ATTEMPTS,
+                )
+            )
+            connection.execute(
+                update(deliveries)
+                .where(
+                    deliveries.c.id == delivery.id,
+                    deliveries.c.attempt == delivery.attempt,
+                    is_open,
+                )
+                .values(state=state, due_at=self._clock() + self._delay_s(delivery, attempt))
+            )
         return state
 
     def _state_after(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:

@@ -1,23 +1,21 @@
 """Webhook calls: signed, sent through the address policy, tried again until received.
 
-A host that fails again and again is spared: its calls stay rows, and one at a time asks whether it
-is back, so that the others' calls do not wait behind its timeouts.
+A circuit breaker for each host keeps calls to a host that fails again and again as rows, and probes
+the host with one call at a time, so that its time-outs do not hold up the calls to other hosts.
 """
 
 import asyncio
-import base64
 import contextlib
 import email.utils
-import hashlib
-import hmac
 import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, TypeVarTuple
 
-from pydantic import SecretStr
+import anyio
+import anyio.to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.addresses import Refused, Rights, checked_url
@@ -30,18 +28,18 @@ from server.job_store import JobStore
 from server.jobs import Job
 from server.limits import TokenBuckets
 from server.settings import WebhookSettings
-from server.slots import FairSemaphore
+from server.signing import sign
 from server.telemetry import get_logger
-from server.threads import Threads
+
+Args = TypeVarTuple("Args")
+R = TypeVar("R")
 
 logger = get_logger(__name__)
 
 POLL_S = 0.25
-BUSY_POLL_S = 0.02
-"""Between two looks while calls are found or end: more may be due than had room."""
+"""Between two claims while no call ends: a call that ends makes room for another at once."""
 
-THREADS = 32
-"""Most of them wait for a commit that they share."""
+DATABASE_THREADS = 4
 
 MAX_REPLY_BYTES = 64_000
 CALLS_PER_HOST = 4
@@ -50,8 +48,6 @@ the others."""
 
 ASKED_CALLS_PER_MINUTE = 30
 """Pings and redeliveries together, of one key."""
-PING_PLACES, PING_PLACES_PER_KEY = 16, 4
-"""Pings under way at a time."""
 
 OPERATOR = Rights("operator")
 """For what no key has asked for."""
@@ -82,10 +78,10 @@ class WebhookCaller:
         started_at, started = time.time(), time.perf_counter()
         status, retry_after_s, outcome = None, None, "answered"
         try:
-            body = json.dumps(values).encode()
+            body = json.dumps(values)
             headers = sign(message_id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(url, body, headers, rights)
+                status, retry_after_s = await self._post(url, body.encode(), headers, rights)
         except (Refused, *NETWORK_ERRORS) as error:
             outcome = outcome_of(error)
             reason = f"{host_of(rights.key_id, url)}: {type(error).__name__}: {error}"
@@ -138,26 +134,21 @@ class WebhookSender:
         self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
         self._asked_calls = TokenBuckets()
-        self._ping_places = FairSemaphore(PING_PLACES, PING_PLACES_PER_KEY)
         self._has_ended = asyncio.Event()
-        self._threads: Threads
-        """While it runs."""
+        self._threads = anyio.CapacityLimiter(DATABASE_THREADS)
 
     async def run(self) -> None:
         """Until cancelled. Calls under way then are tried again after the next start."""
-        with Threads(THREADS, "webhooks") as self._threads:
-            async with asyncio.TaskGroup() as tasks:
-                while True:
-                    self._has_ended.clear()
-                    looked_at = time.monotonic()
-                    claimed = await self._claim()
-                    for delivery in claimed:
-                        tasks.create_task(self._deliver(delivery))
-                    # A long look at many rows must not keep all others from writing.
-                    pause_s = max(BUSY_POLL_S, time.monotonic() - looked_at)
-                    if not claimed:
-                        await self._call_ends_within(POLL_S)
-                    await asyncio.sleep(pause_s)
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._has_ended.clear()
+                for delivery in await self._claim():
+                    tasks.create_task(self._deliver(delivery))
+                await self._call_ends_within(POLL_S)
+
+    async def _in_thread(self, function: Callable[[*Args], R], *args: *Args) -> R:
+        """A call to the database, off the event loop."""
+        return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
 
     async def _call_ends_within(self, seconds: float) -> None:
         """Wait that long, or until one of the calls under way makes room."""
@@ -168,8 +159,7 @@ class WebhookSender:
     async def ping(self, url: str, rights: Rights) -> tuple[str, Attempt]:
         """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
         self.count_asked_call(rights.key_id)
-        async with self._ping_places.held_by(rights.key_id):
-            return await self._caller.ping(url, rights)
+        return await self._caller.ping(url, rights)
 
     def count_asked_call(self, key_id: str) -> None:
         """Note a call that a key asks for by itself, beside those of its jobs' ends.
@@ -192,11 +182,11 @@ class WebhookSender:
             return []
         probes = self._circuits.due_for_probe[:places]
         try:
-            claimed = await self._threads.call(
+            claimed = await self._in_thread(
                 self._deliveries.claim_due, places, [*busy, *self._circuits.held], CALLS_PER_HOST
             )
             if probes:
-                probing = await self._threads.call(self._deliveries.claim_probes, probes)
+                probing = await self._in_thread(self._deliveries.claim_probes, probes)
                 for each in probing:
                     self._circuits.begin_probe(each.host)
                 self._probes.update(each.id for each in probing)
@@ -212,7 +202,7 @@ class WebhookSender:
             attempt = await self._attempt(delivery)
             if attempt is None:
                 return
-            state = await self._threads.call(self._deliveries.record, delivery, attempt)
+            state = await self._in_thread(self._deliveries.record, delivery, attempt)
             await self._judge_host(delivery.host, attempt)
             logger.info(
                 "webhook",
@@ -240,7 +230,7 @@ class WebhookSender:
         if not attempt.is_host_failure:
             self._circuits.note_success(host)
         elif self._circuits.note_failure(host):
-            given_up = await self._threads.call(self._deliveries.give_up, host)
+            given_up = await self._in_thread(self._deliveries.give_up, host)
             logger.warning("webhook host is held", detail=host, count=given_up)
 
     async def _attempt(self, delivery: Delivery) -> Attempt | None:
@@ -254,7 +244,7 @@ class WebhookSender:
             return Attempt(started_at, time.time() - started_at, None, NOT_MADE)
 
     async def _call(self, delivery: Delivery) -> Attempt | None:
-        job = await self._threads.call(self._jobs.get, delivery.job_id)
+        job = await self._in_thread(self._jobs.get, delivery.job_id)
         if job is None:
             return None
         rights = self._rights_of(job.key_id)
@@ -273,27 +263,6 @@ def write_body(job: Job) -> dict[str, Any]:
     if job.dialect == native.DIALECT:
         return native_answers.write_webhook(job)
     return v3.write_webhook(job)
-
-
-def sign(
-    message_id: str, timestamp: int, body: bytes, secrets: Sequence[SecretStr]
-) -> dict[str, str]:
-    """The headers of Standard Webhooks 1.0: HMAC-SHA256 over `id.timestamp.body`, per secret.
-
-    timestamp: of this try, seconds since the epoch.
-    """
-    headers = {"webhook-id": message_id, "webhook-timestamp": str(timestamp)}
-    signed = b".".join([message_id.encode(), str(timestamp).encode(), body])
-    signatures = [
-        "v1," + base64.b64encode(hmac.digest(key_of(secret), signed, hashlib.sha256)).decode()
-        for secret in secrets
-    ]
-    return headers | ({"webhook-signature": " ".join(signatures)} if signatures else {})
-
-
-def key_of(secret: SecretStr) -> bytes:
-    """The bytes behind `whsec_…`."""
-    return base64.b64decode(secret.get_secret_value().removeprefix("whsec_"))
 
 
 def to_seconds(retry_after: str) -> float | None:
