@@ -281,10 +281,10 @@ class EgressClient:
         connect_timeout_s: for each address that is dialled; the deadline over the whole is the
         caller's. Raises: Refused; one of NETWORK_ERRORS.
         """
-        if self._proxy is not None:
-            self._judge_for_proxy(url, policy)
         async with self._connection(policy, owner, max_body_bytes) as connection:
             with foreign_errors_turned():
+                if self.has_proxy:
+                    self._judge_for_proxy(url, policy)
                 request = self._written(method, url, headers, body, connect_timeout_s)
                 response = await connection.handle_async_request(request)
                 if response.status < 200:
@@ -322,10 +322,8 @@ class EgressClient:
         length = {"Content-Length": str(len(body))} if method == "POST" else {}
         return httpcore2.Request(
             method,
-            httpcore2.URL(
-                scheme=url.raw_scheme, host=named, port=port_of(url), target=url.raw_path
-            ),
-            headers={"Host": url.netloc.decode("ascii"), **HEADERS, **headers, **length},
+            httpcore2.URL(scheme=url.raw_scheme, host=named, port=url.port, target=url.raw_path),
+            headers=[*{"Host": url.netloc.decode("ascii"), **HEADERS, **headers, **length}.items()],
             content=body,
             extensions={"timeout": {"connect": connect_timeout_s}, "sni_hostname": host},
         )
@@ -339,7 +337,7 @@ class EgressClient:
         return addresses
 
     def _judge_for_proxy(self, url: httpx2.URL, policy: AddressPolicy) -> None:
-        """Judge what can be judged without resolving the name. Raises: Refused."""
+        """Judge what can be judged without resolving the name. Raises: Refused, OSError."""
         host, port = host_of(url), port_of(url)
         literals = numeric_addresses(host, port)
         if literals:

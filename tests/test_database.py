@@ -42,7 +42,7 @@ from server.database import (
 from server.job_store import JobStore
 from server.services import STORE_THREADS
 from server.submissions import SUBMIT_LOCK
-from server.webhooks import THREADS
+from server.webhooks import DATABASE_THREADS
 from tests.chaos.hosts import LoopThread, running_proxy
 from tests.postgres import PostgresServer
 from tests.test_job_store import new_job
@@ -280,7 +280,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 def test_pool_has_a_connection_for_every_thread(engine: Engine) -> None:
     """Of the API process: of the store, the webhooks, the janitor, the watcher."""
     in_all = POOL_SIZE + MORE_CONNECTIONS
-    assert STORE_THREADS + THREADS + 1 + 2 + 2 <= in_all
+    assert STORE_THREADS + DATABASE_THREADS + 1 + 2 + 1 <= in_all
     with ExitStack() as stack:
         for _ in range(in_all):
             stack.enter_context(read_only(engine))

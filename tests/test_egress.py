@@ -101,6 +101,11 @@ async def endless_small_chunks(_path: str, writer: asyncio.StreamWriter) -> None
     await send_for_ever(writer, b"2\r\nxx\r\n" * 1_000)
 
 
+async def endless_chunk_extensions(_path: str, writer: asyncio.StreamWriter) -> None:
+    writer.write(CHUNKED)
+    await send_for_ever(writer, b"1;" + b"y" * 4096 + b"\r\nx\r\n")
+
+
 async def endless_trailers(_path: str, writer: asyncio.StreamWriter) -> None:
     writer.write(CHUNKED + b"0\r\n")
     await send_for_ever(writer, b"X: " + b"y" * 4096 + b"\r\n")
@@ -158,6 +163,7 @@ class TestHosts:
         ("behaviour", "problem"),
         [
             (endless_headers, ImageProblem.NOT_REACHABLE),
+            (endless_chunk_extensions, ImageProblem.NOT_REACHABLE),
             (endless_trailers, ImageProblem.NOT_REACHABLE),
             (endless_body, ImageProblem.TOO_LARGE),
             (reset, ImageProblem.NOT_REACHABLE),
