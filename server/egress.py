@@ -1,11 +1,10 @@
 """Images from addresses that clients name, under limits of bytes, time and places.
 
 `addresses` says which addresses may be reached; `egress_client` judges by it at every connect, so
-at every redirect too.
-Whether an address was denied, a name unknown or a port closed would draw a map of our network, so
-all of these have one answer: that the image cannot be had. The log has the reason. A client is told
-more where that betrays nothing: what the URL and the settings alone decide (`problem_shown_by`),
-and the status of a public host, which the client could ask itself.
+at every redirect too. Whether an address was denied, a name unknown or a port closed would draw a
+map of our network, so all of these have one answer: that the image cannot be had. The log has the
+reason. A client is told more where that betrays nothing: what the URL and the settings alone decide
+(`problem_shown_by`), and the status of a public host, which the client could ask itself.
 """
 
 import asyncio
