@@ -26,15 +26,11 @@ def find_binaries() -> Path | None:
 
 
 class PostgresServer:
-    """A running server, whose databases are cheap: nothing of them must survive a power cut.
+    """A running server, whose databases are cheap: nothing of them must survive a power cut."""
 
-    is_durable: they wait for the disk after all.
-    """
-
-    def __init__(self, binaries: Path, folder: Path, *, is_durable: bool = False) -> None:
+    def __init__(self, binaries: Path, folder: Path) -> None:
         self._binaries = binaries
         self._folder = folder
-        self._fsync = "on" if is_durable else "off"
         # It refuses to run as root.
         self._user = "nobody" if os.geteuid() == 0 else None
         if self._user:
@@ -43,7 +39,7 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        options = {"listen_addresses": "''", "fsync": self._fsync, "max_connections": 60}
+        options = {"listen_addresses": "''", "fsync": "off", "max_connections": 60}
         flags = [f"-k {self._folder}", *(f"-c {name}={value}" for name, value in options.items())]
         self._run("pg_ctl", "-w", "-o", " ".join(flags), "-l", str(self._folder / "log"), "start")
 
@@ -104,13 +100,11 @@ class PostgresServer:
 
 
 @contextmanager
-def running_postgres(
-    binaries: Path, parent: Path | None = None, *, is_durable: bool = False
-) -> Iterator[PostgresServer]:
-    """A server that runs until the end of the block. parent: where its folder is made."""
+def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
+    """A server that runs until the end of the block."""
     # A short path: that of a socket has little room.
-    with tempfile.TemporaryDirectory(prefix="inpaint-pg-", dir=parent) as folder:
-        server = PostgresServer(binaries, Path(folder), is_durable=is_durable)
+    with tempfile.TemporaryDirectory(prefix="inpaint-pg-") as folder:
+        server = PostgresServer(binaries, Path(folder))
         server.start()
         try:
             yield server
