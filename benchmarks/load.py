@@ -485,12 +485,6 @@ def to_text(findings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def to_chart(figures: Mapping[str, float]) -> report.Chart:
-    """Measured figures as shares of their limits."""
-    groups = {each.figure: {"share": figures[each.figure] / each.limit} for each in TARGETS}
-    return report.Chart("Measured, as a share of the limit", groups, reference=1.0)
-
-
 def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Measure everything. Raises: SystemExit for a folder that is not on a disk."""
     filesystem = filesystem_of(scratch)
@@ -513,7 +507,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and write `load.json`, `.md` and `.png`."""
+    """Measure and write `load.json` and `.md`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
@@ -529,8 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         findings = run(options, Path(scratch))
     name = "load_postgresql" if options.database_url else "load"
     name += f"_{options.fsync_ms:g}ms" if options.fsync_ms else ""
-    charts = [to_chart(findings["figures"])]
-    report.write_report(options.out, name, findings, to_text(findings), charts)
+    report.write_report(options.out, name, findings, to_text(findings))
 
 
 if __name__ == "__main__":

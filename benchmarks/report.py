@@ -40,13 +40,15 @@ class Chart:
 
 
 def write_report(
-    out: Path, name: str, findings: dict[str, Any], text: str, charts: Sequence[Chart]
+    out: Path, name: str, findings: dict[str, Any], text: str, charts: Sequence[Chart] = ()
 ) -> None:
-    """Write `name`.json, .md and .png into `out`, and print the text."""
+    """Write `name`.json, .md and, where there are charts, .png into `out`, and print the text."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(without_nan(findings), indent=1) + "\n")
     (out / f"{name}.md").write_text(text)
-    draw(charts, text.partition("\n")[0].lstrip("# ")).save(out / f"{name}.png", optimize=True)
+    if charts:
+        picture = draw(charts, text.partition("\n")[0].lstrip("# "))
+        picture.save(out / f"{name}.png", optimize=True)
     print(text)
 
 
