@@ -38,7 +38,6 @@ from sqlalchemy import (
 from server.clocks import SharedClock
 from server.database import deliveries, delivery_attempts, jobs, read_only
 from server.errors import Conflict, ConflictKind
-from server.group_commit import GroupCommit
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """After the first try, the second, …: ten tries over about three days."""
