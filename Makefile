@@ -44,7 +44,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest
 
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz_pictures --count 10000
+	$(BIN)/python -m tests.corpora.fuzz_pictures --count 10000
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -62,20 +62,20 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.load --out out/bench
 
 fuzz-api: $(INSTALLED)
-	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/test_api_fuzz.py
+	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/e2e/test_api_fuzz.py
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --out out/chaos
 
 # Known holes in what is locked; AUDIT=--tolerate-unreachable passes where the service does not answer.
 audit: $(INSTALLED) $(TOOLS_INSTALLED)
-	$(BIN)/python -m tests.supply.audit $(AUDIT)
+	$(BIN)/python -m tests.project.supply.audit $(AUDIT)
 
 sbom: $(INSTALLED) $(TOOLS_INSTALLED)
-	$(BIN)/python -m tests.supply.sbom --out out/sbom.json
+	$(BIN)/python -m tests.project.supply.sbom --out out/sbom.json
 
 licences: $(INSTALLED)
-	$(BIN)/python -m tests.supply.licences
+	$(BIN)/python -m tests.project.supply.licences
 
 # Renews the locks after a change of pyproject.toml from what has been out for AGE; pins stay as far as
 # they fit. UPGRADE=--upgrade raises all, UPGRADE='--upgrade-package NAME' one; AGE='0 days' lets in a

@@ -12,9 +12,9 @@ import httpx2
 
 from benchmarks.orders import GUIDANCE_SCALE, example_image, example_mask, make_prompt
 from benchmarks.rivals.obvious import STARTED_AT
-from server.database import open_engine
-from server.job_store import JobStore
-from server.settings import Settings
+from server.core.settings import Settings
+from server.jobs.store import JobStore
+from server.storage.database import open_engine
 
 TIMEOUT_S = 600.0
 PNG_MAGIC = b"\x89PNG"

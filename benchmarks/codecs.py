@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.decoding import ImageLimits, decode_image
-from models.images import encode_png
+from models.imaging.decoding import ImageLimits, decode_image
+from models.imaging.images import encode_png
 
 SIDES_PX = (512, 1024)
 REPEATS = 15

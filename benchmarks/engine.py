@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from benchmarks import checkpoints, measure, report
 from benchmarks.orders import Order, make_orders, mixed_steps
 from benchmarks.rivals.plain import build_pipeline, paint
-from models.acceleration import USUAL, Acceleration, accelerated
+from models.acceleration.stack import USUAL, Acceleration, accelerated
+from models.diffusion.pipeline import InpaintPipeline
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.errors import OutOfMemory
-from models.pipeline import InpaintPipeline
-from models.residency import ModelPool
+from models.model_pool import ModelPool
 
 OURS, PLAIN, BATCHED, COMPILED = "ours", "plain", "plain, batched", "plain, compiled"
 OURS_EAGER = "ours, eager"

@@ -29,17 +29,17 @@ from benchmarks import measure, report
 from benchmarks.clients import Call, Ours, drive, save_images, wait_until_ready
 from benchmarks.codecs import measure_codecs
 from benchmarks.orders import make_orders
-from models.decoding import ImageLimits, decode_image, decode_mask
-from models.images import encode_png
-from server.database import migrate, open_engine
-from server.decoder import Wanted
-from server.decoders import DecodedPair
-from server.job_store import JobStore
-from server.jobs import NewJob, RequestFacts
-from server.settings import Settings
-from server.storage import Storage
-from tests.blocking_decoder import BlockingDecoder
-from tests.processes import ServerProcess, image_host
+from models.imaging.decoding import ImageLimits, decode_image, decode_mask
+from models.imaging.images import encode_png
+from server.core.settings import Settings
+from server.jobs.job import NewJob, RequestFacts
+from server.jobs.store import JobStore
+from server.sandbox.child import Wanted
+from server.sandbox.process import DecodedPair
+from server.storage.database import migrate, open_engine
+from server.storage.files import Storage
+from tests.support.blocking_decoder import BlockingDecoder
+from tests.support.processes import ServerProcess, image_host
 
 API, WORKER = "api", "worker"
 SIDE_PX = 512

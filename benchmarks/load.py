@@ -44,14 +44,14 @@ from benchmarks.disks import (
 from benchmarks.host import START_TIMEOUT_S, cpu_s, running_worker
 from benchmarks.orders import example_image, example_mask, make_prompt
 from benchmarks.soak import growth_of, parts_of, resident_kib
-from server.database import jobs, open_engine, read_only
-from server.deliveries import queue_delivery
-from server.http import raise_open_file_limit
-from server.job_store import JobStore
-from server.jobs import JobState
-from server.settings import Settings
-from server.storage import Storage
-from tests.processes import ServerProcess
+from server.core.settings import Settings
+from server.jobs.job import JobState
+from server.jobs.store import JobStore
+from server.serving.server import raise_open_file_limit
+from server.storage.database import jobs, open_engine, read_only
+from server.storage.files import Storage
+from server.webhooks.deliveries import queue_delivery
+from tests.support.processes import ServerProcess
 
 JOBS_PATH, V3_PATH, FETCH_PATH = "/api/jobs", "/api/v3/inpaint", "/api/v3/fetch"
 SIDE_PX, OVERHEAD_SIDE_PX = 64, 512

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler
 
-from models.canvas import prepare_canvas
+from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
+from models.imaging.canvas import prepare_canvas
+from models.model_pool import ModelPool
 from models.params import InpaintParams
-from models.pipeline import InpaintPipeline, Picture, Sample, Source
-from models.residency import ModelPool
-from server.database import open_engine
-from server.job_store import JobStore
-from server.settings import load_settings
-from server.storage import Storage
-from server.telemetry import configure_logging
-from server.worker import Worker
+from server.core.logs import configure_logging
+from server.core.settings import load_settings
+from server.jobs.store import JobStore
+from server.storage.database import open_engine
+from server.storage.files import Storage
+from server.worker.loop import Worker
 
 SCHEDULER = DDIMScheduler()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from models.diffusion.pipeline import Source
 from models.params import InpaintParams
-from models.pipeline import Source
 
 EXAMPLES = Path(__file__).parents[1] / "models" / "builtin" / "examples"
 PROMPTS = ("a red circle", "a blue star", "a green square", "a yellow triangle")

@@ -31,8 +31,8 @@ from benchmarks.clients import (
     wait_until_ready,
 )
 from benchmarks.orders import mixed_steps
-from server.http import bind
-from tests.processes import image_host, serving
+from server.serving.server import bind
+from tests.support.processes import image_host, serving
 
 OURS, OBVIOUS, BATCHED = "ours", "obvious", "batched"
 SIDES = (OURS, OBVIOUS, BATCHED)

@@ -25,11 +25,11 @@ from sqlalchemy import Engine, func, select
 from benchmarks import measure, report
 from benchmarks.clients import TIMEOUT_S, check_png
 from benchmarks.orders import example_image, example_mask, make_prompt
-from server.database import jobs, open_engine, read_only
-from server.job_store import JobStore
-from server.jobs import JobState
-from server.settings import Settings
-from tests.processes import ServerProcess, image_host, serving
+from server.core.settings import Settings
+from server.jobs.job import JobState
+from server.jobs.store import JobStore
+from server.storage.database import jobs, open_engine, read_only
+from tests.support.processes import ServerProcess, image_host, serving
 
 SIZES = ((64, 64), (64, 64), (64, 128), (128, 64), (72, 64))
 IMAGES = 40

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite
 
-from models.pipeline import Sample
+from models.diffusion.pipeline import Sample
 
 MEASUREMENTS = 3
 """Calls of one size that are timed before it is compared; the quickest of them counts."""

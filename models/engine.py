@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from models.batching import BatchKey, BatchSizer, CallKind, stall_s
+from models.diffusion.pipeline import Picture, Sample, Source
 from models.errors import DeviceLost, EngineError, OutOfMemory
+from models.model_pool import ModelPool, Readiness
 from models.params import InpaintParams
-from models.pipeline import Picture, Sample, Source
-from models.residency import ModelPool, Readiness
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ import structlog
 import torch
 from sqlalchemy import Engine
 
-from models.pipeline import InpaintPipeline
-from models.registry import Components, ModelSpec, load_components
-from server.database import migrate, open_engine
-from server.lookups import numeric_addresses
-from server.settings import ENV_PREFIX
-from tests.postgres import PostgresServer, find_binaries, running_postgres
-from tests.tiny import save_tiny_checkpoint
+from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.diffusion.pipeline import InpaintPipeline
+from server.core.settings import ENV_PREFIX
+from server.egress.resolver import numeric_addresses
+from server.storage.database import migrate, open_engine
+from tests.support.postgres import PostgresServer, find_binaries, running_postgres
+from tests.support.tiny import save_tiny_checkpoint
 
 # structlog's own default draws tracebacks with every local variable, which takes seconds.
 structlog.configure(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from benchmarks.orders import Order
-from models.registry import Components
+from models.checkpoints.registry import Components
 
 SDXL_PARTS = ("tokenizer_2", "text_encoder_2")
 

@@ -18,14 +18,14 @@ import threading  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-import server.worker  # noqa: E402
-from models.residency import ModelPool  # noqa: E402
-from server.cli import main  # noqa: E402
-from server.job_store import JobStore  # noqa: E402
-from server.jobs import Job  # noqa: E402
-from server.receipts import Model  # noqa: E402
-from server.storage import Storage  # noqa: E402
-from server.worker import Worker  # noqa: E402
+import server.worker.loop  # noqa: E402
+from models.model_pool import ModelPool  # noqa: E402
+from server.cli.main import main  # noqa: E402
+from server.jobs.job import Job  # noqa: E402
+from server.jobs.receipts import Model  # noqa: E402
+from server.jobs.store import JobStore  # noqa: E402
+from server.storage.files import Storage  # noqa: E402
+from server.worker.loop import Worker  # noqa: E402
 from tests.chaos.pipeline import ScriptedPipeline, strike  # noqa: E402
 from tests.chaos.scripts import FOLDER_VARIABLE, HUNG_LOAD, LEDGER, Stage  # noqa: E402
 
@@ -97,7 +97,7 @@ def run() -> int:
         ("JobStore", ScriptedStore),
         ("Storage", ScriptedStorage),
     ):
-        setattr(server.worker, name, part)
+        setattr(server.worker.loop, name, part)
     return main(["worker", *sys.argv[1:]])
 
 

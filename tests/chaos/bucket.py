@@ -1,4 +1,4 @@
-"""An object store on loopback that can go away: as much of S3 as `server.storage` asks for."""
+"""An object store on loopback that can go away: as much of S3 as `server.storage.files` asks for."""
 
 import asyncio
 import re
@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 from tests.chaos.hosts import LoopThread, close_server, reset_connection
-from tests.http_stub import response
+from tests.support.http_stub import response
 
 NAME = "pictures"
 HANG_LOOK_S = 0.05

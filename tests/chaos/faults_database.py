@@ -20,9 +20,9 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, Table, text
 
-from server.changes import LOOK_ANYWAY_S
-from server.database import MIGRATIONS, open_engine
-from server.job_store import LEASE_S
+from server.jobs.store import LEASE_S
+from server.storage.database import MIGRATIONS, open_engine
+from server.storage.notify import LOOK_ANYWAY_S
 from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
 from tests.chaos.faults_storage import refused
@@ -59,9 +59,9 @@ SQLITE = "SQLite"
 @contextmanager
 def postgres() -> Iterator[Any]:
     """The tests' own PostgreSQL. Raises: NotCovered where there is none, or no support."""
-    if importlib.util.find_spec("tests.postgres") is None:
+    if importlib.util.find_spec("tests.support.postgres") is None:
         raise NotCovered("this version keeps its jobs in SQLite only")
-    module = importlib.import_module("tests.postgres")
+    module = importlib.import_module("tests.support.postgres")
     binaries = module.find_binaries()
     if binaries is None:
         raise NotCovered("PostgreSQL's programs are not installed")
@@ -238,7 +238,14 @@ def file_replaced(room: Path) -> None:
 
 def command_line(site: Site, *arguments: str) -> str:
     """What our command prints of the site's data."""
-    command = [sys.executable, "-m", "server.cli", *arguments, "--data-dir", str(site.data_dir)]
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli.main",
+        *arguments,
+        "--data-dir",
+        str(site.data_dir),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     return done.stdout
 

@@ -55,7 +55,7 @@ def model_damaged(room: Path) -> Found:
 
 def start_with(model: Path, host: Host) -> tuple[str, str]:
     """Start on a damaged model; what the server ends with, and a gap or "". Raises: Broken."""
-    real = f"{sys.executable} -m server.cli worker"
+    real = f"{sys.executable} -m server.cli.main worker"
     site = Site(model.parent, host, None, "--model", str(model), "--worker-command", real)
     try:
         site.start(is_ready=False)

@@ -16,8 +16,8 @@ from typing import Any
 import httpx2
 from sqlalchemy import text
 
-from server.database import open_engine
-from server.webhooks import CALLS_PER_HOST
+from server.storage.database import open_engine
+from server.webhooks.sender import CALLS_PER_HOST
 from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
 from tests.chaos.hosts import Host, LoopThread, running_host
@@ -221,7 +221,7 @@ def unusable_picture(room: Path) -> Found:
         injected = "UnusablePicture from the decoder, an unforeseen error in a step"
         checked = (
             "failed and told why, a neighbour is made (that NaN and one colour are found, and the "
-            f"second try in float32: tests/test_vae.py); {oracle.last_check()}"
+            f"second try in float32: tests/models/diffusion/test_vae.py); {oracle.last_check()}"
         )
         return Found(injected, checked)
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from server.services import FILE_PATIENCE_S
+from server.api.services import FILE_PATIENCE_S
 from tests.chaos.bucket import Bucket, running_bucket
 from tests.chaos.faults_processes import drain, picture_of
 from tests.chaos.matrix import Found, NotCovered, fault
@@ -95,7 +95,7 @@ def disk_full(room: Path) -> Found:
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(room / "disk"))
         is_private = may_have_private_mounts()
-        launch = launch_program("server.cli", under=PRIVATE_MOUNTS if is_private else ())
+        launch = launch_program("server.cli.main", under=PRIVATE_MOUNTS if is_private else ())
         site = stack.enter_context(running_site(room, data_dir=disk / "data", launch=launch))
         oracle = Oracle(site)
         before = site.accept(Script(tag="before"))

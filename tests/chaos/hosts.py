@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tests.http_stub import png_bytes, response
+from tests.support.http_stub import png_bytes, response
 
 T = TypeVar("T")
 

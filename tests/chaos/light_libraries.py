@@ -1,6 +1,6 @@
 """Stand-ins for torch and its family, so that a worker process starts in a second.
 
-The fake engine backend computes nothing, but `server.worker` and `models.engine` import torch,
+The fake engine backend computes nothing, but `server.worker.loop` and `models.engine` import torch,
 diffusers and transformers by name. Installed first, this gives them names without anything behind:
 a name with a capital is an empty class (an exception where it says so), any other may be called,
 used as a decorator and read from.

@@ -19,10 +19,10 @@ from tests.chaos.site import REPOSITORY
 
 def main() -> None:
     """Fork servers until the input ends."""
-    import server.app
-    import server.cli
-    import server.http
-    import server.supervisor  # noqa: F401 - what `serve` imports
+    import server.api.app
+    import server.cli.main
+    import server.serving.server
+    import server.serving.supervisor  # noqa: F401 - what `serve` imports
 
     # Nobody waits for the children.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -37,7 +37,7 @@ def main() -> None:
 
 def live(arguments: list[str], environment: dict[str, str], log: str) -> int:
     """A child's life: our command line with its own environment and log."""
-    from server.cli import main as run
+    from server.cli.main import main as run
 
     os.environ.clear()
     os.environ.update(environment)

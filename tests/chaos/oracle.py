@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 from sqlalchemy import text
 
-from server.database import open_engine, read_only
+from server.storage.database import open_engine, read_only
 from tests.chaos.bucket import Bucket
 from tests.chaos.scripts import LEDGER
 from tests.chaos.site import Broken, Site, expect

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from models.canvas import prepare_canvas
+from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
 from models.errors import DeviceLost, OutOfMemory, UnusablePicture
+from models.imaging.canvas import prepare_canvas
 from models.params import InpaintParams
-from models.pipeline import InpaintPipeline, Picture, Sample, Source
 from tests.chaos.scripts import FaultKind, Script, Stage
 
 

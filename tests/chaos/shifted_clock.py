@@ -32,7 +32,7 @@ def shift(file: Path, seconds: float) -> None:
 def main() -> int:
     """Our command line, later or earlier."""
     install()
-    from server.cli import main as run
+    from server.cli.main import main as run
 
     return run(sys.argv[1:])
 

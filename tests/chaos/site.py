@@ -23,7 +23,7 @@ import httpx2
 from tests.chaos.hosts import IMAGE, Host, LoopThread, running_host
 from tests.chaos.scripts import FOLDER_VARIABLE, Script
 from tests.chaos.shifted_clock import FILE_VARIABLE, shift
-from tests.http_stub import png_bytes
+from tests.support.http_stub import png_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 START_S = 120.0
@@ -91,7 +91,7 @@ def launch_program(*program: str, under: Sequence[str] = ()) -> Launch:
     return launch
 
 
-COMMAND_LINE = launch_program("server.cli")
+COMMAND_LINE = launch_program("server.cli.main")
 STOPPABLE_COMMAND_LINE = launch_program("tests.chaos.stopped_loop")
 """The same with an event loop that SIGUSR1 stops."""
 PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")

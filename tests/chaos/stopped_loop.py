@@ -16,7 +16,7 @@ def never_return(_number: int, _frame: FrameType | None) -> None:
 
 def main() -> int:
     """Our command line."""
-    from server.cli import main as run
+    from server.cli.main import main as run
 
     signal.signal(signal.SIGUSR1, never_return)
     return run(sys.argv[1:])

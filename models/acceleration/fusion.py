@@ -1,0 +1,223 @@
+"""Parts of a UNet or VAE that are made faster in place, where `kernels` can run.
+
+The modules keep their weights and their place in the tree and get another class, so that moving,
+casting and copying them works as before. What is computed is the same up to rounding: fewer results
+in between are rounded to half precision.
+"""
+
+import functools
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+ALIGNED_CHANNELS = 8
+"""Matrix products on tensor cores want rows of 16 bytes."""
+
+
+def fuse(model: Any) -> None:
+    """Make the parts of a UNet or VAE faster; on a CPU, or without Triton, nothing is changed."""
+    if model.device.type == "cuda" and can_run(model.device):
+        fuse_modules(model)
+
+
+@functools.cache
+def can_run(device: torch.device) -> bool:
+    """Whether a kernel of ours runs on a device: Triton may lack, or the C compiler it calls."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from models.acceleration.kernels import gated_gelu
+
+        gated_gelu(torch.zeros(1, 2, device=device)).cpu()
+    except Exception:  # compilers fail in many ways
+        logger.warning("no kernels of ours can be made, torch's are used", exc_info=True)
+        return False
+    return True
+
+
+def fuse_modules(model: nn.Module) -> None:
+    """The same, wherever the weights are."""
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        if isinstance(module, nn.GroupNorm):
+            module.__class__ = LastChannelNorm
+        elif type(module) is nn.LayerNorm and module.bias is not None:
+            module.__class__ = LineNorm
+        elif type(module) is Transformer2DModel and module.is_input_continuous:
+            module.__class__ = FusedTransformer
+        elif type(module) is GEGLU:
+            module.__class__ = FusedGEGLU
+        elif isinstance(module, nn.Conv2d) and is_matrix_product(module):
+            module.__class__ = PixelwiseConv
+        elif type(module) is ResnetBlock2D and FusedResnetBlock.can_be(module):
+            FusedResnetBlock.settle(module)
+        if is_silu(getattr(module, "conv_act", None)) and module.conv_norm_out is not None:
+            module.conv_norm_out.is_activated = True
+            module.conv_act = nn.Identity()
+
+
+def is_matrix_product(conv: nn.Conv2d) -> bool:
+    """True for a convolution that treats every pixel by itself, with channels as products like."""
+    is_pixelwise = conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), 0)
+    return (
+        is_pixelwise
+        and conv.groups == 1
+        and conv.in_channels % ALIGNED_CHANNELS == conv.out_channels % ALIGNED_CHANNELS == 0
+    )
+
+
+def is_silu(module: object) -> bool:
+    """Whether a module is that activation and nothing else."""
+    return isinstance(module, nn.SiLU)
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """`(n, c, h, w)` as `(n, h * w, c)`, contiguous; without a copy where channels lie last."""
+    return images.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def images_of(pixels: Tensor, like: Tensor) -> Tensor:
+    """The reverse, with the height and width of another tensor; channels lie last."""
+    count, _, channels = pixels.shape
+    return pixels.view(count, *like.shape[-2:], channels).permute(0, 3, 1, 2)
+
+
+class LastChannelNorm(nn.GroupNorm):
+    """Group norm without a change of memory order. is_activated: SiLU is part of it."""
+
+    is_activated = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input, result: `(n, c, h, w)` or, as an attention layer has it, `(n, c, tokens)`."""
+        if input.ndim == 3:
+            return self.normed(input.transpose(1, 2).contiguous()).transpose(1, 2)
+        return images_of(self.normed(pixels_of(input)), input)
+
+    def normed(
+        self, pixels: Tensor, shift: Tensor | None = None, is_activated: bool | None = None
+    ) -> Tensor:
+        """pixels: `(n, pixels, c)`; shift: added before, `(n, c)` or `(1, c)`."""
+        from models.acceleration.kernels import group_norm
+
+        return group_norm(
+            pixels,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            shift=shift,
+            is_activated=self.is_activated if is_activated is None else is_activated,
+        )
+
+
+class LineNorm(nn.LayerNorm):
+    """Layer norm of the last dimension; torch's takes twice the time that memory does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: `(…, d)`."""
+        from models.acceleration.kernels import layer_norm
+
+        return layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
+
+
+class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
+    """Attention layers over an image, whose result stays in the order of memory it has.
+
+    The plain one brings channels to the front, for the convolution behind that brings them back.
+    """
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, **_sizes: int
+    ) -> Tensor:
+        """hidden_states: `(n, h * w, d)`; residual, result: `(n, c, h, w)`."""
+        weight = self.proj_out.weight.flatten(1)  # of a linear layer, or of a convolution of 1×1
+        pixels = nn.functional.linear(hidden_states, weight, self.proj_out.bias)
+        return images_of(pixels + pixels_of(residual), residual)
+
+
+class FusedGEGLU(GEGLU):  # type: ignore[misc]
+    """A gated linear unit whose gate is applied in one go."""
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """hidden_states: `(n, tokens, d)`."""
+        from models.acceleration.kernels import gated_gelu
+
+        return gated_gelu(self.proj(hidden_states))
+
+
+class PixelwiseConv(nn.Conv2d):
+    """A convolution of 1×1 as the matrix product it is: its bias costs nothing there."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: `(n, c, h, w)`."""
+        product = nn.functional.linear(pixels_of(input), self.weight.flatten(1), self.bias)
+        return images_of(product, input)
+
+
+class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
+    """A residual block whose sums are made where their numbers are read anyway.
+
+    inner_bias: of the first convolution, and of the time embedding where there is one.
+    outer_bias: of the second convolution, and of the shortcut's where there is one.
+    """
+
+    inner_bias: Tensor
+    outer_bias: Tensor
+
+    @staticmethod
+    def can_be(block: Any) -> bool:
+        """False for kinds of block that no Stable Diffusion has."""
+        is_plain = block.time_embedding_norm == "default" or block.time_emb_proj is None
+        return (
+            is_plain
+            and isinstance(block.norm2, nn.GroupNorm)
+            and block.output_scale_factor == 1
+            and not block.skip_time_act
+            and block.upsample is block.downsample is None
+            and (block.conv_shortcut is None or is_matrix_product(block.conv_shortcut))
+            and is_silu(block.nonlinearity)
+        )
+
+    @classmethod
+    def settle(cls, block: Any) -> None:
+        """Give a block this class."""
+        inner, outer = block.conv1.bias, block.conv2.bias
+        if block.time_emb_proj is not None:
+            inner = inner + block.time_emb_proj.bias
+        if block.conv_shortcut is not None:
+            outer = outer + block.conv_shortcut.bias
+        block.register_buffer("inner_bias", inner.detach().clone(), persistent=False)
+        block.register_buffer("outer_bias", outer.detach().clone(), persistent=False)
+        block.__class__ = cls
+
+    def forward(
+        self, input_tensor: Tensor, temb: Tensor | None, *_args: Any, **_kwargs: Any
+    ) -> Tensor:
+        """input_tensor: `(n, c, h, w)`; temb: `(n, d)`, None in a VAE."""
+        from models.acceleration.kernels import add_bias
+
+        pixels = pixels_of(input_tensor)
+        hidden = images_of(self.norm1.normed(pixels, is_activated=True), input_tensor)
+        hidden = convolved(hidden, self.conv1)
+        shift = self.inner_bias[None]
+        if self.time_emb_proj is not None:
+            activated = self.nonlinearity(temb)
+            shift = nn.functional.linear(activated, self.time_emb_proj.weight, self.inner_bias)
+        hidden_pixels = self.norm2.normed(pixels_of(hidden), shift, is_activated=True)
+        hidden = convolved(images_of(hidden_pixels, hidden), self.conv2)
+        if self.conv_shortcut is not None:
+            pixels = nn.functional.linear(pixels, self.conv_shortcut.weight.flatten(1))
+        return images_of(add_bias(pixels_of(hidden), pixels, self.outer_bias), hidden)
+
+
+def convolved(images: Tensor, conv: Any) -> Tensor:
+    """A convolution without its bias."""
+    return nn.functional.conv2d(images, conv.weight, None, conv.stride, conv.padding)

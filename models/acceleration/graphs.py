@@ -1,0 +1,298 @@
+"""UNet calls as CUDA graphs: the kernels of a call are recorded once and then started as one.
+
+A step of Stable Diffusion 1.5 is some 760 kernels; at 512×512 a fast GPU works through two rows of
+them in a third of the time that the host needs to start them one by one. The recorded kernels are
+those of the eager call, so the result is the same to the last bit.
+
+A recording is tied to addresses: of its inputs, which are filled before each replay, of its result,
+which is copied out, and of the weights, which must not move.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.acceleration.unet import CallSize, UNetCall, UNetInputs, UNetRows
+
+logger = logging.getLogger(__name__)
+
+ROW_BUCKETS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
+"""Rows of recordings. Calls of fewer are padded: most have an even number, which costs them a
+seventh at most, and that only from 14 rows on."""
+
+LAUNCH_BOUND_AREA = 16 * 64 * 64
+"""Latent pixels of all rows beyond which the device is busy for longer than the host needs to start
+the kernels, on the fastest cards there are; a recording would gain nothing, and padding costs."""
+
+WARM_UPS = 2
+"""Calls before a recording, in which libraries choose their kernels and get their workspaces."""
+
+SPARE_BYTES = 2 * 2**30
+"""Free device memory below which torch's cache is emptied before a recording, which cannot take
+from it. To do so each time costs more than the recording: all is asked for anew afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLimits:
+    """max_bytes: device memory that all recordings may hold.
+
+    is_padded: a call may be made with more rows than it needs. Without it, what else runs cannot
+        move the last bits of a result.
+    in_use_calls: a size that came up within so many calls is in use, and keeps its recordings:
+        sizes take turns, and to record each at its turn is slower than to record none.
+    """
+
+    max_bytes: int
+    is_padded: bool = True
+    in_use_calls: int = 500
+
+
+class RecordingBroken(Exception):
+    """A recording was cut off, which leaves torch in the middle of it: in this process every later
+    one would fail, and every replay."""
+
+
+class Recording(Protocol):
+    """A call that can be made again. held_bytes: device memory it has taken."""
+
+    @property
+    def output(self) -> Tensor: ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+    def replay(self) -> None:
+        """Read the inputs it was recorded with, write `output`."""
+        ...
+
+
+class Recorder(Protocol):
+    """Makes recordings."""
+
+    def new_pool(self) -> Any:
+        """Memory that recordings share: they run one at a time, and results are copied out."""
+        ...
+
+    def warm_up(self, call: UNetCall, inputs: UNetInputs) -> None:
+        """Make the call as it will be recorded: libraries choose kernels and get workspaces.
+
+        Raises: what the call raises.
+        """
+        ...
+
+    def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> Recording:
+        """Raises: torch.OutOfMemoryError, RecordingBroken."""
+        ...
+
+
+@dataclass(slots=True)
+class SizeRecordings:
+    """The recordings of one size, by rows; they share a pool and go together.
+
+    A pool gives its memory back as a whole, so there is one for each size and not one for all.
+    used_at: the latest call that was of this size, counted from the first one.
+    """
+
+    pool: Any
+    used_at: int = 0
+    by_rows: dict[int, tuple[UNetInputs, Recording]] = field(default_factory=dict)
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory of all of them."""
+        return sum(recording.held_bytes for _, recording in self.by_rows.values())
+
+
+class GraphedUNet:
+    """Replays where that pays and memory allows, and makes the plain call where not.
+
+    Sizes are recorded when they first come up. Where memory is short, one that is no longer in use
+    makes room; what found none is tried again later.
+    """
+
+    def __init__(
+        self, call: UNetCall, weights: Sequence[Tensor], recorder: Recorder, limits: GraphLimits
+    ) -> None:
+        self._call = call
+        self._weights = weights
+        self._recorder = recorder
+        self._limits = limits
+        self._calls = 0
+        self._sizes: OrderedDict[CallSize, SizeRecordings] = OrderedDict()
+        self._refused_until: dict[tuple[CallSize, int], float] = {}
+        self._is_broken = False
+        self._recorded_from = self._origin()
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory of all recordings."""
+        return sum(size.held_bytes for size in self._sizes.values())
+
+    def __call__(self, shares: Sequence[UNetRows]) -> Tensor:
+        self._calls += 1
+        size, rows = CallSize.of(shares[0]), sum(share.rows for share in shares)
+        recorded = self._find(size, self._padded(rows), shares)
+        if recorded is None:
+            return self._call(UNetInputs.gather(shares))
+        inputs, recording = recorded
+        inputs.fill(shares)
+        recording.replay()
+        # The next replay overwrites it, and some schedulers keep predictions for later steps.
+        return recording.output[:rows].clone()
+
+    def recorded_rows(self, area: int) -> list[int]:
+        """Of which numbers of rows there are recordings, for rows of so many latent pixels."""
+        return [rows for rows in ROW_BUCKETS if rows * area <= LAUNCH_BOUND_AREA]
+
+    def release(self) -> None:
+        """Forget all recordings; sizes are recorded anew when they come up again."""
+        self._sizes.clear()
+        self._refused_until.clear()
+
+    def _padded(self, rows: int) -> int:
+        if not self._limits.is_padded:
+            return rows
+        return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), rows)
+
+    def _find(
+        self, size: CallSize, rows: int, shares: Sequence[UNetRows]
+    ) -> tuple[UNetInputs, Recording] | None:
+        """The recording of a size, made if need be; None where the plain call is to be made."""
+        if self._origin() != self._recorded_from:
+            logger.info("weights or code of the UNet have changed, its graphs are made anew")
+            self.release()
+            self._recorded_from = self._origin()
+        known = self._sizes.get(size)
+        if known is not None:
+            known.used_at = self._calls
+            self._sizes.move_to_end(size)
+            if rows in known.by_rows:
+                return known.by_rows[rows]
+        is_worthwhile = rows * size.area <= LAUNCH_BOUND_AREA
+        is_refused = self._calls < self._refused_until.get((size, rows), 0)
+        if self._is_broken or not is_worthwhile or is_refused or self._call.is_changing:
+            return None
+        return self._record(size, rows, shares)
+
+    def _record(
+        self, size: CallSize, rows: int, shares: Sequence[UNetRows]
+    ) -> tuple[UNetInputs, Recording] | None:
+        recordings = self._sizes.get(size) or SizeRecordings(self._recorder.new_pool())
+        try:
+            inputs = UNetInputs.room_for(rows, shares[0])
+            inputs.fill(shares)
+            self._recorder.warm_up(self._call, inputs)
+            if self._call.is_changing:  # the warm-up has begun it
+                return None
+            recording = self._recorder.record(self._call, inputs, recordings.pool)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory for a graph of %s, %d rows", size, rows)
+            self._refuse(size, rows)
+            return None
+        except RecordingBroken:
+            # If the device itself is lost, the plain call that follows finds that out.
+            logger.warning("graphs cannot be used any more, plain calls go on", exc_info=True)
+            self._is_broken = True
+            self.release()
+            return None
+        recordings.by_rows[rows] = inputs, recording
+        recordings.used_at = self._calls
+        self._sizes[size] = recordings
+        self._sizes.move_to_end(size)
+        self._make_room(size, rows)
+        return inputs, recording
+
+    def _make_room(self, size: CallSize, rows: int) -> None:
+        """Drop the sizes that are not in use until the rest fits, or else this new recording."""
+        while self.held_bytes > self._limits.max_bytes:
+            oldest, recordings = next(iter(self._sizes.items()))
+            if self._calls - recordings.used_at < self._limits.in_use_calls:
+                logger.info("graphs of sizes in use leave no room for %s, %d rows", size, rows)
+                self._refuse(size, rows)
+                del self._sizes[size].by_rows[rows]
+                if not self._sizes[size].by_rows:
+                    del self._sizes[size]
+                return
+            del self._sizes[oldest]
+
+    def _refuse(self, size: CallSize, rows: int) -> None:
+        """Make the plain call for a while."""
+        self._refused_until[size, rows] = self._calls + self._limits.in_use_calls
+
+    def _origin(self) -> tuple[int, ...]:
+        """What recordings depend on: the code of the call and the addresses of the weights."""
+        return (self._call.version, *[weight.data_ptr() for weight in self._weights])
+
+
+@dataclass(frozen=True, slots=True)
+class CudaRecording:
+    """A `Recording` of a CUDA device."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+    held_bytes: int
+
+    def replay(self) -> None:
+        """Start it on the current stream."""
+        self.graph.replay()
+
+
+class CudaRecorder:
+    """Records on a stream of its own, as the libraries under torch ask for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def warm_up(self, call: UNetCall, inputs: UNetInputs) -> None:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    call(inputs)
+            current.wait_stream(self._stream)
+
+    def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> CudaRecording:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            torch.cuda.synchronize()
+            if free_bytes() < SPARE_BYTES:
+                torch.cuda.empty_cache()
+            free_before = free_bytes()
+            try:
+                graph, output = self._capture(call, inputs, pool)
+            finally:
+                torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
+            return CudaRecording(graph, output, max(0, free_before - free_bytes()))
+
+    def _capture(
+        self, call: UNetCall, inputs: UNetInputs, pool: Any
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self._stream):
+                # Other threads of this process may go on using the device.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    output = call(inputs)
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:  # asking for memory does not cut a recording off
+            raise
+        except RuntimeError as error:
+            raise RecordingBroken from error
+        return graph, output
+
+
+def free_bytes() -> int:
+    """Of the current device, without torch's own cache of free blocks."""
+    return torch.cuda.mem_get_info()[0]

@@ -1,0 +1,153 @@
+"""What one training sample teaches the denoiser: caption, timestep, noise, and the loss.
+
+At the last timestep the input is pure noise and the task is a plain regression, "draw this shape
+in this colour inside the mask", so most timesteps are drawn from the noisy end. Two things are
+trained besides the usual: structured noise, so that the network corrects what strong guidance
+overshoots, and starting from the clean background, so that `strength` below one still paints the
+object.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from models.builtin.training.captions import Caption, caption_of, nothing
+from models.builtin.training.latents import LatentBatch
+from models.builtin.training.text import tokenize
+from models.builtin.training.unet import TIMESTEPS, build_scheduler
+
+_OBJECT_VISIBLE_BELOW = 850  # timestep; above, an object drowns in the noise
+_OVERSHOOT_VISIBLE_BELOW = 960  # the same for one that guidance has made several times too strong
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one sample trains: its caption, the latents it ends at, and its structured noise.
+
+    `push` times (painted - background) is added to the noise: between 0 and 1 what guidance
+    overshoots, below 0 what is left of the background when denoising starts from it. `blur` is
+    the width of the box it is smoothed with first, as a share of the picture's side: what strong
+    guidance makes of a first guess is a blob, and the shape must come from the text all the same.
+    """
+
+    caption: Caption
+    is_painted: bool
+    push: float = 0.0
+    blur: float = 0.0
+
+
+def draw_timesteps(rng: np.random.Generator, count: int, is_early: bool) -> Tensor:
+    """Stratified over four ranges, `(n,)`; early on mostly the noisy end, where shapes are made."""
+    shares = (0.05, 0.20, 0.45) if is_early else (0.25, 0.55, 0.78)
+    places = (np.arange(count) + rng.random(count)) / count
+    steps = np.interp(places, [0.0, *shares, 1.0], [0, 550, 930, 980, TIMESTEPS])
+    return torch.from_numpy(np.minimum(steps.astype(np.int64), TIMESTEPS - 1))
+
+
+def draw_lesson(
+    batch: LatentBatch, index: int, timestep: int, ratio: float, rng: np.random.Generator
+) -> Lesson:
+    """`ratio` is the amplitude of the signal over that of the noise at `timestep`."""
+    if rng.random() < 0.2:
+        return _empty_lesson(timestep, rng)
+    caption = caption_of(batch.things[index], rng)
+    if 300 <= timestep < 980 and rng.random() < 0.15:
+        return Lesson(caption, True, -ratio * rng.uniform(0.5, 1.0))
+    if rng.random() < 0.5:
+        return Lesson(caption, True, rng.uniform(0.0, 1.0), _blur(rng))
+    return Lesson(caption, True)
+
+
+def _empty_lesson(timestep: int, rng: np.random.Generator) -> Lesson:
+    """An empty caption means background, unless an object can already be seen."""
+    caption = Caption(nothing(rng), None)
+    chance = rng.random()
+    if timestep < _OBJECT_VISIBLE_BELOW and chance < 0.15:
+        return Lesson(caption, True)
+    if timestep < _OVERSHOOT_VISIBLE_BELOW and chance < 0.3:
+        return Lesson(caption, True, rng.uniform(0.15, 0.8), _blur(rng))
+    return Lesson(caption, False)
+
+
+def _blur(rng: np.random.Generator) -> float:
+    return rng.uniform(0.03, 0.2) if rng.random() < 0.6 else 0.0
+
+
+class Contexts:
+    """Turns captions into the hidden states the UNet attends to, as a serving program makes them.
+
+    A fifth of the batches get a second block of 77 tokens (empty or filler), a fifth of the
+    captions have a stretch of tokens scaled, as emphasis brackets do.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        """`(n, 77, 96)`"""
+        ids = tokenize(self.tokenizer, texts).to(self.encoder.device)
+        hidden: Tensor = self.encoder(ids)[0]
+        return hidden
+
+    def draw(self, texts: list[str], rng: np.random.Generator) -> Tensor:
+        """`(n, 77 or 154, 96)`"""
+        hidden = self.encode(texts)
+        for row in hidden:
+            if rng.random() < 0.2:
+                first = int(rng.integers(1, 60))
+                row[first : first + int(rng.integers(1, 30))] *= rng.choice([0.91, 1.1, 1.21, 1.33])
+        if rng.random() < 0.2:
+            more = [nothing(rng) if rng.random() < 0.4 else "" for _ in texts]
+            hidden = torch.cat([hidden, self.encode(more)], dim=1)
+        return hidden
+
+
+def loss_of(
+    unet: nn.Module,
+    batch: LatentBatch,
+    timesteps: Tensor,
+    contexts: Contexts,
+    rng: np.random.Generator,
+) -> tuple[Tensor, float]:
+    """Weighted v-loss of a batch at `timesteps` `(n,)`, and its plain mean inside the masks."""
+    count = len(batch.things)
+    alphas = build_scheduler().alphas_cumprod[timesteps]
+    ratios = (alphas / (1.0 - alphas)).sqrt().tolist()
+    lessons = [draw_lesson(batch, i, int(timesteps[i]), ratios[i], rng) for i in range(count)]
+    device = batch.mask.device
+    hidden = contexts.draw([lesson.caption.text for lesson in lessons], rng)
+    is_painted = torch.tensor([lesson.is_painted for lesson in lessons], device=device)
+    clean = torch.where(is_painted[:, None, None, None], batch.painted, batch.background)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    noise = noise + structured_noise(batch, lessons)
+    signal = alphas.sqrt().to(device)[:, None, None, None]
+    spread = (1.0 - alphas).sqrt().to(device)[:, None, None, None]
+    noisy = signal * clean + spread * noise
+    wanted = signal * noise - spread * clean
+    model_input = torch.cat([noisy, batch.mask, batch.masked], dim=1)  # (n, 9, h, w)
+    guess = unet(model_input, timesteps.to(device), hidden).sample
+    error = (guess.float() - wanted).square().mean(dim=1, keepdim=True)  # (n, 1, h, w)
+    weight = 0.2 + 0.8 * batch.mask
+    weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)
+    inside = (error.detach() * batch.mask).sum() / batch.mask.sum()
+    return (error * weight).mean(), inside.item()
+
+
+def structured_noise(batch: LatentBatch, lessons: list[Lesson]) -> Tensor:
+    """What the lessons add to the noise, `(n, 4, h, w)`."""
+    difference = batch.painted - batch.background
+    added = torch.zeros_like(difference)
+    for index, lesson in enumerate(lessons):
+        if lesson.push:
+            reach = round(0.5 * lesson.blur * difference.shape[-1])
+            added[index] = lesson.push * functional.avg_pool2d(
+                difference[index], 2 * reach + 1, 1, reach, count_include_pad=False
+            )
+    return added

@@ -1,0 +1,87 @@
+"""The families of Stable Diffusion checkpoints and their published configurations.
+
+Torch-free. A diffusers folder brings its configuration along; a single file does not, so that of
+its family is shipped in `configs/`, one JSON file each, as published with the original checkpoint.
+"""
+
+import json
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from models.checkpoints.weights import read_json
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+Configs: TypeAlias = dict[str, dict[str, Any]]
+"""Component name to its configuration; "model_index" holds the pipeline's own switches."""
+
+CONFIG_FILES = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "text_encoder_2": "text_encoder_2/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+    "model_index": "model_index.json",
+}
+
+
+class Family(StrEnum):
+    """What a checkpoint was built like; UNets of 4 and of 9 channels occur in each."""
+
+    SD15 = "sd15"
+    """Stable Diffusion 1.x: the text encoder of CLIP ViT-L/14."""
+    SD2 = "sd2"
+    """Stable Diffusion 2.x: the text encoder of OpenCLIP ViT-H/14 without its last layer."""
+    SDXL = "sdxl"
+    """Stable Diffusion XL base: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 side by side."""
+
+
+TEXT_ENCODER_PREFIXES = {
+    "conditioner.embedders.1.model.": Family.SDXL,
+    "cond_stage_model.model.": Family.SD2,
+    "cond_stage_model.transformer.": Family.SD15,
+    "conditioner.embedders.0.model.": Family.SD2,
+    "conditioner.embedders.0.transformer.": Family.SD15,
+}
+"""Where a single file keeps the text encoder that only its family has. The last two are those of
+the sgm code, which XL's refiner and incomplete XL files use too."""
+
+XL_ADDED_EMBEDDING = "model.diffusion_model.label_emb."
+"""In the UNet of every XL file, the refiner's too."""
+
+
+def detect_family(names: Iterable[str]) -> Family | None:
+    """The family of a single file, by its tensors' names; None for anything else."""
+    known = list(names)
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in known)
+
+    family = next((each for prefix, each in TEXT_ENCODER_PREFIXES.items() if has(prefix)), None)
+    is_sgm = has("conditioner.")
+    is_other = is_sgm and (family is Family.SDXL) != has(XL_ADDED_EMBEDDING)
+    return None if is_other else family
+
+
+def published_configs(family: Family, is_inpainting: bool) -> Configs:
+    """The configuration a family was published with.
+
+    is_inpainting: the UNet has 9 channels; such checkpoints may ship another scheduler.
+    """
+    configs: Configs = json.loads((CONFIG_FOLDER / f"{family}.json").read_text())
+    inpainting_scheduler = configs.pop("inpainting_scheduler", configs["scheduler"])
+    return configs | {"scheduler": inpainting_scheduler} if is_inpainting else configs
+
+
+def read_configs(folder: Path) -> Configs:
+    """The configurations in a diffusers folder, of which the weights may be missing.
+
+    Raises: ModelUnavailable.
+    """
+    return {
+        name: read_json(folder / file)
+        for name, file in CONFIG_FILES.items()
+        if (folder / file).is_file()
+    }

@@ -1,0 +1,169 @@
+"""Canvases in latent space: what the UNet is given of a job's picture and mask.
+
+Each image is encoded only if the job needs it, together with others of its size, and kept for a
+while, as people try the same picture with other seeds. What is kept are the VAE's distributions;
+every sample draws its own values from them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.diffusion.vae import LatentCodec
+from models.imaging.canvas import Canvas
+from models.params import InpaintParams
+
+INPAINT_CHANNELS = 9
+"""Latents (4), mask (1) and masked-image latents (4), joined in this order."""
+
+KEPT_CANVASES = 16
+"""Encoded canvases kept at a time, about 150 kB each at 512×512."""
+
+
+@dataclass(slots=True, eq=False)
+class EncodedCanvas:
+    """What all samples of a canvas share.
+
+    mask: `(1, 1, h/8, w/8)`, 0 or 1. strengths: likewise, 0 to 1, see `Sample`.
+    init_image, masked_image: the VAE's distributions; None while no job has needed them.
+    is_encoded_again: see `Picture`.
+    """
+
+    mask: Tensor
+    strengths: Tensor
+    init_image: Any = None
+    masked_image: Any = None
+    is_encoded_again: bool = False
+
+
+class Draws(NamedTuple):
+    """A sample's random start: `(1, 4, h/8, w/8)` each, None where the run does not need it."""
+
+    image_latents: Tensor | None
+    noise: Tensor
+    masked_image_latents: Tensor | None
+
+
+class CanvasEncoder:
+    """Encodes for a UNet of 4 or 9 input channels; its device and dtype are those of the result."""
+
+    def __init__(
+        self, codec: LatentCodec, channels: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._codec = codec
+        self._has_masked_image = channels == INPAINT_CHANNELS
+        self._device = device
+        self._dtype = dtype
+        self._kept: OrderedDict[bytes, EncodedCanvas] = OrderedDict()
+
+    def encode(self, jobs: Sequence[tuple[InpaintParams, Canvas]]) -> list[EncodedCanvas]:
+        """Each job's canvas, with the images that it needs. Raises: UnusablePicture."""
+        found = [self._recall(canvas) for _, canvas in jobs]
+        init_images: dict[EncodedCanvas, Canvas] = {}
+        masked_images: dict[EncodedCanvas, Canvas] = {}
+        for encoded, (params, canvas) in zip(found, jobs, strict=True):
+            needs_init_image = self._draws_init_image(params) or params.soft_mask
+            if needs_init_image and encoded.init_image is None:
+                init_images[encoded] = canvas
+            if self._has_masked_image and encoded.masked_image is None:
+                masked_images[encoded] = canvas
+        for same_size in by_size(init_images):
+            images = self._images([canvas.init_image for canvas in same_size.values()])
+            for encoded, image, is_again in self._encoded(same_size, images):
+                encoded.init_image = image
+                encoded.is_encoded_again |= is_again
+        for same_size in by_size(masked_images):
+            kept = self._strengths(same_size.values()) == 0
+            images = self._images([canvas.init_image for canvas in same_size.values()]) * kept
+            for encoded, image, is_again in self._encoded(same_size, images):
+                encoded.masked_image = image
+                encoded.is_encoded_again |= is_again
+        while len(self._kept) > KEPT_CANVASES:
+            self._kept.popitem(last=False)
+        return found
+
+    def draw(
+        self, params: InpaintParams, encoded: EncodedCanvas, generator: torch.Generator
+    ) -> Draws:
+        """A sample's values. generator: of the host, so that every device gets the same numbers.
+
+        The order of the three draws is the original's; changing it changes every picture.
+        """
+        image_latents = None
+        if self._draws_init_image(params):
+            image_latents = self._codec.draw(encoded.init_image, generator)
+        elif params.soft_mask:
+            image_latents = self._codec.middle(encoded.init_image)
+        shape = (1, 4, *encoded.mask.shape[-2:])
+        noise = randn_tensor(shape, generator, device=self._device, dtype=self._dtype)
+        if self._has_masked_image:
+            return Draws(image_latents, noise, self._codec.draw(encoded.masked_image, generator))
+        # The original draws these too and never uses them; a scheduler's own draws come after.
+        torch.randn(shape, generator=generator)
+        return Draws(image_latents, noise, None)
+
+    def latents_of(self, picture: NDArray[np.uint8]) -> Tensor:
+        """The most probable latents `(1, 4, h/8, w/8)` of any picture `(h, w, 3)`.
+
+        Raises: UnusablePicture.
+        """
+        (distribution,), _ = self._codec.encode(self._images([picture]))
+        return self._codec.middle(distribution)
+
+    def forget(self) -> None:
+        """Keep nothing any more."""
+        self._kept.clear()
+
+    def _draws_init_image(self, params: InpaintParams) -> bool:
+        """Whether the run starts from the init image, or is blended with it at each step."""
+        return not self._has_masked_image or params.strength < 1
+
+    def _recall(self, canvas: Canvas) -> EncodedCanvas:
+        digest = canvas.digest()
+        if digest not in self._kept:
+            self._kept[digest] = self._without_images(canvas)
+        self._kept.move_to_end(digest)
+        return self._kept[digest]
+
+    def _without_images(self, canvas: Canvas) -> EncodedCanvas:
+        # "nearest" and before the cast to half precision, as the original does.
+        size = [side // self._codec.scale for side in canvas.strengths.shape]
+        strengths = self._strengths([canvas]).float() / 255
+        strengths = torch.nn.functional.interpolate(strengths, size=size)
+        mask = strengths > 0
+        if self._has_masked_image:
+            strengths = strengths.where(mask, 1.0)
+        return EncodedCanvas(mask.to(self._dtype), strengths)
+
+    def _images(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Pictures `(h, w, 3)` of one size as `(n, 3, h, w)` float32 in [-1, 1]."""
+        pixels = torch.from_numpy(np.stack(pictures))
+        return pixels.to(self._device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+    def _strengths(self, canvases: Iterable[Canvas]) -> Tensor:
+        """`(n, 1, h, w)` uint8."""
+        strengths = torch.from_numpy(np.stack([canvas.strengths for canvas in canvases]))
+        return strengths.to(self._device)[:, None]
+
+    def _encoded(
+        self, canvases: Iterable[EncodedCanvas], images: Tensor
+    ) -> Iterator[tuple[EncodedCanvas, Any, bool]]:
+        """Whose image it is, its distribution, and whether it was encoded again."""
+        return zip(canvases, *self._codec.encode(images), strict=True)
+
+
+def by_size(
+    canvases: Mapping[EncodedCanvas, Canvas],
+) -> Iterable[Mapping[EncodedCanvas, Canvas]]:
+    """The same in groups of one size."""
+    groups: dict[tuple[int, ...], dict[EncodedCanvas, Canvas]] = {}
+    for encoded, canvas in canvases.items():
+        groups.setdefault(canvas.strengths.shape, {})[encoded] = canvas
+    return groups.values()

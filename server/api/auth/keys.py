@@ -1,0 +1,182 @@
+"""`KeyStore`: API keys as rows, written by `inpaint-server keys` and read by running servers.
+
+A key is 32 random bytes, shown once when it is made. The row keeps its SHA-256: the key is long and
+random, so nothing slower is needed, and a slow hash would let strangers keep the server busy.
+
+A row is one secret; rows of one `key_id` are one holder, whose jobs they all see. Rotation adds a
+row and ends the older ones after an overlap.
+"""
+
+import hashlib
+import ipaddress
+import math
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Engine, Row, func, insert, or_, select, update
+
+from server.storage.database import api_keys, read_only
+
+IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+KEY_PREFIX = "sd_"
+LISTS_OF_NETWORKS = ("fetch_networks", "webhook_networks")
+LISTS_OF_HOSTS = ("fetch_hosts", "webhook_hosts")
+"""Limits that are lists. NULL is an empty one: an earlier release does not know the column."""
+
+PREFIX_CHARS = 9
+"""Of a key, shown in lists so that people can tell keys apart: 6 of its 43 random characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What the holder of a key may do. None means the server's own limit, or no limit.
+
+    requests_per_minute: API calls, polls included.
+    max_waiting: jobs of this key that may wait at a time.
+    priority: of its jobs in the queue; higher goes first.
+    hold_s: how long its V3 calls are held before "processing".
+    fetch_networks, fetch_hosts: where its images may come from, besides what the settings allow.
+    webhook_networks, webhook_hosts: where its webhooks may go.
+    force_safety_checker: its pictures are always checked.
+    """
+
+    requests_per_minute: int | None = None
+    max_waiting: int | None = None
+    priority: int = 0
+    hold_s: float | None = None
+    fetch_networks: tuple[IpNetwork, ...] = ()
+    fetch_hosts: tuple[str, ...] = ()
+    webhook_networks: tuple[IpNetwork, ...] = ()
+    webhook_hosts: tuple[str, ...] = ()
+    force_safety_checker: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "max_waiting"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
+        if self.hold_s is not None and not 0 <= self.hold_s < math.inf:
+            raise ValueError("the hold must be 0 s or more")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A row. Times are seconds since the epoch.
+
+    digest: SHA-256 of the key in hexadecimal. prefix: the key's head, for people.
+    """
+
+    digest: str
+    key_id: str
+    name: str
+    prefix: str
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    limits: KeyLimits
+
+    def is_valid(self, now: float) -> bool:
+        """Neither revoked nor expired."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+class KeyStore:
+    """All access to key rows. Synchronous; safe to call from several threads and processes.
+
+    clock: seconds since the epoch.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.time) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    def create(
+        self, name: str, limits: KeyLimits | None = None, lifetime_s: float | None = None
+    ) -> tuple[str, StoredKey]:
+        """A new holder; the key itself, which is kept nowhere, and its row."""
+        now = self._clock()
+        expires_at = None if lifetime_s is None else now + lifetime_s
+        return self._insert(secrets.token_hex(6), name, expires_at, limits or KeyLimits())
+
+    def rotate(self, key_id: str, overlap_s: float) -> tuple[str, StoredKey]:
+        """A further key for a holder, whose present ones end after the overlap.
+
+        The new key expires when the newest one was going to. Raises: LookupError where the holder
+        has no valid key.
+        """
+        now = self._clock()
+        valid = [key for key in self.list_keys() if key.key_id == key_id and key.is_valid(now)]
+        if not valid:
+            raise LookupError(f"no valid key has the id {key_id}")
+        newest = valid[-1]
+        made = self._insert(key_id, newest.name, newest.expires_at, newest.limits)
+        until = now + overlap_s
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(api_keys)
+                .where(
+                    api_keys.c.digest.in_([key.digest for key in valid]),
+                    or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > until),
+                )
+                .values(expires_at=until)
+            )
+        return made
+
+    def revoke(self, key_id: str) -> int:
+        """End all keys of a holder, for good; how many that were."""
+        with self._engine.begin() as connection:
+            return connection.execute(
+                update(api_keys)
+                .where(api_keys.c.key_id == key_id, api_keys.c.revoked_at.is_(None))
+                .values(revoked_at=self._clock())
+            ).rowcount
+
+    def list_keys(self) -> list[StoredKey]:
+        """All rows, ended ones too, oldest first."""
+        query = select(api_keys).order_by(api_keys.c.created_at, api_keys.c.digest)
+        with read_only(self._engine) as connection:
+            return [to_stored_key(row) for row in connection.execute(query)]
+
+    def has_keys(self) -> bool:
+        """Whether any key was ever made: revoking the last one must not open the server."""
+        with read_only(self._engine) as connection:
+            return bool(connection.execute(select(func.count()).select_from(api_keys)).scalar_one())
+
+    def _insert(
+        self, key_id: str, name: str, expires_at: float | None, limits: KeyLimits
+    ) -> tuple[str, StoredKey]:
+        key = KEY_PREFIX + secrets.token_urlsafe(32)
+        values: dict[str, Any] = asdict(limits)
+        for column in LISTS_OF_NETWORKS:
+            values[column] = [str(network) for network in getattr(limits, column)]
+        query = insert(api_keys).values(
+            digest=digest_of(key),
+            key_id=key_id,
+            name=name,
+            prefix=key[:PREFIX_CHARS],
+            created_at=self._clock(),
+            expires_at=expires_at,
+            **values,
+        )
+        with self._engine.begin() as connection:
+            return key, to_stored_key(connection.execute(query.returning(api_keys)).one())
+
+
+def digest_of(key: str) -> str:
+    """SHA-256 in hexadecimal. Half a surrogate pair, as JSON can spell it, counts as "?"."""
+    return hashlib.sha256(key.encode(errors="replace")).hexdigest()
+
+
+def to_stored_key(row: Row[Any]) -> StoredKey:
+    """A row of `api_keys`, its limits gathered."""
+    values = dict(row._mapping)
+    limits = {name: values.pop(name) for name in KeyLimits.__dataclass_fields__}
+    for name in LISTS_OF_NETWORKS:
+        limits[name] = tuple(map(ipaddress.ip_network, limits[name] or ()))
+    for name in LISTS_OF_HOSTS:
+        limits[name] = tuple(limits[name] or ())
+    return StoredKey(**values, limits=KeyLimits(**limits))

@@ -1,0 +1,361 @@
+"""Request bodies of every form clients use, read into one mapping of fields.
+
+JSON whatever the content type says (a trailing comma is forgiven, and raw line breaks in texts),
+URL-encoded forms, multipart forms with files, and the query string. What stands in the body wins
+over the query.
+"""
+
+import asyncio
+import json
+import re
+import zlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from server.core.codings import CODINGS, inflate
+from server.core.errors import (
+    BodyTooLarge,
+    EncodedBody,
+    InvalidBody,
+    InvalidForm,
+    ServerBusy,
+    TooManyFields,
+)
+
+MAX_FIELDS = 200
+"""Of a form, a query string or a JSON object."""
+
+MAX_MARKS = 20_000
+"""Quotes, brackets or commas of a JSON body: far more than any request has, and few enough that
+nobody can keep the parser, and with it all others, busy."""
+
+JSON_SPACE = " \t\r\n"
+MAX_DEPTH = 8
+"""Of lists and objects inside each other; requests are flat."""
+
+MAX_ESCAPES = 1_000_000
+"""Of a URL-encoded form, each slow to undo: two of the largest pictures in base64 have 830,000."""
+
+IMAGE_FIELDS = ("init_image", "mask_image")
+BASE64_START = re.compile(
+    rb"(?!\+*https?(?::|%3a))(?:.{0,300}?(?:,|%2c))?\+*", re.IGNORECASE | re.DOTALL
+)
+"""What stands before the base64 of an image in a URL-encoded form: a data URI's head, blanks. URLs
+do not match."""
+
+MAX_PART_BYTES = 32_000_000
+
+MAX_TRAILING_COMMAS, MAX_OF_LARGE = 16, 2
+"""That are forgiven, the latter in a body of more than `SMALL_CHARS`. Each costs a reading more."""
+
+SMALL_CHARS = 1_000_000
+MAX_INFLATION = 10
+"""A compressed body may be so many times as large as it was on the wire, and `FREE_BYTES` more:
+pictures in base64 shrink to three quarters. Else a few bytes would buy a stranger seconds."""
+
+FREE_BYTES = 1_000_000
+
+BOUNDARY = re.compile(r""";\s*boundary=(?:"([^"\\]{1,70})"|([^\s";,]{1,70}))""", re.IGNORECASE)
+"""Of a multipart form; RFC 2046 allows 70 characters."""
+
+LARGE_BYTES = 65_536
+"""Larger bodies are parsed in a thread. What a client chooses to send costs at most 20 ms below
+this size (a form in which every character is escaped)."""
+
+_beside_the_loop = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bodies")
+"""For large bodies. Few, as they all share the interpreter with the event loop."""
+
+RESERVE_BODY = "inpaint.reserve_body"
+"""Extension of the ASGI scope: its "call" is told how many bytes more a body takes than came over
+the wire, and answers whether there is room for them."""
+
+RELEASE = "inpaint.release_body"
+"""Extension of the ASGI scope: its "call" is made when the body is no longer held."""
+
+R = TypeVar("R")
+Fields = dict[str, Any]
+"""Names in lower case. Values: JSON values, form texts, or bytes of an uploaded file."""
+
+
+ABSENT_WORDS = ("", "null", "none", "undefined")
+"""In any case: what Python, JavaScript and forms write where a value is missing."""
+
+
+def is_absent(value: Any) -> bool:
+    """True for null and for a text that stands for a missing value."""
+    if isinstance(value, str):
+        word = value.strip()
+        # Inline pictures are megabytes, of which no copy in lower case should be made.
+        return len(word) < 10 and word.lower() in ABSENT_WORDS
+    return value is None
+
+
+async def read_fields(request: Request, max_bytes: int) -> Fields:
+    """All fields of a request. Raises: InvalidBody."""
+    query = with_lower_names(parse_form(request.scope["query_string"]))
+    body = await read_body(request, max_bytes)
+    content_type = request.headers.get("content-type", "")
+    fields = with_lower_names(await parse_body(body, content_type))
+    return query | fields
+
+
+def with_lower_names(fields: Fields) -> Fields:
+    """The values that are there, `Seed` as `seed`; of both spellings the exact one counts."""
+    present = {name: value for name, value in fields.items() if not is_absent(value)}
+    return {name.lower(): value for name, value in present.items()} | {
+        name: value for name, value in present.items() if name.islower()
+    }
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, judged while it arrives. Raises: InvalidBody, BodyTooLarge, EncodedBody."""
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity", *CODINGS):
+        raise EncodedBody
+    if int(request.headers.get("content-length") or 0) > max_bytes:
+        raise BodyTooLarge
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise BodyTooLarge
+    except ClientDisconnect as error:
+        raise InvalidBody from error
+    if coding in CODINGS:
+        return await inflated(request, bytes(body), max_bytes)
+    return bytes(body)
+
+
+async def inflated(request: Request, body: bytes, max_bytes: int) -> bytes:
+    """A body without its content coding. Raises: InvalidBody, BodyTooLarge, ServerBusy."""
+    reserve = request.scope.get("extensions", {}).get(RESERVE_BODY)
+    loop = asyncio.get_running_loop()
+    pieces, size = inflate(body), 0
+    max_bytes = min(max_bytes, MAX_INFLATION * len(body) + FREE_BYTES)
+    whole = bytearray()
+    try:
+        while piece := await loop.run_in_executor(_beside_the_loop, next, pieces, b""):
+            size += len(piece)
+            if size > max_bytes:
+                raise BodyTooLarge
+            if reserve is not None and not reserve["call"](len(piece)):
+                raise ServerBusy
+            whole += piece
+    except zlib.error as error:
+        raise InvalidBody from error
+    return bytes(whole)
+
+
+async def read_json(request: Request, max_bytes: int) -> bytes:
+    """A body for a strict JSON parser, cheap enough to be given to one.
+
+    Raises: InvalidBody, BodyTooLarge.
+    """
+    body = await read_body(request, max_bytes)
+    await parsed(refuse_many_marks, body)
+    return body
+
+
+def refuse_many_fields(query: bytes) -> None:
+    """Raises: TooManyFields."""
+    if query.count(b"&") >= MAX_FIELDS:
+        raise TooManyFields
+
+
+def release_body(request: Request) -> None:
+    """Nothing of the body is held any longer, so that it takes no more of the room for bodies."""
+    release = request.scope.get("extensions", {}).get(RELEASE)
+    if release is not None:
+        release["call"]()
+
+
+async def parsed(parse: Callable[[bytes], R], body: bytes) -> R:
+    """What a parser makes of a body, without keeping the event loop. Raises: as the parser."""
+    if len(body) < LARGE_BYTES:
+        return parse(body)
+    return await asyncio.get_running_loop().run_in_executor(_beside_the_loop, parse, body)
+
+
+async def parse_body(body: bytes, content_type: str) -> Fields:
+    """The fields of a body; none for an empty one. Raises: InvalidBody."""
+    start = body.lstrip()[:1]
+    if not start:
+        return {}
+    kind = content_type.partition(";")[0].strip().lower()
+    if start == b"{":
+        return await parsed(parse_json, body)
+    if kind == "multipart/form-data":
+        # The parser is made for streams, but has nothing to wait for here.
+        return await parsed(lambda whole: at_once(parse_multipart(whole, content_type)), body)
+    if kind == "application/x-www-form-urlencoded":
+        return await parsed(parse_form, body)
+    return await parsed(parse_json, body)
+
+
+def at_once(coroutine: Coroutine[Any, Any, R]) -> R:
+    """The result of a coroutine that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: R = end.value
+        return result
+    raise RuntimeError("it waits")
+
+
+def parse_json(body: bytes) -> Fields:
+    """A JSON object, with or without commas before closing brackets. Raises: InvalidBody."""
+    refuse_many_marks(body)
+    try:
+        fields = load_json(body.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidBody from error
+    if not isinstance(fields, dict) or len(fields) > MAX_FIELDS or is_deeper(fields, MAX_DEPTH):
+        raise InvalidBody
+    return fields
+
+
+def load_json(text: str) -> Any:
+    """A JSON value; a few commas before closing brackets are left out. Raises: ValueError."""
+    most = MAX_TRAILING_COMMAS if len(text) <= SMALL_CHARS else MAX_OF_LARGE
+    for _ in range(most):
+        try:
+            return load_strict(text)
+        except json.JSONDecodeError as error:
+            place = trailing_comma(text, error.pos)
+            if place is None:
+                raise
+            text = text[:place] + text[place + 1 :]
+    return load_strict(text)
+
+
+def load_strict(text: str) -> Any:
+    """A JSON value; line breaks and tabs may stand in texts as they are. Raises: ValueError."""
+    return json.loads(text, parse_constant=refuse_constant, parse_int=to_integer, strict=False)
+
+
+def to_integer(digits: str) -> int | float:
+    """A whole number; infinity where it has more digits than Python reads."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
+def trailing_comma(text: str, position: int) -> int | None:
+    """Where the comma stands that made a parser stop here; None where it is something else.
+
+    All before `position` was understood, so that the comma is none of a string. Parsers stop at it
+    or at the closing bracket.
+    """
+    stop = position + text.startswith(",", position)
+    before = text[:stop].rstrip(JSON_SPACE)
+    is_between = before.endswith(",") and before[:-1].rstrip(JSON_SPACE)[-1:] not in {*",[{:"}
+    if is_between and text[stop:].lstrip(JSON_SPACE).startswith(("}", "]")):
+        return len(before) - 1
+    return None
+
+
+def refuse_many_marks(body: bytes) -> None:
+    """Raises: InvalidBody."""
+    if any(body.count(mark) > MAX_MARKS for mark in (b'"', b"[", b"{", b",", b":")):
+        raise InvalidBody
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether a JSON value has more than `depth` lists and objects inside each other."""
+    inner = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
+    if inner is None:
+        return False
+    return depth == 0 or any(is_deeper(each, depth - 1) for each in inner)
+
+
+def refuse_constant(name: str) -> None:
+    """NaN and Infinity are Python's own addition to JSON. Raises: ValueError."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_form(body: bytes) -> Fields:
+    """A URL-encoded form. Raises: InvalidForm, TooManyFields."""
+    refuse_many_fields(body)
+    if body.count(b"%") + body.count(b"+") > MAX_ESCAPES:
+        raise InvalidForm
+    pairs = b"&".join(map(with_pluses, body.split(b"&")))
+    try:
+        return dict(parse_qsl(pairs.decode(), keep_blank_values=True))
+    except ValueError as error:
+        raise InvalidForm from error
+
+
+def with_pluses(pair: bytes) -> bytes:
+    """A name and its value, with the `+` of base64 escaped, which a form reads as a blank.
+
+    Clients forget to escape it, and no blank belongs there.
+    """
+    name, equals, value = pair.partition(b"=")
+    head = BASE64_START.match(value)
+    if head is None or name.decode("latin-1").lower() not in IMAGE_FIELDS:
+        return pair
+    return name + equals + head[0] + value[head.end() :].replace(b"+", b"%2B")
+
+
+async def parse_multipart(body: bytes, content_type: str) -> Fields:
+    """A multipart form in UTF-8; files become bytes. Raises: InvalidForm.
+
+    The parser is given the boundary and nothing else of the client's content type: it would look up
+    a `charset` among all of Python's codecs, and decoding punycode takes quadratic time. Its own
+    charset is Latin-1, which keeps the bytes of every part.
+    """
+    boundary = BOUNDARY.search(content_type)
+    if boundary is None:
+        raise InvalidForm
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = MultiPartParser(
+        headers=Headers(
+            {
+                "content-type": "multipart/form-data; charset=latin-1; "
+                f'boundary="{boundary[1] or boundary[2]}"'
+            }
+        ),
+        stream=stream(),  # type: ignore[arg-type]  # an async generator by another name
+        max_files=MAX_FIELDS,
+        max_fields=MAX_FIELDS,
+        max_part_size=MAX_PART_BYTES,
+    )
+    parser.spool_max_size = 0  # no files on disk: all bodies in memory have a limit together
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise InvalidForm from error
+    fields: Fields = {}
+    for latin_name, value in form.multi_items():
+        name = str(decode_part(latin_name))
+        if isinstance(value, UploadFile):
+            fields[name] = await value.read()
+        else:
+            fields[name] = decode_part(value, is_image=name.lower() in IMAGE_FIELDS)
+    await form.close()
+    return fields
+
+
+def decode_part(latin: str, *, is_image: bool = False) -> str | bytes:
+    """A part's text, whose bytes were read as Latin-1.
+
+    Other bytes than UTF-8 are a picture whose part has no file name, elsewhere the text they seem.
+    """
+    content = latin.encode("latin-1")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content if is_image else latin

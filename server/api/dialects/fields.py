@@ -1,0 +1,227 @@
+"""`FieldReader`: lenient reading of single values, shared by the vendor's dialects."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from models.params import (
+    CHUNK_TOKENS,
+    MAX_PROMPT_CHUNKS,
+    RANGES,
+    Range,
+    SchedulerName,
+    allowed_size,
+    fit_side,
+    is_surely_too_long,
+)
+from server.api.bodies import is_absent
+from server.api.dialects.samplers import find_scheduler
+from server.core.notices import Notice
+from server.egress.policy import MAX_URL_CHARS, Refused, checked_url
+from server.egress.sources import ZERO_WIDTH, ImageSource
+
+TRUE_WORDS = ("yes", "true", "1", "on")
+FALSE_WORDS = ("no", "false", "0", "off")
+INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
+
+
+MAX_TEXT_CHARS = 8_000
+"""Of a prompt as sent; enhancement makes it longer."""
+
+MAX_TRACK_ID_CHARS = 1_024
+"""Written out. It goes into the job's row and back in the webhook call."""
+
+MAX_SCHEDULER_CHARS = 100
+NOT_A_SOURCE = "must be a URL, base64 or a file."
+"""Of an image."""
+
+
+class FieldReader:
+    """Takes values out of a request's fields and notes what is wrong with them, or ignored.
+
+    `""`, null, the texts "null", "none" and "undefined" and absence mean the same, for every field:
+    a prompt "None" is nearly always Python's. Texts are trimmed.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+        self.errors: dict[str, list[str]] = {}
+        self.notices: list[Notice] = []
+
+    def value(self, name: str) -> Any:
+        """The field, None where it says nothing."""
+        value = self._fields.get(name)
+        if isinstance(value, str):
+            # Inline pictures are megabytes of ASCII, of which no copy should be made.
+            if not value.isascii():
+                # Half a surrogate pair, as JSON can spell it, fits into no answer and no row.
+                value = value.encode(errors="replace").decode().strip().strip(ZERO_WIDTH)
+            value = value.strip()
+        return None if is_absent(value) else value
+
+    def text(self, name: str, max_chars: int = MAX_TEXT_CHARS) -> str | None:
+        """A text; numbers are taken as they would be written."""
+        value = self.value(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            self._refuse(name, "must be a string.")
+            return None
+        if len(str(value)) > max_chars:
+            self._refuse_length(name, max_chars)
+            return None
+        return str(value)
+
+    def required_text(self, name: str) -> str:
+        """A text that must be there; `""` stands in for it once noted as missing."""
+        text = self.text(name)
+        if text is None and name not in self.errors:
+            self._refuse(name, "field is required.")
+        return text or ""
+
+    def check_prompt(self, name: str, prompt: str) -> None:
+        """Refuse a prompt that the worker would, as far as that is known here."""
+        if is_surely_too_long(prompt):
+            limit = f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens"
+            self._refuse(name, f"may not need more than {limit}.")
+
+    def image(self, name: str) -> ImageSource:
+        """A picture: URL, data URI, base64 text or uploaded file."""
+        value = self.value(name)
+        if isinstance(value, bytes) and value:
+            return ImageSource(value)
+        if isinstance(value, str):
+            return ImageSource(value)
+        self._refuse(name, NOT_A_SOURCE if value else "field is required.")
+        return ImageSource("")
+
+    def number(self, name: str, default: float, allowed: Range | None = None) -> float:
+        """A finite number within its range."""
+        value = self.value(name)
+        if value is None:
+            return default
+        number = to_number(value)
+        if number is None:
+            self._refuse(name, "must be a number.")
+            return default
+        if allowed is not None and number not in allowed:
+            self._refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
+            return default
+        return number
+
+    def integer(self, name: str, default: int, allowed: Range | None = None) -> int:
+        """A whole number within its range; "512" and 512.0 are fine."""
+        value = self.value(name)
+        if isinstance(value, str) and INTEGER.fullmatch(value):
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and allowed is None:
+            return value  # exact, where a float would lose digits of a long seed
+        number = self.number(name, default, allowed)
+        if number != int(number):
+            self._refuse(name, "must be an integer.")
+            return default
+        return int(number)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """yes/no, true/false, 1/0 in any case, as text, number or bool."""
+        value = self.value(name)
+        if value is None:
+            return default
+        word = str(value).lower()
+        if word in TRUE_WORDS:
+            return True
+        if word not in FALSE_WORDS:
+            self._refuse(name, "field must be yes or no.")
+            return default
+        return False
+
+    def size(self) -> tuple[int | None, int | None]:
+        """Width and height, made to fit the allowed sizes; None for a side that is left open."""
+        width, height = self._side("width"), self._side("height")
+        if width is not None and height is not None:
+            return allowed_size(width, height)
+        # The open side follows the init image's proportions, and both are made to fit then.
+        return (
+            None if width is None else fit_side("width", width),
+            None if height is None else fit_side("height", height),
+        )
+
+    def _side(self, name: str) -> float | None:
+        """Pixels as sent, at least 1; a fraction will be rounded down with the rest."""
+        if self.value(name) is None:
+            return None
+        pixels = self.number(name, RANGES[name].minimum)
+        if pixels < 1:
+            self._refuse(name, "must be at least 1.")
+            return RANGES[name].minimum
+        return pixels
+
+    def scheduler(self) -> SchedulerName | None:
+        """A noise scheduler by any of its names; an unknown one is noted and ignored."""
+        name = self.value("scheduler")
+        if name is None:
+            return None
+        scheduler, has_spacing = find_scheduler(str(name)[:MAX_SCHEDULER_CHARS])
+        if scheduler is None:
+            self.notices.append(Notice.SCHEDULER_IGNORED)
+        elif has_spacing:
+            self.notices.append(Notice.NOISE_SPACING_IGNORED)
+        return scheduler
+
+    def web_address(self, name: str, *, https_only: bool = False) -> str | None:
+        """An http or https URL, or the latter alone."""
+        url = self.text(name, max_chars=MAX_URL_CHARS)
+        if url is not None and not is_web_address(url):
+            self._refuse(name, "must be a valid URL.")
+            return None
+        if url is not None and https_only and not is_https(url):
+            self._refuse(name, "must be an https URL.")
+            return None
+        return url
+
+    def scalar(self, name: str, max_chars: int) -> str | int | float | bool | None:
+        """Any JSON scalar, with the type it came with. max_chars: of its text."""
+        value = self.value(name)
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and not (isinstance(value, str | int | float) and is_finite):
+            self._refuse(name, "must be a string or a number.")
+            return None
+        if len(str(value)) > max_chars:
+            self._refuse_length(name, max_chars)
+            return None
+        return value
+
+    def _refuse_length(self, name: str, max_chars: int) -> None:
+        self._refuse(name, f"may not be greater than {max_chars} characters.")
+
+    def _refuse(self, name: str, sentence: str) -> None:
+        self.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")
+
+
+def is_web_address(url: str) -> bool:
+    """Whether a webhook's sender would take the URL's form.
+
+    The form alone is judged, never the address: an answer says nothing of any network.
+    """
+    try:
+        checked_url(url)
+    except Refused:
+        return False
+    return True
+
+
+def is_https(url: str) -> bool:
+    """Of what `is_web_address` holds for."""
+    return checked_url(url).scheme == "https"
+
+
+def to_number(value: Any) -> float | None:
+    """A finite number from a number or its text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,416 @@
+"""Our own API, reading: strict JSON with the names of diffusers, one error per field at fault.
+
+What it writes is in `native_answers.py`, its errors in `native_problems.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+from models.errors import InvalidInput
+from models.params import (
+    CHUNK_TOKENS,
+    MAX_LCM_STEPS,
+    MAX_PROMPT_CHARS,
+    MAX_PROMPT_CHUNKS,
+    RANGES,
+    SEED_MODULUS,
+    SIZE_MULTIPLE,
+    InpaintParams,
+    SchedulerName,
+    is_surely_too_long,
+)
+from server.api.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
+from server.core.errors import InvalidBody, InvalidRequest, JobNotFound
+from server.core.notices import Notice, prompt_notices
+from server.egress.policy import MAX_URL_CHARS
+from server.egress.sources import ImageSource
+from server.jobs.idempotency import Idempotency
+
+DIALECT = "native"
+MAX_REPORTED_FIELDS = 50
+IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+"""Visible ASCII, as in a header of one word."""
+
+DEFAULTS = {each.name: each.default for each in dataclasses.fields(InpaintParams)}
+
+
+class FieldProblem(StrEnum):
+    """What can be wrong with a field."""
+
+    REQUIRED = "required"
+    UNKNOWN = "unknown_field"
+    WRONG_TYPE = "wrong_type"
+    OUT_OF_RANGE = "out_of_range"
+    NOT_A_MULTIPLE = "not_a_multiple"
+    TOO_LONG = "too_long"
+    EMPTY = "empty"
+    NOT_A_CHOICE = "not_a_choice"
+    NOT_A_URL = "not_a_url"
+    NOT_HTTPS = "not_https"
+    NOT_A_KEY = "not_a_key"
+    TOO_MANY_STEPS = "too_many_steps"
+
+
+SENTENCES = {
+    FieldProblem.REQUIRED: "is required",
+    FieldProblem.UNKNOWN: "is no field of this call",
+    FieldProblem.WRONG_TYPE: "has the wrong JSON type",
+    FieldProblem.NOT_A_MULTIPLE: f"must be a multiple of {SIZE_MULTIPLE}",
+    FieldProblem.EMPTY: "must not be empty",
+    FieldProblem.NOT_A_CHOICE: "is none of the allowed values",
+    FieldProblem.NOT_A_URL: "must be an absolute http or https URL, without a user name",
+    FieldProblem.NOT_HTTPS: "must be an https URL",
+    FieldProblem.NOT_A_KEY: "must be 1 to 255 visible ASCII characters",
+    FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
+}
+
+MAX_MODEL_CHARS = 255
+MAX_CHARS = {
+    "prompt": MAX_PROMPT_CHARS,
+    "negative_prompt": MAX_PROMPT_CHARS,
+    "model": MAX_MODEL_CHARS,
+    "webhook": MAX_URL_CHARS,
+    "url": MAX_URL_CHARS,
+    "track_id": MAX_TRACK_ID_CHARS,
+}
+"""Of the texts, and of a track_id's JSON whatever it is."""
+
+PROBLEM_OF_ERROR = {
+    "missing": FieldProblem.REQUIRED,
+    "extra_forbidden": FieldProblem.UNKNOWN,
+    "greater_than_equal": FieldProblem.OUT_OF_RANGE,
+    "less_than_equal": FieldProblem.OUT_OF_RANGE,
+    "finite_number": FieldProblem.OUT_OF_RANGE,
+    "multiple_of": FieldProblem.NOT_A_MULTIPLE,
+    "string_too_long": FieldProblem.TOO_LONG,
+    "string_too_short": FieldProblem.EMPTY,
+    "enum": FieldProblem.NOT_A_CHOICE,
+    "not_a_url": FieldProblem.NOT_A_URL,
+}
+"""By pydantic's names; all others are a matter of the JSON type."""
+
+
+def write_field_problem(name: str, problem: FieldProblem) -> str:
+    """A sentence without anything of what the client sent."""
+    if problem is FieldProblem.OUT_OF_RANGE:
+        allowed = RANGES.get(name)
+        if allowed is None:
+            return "is out of range"
+        sentence = f"must be between {allowed.minimum:g} and {allowed.maximum:.10g}"
+        return f"{sentence}, or null for a random one" if name == "seed" else sentence
+    if problem is FieldProblem.TOO_LONG:
+        if name not in MAX_CHARS:
+            return "is too long"
+        limit = f"must have at most {MAX_CHARS[name]} characters"
+        if "prompt" not in name:
+            return limit
+        return f"{limit}, and need at most {MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens"
+    return SENTENCES[problem]
+
+
+def web_address(url: str) -> str:
+    """pydantic's validator of a webhook's URL."""
+    if not is_web_address(url):
+        raise PydanticCustomError("not_a_url", "not a URL")
+    return url
+
+
+def prompt_within_limits(prompt: str) -> str:
+    """pydantic's validator of a prompt."""
+    if is_surely_too_long(prompt):
+        raise PydanticCustomError("string_too_long", "too long")
+    return prompt
+
+
+def track_id_within_limits(track_id: str | int | float | bool | None) -> Any:
+    """pydantic's validator of a `track_id`: a number is as long as its digits."""
+    if len(str(track_id)) > MAX_TRACK_ID_CHARS:
+        raise PydanticCustomError("string_too_long", "too long")
+    return track_id
+
+
+def ranged(name: str, text: str, **more: Any) -> Any:
+    """A number of `InpaintParams`: its range and default stand there alone."""
+    allowed = RANGES[name]
+    default = DEFAULTS[name]
+    kind = int if isinstance(default, int) else float
+    return Field(
+        default=default,
+        ge=kind(allowed.minimum),
+        le=kind(allowed.maximum),
+        description=text,
+        **more,
+    )
+
+
+SIDE_TEXT = (
+    "Pixels; 512 where null with only_masked, else from the init image: both its sides, or the one "
+    "that its proportions give. What would be above 1024 is then scaled down as a whole"
+)
+
+
+def side(text: str) -> Any:
+    """Width or height."""
+    allowed = RANGES["width"]
+    return Field(
+        default=None,
+        ge=int(allowed.minimum),
+        le=int(allowed.maximum),
+        multiple_of=SIZE_MULTIPLE,
+        description=text,
+    )
+
+
+def plain(name: str, text: str, **more: Any) -> Any:
+    """Any other parameter of `InpaintParams`."""
+    return Field(default=DEFAULTS[name], description=text, **more)
+
+
+# In place, as a description of a body outside of FastAPI's own has nowhere to refer to.
+Scheduler = Annotated[
+    SchedulerName,
+    Field(strict=False),
+    WithJsonSchema({"type": "string", "enum": [str(name) for name in SchedulerName]}),
+]
+WebAddress = Annotated[
+    str,
+    Field(
+        max_length=MAX_URL_CHARS,
+        json_schema_extra={"format": "uri", "pattern": "^https?://[A-Za-z0-9]"},
+    ),
+    AfterValidator(web_address),
+]
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(prompt_within_limits)]
+TrackText = Annotated[str, Field(max_length=MAX_TRACK_ID_CHARS)]
+TrackId = Annotated[TrackText | int | float | bool | None, AfterValidator(track_id_within_limits)]
+
+
+class JobRequest(BaseModel):
+    """Pictures to make. An unknown field is an error, and so is a value out of its range."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
+
+    prompt: Prompt = Field(
+        description="What to paint; emphasis, weights and BREAK as in A1111, up to "
+        f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens. What else of A1111's syntax is "
+        "written comes back in the job's warnings",
+    )
+    init_image: str = Field(
+        min_length=1, description="URL, data URI or base64 of a PNG, JPEG or WEBP picture"
+    )
+    mask_image: str = Field(min_length=1, description="The same; white is repainted, black is kept")
+    negative_prompt: Prompt = plain("negative_prompt", "What to avoid; needs guidance")
+    width: int | None = side(SIDE_TEXT)
+    height: int | None = side(SIDE_TEXT)
+    samples: int = ranged("samples", "Number of pictures; picture i is made with seed + i")
+    num_inference_steps: int = ranged("num_inference_steps", "Denoising steps, before strength")
+    strength: float = ranged("strength", "1 forgets the init image under the mask")
+    guidance_scale: float = ranged("guidance_scale", "Classifier-free guidance; 1 is none")
+    seed: int | None = Field(
+        default=None, ge=0, le=SEED_MODULUS - 1, description="Random where null, and told"
+    )
+    scheduler: Scheduler | None = plain("scheduler", "Noise scheduler; the model's own where null")
+    model: str | None = plain(
+        "model",
+        "One of the models this server offers; its own where null",
+        max_length=MAX_MODEL_CHARS,
+    )
+    clip_skip: int = ranged("clip_skip", "Last layers of the text encoder to skip")
+    safety_check: bool = plain("safety_check", "Replace flagged pictures by blank ones")
+    invert_mask: bool = plain("invert_mask", "Black is repainted, white is kept")
+    soft_mask: bool = plain("soft_mask", "Grey is the share of the steps that repaint a pixel")
+    mask_grow: int = ranged("mask_grow", "Pixels by which the repainted area grows or shrinks")
+    only_masked: bool = plain(
+        "only_masked", "The model works on the masked part alone, and the picture keeps its size"
+    )
+    only_masked_padding: int = ranged("only_masked_padding", "Pixels around it that it sees too")
+    mask_blur: int = ranged("mask_blur", "Pixels of the Gaussian that softens the mask's edge")
+    match_colours: bool = plain("match_colours", "Shift new colours towards the kept ones around")
+    previews: bool = Field(
+        default=False,
+        description="Small pictures of the work among the job's events; costs a little speed",
+    )
+    webhook: WebAddress | None = Field(
+        default=None, description="URL that is called when the job has ended"
+    )
+    track_id: TrackId = Field(default=None, description="Any JSON scalar; given back as it came")
+
+    @property
+    def body_sha256(self) -> str:
+        """Of what is asked for, however its JSON is spaced or ordered."""
+        asked = self.model_dump(mode="json", exclude_unset=True)
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class PingRequest(BaseModel):
+    """A receiver to try."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    url: WebAddress
+
+
+PARAMETERS = DEFAULTS.keys() & JobRequest.model_fields.keys() - {"width", "height", "seed"}
+"""Fields that are `InpaintParams` as they stand."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NativeJob:
+    """A `JobRequest` on its way to a job; see `intake.AskedJob`. seed: as asked, or drawn."""
+
+    request: JobRequest
+    seed: int
+    force_safety_check: bool = False
+    dialect: str = DIALECT
+
+    @property
+    def init_image(self) -> ImageSource:
+        return ImageSource(self.request.init_image)
+
+    @property
+    def mask_image(self) -> ImageSource:
+        return ImageSource(self.request.mask_image)
+
+    @property
+    def width(self) -> int | None:
+        return self.request.width
+
+    @property
+    def height(self) -> int | None:
+        return self.request.height
+
+    @property
+    def webhook(self) -> str | None:
+        return self.request.webhook
+
+    @property
+    def track_id(self) -> Any:
+        return self.request.track_id
+
+    @property
+    def keeps_own_size(self) -> bool:
+        return self.request.only_masked
+
+    def params(self, width: int, height: int) -> InpaintParams:
+        """Raises: InvalidRequest."""
+        given = {name: getattr(self.request, name) for name in PARAMETERS}
+        given["safety_check"] |= self.force_safety_check
+        given["must_be_checked"] = self.force_safety_check
+        try:
+            return InpaintParams(**given, width=width, height=height, seed=self.seed)
+        except InvalidInput as error:
+            # Ranges were checked when it was read; what is left are steps that depend on others.
+            raise InvalidRequest(
+                {each.field: [FieldProblem.TOO_MANY_STEPS] for each in error.violations}
+            ) from error
+
+    @property
+    def previews(self) -> bool:
+        return self.request.previews
+
+    @property
+    def notices(self) -> Sequence[Notice]:
+        return prompt_notices([self.request.prompt, self.request.negative_prompt])
+
+    @property
+    def own_facts(self) -> Mapping[str, Any]:
+        return {}
+
+
+def read_job(
+    body: bytes,
+    *,
+    force_safety_check: bool = False,
+    models: Sequence[str] = (),
+    https_webhooks: bool = False,
+) -> NativeJob:
+    """Understand a request for pictures. models: those it may ask for.
+
+    Raises: InvalidBody; InvalidRequest, all fields named.
+    """
+    try:
+        request = JobRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise to_api_error(error) from error
+    if request.model is not None and request.model not in models:
+        raise InvalidRequest({"model": [FieldProblem.NOT_A_CHOICE]})
+    if https_webhooks and request.webhook is not None and not is_https(request.webhook):
+        raise InvalidRequest({"webhook": [FieldProblem.NOT_HTTPS]})
+    seed = secrets.randbelow(SEED_MODULUS) if request.seed is None else request.seed
+    asked = NativeJob(request, seed, force_safety_check)
+    asked.params(request.width or 512, request.height or 512)  # refused before anything is fetched
+    return asked
+
+
+def read_ping(body: bytes, *, https_only: bool = False) -> str:
+    """The URL to try. Raises: InvalidBody, InvalidRequest."""
+    try:
+        url = PingRequest.model_validate_json(body).url
+    except ValidationError as error:
+        raise to_api_error(error) from error
+    if https_only and not is_https(url):
+        raise InvalidRequest({"url": [FieldProblem.NOT_HTTPS]})
+    return url
+
+
+def to_api_error(error: ValidationError) -> InvalidBody | InvalidRequest:
+    """pydantic's findings in our own words."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    if not errors[0]["loc"]:
+        return InvalidBody()  # no JSON, or no object
+    return InvalidRequest(problems_of([(str(each["loc"][0]), each["type"]) for each in errors]))
+
+
+def refusal_of_call(error: RequestValidationError) -> JobNotFound | InvalidRequest:
+    """FastAPI's findings in the path, the query or a header."""
+    if any(each["loc"][0] == "path" for each in error.errors()):
+        return JobNotFound()
+    found = [(str(each["loc"][-1]), str(each["type"])) for each in error.errors()]
+    return InvalidRequest(problems_of(found))
+
+
+def problems_of(found: Sequence[tuple[str, str]]) -> dict[str, list[FieldProblem]]:
+    """The first problem of each field; found: fields and pydantic's types of error."""
+    problems: dict[str, list[FieldProblem]] = {}
+    for name, kind in found[:MAX_REPORTED_FIELDS]:
+        problems.setdefault(name, [PROBLEM_OF_ERROR.get(kind, FieldProblem.WRONG_TYPE)])
+    return problems
+
+
+def read_idempotency(key: str | None, request: JobRequest) -> Idempotency | None:
+    """The header's key with what it stands for. Raises: InvalidRequest."""
+    if key is None:
+        return None
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest({"Idempotency-Key": [FieldProblem.NOT_A_KEY]})
+    return Idempotency(key, request.body_sha256)
+
+
+def read_key(headers: Mapping[str, str]) -> str | None:
+    """The API key: `Authorization: Bearer` or `X-API-Key`."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    key = token if scheme.lower() == "bearer" else headers.get("x-api-key")
+    return key.strip() if key else None

@@ -1,0 +1,313 @@
+"""Our own API under `/api/jobs`: make pictures, follow and cancel jobs, look after webhooks.
+
+Each endpoint reads and writes with the native dialect; errors become problems in `app.py`.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.responses import StreamingResponse
+
+from server.api.accept import (
+    ServicesOf,
+    accept,
+    admit,
+    base_url_of,
+    called_url_of,
+    find_job,
+)
+from server.api.auth.keyring import Caller
+from server.api.bodies import parsed, read_json
+from server.api.dialects.native import events as native_events
+from server.api.dialects.native import reading as native
+from server.api.dialects.native import writing as native_answers
+from server.api.dialects.native.problems import declare
+from server.api.dialects.native.writing import (
+    DeliveryAnswer,
+    DeliveryList,
+    JobAnswer,
+    JobList,
+    PingAnswer,
+)
+from server.api.services import Services
+from server.core.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
+from server.jobs.idempotency import Idempotency
+from server.jobs.job import Job, JobState
+from server.jobs.watcher import Subscription
+from server.webhooks.deliveries import DeliveryState
+
+router = APIRouter(tags=["jobs"])
+
+MAX_PAGE = 100
+IDEMPOTENCY_KEY, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
+EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Proxies must pass each event on at once."""
+
+Bearer = HTTPBearer(auto_error=False, description="The API key")
+KeyHeader = APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key")
+
+
+async def get_caller(
+    request: Request,
+    _bearer: Annotated[HTTPAuthorizationCredentials | None, Security(Bearer)],
+    _key: Annotated[str | None, Security(KeyHeader)],
+) -> Caller:
+    """Who calls; the two schemes are named for OpenAPI. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, native.read_key(request.headers))
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_key_id(caller: CallerOf) -> str:
+    """Whose request it is."""
+    return caller.key_id
+
+
+KeyId = Annotated[str, Depends(get_key_id)]
+JobId = Annotated[int, Path(ge=1, le=2**63 - 1)]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Entries of a page")]
+Before = Annotated[
+    int | None, Query(ge=1, le=2**63 - 1, description="Jobs with smaller ids only: the next page")
+]
+
+
+def describe_body(model: Any) -> dict[str, Any]:
+    """OpenAPI's description of a body that is read under our own limits."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def get_body(request: Request, services: ServicesOf, _caller: CallerOf) -> bytes:
+    """The JSON body, read for known callers only. Raises: InvalidBody, BodyTooLarge."""
+    return await read_json(request, services.settings.max_body_bytes)
+
+
+BodyOf = Annotated[bytes, Depends(get_body)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias=IDEMPOTENCY_KEY,
+        description="1 to 255 visible ASCII characters. For 24 hours the same key with the same "
+        "body gives the same job, with another body an error",
+        # Told, and checked by the dialect, which has a code of its own for it.
+        json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    ),
+]
+
+
+async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
+    """The job of the path. Raises: JobNotFound, for another key's too."""
+    return await find_job(services, job_id, key_id)
+
+
+JobOf = Annotated[Job, Depends(get_job)]
+
+
+async def get_subscription(
+    services: ServicesOf, caller: CallerOf, job: JobOf
+) -> AsyncIterator[Subscription]:
+    """To the job of the path, until the answer has ended. Raises: TooManyStreams."""
+    with services.watcher.subscribe(job.id, caller.key_id, caller.key_digest) as subscription:
+        yield subscription
+
+
+SubscriptionOf = Annotated[Subscription, Depends(get_subscription)]
+
+
+@router.post(
+    "/api/jobs",
+    status_code=202,
+    response_model=JobAnswer,
+    response_description="Accepted and durable",
+    responses={
+        200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
+        **declare(400, 413, 422),
+    },
+    openapi_extra=describe_body(native.JobRequest),
+)
+async def create_job(
+    request: Request,
+    services: ServicesOf,
+    caller: CallerOf,
+    body: BodyOf,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Repaint the white part of a mask in an image."""
+    settings = services.settings
+
+    def read(body: bytes) -> tuple[native.NativeJob, Idempotency | None]:
+        asked = native.read_job(
+            body,
+            force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
+            models=settings.offered_models,
+            https_webhooks=settings.webhook.https_only,
+        )
+        return asked, native.read_idempotency(idempotency_key, asked.request)
+
+    asked, once = await parsed(read, body)
+    base_url = base_url_of(request, settings)
+    submitted = await accept(services, asked, caller, base_url, called_url_of(request), once)
+    headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
+    if not submitted.is_new:
+        headers[REPLAYED] = "true"
+    answer = await tell(services, submitted.job, base_url)
+    return to_response(answer, 202 if submitted.is_new else 200, headers)
+
+
+@router.get("/api/jobs", responses=declare(422))
+async def list_jobs(
+    services: ServicesOf,
+    key_id: KeyId,
+    state: Annotated[JobState | None, Query(description="Of this state only")] = None,
+    limit: Limit = 20,
+    before: Before = None,
+) -> JobList:
+    """The key's own jobs, newest first."""
+    jobs = await services.in_store_thread(
+        services.store.list_of, key_id, state=state, limit=limit, before_id=before
+    )
+    return JobList(
+        jobs=[native_answers.write_summary(job) for job in jobs],
+        next_before=jobs[-1].id if len(jobs) == limit else None,
+    )
+
+
+@router.get("/api/jobs/{job_id}", response_model=JobAnswer, responses=declare(404))
+async def read_job(request: Request, services: ServicesOf, job: JobOf) -> Response:
+    """A job: how far it is, what came of it, and how it was made."""
+    return to_response(await tell(services, job, base_url_of(request, services.settings)))
+
+
+@router.post("/api/jobs/{job_id}/cancel", responses=declare(404, 409))
+async def cancel_job(request: Request, services: ServicesOf, job: JobOf) -> JobAnswer:
+    """Take a queued or running job back; cancelling it again changes nothing.
+
+    A running one leaves the device between two steps, within a second.
+    """
+    is_changed = await services.in_store_thread(services.store.cancel, job.id)
+    if is_changed:
+        with suppress(StorageUnavailable):  # then the janitor removes it
+            await services.in_file_thread(services.storage.delete, job.input_key)
+    ended = await services.in_store_thread(services.store.get, job.id)
+    if ended is None:
+        raise JobNotFound
+    if ended.state is not JobState.CANCELLED:
+        raise Conflict(ConflictKind.JOB_ENDED)
+    return await tell(services, ended, base_url_of(request, services.settings))
+
+
+@router.get(
+    "/api/jobs/{job_id}/events",
+    response_class=Response,
+    responses={**native_events.describe_stream(), **declare(404)},
+)
+async def follow_job(
+    request: Request,
+    services: ServicesOf,
+    job: JobOf,
+    subscription: SubscriptionOf,
+    last_event_id: Annotated[
+        str | None, Header(description="Not needed to connect again: the present state comes first")
+    ] = None,
+) -> Response:
+    """Follow a job as server-sent events, from its present state to its end."""
+    if job.state.is_terminal and last_event_id == job.state:
+        return Response(status_code=204)  # which ends an EventSource's attempts to connect
+    base_url = base_url_of(request, services.settings)
+
+    async def read_ended() -> JobAnswer:
+        ended = await services.in_store_thread(services.store.get, job.id)
+        return await tell(services, ended or job, base_url)
+
+    async def read_preview() -> bytes | None:
+        try:
+            return await services.in_file_thread(services.storage.get, job.preview_key)
+        except StorageUnavailable:
+            return None  # not worth the stream
+
+    events = native_events.write_events(subscription, read_ended, read_preview)
+    return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
+
+
+@router.get("/api/jobs/{job_id}/deliveries", responses=declare(404))
+async def list_deliveries_of_job(services: ServicesOf, job: JobOf) -> DeliveryList:
+    """The job's webhook call and its tries; none before the job has ended."""
+    return await tell_deliveries(services, job)
+
+
+@router.post(
+    "/api/jobs/{job_id}/deliveries/redeliver", status_code=202, responses=declare(404, 409)
+)
+async def redeliver(services: ServicesOf, job: JobOf) -> DeliveryList:
+    """Make the job's webhook call again now, delivered or given up, with the same `webhook-id`.
+
+    Not once its pictures have been removed. 30 a minute, pings included.
+    """
+    services.webhooks.count_asked_call(job.key_id)
+    await services.in_store_thread(services.deliveries.redeliver, job.id)
+    return await tell_deliveries(services, job)
+
+
+@router.get("/api/deliveries", responses=declare(422))
+async def list_deliveries(
+    services: ServicesOf,
+    key_id: KeyId,
+    state: Annotated[DeliveryState | None, Query(description="Such as dead: given up")] = None,
+    limit: Limit = 20,
+    before: Before = None,
+) -> DeliveryList:
+    """The webhook calls of the key's jobs, newest job first."""
+    statuses = await services.in_store_thread(
+        services.deliveries.list_of, key_id, state=state, limit=limit, before_job_id=before
+    )
+    return DeliveryList(
+        deliveries=[
+            native_answers.write_delivery(each, services.webhooks.held_hosts) for each in statuses
+        ],
+        next_before=statuses[-1].job_id if len(statuses) == limit else None,
+    )
+
+
+@router.post(
+    "/api/webhooks/ping",
+    responses=declare(400, 413, 422),
+    openapi_extra=describe_body(native.PingRequest),
+)
+async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnswer:
+    """Send a signed test event to a URL, as a webhook would be sent, and tell what came back.
+
+    30 a minute, redeliveries included. Why there was no answer is not told: it is in the log.
+    """
+    url = native.read_ping(body, https_only=services.settings.webhook.https_only)
+    return native_answers.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
+
+
+def to_response(
+    answer: JobAnswer, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """What the framework would send, without looking at our own answer a second time."""
+    return Response(answer.model_dump_json(), status, headers, "application/json")
+
+
+async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
+    """A job with what has to be looked up for its state."""
+    receipt = position = eta_s = None
+    if job.state is JobState.FINISHED:
+        receipt = await services.in_store_thread(services.store.receipt_of, job.id)
+    elif not job.state.is_terminal:
+        forecast = await services.in_store_thread(services.estimator.forecast, job.id)
+        position = forecast.position(job.id) if job.state is JobState.QUEUED else None
+        eta_s = services.told.note(job.id, forecast.eta_s(job.id))
+    return native_answers.write_job(job, receipt, base_url, position, eta_s)
+
+
+async def tell_deliveries(services: Services, job: Job) -> DeliveryList:
+    """A job's webhook calls."""
+    statuses = await services.in_store_thread(services.deliveries.of_job, job.id)
+    held = services.webhooks.held_hosts
+    answers: list[DeliveryAnswer] = [native_answers.write_delivery(each, held) for each in statuses]
+    return DeliveryList(deliveries=answers, next_before=None)

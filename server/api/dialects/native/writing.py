@@ -1,0 +1,371 @@
+"""Our own API, writing: a job, its webhook calls, and what the webhook itself says."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from models.imaging.mask_reading import MaskReading
+from server.core.notices import Notice
+from server.jobs.failures import Failure
+from server.jobs.job import OUTPUT_FOLDER, Job, JobState
+from server.jobs.receipts import Intake, Model, Receipt
+from server.webhooks.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryState, DeliveryStatus
+
+
+class Progress(BaseModel):
+    """Denoising steps, over all samples; 0 of 0 before the first."""
+
+    step: int
+    total_steps: int
+
+
+class JobError(BaseModel):
+    """Why a job failed. Programs read `code`, people `message`."""
+
+    code: Failure
+    message: str
+
+
+class Output(BaseModel):
+    """A picture. All but the address is null where no receipt was kept."""
+
+    url: str
+    seed: int
+    sha256: str | None = Field(description="Of the PNG file, hexadecimal")
+    is_flagged: bool | None = Field(
+        description="The safety checker's verdict; a flagged one is blank"
+    )
+    changed_outside: int | None = Field(
+        description="Pixels outside the mask and its blur that differ from the init image"
+    )
+    largest_difference_outside: int | None = Field(description="By how much, 0 to 255")
+
+
+class JobSummary(BaseModel):
+    """A job, as a list tells of it."""
+
+    id: int
+    state: JobState
+    created_at: datetime
+    started_at: datetime | None = Field(description="Of the latest attempt")
+    finished_at: datetime | None
+    expired_at: datetime | None = Field(description="When its pictures were removed, if they were")
+    progress: Progress
+    attempts: int = Field(description="How often a worker took it; 3 at most")
+    samples: int
+    error: JobError | None
+    track_id: str | int | float | bool | None
+
+
+class Mask(BaseModel):
+    """How the mask was understood, and what was repainted, the blur's reach included."""
+
+    read_as: MaskReading | None = Field(
+        description="What was taken to mean: repaint this. `white`: the lighter, the more, as "
+        "documented. `nonzero`: 1, where there are no values but 0 and 1. `low_byte`: 8-bit values "
+        "in 16 bits. `labels`: all labels of a palette but black. `opaque`: what is drawn on a "
+        "transparent canvas. `transparent`: the hole in a picture. null in jobs of older versions"
+    )
+    coverage: float | None = Field(
+        description="Share of the picture, 0 to 1; null before the job has finished"
+    )
+    box: tuple[int, int, int, int] | None = Field(
+        description="Left, top, right, bottom in pixels, the last two excluded; null where nothing "
+        "is repainted, and before the job has finished"
+    )
+
+
+class WarningAnswer(BaseModel):
+    """What a client should know although the job succeeds. Programs read `code`."""
+
+    code: Notice
+    message: str
+
+
+class Timings(BaseModel):
+    """Milliseconds of the stages, in order; null for those not reached or not known.
+
+    Prepare, denoise and decode share the device with other jobs and include waiting for it.
+    """
+
+    fetch: float | None = Field(default=None, description="Both images, side by side")
+    decode_images: float | None = None
+    queued: float | None = Field(default=None, description="Until the latest attempt began")
+    prepare: float | None = Field(default=None, description="Input, text and VAE encoders")
+    denoise: float | None = None
+    decode: float | None = Field(
+        default=None, description="VAE decoder, paste-back, safety checker"
+    )
+    encode: float | None = Field(default=None, description="PNG files and their figures")
+    store: float | None = None
+    total: float | None = Field(
+        default=None, description="From the request until a worker ended it"
+    )
+
+
+class Inputs(BaseModel):
+    """SHA-256 of the two files as they were received, hexadecimal."""
+
+    init_image_sha256: str
+    mask_image_sha256: str
+
+
+class ReceiptAnswer(BaseModel):
+    """What made the pictures."""
+
+    model: Model
+    versions: dict[str, str]
+    inputs: Inputs | None
+
+
+class JobAnswer(JobSummary):
+    """A job with all that is known of it."""
+
+    position: int | None = Field(description="1 is next; null for a job that does not wait")
+    eta_s: float | None = Field(description="Seconds until it probably ends; null once it has")
+    timings_ms: Timings
+    mask: Mask | None
+    warnings: list[WarningAnswer] = Field(
+        description="What was not applied, or read in another way than may have been meant"
+    )
+    outputs: list[Output]
+    params: dict[str, Any] = Field(description="As used, with everything that was left open")
+    receipt: ReceiptAnswer | None = Field(description="Of a finished job")
+
+
+class JobList(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[JobSummary]
+    next_before: int | None = Field(description="The next page's `before`; null on the last page")
+
+
+class Outcome(StrEnum):
+    """Of a webhook call, as far as who named the address may know.
+
+    Whether it was denied, unknown, closed or silent would draw a map of our network, and how long
+    that took as well.
+    """
+
+    ANSWERED = "answered"
+    NO_ANSWER = "no answer"
+
+
+class AttemptAnswer(BaseModel):
+    """One try of a webhook call."""
+
+    attempt: int
+    started_at: datetime
+    duration_ms: int | None = Field(description="null where there was no answer")
+    status: int | None = Field(description="HTTP status; null where there was no answer")
+    outcome: Outcome
+
+
+class DeliveryAnswer(BaseModel):
+    """A webhook call and its tries."""
+
+    webhook_id: str = Field(description="The same on every try: header `webhook-id`")
+    job_id: int
+    url: str
+    state: DeliveryState
+    is_held: bool = Field(description="The receiver's host fails, and is tried less often")
+    next_attempt_at: datetime | None
+    attempts: list[AttemptAnswer] = Field(description=f"The last {LISTED_ATTEMPTS} tries")
+    attempts_total: int = Field(description="Tries so far, one that is under way included")
+
+
+class DeliveryList(BaseModel):
+    """Webhook calls, newest job first."""
+
+    deliveries: list[DeliveryAnswer]
+    next_before: int | None = Field(description="The next page's `before`; null on the last page")
+
+
+class PingAnswer(BaseModel):
+    """What came back from a receiver."""
+
+    webhook_id: str
+    is_received: bool = Field(description="The receiver answered 2xx")
+    status: int | None = Field(description="HTTP status; null where there was no answer")
+    outcome: Outcome
+    duration_ms: int | None = Field(description="null where there was no answer")
+
+
+def moment(seconds: float | None) -> datetime | None:
+    """Seconds since the epoch as an instant."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def known_moment(seconds: float) -> datetime:
+    """The same of one that is there."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def write_summary(job: Job) -> JobSummary:
+    """A job in a list."""
+    return JobSummary(**summary_values(job))
+
+
+def summary_values(job: Job) -> dict[str, Any]:
+    """The fields of `JobSummary`."""
+    return {
+        "id": job.id,
+        "state": job.state,
+        "created_at": known_moment(job.created_at),
+        "started_at": moment(job.started_at),
+        "finished_at": moment(job.finished_at),
+        "expired_at": moment(job.expired_at),
+        "progress": Progress(step=job.step, total_steps=job.total_steps),
+        "attempts": job.attempt,
+        "samples": job.params.samples,
+        "error": write_error(job),
+        "track_id": job.track_id,
+    }
+
+
+def write_error(job: Job) -> JobError | None:
+    """Why a job failed; None for all others."""
+    if job.error is None:
+        return None
+    return JobError(code=Failure.of(job.error), message=job.error)
+
+
+def write_job(
+    job: Job, receipt: Receipt | None, base_url: str, position: int | None, eta_s: float | None
+) -> JobAnswer:
+    """A job in full. position, eta_s: None for one that does not wait, or has ended."""
+    intake = job.request.intake
+    return JobAnswer(
+        **summary_values(job),
+        position=position,
+        eta_s=eta_s,
+        timings_ms=write_timings(job, intake, receipt),
+        mask=write_mask(intake, receipt),
+        warnings=[
+            WarningAnswer(code=notice, message=notice.sentence)
+            for notice in job.request.warnings_at(receipt.coverage if receipt else None)
+        ],
+        outputs=write_outputs(job, receipt, base_url),
+        params=job.params.to_json(),
+        receipt=write_receipt(receipt, intake) if receipt else None,
+    )
+
+
+def write_mask(intake: Intake | None, receipt: Receipt | None) -> Mask | None:
+    """What is known of the mask so far."""
+    if intake is None and receipt is None:
+        return None
+    return Mask(
+        read_as=intake.mask_read_as if intake else None,
+        coverage=receipt.coverage if receipt else None,
+        box=receipt.box if receipt else None,
+    )
+
+
+def write_receipt(receipt: Receipt, intake: Intake | None) -> ReceiptAnswer:
+    """What made the pictures."""
+    inputs = None
+    if intake is not None:
+        inputs = Inputs(
+            init_image_sha256=intake.init_image_sha256, mask_image_sha256=intake.mask_image_sha256
+        )
+    return ReceiptAnswer(model=receipt.model, versions=receipt.versions, inputs=inputs)
+
+
+def write_outputs(job: Job, receipt: Receipt | None, base_url: str) -> list[Output]:
+    """The pictures of a finished job; none once they have expired."""
+    if not job.has_pictures:
+        return []
+    pictures = receipt.pictures if receipt else [None] * job.params.samples
+    return [
+        Output(
+            url=f"{base_url}/{OUTPUT_FOLDER}/{name}",
+            seed=job.params.sample_seed(index),
+            sha256=picture.sha256 if picture else None,
+            is_flagged=picture.is_flagged if picture else None,
+            changed_outside=picture.changed_outside if picture else None,
+            largest_difference_outside=picture.largest_difference_outside if picture else None,
+        )
+        for index, (name, picture) in enumerate(zip(job.output_names, pictures, strict=True))
+    ]
+
+
+def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> Timings:
+    """The stages that were measured."""
+    stages: dict[str, float | None] = {}
+    taken_in_ms = 0.0
+    if intake is not None:
+        stages |= {"fetch": intake.fetch_ms, "decode_images": intake.decode_ms}
+        taken_in_ms = intake.fetch_ms + intake.decode_ms
+    if receipt is not None:
+        times = receipt.times
+        stages |= {
+            "prepare": times.prepare_ms,
+            "denoise": times.denoise_ms,
+            "decode": times.decode_ms,
+            "encode": times.encode_ms,
+            "store": times.store_ms,
+        }
+    if job.queued_s is not None:
+        stages["queued"] = round(job.queued_s * 1000, 1)
+        if job.run_s is not None:
+            stages["total"] = round(taken_in_ms + (job.queued_s + job.run_s) * 1000, 1)
+    return Timings(**stages)
+
+
+def write_webhook(job: Job) -> dict[str, Any]:
+    """The call that tells of a job's end; what else is known of it can be fetched."""
+    base_url = job.request.base_url
+    summary = write_summary(job).model_dump(mode="json")
+    outputs = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
+    return {"type": f"job.{job.state}", **summary, "outputs": outputs if job.has_pictures else []}
+
+
+def write_delivery(status: DeliveryStatus, held_hosts: Sequence[str]) -> DeliveryAnswer:
+    """A webhook call and its tries. held_hosts: those the sender spares."""
+    is_pending = status.state is DeliveryState.PENDING
+    return DeliveryAnswer(
+        webhook_id=status.id,
+        job_id=status.job_id,
+        url=status.url,
+        state=status.state,
+        is_held=is_pending and status.host in held_hosts,
+        next_attempt_at=moment(status.due_at) if is_pending else None,
+        attempts=[write_attempt(number, each) for number, each in status.attempts],
+        attempts_total=status.attempts_total,
+    )
+
+
+def write_attempt(number: int, attempt: Attempt) -> AttemptAnswer:
+    """One try. number: from 1; some are missing where a sender died."""
+    return AttemptAnswer(
+        attempt=number,
+        started_at=known_moment(attempt.started_at),
+        status=attempt.status,
+        outcome=outcome_of(attempt),
+        duration_ms=duration_ms_of(attempt),
+    )
+
+
+def write_ping(webhook_id: str, attempt: Attempt) -> PingAnswer:
+    """What came back from a receiver."""
+    return PingAnswer(
+        webhook_id=webhook_id,
+        is_received=attempt.is_success,
+        status=attempt.status,
+        outcome=outcome_of(attempt),
+        duration_ms=duration_ms_of(attempt),
+    )
+
+
+def outcome_of(attempt: Attempt) -> Outcome:
+    """Whether there was an answer."""
+    return Outcome.NO_ANSWER if attempt.status is None else Outcome.ANSWERED
+
+
+def duration_ms_of(attempt: Attempt) -> int | None:
+    """How long an answer took; None where there was none."""
+    return None if attempt.status is None else round(attempt.duration_s * 1000)

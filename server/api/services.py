@@ -1,0 +1,107 @@
+"""What the API process is made of, and how endpoints reach its synchronous parts."""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+
+from server.api.auth.keyring import KeyRing
+from server.api.health import Health
+from server.core.background import Background
+from server.core.errors import StorageUnavailable
+from server.core.fairness import FairSemaphore, KeyedCounter
+from server.core.metrics import Metrics
+from server.core.settings import Settings
+from server.egress.downloads import Fetcher
+from server.jobs.estimates import Estimator, ToldEstimates
+from server.jobs.store import JobStore
+from server.jobs.watcher import JobWatcher
+from server.sandbox.pool import Sandbox
+from server.storage.files import Storage
+from server.webhooks.deliveries import DeliveryStore
+from server.webhooks.sender import WebhookSender
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FILES = "files"
+"""The only owner of places for file calls."""
+
+WEBHOOKS = "webhooks"
+"""Name of the background task without which a server is not ready."""
+
+STORE_THREADS = 8
+"""Short database calls at a time. Each may take a connection of the database's pool; so may each
+webhook that is sent, the janitor, the watcher, and one group commit."""
+
+SUBMIT_THREADS = 32
+"""Submits at a time, which share group commits. They have threads of their own, so that a disk that
+fsyncs slowly does not delay reads."""
+
+FILE_THREADS = 32
+"""File calls at a time. Each keeps its thread until the file store has answered, even when its
+caller has given up: a file store that hangs takes these threads, and no others."""
+
+FILE_PATIENCE_S = 10.0
+"""For a file call, with the time until a thread is free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The API process's parts, built once by `app.create_app`.
+
+    arrivals: requests by key that are fetched, decoded and stored now.
+    """
+
+    settings: Settings
+    keys: KeyRing
+    store: JobStore
+    estimator: Estimator
+    storage: Storage
+    fetcher: Fetcher
+    sandbox: Sandbox
+    watcher: JobWatcher
+    deliveries: DeliveryStore
+    webhooks: WebhookSender
+    background: Background
+    metrics: Metrics
+    health: Health
+    arrivals: KeyedCounter = field(default_factory=KeyedCounter)
+    store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(STORE_THREADS))
+    submit_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(SUBMIT_THREADS))
+    file_threads: FairSemaphore = field(
+        default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
+    )
+    told: ToldEstimates = field(default_factory=ToldEstimates)
+
+    async def in_store_thread(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Call what reads or writes the database without blocking the event loop."""
+        with self.health.noting():
+            call = functools.partial(function, *args, **kwargs)
+            return await to_thread.run_sync(call, limiter=self.store_threads)
+
+    async def in_submit_thread(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """The same for what waits for a group commit."""
+        with self.health.noting():
+            call = functools.partial(function, *args, **kwargs)
+            return await to_thread.run_sync(call, limiter=self.submit_threads)
+
+    async def in_file_thread(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """The same for what reads or removes files. Raises: StorageUnavailable, also when late."""
+        call = functools.partial(function, *args, **kwargs)
+        with self.health.noting():
+            try:
+                async with asyncio.timeout(FILE_PATIENCE_S):
+                    await self.file_threads.acquire(FILES)
+                    return await self.file_threads.use_in_thread(FILES, call)
+            except TimeoutError as error:
+                raise StorageUnavailable("the file store does not answer") from error

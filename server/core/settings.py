@@ -1,0 +1,605 @@
+"""`Settings`: everything an operator can set, and the only reader of environment and TOML files.
+
+Flags beat environment beats file. Names and meanings are listed in the README; units stand in the
+names. Built once in `cli.py` and passed in by argument.
+"""
+
+import base64
+import binascii
+import functools
+import ipaddress
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Mapping
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import platformdirs
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FilePath,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from models.diffusion.enhance import Enhancement
+from models.spelling import did_you_mean
+from server.core.settings_errors import explain
+
+ENV_PREFIX = "INPAINT_"
+REMOVED = {
+    ("http", "processes"): "one API process listens on a port; to use more cores, run several "
+    "servers on one database and file store behind a load balancer",
+    ("http", "one_core"): "threads run on any core; taskset keeps a server on some of them",
+}
+"""Settings of earlier versions by section and name, and what to do instead. A start that still
+gives them warns and goes on."""
+
+DATABASES = ("sqlite", "postgresql", "postgres")
+
+REPOSITORY = Path(__file__).parent.parent
+
+MIN_KEY_CHARS = 16
+"""Of the API keys an operator chooses; guessing is slowed down, not stopped."""
+
+
+def split_list(value: Any) -> Any:
+    """An environment variable's list: JSON, or words between commas."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is neither JSON nor words between commas: {error}") from error
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
+UNITS = {
+    "": 1,
+    **{f"{letter}b": 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
+    **{f"{letter}ib": 1024 ** (power + 1) for power, letter in enumerate("kmgt")},
+    "b": 1,
+}
+SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?) *([A-Za-z]*)")
+
+
+def size_of(value: Any) -> Any:
+    """A number of bytes that may be written as 10MB or 2GiB. Raises: ValueError."""
+    if not isinstance(value, str):
+        return value
+    match = SIZE.fullmatch(value.strip())
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError("must be a size such as 10000000, 10MB or 2GiB")
+    return round(Decimal(match[1]) * UNITS[match[2].lower()])
+
+
+Size = Annotated[int, BeforeValidator(size_of)]
+"""In bytes."""
+
+
+def network_of(value: Any) -> Any:
+    """An IP network, of whose address no bits are set beyond its length. Raises: ValueError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError:
+        pass
+    try:
+        meant = ipaddress.ip_network(value, strict=False)
+    except ValueError as error:
+        raise ValueError(f"must be a network such as 10.0.0.0/8, not {value!r}") from error
+    raise ValueError(f"must be a network: host bits are set in {value!r}; did you mean {meant}?")
+
+
+IpNetwork = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(network_of)]
+
+T = TypeVar("T")
+ListOf = Annotated[tuple[T, ...], BeforeValidator(split_list)]
+
+
+def checked_network(word: str) -> str:
+    """A word that holds a `/` as the network it must be; any other as it is. Raises: ValueError."""
+    return str(ipaddress.ip_network(network_of(word))) if "/" in word else word
+
+
+Proxy = Annotated[str, AfterValidator(checked_network)]
+"""An address, a network or `*`."""
+
+
+def checked_secret(secret: SecretStr) -> SecretStr:
+    """A Standard Webhooks secret of 24 to 64 bytes. Raises: ValueError."""
+    text = secret.get_secret_value()
+    try:
+        size = len(base64.b64decode(text.removeprefix("whsec_"), validate=True))
+    except binascii.Error:
+        size = 0
+    if not text.startswith("whsec_") or not 24 <= size <= 64:
+        raise ValueError("must be whsec_ and 24 to 64 bytes in base64")
+    return secret
+
+
+def checked_key(key: SecretStr) -> SecretStr:
+    """An API key that is no word or number. Raises: ValueError."""
+    if len(key) < MIN_KEY_CHARS:
+        raise ValueError(
+            f"must have at least {MIN_KEY_CHARS} characters each: try `openssl rand -hex 32`"
+        )
+    return key
+
+
+def checked_proxy(proxy: SecretStr) -> SecretStr:
+    """`http://[user:password@]host[:port]`. Raises: ValueError."""
+    parts = urlsplit(proxy.get_secret_value())
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError("must be http://host:port")
+    return proxy
+
+
+def checked_public_url(url: str) -> str:
+    """`http(s)://host[:port][/path]`. Raises: ValueError."""
+    parts = urlsplit(url)
+    is_plain = url.isprintable() and " " not in url and not parts.query and not parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+        raise ValueError("must be a URL such as https://pictures.example")
+    return url
+
+
+def checked_database(url: str) -> str:
+    """Of a kind of database that is known. Raises: ValueError."""
+    kind = url.partition(":")[0].partition("+")[0]
+    if kind not in DATABASES:
+        raise ValueError("must begin with sqlite:// or postgresql://: no other database is known")
+    return url
+
+
+def checked_nat64(prefix: ipaddress.IPv6Network) -> ipaddress.IPv6Network:
+    """A prefix of a length of RFC 6052. Raises: ValueError."""
+    if prefix.prefixlen not in (32, 40, 48, 56, 64, 96):
+        raise ValueError("length must be 32, 40, 48, 56, 64 or 96")
+    return prefix
+
+
+def checked_authorities(file: Path) -> Path:
+    """A file of certificates in PEM. Raises: ValueError."""
+    if b"-----BEGIN CERTIFICATE-----" not in file.read_bytes():
+        raise ValueError("must be certificates in PEM")
+    return file
+
+
+IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
+"""Jobs made side by side where the settings do not say: at two rows each they fill a GPU's largest
+UNet call, while more than a CPU is busy with only makes all of them late."""
+
+
+class StepsPolicy(StrEnum):
+    """`vendor`: the vendor's listed values, one step less; `exact`: as asked."""
+
+    VENDOR = "vendor"
+    EXACT = "exact"
+
+
+class Base64Output(StrEnum):
+    """`inline`: pictures in `output` itself; `link`: addresses of texts, as the vendor's V6."""
+
+    INLINE = "inline"
+    LINK = "link"
+
+
+class ErrorStatus(StrEnum):
+    """`legacy`: errors answer 200 as the vendor's; `http`: 4xx and 5xx with the same bodies."""
+
+    LEGACY = "legacy"
+    HTTP = "http"
+
+
+class DtypeName(StrEnum):
+    """Numbers of the model; `auto`: float16 on CUDA, float32 elsewhere."""
+
+    AUTO = "auto"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class AuthSettings(Section):
+    """Keys besides those of the database; without any only loopback is served.
+
+    keys: plain keys. keys_file: a file of them, one a line.
+    """
+
+    keys: ListOf[Annotated[SecretStr, AfterValidator(checked_key)]] = ()
+    keys_file: Path | None = None
+    allow_anonymous: bool = False
+    wrong_keys_per_minute: int = Field(default=20, ge=1)
+
+
+class SafetySettings(Section):
+    """force: clients cannot switch the checker off."""
+
+    force: bool = False
+
+
+Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class EgressSettings(Section):
+    """How fetches and webhooks leave.
+
+    proxy: `http://host:port` through which all of them go; it then decides where names lead.
+    nat64_prefixes: networks whose addresses are judged by the IPv4 address within.
+    ca_file: certificates in PEM of authorities that are trusted besides the public ones.
+    """
+
+    proxy: Annotated[SecretStr, AfterValidator(checked_proxy)] | None = None
+    nat64_prefixes: ListOf[Annotated[ipaddress.IPv6Network, AfterValidator(checked_nat64)]] = ()
+    ca_file: Annotated[FilePath, AfterValidator(checked_authorities)] | None = None
+
+
+class FetchSettings(Section):
+    """Where init and mask images may come from, and how much and how long.
+
+    allow_ports: of public hosts, besides 80 and 443. Allowed networks and hosts may use any port.
+    connect_timeout_s: of connecting. total_timeout_s: of the whole, redirects included; a host may
+      take all that is left of it for its first byte.
+    max_concurrent_per_key: of the `max_concurrent`, so that one key cannot take them all.
+    cache_bytes, cache_bytes_per_key: of pictures that are kept for a conditional request, in all
+      and of one key; 0 keeps none.
+    """
+
+    allow_cidrs: ListOf[IpNetwork] = ()
+    allow_hosts: ListOf[str] = ()
+    allow_ports: ListOf[Port] = ()
+    max_image_bytes: Size = 10_000_000
+    connect_timeout_s: float = 5
+    total_timeout_s: float = 20
+    max_concurrent: int = Field(default=16, ge=1)
+    max_concurrent_per_key: int = Field(default=12, ge=1)
+    cache_bytes: Size = Field(default=64_000_000, ge=0)
+    cache_bytes_per_key: Size = Field(default=32_000_000, ge=0)
+
+
+class WebhookSettings(Section):
+    """Where webhooks may go, and how they are sent.
+
+    secret: Standard Webhooks secrets `whsec_…`; several while one replaces another.
+    https_only: calls to http addresses are neither accepted nor made.
+    hold_after_failures: failures in a row after which a host is spared.
+    hold_s: for so long at first, doubled with each failure up to a quarter of an hour.
+    """
+
+    allow_cidrs: ListOf[IpNetwork] = ()
+    allow_hosts: ListOf[str] = ()
+    allow_ports: ListOf[Port] = ()
+    https_only: bool = False
+    secret: ListOf[Annotated[SecretStr, AfterValidator(checked_secret)]] = ()
+    timeout_s: float = 15
+    max_concurrent: int = 64
+    hold_after_failures: int = Field(default=5, ge=1)
+    hold_s: float = Field(default=30, gt=0)
+
+
+class StorageSettings(Section):
+    """url: `file:///folder` or `s3://bucket/prefix`; None means a folder in the data folder."""
+
+    url: str | None = None
+
+
+class HttpSettings(Section):
+    """What one client may take of the server's time and room. Times are in seconds.
+
+    head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
+    a client that takes too little of its answer. max_buffered_bytes: of all bodies, and of answers
+    not taken, in memory.
+    max_streams_per_key: jobs a key may follow at a time.
+    """
+
+    head_timeout_s: float = Field(default=10, gt=0)
+    body_timeout_s: float = Field(default=60, gt=0)
+    send_timeout_s: float = Field(default=30, gt=0)
+    keep_alive_s: int = Field(default=75, ge=1)
+    max_connections: int = Field(default=8_000, ge=1)
+    max_connections_per_address: int = Field(default=512, ge=1)
+    max_buffered_bytes: Size = Field(default=512_000_000, ge=1)
+    max_streams_per_key: int = Field(default=256, ge=1)
+
+
+class AdminSettings(Section):
+    """The port for figures and details; it asks for no key. port: None means there is none.
+
+    allowed_hosts: names a request's Host may have besides localhost and addresses.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, ge=0, le=65535)
+    allowed_hosts: ListOf[str] = ()
+
+
+class QueueSettings(Section):
+    """Jobs that may wait before new ones are refused: in all, and of one key."""
+
+    max_waiting: int = 1_000
+    max_waiting_per_key: int = 100
+
+
+class RetentionSettings(Section):
+    """Hours from a job's end until its pictures, its inputs and its row are removed.
+
+    Inputs of a job that ended well are removed at once by its worker.
+    """
+
+    outputs_h: Annotated[float, Field(gt=0)] = 24 * 7
+    inputs_h: Annotated[float, Field(ge=0)] = 1
+    rows_h: Annotated[float, Field(gt=0)] = 24 * 30
+
+
+class EnhanceSettings(Section):
+    """Texts that `enhance_prompt` adds: the vendor's, unless set."""
+
+    suffix: str = Enhancement().suffix
+    negative_list: str = Enhancement().negative_list
+
+
+class Settings(BaseSettings):
+    """See the README's table for each field."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        enable_decoding=False,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    data_dir: Path = Path(platformdirs.user_data_dir("inpaint-server"))
+    database_url: Annotated[str, AfterValidator(checked_database)] | None = Field(
+        default=None, repr=False
+    )  # may hold a password
+    model: str = "builtin"
+    models: ListOf[str] = ()
+    model_memory_bytes: Size | None = Field(default=None, gt=0)
+    models_file: Path = REPOSITORY / "configs" / "models.toml"
+    devices: Annotated[ListOf[str], Field(min_length=1)] = ("auto",)
+    public_url: Annotated[str, AfterValidator(checked_public_url)] | None = None
+    hold_s: float = Field(default=25, ge=0)
+    steps_policy: StepsPolicy = StepsPolicy.VENDOR
+    base64_output: Base64Output = Base64Output.INLINE
+    error_status: ErrorStatus = ErrorStatus.LEGACY
+    max_body_bytes: Size = 32_000_000
+    cors_origins: ListOf[str] = ("*",)
+    forwarded_allow_ips: ListOf[Proxy] = ("127.0.0.1",)
+    workers: int | None = Field(default=None, ge=0)
+    worker_stall_s: float = Field(default=120, ge=10)
+    worker_load_stall_s: float = Field(default=1_800, ge=10)
+    max_in_flight: int | None = Field(default=None, ge=1)
+    reproducible: bool = False
+    png_metadata: bool = False
+    dtype: DtypeName = DtypeName.AUTO
+    graph_memory_share: float = Field(default=0.1, ge=0, le=0.9)
+    compile: bool = False
+    warm_up: bool = True
+    allowed_hosts: ListOf[str] = ()
+    http: HttpSettings = HttpSettings()
+    admin: AdminSettings = AdminSettings()
+    auth: AuthSettings = AuthSettings()
+    safety: SafetySettings = SafetySettings()
+    egress: EgressSettings = EgressSettings()
+    fetch: FetchSettings = FetchSettings()
+    webhook: WebhookSettings = WebhookSettings()
+    storage: StorageSettings = StorageSettings()
+    queue: QueueSettings = QueueSettings()
+    retention: RetentionSettings = RetentionSettings()
+    enhance: EnhanceSettings = EnhanceSettings()
+    _removed: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the TOML file named by the `config` flag."""
+        flags = (
+            dict(init_settings.init_kwargs) if isinstance(init_settings, InitSettingsSource) else {}
+        )
+        file = flags.pop("config", None)
+        sources: list[PydanticBaseSettingsSource] = [
+            InitSettingsSource(settings_cls, flags),
+            env_settings,
+        ]
+        if file is not None:
+            sources.append(TomlConfigSettingsSource(settings_cls, file))
+        return tuple(sources)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _leave_out_removed(
+        cls, given: dict[str, Any], validate: ModelWrapValidatorHandler["Settings"]
+    ) -> "Settings":
+        found = tuple(
+            (section, name)
+            for section, name in REMOVED
+            if isinstance(values := given.get(section), dict) and name in values
+        )
+        for section, name in found:
+            del given[section][name]
+        settings = validate(given)
+        settings._removed = found
+        return settings
+
+    @property
+    def removed(self) -> list[str]:
+        """A sentence for each setting that was given and has no effect any more."""
+        return [f"{section}.{name}: {REMOVED[section, name]}" for section, name in self._removed]
+
+    @model_validator(mode="after")
+    def _refuse_what_contradicts(self) -> "Settings":
+        if self.compile and self.reproducible:
+            raise ValueError(
+                "compile and reproducible exclude each other: compiled code replaces plain code "
+                "while the server runs, and differs in the last bits"
+            )
+        return self
+
+    def refuse_open_server(self, has_stored_keys: bool = False) -> None:
+        """Before listening. Raises: ValueError when anybody could call from elsewhere.
+
+        has_stored_keys: whether the database has keys.
+        """
+        if not (self.asks_for_keys(has_stored_keys) or self.may_be_open):
+            raise ValueError(
+                f"listening on {self.host} without API keys would let anybody in: make one with "
+                "`inpaint-server keys create`, set INPAINT_AUTH__KEYS, or "
+                "INPAINT_AUTH__ALLOW_ANONYMOUS=true if that is meant"
+            )
+
+    def asks_for_keys(self, has_stored_keys: bool) -> bool:
+        """Whether callers need one. has_stored_keys: whether the database has keys."""
+        return bool(has_stored_keys or self.auth.keys or self.auth.keys_file is not None)
+
+    def access(self, has_stored_keys: bool) -> str:
+        """Who may call, in words."""
+        if self.asks_for_keys(has_stored_keys):
+            return "with an API key"
+        return "this machine only, no key" if is_loopback(self.host) else "everybody, no key"
+
+    def places_on(self, device: str) -> int:
+        """Jobs that a worker makes side by side."""
+        return self.max_in_flight or (IN_FLIGHT_ON_CPU if device == "cpu" else IN_FLIGHT_ON_GPU)
+
+    @property
+    def offered_models(self) -> list[str]:
+        """Ids that a request may ask for."""
+        return [self.model, *self.models]
+
+    @property
+    def secrets(self) -> list[str]:
+        """The texts that no log line may hold."""
+        known = [each.get_secret_value() for each in (*self.auth.keys, *self.webhook.secret)]
+        proxy = self.egress.proxy.get_secret_value() if self.egress.proxy else ""
+        passwords = [urlsplit(url).password or "" for url in (self.sqlalchemy_url, proxy)]
+        return [*known, *passwords, *map(unquote, passwords)]
+
+    def make_data_dir(self) -> None:
+        """For this user alone: pictures and prompts are nobody else's. One that is there stays so.
+
+        Raises: ValueError where it cannot be made or written to.
+        """
+        folder, user = self.data_dir, f"uid {os.geteuid()}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ValueError(f"data folder {folder} is a file") from error
+        except OSError as error:
+            reason = error.strerror
+            raise ValueError(f"data folder {folder} cannot be made by {user}: {reason}") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            found = folder.stat()
+            raise ValueError(
+                f"data folder {folder} cannot be written by {user}: it belongs to uid "
+                f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}"
+            )
+
+    @property
+    def open_data_dir(self) -> str:
+        """What is wrong with the data folder's mode; "" where only this user may enter."""
+        mode = stat.S_IMODE(self.data_dir.stat().st_mode)
+        return f"mode {mode:04o}; chmod 700 {self.data_dir}" if mode & 0o077 else ""
+
+    @property
+    def may_be_open(self) -> bool:
+        """Whether the server may serve everybody while it has no keys."""
+        return self.auth.allow_anonymous or is_loopback(self.host)
+
+    @property
+    def worker_devices(self) -> list[str]:
+        """The device of each worker: one per device unless `workers` says how many in all."""
+        count = len(self.devices) if self.workers is None else self.workers
+        return [self.devices[index % len(self.devices)] for index in range(count)]
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        """The database; SQLite in the data folder by default."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'inpaint.db'}"
+
+    @property
+    def compiled_dir(self) -> Path:
+        """Where compiled code is found again after a restart."""
+        return self.data_dir / "compiled"
+
+    @property
+    def storage_url(self) -> str:
+        """The file store; a folder in the data folder by default."""
+        return self.storage.url or (self.data_dir / "files").absolute().as_uri()
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Settings from flags (None means not given), environment and an optional TOML file.
+
+    Raises: ValueError, with a line for each problem; OSError.
+    """
+    if config is not None and not config.is_file():
+        raise FileNotFoundError(f"no such settings file: {config}")
+    refuse_unknown_variables(os.environ)
+    given = {name: value for name, value in flags.items() if value is not None}
+    file: dict[str, Any] = {} if config is None else {"config": config}
+    try:
+        return Settings(**given, **file)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{config}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config} is not text in UTF-8") from error
+    except ValidationError as error:
+        raise explain(error, Settings, ENV_PREFIX, config, given) from error
+
+
+def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """A misspelt variable would be ignored in silence otherwise. Raises: ValueError."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for variable in environment:
+        if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known:
+            near = did_you_mean(variable, known)
+            raise ValueError(f"unknown setting {variable} in the environment{near}")
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: str) -> bool:
+    """True for an address, or the name localhost, that only this machine can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

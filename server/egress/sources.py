@@ -1,0 +1,216 @@
+"""Init and mask images as bytes: from a URL, a data URI, bare base64 or an uploaded file."""
+
+import asyncio
+import binascii
+import re
+import string
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from server.api.proxies import is_allowed
+from server.core.errors import ImageProblem, ImageUnavailable
+from server.egress.downloads import ANYBODY, Fetcher, FetchFailed
+from server.egress.interfaces import is_local
+from server.egress.policy import Refused, Rights, checked_url, host_of, is_localhost
+from server.egress.resolver import numeric_addresses
+from server.jobs.job import OUTPUT_FOLDER, OUTPUT_STEM
+
+DATA_URI = re.compile(r"data:([^,]{0,1024}),", re.IGNORECASE)
+"""Up to the data. Its media type is not looked at: browsers name none, or another."""
+MAX_DATA_URIS = 3
+"""One within the other, as code writes it that puts a prefix before a text that has one."""
+OUTPUT_PATH = re.compile(rf"(?:/.*)?/{OUTPUT_FOLDER}/+({OUTPUT_STEM})\.(?:png|base64)")
+
+CHARS_PER_BYTE = 1.5
+"""Of base64, with line breaks and all: what has more is not looked at."""
+PIECE_CHARS = 2**18
+"""A longer text is decoded in a thread, and in pieces, because each of them holds up all others."""
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+BLANKS = b" \t\r\n\f\v"
+OTHER_THAN_BASE64 = re.compile(r"[^A-Za-z0-9+/_=\s-]")
+MAX_OTHER_CHARS = 8_192
+"""Of a text that is looked at for being no base64 but a path or a URL."""
+ZERO_WIDTH = "\ufeff\u200b\u200c\u200d\u2060"
+"""Byte order mark and blanks without width, which editors and web pages leave around a text."""
+MARGIN = ZERO_WIDTH + string.whitespace
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """Where an image comes from.
+
+    content: bytes of an upload, or the client's text: URL, data URI or base64.
+    """
+
+    content: str | bytes
+
+    @property
+    def is_url(self) -> bool:
+        return isinstance(self.content, str) and self.content[:8].lower().startswith(
+            ("http://", "https://")
+        )
+
+    def describe(self) -> str:
+        """For echoing: a URL as sent, of an inline image only its kind and size."""
+        if self.is_url:
+            return str(self.content)
+        kind = "file" if isinstance(self.content, bytes) else "base64"
+        return f"({kind}, {len(self.content)} bytes)"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnOutputs:
+    """Pictures this server made. They are read where they lie: the server calls itself for nothing.
+
+    urls: under which this server is called; their hosts count. names: other names of its own, with
+    patterns as `Settings.allowed_hosts`. read: gives the picture of a name, None where there is
+    none.
+    """
+
+    urls: Sequence[str]
+    names: Sequence[str]
+    read: Callable[[str], Awaitable[bytes | None]]
+
+    def name_of(self, source: ImageSource) -> str | None:
+        """The picture's name, where the source is the URL of one, whatever its port and prefix.
+
+        Those differ between a client in front of a proxy or container and one behind it. The name
+        holds a UUID, so a picture of another server here is never taken for one of ours.
+        """
+        try:
+            url = checked_url(str(source.content)) if source.is_url else None
+        except Refused:
+            return None
+        match = OUTPUT_PATH.fullmatch(url.path) if url else None
+        return f"{match[1]}.png" if url and match and self._has_host(host_of(url)) else None
+
+    def _has_host(self, host: str) -> bool:
+        host = host.rstrip(".")
+        if is_localhost(host) or host in map(host_in, self.urls):
+            return True
+        names = tuple(name.lower() for name in self.names)
+        if names and is_allowed(host.encode(), names):
+            return True
+        return any(map(is_local, numeric_addresses(host, 80)))
+
+
+def host_in(url: str) -> str:
+    """The host of one of our own URLs, `""` where it has none that is well formed."""
+    try:
+        return host_of(checked_url(url)).rstrip(".")
+    except Refused:
+        return ""
+
+
+async def download_images(
+    sources: dict[str, ImageSource],
+    fetcher: Fetcher,
+    max_bytes: int,
+    rights: Rights = ANYBODY,
+    own: OwnOutputs | None = None,
+) -> dict[str, bytes]:
+    """All images, those that are downloaded at once, by parameter name.
+
+    Raises: ImageUnavailable, naming every image that cannot be had.
+    """
+
+    async def load(source: ImageSource) -> bytes | ImageProblem:
+        name = own.name_of(source) if own else None
+        image = await own.read(name) if own and name else None
+        try:
+            if image is None and source.is_url:
+                image = await fetcher.get(str(source.content), rights)
+            elif image is None:
+                image = await load_inline(source.content, max_bytes)
+        except FetchFailed as error:
+            return error.kind
+        return image if len(image) <= max_bytes else ImageProblem.TOO_LARGE
+
+    if any(source.is_url for source in sources.values()):
+        results = await asyncio.gather(*map(load, sources.values()))
+    else:  # with nothing to wait for, a task each would cost more than it does
+        results = [await load(source) for source in sources.values()]
+    loaded = dict(zip(sources, results, strict=True))
+    problems = {name: each for name, each in loaded.items() if isinstance(each, ImageProblem)}
+    if problems:
+        raise ImageUnavailable(problems)
+    return {name: each for name, each in loaded.items() if isinstance(each, bytes)}
+
+
+async def load_inline(content: str | bytes, max_bytes: int) -> bytes:
+    """An upload's bytes, or a text's. Raises: FetchFailed."""
+    if isinstance(content, bytes):
+        return content
+    if len(content) > CHARS_PER_BYTE * max_bytes:
+        raise FetchFailed(ImageProblem.TOO_LARGE)
+    if len(content) > PIECE_CHARS:
+        return await asyncio.to_thread(decode_base64, content)
+    return decode_base64(content)
+
+
+def decode_base64(text: str) -> bytes:
+    """A data URI's or a bare base64 text's bytes; the URL-safe alphabet and line breaks are fine.
+
+    Raises: FetchFailed.
+    """
+    text, is_data = text.strip(MARGIN), False
+    for _ in range(MAX_DATA_URIS):
+        start = DATA_URI.match(text)
+        if start is None:
+            break
+        is_data = True
+        text = text[start.end() :].strip(MARGIN)
+        is_base64 = "base64" in [each.strip().lower() for each in start[1].split(";")]
+        if not is_base64 and not DATA_URI.match(text):
+            return percent_decoded(text)
+        if "%" in text:
+            text = percent_decoded(text).decode("latin-1")
+    if is_path(text) and not is_data:
+        raise FetchFailed(ImageProblem.NOT_A_SOURCE)
+    if len(text) <= PIECE_CHARS:
+        # As nearly all are written; whatever is not gets the long way.
+        with suppress(binascii.Error, ValueError):
+            return binascii.a2b_base64(text, strict_mode=True)
+    compact, content = bytearray(), bytearray()
+    try:
+        for at in range(0, len(text), PIECE_CHARS):
+            piece = text[at : at + PIECE_CHARS].encode("ascii")
+            compact += piece.translate(URL_SAFE, BLANKS)
+        compact = compact.rstrip(b"=")
+        if b"=" in compact:
+            raise ValueError("padding before the end")
+        compact += b"=" * (-len(compact) % 4)
+        for at in range(0, len(compact), PIECE_CHARS):
+            content += binascii.a2b_base64(compact[at : at + PIECE_CHARS], strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        raise FetchFailed(ImageProblem.NOT_AN_IMAGE if is_data else problem_of(text)) from error
+    return bytes(content)
+
+
+def is_path(text: str) -> bool:
+    """True for `/images/a` and `//host/a`, although base64 may be written so.
+
+    No picture begins like that: the base64 of a JPEG file begins with `/9j/`.
+    """
+    return len(text) <= MAX_OTHER_CHARS and text[:1] == "/" and text[:2] != "/9"
+
+
+def problem_of(text: str) -> ImageProblem:
+    """What a text is that is neither a URL we fetch nor base64."""
+    if OTHER_THAN_BASE64.search(text, 0, MAX_OTHER_CHARS):
+        return ImageProblem.NOT_A_SOURCE
+    return ImageProblem.NOT_AN_IMAGE
+
+
+def percent_decoded(text: str) -> bytes:
+    """Bytes of a URI's text. Read in pieces, because each escape is an object for a while."""
+    data, content, at = text.encode(errors="replace"), bytearray(), 0
+    while at < len(data):
+        end = at + PIECE_CHARS
+        escape = data.rfind(b"%", end - 2, end)  # which the end would cut
+        end = escape if escape > at else end
+        content += unquote_to_bytes(data[at:end])
+        at = end
+    return bytes(content)

@@ -1,0 +1,272 @@
+"""Jobs as the server speaks of them: their states, what a dialect hands in, what a row tells.
+
+No database and no change of state here; that is `job_store.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from models.params import InpaintParams
+from server.core.notices import Notice
+from server.jobs.receipts import Intake
+
+INPUT_FOLDER = "inputs"
+"""First part of the storage key of a job's init image and mask."""
+
+OUTPUT_FOLDER = "generations"
+"""First part of a picture's storage key, and of its public path."""
+
+PREVIEW_FOLDER = "previews"
+"""First part of the storage key of how a running job looks."""
+
+OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
+"""What `output_names_of` makes, as a regular expression, without the suffix."""
+
+
+class JobState(StrEnum):
+    """Where a job is."""
+
+    QUEUED = "queued"
+    """Accepted and durable, waits for a worker."""
+    RUNNING = "running"
+    """A worker holds the lease."""
+    FINISHED = "finished"
+    """Its pictures are stored."""
+    FAILED = "failed"
+    """It ended without pictures; `error` says why."""
+    CANCELLED = "cancelled"
+    """Somebody took it back."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """True where no later state can follow."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueShare:
+    """What a key may have of the queue.
+
+    max_waiting: its jobs that may wait at a time; None means the store's limit per key.
+    priority: jobs of a higher one go first.
+    """
+
+    max_waiting: int | None = None
+    priority: int = 0
+
+
+USUAL_SHARE = QueueShare()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What a job's row keeps of its request besides the parameters.
+
+    base_url: of the URLs in answers. init_image, mask_image: a URL as it was sent, or the kind and
+        size of an inline image. previews: the worker shows the job while it runs.
+    intake: how the images came in; None in rows of earlier versions.
+    own: facts of the job's dialect alone, JSON values, for which it has a frozen type.
+    """
+
+    base_url: str = ""
+    init_image: str = ""
+    mask_image: str = ""
+    previews: bool = False
+    warnings: tuple[Notice, ...] = ()
+    intake: Intake | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a job row; `from_json` is the way back."""
+        return {
+            **self.own,
+            "base_url": self.base_url,
+            "init_image": self.init_image,
+            "mask_image": self.mask_image,
+            "previews": self.previews,
+            "warnings": [*self.warnings],
+            "intake": None if self.intake is None else self.intake.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RequestFacts":
+        """Also of earlier versions' rows, which lack some; codes of later ones are left out."""
+        codes, intake = values.get("warnings", ()), values.get("intake")
+        return cls(
+            base_url=values.get("base_url", ""),
+            init_image=values.get("init_image", ""),
+            mask_image=values.get("mask_image", ""),
+            previews=values.get("previews", False),
+            warnings=tuple(notice for notice in Notice if notice in codes),
+            intake=None if intake is None else Intake.from_json(intake),
+            own={name: value for name, value in values.items() if name not in SHARED_FACTS},
+        )
+
+    def warnings_at(self, coverage: float | None) -> list[Notice]:
+        """The warnings of a finished job, because a mask may also have shrunk to nothing.
+
+        coverage: the share of the picture that was repainted; None for a job that is not finished.
+        """
+        is_empty = coverage == 0 and Notice.MASK_IS_EMPTY not in self.warnings
+        return [*([Notice.MASK_IS_EMPTY] if is_empty else []), *self.warnings]
+
+
+SHARED_FACTS = {each.name for each in fields(RequestFacts)} - {"own"}
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What is submitted.
+
+    key_id: whose job it is. share: what that key may have of the queue.
+    file_prefix: uuid4; names the job's files.
+    work: size of the job in pixel steps, for estimates of time.
+    track_id: any JSON scalar, given back as it came.
+    """
+
+    dialect: str
+    request: RequestFacts
+    params: InpaintParams
+    key_id: str
+    file_prefix: str
+    work: float
+    webhook: str | None = None
+    track_id: Any = None
+    share: QueueShare = USUAL_SHARE
+
+    @property
+    def input_key(self) -> str:
+        """Storage key of the init image and mask."""
+        return input_key_of(self.file_prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row, as read.
+
+    priority, turn: its place among waiting jobs, see `turns.py`.
+    attempt: how often it was claimed, but for claims that were released.
+    fencing_token: number of the latest claim; see `job_store.py`.
+    step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
+    preview_step: how many were done in the latest preview of the latest attempt; None without one.
+    queued_s: seconds from submission to the latest claim, by a clock that both processes share.
+    run_s: seconds from claim to end by the worker's steady clock; None where no worker ended it.
+    flagged: the safety checker's verdict per picture; None for a job that is not finished.
+    expired_at: when the pictures of a finished job were removed; None while they are there.
+    claimed_s: when it was claimed, by the steady clock of the process that did; None in any other.
+    """
+
+    id: int
+    state: JobState
+    key_id: str
+    dialect: str
+    request: RequestFacts
+    params: InpaintParams
+    file_prefix: str
+    work: float
+    webhook: str | None
+    track_id: Any
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    attempt: int
+    worker_id: str | None
+    step: int
+    total_steps: int
+    run_s: float | None
+    flagged: list[bool | None] | None = field(repr=False)
+    error: str | None
+    priority: int = 0
+    turn: int = 0
+    fencing_token: int = 0
+    expired_at: float | None = None
+    preview_step: int | None = None
+    queued_s: float | None = None
+    claimed_s: float | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def input_key(self) -> str:
+        """Storage key of the init image and mask."""
+        return input_key_of(self.file_prefix)
+
+    @property
+    def output_names(self) -> list[str]:
+        """File names of the pictures, in sample order."""
+        return output_names_of(self.file_prefix, self.params.samples, self.fencing_token)
+
+    @property
+    def output_keys(self) -> list[str]:
+        """Storage keys of the pictures, in sample order."""
+        return output_keys_of(self.file_prefix, self.params.samples, self.fencing_token)
+
+    @property
+    def has_pictures(self) -> bool:
+        """It is finished, and its pictures were not removed since."""
+        return self.state is JobState.FINISHED and self.expired_at is None
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether the worker is to show the job while it runs."""
+        return self.request.previews
+
+    @property
+    def preview_key(self) -> str:
+        """Storage key of how the job looks; there is a file while it runs only."""
+        return f"{PREVIEW_FOLDER}/{self.file_prefix}.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """What became of a `NewJob`. is_new: False for the earlier job of its idempotency key."""
+
+    job: Job
+    is_new: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a job is, in short.
+
+    position: 1 is next; None for one that does not wait. preview_step: as in `Job`.
+    """
+
+    state: JobState
+    attempt: int
+    step: int
+    total_steps: int
+    position: int | None
+    preview_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What a worker tells of a job it holds; the numbers are as in `Job`."""
+
+    job: Job
+    step: int
+    total_steps: int
+    preview_step: int | None = None
+
+
+def input_key_of(file_prefix: str) -> str:
+    """Storage key of a job's init image and mask."""
+    return f"{INPUT_FOLDER}/{file_prefix}.npy"
+
+
+def output_names_of(file_prefix: str, samples: int, fencing_token: int) -> list[str]:
+    """File names of a job's pictures, in sample order.
+
+    Every claim has its own: one that was given up may still write, and must not change what its
+    successor has finished.
+    """
+    suffix = f"-{fencing_token}" if fencing_token > 1 else ""
+    return [f"{file_prefix}-{index}{suffix}.png" for index in range(samples)]
+
+
+def output_keys_of(file_prefix: str, samples: int, fencing_token: int) -> list[str]:
+    """Storage keys of a job's pictures, in sample order."""
+    return [
+        f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, fencing_token)
+    ]

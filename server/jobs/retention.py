@@ -1,0 +1,286 @@
+"""`Janitor`: removes what has grown old, so that the disk does not fill.
+
+    pictures of finished jobs     `outputs_h` after the end; the row stays and tells `expired_at`
+    rows of ended jobs            `rows_h` after the end, with their webhook history
+    inputs of ended jobs          `inputs_h` after the end, where the worker could not remove them
+    previews of ended jobs        at once, likewise
+    files that belong to no job   after a day
+
+Of a finished job whose pictures are gone, by whatever hand, the row is made to tell so.
+
+A job whose webhook is not delivered yet keeps its row and its pictures, but no longer than the
+webhook's schedule lasts after the job's end. Several janitors may work at once: each removal can be
+made again without harm.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import anyio.to_thread
+from sqlalchemy import ColumnElement, Engine, delete, exists, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.core.errors import StorageUnavailable
+from server.core.logs import get_logger
+from server.core.settings import RetentionSettings
+from server.jobs.job import INPUT_FOLDER, OUTPUT_FOLDER, PREVIEW_FOLDER, JobState, output_keys_of
+from server.storage.clock import EarlierClock
+from server.storage.database import deliveries, jobs, read_only
+from server.storage.files import Storage, StoredFile
+from server.webhooks.deliveries import MAX_AGE_S, DeliveryState
+
+logger = get_logger(__name__)
+
+BATCH = 100
+"""Rows and files of one step: a step takes no lock for long."""
+
+PAUSE_S = 60.0
+"""Between two looks at the rows."""
+
+SWEEP_S = 6 * 3_600.0
+"""Between two listings of all files, which an object store charges for."""
+
+ORPHAN_S = 24 * 3_600.0
+"""A file may lie so long without a row: its job may be on the way."""
+
+HOUR_S = 3_600.0
+UUID_LENGTH = 36
+
+PICTURES = (jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.fencing_token)
+"""What the storage keys of a job's pictures are made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What one round removed. outputs: jobs whose pictures were; files: found by listing.
+
+    gone: finished jobs whose pictures somebody else had removed.
+    """
+
+    outputs: int = 0
+    rows: int = 0
+    files: int = 0
+    gone: int = 0
+
+
+class Janitor:
+    """`tidy` and `sweep` are synchronous; run `run` as a task beside the server.
+
+    clock: seconds since the epoch; an `EarlierClock` if None. batch: rows or files of one step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        storage: Storage,
+        settings: RetentionSettings,
+        clock: Callable[[], float] | None = None,
+        batch: int = BATCH,
+    ) -> None:
+        self._engine = engine
+        self._storage = storage
+        self._settings = settings
+        self._clock = clock or EarlierClock(engine)
+        self._batch = batch
+        self._is_stopping = threading.Event()
+
+    async def run(self) -> None:
+        """Until cancelled. What fails is tried again in the next round."""
+        swept_at: float | None = None
+        try:
+            while True:
+                await self._try(self.tidy)
+                now = time.monotonic()
+                if swept_at is None or now - swept_at > SWEEP_S:
+                    swept_at = now
+                    await self._try(self.sweep)
+                await asyncio.sleep(PAUSE_S)
+        finally:
+            # For the thread, which would go on to the end of its work.
+            self._is_stopping.set()
+
+    async def _try(self, work: Callable[[], Removed]) -> None:
+        try:
+            removed = await anyio.to_thread.run_sync(work)
+        except (SQLAlchemyError, StorageUnavailable):
+            logger.exception("old files and rows not removed")
+            return
+        if removed != Removed():
+            logger.info("old files and rows removed", detail=str(removed))
+
+    def tidy(self) -> Removed:
+        """Expire pictures and remove rows, as many as are due.
+
+        Raises: SQLAlchemyError, StorageUnavailable.
+        """
+        outputs = sum(self._batches(self._expire_batch))
+        return Removed(outputs=outputs, rows=sum(self._batches(self._delete_batch)))
+
+    def sweep(self) -> Removed:
+        """Go through all files, and remove those that no job needs; then look for missing ones.
+
+        Raises: SQLAlchemyError, StorageUnavailable.
+        """
+        inputs = self._sweep(INPUT_FOLDER, self._unneeded_inputs)
+        previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
+        outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
+        return Removed(files=inputs + previews + outputs, gone=self._note_missing())
+
+    def _batches(self, step: Callable[[], int]) -> Iterator[int]:
+        """What each step has done, until one finds nothing to do."""
+        while not self._is_stopping.is_set() and (count := step()):
+            yield count
+
+    def _expire_batch(self) -> int:
+        due = (
+            select(jobs.c.id)
+            .where(
+                jobs.c.state == JobState.FINISHED,
+                jobs.c.expired_at.is_(None),
+                jobs.c.finished_at < self._clock() - self._settings.outputs_h * HOUR_S,
+                ~self._has_pending_delivery(),
+            )
+            .order_by(jobs.c.finished_at)
+            .limit(self._batch)
+        )
+        expire = (
+            update(jobs)
+            .where(jobs.c.id.in_(due), jobs.c.expired_at.is_(None))
+            .values(expired_at=self._clock())
+            .returning(*PICTURES)
+        )
+        # The rows come first: a webhook that is asked for meanwhile must not name pictures that are
+        # about to go. What is left of them when a removal fails is found by the next sweep.
+        with self._engine.begin() as connection:
+            rows = connection.execute(expire).all()
+        for files in rows:
+            for key in output_keys_of(*files):
+                self._storage.delete(key)
+        return len(rows)
+
+    def _has_pending_delivery(self) -> ColumnElement[bool]:
+        is_pending = deliveries.c.state == DeliveryState.PENDING
+        is_on_schedule = jobs.c.finished_at > self._clock() - MAX_AGE_S
+        return is_on_schedule & exists().where(deliveries.c.job_id == jobs.c.id, is_pending)
+
+    def _note_missing(self) -> int:
+        """Let the rows of finished jobs tell that their pictures are gone; how many jobs that were.
+
+        None where most are missing: then the store is another one, or its disk is not mounted, and
+        may come back with all of them. The files of a job that is told to be gone are removed.
+        """
+        missing: list[int] = []
+        whole_count = 0
+        for job_id, files in self._finished():
+            is_whole = all(self._storage.has(key) for key in output_keys_of(*files))
+            if is_whole:
+                whole_count += 1
+            else:
+                missing.append(job_id)
+        if self._is_stopping.is_set():
+            return 0  # not all were looked at
+        if len(missing) > whole_count:
+            logger.error(
+                "most pictures are missing in the file store, is it the right one?",
+                detail=f"of {len(missing)} jobs, those of {whole_count} are there",
+            )
+            return 0
+        for start in range(0, len(missing), self._batch):
+            some = missing[start : start + self._batch]
+            is_unexpired = jobs.c.id.in_(some) & jobs.c.expired_at.is_(None)
+            with self._engine.begin() as connection:
+                note = update(jobs).where(is_unexpired).values(expired_at=self._clock())
+                connection.execute(note)
+        return len(missing)
+
+    def _finished(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
+        """Jobs that have pictures by their rows: the id, and what `output_keys_of` wants."""
+        last_id = 0
+        while not self._is_stopping.is_set():
+            query = (
+                select(jobs.c.id, *PICTURES)
+                .where(
+                    jobs.c.state == JobState.FINISHED,
+                    jobs.c.expired_at.is_(None),
+                    jobs.c.id > last_id,
+                )
+                .order_by(jobs.c.id)
+                .limit(self._batch)
+            )
+            with read_only(self._engine) as connection:
+                rows = connection.execute(query).all()
+            if not rows:
+                return
+            for job_id, prefix, samples, token in rows:
+                yield job_id, (prefix, samples, token)
+            last_id = rows[-1].id
+
+    def _delete_batch(self) -> int:
+        """Rows of ended jobs; those of finished ones only when their pictures are gone."""
+        is_finished = jobs.c.state == JobState.FINISHED
+        due = (
+            select(jobs.c.id)
+            .where(
+                jobs.c.finished_at < self._clock() - self._settings.rows_h * HOUR_S,
+                ~is_finished | jobs.c.expired_at.is_not(None),
+                ~self._has_pending_delivery(),
+            )
+            .order_by(jobs.c.finished_at)
+            .limit(self._batch)
+        )
+        with self._engine.begin() as connection:
+            return connection.execute(delete(jobs).where(jobs.c.id.in_(due))).rowcount
+
+    def _sweep(self, folder: str, unneeded: Callable[[Sequence[str]], set[str]]) -> int:
+        count = 0
+        for files in self._storage.list(folder, self._batch):
+            if self._is_stopping.is_set():
+                break
+            for key in self._removable(files, unneeded):
+                self._storage.delete(key)
+                count += 1
+        return count
+
+    def _removable(
+        self, files: Sequence[StoredFile], unneeded: Callable[[Sequence[str]], set[str]]
+    ) -> Iterator[str]:
+        prefixes = {file: prefix_of(file.key) for file in files}
+        # Looked up after the listing: a file that has no row now, and is old, will have none.
+        known = self._known([*prefixes.values()])
+        removable = unneeded([*known])
+        for file, prefix in prefixes.items():
+            is_orphan = prefix not in known and file.changed_at < self._clock() - ORPHAN_S
+            if is_orphan or prefix in removable:
+                yield file.key
+
+    def _known(self, prefixes: Sequence[str]) -> set[str]:
+        return self._prefixes(jobs.c.file_prefix.in_(prefixes))
+
+    def _unneeded_inputs(self, prefixes: Sequence[str]) -> set[str]:
+        ended_before = self._clock() - self._settings.inputs_h * HOUR_S
+        return self._prefixes(
+            jobs.c.file_prefix.in_(prefixes) & (jobs.c.finished_at < ended_before)
+        )
+
+    def _unneeded_previews(self, prefixes: Sequence[str]) -> set[str]:
+        return self._prefixes(jobs.c.file_prefix.in_(prefixes) & jobs.c.finished_at.is_not(None))
+
+    def _unneeded_outputs(self, prefixes: Sequence[str]) -> set[str]:
+        """Of expired jobs, and what a late worker stored for one that ended without pictures."""
+        has_none = jobs.c.state.in_([JobState.FAILED, JobState.CANCELLED])
+        is_over = has_none & (jobs.c.finished_at < self._clock() - ORPHAN_S)
+        return self._prefixes(
+            jobs.c.file_prefix.in_(prefixes) & (jobs.c.expired_at.is_not(None) | is_over)
+        )
+
+    def _prefixes(self, which: ColumnElement[bool]) -> set[str]:
+        with read_only(self._engine) as connection:
+            return {*connection.scalars(select(jobs.c.file_prefix).where(which))}
+
+
+def prefix_of(key: str) -> str:
+    """The `file_prefix` in the storage key of an input or a picture."""
+    return key.rpartition("/")[2][:UUID_LENGTH]

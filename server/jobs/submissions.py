@@ -1,0 +1,113 @@
+"""`Submissions`: how jobs come into the queue, within its limits and once per idempotency key."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, insert, select
+
+from server.core.errors import QueueFull
+from server.jobs.fair_queue import QueuePosition, next_position
+from server.jobs.idempotency import Idempotency, find, reserve
+from server.jobs.job import Job, JobState, NewJob, QueueShare
+from server.jobs.rows import to_job
+from server.storage.database import Topic, jobs, notify, read_only
+from server.storage.group_commit import GroupCommit
+
+SUBMIT_LOCK = 0x1_4E_9A_15
+"""An advisory lock's number: any, but the same for all processes of this server."""
+
+INSERT = insert(jobs).returning(jobs)
+
+Submission = tuple[NewJob, Idempotency | None]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """Jobs that may wait at a time: in all, and of a key whose share says nothing else."""
+
+    max_waiting: int = 1_000
+    max_waiting_per_key: int = 100
+
+    def check(self, position: QueuePosition, share: QueueShare) -> None:
+        """Back-pressure: a full queue takes no more. Raises: QueueFull."""
+        if position.waiting >= self.max_waiting:
+            raise QueueFull(self.max_waiting)
+        of_key = self.max_waiting_per_key if share.max_waiting is None else share.max_waiting
+        if position.waiting_of_key >= of_key:
+            raise QueueFull(of_key)
+
+
+class Submissions:
+    """Submits for one process. clock: seconds since the epoch. shared_clock: `SharedClock`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: QueueLimits,
+        clock: Callable[[], float],
+        shared_clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._clock = clock
+        self._shared_clock = shared_clock
+        self._commits = GroupCommit(engine, self._write)
+
+    def submit(self, new: NewJob, once: Idempotency | None) -> Job:
+        """As `JobStore.submit`."""
+        return self._commits.run((new, once))
+
+    def check_room(self, key_id: str, share: QueueShare) -> None:
+        """As `JobStore.check_room`."""
+        with read_only(self._engine) as connection:
+            self._limits.check(next_position(connection, key_id, share.priority), share)
+
+    def replayed(self, key_id: str, once: Idempotency) -> Job | None:
+        """As `JobStore.replayed`."""
+        with read_only(self._engine) as connection:
+            row = self._find_replayed(connection, key_id, once)
+        return None if row is None else to_job(row)
+
+    def _write(self, connection: Connection, submission: Submission) -> Job:
+        new, once = submission
+        if connection.dialect.name != "sqlite":  # there every write transaction is alone
+            # What is counted stays true until the transaction's end.
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
+        if once is not None:
+            earlier = self._find_replayed(connection, new.key_id, once)
+            if earlier is not None:
+                return to_job(earlier)
+        position = next_position(connection, new.key_id, new.share.priority)
+        self._limits.check(position, new.share)
+        if once is not None:
+            reserve(connection, new.key_id, once, new.file_prefix, self._shared_clock())
+        row = connection.execute(INSERT, self._values_of(new, position)).one()
+        notify(connection, Topic.QUEUED)
+        return to_job(row)
+
+    def _values_of(self, new: NewJob, position: QueuePosition) -> dict[str, Any]:
+        return {
+            "state": JobState.QUEUED,
+            "key_id": new.key_id,
+            "dialect": new.dialect,
+            "request": new.request.to_json(),
+            "params": new.params.to_json(),
+            "file_prefix": new.file_prefix,
+            "work": new.work,
+            "priority": new.share.priority,
+            "turn": position.turn,
+            "webhook": new.webhook,
+            "track_id": new.track_id,
+            "created_at": self._clock(),
+            "submitted_s": self._shared_clock(),
+        }
+
+    def _find_replayed(
+        self, connection: Connection, key_id: str, once: Idempotency
+    ) -> Row[Any] | None:
+        """Raises: Conflict."""
+        file_prefix = find(connection, key_id, once, self._shared_clock())
+        if file_prefix is None:
+            return None
+        return connection.execute(select(jobs).where(jobs.c.file_prefix == file_prefix)).one()

@@ -1,0 +1,30 @@
+"""What is refused before the server listens, found without torch: the API process has none."""
+
+import shutil
+from collections.abc import Sequence
+
+from models.checkpoints.registry import check_model, read_catalog
+from models.errors import ModelUnavailable
+from server.core.settings import Settings
+from server.serving.devices import expand_devices
+
+
+def check_workers(settings: Settings, command: Sequence[str]) -> Settings:
+    """The same with the devices found, once workers can be started with them.
+
+    command: the operator's own that starts a worker; what it needs is its own affair.
+    Raises: ValueError.
+    """
+    if not settings.worker_devices:
+        return settings
+    if command:
+        if shutil.which(command[0]) is None:
+            raise ValueError(f"worker command {command[0]!r}: there is no such program")
+        return settings
+    try:
+        catalog = read_catalog(settings.models_file)
+        for model in settings.offered_models:
+            check_model(model, catalog)
+    except ModelUnavailable as error:
+        raise ValueError(str(error)) from error
+    return settings.model_copy(update={"devices": expand_devices(settings.devices)})

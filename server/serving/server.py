@@ -1,0 +1,177 @@
+"""The HTTP server around the application: listening sockets, limits, and graceful shutdown."""
+
+import asyncio
+import errno
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from server.core.settings import Settings
+from server.serving.admin import ByPort, create_admin_app
+from server.serving.connections import Gate, GuardedConfig
+from server.serving.supervisor import Supervisor
+from server.serving.watchdog import LOOK_S, Watchdog
+
+BACKLOG = 2_048
+GRACE_S = 4
+"""From the end of the last worker until connections that are still open are cut."""
+
+ADMIN_LISTENING = "admin listening"
+
+OWN_FILES = 256
+"""File descriptors kept for the database, pictures, downloads and webhooks."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop.
+
+    Told to stop, the server goes on answering until its workers have ended: new jobs are refused,
+    earlier ones can be fetched.
+
+    admin_port: connections to it get the admin application.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        admin_port: int | None = None,
+        workers: Supervisor | None = None,
+    ) -> None:
+        self._app = app
+        self._workers = workers
+        self._watchdog: Watchdog | None = None
+        limits = settings.http
+        self.gate = Gate(
+            limits,
+            min(limits.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
+            settings.forwarded_allow_ips,
+        )
+        served: ASGIApp = app
+        if admin_port is not None:
+            admin_app = create_admin_app(app, self.gate, settings.admin.allowed_hosts)
+            served = ByPort(app, admin_app, admin_port)
+        super().__init__(
+            GuardedConfig(
+                served,
+                self.gate,
+                limits,
+                settings.max_body_bytes,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # `proxies.py` reads more of them
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+
+    def run_until_stopped(self, *listeners: socket.socket) -> None:
+        """Serve until SIGTERM or SIGINT, then return."""
+        # uvicorn raises the signal again once it is done, for handlers that stood before its own;
+        # with the default ones the process would die here, before its workers are stopped.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        with Watchdog() as self._watchdog:
+            self.run(sockets=list(listeners))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self._watchdog is not None:
+            self._tick(self._watchdog, asyncio.get_running_loop())
+
+    def _tick(self, watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell the watchdog that the loop runs, and again before its next look."""
+        watchdog.tick()
+        loop.call_later(LOOK_S / 2, self._tick, watchdog, loop)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Workers end, and held requests get their "processing" answer now."""
+        if self._watchdog is not None:
+            self._watchdog.expect_end()
+        if self._workers is not None:
+            self._workers.stop()
+        services = getattr(self._app.state, "services", None)
+        if services is not None:
+            services.watcher.release_all()
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to close the listening sockets and end."""
+        if self._workers is not None and self._workers.failure and not self.should_exit:
+            self.handle_exit(signal.SIGTERM, None)
+        is_told = await super().on_tick(counter)
+        are_workers_gone = self._workers is None or self._workers.has_ended
+        return is_told and (are_workers_gone or self.force_exit)
+
+
+def listen(settings: Settings) -> dict[str, socket.socket]:
+    """The listening sockets, by what the log says of them. Raises: ValueError."""
+    host, port, admin = settings.host, settings.port, settings.admin
+    with explained(host, port, "--port"):
+        listeners = {"listening": bind(host, port)}
+    if admin.port is not None:
+        try:
+            with explained(admin.host, admin.port, "INPAINT_ADMIN__PORT"):
+                listeners[ADMIN_LISTENING] = bind(admin.host, admin.port)
+        except ValueError:
+            listeners["listening"].close()
+            raise
+    return listeners
+
+
+@contextmanager
+def explained(host: str, port: int, setting: str) -> Iterator[None]:
+    """Raises: ValueError for an OSError, which says where it was and which setting helps."""
+    try:
+        yield
+    except OSError as error:
+        hint = f"; choose another with {setting}" if error.errno == errno.EADDRINUSE else ""
+        where = address_of(host, port)
+        raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where it answers."""
+    return f"http://{address_of(*listener.getsockname()[:2])}"
+
+
+def address_of(host: str, port: int) -> str:
+    """Of a listening socket, as a URL holds it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises: OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named because asyncio switches Nagle's algorithm off only where it is: the
+    # second half of an answer would wait for the client's delayed acknowledgement, 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def open_file_limit() -> int:
+    """Files and sockets this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def raise_open_file_limit() -> None:
+    """As far as the system lets us: shells allow 1,024, and a waiting client is one each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,71 @@
+"""Clocks for times that one process writes and another compares: `SharedClock`, `EarlierClock`."""
+
+import time
+from collections.abc import Callable
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.storage.database import read_only
+
+MEASURE_S = 60.0
+"""Between two looks at the clock of a PostgreSQL server."""
+
+NOW = text("SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)")
+
+
+class SharedClock:
+    """Seconds since the epoch. Safe for several threads.
+
+    With PostgreSQL the server's, whatever the machines of its clients say. SQLite has one machine
+    only, and its time is that of the start of the process: both run on by the process's own steady
+    clock, so that a jump of the machine's changes nothing. steady_clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        wall_clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._steady_clock = steady_clock
+        self._offset_s = wall_clock() - steady_clock()
+        self._is_remote = engine.dialect.name != "sqlite"
+        self._measure_at = steady_clock()
+
+    def __call__(self) -> float:
+        """Never fails: without an answer of the server the last one counts on."""
+        if self._is_remote and self._steady_clock() >= self._measure_at:
+            self._measure_at = self._steady_clock() + MEASURE_S
+            self._measure()
+        return self._offset_s + self._steady_clock()
+
+    def _measure(self) -> None:
+        try:
+            with read_only(self._engine) as connection:
+                now: float = connection.execute(NOW).scalar_one()
+        except SQLAlchemyError:
+            self._measure_at = self._steady_clock()  # with the next call
+        else:
+            self._offset_s = now - self._steady_clock()
+
+
+class EarlierClock:
+    """Seconds since the epoch: the wall clock or the shared one, whichever says less.
+
+    For what cannot be undone. What is old by this clock is old by both, so that one jump of the
+    wall clock, forward or back, makes nothing old at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        wall_clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._wall_clock = wall_clock
+        self._shared_clock = SharedClock(engine, wall_clock, steady_clock)
+
+    def __call__(self) -> float:
+        return min(self._wall_clock(), self._shared_clock())

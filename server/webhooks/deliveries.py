@@ -1,0 +1,406 @@
+"""`DeliveryStore`: webhook calls as rows, written with the job's end and claimed like jobs.
+
+    pending ──2xx──> delivered
+      │ └──later──> pending, with the next time of the schedule
+      └──410, or the schedule is used up──> dead
+
+A claim is a lease: it moves the due time past the longest possible call, so that two senders never
+make the same call at once, and a call whose sender has died is made by another.
+
+Due times are compared with a `SharedClock`. First tries are always due. A due time beyond the
+longest delay means that a clock has jumped: the call is due now.
+"""
+
+import itertools
+import random
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+from urllib.parse import urlsplit
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
+
+from server.core.errors import Conflict, ConflictKind
+from server.storage.clock import SharedClock
+from server.storage.database import deliveries, delivery_attempts, jobs, read_only
+
+RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+"""After the first try, the second, …: ten tries over about three days."""
+
+JITTER = 0.2
+MAX_AGE_S = sum(RETRY_DELAYS_S) * (1 + JITTER)
+"""From the job's end: after that a call to a host that always fails is given up, tries left or not,
+and a call that is still pending keeps neither the job's pictures nor its row."""
+MAX_RETRY_AFTER_S = 86_400.0
+LONGEST_DELAY_S = max(RETRY_DELAYS_S[-1] * (1 + JITTER), MAX_RETRY_AFTER_S)
+
+LISTED_ATTEMPTS = 20
+"""Tries of a call that are answered, the last ones."""
+
+KEPT_ATTEMPTS = 100
+"""Rows of a call's tries: it may be made again for as long as its job's row stands."""
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+AT_ONCE = 0.0
+"""The due time of a call that was not tried, or is asked for again."""
+
+
+class DeliveryState(StrEnum):
+    """Where a webhook call is."""
+
+    PENDING = "pending"
+    """Not received yet; another try is due."""
+    DELIVERED = "delivered"
+    """The receiver answered 2xx."""
+    DEAD = "dead"
+    """Given up: the receiver is gone for good, or the schedule is used up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A claimed webhook call.
+
+    id: the same on every try, for receivers to know repeats by. attempt: of this try, from 1.
+    host: whose limit and circuit it counts against, see `host_of`.
+    """
+
+    id: str
+    job_id: int
+    url: str
+    host: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """How a try went.
+
+    status: HTTP status, None where there was no answer. outcome: in a word or two, for operators.
+    retry_after_s: what the receiver asked for.
+    """
+
+    started_at: float
+    duration_s: float
+    status: int | None
+    outcome: str
+    retry_after_s: float | None = None
+
+    @property
+    def is_success(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
+    @property
+    def is_host_failure(self) -> bool:
+        """True where the host as a whole does not work, or asks for less; not just this call."""
+        return self.status is None or self.status >= 500 or self.status == 429
+
+    @property
+    def is_final(self) -> bool:
+        """True where no later try can succeed: the receiver says that the address is gone."""
+        return self.status == 410
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryStatus:
+    """A webhook call as an owner or operator sees it.
+
+    due_at: of the next try of a pending one. attempts: the last tries, each with its number, first
+    to last. attempts_total: tries begun so far, whether or not their sender lived to note them.
+    """
+
+    id: str
+    job_id: int
+    url: str
+    host: str
+    state: DeliveryState
+    due_at: float
+    attempts: tuple[tuple[int, Attempt], ...]
+    attempts_total: int
+
+
+class DeliveryStore:
+    """All access to delivery rows. Synchronous; safe to call from several threads and processes.
+
+    lease_s: longer than any call takes. clock: seconds since the epoch; a `SharedClock` if None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        lease_s: float = 60.0,
+        clock: Callable[[], float] | None = None,
+        jitter: random.Random | None = None,
+    ) -> None:
+        self._engine = engine
+        self._lease_s = lease_s
+        self._clock = clock or SharedClock(engine)
+        self._jitter = jitter or random.Random()
+
+    def claim_due(
+        self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
+    ) -> list[Delivery]:
+        """Up to `limit` calls that are due, those of the oldest jobs first.
+
+        None to the busy hosts, and to any other no more than `per_host`.
+        """
+        return self._claim(deliveries.c.host.not_in(busy_hosts), limit, per_host)
+
+    def claim_probes(self, hosts: Sequence[str]) -> list[Delivery]:
+        """One call that is due for each of the hosts that has any."""
+        return self._claim(deliveries.c.host.in_(hosts), len(hosts), per_host=1)
+
+    def give_up(self, host: str) -> int:
+        """The old calls of a host that always fails become dead; how many there were."""
+        with self._engine.begin() as connection:
+            changed = connection.execute(
+                update(deliveries)
+                .where(
+                    deliveries.c.host == host,
+                    deliveries.c.state == DeliveryState.PENDING,
+                    deliveries.c.created_at < self._clock() - MAX_AGE_S,
+                )
+                .values(state=DeliveryState.DEAD)
+            )
+        return changed.rowcount
+
+    def redeliver(self, job_id: int) -> None:
+        """Make a job's call again at once, under the same id.
+
+        One that was given up gets one more try, one that is pending its next one now. One that is
+        being made at this moment is left to its sender. Its age stays that of the job's end.
+        Raises: Conflict where the job has no call, or its pictures have been removed: receivers
+        know the call by its id, and it cannot name the pictures any more.
+        """
+        now = self._clock()
+        is_told = exists().where(
+            delivery_attempts.c.delivery_id == deliveries.c.id,
+            delivery_attempts.c.attempt == deliveries.c.attempt,
+        )
+        is_under_way = (
+            (deliveries.c.state == DeliveryState.PENDING)
+            & (deliveries.c.attempt > 0)
+            & (deliveries.c.due_at > now)
+            & ~is_told
+        )
+        with self._engine.begin() as connection:
+            expired_at = connection.scalar(select(jobs.c.expired_at).where(jobs.c.id == job_id))
+            if expired_at is not None:
+                raise Conflict(ConflictKind.PICTURES_EXPIRED)
+            changed = connection.execute(
+                update(deliveries)
+                .where(deliveries.c.job_id == job_id)
+                .values(
+                    state=DeliveryState.PENDING,
+                    due_at=case((is_under_way, deliveries.c.due_at), else_=AT_ONCE),
+                )
+            )
+            if not changed.rowcount:
+                raise Conflict(ConflictKind.NO_DELIVERY)
+
+    def of_job(self, job_id: int) -> list[DeliveryStatus]:
+        """A job's webhook calls: one at most, and none before it has ended."""
+        return self._statuses(deliveries.c.job_id == job_id, limit=1)
+
+    def list_of(
+        self,
+        key_id: str | None,
+        *,
+        state: DeliveryState | None,
+        limit: int,
+        before_job_id: int | None = None,
+    ) -> list[DeliveryStatus]:
+        """The calls of a key's jobs, or of everybody's; newest job first."""
+        which: ColumnElement[bool] = true()
+        if key_id is not None:
+            which &= deliveries.c.job_id.in_(select(jobs.c.id).where(jobs.c.key_id == key_id))
+        if state is not None:
+            which &= deliveries.c.state == state
+        if before_job_id is not None:
+            which &= deliveries.c.job_id < before_job_id
+        return self._statuses(which, limit)
+
+    def _statuses(self, which: ColumnElement[bool], limit: int) -> list[DeliveryStatus]:
+        call = (
+            select(deliveries).where(which).order_by(deliveries.c.job_id.desc()).limit(limit).cte()
+        )
+        each_try = delivery_attempts.c
+        newness = func.row_number().over(
+            partition_by=each_try.delivery_id, order_by=each_try.attempt.desc()
+        )
+        # Joined here too, so that the tries of these calls alone are ranked.
+        ranked = (
+            select(delivery_attempts, newness.label("newness"))
+            .join(call, call.c.id == each_try.delivery_id)
+            .subquery()
+        )
+        is_listed = (ranked.c.delivery_id == call.c.id) & (ranked.c.newness <= LISTED_ATTEMPTS)
+        query = (
+            select(
+                call,
+                ranked.c.attempt.label("number"),
+                ranked.c.started_at,
+                ranked.c.duration_s,
+                ranked.c.status,
+                ranked.c.outcome,
+            )
+            .outerjoin(ranked, is_listed)
+            .order_by(call.c.job_id.desc(), call.c.id, ranked.c.attempt)
+        )
+        with read_only(self._engine) as connection:
+            rows = connection.execute(query).all()
+        by_call = itertools.groupby(rows, key=lambda row: row.id)
+        now = self._clock()
+        return [to_status(list(tries), now) for _, tries in by_call]
+
+    def _claim(self, which: ColumnElement[bool], limit: int, per_host: int) -> list[Delivery]:
+        now = self._clock()
+        is_pending: ColumnElement[bool] = deliveries.c.state == DeliveryState.PENDING
+        is_due = is_pending & (deliveries.c.due_at <= now) & which
+        is_astray = is_pending & (deliveries.c.due_at > now + LONGEST_DELAY_S)
+        # Most looks find nothing; they should not take the lock that writers need.
+        with read_only(self._engine) as connection:
+            looks = select(exists().where(is_due), exists().where(is_astray))
+            has_due, has_astray = connection.execute(looks).one()
+        if has_astray:
+            with self._engine.begin() as connection:
+                connection.execute(update(deliveries).where(is_astray).values(due_at=now))
+        elif not has_due:
+            return []
+        # Not by due time, which for the tried and the untried ones is not of the same kind.
+        rank = func.row_number().over(partition_by=deliveries.c.host, order_by=deliveries.c.job_id)
+        ranked = select(deliveries.c.id, deliveries.c.job_id, rank.label("rank")).where(is_due)
+        candidate = ranked.subquery()
+        oldest = (
+            select(candidate.c.id)
+            .where(candidate.c.rank <= per_host)
+            .order_by(candidate.c.job_id)
+            .limit(limit)
+        )
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                update(deliveries)
+                .where(deliveries.c.id.in_(oldest), is_due)
+                .values(due_at=now + self._lease_s, attempt=deliveries.c.attempt + 1)
+                .returning(
+                    deliveries.c.id,
+                    deliveries.c.job_id,
+                    deliveries.c.url,
+                    deliveries.c.host,
+                    deliveries.c.attempt,
+                )
+            ).all()
+        return [Delivery(*row) for row in rows]
+
+    def record(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
+        """Note how a claimed call went and what follows from it.
+
+        Nothing follows for a call that was claimed anew since. One that was given up since stays
+        so, unless it was received after all.
+        """
+        state = self._state_after(delivery, attempt)
+        is_open = true() if attempt.is_success else deliveries.c.state == DeliveryState.PENDING
+        with self._engine.begin() as connection:
+            connection.execute(
+                insert(delivery_attempts).values(
+                    delivery_id=delivery.id,
+                    attempt=delivery.attempt,
+                    started_at=attempt.started_at,
+                    duration_s=attempt.duration_s,
+                    status=attempt.status,
+                    outcome=attempt.outcome,
+                )
+            )
+            connection.execute(
+                delete(delivery_attempts).where(
+                    delivery_attempts.c.delivery_id == delivery.id,
+                    delivery_attempts.c.attempt <= delivery.attempt - KEPT_ATTEMPTS,
+                )
+            )
+            connection.execute(
+                update(deliveries)
+                .where(
+                    deliveries.c.id == delivery.id,
+                    deliveries.c.attempt == delivery.attempt,
+                    is_open,
+                )
+                .values(state=state, due_at=self._clock() + self._delay_s(delivery, attempt))
+            )
+        return state
+
+    def _state_after(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
+        if attempt.is_success:
+            return DeliveryState.DELIVERED
+        is_used_up = delivery.attempt > len(RETRY_DELAYS_S)
+        return DeliveryState.DEAD if attempt.is_final or is_used_up else DeliveryState.PENDING
+
+    def _delay_s(self, delivery: Delivery, attempt: Attempt) -> float:
+        """Seconds from now to the next try: the schedule's, or longer where the receiver asks."""
+        index = min(delivery.attempt, len(RETRY_DELAYS_S)) - 1
+        scheduled = RETRY_DELAYS_S[index] * self._jitter.uniform(1 - JITTER, 1 + JITTER)
+        return max(scheduled, min(attempt.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
+
+
+def to_status(rows: Sequence[Row[Any]], now: float) -> DeliveryStatus:
+    """A call from its rows, one for each listed try; a row without one where there was none."""
+    call = rows[0]
+    return DeliveryStatus(
+        id=call.id,
+        job_id=call.job_id,
+        url=call.url,
+        host=call.host,
+        state=DeliveryState(call.state),
+        due_at=call.due_at or now,
+        attempts=tuple(
+            (row.number, Attempt(row.started_at, row.duration_s, row.status, row.outcome))
+            for row in rows
+            if row.number is not None
+        ),
+        attempts_total=call.attempt,
+    )
+
+
+def queue_delivery(connection: Connection, job_id: int, key_id: str, url: str, now: float) -> None:
+    """Write a job's webhook call in the transaction that ends the job, due at once."""
+    connection.execute(
+        insert(deliveries).values(
+            id=f"msg_{uuid.uuid4().hex}",
+            job_id=job_id,
+            url=url,
+            host=host_of(key_id, url),
+            state=DeliveryState.PENDING,
+            attempt=0,
+            due_at=AT_ONCE,
+            created_at=now,
+        )
+    )
+
+
+def host_of(key_id: str, url: str) -> str:
+    """What a call counts against: key, scheme, host and port.
+
+    Of one key, so that nobody can hold up another's calls to a host by addresses of it that fail.
+    Never fails, as it stands on the way of a job's end.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or DEFAULT_PORTS.get(parts.scheme)
+    except ValueError:
+        return key_id
+    return f"{key_id} {parts.scheme}://{parts.hostname}:{port}"

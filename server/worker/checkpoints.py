@@ -1,0 +1,242 @@
+"""The checkpoints of the settings on one device: how they are read, placed and told of."""
+
+import functools
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from models.acceleration.stack import Acceleration, accelerated
+from models.checkpoints.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
+from models.checkpoints.manifests import check_downloads, check_files, manifest_path
+from models.checkpoints.registry import (
+    Components,
+    ModelSpec,
+    Report,
+    find_model,
+    load_components,
+    model_files,
+    pinned_digests,
+    read_catalog,
+)
+from models.diffusion.pipeline import InpaintPipeline
+from models.errors import DeviceUnavailable, ModelUnavailable, OutOfMemory, UnusablePicture
+from models.model_pool import ModelPool
+from server.core.logs import get_logger
+from server.core.settings import DtypeName, Settings
+from server.jobs.receipts import Model
+
+logger = get_logger(__name__)
+
+MODEL_MEMORY_SHARE = 0.6
+"""Of a CUDA device's memory, for the loaded models; the rest is for their work."""
+
+CHECKING = "checking"
+"""What comes before loading: the files' digests."""
+
+
+class WarmedUp(Protocol):
+    """What the warm-up needs of an `InpaintPipeline`."""
+
+    def warm_up(self) -> None: ...
+    def release_memory(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Checkpoints:
+    """What jobs may ask for. device_name: "auto" or torch's."""
+
+    settings: Settings
+    device_name: str
+    _digests: dict[str, str] = field(default_factory=dict)
+    _report_load: Report | None = None
+    _heard_at: float | None = None
+
+    @property
+    def silent_s(self) -> float:
+        """For how long a load has not got on; 0 when there is none."""
+        heard_at = self._heard_at
+        return 0.0 if heard_at is None else time.monotonic() - heard_at
+
+    def open(self, say: Callable[[str], None]) -> ModelPool:
+        """The models that jobs may ask for; the server's own is loaded.
+
+        say: told how far that is. Raises: DeviceUnavailable, ModelUnavailable.
+        """
+        device = pick_device(self.device_name)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for what is not told where to run
+        models = ModelPool(
+            load=lambda model: self._load(model, device),
+            place=self._place_on(device),
+            budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),
+        )
+        # `disable=None` shows the bar on a terminal only.
+        name = self.settings.model
+        with tqdm(total=100, desc=f"loading {name}", unit="%", disable=None) as bar:
+
+            def report(share: float, part: str) -> None:
+                bar.set_postfix_str(part, refresh=False)
+                bar.update(round(share * 100) - bar.n)
+                say(f"{CHECKING if part == CHECKING else 'loading'} model {share:.0%}")
+
+            report(0.0, "files")
+            self._report_load = report
+            pipeline = models.wait_for(name)
+        self._report_load = None
+        if self.settings.warm_up and device.type == "cuda":  # a CPU would gain nothing
+            say("warming up")
+            warm_up(pipeline)
+        return models
+
+    def _load(self, model: str, device: torch.device) -> Components:
+        """A checkpoint in the host's memory. Raises: ModelUnavailable."""
+        self._heard_at = time.monotonic()
+        try:
+            return self._read(model, device)
+        finally:
+            self._heard_at = None
+
+    def _read(self, model: str, device: torch.device) -> Components:
+        if model not in self.settings.offered_models:
+            raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
+        spec = find_model(model, read_catalog(self.settings.models_file))
+        started = time.perf_counter()
+        self._check(model, spec)
+        components = load_components(spec, torch.device("cpu"), self._dtype(device), self._hear)
+        if components.safety_checker is None and self.settings.safety.force:
+            raise ModelUnavailable(
+                f"model {spec.id!r} has no safety checker, and safety.force asks for one"
+            )
+        if components.safety_checker is None:
+            logger.warning("this model has no safety checker: nothing is checked", model=spec.id)
+        seconds = round(time.perf_counter() - started, 2)
+        logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
+        return components
+
+    def _hear(self, share: float, part: str) -> None:
+        """A load gets on."""
+        self._heard_at = time.monotonic()
+        if self._report_load is not None:
+            self._report_load(share, part)
+
+    def _check(self, model: str, spec: ModelSpec) -> None:
+        """Read the files once more for their digests, and see that they are the known ones.
+
+        Takes seconds the first time; later starts find the digests in the data folder.
+        Raises: ModelUnavailable.
+        """
+        data_dir = self.settings.data_dir
+        files = model_files(spec)
+        try:
+            digests = file_sha256s(
+                [*files.values()],
+                data_dir / CACHE_FILE,
+                lambda share: self._hear(share, CHECKING),
+            )
+            found = {name: digests[str(path)] for name, path in files.items()}
+            check_downloads(found, files)
+            manifest = manifest_path(data_dir, spec.id)
+            check_files(spec.id, found, manifest, pinned_digests(spec))
+        except ModelUnavailable as error:
+            raise ModelUnavailable(f"model {spec.id!r}: {error}") from error
+        except OSError as error:
+            raise ModelUnavailable(f"model {spec.id!r} cannot be checked: {error}") from error
+        weights = [found[name] for name, path in files.items() if path.suffix == ".safetensors"]
+        self._digests[model] = digest_of_all(weights)
+
+    def _place_on(self, device: torch.device) -> Callable[[Components], InpaintPipeline]:
+        call_batches = functools.partial(accelerated, acceleration=self._acceleration())
+        return lambda components: InpaintPipeline(components.to(device), call_batches)
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        return pick_dtype(device, self.settings.dtype)
+
+    def _acceleration(self) -> Acceleration:
+        # Where code made at run time is found again; Triton's own place is in a home folder.
+        compiled_dir = self.settings.compiled_dir
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_dir))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_dir / "triton"))
+        return Acceleration(
+            graph_memory_share=self.settings.graph_memory_share,
+            is_compiled=self.settings.compile,
+            is_reproducible=self.settings.reproducible,
+        )
+
+    def describe(self, model: str) -> Model:
+        """A model, for a receipt."""
+        device = pick_device(self.device_name)
+        dtype = str(self._dtype(device)).removeprefix("torch.")
+        return Model(model, self._digests.get(model), device.type, dtype)
+
+
+def warm_up(pipeline: WarmedUp) -> None:
+    """Before the first job, what its first calls would have to wait for.
+
+    Raises: models.errors.DeviceLost.
+    """
+    started = time.perf_counter()
+    try:
+        pipeline.warm_up()
+    except (OutOfMemory, UnusablePicture) as error:
+        # A large model on a small card may serve smaller pictures.
+        pipeline.release_memory()
+        logger.warning("no warm-up", error=type(error).__name__)
+        return
+    logger.info("warmed up", seconds=round(time.perf_counter() - started, 2))
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA device where there is one, else the CPU.
+
+    Raises: DeviceUnavailable.
+    """
+    if name != "auto" and not name.startswith("cuda"):
+        return torch.device(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say, we say in one sentence
+        is_usable = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda:0" if is_usable else "cpu")
+    device = torch.device(name)
+    if not is_usable:
+        raise DeviceUnavailable(f"device {name} cannot be used: {why_no_cuda()}")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailable(f"device {name} is not there: {torch.cuda.device_count()} are")
+    return device
+
+
+def why_no_cuda() -> str:
+    """Why torch uses no GPU, and what helps."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for the CPU; choose it with `--devices cpu`"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". Please")[0]
+        return f"{reason} (torch {torch.__version__}); the CPU is used with `--devices cpu`"
+    return f"torch {torch.__version__} finds no GPU; the CPU is used with `--devices cpu`"
+
+
+def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.dtype:
+    """ "auto" is half precision where that is fast."""
+    if name is DtypeName.AUTO:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtypes = {
+        DtypeName.FLOAT16: torch.float16,
+        DtypeName.BFLOAT16: torch.bfloat16,
+        DtypeName.FLOAT32: torch.float32,
+    }
+    return dtypes[name]
+
+
+def pick_model_memory(asked_bytes: int | None, device: torch.device) -> int | None:
+    """The budget of all loaded models: a share of a CUDA device's memory unless it was set."""
+    if asked_bytes is not None or device.type != "cuda":
+        return asked_bytes
+    return int(MODEL_MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)

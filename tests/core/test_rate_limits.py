@@ -1,0 +1,51 @@
+"""Token buckets, on a clock of the test's own."""
+
+from server.core.rate_limits import TokenBuckets
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_minutes_worth_then_a_steady_trickle() -> None:
+    clock = Clock()
+    buckets = TokenBuckets(clock)
+    assert [buckets.take("a", 6) for _ in range(8)] == [None] * 6 + [10, 10]
+    clock.now += 9.5
+    assert buckets.take("a", 6) == 1
+    clock.now += 0.5
+    assert [buckets.take("a", 6), buckets.take("a", 6)] == [None, 10]
+
+
+def test_names_do_not_share() -> None:
+    buckets = TokenBuckets(Clock())
+    assert [buckets.take(name, 1) for name in "abab"] == [None, None, 60, 60]
+
+
+def test_looking_takes_nothing() -> None:
+    buckets = TokenBuckets(Clock())
+    assert [buckets.wait_s("a", 1) for _ in range(3)] == [None] * 3
+    assert [buckets.take("a", 1), buckets.wait_s("a", 1)] == [None, 60]
+
+
+def test_a_bucket_never_holds_more_than_a_minutes_worth() -> None:
+    clock = Clock()
+    buckets = TokenBuckets(clock)
+    buckets.take("a", 2)
+    clock.now += 3_600
+    assert [buckets.take("a", 2) for _ in range(3)] == [None, None, 30]
+
+
+def test_strangers_do_not_fill_the_memory() -> None:
+    buckets = TokenBuckets(Clock(), max_names=100)
+    assert buckets.take("kept", 1) is None
+    for number in range(10_000):
+        buckets.take(str(number), 1)
+        assert buckets.take("kept", 1) == 60  # used lately, so never the one to go
+    assert len(buckets._buckets) == 100

@@ -1,0 +1,139 @@
+"""Which steps a run has, and that no two runs share a scheduler."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from models.diffusion.pipeline import step_arguments
+from models.diffusion.schedulers import SchedulerSource, create_scheduler, run_timesteps
+from models.errors import ModelUnavailable
+from models.params import SchedulerName
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": diffusers.__version__,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+QUICK_SCHEDULERS = [name for name in SchedulerName if "KDPM2" not in name]
+"""Without two whose making alone takes a third of a second."""
+
+FIRST_ORDER = (20, 15, 10)
+TOTAL_STEPS = {
+    SchedulerName.DDIM: FIRST_ORDER,
+    SchedulerName.DDPM: FIRST_ORDER,
+    SchedulerName.DEIS: FIRST_ORDER,
+    SchedulerName.DPM_MULTISTEP: FIRST_ORDER,
+    SchedulerName.DPM_SINGLESTEP: FIRST_ORDER,
+    SchedulerName.EULER: FIRST_ORDER,
+    SchedulerName.EULER_ANCESTRAL: FIRST_ORDER,
+    SchedulerName.HEUN: (39, 29, 19),
+    SchedulerName.KDPM2: (39, 29, 19),
+    SchedulerName.KDPM2_ANCESTRAL: (39, 29, 19),
+    SchedulerName.LCM: FIRST_ORDER,
+    SchedulerName.PNDM: (21, 16, 11),
+    SchedulerName.UNIPC: FIRST_ORDER,
+}
+"""Steps of a run of 20 at strength 1, 0.75 and 0.5, as diffusers' own pipeline makes them."""
+
+
+def cases() -> Iterator[tuple[SchedulerName, float, int]]:
+    for name, totals in TOTAL_STEPS.items():
+        for strength, total in zip((1.0, 0.75, 0.5), totals, strict=True):
+            yield name, strength, total
+
+
+def test_every_scheduler_has_its_step_counts_here() -> None:
+    assert set(TOTAL_STEPS) == set(SchedulerName)
+
+
+@pytest.mark.parametrize(("name", "strength", "total"), [*cases()])
+def test_strength_decides_the_number_of_steps(
+    name: SchedulerName, strength: float, total: int
+) -> None:
+    timesteps = run_timesteps(create_scheduler(name, CONFIG), 20, strength)
+
+    assert len(timesteps) == total
+    assert timesteps == sorted(timesteps, reverse=True)
+    assert all(timestep.ndim == 0 and timestep.device.type == "cpu" for timestep in timesteps)
+
+
+@pytest.mark.parametrize("name", QUICK_SCHEDULERS)
+def test_at_least_one_step_is_left(name: SchedulerName) -> None:
+    assert run_timesteps(create_scheduler(name, CONFIG), 20, 0.001)
+
+
+@pytest.mark.parametrize("name", QUICK_SCHEDULERS)
+def test_every_call_gives_a_fresh_scheduler(name: SchedulerName) -> None:
+    first, second = create_scheduler(name, CONFIG), create_scheduler(name, CONFIG)
+    run_timesteps(first, 20, 1.0)
+    run_timesteps(second, 5, 1.0)
+
+    assert type(first).__name__ == name
+    assert first is not second
+    assert len(first.timesteps) > len(second.timesteps)
+
+
+@pytest.mark.parametrize("name", QUICK_SCHEDULERS)
+def test_scheduler_keeps_the_checkpoints_noise_schedule(name: SchedulerName) -> None:
+    scheduler = create_scheduler(name, CONFIG | {"prediction_type": "v_prediction"})
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    torch.testing.assert_close(scheduler.alphas_cumprod, (1 - betas).cumprod(0))
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_no_name_takes_the_checkpoints_own_class() -> None:
+    for name in (SchedulerName.DDIM, SchedulerName.PNDM, SchedulerName.EULER):
+        scheduler = create_scheduler(None, CONFIG | {"_class_name": name.value})
+        assert type(scheduler).__name__ == name
+
+
+def test_pndm_skips_its_warm_up() -> None:
+    assert create_scheduler(SchedulerName.PNDM, CONFIG).config.skip_prk_steps
+
+
+def test_config_is_left_as_it_was() -> None:
+    config = dict(CONFIG)
+    run_timesteps(create_scheduler(SchedulerName.PNDM, config), 20, 0.5)
+
+    assert config == CONFIG
+
+
+@pytest.mark.parametrize("class_name", ["FlowMatchEulerDiscreteScheduler", "UNet2DModel", "os"])
+def test_unknown_class_in_a_checkpoint_is_refused(class_name: str) -> None:
+    with pytest.raises(ModelUnavailable, match=class_name):
+        create_scheduler(None, CONFIG | {"_class_name": class_name})
+
+
+def test_config_without_a_class_is_refused() -> None:
+    with pytest.raises(ModelUnavailable):
+        create_scheduler(None, {})
+
+
+@pytest.mark.parametrize("name", [None, *QUICK_SCHEDULERS])
+def test_copies_begin_where_the_original_began(name: SchedulerName | None) -> None:
+    config = CONFIG | {"_class_name": SchedulerName.EULER.value}
+    source = SchedulerSource(config)
+    expected = denoised_with(create_scheduler(name, config))
+
+    for _ in range(2):
+        assert torch.equal(denoised_with(source.new(name)), expected)
+
+
+def denoised_with(scheduler: SchedulerMixin) -> torch.Tensor:
+    """Where a run of three steps ends that predicts what it is given."""
+    latents = torch.ones(1, 4, 2, 2)
+    arguments = step_arguments(scheduler, torch.Generator().manual_seed(0))
+    for timestep in run_timesteps(scheduler, 3, 1.0):
+        latents = scheduler.step(latents, timestep, latents, **arguments).prev_sample
+    return latents

@@ -1,0 +1,60 @@
+"""A process whose event loop has stopped ends."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from server.serving.watchdog import EXIT_CODE, Watchdog
+from tests.support.processes import ServerProcess
+
+WAIT_S = 60.0
+LOOK_S = 0.01
+LONG_S = 3_600.0
+
+
+class Ended(threading.Event):
+    """What a watchdog does in place of ending the process."""
+
+    def __call__(self) -> None:
+        self.set()
+
+
+def test_a_loop_that_has_stopped_ends_the_process() -> None:
+    ended = Ended()
+    with Watchdog(ended, look_s=LOOK_S, stall_s=5 * LOOK_S, stopping_stall_s=LONG_S) as watchdog:
+        watchdog.tick()
+        assert ended.wait(WAIT_S)
+
+
+def test_a_process_that_is_told_to_end_has_less_time() -> None:
+    ended = Ended()
+    with Watchdog(ended, look_s=LOOK_S, stall_s=LONG_S, stopping_stall_s=5 * LOOK_S) as watchdog:
+        assert not ended.wait(20 * LOOK_S)
+        watchdog.expect_end()
+        assert ended.wait(WAIT_S)
+
+
+def test_a_loop_that_runs_goes_on() -> None:
+    ended = Ended()
+    stop = threading.Event()
+    with Watchdog(ended, look_s=LOOK_S, stall_s=100 * LOOK_S, stopping_stall_s=LOOK_S) as watchdog:
+        for _ in range(200):
+            watchdog.tick()
+            stop.wait(LOOK_S)
+    assert not ended.is_set()
+
+
+@pytest.mark.parametrize("is_loop_stopped", [False, True])
+def test_sigterm_ends_a_server_even_when_its_loop_does_not_come_back(
+    is_loop_stopped: bool, tmp_path: Path
+) -> None:
+    server = ServerProcess(tmp_path, {}, "--workers", "0", program="tests.chaos.stopped_loop")
+    with server.client:
+        assert server.client.get("/healthz").is_success
+    if is_loop_stopped:
+        server.stop_loop()
+    assert server.stop() == (EXIT_CODE if is_loop_stopped else 0)
+    said = server.events("the event loop has stopped, ending")
+    assert len(said) == is_loop_stopped
+    assert all("never_return" in line["exception"] for line in said), "where it hangs is told"

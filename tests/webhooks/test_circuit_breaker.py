@@ -1,0 +1,93 @@
+"""When a failing host is spared, asked and taken back."""
+
+import pytest
+
+from server.webhooks.circuit_breaker import MAX_HOLD_S, MAX_HOSTS, Circuits
+
+HOST = "receiver.example"
+
+
+class Clock:
+    """Stands still until told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def circuits(clock: Clock) -> Circuits:
+    return Circuits(3, 30.0, clock)
+
+
+def fail(circuits: Circuits, times: int) -> list[bool]:
+    return [circuits.note_failure(HOST) for _ in range(times)]
+
+
+def test_failures_in_a_row_hold_a_host(circuits: Circuits) -> None:
+    assert fail(circuits, 2) == [False, False]
+    circuits.note_success(HOST)
+    assert fail(circuits, 3) == [False, False, True]
+    assert (circuits.held, circuits.due_for_probe) == ([HOST], [])
+
+
+def test_calls_from_before_the_hold_do_not_lengthen_it(circuits: Circuits, clock: Clock) -> None:
+    fail(circuits, 3)
+    assert fail(circuits, 4) == [False] * 4
+    clock.now_s += 30
+    assert circuits.due_for_probe == [HOST]
+
+
+def test_one_probe_at_a_time_each_failure_doubling_the_hold(
+    circuits: Circuits, clock: Clock
+) -> None:
+    fail(circuits, 3)
+    holds = []
+    for _ in range(7):
+        asleep_since = clock.now_s
+        while not circuits.due_for_probe:
+            clock.now_s += 1
+        holds.append(clock.now_s - asleep_since)
+        circuits.begin_probe(HOST)
+        assert (circuits.held, circuits.due_for_probe) == ([HOST], [])
+        assert circuits.note_failure(HOST)
+    assert holds == [30, 60, 120, 240, 480, MAX_HOLD_S, MAX_HOLD_S]
+
+
+def test_probe_that_is_answered_lets_the_host_go(circuits: Circuits, clock: Clock) -> None:
+    fail(circuits, 3)
+    clock.now_s += 30
+    circuits.begin_probe(HOST)
+    circuits.note_success(HOST)
+    circuits.end_probe(HOST)
+    assert (circuits.held, circuits.due_for_probe) == ([], [])
+    assert fail(circuits, 1) == [False], "it starts anew"
+
+
+def test_probe_that_was_never_made_is_made_again(circuits: Circuits, clock: Clock) -> None:
+    fail(circuits, 3)
+    clock.now_s += 30
+    circuits.begin_probe(HOST)
+    circuits.end_probe(HOST)
+    assert circuits.due_for_probe == [HOST]
+
+
+def test_other_hosts_are_not_touched(circuits: Circuits) -> None:
+    fail(circuits, 3)
+    assert not circuits.note_failure("other.example")
+    assert circuits.held == [HOST]
+
+
+def test_memory_is_bounded(circuits: Circuits) -> None:
+    for index in range(MAX_HOSTS + 5):
+        circuits.note_failure(f"{index}.example")
+    assert not any(circuits.note_failure("0.example") for _ in range(2)), "the oldest is forgotten"
+    assert not circuits.note_failure(f"{MAX_HOSTS}.example")
+    assert circuits.note_failure(f"{MAX_HOSTS}.example")
