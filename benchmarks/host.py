@@ -35,7 +35,7 @@ from server.core.settings import Settings
 from server.jobs.job import NewJob, RequestFacts
 from server.jobs.store import JobStore
 from server.sandbox.child import Wanted
-from server.sandbox.process import DecodedPair
+from server.sandbox.decoded import DecodedPair
 from server.storage.database import migrate, open_engine
 from server.storage.files import Storage
 from tests.support.blocking_decoder import BlockingDecoder

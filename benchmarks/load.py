@@ -46,11 +46,12 @@ from benchmarks.orders import example_image, example_mask, make_prompt
 from benchmarks.soak import growth_of, parts_of, resident_kib
 from server.core.settings import Settings
 from server.jobs.job import JobState
+from server.jobs.outbox import queue_delivery
 from server.jobs.store import JobStore
 from server.serving.server import raise_open_file_limit
-from server.storage.database import jobs, open_engine, read_only
+from server.storage.database import open_engine, read_only
 from server.storage.files import Storage
-from server.webhooks.deliveries import queue_delivery
+from server.storage.tables import jobs
 from tests.support.processes import ServerProcess
 
 JOBS_PATH, V3_PATH, FETCH_PATH = "/api/jobs", "/api/v3/inpaint", "/api/v3/fetch"

@@ -28,7 +28,8 @@ from benchmarks.orders import example_image, example_mask, make_prompt
 from server.core.settings import Settings
 from server.jobs.job import JobState
 from server.jobs.store import JobStore
-from server.storage.database import jobs, open_engine, read_only
+from server.storage.database import open_engine, read_only
+from server.storage.tables import jobs
 from tests.support.processes import ServerProcess, image_host, serving
 
 SIZES = ((64, 64), (64, 64), (64, 128), (128, 64), (72, 64))

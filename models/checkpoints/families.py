@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from models.checkpoints.weights import read_json
 
-CONFIG_FOLDER = Path(__file__).parent / "configs"
+CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 
 Configs: TypeAlias = dict[str, dict[str, Any]]
 """Component name to its configuration; "model_index" holds the pipeline's own switches."""

@@ -36,7 +36,7 @@ from models.spelling import did_you_mean
 if TYPE_CHECKING:
     import torch
 
-BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "weights"
+BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "weights"
 BUILTIN_DIGESTS = BUILTIN_FOLDER / "sha256.json"
 READ_SUFFIXES = (".safetensors", ".json", ".txt")
 CONFIG_PATTERNS = (

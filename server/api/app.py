@@ -9,35 +9,26 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from models.imaging.decoding import ImageLimits
-from server.api.accept import get_services
+from server.api import outputs, probes
 from server.api.auth.keyring import REFRESH_S, KeyRing
 from server.api.auth.keys import KeyStore
-from server.api.dialects.native import problems as native_problems
-from server.api.dialects.native import reading as native
-from server.api.dialects.native.routes import router as native_router
-from server.api.dialects.v3 import reading as v3
+from server.api.dialects.registry import DIALECTS, write_webhook
+from server.api.errors import answer_error
 from server.api.health import Health, Store, write_nothing
+from server.api.metrics import StoredFigures
 from server.api.middleware import CrossOrigin, ErrorAnswers, RequestContext
 from server.api.proxies import TrustedProxies
-from server.api.routes import router
 from server.api.services import WEBHOOKS, Services
 from server.core.background import Background
-from server.core.errors import (
-    ApiError,
-    ImageUnavailable,
-    InvalidBody,
-    RouteNotFound,
-    StorageUnavailable,
-)
+from server.core.errors import ApiError
 from server.core.logs import get_logger
-from server.core.metrics import Metrics, StoredFigures
-from server.core.settings import ErrorStatus, Settings
+from server.core.metrics import Metrics
+from server.core.settings import Settings
 from server.egress.client import EgressClient, listeners_of
 from server.egress.downloads import Fetcher
 from server.jobs.estimates import Estimator
@@ -68,8 +59,10 @@ def create_app(settings: Settings) -> FastAPI:
     # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
     app = FastAPI(title="inpaint-server", lifespan=lifespan, openapi_url=None)
     app.add_route("/openapi.json", describing(app), include_in_schema=False)
-    app.include_router(router)
-    app.include_router(native_router)
+    for dialect in DIALECTS:
+        app.include_router(dialect.router)
+    app.include_router(outputs.router)
+    app.include_router(probes.router)
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
 
@@ -130,6 +123,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             settings.webhook,
             deliveries,
             store,
+            write_webhook,
             webhook_client,
             rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
         )
@@ -199,48 +193,3 @@ async def watch_workers(services: Services) -> None:
         except SQLAlchemyError:
             logger.exception("workers cannot be watched")
         await asyncio.sleep(LOOK_S)
-
-
-async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Every exception becomes a body of the dialect, and nothing else of it goes out."""
-    request_id = request.scope.get("request_id", "")
-    known = to_api_error(error)
-    is_unlogged_failure = isinstance(known, StorageUnavailable) and not known.is_logged
-    if type(known) is ApiError or is_unlogged_failure:
-        logger.error("request failed", exc_info=error)
-    count(get_services(request).metrics, known)
-    seconds = known.retry_after_s
-    headers = {} if seconds is None else {"Retry-After": str(seconds)}
-    path = request.scope["path"]
-    if native_problems.is_native(path) or not v3.is_near(path):
-        problem, more = native_problems.write_problem(known, request_id)
-        body = problem.model_dump(mode="json")
-        return JSONResponse(body, problem.status, headers | more, native_problems.MEDIA_TYPE)
-    error_status = get_services(request).settings.error_status
-    # Only the vendor's clients take a 200 for an error; probes, browsers and caches do not.
-    status = v3.write_status(known, error_status if v3.is_own(path) else ErrorStatus.HTTP)
-    return JSONResponse(v3.write_error(known, request_id), status, headers)
-
-
-def count(metrics: Metrics, error: ApiError) -> None:
-    """Note a refusal, by class, and what was wrong with images."""
-    metrics.refusals.labels(type(error).__name__).inc()
-    if isinstance(error, ImageUnavailable):
-        for problem in error.problems.values():
-            metrics.image_problems.labels(problem).inc()
-
-
-def to_api_error(error: Exception) -> ApiError:
-    """Foreign exceptions as ours; what nobody foresaw becomes a bare `ApiError`."""
-    match error:
-        case ApiError():
-            return error
-        case RequestValidationError():
-            return native.refusal_of_call(error)
-        case HTTPException(status_code=404 | 405):
-            return RouteNotFound((error.headers or {}).get("Allow", ""))
-        case HTTPException():
-            return InvalidBody()
-        case DBAPIError() | PoolTimeout():
-            return StorageUnavailable()
-    return ApiError()

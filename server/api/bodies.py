@@ -82,7 +82,6 @@ R = TypeVar("R")
 Fields = dict[str, Any]
 """Names in lower case. Values: JSON values, form texts, or bytes of an uploaded file."""
 
-
 ABSENT_WORDS = ("", "null", "none", "undefined")
 """In any case: what Python, JavaScript and forms write where a value is missing."""
 

@@ -29,7 +29,6 @@ PROBE_PATIENCE_S = 2.0
 # It changes nothing, but takes the lock and is written like any other change.
 WRITE = text("UPDATE alembic_version SET version_num = version_num")
 
-
 DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 
 

@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from server.api.bodies import refuse_many_fields
-from server.api.proxies import KNOWN_HOSTS, is_allowed
 from server.core.errors import (
     InvalidHost,
     LoopbackOnly,
@@ -29,6 +28,7 @@ from server.core.errors import (
     StorageUnavailable,
     Stranger,
 )
+from server.core.hosts import KNOWN_HOSTS, is_allowed
 from server.core.logs import get_logger
 from server.core.metrics import UNKNOWN_ROUTE, Metrics
 from server.core.settings import Settings, is_loopback

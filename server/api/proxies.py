@@ -4,27 +4,25 @@ Read are `X-Forwarded-For`, `-Proto`, `-Host`, `-Port` and `-Prefix`; `Forwarded
 proxy sends none of these. Headers of anybody else mean nothing.
 """
 
-import functools
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.core.hosts import HOST, MAX_PORT, is_allowed
+
 BASE_URL = "inpaint.base_url"
 """Key of the ASGI scope: scheme, host and prefix under which the client reached the proxy."""
 
-HOST = re.compile(r"(?P<name>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(:(?P<port>[0-9]{1,5}))?")
-"""A well formed Host header, in lower case."""
-
-MAX_PORT = 65_535
-KNOWN_HOSTS = 64
-"""Of which it is remembered what they mean. A header may have 8 kB."""
-
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){1,10}/?")
+
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https", "on": "https"}
+
 DEFAULT_PORTS = {"http": "80", "https": "443"}
+
 ELEMENT = re.compile(r'(?:[^,"]|"[^"]*")+')
+
 # The name's length is bounded, as else a long word without "=" takes quadratic time.
 PAIR = re.compile(r'\b([A-Za-z]{1,20})\s?=\s?(?:"([^"]*)"|([^\s;,"]+))')
 
@@ -124,21 +122,6 @@ def plain_host(text: str) -> str:
     if text.startswith("["):
         return text[1:].partition("]")[0]
     return text.partition(":")[0] if text.count(":") == 1 else text
-
-
-@functools.lru_cache(KNOWN_HOSTS)
-def is_allowed(host: bytes, allowed: tuple[str, ...]) -> bool:
-    """Whether a Host header is well formed, and one of these names where there are any.
-
-    URLs in answers are made of it.
-    """
-    match = HOST.fullmatch(host.decode("latin-1").lower())
-    if match is None:
-        return False
-    name = match["name"]
-    return not allowed or any(
-        name == each or (each.startswith("*.") and name.endswith(each[1:])) for each in allowed
-    )
 
 
 def is_trusted(address: str, trusted: Sequence[str]) -> bool:

@@ -23,7 +23,6 @@ FIELDS = frozenset(
     "error version data_dir access coverage mask_read_as warnings".split()
 )
 
-
 Event: TypeAlias = MutableMapping[str, Any]
 
 

@@ -56,7 +56,7 @@ gives them warns and goes on."""
 
 DATABASES = ("sqlite", "postgresql", "postgres")
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 MIN_KEY_CHARS = 16
 """Of the API keys an operator chooses; guessing is slowed down, not stopped."""

@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from server.api.proxies import is_allowed
 from server.core.errors import ImageProblem, ImageUnavailable
+from server.core.hosts import is_allowed
 from server.egress.downloads import ANYBODY, Fetcher, FetchFailed
 from server.egress.interfaces import is_local
 from server.egress.policy import Refused, Rights, checked_url, host_of, is_localhost

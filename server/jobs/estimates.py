@@ -17,7 +17,7 @@ from sqlalchemy import Connection, case, select
 
 from server.jobs.fair_queue import ORDER
 from server.jobs.job import JobState
-from server.storage.database import jobs
+from server.storage.tables import jobs
 
 MARGIN = 1.2
 """Of all estimates, for jobs that arrive later."""
@@ -61,7 +61,6 @@ FRESH_S = 0.2
 COST_FACTOR = 10.0
 """A forecast counts for so many times as long as it took to make: with a thousand jobs in the queue
 it may take a tenth of one core."""
-
 
 RECENT_JOBS = 20
 """How many of the last finished jobs tell the speed."""

@@ -20,7 +20,7 @@ from sqlalchemy import (
     select,
 )
 
-from server.storage.database import jobs
+from server.storage.tables import jobs
 
 IS_WAITING: ColumnElement[bool] = jobs.c.state == "queued"
 """The job waits for a worker."""

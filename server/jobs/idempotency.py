@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, delete, insert, select
 
 from server.core.errors import Conflict, ConflictKind
-from server.storage.database import idempotency_keys
+from server.storage.tables import idempotency_keys
 
 KEPT_S = 86_400.0
 """How long a key is remembered."""

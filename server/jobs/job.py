@@ -1,6 +1,6 @@
-"""Jobs as the server speaks of them: their states, what a dialect hands in, what a row tells.
+"""Jobs as the server speaks of them: states, what is submitted, what a row holds, why one failed.
 
-No database and no change of state here; that is `job_store.py`.
+No database and no change of state here; that is `store.py`.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from models.params import InpaintParams
+from models.params import CHUNK_TOKENS, MAX_PROMPT_CHUNKS, InpaintParams
 from server.core.notices import Notice
 from server.jobs.receipts import Intake
 
@@ -186,6 +186,16 @@ class Job:
     queued_s: float | None = None
     claimed_s: float | None = field(default=None, compare=False, repr=False)
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Job":
+        """A whole row of the table `jobs`, by column name."""
+        values = {**row}
+        del values["heartbeat_at"], values["submitted_s"]
+        values["state"] = JobState(values["state"])
+        values["request"] = RequestFacts.from_json(values["request"])
+        values["params"] = InpaintParams.from_json(values["params"])
+        return cls(**values)
+
     @property
     def input_key(self) -> str:
         """Storage key of the init image and mask."""
@@ -270,3 +280,53 @@ def output_keys_of(file_prefix: str, samples: int, fencing_token: int) -> list[s
     return [
         f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, fencing_token)
     ]
+
+
+class Failure(StrEnum):
+    """A code for programs. `sentence` is what a person reads, and what the job row keeps."""
+
+    WORKER_LOST = "worker_lost"
+    """Its worker died or hung at every attempt."""
+    INPUT_LOST = "input_lost"
+    """The stored init image and mask are missing or damaged."""
+    INPUT_OF_ANOTHER_VERSION = "input_of_another_version"
+    """A later version of the server stored the init image and mask in its own format."""
+    MODEL_UNAVAILABLE = "model_unavailable"
+    """The model asked for cannot be loaded."""
+    NO_SAFETY_CHECKER = "no_safety_checker"
+    """The checker is forced, and the model asked for has none."""
+    PROMPT_TOO_LONG = "prompt_too_long"
+    CLIP_SKIP_TOO_LARGE = "clip_skip_too_large"
+    OUT_OF_MEMORY = "out_of_memory"
+    UNUSABLE_PICTURE = "unusable_picture"
+    NOT_STORED = "not_stored"
+    """The file store did not take the pictures."""
+    UNKNOWN = "unknown"
+
+    @property
+    def sentence(self) -> str:
+        return SENTENCES[self]
+
+    @classmethod
+    def of(cls, sentence: str) -> "Failure":
+        """The failure a row tells of; `UNKNOWN` for a sentence of another version."""
+        codes = {text: code for code, text in SENTENCES.items()}
+        return codes.get(sentence, cls.UNKNOWN)
+
+
+SENTENCES = {
+    Failure.WORKER_LOST: "The worker was lost too often while making this picture",
+    Failure.INPUT_LOST: "The stored images are gone",
+    Failure.INPUT_OF_ANOTHER_VERSION: (
+        "The stored images are in the format of another version of this server"
+    ),
+    Failure.MODEL_UNAVAILABLE: "The model cannot be loaded now",
+    Failure.NO_SAFETY_CHECKER: "This model has no safety checker, and pictures must be checked",
+    Failure.PROMPT_TOO_LONG: "The prompt or the negative prompt needs more than "
+    f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens",
+    Failure.CLIP_SKIP_TOO_LARGE: "This model has fewer text encoder layers than clip_skip skips",
+    Failure.OUT_OF_MEMORY: "The picture is too large for this server's memory",
+    Failure.UNUSABLE_PICTURE: "The model could not make this picture",
+    Failure.NOT_STORED: "The pictures could not be stored",
+    Failure.UNKNOWN: "Something went wrong while making this picture",
+}

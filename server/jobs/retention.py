@@ -27,10 +27,11 @@ from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.core.settings import RetentionSettings
 from server.jobs.job import INPUT_FOLDER, OUTPUT_FOLDER, PREVIEW_FOLDER, JobState, output_keys_of
+from server.jobs.outbox import MAX_AGE_S, DeliveryState
 from server.storage.clock import EarlierClock
-from server.storage.database import deliveries, jobs, read_only
+from server.storage.database import read_only
 from server.storage.files import Storage, StoredFile
-from server.webhooks.deliveries import MAX_AGE_S, DeliveryState
+from server.storage.tables import deliveries, jobs
 
 logger = get_logger(__name__)
 

@@ -40,11 +40,11 @@ from sqlalchemy import (
 )
 
 from server.jobs.estimates import Forecast, read_forecast
-from server.jobs.failures import Failure
 from server.jobs.fair_queue import IS_WAITING, ORDER
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import (
     USUAL_SHARE,
+    Failure,
     Heartbeat,
     Job,
     JobProgress,
@@ -53,14 +53,14 @@ from server.jobs.job import (
     QueueShare,
 )
 from server.jobs.leases import Silence
+from server.jobs.outbox import queue_delivery
 from server.jobs.receipts import Receipt
-from server.jobs.rows import to_job
 from server.jobs.submissions import QueueLimits, Submissions
 from server.jobs.workers import WorkerRegistry
 from server.storage.clock import SharedClock
-from server.storage.database import Topic, check_file, jobs, notify, read_only, receipts
+from server.storage.database import Topic, check_file, notify, read_only
 from server.storage.notify import ChangeSignal
-from server.webhooks.deliveries import queue_delivery
+from server.storage.tables import jobs, receipts
 
 LEASE_S = 35.0
 """It takes two looks more until a lost job is queued again: 45 s in all."""
@@ -225,7 +225,7 @@ class JobStore:
         """The job, None where there is none."""
         with read_only(self._engine) as connection:
             row = connection.execute(GET, {"job_id": job_id}).one_or_none()
-        return None if row is None else to_job(row)
+        return None if row is None else Job.from_row(row._asdict())
 
     def list_of(
         self, key_id: str, *, state: JobState | None, limit: int, before_id: int | None
@@ -238,7 +238,7 @@ class JobStore:
             query = query.where(jobs.c.id < before_id)
         query = query.order_by(jobs.c.id.desc()).limit(limit)
         with read_only(self._engine) as connection:
-            return [to_job(row) for row in connection.execute(query)]
+            return [Job.from_row(row._asdict()) for row in connection.execute(query)]
 
     def progress_of(self, job_ids: Collection[int]) -> dict[int, JobProgress]:
         """How far those of the jobs are that there are."""
@@ -271,7 +271,7 @@ class JobStore:
         """Those of the jobs that are in a terminal state."""
         with read_only(self._engine) as connection:
             live = {*connection.scalars(LIVE)}
-            return [to_job(row) for row in _rows_of(connection, {*job_ids} - live)]
+            return [Job.from_row(row._asdict()) for row in _rows_of(connection, {*job_ids} - live)]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
         """Take up to `limit` queued jobs, first to last, each with a new claim.
@@ -310,7 +310,7 @@ class JobStore:
                 # Other claims have passed over what was locked here.
                 notify(connection, Topic.QUEUED)
         claimed_s = self._steady_clock()
-        claimed = [replace(to_job(row), claimed_s=claimed_s) for row in rows]
+        claimed = [replace(Job.from_row(row._asdict()), claimed_s=claimed_s) for row in rows]
         return sorted(claimed, key=lambda job: chosen.index(job.id))
 
     def _share(self, connection: Connection, worker_id: str, waiting: int) -> int:

@@ -10,9 +10,9 @@ from server.core.errors import QueueFull
 from server.jobs.fair_queue import QueuePosition, next_position
 from server.jobs.idempotency import Idempotency, find, reserve
 from server.jobs.job import Job, JobState, NewJob, QueueShare
-from server.jobs.rows import to_job
-from server.storage.database import Topic, jobs, notify, read_only
+from server.storage.database import Topic, notify, read_only
 from server.storage.group_commit import GroupCommit
+from server.storage.tables import jobs
 
 SUBMIT_LOCK = 0x1_4E_9A_15
 """An advisory lock's number: any, but the same for all processes of this server."""
@@ -67,7 +67,7 @@ class Submissions:
         """As `JobStore.replayed`."""
         with read_only(self._engine) as connection:
             row = self._find_replayed(connection, key_id, once)
-        return None if row is None else to_job(row)
+        return None if row is None else Job.from_row(row._asdict())
 
     def _write(self, connection: Connection, submission: Submission) -> Job:
         new, once = submission
@@ -77,14 +77,14 @@ class Submissions:
         if once is not None:
             earlier = self._find_replayed(connection, new.key_id, once)
             if earlier is not None:
-                return to_job(earlier)
+                return Job.from_row(earlier._asdict())
         position = next_position(connection, new.key_id, new.share.priority)
         self._limits.check(position, new.share)
         if once is not None:
             reserve(connection, new.key_id, once, new.file_prefix, self._shared_clock())
         row = connection.execute(INSERT, self._values_of(new, position)).one()
         notify(connection, Topic.QUEUED)
-        return to_job(row)
+        return Job.from_row(row._asdict())
 
     def _values_of(self, new: NewJob, position: QueuePosition) -> dict[str, Any]:
         return {

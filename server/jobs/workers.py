@@ -12,7 +12,8 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from server.jobs.leases import Silence
-from server.storage.database import read_only, workers
+from server.storage.database import read_only
+from server.storage.tables import workers
 
 WORKER_SEEN_S = 30.0
 """A worker not heard of for so long is not counted."""

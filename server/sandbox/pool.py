@@ -9,7 +9,8 @@ from models.imaging.decoding import ImageLimits
 from server.core.errors import ApiError, QueueFull
 from server.core.fairness import FairSemaphore, NoSlot
 from server.sandbox.child import Wanted
-from server.sandbox.process import OWN, WALL_S, DecodedPair, Decoder
+from server.sandbox.decoded import DecodedPair
+from server.sandbox.process import OWN, WALL_S, Decoder
 
 CHILDREN, CHILDREN_PER_KEY = 3, 2
 """Pairs of pictures decoded at a time. One child is left for others, whatever one key sends."""

@@ -18,9 +18,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.health import Store
-from server.api.proxies import HOST, is_allowed
-from server.api.routes import readiness
+from server.api.probes import readiness
 from server.api.services import Services
+from server.core.hosts import HOST, is_allowed
 from server.core.metrics import CONTENT_TYPE
 from server.serving.connections import Gate
 

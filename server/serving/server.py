@@ -15,7 +15,8 @@ from starlette.types import ASGIApp
 
 from server.core.settings import Settings
 from server.serving.admin import ByPort, create_admin_app
-from server.serving.connections import Gate, GuardedConfig
+from server.serving.connections import Gate
+from server.serving.protocol import GuardedConfig
 from server.serving.supervisor import Supervisor
 from server.serving.watchdog import LOOK_S, Watchdog
 

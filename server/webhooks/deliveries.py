@@ -13,16 +13,12 @@ longest delay means that a clock has jumped: the call is due now.
 
 import itertools
 import random
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
-from urllib.parse import urlsplit
 
 from sqlalchemy import (
     ColumnElement,
-    Connection,
     Engine,
     Row,
     case,
@@ -36,17 +32,13 @@ from sqlalchemy import (
 )
 
 from server.core.errors import Conflict, ConflictKind
+from server.jobs.outbox import AT_ONCE, JITTER, MAX_AGE_S, RETRY_DELAYS_S, DeliveryState
 from server.storage.clock import SharedClock
-from server.storage.database import deliveries, delivery_attempts, jobs, read_only
+from server.storage.database import read_only
+from server.storage.tables import deliveries, delivery_attempts, jobs
 
-RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-"""After the first try, the second, …: ten tries over about three days."""
-
-JITTER = 0.2
-MAX_AGE_S = sum(RETRY_DELAYS_S) * (1 + JITTER)
-"""From the job's end: after that a call to a host that always fails is given up, tries left or not,
-and a call that is still pending keeps neither the job's pictures nor its row."""
 MAX_RETRY_AFTER_S = 86_400.0
+
 LONGEST_DELAY_S = max(RETRY_DELAYS_S[-1] * (1 + JITTER), MAX_RETRY_AFTER_S)
 
 LISTED_ATTEMPTS = 20
@@ -54,22 +46,6 @@ LISTED_ATTEMPTS = 20
 
 KEPT_ATTEMPTS = 100
 """Rows of a call's tries: it may be made again for as long as its job's row stands."""
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
-
-AT_ONCE = 0.0
-"""The due time of a call that was not tried, or is asked for again."""
-
-
-class DeliveryState(StrEnum):
-    """Where a webhook call is."""
-
-    PENDING = "pending"
-    """Not received yet; another try is due."""
-    DELIVERED = "delivered"
-    """The receiver answered 2xx."""
-    DEAD = "dead"
-    """Given up: the receiver is gone for good, or the schedule is used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,33 +350,3 @@ def to_status(rows: Sequence[Row[Any]], now: float) -> DeliveryStatus:
         ),
         attempts_total=call.attempt,
     )
-
-
-def queue_delivery(connection: Connection, job_id: int, key_id: str, url: str, now: float) -> None:
-    """Write a job's webhook call in the transaction that ends the job, due at once."""
-    connection.execute(
-        insert(deliveries).values(
-            id=f"msg_{uuid.uuid4().hex}",
-            job_id=job_id,
-            url=url,
-            host=host_of(key_id, url),
-            state=DeliveryState.PENDING,
-            attempt=0,
-            due_at=AT_ONCE,
-            created_at=now,
-        )
-    )
-
-
-def host_of(key_id: str, url: str) -> str:
-    """What a call counts against: key, scheme, host and port.
-
-    Of one key, so that nobody can hold up another's calls to a host by addresses of it that fail.
-    Never fails, as it stands on the way of a job's end.
-    """
-    try:
-        parts = urlsplit(url)
-        port = parts.port or DEFAULT_PORTS.get(parts.scheme)
-    except ValueError:
-        return key_id
-    return f"{key_id} {parts.scheme}://{parts.hostname}:{port}"

@@ -18,9 +18,6 @@ import anyio
 import anyio.to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.api.dialects.native import reading as native
-from server.api.dialects.native import writing as native_answers
-from server.api.dialects.v3 import reading as v3
 from server.core.errors import RateLimited
 from server.core.logs import get_logger
 from server.core.rate_limits import TokenBuckets
@@ -28,9 +25,10 @@ from server.core.settings import WebhookSettings
 from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient
 from server.egress.policy import Refused, Rights, checked_url
 from server.jobs.job import Job
+from server.jobs.outbox import host_of
 from server.jobs.store import JobStore
 from server.webhooks.circuit_breaker import Circuits
-from server.webhooks.deliveries import Attempt, Delivery, DeliveryStore, host_of
+from server.webhooks.deliveries import Attempt, Delivery, DeliveryStore
 from server.webhooks.signing import sign
 
 Args = TypeVarTuple("Args")
@@ -116,6 +114,7 @@ class WebhookCaller:
 class WebhookSender:
     """Sends what is due; run `run` as a task beside the server.
 
+    render: the body of the call for a job that has ended, in the words of the job's dialect.
     rights_of: what a key's webhooks may reach, by its id; nothing more than the settings' say.
     """
 
@@ -124,10 +123,12 @@ class WebhookSender:
         settings: WebhookSettings,
         deliveries: DeliveryStore,
         jobs: JobStore,
+        render: Callable[[Job], dict[str, Any]],
         client: EgressClient | None = None,
         rights_of: Callable[[str], Rights] = Rights,
     ) -> None:
         self._settings = settings
+        self._render = render
         self._rights_of = rights_of
         self._caller = WebhookCaller(settings, client)
         self._deliveries = deliveries
@@ -250,7 +251,7 @@ class WebhookSender:
         if job is None:
             return None
         rights = self._rights_of(job.key_id)
-        return await self._caller.send(delivery.url, delivery.id, write_body(job), rights)
+        return await self._caller.send(delivery.url, delivery.id, self._render(job), rights)
 
 
 def outcome_of(error: Exception) -> str:
@@ -258,13 +259,6 @@ def outcome_of(error: Exception) -> str:
     if isinstance(error, Refused):
         return NOT_ALLOWED
     return "no answer" if isinstance(error, TimeoutError) else "not reachable"
-
-
-def write_body(job: Job) -> dict[str, Any]:
-    """A webhook speaks the language the job was asked for in."""
-    if job.dialect == native.DIALECT:
-        return native_answers.write_webhook(job)
-    return v3.write_webhook(job)
 
 
 def to_seconds(retry_after: str) -> float | None:

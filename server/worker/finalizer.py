@@ -16,8 +16,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyErro
 
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
-from server.jobs.failures import Failure
-from server.jobs.job import Job
+from server.jobs.job import Failure, Job
 
 logger = get_logger(__name__)
 

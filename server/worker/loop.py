@@ -31,12 +31,11 @@ from models.model_pool import ModelPool
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.core.settings import Settings
-from server.jobs.failures import Failure
-from server.jobs.job import Heartbeat, Job
+from server.jobs.job import Failure, Heartbeat, Job
 from server.jobs.receipts import Model
 from server.jobs.store import OVER_SHARE_S, JobStore
 from server.jobs.workers import WorkerStatus
-from server.sandbox.process import DecodedPair, UnknownFormat
+from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.storage.database import DatabaseFileGone, Topic, open_engine
 from server.storage.files import Storage
 from server.worker.checkpoints import Checkpoints

@@ -9,8 +9,7 @@ from models.diffusion.pipeline import Picture, Source
 from models.imaging.images import encode_png
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
-from server.jobs.failures import Failure
-from server.jobs.job import Job, JobState
+from server.jobs.job import Failure, Job, JobState
 from server.jobs.receipts import Model, Receipt
 from server.jobs.store import JobStore
 from server.storage.files import Storage

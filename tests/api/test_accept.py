@@ -11,7 +11,7 @@ from server.core.errors import Conflict, QueueFull, StorageUnavailable
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import JobState
 from server.jobs.store import JobStore
-from server.sandbox.process import DecodedPair
+from server.sandbox.decoded import DecodedPair
 from server.storage.files import Storage
 from tests.jobs.test_faults import Fault, answer_is_lost, commit_fails, keep
 from tests.jobs.test_store import new_job, waiting_in

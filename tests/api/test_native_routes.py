@@ -18,12 +18,12 @@ from sqlalchemy import select, update
 from models.imaging.mask_reading import MaskReading
 from server.core.notices import Notice
 from server.core.settings import Settings
-from server.jobs.failures import Failure
-from server.jobs.job import Heartbeat, Job
+from server.jobs.job import Failure, Heartbeat, Job
 from server.jobs.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.jobs.store import MAX_ATTEMPTS, JobStore
-from server.storage.database import idempotency_keys, jobs, open_engine
+from server.storage.database import open_engine
 from server.storage.files import Storage
+from server.storage.tables import idempotency_keys, jobs
 from tests.api.test_app import FIRST, KEYS, SECOND, post, settings_in, store_of
 from tests.jobs.test_store import Clock
 from tests.support.http_stub import LiveApp, png_bytes, running_app

@@ -15,6 +15,7 @@ from models.diffusion.enhance import Enhancement
 from models.params import RANGES, SEED_MODULUS, InpaintParams, SchedulerName
 from server.api.accept import facts_of
 from server.api.dialects.v3 import reading as v3
+from server.api.dialects.v3 import writing as v3_writing
 from server.core.errors import (
     ApiError,
     ImageProblem,
@@ -498,11 +499,11 @@ def job() -> Job:
 class TestWriting:
     def test_vendors_example_answer_field_by_field(self, job: Job) -> None:
         base = "https://pub-8b49af329fae499aa563997f5d4068a4.r2.dev/generations"
-        answer = v3.write_success(job, [f"{base}/{name}" for name in job.output_names])
+        answer = v3_writing.write_success(job, [f"{base}/{name}" for name in job.output_names])
         assert json.dumps(answer) == json.dumps(json.loads(VENDOR_ANSWER))
 
     def test_processing(self, job: Job) -> None:
-        answer = v3.write_processing(job, 35.9, "https://h")
+        answer = v3_writing.write_processing(job, 35.9, "https://h")
         sentence = "Try to fetch request after given estimated time"
         assert json.dumps(answer) == json.dumps(
             {
@@ -519,7 +520,7 @@ class TestWriting:
         )
 
     def test_fetched_success(self, job: Job) -> None:
-        answer = v3.write_fetch_success(job, ["https://h/a.png"])
+        answer = v3_writing.write_fetch_success(job, ["https://h/a.png"])
         assert json.dumps(answer) == json.dumps(
             {
                 "status": "success",
@@ -531,7 +532,7 @@ class TestWriting:
         )
 
     def test_fetched_too_early(self, job: Job) -> None:
-        assert json.dumps(v3.write_fetch_processing(job, 4.2)) == (
+        assert json.dumps(v3_writing.write_fetch_processing(job, 4.2)) == (
             '{"status": "processing", "id": 12384052, "messege": "Request processing", '
             '"message": "Request processing", "output": "", "eta": 4.2}'
         )
@@ -545,18 +546,18 @@ class TestWriting:
         ],
     )
     def test_failed(self, changes: dict[str, Any], reason: str, job: Job) -> None:
-        assert json.dumps(v3.write_failed(replace(job, **changes))) == (
+        assert json.dumps(v3_writing.write_failed(replace(job, **changes))) == (
             f'{{"status": "failed", "id": 12384052, "message": "Failed, Try Again. {reason}", '
             f'"messege": "Failed, Try Again. {reason}", "output": ""}}'
         )
 
     def test_system_load(self) -> None:
-        assert json.dumps(v3.write_system_load(3, 4.2)) == (
+        assert json.dumps(v3_writing.write_system_load(3, 4.2)) == (
             '{"queue_num": 3, "queue_time": 5, "status": "ok"}'
         )
 
     def test_final_answers_have_no_fetch_result(self, job: Job) -> None:
-        for answer in (v3.write_success(job, []), v3.write_fetch_success(job, [])):
+        for answer in (v3_writing.write_success(job, []), v3_writing.write_fetch_success(job, [])):
             assert "fetch_result" not in answer
 
 
@@ -583,17 +584,19 @@ class TestErrors:
     @pytest.mark.parametrize("kind", error_classes())
     def test_every_class_has_a_shape_and_a_status(self, kind: type[ApiError]) -> None:
         error = sample_of(kind)
-        body = v3.write_error(error, "request-1")
+        body = v3_writing.write_error(error, "request-1")
         assert body["status"] in ("error", "failed")
         assert isinstance(body["message"], str | dict)
         assert "canary" not in json.dumps(body)
-        legacy = v3.write_status(error, ErrorStatus.LEGACY)
+        legacy = v3_writing.write_status(error, ErrorStatus.LEGACY)
         assert legacy == (404 if kind is RouteNotFound else 200)
-        assert kind is ApiError or kind in v3.HTTP_STATUS
-        assert v3.write_status(error, ErrorStatus.HTTP) == v3.HTTP_STATUS.get(kind, 500)
+        assert kind is ApiError or kind in v3_writing.HTTP_STATUS
+        assert v3_writing.write_status(error, ErrorStatus.HTTP) == v3_writing.HTTP_STATUS.get(
+            kind, 500
+        )
 
     def test_only_what_nobody_foresaw_reads_as_such(self) -> None:
-        said = {json.dumps(v3.write_error(sample_of(kind), "")) for kind in error_classes()}
+        said = {json.dumps(v3_writing.write_error(sample_of(kind), "")) for kind in error_classes()}
         assert len(said) == len(error_classes())
 
     @pytest.mark.parametrize(
@@ -611,14 +614,14 @@ class TestErrors:
         ],
     )
     def test_http_status(self, error: ApiError, status: int) -> None:
-        assert v3.write_status(error, ErrorStatus.HTTP) == status
+        assert v3_writing.write_status(error, ErrorStatus.HTTP) == status
 
     @pytest.mark.parametrize(
         ("error", "message"),
         [(InvalidApiKey(), "Invalid Api Key"), (InvalidBody(), "Invalid API Request")],
     )
     def test_vendors_sentences(self, error: ApiError, message: str) -> None:
-        body = v3.write_error(error, "")
+        body = v3_writing.write_error(error, "")
         assert list(body) == ["status", "message", "tip"]
         assert (body["status"], body["message"]) == ("error", message)
 
@@ -627,7 +630,7 @@ class TestErrors:
             "prompt": ["The prompt field is required."],
             "samples": ["The samples must be between 1 and 4."],
         }
-        body = v3.write_error(InvalidRequest(fields), "")
+        body = v3_writing.write_error(InvalidRequest(fields), "")
         assert json.dumps(body) == json.dumps({"status": "error", "message": fields})
 
     @pytest.mark.parametrize(
@@ -668,23 +671,23 @@ class TestErrors:
         ],
     )
     def test_image_problems(self, problem: ImageProblem, sentence: str) -> None:
-        body = v3.write_error(ImageUnavailable({"init_image": problem}), "")
+        body = v3_writing.write_error(ImageUnavailable({"init_image": problem}), "")
         assert body == {"status": "error", "message": {"init_image": [sentence]}}
 
     def test_every_image_problem_has_a_sentence(self) -> None:
-        assert set(v3.IMAGE_SENTENCES) == set(ImageProblem)
+        assert set(v3_writing.IMAGE_SENTENCES) == set(ImageProblem)
 
     def test_full_queue(self) -> None:
-        body = v3.write_error(QueueFull(1000), "")
+        body = v3_writing.write_error(QueueFull(1000), "")
         assert list(body) == ["status", "message", "tips", "retry_after"]
         assert body["message"] == "Rate limit exceeded. Maximum 1000 queued requests allowed."
         assert body["retry_after"] == 30
 
     def test_unknown_job(self) -> None:
-        assert json.dumps(v3.write_error(JobNotFound(), "")) == (
+        assert json.dumps(v3_writing.write_error(JobNotFound(), "")) == (
             '{"status": "failed", "id": "", "message": "Request not found", '
             '"messege": "Request not found", "output": ""}'
         )
 
     def test_what_nobody_foresaw_names_the_request(self) -> None:
-        assert "request-1" in v3.write_error(ApiError("canary"), "request-1")["tip"]
+        assert "request-1" in v3_writing.write_error(ApiError("canary"), "request-1")["tip"]

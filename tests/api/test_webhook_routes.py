@@ -16,8 +16,9 @@ from server.cli.main import main
 from server.core.settings import RetentionSettings, Settings
 from server.jobs.retention import Janitor
 from server.jobs.store import JobStore
-from server.storage.database import jobs, open_engine
+from server.storage.database import open_engine
 from server.storage.files import Storage
+from server.storage.tables import jobs
 from server.webhooks.deliveries import DeliveryStore
 from server.webhooks.sender import ASKED_CALLS_PER_MINUTE
 from tests.api.test_app import BODY as V3_BODY

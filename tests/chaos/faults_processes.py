@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from server.jobs.outbox import RETRY_DELAYS_S
 from server.jobs.store import LEASE_S, JobStore
 from server.serving.watchdog import EXIT_CODE
 from server.serving.watchdog import STALL_S as LOOP_STALL_S
 from server.storage.database import open_engine
-from server.webhooks.deliveries import RETRY_DELAYS_S
 from tests.chaos.clients import asking
 from tests.chaos.matrix import Found, fault
 from tests.chaos.oracle import Oracle

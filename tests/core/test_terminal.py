@@ -18,7 +18,8 @@ from server.api.auth.keys import KeyStore
 from server.cli.main import main
 from server.core.terminal import printable
 from server.jobs.store import JobStore
-from server.storage.database import api_keys, deliveries, open_engine
+from server.storage.database import open_engine
+from server.storage.tables import api_keys, deliveries
 from tests.conftest import migrated_sqlite
 from tests.jobs.test_store import new_job
 

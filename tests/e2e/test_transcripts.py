@@ -21,7 +21,7 @@ import pytest
 from server.serving.server import bind
 from tests.support.processes import COMMAND, START_TIMEOUT_S
 
-TRANSCRIPTS = Path(__file__).parent / "transcripts"
+TRANSCRIPTS = Path(__file__).parents[1] / "corpora" / "transcripts"
 AS_NOBODY = (
     *("setpriv", "--reuid=65534", "--clear-groups"),
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),

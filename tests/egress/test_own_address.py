@@ -26,7 +26,7 @@ from tests.support.http_stub import (
 )
 from tests.support.network_of_its_own import ELSEWHERE, NEIGHBOURS, OWN
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"
 UNKNOWN = "a" * 64 + ".invalid"
 """Refused by every resolver before it asks anybody: a label has at most 63 characters."""

@@ -12,7 +12,8 @@ from sqlalchemy import Engine, delete, event, insert, text
 from server.core.errors import QueueFull
 from server.jobs.job import QueueShare
 from server.jobs.store import JobStore
-from server.storage.database import jobs, open_engine
+from server.storage.database import open_engine
+from server.storage.tables import jobs
 from tests.conftest import migrated_sqlite
 from tests.jobs.test_store import PARAMS, new_job
 

@@ -25,18 +25,21 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from models.model_pool import ModelPool
 from models.params import InpaintParams
 from server.api.accept import put_input, submit
+from server.api.dialects.registry import write_webhook
 from server.core.errors import StorageUnavailable
 from server.core.settings import RetentionSettings, Settings, WebhookSettings
 from server.egress.client import EgressClient
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import Job, JobState, NewJob
+from server.jobs.outbox import DeliveryState
 from server.jobs.receipts import Model
 from server.jobs.retention import ORPHAN_S, Janitor
 from server.jobs.store import MAX_ATTEMPTS, JobStore
-from server.sandbox.process import DecodedPair
-from server.storage.database import deliveries, delivery_attempts, jobs, open_engine
+from server.sandbox.decoded import DecodedPair
+from server.storage.database import open_engine
 from server.storage.files import Storage, StoredFile
-from server.webhooks.deliveries import Attempt, DeliveryState, DeliveryStore
+from server.storage.tables import deliveries, delivery_attempts, jobs
+from server.webhooks.deliveries import Attempt, DeliveryStore
 from server.webhooks.sender import WebhookSender
 from server.worker.loop import Worker
 from tests.chaos.pipeline import ScriptedPipeline
@@ -473,7 +476,7 @@ async def send_what_is_due(
     every = calls.list_of(None, state=None, limit=HOOKS)
     tried = {each.id: len(each.attempts) for each in every}
     client = EgressClient(dialler=dialler)
-    sender = asyncio.create_task(WebhookSender(settings, calls, store, client).run())
+    sender = asyncio.create_task(WebhookSender(settings, calls, store, write_webhook, client).run())
     async with asyncio.timeout(60):
         # The rows are what a sender leaves behind; nothing tells of their change in one process.
         while await asyncio.to_thread(due):  # noqa: ASYNC110

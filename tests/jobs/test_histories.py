@@ -15,7 +15,7 @@ from server.core.errors import QueueFull
 from server.jobs.job import Job, QueueShare
 from server.jobs.leases import LOOK_S
 from server.jobs.store import LEASE_S, MAX_ATTEMPTS, JobStore
-from server.storage.database import deliveries, delivery_attempts, jobs
+from server.storage.tables import deliveries, delivery_attempts, jobs
 from server.webhooks.deliveries import Attempt, Delivery, DeliveryStore
 from tests.jobs.test_store import Clock, new_job
 

@@ -15,12 +15,14 @@ from sqlalchemy import Engine, func, insert, select
 from server.core.errors import Conflict, ConflictKind, StorageUnavailable
 from server.core.settings import RetentionSettings
 from server.jobs.job import Job, JobState
+from server.jobs.outbox import MAX_AGE_S
 from server.jobs.retention import HOUR_S, ORPHAN_S, Janitor, Removed
 from server.jobs.store import JobStore
 from server.storage.clock import EarlierClock
-from server.storage.database import deliveries, jobs, open_engine
+from server.storage.database import open_engine
 from server.storage.files import Storage
-from server.webhooks.deliveries import MAX_AGE_S, Attempt, DeliveryStore
+from server.storage.tables import deliveries, jobs
+from server.webhooks.deliveries import Attempt, DeliveryStore
 from tests.conftest import migrated_sqlite
 from tests.jobs.test_store import ROW, Clock, claim_one, get, new_job, state_of
 

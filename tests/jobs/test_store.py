@@ -30,7 +30,8 @@ from server.jobs.store import (
     JobStore,
 )
 from server.jobs.workers import WORKER_KEPT_S, WORKER_SEEN_S, WorkerStatus
-from server.storage.database import Topic, jobs, open_engine, workers
+from server.storage.database import Topic, open_engine
+from server.storage.tables import jobs, workers
 from tests.support.postgres import PostgresServer
 
 PLACES, LARGE = 3, 10_000_000.0

@@ -15,7 +15,9 @@ from models.builtin.training.captions import DEFAULT_COLOUR, DEFAULT_SHAPE, capt
 from models.builtin.training.checkpoints import Checkpoint
 from models.builtin.training.export import folder_bytes
 from models.builtin.training.latents import LatentSettings, LatentStore
-from models.builtin.training.safety import SafetySettings
+from models.builtin.training.networks.safety import SafetySettings
+from models.builtin.training.networks.text import TextSettings
+from models.builtin.training.networks.vae import VaeSettings
 from models.builtin.training.scenes import (
     COLOURS,
     SHAPES,
@@ -28,12 +30,10 @@ from models.builtin.training.scenes import (
     locate,
     make_scene,
 )
-from models.builtin.training.text import TextSettings
 from models.builtin.training.train import TrainSettings, run_stages
 from models.builtin.training.trainer import BatchPlan, UNetSettings
-from models.builtin.training.vae import VaeSettings
 
-WEIGHTS = Path(__file__).parent.parent / "models" / "builtin" / "weights"
+WEIGHTS = Path(__file__).parents[2] / "models" / "builtin" / "weights"
 MAX_BYTES = 12_000_000
 SIDE = 256
 

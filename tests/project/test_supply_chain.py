@@ -166,7 +166,7 @@ def test_image_gets_the_runtime_locks_alone() -> None:
 # --- the audit ---
 
 LOCKED = [Pin("idna", "3.20", ("1" * 64,)), Pin("pillow", "13.0.0", ("2" * 64,))]
-FAKE = Path(__file__).with_name("fake_pip_audit.py")
+FAKE = Path(__file__).parents[1] / "support" / "fake_pip_audit.py"
 
 
 def audited(mode: str) -> Findings:

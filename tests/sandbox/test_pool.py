@@ -22,10 +22,11 @@ from models.imaging.decoding import DecodedImage, ImageLimits, decode_image
 from models.imaging.mask_reading import MaskReading
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.core.notices import Notice
+from server.sandbox import seccomp
 from server.sandbox.child import PICTURE, REPLY, Kind, Wanted
+from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.sandbox.pool import Sandbox
-from server.sandbox.pool import seccomp as confinement
-from server.sandbox.process import OWN, PROBLEM_OF_FAULT, DecodedPair, Decoder, UnknownFormat
+from server.sandbox.process import OWN, PROBLEM_OF_FAULT, Decoder
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
 from tests.project.test_layers import REPOSITORY, loaded_by
@@ -472,7 +473,7 @@ def test_filter_names_no_way_out() -> None:
     others = {62, 101, 200, 234, 310, 311, 424, 438}  # kill, ptrace, … pidfd_getfd
     powers = {157, 160, 165, 272, 302, 308, 317, 321, 425}  # prctl, setrlimit, … io_uring_setup
     dangerous = opening | network | processes | others | powers
-    assert not dangerous & set(confinement.ALLOWED_CALLS.values())
+    assert not dangerous & set(seccomp.ALLOWED_CALLS.values())
 
 
 def test_missing_filter_is_in_the_log() -> None:

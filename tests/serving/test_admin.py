@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from server.core.settings import Settings
-from server.jobs.failures import Failure
+from server.jobs.job import Failure
 from server.jobs.workers import WorkerStatus
 from server.storage.database import open_engine
 from tests.api.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit

@@ -19,7 +19,7 @@ from server.core.codings import inflate
 from tests.api.test_app import BODY, settings_in
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
 
-CLIENTS = Path(__file__).parent / "clients"
+CLIENTS = Path(__file__).parents[1] / "support" / "clients"
 JSON_BODY = json.dumps(BODY).encode()
 LONG_BODY = json.dumps({**BODY, "prompt": "a cat " * 1_000, "unknown": "x" * 90_000}).encode()
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"

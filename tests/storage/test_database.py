@@ -35,13 +35,13 @@ from server.storage.database import (
     SqliteVersion,
     Topic,
     has_sound_wal,
-    metadata,
     migrate,
     notify,
     open_engine,
     read_only,
 )
 from server.storage.notify import ChangeSignal
+from server.storage.tables import metadata
 from server.webhooks.sender import DATABASE_THREADS
 from tests.chaos.hosts import LoopThread, running_proxy
 from tests.jobs.test_store import new_job

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from models.imaging.decoding import DecodedImage, DecodedMask, ImageLimits
 from server.core.errors import ImageProblem
 from server.sandbox.child import Kind, Wanted
-from server.sandbox.process import OWN, PICTURES_PER_CHILD, PROGRAM, WALL_S, DecodedPair, Decoder
+from server.sandbox.decoded import DecodedPair
+from server.sandbox.process import OWN, PICTURES_PER_CHILD, PROGRAM, WALL_S, Decoder
 
 
 class BlockingDecoder:

@@ -24,32 +24,29 @@ from svix.webhooks import Webhook as SvixWebhook
 from svix.webhooks import WebhookVerificationError
 
 from models.params import InpaintParams
+from server.api.dialects.registry import write_webhook
 from server.core.errors import Conflict, ConflictKind
 from server.core.settings import WebhookSettings
-from server.jobs.failures import Failure
-from server.jobs.job import Job, NewJob, RequestFacts
+from server.jobs.job import Failure, Job, NewJob, RequestFacts
+from server.jobs.outbox import MAX_AGE_S, RETRY_DELAYS_S, DeliveryState, host_of
 from server.jobs.store import MAX_ATTEMPTS, JobStore
 from server.storage.clock import MEASURE_S, SharedClock
-from server.storage.database import delivery_attempts, open_engine
-from server.storage.database import jobs as job_rows
+from server.storage.database import open_engine
+from server.storage.tables import delivery_attempts
+from server.storage.tables import jobs as job_rows
 from server.webhooks.deliveries import (
     KEPT_ATTEMPTS,
     LISTED_ATTEMPTS,
     LONGEST_DELAY_S,
-    MAX_AGE_S,
-    RETRY_DELAYS_S,
     Attempt,
     Delivery,
-    DeliveryState,
     DeliveryStore,
-    host_of,
 )
 from server.webhooks.sender import (
     CALLS_PER_HOST,
     WebhookCaller,
     WebhookSender,
     to_seconds,
-    write_body,
 )
 from server.webhooks.signing import sign
 from tests.conftest import migrated_sqlite
@@ -330,7 +327,7 @@ async def send_until(
     settings: WebhookSettings, deliveries: DeliveryStore, jobs: JobStore, job: Job, tries: int
 ) -> list[Attempt]:
     """Run a sender until a job's webhook was tried so often."""
-    sender = asyncio.create_task(WebhookSender(settings, deliveries, jobs).run())
+    sender = asyncio.create_task(WebhookSender(settings, deliveries, jobs, write_webhook).run())
     async with asyncio.timeout(WAIT_S):
         # The rows are what a sender leaves behind; nothing tells of their change in one process.
         while len(attempts := tries_of(deliveries, job)) < tries:  # noqa: ASYNC110
@@ -413,7 +410,7 @@ def test_calls_to_one_host_follow_each_other_without_a_pause(
     count = 3 * CALLS_PER_HOST  # no more than these are claimed at a time
 
     async def send(calls: "queue.Queue[Any]") -> None:
-        sender = asyncio.create_task(WebhookSender(LOOPBACK, deliveries, jobs).run())
+        sender = asyncio.create_task(WebhookSender(LOOPBACK, deliveries, jobs, write_webhook).run())
         async with asyncio.timeout(WAIT_S):
             while calls.qsize() < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -464,7 +461,7 @@ def test_call_made_again_names_no_expired_pictures(
     jobs.finish(job := submit(jobs, "http://receiver.example", dialect=dialect), [False, False])
     finished = jobs.get(job.id)
     assert finished is not None
-    assert said.items() <= write_body(replace(finished, expired_at=1.0)).items()
+    assert said.items() <= write_webhook(replace(finished, expired_at=1.0)).items()
 
 
 class HastyDeliveries(DeliveryStore):
@@ -630,7 +627,7 @@ class TestHeldHost:
                 jobs.finish(job, [])
 
             async def body() -> list[str]:
-                sender = WebhookSender(settings, deliveries, jobs)
+                sender = WebhookSender(settings, deliveries, jobs, write_webhook)
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
                     while not sender.held_hosts:  # noqa: ASYNC110 - its own affair
@@ -664,7 +661,7 @@ class TestHeldHost:
                 jobs.finish(job, [])
 
             async def body() -> None:
-                sender = WebhookSender(self.SETTINGS, deliveries, jobs)
+                sender = WebhookSender(self.SETTINGS, deliveries, jobs, write_webhook)
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
                     while not sender.held_hosts:  # noqa: ASYNC110 - its own affair
@@ -686,7 +683,7 @@ class TestHeldHost:
                 jobs.finish(job, [])
 
             async def body() -> list[str]:
-                sender = WebhookSender(self.SETTINGS, deliveries, jobs)
+                sender = WebhookSender(self.SETTINGS, deliveries, jobs, write_webhook)
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
                     while not all(  # noqa: ASYNC110 - as above

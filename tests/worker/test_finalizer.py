@@ -12,8 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError, StatementError
 
 from models.diffusion.pipeline import Picture, Source
-from server.jobs.failures import Failure
-from server.jobs.job import Job, JobState
+from server.jobs.job import Failure, Job, JobState
 from server.jobs.receipts import Model
 from server.jobs.store import JobStore
 from server.storage.files import Storage

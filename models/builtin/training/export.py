@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, UNet2DCondi
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
-from models.builtin.training.unet import build_scheduler
+from models.builtin.training.networks.unet import build_scheduler
 
 DIGESTS = "sha256.json"
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from models.builtin.training.captions import random_thing
 from models.builtin.training.checkpoints import Checkpoint
+from models.builtin.training.networks.vae import encode, to_tensor
 from models.builtin.training.scenes import COLOURS, SHAPES, Picture, Thing, make_scene
-from models.builtin.training.vae import encode, to_tensor
 
 FACTOR = 8  # pixels per latent
 THINGS_PER_SCENE = 2

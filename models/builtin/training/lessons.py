@@ -17,8 +17,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.builtin.training.captions import Caption, caption_of, nothing
 from models.builtin.training.latents import LatentBatch
-from models.builtin.training.text import tokenize
-from models.builtin.training.unet import TIMESTEPS, build_scheduler
+from models.builtin.training.networks.text import tokenize
+from models.builtin.training.networks.unet import TIMESTEPS, build_scheduler
 
 _OBJECT_VISIBLE_BELOW = 850  # timestep; above, an object drowns in the noise
 _OVERSHOOT_VISIBLE_BELOW = 960  # the same for one that guidance has made several times too strong

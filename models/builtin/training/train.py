@@ -21,11 +21,15 @@ from models.builtin.training.checkpoints import Checkpoint
 from models.builtin.training.export import Parts, export, folder_bytes
 from models.builtin.training.latents import LatentSettings, make_shards
 from models.builtin.training.lessons import Contexts
-from models.builtin.training.safety import SafetySettings, build_image_processor, train_safety
-from models.builtin.training.text import TextSettings, train_text
+from models.builtin.training.networks.safety import (
+    SafetySettings,
+    build_image_processor,
+    train_safety,
+)
+from models.builtin.training.networks.text import TextSettings, train_text
+from models.builtin.training.networks.unet import averaged_unet
+from models.builtin.training.networks.vae import VaeSettings, train_vae
 from models.builtin.training.trainer import UNetSettings, UNetTrainer, Worker
-from models.builtin.training.unet import averaged_unet
-from models.builtin.training.vae import VaeSettings, train_vae
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from models.builtin.training.checkpoints import Average, Checkpoint
 from models.builtin.training.latents import LatentBatch, LatentStore
 from models.builtin.training.lessons import Contexts, draw_timesteps, loss_of
 from models.builtin.training.muon import Optimizers
-from models.builtin.training.unet import build_unet
+from models.builtin.training.networks.unet import build_unet
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 from sqlalchemy import Engine, Row, func, insert, or_, select, update
 
-from server.storage.database import api_keys, read_only
+from server.storage.database import read_only
+from server.storage.tables import api_keys
 
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 

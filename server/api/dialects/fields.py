@@ -25,7 +25,6 @@ TRUE_WORDS = ("yes", "true", "1", "on")
 FALSE_WORDS = ("no", "false", "0", "off")
 INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
 
-
 MAX_TEXT_CHARS = 8_000
 """Of a prompt as sent; enhancement makes it longer."""
 

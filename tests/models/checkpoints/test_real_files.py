@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw
 
-from server.sandbox.process import FORMAT_VERSION, DecodedPair
+from server.sandbox.decoded import FORMAT_VERSION, DecodedPair
 from tests.api.test_native_events import events_of
 from tests.corpora import profiles
 from tests.support.processes import ServerProcess, serving

@@ -34,7 +34,7 @@ from models.errors import ModelUnavailable
 from tests.support.hub_stub import Hub, running_hub
 from tests.support.tiny import save_tiny_checkpoint
 
-CATALOG_FILE = Path(__file__).parents[1] / "configs" / "models.toml"
+CATALOG_FILE = Path(__file__).parents[3] / "configs" / "models.toml"
 CPU = torch.device("cpu")
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",

@@ -9,21 +9,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
-from server.api.accept import (
-    ServicesOf,
-    accept,
-    admit,
-    base_url_of,
-    called_url_of,
-    find_job,
-)
+from server.api.accept import accept
 from server.api.auth.keyring import Caller
 from server.api.bodies import parsed, read_json
-from server.api.dialects.native import events as native_events
-from server.api.dialects.native import reading as native
-from server.api.dialects.native import writing as native_answers
+from server.api.dependencies import ServicesOf, admit, base_url_of, called_url_of, find_job
+from server.api.dialects.base import Dialect
+from server.api.dialects.native import events, problems, reading, writing
 from server.api.dialects.native.problems import declare
 from server.api.dialects.native.writing import (
     DeliveryAnswer,
@@ -33,11 +26,11 @@ from server.api.dialects.native.writing import (
     PingAnswer,
 )
 from server.api.services import Services
-from server.core.errors import Conflict, ConflictKind, JobNotFound, StorageUnavailable
+from server.core.errors import ApiError, Conflict, ConflictKind, JobNotFound, StorageUnavailable
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import Job, JobState
+from server.jobs.outbox import DeliveryState
 from server.jobs.watcher import Subscription
-from server.webhooks.deliveries import DeliveryState
 
 router = APIRouter(tags=["jobs"])
 
@@ -56,7 +49,7 @@ async def get_caller(
     _key: Annotated[str | None, Security(KeyHeader)],
 ) -> Caller:
     """Who calls; the two schemes are named for OpenAPI. Raises: InvalidApiKey, RateLimited."""
-    return admit(request, native.read_key(request.headers))
+    return admit(request, reading.read_key(request.headers))
 
 
 CallerOf = Annotated[Caller, Depends(get_caller)]
@@ -127,7 +120,7 @@ SubscriptionOf = Annotated[Subscription, Depends(get_subscription)]
         200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
         **declare(400, 413, 422),
     },
-    openapi_extra=describe_body(native.JobRequest),
+    openapi_extra=describe_body(reading.JobRequest),
 )
 async def create_job(
     request: Request,
@@ -139,14 +132,14 @@ async def create_job(
     """Repaint the white part of a mask in an image."""
     settings = services.settings
 
-    def read(body: bytes) -> tuple[native.NativeJob, Idempotency | None]:
-        asked = native.read_job(
+    def read(body: bytes) -> tuple[reading.NativeJob, Idempotency | None]:
+        asked = reading.read_job(
             body,
             force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
             models=settings.offered_models,
             https_webhooks=settings.webhook.https_only,
         )
-        return asked, native.read_idempotency(idempotency_key, asked.request)
+        return asked, reading.read_idempotency(idempotency_key, asked.request)
 
     asked, once = await parsed(read, body)
     base_url = base_url_of(request, settings)
@@ -171,7 +164,7 @@ async def list_jobs(
         services.store.list_of, key_id, state=state, limit=limit, before_id=before
     )
     return JobList(
-        jobs=[native_answers.write_summary(job) for job in jobs],
+        jobs=[writing.write_summary(job) for job in jobs],
         next_before=jobs[-1].id if len(jobs) == limit else None,
     )
 
@@ -203,7 +196,7 @@ async def cancel_job(request: Request, services: ServicesOf, job: JobOf) -> JobA
 @router.get(
     "/api/jobs/{job_id}/events",
     response_class=Response,
-    responses={**native_events.describe_stream(), **declare(404)},
+    responses={**events.describe_stream(), **declare(404)},
 )
 async def follow_job(
     request: Request,
@@ -229,8 +222,8 @@ async def follow_job(
         except StorageUnavailable:
             return None  # not worth the stream
 
-    events = native_events.write_events(subscription, read_ended, read_preview)
-    return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
+    stream = events.write_events(subscription, read_ended, read_preview)
+    return StreamingResponse(stream, 200, EVENT_HEADERS, "text/event-stream")
 
 
 @router.get("/api/jobs/{job_id}/deliveries", responses=declare(404))
@@ -266,7 +259,7 @@ async def list_deliveries(
     )
     return DeliveryList(
         deliveries=[
-            native_answers.write_delivery(each, services.webhooks.held_hosts) for each in statuses
+            writing.write_delivery(each, services.webhooks.held_hosts) for each in statuses
         ],
         next_before=statuses[-1].job_id if len(statuses) == limit else None,
     )
@@ -275,15 +268,15 @@ async def list_deliveries(
 @router.post(
     "/api/webhooks/ping",
     responses=declare(400, 413, 422),
-    openapi_extra=describe_body(native.PingRequest),
+    openapi_extra=describe_body(reading.PingRequest),
 )
 async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnswer:
     """Send a signed test event to a URL, as a webhook would be sent, and tell what came back.
 
     30 a minute, redeliveries included. Why there was no answer is not told: it is in the log.
     """
-    url = native.read_ping(body, https_only=services.settings.webhook.https_only)
-    return native_answers.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
+    url = reading.read_ping(body, https_only=services.settings.webhook.https_only)
+    return writing.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
 
 
 def to_response(
@@ -302,12 +295,29 @@ async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
         forecast = await services.in_store_thread(services.estimator.forecast, job.id)
         position = forecast.position(job.id) if job.state is JobState.QUEUED else None
         eta_s = services.told.note(job.id, forecast.eta_s(job.id))
-    return native_answers.write_job(job, receipt, base_url, position, eta_s)
+    return writing.write_job(job, receipt, base_url, position, eta_s)
 
 
 async def tell_deliveries(services: Services, job: Job) -> DeliveryList:
     """A job's webhook calls."""
     statuses = await services.in_store_thread(services.deliveries.of_job, job.id)
     held = services.webhooks.held_hosts
-    answers: list[DeliveryAnswer] = [native_answers.write_delivery(each, held) for each in statuses]
+    answers: list[DeliveryAnswer] = [writing.write_delivery(each, held) for each in statuses]
     return DeliveryList(deliveries=answers, next_before=None)
+
+
+def write_error(error: ApiError, request: Request) -> Response:
+    """An error as a problem (RFC 9457)."""
+    problem, headers = problems.write_problem(error, request.scope.get("request_id", ""))
+    body = problem.model_dump(mode="json")
+    return JSONResponse(body, problem.status, headers, problems.MEDIA_TYPE)
+
+
+NATIVE = Dialect(
+    name=reading.DIALECT,
+    router=router,
+    owns=problems.is_native,
+    write_error=write_error,
+    write_webhook=writing.write_webhook,
+    to_api_error=reading.refusal_of_call,
+)

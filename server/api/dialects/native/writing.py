@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field
 
 from models.imaging.mask_reading import MaskReading
 from server.core.notices import Notice
-from server.jobs.failures import Failure
-from server.jobs.job import OUTPUT_FOLDER, Job, JobState
+from server.jobs.job import OUTPUT_FOLDER, Failure, Job, JobState
+from server.jobs.outbox import DeliveryState
 from server.jobs.receipts import Intake, Model, Receipt
-from server.webhooks.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryState, DeliveryStatus
+from server.webhooks.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryStatus
 
 
 class Progress(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from models.builtin.training.text import WIDTH
+from models.builtin.training.networks.text import WIDTH
 
 TIMESTEPS = 1000
 

@@ -1,0 +1,68 @@
+"""What endpoints of all dialects ask for: the services, the caller, the server's address, a job."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.api.auth.keyring import Caller
+from server.api.proxies import BASE_URL
+from server.api.services import Services
+from server.core.errors import JobNotFound
+from server.core.settings import Settings
+from server.jobs.job import (
+    Job,
+    JobState,
+)
+
+
+def get_services(request: Request) -> Services:
+    """The services `create_app` built."""
+    services: Services = request.app.state.services
+    return services
+
+
+async def provide_services(request: Request) -> Services:
+    """`get_services` as a dependency: FastAPI sends one that is not async through a thread."""
+    return get_services(request)
+
+
+ServicesOf = Annotated[Services, Depends(provide_services)]
+
+
+def admit(request: Request, key: str | None) -> Caller:
+    """Who calls, by the key a dialect found. Raises: InvalidApiKey, RateLimited."""
+    address = request.client.host if request.client else ""
+    return get_services(request).keys.admit(key, address)
+
+
+def base_url_of(request: Request, settings: Settings) -> str:
+    """The configured public address, or the one the client used; no slash at the end."""
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    return called_url_of(request)
+
+
+def called_url_of(request: Request) -> str:
+    """Scheme and host the client used, and the prefix of a proxy; no slash at the end."""
+    scope, host = request.scope, request.headers.get("host")
+    if BASE_URL in scope:
+        return str(scope[BASE_URL])
+    # Else the framework finds one. For this it takes ten times as long.
+    base_url = f"{scope['scheme']}://{host}{scope.get('root_path', '')}" if host else ""
+    return (base_url or str(request.base_url)).rstrip("/")
+
+
+async def find_job(services: Services, job_id: int, key_id: str) -> Job:
+    """A job of this key. Raises: JobNotFound, for another key's too; StorageUnavailable."""
+    job = await services.in_store_thread(services.store.get, job_id)
+    if job is None or job.key_id != key_id:
+        raise JobNotFound
+    if job.state is JobState.FINISHED and job.finished_at is not None:
+        services.metrics.observe_estimate(services.told.pop_ratio(job.id, job.finished_at))
+    return job
+
+
+async def eta_s(services: Services, job: Job) -> float:
+    """Seconds until a job that has not ended probably will have."""
+    forecast = await services.in_store_thread(services.estimator.forecast, job.id)
+    return services.told.note(job.id, forecast.eta_s(job.id))

@@ -1,0 +1,180 @@
+"""The vendor's endpoints, the pictures and the probes.
+
+Each reads with the dialect, calls the services, and writes with the dialect.
+"""
+
+import base64
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import JSONResponse, Response
+
+from models.diffusion.enhance import Enhancement
+from server.api.accept import accept
+from server.api.auth.keyring import Caller
+from server.api.bodies import Fields, read_fields, release_body
+from server.api.dependencies import (
+    ServicesOf,
+    admit,
+    base_url_of,
+    called_url_of,
+    eta_s,
+    find_job,
+    get_services,
+)
+from server.api.dialects.base import Dialect
+from server.api.dialects.v3 import reading, writing
+from server.api.services import Services
+from server.core.errors import ApiError
+from server.core.logs import get_logger
+from server.core.settings import Base64Output, ErrorStatus, Settings
+from server.jobs.job import OUTPUT_FOLDER, Job, JobState
+
+logger = get_logger(__name__)
+
+router = APIRouter()
+
+
+async def get_fields(request: Request, services: ServicesOf) -> Fields:
+    """The request's parameters, wherever they stand. Raises: InvalidBody."""
+    return await read_fields(request, services.settings.max_body_bytes)
+
+
+FieldsOf = Annotated[Fields, Depends(get_fields)]
+
+
+async def get_caller(request: Request, fields: FieldsOf) -> Caller:
+    """Who calls, and what they may do. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, reading.read_key(fields, request.headers))
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_key_id(caller: CallerOf) -> str:
+    """Whose request it is."""
+    return caller.key_id
+
+
+KeyId = Annotated[str, Depends(get_key_id)]
+
+
+@router.post("/api/v3/inpaint", openapi_extra=reading.INPAINT_OPENAPI)
+async def inpaint(
+    request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
+) -> JSONResponse:
+    """Repaint the white part of a mask in an image."""
+    own_hold_s = caller.limits.hold_s
+    hold_s = services.settings.hold_s if own_hold_s is None else own_hold_s
+    hold_until = time.monotonic() + hold_s
+    if reading.is_fetch(fields):
+        return await fetch(request, services, fields, caller.key_id)
+    job_id = await submit(request, services, fields, caller)
+    # The framework keeps `fields` until the answer is there, and they may hold pictures.
+    fields.clear()
+    release_body(request)
+    ended = await services.watcher.wait(job_id, max(0.0, hold_until - time.monotonic()))
+    base_url = base_url_of(request, services.settings)
+    if ended is None:
+        job = await find_job(services, job_id, caller.key_id)
+        return JSONResponse(writing.write_processing(job, await eta_s(services, job), base_url))
+    if ended.state is JobState.FINISHED:
+        output = await outputs(services, ended, base_url)
+        if output is not None:
+            return JSONResponse(writing.write_success(ended, output))
+    return JSONResponse(writing.write_failed(ended))
+
+
+@router.post("/api/v3/fetch", openapi_extra=reading.FETCH_OPENAPI)
+async def fetch(
+    request: Request, services: ServicesOf, fields: FieldsOf, key_id: KeyId
+) -> JSONResponse:
+    """The result of the job named by `request_id`."""
+    return await fetch_job(request, services, reading.read_job_id(fields), key_id)
+
+
+@router.post("/api/v3/fetch/{job_id}", openapi_extra=reading.KEY_OPENAPI)
+async def fetch_by_path(
+    request: Request, services: ServicesOf, job_id: str, key_id: KeyId
+) -> JSONResponse:
+    """The result of a job."""
+    return await fetch_job(request, services, reading.parse_job_id(job_id), key_id)
+
+
+@router.post("/api/v3/system_load", openapi_extra=reading.KEY_OPENAPI)
+async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
+    """The queue's length in jobs and seconds."""
+    forecast = await services.in_store_thread(services.estimator.forecast)
+    return JSONResponse(writing.write_system_load(forecast.waiting, forecast.wait_s))
+
+
+async def submit(request: Request, services: Services, fields: Fields, caller: Caller) -> int:
+    """Make a job of an inpaint call; gives its id. Raises: as `reading.read_inpaint`, `accept`."""
+    asked = reading.read_inpaint(fields, reading_policy(services.settings, caller))
+    base_url = base_url_of(request, services.settings)
+    submitted = await accept(services, asked, caller, base_url, called_url_of(request))
+    if asked.notices:
+        # By their codes: what a client wrote stays out of the log.
+        ignored = ", ".join(asked.notices)
+        logger.info("parameters ignored", job_id=submitted.job.id, detail=ignored)
+    return submitted.job.id
+
+
+async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
+    """A job as fetch tells of it. Raises: JobNotFound, StorageUnavailable."""
+    job = await find_job(services, job_id, key_id)
+    if job.has_pictures:
+        output = await outputs(services, job, base_url_of(request, services.settings))
+        if output is not None:
+            return JSONResponse(writing.write_fetch_success(job, output))
+    if job.state.is_terminal:
+        return JSONResponse(writing.write_failed(job))
+    return JSONResponse(writing.write_fetch_processing(job, await eta_s(services, job)))
+
+
+async def outputs(services: Services, job: Job, base_url: str) -> list[str] | None:
+    """The finished pictures as the client asked for them: URLs, or base64 texts.
+
+    The row says whether there are any; the files of texts are read, and without one of them the
+    result is None. Raises: StorageUnavailable.
+    """
+    urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
+    if not reading.V3Facts.of(job).wants_base64:
+        return urls
+    if services.settings.base64_output is Base64Output.LINK:
+        return [url.removesuffix(".png") + ".base64" for url in urls]
+    pictures = [await services.in_file_thread(services.storage.get, key) for key in job.output_keys]
+    texts = [base64.b64encode(each).decode() for each in pictures if each is not None]
+    return texts if len(texts) == len(pictures) else None
+
+
+def reading_policy(settings: Settings, caller: Caller) -> reading.ReadingPolicy:
+    """What of the dialect's reading the operator decides, for this caller."""
+    return reading.ReadingPolicy(
+        steps_policy=settings.steps_policy,
+        force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
+        enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
+        models=settings.offered_models,
+        https_webhooks=settings.webhook.https_only,
+    )
+
+
+def write_error(error: ApiError, request: Request) -> Response:
+    """An error in the vendor's form; with the status 200 under the vendor's own paths, by setting.
+
+    Probes, browsers and caches of other paths do not take a 200 for an error.
+    """
+    is_own = writing.is_own(request.scope["path"])
+    error_status = get_services(request).settings.error_status if is_own else ErrorStatus.HTTP
+    body = writing.write_error(error, request.scope.get("request_id", ""))
+    return JSONResponse(body, writing.write_status(error, error_status))
+
+
+V3 = Dialect(
+    name=reading.DIALECT,
+    router=router,
+    owns=writing.is_near,
+    write_error=write_error,
+    write_webhook=writing.write_webhook,
+)

@@ -1,0 +1,302 @@
+"""stablediffusionapi.com V3, writing: answers, errors and the webhook call, as the vendor's.
+
+Bodies are plain dicts, because their order is part of the contract.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from server.api.dialects.fields import NOT_A_SOURCE
+from server.core.errors import (
+    ApiError,
+    BodyTooLarge,
+    Conflict,
+    EncodedBody,
+    ImageProblem,
+    ImageUnavailable,
+    InvalidApiKey,
+    InvalidBody,
+    InvalidForm,
+    InvalidHost,
+    InvalidRequest,
+    JobNotFound,
+    LoopbackOnly,
+    QueueFull,
+    RateLimited,
+    RouteNotFound,
+    ServerBusy,
+    StorageUnavailable,
+    Stranger,
+    TooManyFields,
+    TooManyStreams,
+)
+from server.core.settings import ErrorStatus
+from server.egress.policy import MAX_URL_CHARS
+from server.jobs.job import OUTPUT_FOLDER, Job, JobState
+
+Body = dict[str, Any]
+
+
+def write_meta(job: Job) -> Body:
+    """The parameters as they were used."""
+    params = job.params
+    return {
+        "H": params.height,
+        "W": params.width,
+        "file_prefix": job.file_prefix,
+        "guidance_scale": params.guidance_scale,
+        "init_image": job.request.init_image,
+        "mask_image": job.request.mask_image,
+        "n_samples": params.samples,
+        "negative_prompt": params.negative_prompt,
+        "outdir": "out",
+        "prompt": params.prompt,
+        "safetychecker": "yes" if params.safety_check else "no",
+        "seed": params.seed,
+        "steps": params.num_inference_steps,
+        "strength": params.strength,
+    }
+
+
+def write_success(job: Job, output: Sequence[str]) -> Body:
+    """A finished job as the inpaint call's answer. output: URLs or base64 texts."""
+    return {
+        "status": "success",
+        "generationTime": job.run_s,
+        "id": job.id,
+        "output": list(output),
+        "meta": write_meta(job),
+    }
+
+
+def write_processing(job: Job, eta_s: float, base_url: str) -> Body:
+    """The answer of an inpaint call that is not finished within the hold time."""
+    sentence = "Try to fetch request after given estimated time"
+    return {
+        "status": "processing",
+        "tip": "The picture is being made. POST your key to fetch_result after eta seconds.",
+        "eta": eta_s,
+        "messege": sentence,
+        "message": sentence,
+        "fetch_result": f"{base_url}/api/v3/fetch/{job.id}",
+        "id": job.id,
+        "output": [],
+        "meta": write_meta(job),
+    }
+
+
+def write_fetch_success(job: Job, output: Sequence[str]) -> Body:
+    """A finished job as a fetch call's answer."""
+    return {
+        "status": "success",
+        "id": job.id,
+        "output": list(output),
+        "generationTime": job.run_s,
+        "meta": write_meta(job),
+    }
+
+
+def write_fetch_processing(job: Job, eta_s: float) -> Body:
+    """A job that has not ended, as a fetch call's answer; the empty text in `output` is theirs."""
+    return {
+        "status": "processing",
+        "id": job.id,
+        "messege": "Request processing",
+        "message": "Request processing",
+        "output": "",
+        "eta": eta_s,
+    }
+
+
+def write_failed(job: Job) -> Body:
+    """A job that ended without pictures, or whose pictures have been removed since."""
+    is_cancelled = job.state is JobState.CANCELLED
+    reason = "The job was cancelled" if is_cancelled else "The pictures are no longer there"
+    message = f"Failed, Try Again. {job.error or reason}"
+    return {
+        "status": "failed",
+        "id": job.id,
+        "message": message,
+        "messege": message,
+        "output": "",
+    }
+
+
+def write_webhook(job: Job) -> Body:
+    """The call that tells of a job's end; pictures are named by URL, never held.
+
+    The vendor's call is the success answer, or the failure, with `track_id` at the top. A success
+    stays one when its pictures have been removed since: an earlier try may have told of it.
+    """
+    if job.state is JobState.FINISHED:
+        base_url = job.request.base_url
+        names = job.output_names if job.has_pictures else []
+        output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in names]
+        return {**write_success(job, output), "track_id": job.track_id}
+    failed = write_failed(job)
+    return {
+        "status": failed["status"],
+        "id": job.id,
+        "message": failed["message"],
+        "track_id": job.track_id,
+    }
+
+
+def write_system_load(waiting: int, wait_s: float) -> Body:
+    """The queue's length in jobs and in whole seconds."""
+    return {"queue_num": waiting, "queue_time": math.ceil(wait_s), "status": "ok"}
+
+
+IMAGE_SENTENCES = {
+    ImageProblem.NOT_REACHABLE: "could not be downloaded.",
+    ImageProblem.NOT_FOUND: "was not found: its host answers 404 or 410.",
+    ImageProblem.FORBIDDEN: "is not given out: its host answers 401 or 403.",
+    ImageProblem.HOST_FAILED: "could not be downloaded: its host answers with an error.",
+    ImageProblem.COMPRESSED: "is sent by its host in a compression other than gzip and deflate.",
+    ImageProblem.INVALID_URL: "must be a valid URL.",
+    ImageProblem.URL_TOO_LONG: f"URL may not be greater than {MAX_URL_CHARS} characters.",
+    ImageProblem.PRIVATE_ADDRESS: "is at a private address; the server's operator can allow it "
+    "with INPAINT_FETCH__ALLOW_CIDRS or INPAINT_FETCH__ALLOW_HOSTS.",
+    ImageProblem.PORT_NOT_ALLOWED: "is at a port other than 80 and 443; the server's operator can "
+    "allow it with INPAINT_FETCH__ALLOW_PORTS.",
+    ImageProblem.TOO_LARGE: "is too large.",
+    ImageProblem.NOT_A_SOURCE: NOT_A_SOURCE,
+    ImageProblem.NOT_AN_IMAGE: "is not a PNG, JPEG or WEBP image.",
+    ImageProblem.UNSUPPORTED: "is of an unsupported kind: send a PNG, JPEG or WEBP image.",
+    ImageProblem.DAMAGED: "is damaged or incomplete.",
+    ImageProblem.TOO_SLOW: "takes too long to decode.",
+}
+
+STRANGER_TIPS = {
+    Stranger.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
+    Stranger.HOST: "The call has the Host of another machine: its operator names it in "
+    "INPAINT_ALLOWED_HOSTS, or makes keys with `inpaint-server keys create`.",
+    Stranger.PAGE: "The call comes from a page of elsewhere, or from a file: its operator names "
+    "its Origin in INPAINT_CORS_ORIGINS, or makes keys with `inpaint-server keys create`.",
+}
+
+HTTP_STATUS: dict[type[ApiError], int] = {
+    InvalidBody: 400,
+    BodyTooLarge: 413,
+    EncodedBody: 415,
+    InvalidForm: 400,
+    TooManyFields: 400,
+    InvalidHost: 400,
+    InvalidRequest: 400,
+    ImageUnavailable: 400,
+    InvalidApiKey: 401,
+    LoopbackOnly: 403,
+    JobNotFound: 404,
+    RouteNotFound: 404,
+    Conflict: 409,
+    QueueFull: 429,
+    TooManyStreams: 429,
+    RateLimited: 429,
+    ServerBusy: 503,
+    StorageUnavailable: 503,
+}
+
+
+def is_own(path: str) -> bool:
+    """Whether a path belongs to the vendor's API, whose errors may have the status 200."""
+    return path.startswith("/api/v3/")
+
+
+def is_near(path: str) -> bool:
+    """Whether a client of the vendor may call this path, and expects an error in its form."""
+    return path.startswith("/api/")
+
+
+def write_status(error: ApiError, error_status: ErrorStatus) -> int:
+    """HTTP status of an error; the vendor sends 200 for all but wrong paths."""
+    if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
+        return 200
+    return HTTP_STATUS.get(type(error), 500)
+
+
+def write_error(error: ApiError, request_id: str) -> Body:
+    """The body of an error. request_id: named where only the log can say more."""
+    match error:
+        case JobNotFound():
+            sentence = "Request not found"
+            return {
+                "status": "failed",
+                "id": "",
+                "message": sentence,
+                "messege": sentence,
+                "output": "",
+            }
+        case InvalidRequest(fields=fields):
+            return {"status": "error", "message": fields}
+        case ImageUnavailable(problems=problems):
+            return {
+                "status": "error",
+                "message": {
+                    name: [f"The {name.replace('_', ' ')} {IMAGE_SENTENCES[problem]}"]
+                    for name, problem in problems.items()
+                },
+            }
+        case TooManyStreams(limit=limit, retry_after_s=seconds):
+            return {
+                "status": "error",
+                "message": f"Rate limit exceeded. Maximum {limit} event streams allowed.",
+                "tips": "Close streams that are no longer needed, then try again.",
+                "retry_after": seconds,
+            }
+        case QueueFull(limit=limit, retry_after_s=seconds):
+            return {
+                "status": "error",
+                "message": f"Rate limit exceeded. Maximum {limit} queued requests allowed.",
+                "tips": "Wait for earlier requests to finish, then try again.",
+                "retry_after": seconds,
+            }
+        case RateLimited(limit=limit, retry_after_s=seconds):
+            reason = (
+                "Too many wrong keys came from this address."
+                if limit is None
+                else f"Maximum {limit} requests per minute allowed."
+            )
+            return {
+                "status": "error",
+                "message": f"Rate limit exceeded. {reason}",
+                "tips": "Wait for the seconds of retry_after, then try again.",
+                "retry_after": seconds,
+            }
+    message, tip = write_plain_error(error, request_id)
+    return {"status": "error", "message": message, "tip": tip}
+
+
+def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
+    """Message and tip of the errors that carry no facts."""
+    match error:
+        case InvalidApiKey():
+            return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
+        case LoopbackOnly(shown_by=shown_by):
+            sentence = "Without API keys this server serves its own machine only"
+            return sentence, STRANGER_TIPS[shown_by]
+        case BodyTooLarge():
+            return "Invalid API Request", "Send a smaller body: images by URL, for instance."
+        case EncodedBody():
+            return (
+                "Invalid API Request",
+                "Send it without a Content-Encoding, or as gzip or deflate.",
+            )
+        case TooManyFields():
+            return "Invalid API Request", "Send 200 parameters at most."
+        case InvalidHost():
+            return "Invalid API Request", "Send one Host header with a name of this server."
+        case Conflict():
+            return "Not possible now", "Fetch the job to see how it stands."
+        case InvalidForm():
+            tip = "Send the form in UTF-8 and whole, a multipart form with its boundary."
+            return "Invalid API Request", tip
+        case InvalidBody():
+            return "Invalid API Request", "Send the parameters as a JSON object in UTF-8."
+        case RouteNotFound():
+            return "Not found", "Pictures are made at POST /api/v3/inpaint."
+        case ServerBusy():
+            return "The server is busy", "Try again in a few seconds."
+        case StorageUnavailable():
+            return "The server cannot store requests now", "Try again in a few seconds."
+    return "Something went wrong on the server", f"Name {request_id} when asking its operator."

@@ -1,0 +1,61 @@
+"""Every exception becomes an answer: foreign ones become ours first, and a dialect writes them."""
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server.api.dependencies import get_services
+from server.api.dialects.registry import dialect_of
+from server.core.errors import (
+    ApiError,
+    ImageUnavailable,
+    InvalidBody,
+    RouteNotFound,
+    StorageUnavailable,
+)
+from server.core.logs import get_logger
+from server.core.metrics import Metrics
+
+logger = get_logger(__name__)
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The answer, in the dialect of the path. Nothing else of the exception goes out."""
+    dialect = dialect_of(request.scope["path"])
+    if isinstance(error, RequestValidationError):
+        known = dialect.to_api_error(error)
+    else:
+        known = to_api_error(error)
+    is_unlogged_failure = isinstance(known, StorageUnavailable) and not known.is_logged
+    if type(known) is ApiError or is_unlogged_failure:
+        logger.error("request failed", exc_info=error)
+    count(get_services(request).metrics, known)
+    response = dialect.write_error(known, request)
+    if known.retry_after_s is not None:
+        response.headers["Retry-After"] = str(known.retry_after_s)
+    return response
+
+
+def count(metrics: Metrics, error: ApiError) -> None:
+    """Note a refusal, by class, and what was wrong with images."""
+    metrics.refusals.labels(type(error).__name__).inc()
+    if isinstance(error, ImageUnavailable):
+        for problem in error.problems.values():
+            metrics.image_problems.labels(problem).inc()
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Foreign exceptions as ours; what nobody foresaw becomes a bare `ApiError`."""
+    match error:
+        case ApiError():
+            return error
+        case HTTPException(status_code=404 | 405):
+            return RouteNotFound((error.headers or {}).get("Allow", ""))
+        case HTTPException():
+            return InvalidBody()
+        case DBAPIError() | PoolTimeout():
+            return StorageUnavailable()
+    return ApiError()

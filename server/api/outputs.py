@@ -1,0 +1,59 @@
+"""The finished pictures, as files or as base64 text."""
+
+import base64
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response, StreamingResponse
+
+from server.api.dependencies import ServicesOf
+from server.core.errors import RouteNotFound
+from server.jobs.job import OUTPUT_FOLDER, OUTPUT_STEM
+
+router = APIRouter()
+
+OUTPUT_NAME = re.compile(rf"({OUTPUT_STEM})\.(png|base64)")
+
+OUTPUT_HEADERS = {
+    "Cache-Control": "public, max-age=86400, immutable",
+    "Content-Disposition": "inline",
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@router.head(f"/{OUTPUT_FOLDER}/{{name}}", include_in_schema=False)
+@router.get(f"/{OUTPUT_FOLDER}/{{name}}")
+async def output(request: Request, services: ServicesOf, name: str) -> Response:
+    """A picture, or its base64 text; no more of it in memory than the client is about to take."""
+    match = OUTPUT_NAME.fullmatch(name)
+    key = f"{OUTPUT_FOLDER}/{match[1]}.png" if match else None
+    found = await services.in_file_thread(services.storage.open, key) if key else None
+    if match is None or found is None:
+        raise RouteNotFound
+    size, pieces = found
+    media_type = "image/png"
+    if match[2] == "base64":
+        size, pieces, media_type = (size + 2) // 3 * 4, in_base64(pieces), "text/plain"
+    headers = {**OUTPUT_HEADERS, "Content-Length": str(size)}
+    if request.method == "HEAD":
+        return Response(b"", 200, headers, media_type)
+
+    async def content() -> AsyncIterator[bytes]:
+        while (piece := await services.in_file_thread(next, pieces, None)) is not None:
+            yield piece
+
+    return StreamingResponse(content(), 200, headers, media_type)
+
+
+def in_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces of the text."""
+    rest = b""
+    for piece in pieces:
+        whole = rest + piece
+        end = len(whole) - len(whole) % 3
+        yield base64.b64encode(whole[:end])
+        rest = whole[end:]
+    yield base64.b64encode(rest)

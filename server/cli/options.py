@@ -1,0 +1,91 @@
+"""What all commands share: the parser, the settings behind the flags, and how a command refuses."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from server.core.settings import IpNetwork, Settings, load_settings, network_of
+from server.core.settings_errors import InvalidSettings
+
+SHARED_FLAGS = ("config", "data_dir", "model")
+"""Flags that `serve` passes on to its workers."""
+
+
+class Refusal(Exception):
+    """Why a command cannot do its work, in the operator's words; a line for each reason."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """While settings are read and things are opened: what fails then is the operator's to mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        lines = error.lines if isinstance(error, InvalidSettings) else [str(error)]
+        raise Refusal(*lines) from error
+
+
+@contextmanager
+def database_refusing() -> Iterator[None]:
+    """For commands that end: a database that goes away, or stays locked, is a refusal as well."""
+    try:
+        yield
+    except Exception as error:
+        from sqlalchemy.exc import SQLAlchemyError  # not at the top: `--help` needs none
+
+        if not isinstance(error, SQLAlchemyError):
+            raise
+        reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        raise Refusal(f"the database cannot be used now: {reason}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """Of one command; its options name it, so that its own usage is shown for what is wrong."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.set_defaults(parser=self)
+
+    def refuse(self, word: str) -> NoReturn:
+        """End with the usage and the nearest flag."""
+        from models.spelling import did_you_mean
+
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        self.error(f"unknown argument {word}{did_you_mean(word.partition('=')[0], flags)}")
+
+
+def seconds_of(text: str) -> float:
+    """90d, 12h, 30m or 45s. Raises: ArgumentTypeError."""
+    units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
+    number, unit = text[:-1], text[-1:]
+    if text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit; write {text}d, {text}h or {text}m")
+    if unit not in units or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90d, 12h, 30m or 45s")
+    return int(number) * units[unit]
+
+
+def network(text: str) -> IpNetwork:
+    """Raises: ArgumentTypeError."""
+    try:
+        found: IpNetwork = network_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return found
+
+
+def settings_of(options: argparse.Namespace, *names: str) -> Settings:
+    """Settings from the flags of these names, environment and file."""
+    given = {name: getattr(options, name) for name in (*SHARED_FLAGS, *names)}
+    return load_settings(**given)
+
+
+def shared_flags(options: argparse.Namespace) -> list[str]:
+    """Those of `SHARED_FLAGS` that were given, as they are written."""
+    return [
+        word
+        for name in SHARED_FLAGS
+        if getattr(options, name) is not None
+        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
