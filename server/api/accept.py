@@ -1,7 +1,7 @@
 """`accept`: the way from a request to a durable job, which all dialects share.
 
 Fetch the two images, decode them at the job's size, put them into the file store, submit the row.
-A dialect hands in what it understood as an `AskedJob`.
+A dialect hands in what it understood as an `JobRequest`.
 """
 
 import functools
@@ -40,7 +40,7 @@ FEW_ARRIVALS = 16
 """Requests of any key that are worked on at a time, however few of its jobs may wait."""
 
 
-class AskedJob(Protocol):
+class JobRequest(Protocol):
     """What a dialect understood of a request for pictures."""
 
     @property
@@ -85,7 +85,7 @@ class AskedJob(Protocol):
 
 async def accept(
     services: Services,
-    asked: AskedJob,
+    asked: JobRequest,
     caller: Caller,
     base_url: str,
     called_url: str,
@@ -108,7 +108,7 @@ async def accept(
     with admission_slot(services, caller):
         images, fetch_s = await fetch(services, asked, caller, (base_url, called_url))
         async with decoded(services, images, asked, caller) as (pair, decode_s):
-            intake = await to_thread.run_sync(take_note, images, pair, fetch_s, decode_s)
+            intake = await to_thread.run_sync(describe_intake, images, pair, fetch_s, decode_s)
             new = write_job(asked, caller, base_url, pair, intake)
             await services.in_file_thread(put_input, services.storage, new, pair)
         return await services.in_submit_thread(submit, services.store, services.storage, new, once)
@@ -116,7 +116,7 @@ async def accept(
 
 @asynccontextmanager
 async def decoded(
-    services: Services, images: Mapping[str, bytes], asked: AskedJob, caller: Caller
+    services: Services, images: Mapping[str, bytes], asked: JobRequest, caller: Caller
 ) -> AsyncIterator[tuple[DecodedPair, float]]:
     """The decoded pair, in the sandbox's memory, and the seconds it took. Raises: ImageUnavailable.
 
@@ -172,7 +172,7 @@ def admission_slot(services: Services, caller: Caller) -> Iterator[None]:
 
 
 async def fetch(
-    services: Services, asked: AskedJob, caller: Caller, own_urls: Sequence[str]
+    services: Services, asked: JobRequest, caller: Caller, own_urls: Sequence[str]
 ) -> tuple[dict[str, bytes], float]:
     """Both images' bytes by parameter name, and the seconds it took. Raises: ImageUnavailable."""
     started = time.perf_counter()
@@ -182,20 +182,20 @@ async def fetch(
         {"init_image": asked.init_image, "mask_image": asked.mask_image},
         services.fetcher,
         settings.fetch.max_image_bytes,
-        caller.fetch_rights,
+        caller.fetch_grant,
         OwnOutputs(own_urls, own_names, functools.partial(read_output, services)),
     )
     return images, time.perf_counter() - started
 
 
-def wanted_of(asked: AskedJob) -> Wanted:
+def wanted_of(asked: JobRequest) -> Wanted:
     """The size at which a job's images are decoded."""
     if asked.keeps_own_size:
         return Wanted(keeps_own_size=True)
     return Wanted(asked.width, asked.height)
 
 
-def take_note(
+def describe_intake(
     images: Mapping[str, bytes], pair: DecodedPair, fetch_s: float, decode_s: float
 ) -> Intake:
     """How the images came in. Takes a millisecond per megabyte."""
@@ -210,7 +210,7 @@ def take_note(
 
 
 def write_job(
-    asked: AskedJob,
+    asked: JobRequest,
     caller: Caller,
     base_url: str,
     pair: DecodedPair,
@@ -236,7 +236,7 @@ def write_job(
 
 
 def facts_of(
-    asked: AskedJob, base_url: str, notices: Iterable[Notice], intake: Intake | None
+    asked: JobRequest, base_url: str, notices: Iterable[Notice], intake: Intake | None
 ) -> RequestFacts:
     """What the job's row keeps of its request."""
     return RequestFacts(
@@ -255,7 +255,7 @@ async def read_output(services: Services, name: str) -> bytes | None:
     return await services.in_file_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
 
 
-def canvas_size(asked: AskedJob, width: int, height: int) -> tuple[int, int]:
+def canvas_size(asked: JobRequest, width: int, height: int) -> tuple[int, int]:
     """The model's width and height, for a picture of this size."""
     if not asked.keeps_own_size:
         return width, height

@@ -30,14 +30,14 @@ from server.core.logs import get_logger
 from server.core.metrics import Metrics
 from server.core.settings import Settings
 from server.egress.client import EgressClient, listeners_of
-from server.egress.downloads import Fetcher
+from server.egress.downloads import ImageDownloader
 from server.jobs.estimates import Estimator
 from server.jobs.job import INPUT_FOLDER
 from server.jobs.leases import LOOK_S
 from server.jobs.retention import Janitor
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
-from server.sandbox.pool import Sandbox
+from server.sandbox.pool import DecoderPool
 from server.storage.database import migrate, open_engine
 from server.storage.files import Storage
 from server.webhooks.deliveries import DeliveryStore
@@ -125,7 +125,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             store,
             write_webhook,
             webhook_client,
-            rights_of=lambda key_id: keys.caller_of(key_id).webhook_rights,
+            grant_of=lambda key_id: keys.caller_of(key_id).webhook_grant,
         )
         background = await stack.enter_async_context(Background())
         background.start(WEBHOOKS, webhooks.run)
@@ -143,7 +143,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
         )
         background.start("health", health.run)
         sandbox = await stack.enter_async_context(
-            Sandbox(ImageLimits(settings.fetch.max_image_bytes))
+            DecoderPool(ImageLimits(settings.fetch.max_image_bytes))
         )
         sandbox.warm()
         services = Services(
@@ -152,7 +152,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
             store=store,
             estimator=estimator,
             storage=storage,
-            fetcher=Fetcher(settings.fetch, image_client),
+            fetcher=ImageDownloader(settings.fetch, image_client),
             sandbox=sandbox,
             watcher=watcher,
             deliveries=deliveries,

@@ -15,11 +15,11 @@ from server.core.errors import StorageUnavailable
 from server.core.fairness import FairSemaphore, KeyedCounter
 from server.core.metrics import Metrics
 from server.core.settings import Settings
-from server.egress.downloads import Fetcher
+from server.egress.downloads import ImageDownloader
 from server.jobs.estimates import Estimator, ToldEstimates
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
-from server.sandbox.pool import Sandbox
+from server.sandbox.pool import DecoderPool
 from server.storage.files import Storage
 from server.webhooks.deliveries import DeliveryStore
 from server.webhooks.sender import WebhookSender
@@ -61,8 +61,8 @@ class Services:
     store: JobStore
     estimator: Estimator
     storage: Storage
-    fetcher: Fetcher
-    sandbox: Sandbox
+    fetcher: ImageDownloader
+    sandbox: DecoderPool
     watcher: JobWatcher
     deliveries: DeliveryStore
     webhooks: WebhookSender

@@ -34,14 +34,14 @@ import httpx2
 from server.core.settings import EgressSettings, Settings
 from server.egress.interfaces import is_local, is_nearby
 from server.egress.policy import (
+    AddressDenied,
     AddressPolicy,
-    Refused,
     host_of,
     parse_address,
     port_of,
     unwrapped,
 )
-from server.egress.resolver import Lookups, Resolver, numeric_addresses
+from server.egress.resolver import NameResolver, Resolver, numeric_addresses
 
 DIALLED_ADDRESSES = 2
 """Addresses of a host that are tried, each under the connect time-out."""
@@ -112,7 +112,7 @@ class Listener:
         dialled = unwrapped(parse_address(address))
         try:
             own = unwrapped(parse_address(self.host))
-        except Refused:
+        except AddressDenied:
             return is_local(str(dialled))  # a name, of which it is not known what it was bound to
         return dialled == own or (own.is_unspecified and is_local(str(dialled)))
 
@@ -165,7 +165,7 @@ class BoundedStream(httpcore2.AsyncNetworkStream):
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
     """Connects to nothing but judged literal addresses; here SSRF and DNS rebinding are stopped.
 
-    judged: a host's addresses, all fit to be dialled; raises Refused.
+    judged: a host's addresses, all fit to be dialled; raises AddressDenied.
     dialler: connects to a literal address.
     """
 
@@ -252,7 +252,7 @@ class EgressClient:
         self._proxy = proxy_of(settings.proxy.get_secret_value()) if settings.proxy else None
         self.nat64_prefixes = settings.nat64_prefixes
         self._listeners = listeners
-        self._lookups = Lookups(resolver)
+        self._lookups = NameResolver(resolver)
         self._dialler = dialler or httpcore2.AnyIOBackend()
         self._tls = tls or tls_context(settings.ca_file)
 
@@ -279,12 +279,12 @@ class EgressClient:
 
         url: from `checked_url`. owner: the key on whose behalf the name is looked up.
         connect_timeout_s: for each address that is dialled; the deadline over the whole is the
-        caller's. Raises: Refused; one of NETWORK_ERRORS.
+        caller's. Raises: AddressDenied; one of NETWORK_ERRORS.
         """
         async with self._connection(policy, owner, max_body_bytes) as connection:
             with foreign_errors_turned():
                 if self.has_proxy:
-                    self._judge_for_proxy(url, policy)
+                    self._check_for_proxy(url, policy)
                 request = self._written(method, url, headers, body, connect_timeout_s)
                 response = await connection.handle_async_request(request)
                 if response.status < 200:
@@ -331,29 +331,29 @@ class EgressClient:
     async def _judged(
         self, host: str, port: int, policy: AddressPolicy, owner: str
     ) -> Sequence[str]:
-        """The host's addresses, none of which is denied. Raises: Refused, OSError, UnicodeError."""
-        addresses = policy.judge(host, await self._lookups.find(host, port, owner), port)
+        """The host's addresses, none of which is denied. Raises: AddressDenied, OSError, UnicodeError."""
+        addresses = policy.check(host, await self._lookups.find(host, port, owner), port)
         self._refuse_own(host, addresses, port, policy)
         return addresses
 
-    def _judge_for_proxy(self, url: httpx2.URL, policy: AddressPolicy) -> None:
-        """Judge what can be judged without resolving the name. Raises: Refused, OSError."""
+    def _check_for_proxy(self, url: httpx2.URL, policy: AddressPolicy) -> None:
+        """Judge what can be judged without resolving the name. Raises: AddressDenied, OSError."""
         host, port = host_of(url), port_of(url)
         literals = numeric_addresses(host, port)
         if literals:
-            self._refuse_own(host, policy.judge(host, literals, port), port, policy)
+            self._refuse_own(host, policy.check(host, literals, port), port, policy)
         elif not policy.allows_port(host, port):
-            raise Refused(f"port {port}")
+            raise AddressDenied(f"port {port}")
 
     def _refuse_own(
         self, host: str, addresses: Sequence[str], port: int, policy: AddressPolicy
     ) -> None:
-        """Raises: Refused; OSError where the kernel does not tell what is near."""
+        """Raises: AddressDenied; OSError where the kernel does not tell what is near."""
         for address in addresses:
             if any(listener.is_at(address, port) for listener in self._listeners):
-                raise Refused("this server's own address")
+                raise AddressDenied("this server's own address")
             if is_guarded(host, address, policy):
-                raise Refused(f"address {address} of this machine or its network")
+                raise AddressDenied(f"address {address} of this machine or its network")
 
 
 def is_guarded(host: str, address: str, policy: AddressPolicy) -> bool:

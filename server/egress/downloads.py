@@ -24,9 +24,9 @@ from server.core.settings import FetchSettings
 from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient
 from server.egress.policy import (
     METADATA,
+    AddressDenied,
     AddressPolicy,
-    Refused,
-    Rights,
+    EgressGrant,
     UrlTooLong,
     checked_url,
     host_of,
@@ -70,38 +70,38 @@ class BadAnswer(Exception):
         super().__init__(reason)
 
 
-ANYBODY = Rights()
+NO_GRANT = EgressGrant()
 
 
-class Fetcher:
+class ImageDownloader:
     """Downloads images."""
 
     def __init__(self, settings: FetchSettings, client: EgressClient | None = None) -> None:
         self._settings = settings
         self._client = client or EgressClient()
         self._slots = FairSemaphore(settings.max_concurrent, settings.max_concurrent_per_key)
-        self._pictures = Pictures(settings.cache_bytes, settings.cache_bytes_per_key)
+        self._cache = ConditionalCache(settings.cache_bytes, settings.cache_bytes_per_key)
 
-    async def get(self, url: str, rights: Rights = ANYBODY) -> bytes:
+    async def get(self, url: str, grant: EgressGrant = NO_GRANT) -> bytes:
         """The body behind a URL. Raises: FetchFailed."""
         try:
             target = checked_url(url)
         except UrlTooLong as error:
             raise FetchFailed(ImageProblem.URL_TOO_LONG) from error
-        except Refused as error:
+        except AddressDenied as error:
             raise FetchFailed(ImageProblem.INVALID_URL) from error
-        policy = rights.widen(self._settings, self._client.nat64_prefixes)
+        policy = grant.widen(self._settings, self._client.nat64_prefixes)
         try:
             # One deadline over everything: time-outs of single reads do not stop a drip.
             async with (
                 asyncio.timeout(self._settings.total_timeout_s),
-                self._slots.held_by(rights.key_id),
+                self._slots.held_by(grant.key_id),
             ):
-                return await self._follow(target, rights.key_id, policy)
+                return await self._follow(target, grant.key_id, policy)
         except BodyTooLarge as error:
             raise FetchFailed(ImageProblem.TOO_LARGE) from error
-        except (Refused, BadAnswer, *NETWORK_ERRORS) as error:
-            event = "fetch refused" if isinstance(error, Refused) else "fetch failed"
+        except (AddressDenied, BadAnswer, *NETWORK_ERRORS) as error:
+            event = "fetch refused" if isinstance(error, AddressDenied) else "fetch failed"
             logger.info(event, detail=f"{host_of(target)}: {type(error).__name__}: {error}")
             if isinstance(error, BadAnswer):
                 raise FetchFailed(error.kind) from error
@@ -115,11 +115,14 @@ class Fetcher:
             if isinstance(answer, bytes):
                 return answer
             target = redirected(target, answer)
-        raise Refused("too many redirects")
+        raise AddressDenied("too many redirects")
 
     async def _ask(self, url: httpx2.URL, key_id: str, policy: AddressPolicy) -> bytes | str:
-        """The picture, or where the host says it is. Raises: Refused, BadAnswer, NETWORK_ERRORS."""
-        kept = self._pictures.get(key_id, str(url))
+        """The picture, or where the host says it is.
+
+        Raises: AddressDenied, BadAnswer, NETWORK_ERRORS.
+        """
+        kept = self._cache.get(key_id, str(url))
         async with self._client.request(
             "GET",
             url,
@@ -146,7 +149,7 @@ class Fetcher:
             if must_inflate:
                 limit = self._settings.max_image_bytes
                 body = await asyncio.to_thread(decompressed, body, limit)
-            self._pictures.put(key_id, str(url), Picture(body, conditions_of(answer.headers)))
+            self._cache.put(key_id, str(url), Picture(body, conditions_of(answer.headers)))
             return body
 
 
@@ -224,7 +227,7 @@ class Picture:
     conditions: Mapping[str, str]
 
 
-class Pictures:
+class ConditionalCache:
     """Bodies by key and URL, the last used, up to a number of bytes in all and of each key.
 
     Never given out unasked: the host says at every fetch whether its picture is still this one, so
@@ -236,23 +239,23 @@ class Pictures:
         self._max_bytes = max_bytes
         self._max_bytes_per_key = min(max_bytes, max_bytes_per_key)
         self._bytes: Counter[str] = Counter()
-        self._pictures: dict[str, OrderedDict[str, Picture]] = {}
+        self._cache: dict[str, OrderedDict[str, Picture]] = {}
 
     def get(self, key_id: str, url: str) -> Picture | None:
         """What the key has fetched from there."""
-        pictures = self._pictures.get(key_id, OrderedDict())
+        pictures = self._cache.get(key_id, OrderedDict())
         if url in pictures:
             pictures.move_to_end(url)
         return pictures.get(url)
 
     def put(self, key_id: str, url: str, picture: Picture) -> None:
         """Keep a picture, unless it cannot be asked for again or is larger than all there is."""
-        if url in self._pictures.get(key_id, ()):
+        if url in self._cache.get(key_id, ()):
             self._drop(key_id, url)
         size = size_kept(url, picture)
         if not picture.conditions or size > self._max_bytes_per_key:
             return
-        self._pictures.setdefault(key_id, OrderedDict())[url] = picture
+        self._cache.setdefault(key_id, OrderedDict())[url] = picture
         self._bytes[key_id] += size
         while self._bytes[key_id] > self._max_bytes_per_key:
             self._drop_oldest(key_id)
@@ -261,13 +264,13 @@ class Pictures:
             self._drop_oldest(max(self._bytes, key=self._bytes.__getitem__))
 
     def _drop_oldest(self, key_id: str) -> None:
-        self._drop(key_id, next(iter(self._pictures[key_id])))
+        self._drop(key_id, next(iter(self._cache[key_id])))
 
     def _drop(self, key_id: str, url: str) -> None:
-        pictures = self._pictures[key_id]
+        pictures = self._cache[key_id]
         self._bytes[key_id] -= size_kept(url, pictures.pop(url))
         if not pictures:
-            del self._pictures[key_id], self._bytes[key_id]
+            del self._cache[key_id], self._bytes[key_id]
 
 
 def size_kept(url: str, picture: Picture) -> int:

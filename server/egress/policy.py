@@ -53,11 +53,11 @@ METADATA = frozenset(
 )
 
 
-class Refused(Exception):
+class AddressDenied(Exception):
     """The policy does not let this URL or address through. Its text is for the log alone."""
 
 
-class UrlTooLong(Refused):
+class UrlTooLong(AddressDenied):
     """More than `MAX_URL_CHARS`."""
 
 
@@ -78,14 +78,14 @@ class AddressPolicy:
     allow_ports: Sequence[int] = ()
     nat64_prefixes: Sequence[ipaddress.IPv6Network] = ()
 
-    def judge(self, host: str, addresses: Iterable[str], port: int) -> list[str]:
-        """The addresses of a host, all fit to be dialled. Raises: Refused when any is not."""
+    def check(self, host: str, addresses: Iterable[str], port: int) -> list[str]:
+        """The addresses of a host, all fit to be dialled. Raises: AddressDenied when any is not."""
         listed = list(addresses)
         if not listed:
-            raise Refused("no address")
+            raise AddressDenied("no address")
         for text in listed:
             if not self.allows(host, parse_address(text), port):
-                raise Refused(f"address {text} port {port}")
+                raise AddressDenied(f"address {text} port {port}")
         return listed
 
     def allows(self, host: str, address: IpAddress, port: int) -> bool:
@@ -119,7 +119,7 @@ class AddressPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Rights:
+class EgressGrant:
     """On whose behalf an address is reached: what is limited or kept is told apart by it.
 
     allow_cidrs, allow_hosts: what this caller may reach besides what the settings allow everybody.
@@ -152,11 +152,11 @@ def is_public(address: IpAddress) -> bool:
 
 
 def parse_address(text: str) -> IpAddress:
-    """An address as a resolver writes it, perhaps with a zone. Raises: Refused."""
+    """An address as a resolver writes it, perhaps with a zone. Raises: AddressDenied."""
     try:
         return ipaddress.ip_address(text.partition("%")[0])
     except ValueError as error:
-        raise Refused(f"no address: {text!r}") from error
+        raise AddressDenied(f"no address: {text!r}") from error
 
 
 def unwrapped(
@@ -178,7 +178,7 @@ def checked_url(url: str) -> httpx2.URL:
     """A URL whose form leaves no room for two readings. Blanks around it are dropped, others
     become `%20`.
 
-    Raises: Refused; UrlTooLong.
+    Raises: AddressDenied; UrlTooLong.
 
     What is dialled, sent as Host and verified in the certificate all come of the one value that
     this returns; nobody parses the text a second time.
@@ -189,21 +189,21 @@ def checked_url(url: str) -> httpx2.URL:
         parsed = httpx2.URL(url)
         scheme, host, port = parsed.scheme, parsed.host, parsed.port
     except (httpx2.InvalidURL, ValueError) as error:
-        raise Refused("no URL") from error
+        raise AddressDenied("no URL") from error
     if scheme not in ("http", "https") or not host:
-        raise Refused("scheme or host of URL")
+        raise AddressDenied("scheme or host of URL")
     if "@" in AUTHORITY_END.split(url.partition("://")[2], maxsplit=1)[0]:
-        raise Refused("user in URL")
+        raise AddressDenied("user in URL")
     # Reading an international name decodes it; what stays encoded means nothing.
     if host.startswith("xn--"):
-        raise Refused("international name")
+        raise AddressDenied("international name")
     if b"%" in parsed.raw_host or not 0 < (80 if port is None else port) < 65_536:
-        raise Refused("host or port of URL")
+        raise AddressDenied("host or port of URL")
     return parsed
 
 
 def redirected(url: httpx2.URL, location: str) -> httpx2.URL:
-    """Where a redirect from a URL leads. Raises: Refused.
+    """Where a redirect from a URL leads. Raises: AddressDenied.
 
     location: the header's bytes as latin-1; hosts write UTF-8 or single bytes unescaped.
     """
@@ -216,7 +216,7 @@ def redirected(url: httpx2.URL, location: str) -> httpx2.URL:
     try:
         return checked_url(str(url.join(without_blanks(text))))
     except (httpx2.InvalidURL, ValueError) as error:
-        raise Refused("redirect to no URL") from error
+        raise AddressDenied("redirect to no URL") from error
 
 
 def without_blanks(text: str) -> str:
@@ -226,12 +226,12 @@ def without_blanks(text: str) -> str:
 
 
 def refuse_strange_text(text: str) -> None:
-    """Before it is parsed: parsers disagree on what they drop or turn round. Raises: Refused."""
+    """Before a URL is parsed: parsers disagree on what they drop. Raises: AddressDenied."""
     if len(text) > MAX_URL_CHARS:
         raise UrlTooLong("URL too long")
     # Not printable: controls, what only steers the text around it, and blanks but the ordinary one.
     if "\\" in text or not text.isprintable():
-        raise Refused("character in URL")
+        raise AddressDenied("character in URL")
 
 
 def host_of(url: httpx2.URL) -> str:

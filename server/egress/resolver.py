@@ -18,7 +18,7 @@ TIMEOUT_S = 3.0
 THREADS, THREADS_PER_OWNER = 64, 8
 
 
-class Lookups:
+class NameResolver:
     """Looks names up for many owners. resolver: for tests."""
 
     def __init__(self, resolver: Resolver | None = None) -> None:

@@ -11,9 +11,9 @@ from urllib.parse import unquote_to_bytes
 
 from server.core.errors import ImageProblem, ImageUnavailable
 from server.core.hosts import is_allowed
-from server.egress.downloads import ANYBODY, Fetcher, FetchFailed
+from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.interfaces import is_local
-from server.egress.policy import Refused, Rights, checked_url, host_of, is_localhost
+from server.egress.policy import AddressDenied, EgressGrant, checked_url, host_of, is_localhost
 from server.egress.resolver import numeric_addresses
 from server.jobs.job import OUTPUT_FOLDER, OUTPUT_STEM
 
@@ -81,7 +81,7 @@ class OwnOutputs:
         """
         try:
             url = checked_url(str(source.content)) if source.is_url else None
-        except Refused:
+        except AddressDenied:
             return None
         match = OUTPUT_PATH.fullmatch(url.path) if url else None
         return f"{match[1]}.png" if url and match and self._has_host(host_of(url)) else None
@@ -100,15 +100,15 @@ def host_in(url: str) -> str:
     """The host of one of our own URLs, `""` where it has none that is well formed."""
     try:
         return host_of(checked_url(url)).rstrip(".")
-    except Refused:
+    except AddressDenied:
         return ""
 
 
 async def download_images(
     sources: dict[str, ImageSource],
-    fetcher: Fetcher,
+    fetcher: ImageDownloader,
     max_bytes: int,
-    rights: Rights = ANYBODY,
+    grant: EgressGrant = NO_GRANT,
     own: OwnOutputs | None = None,
 ) -> dict[str, bytes]:
     """All images, those that are downloaded at once, by parameter name.
@@ -121,7 +121,7 @@ async def download_images(
         image = await own.read(name) if own and name else None
         try:
             if image is None and source.is_url:
-                image = await fetcher.get(str(source.content), rights)
+                image = await fetcher.get(str(source.content), grant)
             elif image is None:
                 image = await load_inline(source.content, max_bytes)
         except FetchFailed as error:

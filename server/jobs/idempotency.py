@@ -2,7 +2,7 @@
 
 The row is written in the transaction that makes the job durable. Submits run one after the other,
 so that the second of two requests that come at the same moment finds the first one's. A row's age
-is measured by a `SharedClock`: a jump of the wall clock must not make a job a second time.
+is measured by a `DatabaseClock`: a jump of the wall clock must not make a job a second time.
 """
 
 from dataclasses import dataclass

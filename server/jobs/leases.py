@@ -1,4 +1,4 @@
-"""`Silence`: how long somebody has said nothing, whatever the wall clocks say.
+"""`HeartbeatMonitor`: how long somebody has said nothing, whatever the wall clocks say.
 
 Workers show that they live, and that they still hold a job, by writing the time into a row. To
 another process that time is a word like any other: machines' clocks differ, and each may jump by
@@ -21,7 +21,7 @@ LONGEST_GAP_S = 2 * LOOK_S
 machine asleep: nobody could speak then, and all would seem dead at the first look afterwards."""
 
 
-class Silence(Generic[K]):
+class HeartbeatMonitor(Generic[K]):
     """Of many speakers, each known by a key. Safe for several threads. clock: steady seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -52,12 +52,12 @@ from server.jobs.job import (
     NewJob,
     QueueShare,
 )
-from server.jobs.leases import Silence
+from server.jobs.leases import HeartbeatMonitor
 from server.jobs.outbox import queue_delivery
 from server.jobs.receipts import Receipt
 from server.jobs.submissions import QueueLimits, Submissions
 from server.jobs.workers import WorkerRegistry
-from server.storage.clock import SharedClock
+from server.storage.clock import DatabaseClock
 from server.storage.database import Topic, check_file, notify, read_only
 from server.storage.notify import ChangeSignal
 from server.storage.tables import jobs, receipts
@@ -174,7 +174,7 @@ class JobStore:
 
     max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
     says otherwise. clock: seconds since the epoch, for people. steady_clock: monotonic seconds.
-    shared_clock: for what another process compares with its own; a `SharedClock` if None.
+    shared_clock: for what another process compares with its own; a `DatabaseClock` if None.
     """
 
     def __init__(
@@ -190,10 +190,10 @@ class JobStore:
         self._engine = engine
         self._clock = clock
         self._steady_clock = steady_clock
-        self._shared_clock = shared_clock or SharedClock(engine, clock, steady_clock)
+        self._shared_clock = shared_clock or DatabaseClock(engine, clock, steady_clock)
         limits = QueueLimits(max_waiting, max_waiting_per_key)
         self._submissions = Submissions(engine, limits, clock, self._shared_clock)
-        self._claims = Silence[tuple[int, int]](steady_clock)
+        self._claims = HeartbeatMonitor[tuple[int, int]](steady_clock)
         self.workers = WorkerRegistry(engine, clock, steady_clock)
 
     def change_signal(self, *topics: Topic) -> ChangeSignal:

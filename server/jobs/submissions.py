@@ -39,7 +39,7 @@ class QueueLimits:
 
 
 class Submissions:
-    """Submits for one process. clock: seconds since the epoch. shared_clock: `SharedClock`."""
+    """Submits for one process. clock: seconds since the epoch. shared_clock: `DatabaseClock`."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, select, tuple_
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from server.jobs.leases import Silence
+from server.jobs.leases import HeartbeatMonitor
 from server.storage.database import read_only
 from server.storage.tables import workers
 
@@ -45,7 +45,7 @@ class WorkerRegistry:
     ) -> None:
         self._engine = engine
         self._clock = clock
-        self._silence = Silence[str](steady_clock)
+        self._silence = HeartbeatMonitor[str](steady_clock)
 
     def report(self, status: WorkerStatus) -> None:
         """Write a worker's status in place of its earlier one."""

@@ -26,7 +26,7 @@ MAX_DECODED_BYTES = 128 * 2**20
 until it needs its pixels no longer."""
 
 
-class Sandbox:
+class DecoderPool:
     """The API process's pool of decoders.
 
     Use as an async context manager: leaving ends the children.
@@ -125,7 +125,7 @@ class Sandbox:
         with suppress(ApiError):  # the first request meets the same error
             await self._idle[-1].start()
 
-    async def __aenter__(self) -> "Sandbox":
+    async def __aenter__(self) -> "DecoderPool":
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -22,7 +22,7 @@ from server.api.probes import readiness
 from server.api.services import Services
 from server.core.hosts import HOST, is_allowed
 from server.core.metrics import CONTENT_TYPE
-from server.serving.connections import Gate
+from server.serving.connections import ConnectionLimiter
 
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
@@ -70,7 +70,9 @@ def names_address(host: bytes) -> bool:
     return True
 
 
-def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> Starlette:
+def create_admin_app(
+    main: Starlette, limiter: ConnectionLimiter, names: Sequence[str] = ()
+) -> Starlette:
     """The application of the second port.
 
     main: whose services it tells of, once it has started. names: it may be asked by.
@@ -82,8 +84,8 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
 
     async def metrics(_request: Request) -> Response:
         found = services().metrics
-        found.connections.set(gate.open_count)
-        found.connections_cut.set(gate.cut_count)
+        found.connections.set(limiter.open_count)
+        found.connections_cut.set(limiter.cut_count)
         content = await services().in_store_thread(found.text)
         return Response(content, headers={**HEADERS, "Content-Type": CONTENT_TYPE})
 
@@ -99,7 +101,7 @@ def create_admin_app(main: Starlette, gate: Gate, names: Sequence[str] = ()) -> 
             "version": version("inpaint-server"),
             "workers": [asdict(worker) for worker in found.workers],
             "queue": await queue(),
-            "connections": {"open": gate.open_count, "cut": gate.cut_count},
+            "connections": {"open": limiter.open_count, "cut": limiter.cut_count},
         }
         return JSONResponse(details, 200 if is_ready else 503, HEADERS)
 

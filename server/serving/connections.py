@@ -1,8 +1,9 @@
-"""Clients that are slow, many, or silent: deadlines and limits for every connection.
+"""`ConnectionLimiter`: how many connections may be open, whose, and which one goes for another.
 
-uvicorn waits for ever for the end of a head or a body. `GuardedProtocol` does not, and `Gate` keeps
-room for others: when connections run out, the one that has waited longest with no whole request is
-closed. A request that has come in whole is never cut, but for shutdown.
+uvicorn waits for ever for the end of a head or a body, so slow loris clients could take all
+connections. `protocol.py` sets deadlines; this room makes space for others: the oldest connection
+that has sent no whole request is closed. A request that has come in whole is never cut, but for
+shutdown.
 """
 
 from collections import Counter, OrderedDict, defaultdict
@@ -20,7 +21,7 @@ SHARES = 4
 
 
 class Connection(Protocol):
-    """What the gate knows of a connection.
+    """What the limiter knows of a connection.
 
     address: of the client, or of its network. body_bytes: received of its request, until nobody
     holds them. unsent_bytes: of its answers, written and not taken by the client.
@@ -37,7 +38,7 @@ class Connection(Protocol):
 Waiting = OrderedDict[Connection, None]
 
 
-class Gate:
+class ConnectionLimiter:
     """The open connections of a server: how many, whose, and which one goes when room is needed.
 
     max_connections: at a time, all together. trusted: proxies, behind which there are many clients.
@@ -81,7 +82,7 @@ class Gate:
         is_full = self._buffered_bytes >= self._max_buffered_bytes
         return not is_full and self._excess_of(connection.address) < 0
 
-    def enter(self, connection: Connection) -> bool:
+    def opened(self, connection: Connection) -> bool:
         """A new connection; False when there is no room even for a refusal."""
         address = connection.address
         if self._counts[address] >= self._max_per_address and not is_trusted(
@@ -97,16 +98,16 @@ class Gate:
                 return False
         self._open.add(connection)
         self._counts[address] += 1
-        self.wait(connection)
+        self.idle(connection)
         return True
 
-    def wait(self, connection: Connection) -> None:
+    def idle(self, connection: Connection) -> None:
         """The connection has no whole request: it may be closed, from now on the youngest."""
         if connection in self._open:
             self.release(connection)
             self._waiting[connection] = self._waiting_of[connection.address][connection] = None
 
-    def work(self, connection: Connection) -> None:
+    def request_started(self, connection: Connection) -> None:
         """The connection has sent a whole request."""
         self._waiting.pop(connection, None)
         of_address = self._waiting_of.get(connection.address)
@@ -115,7 +116,7 @@ class Gate:
             if not of_address:
                 del self._waiting_of[connection.address]
 
-    def take(self, connection: Connection, size: int) -> None:
+    def received(self, connection: Connection, size: int) -> None:
         """Bytes of a body came in."""
         if connection in self._open:
             connection.body_bytes += size
@@ -126,7 +127,7 @@ class Gate:
         self._buffer(connection, -connection.body_bytes)
         connection.body_bytes = 0
 
-    def owe(self, connection: Connection, size: int) -> None:
+    def unsent(self, connection: Connection, size: int) -> None:
         """So many bytes of answers are written now, and not taken by the client."""
         if connection not in self._open or size == connection.unsent_bytes:
             return
@@ -137,14 +138,14 @@ class Gate:
             self._owing.pop(connection, None)
         self._buffer(connection, change)
 
-    def leave(self, connection: Connection) -> None:
+    def closed(self, connection: Connection) -> None:
         """A connection has ended; does nothing the second time."""
         if connection not in self._open:
             return
         self.release(connection)
-        self.owe(connection, 0)
+        self.unsent(connection, 0)
         self._open.remove(connection)
-        self.work(connection)
+        self.request_started(connection)
         self._counts[connection.address] -= 1
         if not self._counts[connection.address]:
             del self._counts[connection.address]
@@ -190,6 +191,6 @@ class Gate:
 
     def _cut(self, connection: Connection) -> None:
         # The transport tells of its end later only; its place is free now.
-        self.leave(connection)
+        self.closed(connection)
         self.cut_count += 1
         connection.cut()

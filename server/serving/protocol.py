@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.api.auth.keyring import network_of, plain_address
 from server.api.bodies import RELEASE, RESERVE_BODY
 from server.core.settings import HttpSettings
-from server.serving.connections import Gate
+from server.serving.connections import ConnectionLimiter
 
 MAX_HEADERS = 100
 
@@ -40,9 +40,14 @@ class GuardedConfig(uvicorn.Config):
     """uvicorn's configuration with what `GuardedProtocol` needs besides."""
 
     def __init__(
-        self, app: Any, gate: Gate, limits: HttpSettings, max_body_bytes: int, **options: Any
+        self,
+        app: Any,
+        limiter: ConnectionLimiter,
+        limits: HttpSettings,
+        max_body_bytes: int,
+        **options: Any,
     ) -> None:
-        self.gate = gate
+        self.limiter = limiter
         self.limits = limits
         self.max_body_bytes = max_body_bytes
         super().__init__(
@@ -62,7 +67,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.address = ""
         self.body_bytes = 0
         self.unsent_bytes = 0
-        self._gate = config.gate
+        self._limiter = config.limiter
         self._limits = config.limits
         # Twice: a chunked body has a few bytes around each chunk.
         self._max_wire_bytes = 2 * config.max_body_bytes + MAX_HEAD_BYTES
@@ -88,7 +93,7 @@ class GuardedProtocol(HttpToolsProtocol):
             connection.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_IN_KERNEL
             )
-        if self._gate.enter(self):
+        if self._limiter.opened(self):
             self._expect_within(self._limits.head_timeout_s)
         else:
             self.cut()
@@ -96,7 +101,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
         self._clear_send_deadline()
-        self._gate.leave(self)
+        self._limiter.closed(self)
         super().connection_lost(exc)
 
     def cut(self) -> None:
@@ -114,7 +119,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         was_in_head, received = self._is_in_head, self._received
         if not was_in_head:
-            self._gate.take(self, len(data))
+            self._limiter.received(self, len(data))
         elif self._deadline is None and self._received == self._answered:
             self._expect_within(self._limits.head_timeout_s)
         self._feed(data)
@@ -162,10 +167,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._received == self._answered:
             self._expect_within(self._limits.body_timeout_s)
         self.scope["extensions"] = {
-            RELEASE: {"call": lambda: self._gate.release(self)},
+            RELEASE: {"call": lambda: self._limiter.release(self)},
             RESERVE_BODY: {"call": self._reserve},
         }
-        if self._gate.is_busy_for(self):
+        if self._limiter.is_busy_for(self):
             self.scope["extensions"]["inpaint.busy"] = {}
         super().on_headers_complete()
 
@@ -178,19 +183,19 @@ class GuardedProtocol(HttpToolsProtocol):
         self._received += 1
         self._clear_deadline()
         if self._received > self._answered:
-            self._gate.work(self)
+            self._limiter.request_started(self)
         else:  # answered before it was whole; uvicorn has no timer now
             self._expect_within(self._limits.head_timeout_s)
 
     def _reserve(self, size: int) -> bool:
         """Count so many bytes more as the body's; False where they are too many."""
-        self._gate.take(self, size)
-        return self._gate.has_room_for_body(self)
+        self._limiter.received(self, size)
+        return self._limiter.has_room_for_body(self)
 
     def on_response_complete(self) -> None:
         self._answered += 1
         if self._received <= self._answered:
-            self._gate.wait(self)
+            self._limiter.idle(self)
         if not self._is_in_head and self._deadline is None:
             self._expect_within(self._limits.body_timeout_s)
         super().on_response_complete()
@@ -229,7 +234,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """
         unsent = self.transport.get_write_buffer_size()
         self._taken += max(0, self.unsent_bytes - unsent)
-        self._gate.owe(self, unsent)
+        self._limiter.unsent(self, unsent)
 
     def _watch_sending(self) -> None:
         self._note_taken()

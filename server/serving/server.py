@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from server.core.settings import Settings
 from server.serving.admin import ByPort, create_admin_app
-from server.serving.connections import Gate
+from server.serving.connections import ConnectionLimiter
 from server.serving.protocol import GuardedConfig
 from server.serving.supervisor import Supervisor
 from server.serving.watchdog import LOOK_S, Watchdog
@@ -50,19 +50,19 @@ class Server(uvicorn.Server):
         self._workers = workers
         self._watchdog: Watchdog | None = None
         limits = settings.http
-        self.gate = Gate(
+        self.limiter = ConnectionLimiter(
             limits,
             min(limits.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
             settings.forwarded_allow_ips,
         )
         served: ASGIApp = app
         if admin_port is not None:
-            admin_app = create_admin_app(app, self.gate, settings.admin.allowed_hosts)
+            admin_app = create_admin_app(app, self.limiter, settings.admin.allowed_hosts)
             served = ByPort(app, admin_app, admin_port)
         super().__init__(
             GuardedConfig(
                 served,
-                self.gate,
+                self.limiter,
                 limits,
                 settings.max_body_bytes,
                 ws="none",

@@ -1,4 +1,4 @@
-"""Clocks for times that one process writes and another compares: `SharedClock`, `EarlierClock`."""
+"""Clocks for times that one process writes and another compares."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ MEASURE_S = 60.0
 NOW = text("SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)")
 
 
-class SharedClock:
+class DatabaseClock:
     """Seconds since the epoch. Safe for several threads.
 
     With PostgreSQL the server's, whatever the machines of its clients say. SQLite has one machine
@@ -65,7 +65,7 @@ class EarlierClock:
         steady_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._wall_clock = wall_clock
-        self._shared_clock = SharedClock(engine, wall_clock, steady_clock)
+        self._shared_clock = DatabaseClock(engine, wall_clock, steady_clock)
 
     def __call__(self) -> float:
         return min(self._wall_clock(), self._shared_clock())

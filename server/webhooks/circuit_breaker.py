@@ -1,4 +1,4 @@
-"""`Circuits`: hosts that fail again and again are spared, and asked from time to time.
+"""`CircuitBreakers`: hosts that fail again and again are spared, and asked from time to time.
 
     closed ──N failures in a row──> held ──time is up──> probed: one call
       ^                              ^                      │
@@ -20,7 +20,7 @@ MAX_HOLD_S = 900.0
 
 
 @dataclass(slots=True)
-class Circuit:
+class CircuitBreaker:
     """failures: in a row. hold_s: the present hold's length, 0 while closed. until_s: its end."""
 
     failures: int = 0
@@ -29,7 +29,7 @@ class Circuit:
     is_probed: bool = False
 
 
-class Circuits:
+class CircuitBreakers:
     """threshold: failures in a row that hold a host, for `first_hold_s` at first.
 
     Not safe for several threads. clock: monotonic seconds.
@@ -41,7 +41,7 @@ class Circuits:
         self._threshold = threshold
         self._first_hold_s = first_hold_s
         self._clock = clock
-        self._circuits: OrderedDict[str, Circuit] = OrderedDict()
+        self._circuits: OrderedDict[str, CircuitBreaker] = OrderedDict()
 
     @property
     def held(self) -> list[str]:
@@ -73,7 +73,7 @@ class Circuits:
 
     def note_failure(self, host: str) -> bool:
         """The host did not work; True when it is held from now on, or still after a probe."""
-        circuit = self._circuits.setdefault(host, Circuit())
+        circuit = self._circuits.setdefault(host, CircuitBreaker())
         self._circuits.move_to_end(host)
         if len(self._circuits) > MAX_HOSTS:
             self._circuits.popitem(last=False)

@@ -7,7 +7,7 @@
 A claim is a lease: it moves the due time past the longest possible call, so that two senders never
 make the same call at once, and a call whose sender has died is made by another.
 
-Due times are compared with a `SharedClock`. First tries are always due. A due time beyond the
+Due times are compared with a `DatabaseClock`. First tries are always due. A due time beyond the
 longest delay means that a clock has jumped: the call is due now.
 """
 
@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from server.core.errors import Conflict, ConflictKind
 from server.jobs.outbox import AT_ONCE, JITTER, MAX_AGE_S, RETRY_DELAYS_S, DeliveryState
-from server.storage.clock import SharedClock
+from server.storage.clock import DatabaseClock
 from server.storage.database import read_only
 from server.storage.tables import deliveries, delivery_attempts, jobs
 
@@ -113,7 +113,7 @@ class DeliveryStatus:
 class DeliveryStore:
     """All access to delivery rows. Synchronous; safe to call from several threads and processes.
 
-    lease_s: longer than any call takes. clock: seconds since the epoch; a `SharedClock` if None.
+    lease_s: longer than any call takes. clock: seconds since the epoch; a `DatabaseClock` if None.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class DeliveryStore:
     ) -> None:
         self._engine = engine
         self._lease_s = lease_s
-        self._clock = clock or SharedClock(engine)
+        self._clock = clock or DatabaseClock(engine)
         self._jitter = jitter or random.Random()
 
     def claim_due(

@@ -23,11 +23,11 @@ from server.core.logs import get_logger
 from server.core.rate_limits import TokenBuckets
 from server.core.settings import WebhookSettings
 from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient
-from server.egress.policy import Refused, Rights, checked_url
+from server.egress.policy import AddressDenied, EgressGrant, checked_url
 from server.jobs.job import Job
 from server.jobs.outbox import host_of
 from server.jobs.store import JobStore
-from server.webhooks.circuit_breaker import Circuits
+from server.webhooks.circuit_breaker import CircuitBreakers
 from server.webhooks.deliveries import Attempt, Delivery, DeliveryStore
 from server.webhooks.signing import sign
 
@@ -49,7 +49,7 @@ the others."""
 ASKED_CALLS_PER_MINUTE = 30
 """Pings and redeliveries together, of one key."""
 
-OPERATOR = Rights("operator")
+OPERATOR = EgressGrant("operator")
 """For what no key has asked for."""
 
 NOT_ALLOWED = "address not allowed"
@@ -63,17 +63,17 @@ class WebhookCaller:
         self._settings = settings
         self._client = client or EgressClient()
 
-    async def ping(self, url: str, rights: Rights = OPERATOR) -> tuple[str, Attempt]:
+    async def ping(self, url: str, grant: EgressGrant = OPERATOR) -> tuple[str, Attempt]:
         """A test event to any address that a webhook may have: its id, and how it went."""
         message_id = f"msg_{uuid.uuid4().hex}"
-        return message_id, await self.send(url, message_id, {"type": "ping"}, rights)
+        return message_id, await self.send(url, message_id, {"type": "ping"}, grant)
 
     async def send(
-        self, url: str, message_id: str, values: dict[str, Any], rights: Rights = OPERATOR
+        self, url: str, message_id: str, values: dict[str, Any], grant: EgressGrant = OPERATOR
     ) -> Attempt:
         """One signed POST, and how it went.
 
-        values: the body, as JSON. rights: of who named the URL.
+        values: the body, as JSON. grant: of who named the URL.
         """
         started_at, started = time.time(), time.perf_counter()
         status, retry_after_s, outcome = None, None, "answered"
@@ -81,26 +81,26 @@ class WebhookCaller:
             body = json.dumps(values)
             headers = sign(message_id, int(started_at), body, self._settings.secret)
             async with asyncio.timeout(self._settings.timeout_s):
-                status, retry_after_s = await self._post(url, body.encode(), headers, rights)
-        except (Refused, *NETWORK_ERRORS) as error:
+                status, retry_after_s = await self._post(url, body.encode(), headers, grant)
+        except (AddressDenied, *NETWORK_ERRORS) as error:
             outcome = outcome_of(error)
-            reason = f"{host_of(rights.key_id, url)}: {type(error).__name__}: {error}"
+            reason = f"{host_of(grant.key_id, url)}: {type(error).__name__}: {error}"
             logger.info("webhook not answered", detail=reason)
         duration_s = time.perf_counter() - started
         return Attempt(started_at, duration_s, status, outcome, retry_after_s)
 
     async def _post(
-        self, url: str, body: bytes, headers: dict[str, str], rights: Rights
+        self, url: str, body: bytes, headers: dict[str, str], grant: EgressGrant
     ) -> tuple[int, float | None]:
         """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
         target = checked_url(url)
         if self._settings.https_only and target.scheme != "https":
-            raise Refused("not https")
+            raise AddressDenied("not https")
         async with self._client.request(
             "POST",
             target,
-            rights.widen(self._settings, self._client.nat64_prefixes),
-            owner=rights.key_id,
+            grant.widen(self._settings, self._client.nat64_prefixes),
+            owner=grant.key_id,
             headers={"Content-Type": "application/json", **headers},
             max_body_bytes=MAX_REPLY_BYTES,
             connect_timeout_s=self._settings.timeout_s,
@@ -115,7 +115,7 @@ class WebhookSender:
     """Sends what is due; run `run` as a task beside the server.
 
     render: the body of the call for a job that has ended, in the words of the job's dialect.
-    rights_of: what a key's webhooks may reach, by its id; nothing more than the settings' say.
+    grant_of: what a key's webhooks may reach, by its id; nothing more than the settings' say.
     """
 
     def __init__(
@@ -125,16 +125,16 @@ class WebhookSender:
         jobs: JobStore,
         render: Callable[[Job], dict[str, Any]],
         client: EgressClient | None = None,
-        rights_of: Callable[[str], Rights] = Rights,
+        grant_of: Callable[[str], EgressGrant] = EgressGrant,
     ) -> None:
         self._settings = settings
         self._render = render
-        self._rights_of = rights_of
+        self._grant_of = grant_of
         self._caller = WebhookCaller(settings, client)
         self._deliveries = deliveries
         self._jobs = jobs
         self._calls: Counter[str] = Counter()
-        self._circuits = Circuits(settings.hold_after_failures, settings.hold_s)
+        self._circuits = CircuitBreakers(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
         self._asked_calls = TokenBuckets()
         self._has_ended = asyncio.Event()
@@ -159,10 +159,10 @@ class WebhookSender:
             async with asyncio.timeout(seconds):
                 await self._has_ended.wait()
 
-    async def ping(self, url: str, rights: Rights) -> tuple[str, Attempt]:
+    async def ping(self, url: str, grant: EgressGrant) -> tuple[str, Attempt]:
         """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
-        self.count_asked_call(rights.key_id)
-        return await self._caller.ping(url, rights)
+        self.count_asked_call(grant.key_id)
+        return await self._caller.ping(url, grant)
 
     def count_asked_call(self, key_id: str) -> None:
         """Note a call that a key asks for by itself, beside those of its jobs' ends.
@@ -250,13 +250,13 @@ class WebhookSender:
         job = await self._in_thread(self._jobs.get, delivery.job_id)
         if job is None:
             return None
-        rights = self._rights_of(job.key_id)
-        return await self._caller.send(delivery.url, delivery.id, self._render(job), rights)
+        grant = self._grant_of(job.key_id)
+        return await self._caller.send(delivery.url, delivery.id, self._render(job), grant)
 
 
 def outcome_of(error: Exception) -> str:
     """Why there was no answer, for operators: whoever named the address is not told."""
-    if isinstance(error, Refused):
+    if isinstance(error, AddressDenied):
         return NOT_ALLOWED
     return "no answer" if isinstance(error, TimeoutError) else "not reachable"
 

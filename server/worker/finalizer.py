@@ -1,4 +1,4 @@
-"""`Endings`: jobs' ends on their way into the stores, beside the engine's steps.
+"""`Finalizer`: jobs' ends on their way into the stores, beside the engine's steps.
 
 An end is a row of steps, such as: encode, store a picture, commit, remove the input. A step that a
 store does not take is tried again later, and what was done before it is not done again. One thread
@@ -58,7 +58,7 @@ class Ending:
         return not self.is_busy and not self.steps
 
 
-class Endings:
+class Finalizer:
     """The ends on their way. All calls come from one thread.
 
     fail: the steps of a job's end without pictures. clock: seconds, never turned back.

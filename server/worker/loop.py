@@ -39,7 +39,7 @@ from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.storage.database import DatabaseFileGone, Topic, open_engine
 from server.storage.files import Storage
 from server.worker.checkpoints import Checkpoints
-from server.worker.finalizer import Endings
+from server.worker.finalizer import Finalizer
 from server.worker.inspection import Stages
 from server.worker.previews import DaemonThread, PreviewFiles
 from server.worker.results import Result, Stores
@@ -113,14 +113,14 @@ class Worker:
     _max_in_flight: int = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
     _stores: Stores = field(init=False)
-    _endings: Endings = field(init=False)
+    _endings: Finalizer = field(init=False)
     _previews: PreviewFiles = field(init=False)
 
     def __post_init__(self) -> None:
         self._max_in_flight = self.settings.places_on(self.device)
         self._checkpoints = Checkpoints(self.settings, self.device)
         self._stores = Stores(self.store, self.storage)
-        self._endings = Endings(self._stores.steps_to_fail)
+        self._endings = Finalizer(self._stores.steps_to_fail)
         self._previews = PreviewFiles(self.storage, DaemonThread("previews"))
 
     def run(self) -> None:

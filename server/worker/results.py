@@ -1,4 +1,4 @@
-"""Jobs' ends as steps for `Endings`: a `Result` with pictures, a failure, a job given back."""
+"""Jobs' ends as steps for `Finalizer`: a `Result` with pictures, a failure, a job given back."""
 
 import functools
 import time

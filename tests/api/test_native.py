@@ -149,7 +149,7 @@ def test_limit_of_a_text_is_told(field: str, value: Any, sentence: str) -> None:
 
 
 def test_every_limited_text_has_its_limit_told() -> None:
-    models = (native.JobRequest, native.PingRequest)
+    models = (native.NativeRequest, native.PingRequest)
     schemas = [model.model_json_schema()["properties"] for model in models]
     limited = {
         name

@@ -1,4 +1,4 @@
-"""An object store on loopback that can go away: as much of S3 as `server.storage.files` asks for."""
+"""An object store on loopback that can go away: as much of S3 as the file store asks for."""
 
 import asyncio
 import re

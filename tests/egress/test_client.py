@@ -22,7 +22,7 @@ from server.egress.client import (
     EgressFailed,
     foreign_errors_turned,
 )
-from server.egress.policy import AddressPolicy, Refused, checked_url
+from server.egress.policy import AddressDenied, AddressPolicy, checked_url
 from tests.support.http_stub import ANSWER_S, Stub, answering, response, running_stub
 
 LOOPBACK = AddressPolicy([ip_network("127.0.0.0/8")])
@@ -97,7 +97,7 @@ class TestAnswers:
                 client = EgressClient()
                 await ask(client, stub.url)
                 for policy in (AddressPolicy(), AddressPolicy([ip_network("127.0.0.2")])):
-                    with pytest.raises(Refused, match="address 127.0.0.1 port"):
+                    with pytest.raises(AddressDenied, match="address 127.0.0.1 port"):
                         await ask(client, stub.url, policy)
                 return stub.connections
 
@@ -185,7 +185,7 @@ class TestDialling:
         dialler = CountingDialler()
         client = EgressClient(resolver=self.found, dialler=dialler)
         policy = AddressPolicy([ip_network("127.0.0.1"), ip_network("127.0.0.2")])
-        with pytest.raises(Refused, match=r"127\.0\.0\.3"):
+        with pytest.raises(AddressDenied, match=r"127\.0\.0\.3"):
             asyncio.run(ask(client, "http://a.example/", policy))
         assert dialler.dialled == []
 

@@ -19,13 +19,13 @@ from server.core.settings import EgressSettings, FetchSettings
 from server.egress.client import EgressClient
 from server.egress.downloads import (
     MAX_REDIRECTS,
-    Fetcher,
+    ConditionalCache,
     FetchFailed,
+    ImageDownloader,
     Picture,
-    Pictures,
     conditions_of,
 )
-from server.egress.policy import Rights
+from server.egress.policy import EgressGrant
 from tests.corpora.hostile_urls import resolve_by_table
 from tests.support.http_stub import Behaviour, Stub, StubDialler, answering, response, running_stub
 
@@ -42,7 +42,7 @@ IMPATIENT: dict[str, Any] = {"connect_timeout_s": 0.3, "total_timeout_s": 0.4}
 
 async def get(url: str, **limits: Any) -> bytes | ImageProblem:
     """What a fetch ends with, in bounded time."""
-    fetcher = Fetcher(FetchSettings(**(LIMITS | limits)))
+    fetcher = ImageDownloader(FetchSettings(**(LIMITS | limits)))
     try:
         async with asyncio.timeout(120):
             return await fetcher.get(url)
@@ -293,7 +293,7 @@ class TestContentEncodings:
                 writer.write(next(answers))
 
             async with running_stub(behave) as stub:
-                fetcher = Fetcher(FetchSettings(**LIMITS))
+                fetcher = ImageDownloader(FetchSettings(**LIMITS))
                 bodies = [await fetcher.get(stub.url) for _ in range(2)]
                 return bodies
 
@@ -324,7 +324,7 @@ class TestSlowHosts:
     def fetch(self, behaviour: Behaviour) -> bytes | ImageProblem:
         async def run() -> bytes | ImageProblem:
             async with running_stub(behaviour) as stub:
-                fetcher = Fetcher(FetchSettings(allow_cidrs=(LOOPBACK,)))
+                fetcher = ImageDownloader(FetchSettings(allow_cidrs=(LOOPBACK,)))
                 try:
                     return await fetcher.get(stub.url)
                 except FetchFailed as failed:
@@ -479,7 +479,7 @@ async def get_by_name(url: str, behaviour: Behaviour, **settings: Any) -> bytes 
 
     async with running_stub(behaviour) as stub:
         client = EgressClient(resolver=resolve, dialler=StubDialler(PUBLIC, stub.port))
-        fetcher = Fetcher(FetchSettings.model_validate(settings), client)
+        fetcher = ImageDownloader(FetchSettings.model_validate(settings), client)
         try:
             return await fetcher.get(url.replace("PORT", str(stub.port)))
         except FetchFailed as failed:
@@ -595,7 +595,7 @@ class TestRefusals:
                 settings = EgressSettings.model_validate({"proxy": proxy.url})
                 client = EgressClient(settings, resolver=resolve_by_table)
                 with pytest.raises(FetchFailed) as failed:
-                    await Fetcher(FetchSettings(), client).get(url)
+                    await ImageDownloader(FetchSettings(), client).get(url)
                 return failed.value.kind
 
         assert asyncio.run(run()) is ImageProblem.NOT_REACHABLE
@@ -619,13 +619,13 @@ class TestRefusals:
     def test_log_has_the_reason_but_not_the_path(self) -> None:
         program = """
 import asyncio
-from server.egress.downloads import Fetcher, FetchFailed
+from server.egress.downloads import ImageDownloader, FetchFailed
 from server.core.settings import FetchSettings
 from server.core.logs import configure_logging
 
 async def run():
     try:
-        await Fetcher(FetchSettings()).get("http://10.1.2.3/secret?token=secret")
+        await ImageDownloader(FetchSettings()).get("http://10.1.2.3/secret?token=secret")
     except FetchFailed as failed:
         print(failed)
 
@@ -637,7 +637,7 @@ asyncio.run(run())
         )
         assert ended.stdout.strip() == "private_address"
         (line,) = ended.stderr.splitlines()
-        assert "10.1.2.3: Refused: address 10.1.2.3 port 80" in line
+        assert "10.1.2.3: AddressDenied: address 10.1.2.3 port 80" in line
         assert "secret" not in line
 
     def test_strange_forms_of_an_allowed_address_are_judged_by_address(self) -> None:
@@ -671,7 +671,7 @@ class TestRequests:
 
         async def run() -> list[str]:
             async with running_stub(answering(cookie)) as stub:
-                fetcher = Fetcher(FetchSettings(**LIMITS))
+                fetcher = ImageDownloader(FetchSettings(**LIMITS))
                 await fetcher.get(stub.url)
                 await fetcher.get(stub.url)
                 return stub.heads
@@ -693,7 +693,7 @@ class TestRequests:
 
         async def run() -> list[bytes | BaseException]:
             async with running_stub(behave) as stub:
-                fetcher = Fetcher(FetchSettings(**LIMITS, max_concurrent=2))
+                fetcher = ImageDownloader(FetchSettings(**LIMITS, max_concurrent=2))
                 paths = ["/bad"] * 4 + ["/good"] * 4
                 answers = await asyncio.gather(
                     *(fetcher.get(stub.url + path) for path in paths), return_exceptions=True
@@ -740,13 +740,13 @@ class TestPicturesKept:
             await host(stub.heads[-1], writer)
 
         async with running_stub(behave) as stub:
-            fetcher = Fetcher(FetchSettings(**(LIMITS | limits)))
+            fetcher = ImageDownloader(FetchSettings(**(LIMITS | limits)))
             bodies = []
             for key_id in callers:
                 if key_id is None:
                     host.version += 1
                 else:
-                    bodies.append(await fetcher.get(f"{stub.url}/a.png", Rights(key_id)))
+                    bodies.append(await fetcher.get(f"{stub.url}/a.png", EgressGrant(key_id)))
             return bodies
 
     def test_unchanged_picture_is_not_sent_again(self) -> None:
@@ -774,7 +774,7 @@ class TestPicturesKept:
         assert get_from(answering(response("304 Not Modified"))) is ImageProblem.NOT_REACHABLE
 
     def test_room_is_bounded_and_the_last_used_stay(self) -> None:
-        pictures = Pictures(100_000, 100_000)
+        pictures = ConditionalCache(100_000, 100_000)
         for name in "abc":
             pictures.put("k", name, picture_of(30_000))
         assert pictures.get("k", "a")
@@ -784,7 +784,7 @@ class TestPicturesKept:
         assert pictures.get("k", "a") is None, "and the old one is gone"
 
     def test_pictures_without_content_take_room_too(self) -> None:
-        pictures = Pictures(100_000, 100_000)
+        pictures = ConditionalCache(100_000, 100_000)
         urls = [f"http://a.example/{number}" for number in range(1_000)]
         for url in urls:
             pictures.put("k", url, picture_of(0))
@@ -793,7 +793,7 @@ class TestPicturesKept:
         assert kept == urls[-len(kept) :]
 
     def test_one_key_does_not_push_out_another(self) -> None:
-        pictures = Pictures(100_000, 60_000)
+        pictures = ConditionalCache(100_000, 60_000)
         for name in "ab":
             pictures.put("modest", name, picture_of(15_000))
         for number in range(100):
@@ -830,10 +830,10 @@ class TestPicturesKept:
     def test_key_may_reach_what_it_alone_is_allowed(self) -> None:
         async def run() -> tuple[object, object]:
             async with running_stub(answering(OK)) as stub:
-                fetcher = Fetcher(FetchSettings())
-                insider = await fetcher.get(stub.url, Rights("one", [LOOPBACK]))
+                fetcher = ImageDownloader(FetchSettings())
+                insider = await fetcher.get(stub.url, EgressGrant("one", [LOOPBACK]))
                 with pytest.raises(FetchFailed) as failed:
-                    await fetcher.get(stub.url, Rights("two"))
+                    await fetcher.get(stub.url, EgressGrant("two"))
                 return insider, failed.value.kind
 
         assert asyncio.run(run()) == (b"picture", ImageProblem.PRIVATE_ADDRESS)

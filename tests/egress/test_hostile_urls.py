@@ -17,8 +17,8 @@ import pytest
 from server.core.errors import ImageProblem
 from server.core.settings import EgressSettings, FetchSettings, WebhookSettings
 from server.egress.client import EgressClient
-from server.egress.downloads import Fetcher, FetchFailed
-from server.egress.policy import Refused, Rights
+from server.egress.downloads import FetchFailed, ImageDownloader
+from server.egress.policy import AddressDenied, EgressGrant
 from server.webhooks.sender import WebhookCaller
 from tests.corpora.hostile_urls import (
     ANSWERS,
@@ -66,7 +66,7 @@ class Trap:
     stub: Stub
     recorder: Recorder
     client: EgressClient
-    fetcher: Fetcher
+    fetcher: ImageDownloader
 
     async def fetch(self, url: str) -> bytes | ImageProblem:
         try:
@@ -82,7 +82,7 @@ def trapped(try_it: Callable[[Trap], Awaitable[None]], **limits: Any) -> Trap:
         async with running_stub(answering(OK)) as stub:
             recorder = Recorder()
             client = EgressClient(resolver=resolve_by_table, dialler=recorder)
-            fetcher = Fetcher(FetchSettings.model_validate(limits), client)
+            fetcher = ImageDownloader(FetchSettings.model_validate(limits), client)
             trap = Trap(stub, recorder, client, fetcher)
             await try_it(trap)
             return trap
@@ -114,7 +114,7 @@ def test_no_webhook_reaches_what_is_denied() -> None:
         for hostile in HOSTILE_URLS:
             url = hostile.replace("PORT", str(trap.stub.port))
             for attempt in (
-                await caller.send(url, "msg_1", {}, Rights("k")),
+                await caller.send(url, "msg_1", {}, EgressGrant("k")),
                 (await caller.ping(url))[1],
             ):
                 assert (attempt.status, attempt.is_success) == (None, False), url
@@ -129,7 +129,9 @@ def test_webhook_reaches_what_is_allowed() -> None:
     async def try_it(trap: Trap) -> None:
         settings = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.1"})
         url = f"http://loopback.example:{trap.stub.port}/"
-        attempt = await WebhookCaller(settings, trap.client).send(url, "msg_1", {}, Rights("k"))
+        attempt = await WebhookCaller(settings, trap.client).send(
+            url, "msg_1", {}, EgressGrant("k")
+        )
         assert attempt.status == 200
 
     trap = trapped(try_it)
@@ -204,7 +206,7 @@ def test_name_that_flips_between_judging_and_dialling() -> None:
             recorder = Recorder()
             client = EgressClient(resolver=flip, dialler=recorder)
             settings = FetchSettings.model_validate({"allow_cidrs": "127.0.0.2"})
-            fetcher = Fetcher(settings, client)
+            fetcher = ImageDownloader(settings, client)
             url = f"http://flips.example:{good.port}/"
             seen: list[object] = []
             for _ in answers:
@@ -215,7 +217,7 @@ def test_name_that_flips_between_judging_and_dialling() -> None:
             denied.close()
             return seen, good.connections, recorder.dialled
 
-    assert asyncio.run(run()) == ([b"picture", Refused, Refused], 1, ["127.0.0.2"])
+    assert asyncio.run(run()) == ([b"picture", AddressDenied, AddressDenied], 1, ["127.0.0.2"])
 
 
 class TestBehindAProxy:
@@ -226,7 +228,7 @@ class TestBehindAProxy:
             async with running_stub(answering(OK)) as proxy:
                 settings = EgressSettings.model_validate({"proxy": proxy.url})
                 client = EgressClient(settings, resolver=resolve_by_table)
-                fetcher = Fetcher(FetchSettings(), client)
+                fetcher = ImageDownloader(FetchSettings(), client)
                 for url in HOSTILE_URLS:
                     # A name on a usual port is the proxy's to judge.
                     if url.lower().split("/")[2:3] in ([name] for name in NAMES):

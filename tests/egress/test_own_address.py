@@ -12,8 +12,8 @@ import pytest
 
 from server.core.settings import FetchSettings, Settings
 from server.egress.client import EgressClient, Listener
-from server.egress.downloads import Fetcher, FetchFailed
-from server.egress.policy import Refused
+from server.egress.downloads import FetchFailed, ImageDownloader
+from server.egress.policy import AddressDenied
 from server.storage.files import Storage
 from tests.api.test_app import BODY, post, settings_in
 from tests.support.http_stub import (
@@ -29,7 +29,7 @@ from tests.support.network_of_its_own import ELSEWHERE, NEIGHBOURS, OWN
 REPOSITORY = Path(__file__).parents[2]
 NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"
 UNKNOWN = "a" * 64 + ".invalid"
-"""Refused by every resolver before it asks anybody: a label has at most 63 characters."""
+"""AddressDenied by every resolver before it asks anybody: a label has at most 63 characters."""
 NATIVE_BODY = {name: BODY[name] for name in ("prompt", "init_image", "mask_image", "seed")}
 NOT_REACHABLE = {
     "status": "error",
@@ -164,12 +164,12 @@ def test_own_address_is_not_dialled_whatever_is_allowed(allowed: dict[str, str])
     async def run() -> tuple[int, object]:
         async with running_stub(answering(response("200 OK", body=b"picture"))) as stub:
             client = EgressClient(listeners=[Listener("::1", 1), Listener("0.0.0.0", stub.port)])
-            fetcher = Fetcher(FetchSettings.model_validate(allowed), client)
+            fetcher = ImageDownloader(FetchSettings.model_validate(allowed), client)
             with pytest.raises(FetchFailed) as failed:
                 await fetcher.get(f"http://localhost:{stub.port}/")
             return stub.connections, type(failed.value.__cause__)
 
-    assert asyncio.run(run()) == (0, Refused)
+    assert asyncio.run(run()) == (0, AddressDenied)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def on_a_public_network() -> dict[str, Any]:
 def test_public_addresses_of_this_machine_and_its_network_are_refused(
     on_a_public_network: dict[str, Any],
 ) -> None:
-    refused = dict.fromkeys((*OWN, *NEIGHBOURS), "Refused")
+    refused = dict.fromkeys((*OWN, *NEIGHBOURS), "AddressDenied")
     dialled = dict.fromkeys(ELSEWHERE, "EgressFailed")
     assert on_a_public_network["nobody"] == refused | dialled
     denied = dict.fromkeys(refused, "address not allowed")
@@ -204,7 +204,7 @@ def test_operator_may_open_this_machines_public_addresses(
 ) -> None:
     for name in ("named", "by name"):
         assert on_a_public_network[name] == dict.fromkeys(OWN, "admin")
-    assert on_a_public_network["nobody after others"] == dict.fromkeys(OWN, "Refused")
+    assert on_a_public_network["nobody after others"] == dict.fromkeys(OWN, "AddressDenied")
 
 
 def test_networks_are_as_the_kernel_says(on_a_public_network: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from server.egress.policy import (
     METADATA,
+    AddressDenied,
     AddressPolicy,
     IpAddress,
-    Refused,
     UrlTooLong,
     checked_url,
     host_of,
@@ -29,38 +29,38 @@ OPEN = AddressPolicy()
 class TestAddressPolicy:
     @pytest.mark.parametrize("address", DENIED)
     def test_what_is_not_public_is_refused(self, address: str) -> None:
-        with pytest.raises(Refused):
-            OPEN.judge("name", [address], 443)
+        with pytest.raises(AddressDenied):
+            OPEN.check("name", [address], 443)
 
     @pytest.mark.parametrize("address", PUBLIC)
     def test_public_addresses_pass(self, address: str) -> None:
-        assert OPEN.judge("name", [address], 443) == [address]
+        assert OPEN.check("name", [address], 443) == [address]
 
     @pytest.mark.parametrize("bad", ["127.0.0.1", "::1", "10.0.0.1"])
     def test_one_bad_answer_spoils_all(self, bad: str) -> None:
         for answers in (["8.8.8.8", bad], [bad, "8.8.8.8"]):
-            with pytest.raises(Refused):
-                OPEN.judge("name", answers, 443)
+            with pytest.raises(AddressDenied):
+                OPEN.check("name", answers, 443)
 
     def test_no_answer_is_refused(self) -> None:
         for policy in (OPEN, AddressPolicy(allow_hosts=["name"])):
-            with pytest.raises(Refused):
-                policy.judge("name", [], 443)
+            with pytest.raises(AddressDenied):
+                policy.check("name", [], 443)
 
     def test_allowed_networks_pass(self) -> None:
         policy = AddressPolicy([ip_network("10.1.0.0/16"), ip_network("fd00::/8")])
         for address in ("10.1.2.3", "::ffff:10.1.2.3", "fd12::1", "8.8.8.8"):
-            assert policy.judge("name", [address], 443) == [address]
+            assert policy.check("name", [address], 443) == [address]
         for address in ("10.2.0.1", "fe80::1", "127.0.0.1"):
-            with pytest.raises(Refused):
-                policy.judge("name", [address], 443)
+            with pytest.raises(AddressDenied):
+                policy.check("name", [address], 443)
 
     def test_allowed_hosts_are_exact_names(self) -> None:
         policy = AddressPolicy(allow_hosts=["nas.local"])
-        assert policy.judge("NAS.local", ["10.0.0.1"], 443) == ["10.0.0.1"]
+        assert policy.check("NAS.local", ["10.0.0.1"], 443) == ["10.0.0.1"]
         for host in ("local", "x.nas.local", "nas.local.evil.example", "nas-local"):
-            with pytest.raises(Refused):
-                policy.judge(host, ["10.0.0.1"], 443)
+            with pytest.raises(AddressDenied):
+                policy.check(host, ["10.0.0.1"], 443)
 
     @pytest.mark.parametrize(
         ("address", "network"),
@@ -105,8 +105,8 @@ class TestAddressPolicy:
         assert policy.allows("nas.local", ip_address("8.8.8.8"), 9000)
 
     def test_text_that_is_no_address_is_refused(self) -> None:
-        with pytest.raises(Refused):
-            OPEN.judge("name", ["localhost"], 80)
+        with pytest.raises(AddressDenied):
+            OPEN.check("name", ["localhost"], 80)
 
 
 class TestNat64:
@@ -212,7 +212,7 @@ class TestCheckedUrl:
         escaped = "".join(chr(each) if each < 0x7F else f"%{each:02X}" for each in raw)
         try:
             plain = redirected(FROM, raw.decode("latin-1"))
-        except Refused:
+        except AddressDenied:
             return
         if start in ("/", "?", "a/") and path[:1] != "/" and plain.raw_host == b"a.example":
             assert plain.raw_path == redirected(FROM, escaped).raw_path
@@ -228,7 +228,7 @@ class TestCheckedUrl:
         for read, sent in ((checked_url, text), (partial(redirected, FROM), header)):
             try:
                 checked = read(sent)
-            except Refused:
+            except AddressDenied:
                 continue
             assert host_of(checked)
             assert 0 < port_of(checked) < 65_536
@@ -238,7 +238,7 @@ def seen_as(url: str) -> tuple[str, str, int] | None:
     """Scheme, host and port that are dialled, None where the URL is refused."""
     try:
         checked = checked_url(url)
-    except Refused:
+    except AddressDenied:
         return None
     return checked.scheme, host_of(checked), port_of(checked)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from server.egress.resolver import THREADS, THREADS_PER_OWNER, Lookups, numeric_addresses
+from server.egress.resolver import THREADS, THREADS_PER_OWNER, NameResolver, numeric_addresses
 
 BOUND_S = 60
 
@@ -31,16 +31,16 @@ class SlowNames:
 
 
 @contextmanager
-def slow_names() -> Iterator[tuple[SlowNames, Lookups]]:
+def slow_names() -> Iterator[tuple[SlowNames, NameResolver]]:
     resolver = SlowNames()
-    lookups = Lookups(resolver)
+    lookups = NameResolver(resolver)
     try:
         yield resolver, lookups
     finally:
         resolver.let()
 
 
-async def give_up_on(lookups: Lookups, owner: str, count: int) -> None:
+async def give_up_on(lookups: NameResolver, owner: str, count: int) -> None:
     """Ask for slow names, and stop waiting for them."""
     finds = [
         asyncio.create_task(lookups.find(f"{number}.slow.example", 80, owner))
@@ -99,7 +99,7 @@ def test_failure_is_told(error: type[Exception]) -> None:
         raise error
 
     async def run() -> None:
-        lookups = Lookups(fail)
+        lookups = NameResolver(fail)
         for _ in range(2 * THREADS_PER_OWNER):
             with pytest.raises(error):
                 await lookups.find("a.example", 80, "k")

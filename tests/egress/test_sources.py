@@ -12,7 +12,7 @@ import pytest
 from server.core.errors import ImageProblem, ImageUnavailable
 from server.core.settings import FetchSettings
 from server.egress.client import EgressClient
-from server.egress.downloads import ANYBODY, Fetcher, FetchFailed
+from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.sources import (
     PIECE_CHARS,
     ImageSource,
@@ -35,7 +35,7 @@ def load(
 
     async def run() -> dict[str, bytes] | dict[str, ImageProblem]:
         settings = FetchSettings(allow_cidrs=(ip_network("127.0.0.0/8"),), max_image_bytes=limit)
-        fetcher = Fetcher(settings)
+        fetcher = ImageDownloader(settings)
         async with running_stub(answering(answer)) as stub:
             wanted = {name: ImageSource(text) for name, text in sources(stub.url).items()}
             try:
@@ -94,7 +94,7 @@ def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> N
             source = {"init_image": ImageSource(url)}
             try:
                 return await download_images(
-                    source, Fetcher(FetchSettings(), client), LIMIT, ANYBODY, own
+                    source, ImageDownloader(FetchSettings(), client), LIMIT, NO_GRANT, own
                 ), stub.heads
             except ImageUnavailable as error:
                 return error.problems, stub.heads

@@ -25,13 +25,14 @@ from server.core.notices import Notice
 from server.sandbox import seccomp
 from server.sandbox.child import PICTURE, REPLY, Kind, Wanted
 from server.sandbox.decoded import DecodedPair, UnknownFormat
-from server.sandbox.pool import Sandbox
+from server.sandbox.pool import DecoderPool
 from server.sandbox.process import OWN, PROBLEM_OF_FAULT, Decoder
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
-from tests.project.test_layers import REPOSITORY, loaded_by
+from tests.project.test_layers import loaded_by
 from tests.support.blocking_decoder import BlockingDecoder
 from tests.support.http_stub import png_bytes
+from tests.support.repository import REPOSITORY
 
 LIMITS = ImageLimits(max_bytes=100_000, max_pixels=2_000_000, max_side=2_000)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -657,7 +658,7 @@ def wait_until_gone(pid: int) -> None:
 
 
 async def decode(
-    sandbox: Sandbox, images: dict[str, bytes], *, key_id: str = "anybody"
+    sandbox: DecoderPool, images: dict[str, bytes], *, key_id: str = "anybody"
 ) -> DecodedPair:
     """A pair with nothing to follow from it."""
     async with sandbox.decoded(images, key_id=key_id) as pair:
@@ -666,7 +667,7 @@ async def decode(
 
 def test_requests_share_the_children() -> None:
     async def run() -> None:
-        async with Sandbox(LIMITS) as sandbox:
+        async with DecoderPool(LIMITS) as sandbox:
             calls = [decode(sandbox, images_of((side, side))) for side in SIDES]
             pairs = await asyncio.gather(*calls)
         assert [pair.mask.shape for pair in pairs] == [(side, side) for side in SIDES]
@@ -679,7 +680,7 @@ SIDES = range(64, 1024, 16)
 
 def test_loop_goes_on_while_a_child_works() -> None:
     async def run() -> None:
-        async with Sandbox(LIMITS, wall_s=30) as sandbox:
+        async with DecoderPool(LIMITS, wall_s=30) as sandbox:
             task = asyncio.create_task(decode(sandbox, images_of((900, 900))))
             turns = 0
             while not task.done():
@@ -692,7 +693,7 @@ def test_loop_goes_on_while_a_child_works() -> None:
 
 def test_cancelled_request_leaves_its_child_in_order() -> None:
     async def run() -> None:
-        async with Sandbox(LIMITS, children=1) as sandbox:
+        async with DecoderPool(LIMITS, children=1) as sandbox:
             await decode(sandbox, images_of((64, 64)))
             for side in (512, 1000, 72):
                 lost = asyncio.create_task(decode(sandbox, images_of((800, 800))))
@@ -712,7 +713,7 @@ def test_storm_is_refused_beyond_what_may_wait() -> None:
     size = sum(map(len, images.values()))
 
     async def run() -> None:
-        async with Sandbox(LIMITS, max_waiting_bytes=10 * size) as sandbox:
+        async with DecoderPool(LIMITS, max_waiting_bytes=10 * size) as sandbox:
             calls = [decode(sandbox, images) for _ in range(100)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
             assert sum(isinstance(each, DecodedPair) for each in answers) == 10
@@ -728,7 +729,7 @@ def test_pixels_that_are_held_take_room(room: int, is_let_in: bool) -> None:
     """The next request gets the child at once, or when the pixels are needed no longer."""
 
     async def run() -> None:
-        async with Sandbox(LIMITS, children=1, max_decoded_bytes=room) as sandbox:
+        async with DecoderPool(LIMITS, children=1, max_decoded_bytes=room) as sandbox:
             async with sandbox.decoded(images_of((64, 64))) as pair:
                 assert pair.mask.shape == (64, 64)
                 next_one = asyncio.create_task(decode(sandbox, images_of((72, 72))))
@@ -748,7 +749,7 @@ def test_pixels_that_are_held_take_room(room: int, is_let_in: bool) -> None:
 
 def test_refused_pictures_give_their_places_back() -> None:
     async def run() -> None:
-        async with Sandbox(LIMITS, children=2, children_per_key=1) as sandbox:
+        async with DecoderPool(LIMITS, children=2, children_per_key=1) as sandbox:
             too_large = dict.fromkeys(["init_image", "mask_image"], bytes(LIMITS.max_bytes + 1))
             for images in (dict.fromkeys(too_large, b"GIF89a"), too_large) * 3:
                 with pytest.raises(ImageUnavailable):
@@ -760,7 +761,7 @@ def test_refused_pictures_give_their_places_back() -> None:
 
 def test_first_request_finds_a_child_that_is_ready() -> None:
     async def run() -> None:
-        async with Sandbox(LIMITS) as sandbox:
+        async with DecoderPool(LIMITS) as sandbox:
             sandbox.warm()
             async with asyncio.timeout(60):
                 await sandbox._warming
@@ -776,7 +777,7 @@ def test_leaving_while_a_child_starts_is_no_fault() -> None:
         faults: list[dict[str, object]] = []
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _loop, context: faults.append(context))
-        async with Sandbox(LIMITS) as sandbox:
+        async with DecoderPool(LIMITS) as sandbox:
             sandbox.warm()
         for _ in range(10):
             await asyncio.sleep(0)
@@ -795,7 +796,7 @@ def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_k
     async def run() -> None:
         limits = ImageLimits()
         shares = {"children": children, "children_per_key": children_per_key}
-        async with Sandbox(limits, wall_s=120, **shares) as sandbox:
+        async with DecoderPool(limits, wall_s=120, **shares) as sandbox:
             greedy = [
                 asyncio.create_task(decode(sandbox, slow_pair(), key_id="greedy")) for _ in range(4)
             ]
@@ -811,7 +812,7 @@ def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_k
 
 def test_request_that_finds_no_child_is_refused_in_time() -> None:
     async def run() -> None:
-        impatient = Sandbox(
+        impatient = DecoderPool(
             ImageLimits(), children=1, children_per_key=1, wall_s=120, patience_s=0.05
         )
         async with impatient as sandbox:
@@ -830,7 +831,7 @@ def test_files_of_one_key_do_not_take_all_room() -> None:
     size = sum(map(len, images.values()))
 
     async def run() -> None:
-        async with Sandbox(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
+        async with DecoderPool(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
             calls = [decode(sandbox, images, key_id="greedy") for _ in range(20)]
             modest = decode(sandbox, images, key_id="modest")
             *greedy, pair = await asyncio.gather(*calls, modest, return_exceptions=True)
@@ -842,7 +843,7 @@ def test_files_of_one_key_do_not_take_all_room() -> None:
 
 def test_leaving_ends_the_children() -> None:
     async def run() -> list[int]:
-        async with Sandbox(LIMITS) as sandbox:
+        async with DecoderPool(LIMITS) as sandbox:
             calls = [decode(sandbox, images_of((900, 900))) for _ in range(4)]
             await asyncio.gather(*calls)
             pids = [decoder.pid for decoder in sandbox._decoders if decoder.pid]

@@ -16,7 +16,7 @@ import pytest
 
 from server.api.proxies import is_trusted
 from server.core.settings import HttpSettings
-from server.serving.connections import RESERVE, Gate
+from server.serving.connections import RESERVE, ConnectionLimiter
 from server.serving.server import bind
 from server.storage.files import PIECE_BYTES, Storage
 from tests.api.test_app import BODY, settings_in, store_of
@@ -30,7 +30,7 @@ LIMIT_S = 30.0
 
 
 class Line:
-    """A connection as the gate sees it."""
+    """A connection as the limiter sees it."""
 
     def __init__(self, address: str = "192.0.2.1") -> None:
         self.address = address
@@ -62,135 +62,143 @@ def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
 
 
 class TestGate:
-    def gate(self, max_connections: int = 3, **limits: int) -> Gate:
-        return Gate(HttpSettings.model_validate(limits), max_connections, ["127.0.0.1"])
+    def limiter(self, max_connections: int = 3, **limits: int) -> ConnectionLimiter:
+        return ConnectionLimiter(
+            HttpSettings.model_validate(limits), max_connections, ["127.0.0.1"]
+        )
 
     def test_the_one_that_waited_longest_makes_room(self) -> None:
-        gate, lines = self.gate(), [Line() for _ in range(5)]
-        assert all(gate.enter(line) for line in lines)
+        limiter, lines = self.limiter(), [Line() for _ in range(5)]
+        assert all(limiter.opened(line) for line in lines)
         assert [line.is_cut for line in lines] == [True, True, False, False, False]
-        assert (gate.open_count, gate.cut_count) == (3, 2)
+        assert (limiter.open_count, limiter.cut_count) == (3, 2)
 
     def test_a_whole_request_is_never_cut(self) -> None:
-        gate, lines = self.gate(), [Line() for _ in range(4)]
+        limiter, lines = self.limiter(), [Line() for _ in range(4)]
         for line in lines[:2]:
-            gate.enter(line)
-            gate.work(line)
-        assert gate.enter(lines[2])
-        assert gate.enter(lines[3])
+            limiter.opened(line)
+            limiter.request_started(line)
+        assert limiter.opened(lines[2])
+        assert limiter.opened(lines[3])
         assert [line.is_cut for line in lines] == [False, False, True, False]
 
     def test_a_reserve_is_left_where_all_work(self) -> None:
-        gate = self.gate()
+        limiter = self.limiter()
         working = [Line() for _ in range(3 + RESERVE)]
         for line in working:
-            assert gate.enter(line)
-            gate.work(line)
-        assert gate.is_busy
-        assert not gate.enter(Line())
-        gate.leave(working[0])
-        assert gate.enter(Line())
+            assert limiter.opened(line)
+            limiter.request_started(line)
+        assert limiter.is_busy
+        assert not limiter.opened(Line())
+        limiter.closed(working[0])
+        assert limiter.opened(Line())
 
     def test_slow_clients_do_not_make_the_server_busy(self) -> None:
-        gate = self.gate()
+        limiter = self.limiter()
         for _ in range(10):
-            gate.enter(Line())
-        assert not gate.is_busy
+            limiter.opened(Line())
+        assert not limiter.is_busy
 
     def test_an_answered_connection_waits_again_as_the_youngest(self) -> None:
-        gate, (first, second, third, fourth) = self.gate(), [Line() for _ in range(4)]
+        limiter, (first, second, third, fourth) = self.limiter(), [Line() for _ in range(4)]
         for line in (first, second, third):
-            gate.enter(line)
-        gate.work(first)
-        gate.wait(first)
-        gate.enter(fourth)
+            limiter.opened(line)
+        limiter.request_started(first)
+        limiter.idle(first)
+        limiter.opened(fourth)
         assert [first.is_cut, second.is_cut] == [False, True]
 
     def test_one_address_loses_its_own(self) -> None:
-        gate = self.gate(10, max_connections_per_address=2)
+        limiter = self.limiter(10, max_connections_per_address=2)
         other, mine = Line("192.0.2.9"), [Line() for _ in range(3)]
         for line in (other, *mine):
-            assert gate.enter(line)
+            assert limiter.opened(line)
         assert [line.is_cut for line in (other, *mine)] == [False, True, False, False]
         for line in mine[1:]:
-            gate.work(line)
-        assert not gate.enter(Line())
-        assert gate.enter(Line("192.0.2.8"))
+            limiter.request_started(line)
+        assert not limiter.opened(Line())
+        assert limiter.opened(Line("192.0.2.8"))
 
     def test_a_trusted_proxy_has_many_clients(self) -> None:
-        gate = self.gate(10, max_connections_per_address=1)
+        limiter = self.limiter(10, max_connections_per_address=1)
         lines = [Line("127.0.0.1") for _ in range(5)]
-        assert all(gate.enter(line) for line in lines)
+        assert all(limiter.opened(line) for line in lines)
         assert not any(line.is_cut for line in lines)
 
     def test_bodies_together_have_a_limit(self) -> None:
-        gate = self.gate(max_buffered_bytes=100)
+        limiter = self.limiter(max_buffered_bytes=100)
         quiet, first, second = lines = [Line("127.0.0.1") for _ in range(3)]
         for line in lines:
-            gate.enter(line)
-        gate.take(first, 60)
-        gate.take(second, 60)
+            limiter.opened(line)
+        limiter.received(first, 60)
+        limiter.received(second, 60)
         assert [line.is_cut for line in lines] == [False, True, False]
-        gate.work(second)
-        gate.take(second, 40)
-        assert gate.is_busy
-        gate.wait(second)
-        assert not gate.is_busy
+        limiter.request_started(second)
+        limiter.received(second, 40)
+        assert limiter.is_busy
+        limiter.idle(second)
+        assert not limiter.is_busy
 
     def test_a_body_that_nobody_holds_makes_room(self) -> None:
-        gate, (first, second) = self.gate(max_buffered_bytes=100), [Line("127.0.0.1"), Line()]
+        limiter, (first, second) = self.limiter(max_buffered_bytes=100), [Line("127.0.0.1"), Line()]
         for line in (first, second):
-            gate.enter(line)
-        gate.take(first, 100)
-        gate.work(first)
-        assert gate.is_busy_for(second)
-        gate.release(first)
-        assert not gate.is_busy_for(second)
+            limiter.opened(line)
+        limiter.received(first, 100)
+        limiter.request_started(first)
+        assert limiter.is_busy_for(second)
+        limiter.release(first)
+        assert not limiter.is_busy_for(second)
         assert not first.is_cut
 
     def test_one_address_has_a_share_of_the_room_for_bodies(self) -> None:
-        gate = self.gate(10, max_buffered_bytes=400)
+        limiter = self.limiter(10, max_buffered_bytes=400)
         mine, other, proxy = [Line() for _ in range(3)], Line("192.0.2.9"), Line("127.0.0.1")
         for line in (*mine, other, proxy):
-            gate.enter(line)
-        gate.take(mine[0], 60)
-        gate.take(mine[1], 60)
+            limiter.opened(line)
+        limiter.received(mine[0], 60)
+        limiter.received(mine[1], 60)
         assert [line.is_cut for line in mine] == [True, False, False]
-        gate.work(mine[1])
-        gate.take(mine[2], 40)
-        assert [gate.is_busy_for(line) for line in (mine[2], other)] == [True, False]
-        gate.take(proxy, 200)
-        assert not gate.is_busy_for(proxy)
+        limiter.request_started(mine[1])
+        limiter.received(mine[2], 40)
+        assert [limiter.is_busy_for(line) for line in (mine[2], other)] == [True, False]
+        limiter.received(proxy, 200)
+        assert not limiter.is_busy_for(proxy)
         assert not proxy.is_cut
 
     def test_answers_that_are_not_taken_count_beside_bodies(self) -> None:
-        gate = self.gate(10, max_buffered_bytes=100)
+        limiter = self.limiter(10, max_buffered_bytes=100)
         lines = [Line(f"192.0.2.{n}") for n in range(4)]
         for line in lines:
-            gate.enter(line)
-            gate.work(line)
+            limiter.opened(line)
+            limiter.request_started(line)
         first, second, third, fourth = lines
-        gate.owe(first, 40)
-        gate.owe(second, 40)
-        gate.owe(first, 30)
-        gate.owe(third, 50)
+        limiter.unsent(first, 40)
+        limiter.unsent(second, 40)
+        limiter.unsent(first, 30)
+        limiter.unsent(third, 50)
         assert [line.is_cut for line in lines] == [True, False, False, False], "the slowest goes"
-        gate.owe(second, 0)
-        gate.owe(fourth, 60)
+        limiter.unsent(second, 0)
+        limiter.unsent(fourth, 60)
         assert [line.is_cut for line in lines] == [True, False, True, False]
 
     def test_nothing_is_left_of_those_who_left(self) -> None:
-        gate, lines = self.gate(100), [Line(f"192.0.2.{n}") for n in range(50)]
+        limiter, lines = self.limiter(100), [Line(f"192.0.2.{n}") for n in range(50)]
         for line in lines:
-            gate.enter(line)
-            gate.take(line, 10)
-            gate.owe(line, 10)
+            limiter.opened(line)
+            limiter.received(line, 10)
+            limiter.unsent(line, 10)
         for line in lines * 2:
-            gate.leave(line)
-            gate.release(line)
-            gate.owe(line, 10)
-        left = (gate._open, gate._waiting, gate._waiting_of, gate._counts, gate._owing)
-        assert not any((*left, gate._buffered_bytes, gate._buffered_of))
+            limiter.closed(line)
+            limiter.release(line)
+            limiter.unsent(line, 10)
+        left = (
+            limiter._open,
+            limiter._waiting,
+            limiter._waiting_of,
+            limiter._counts,
+            limiter._owing,
+        )
+        assert not any((*left, limiter._buffered_bytes, limiter._buffered_of))
 
 
 @pytest.mark.parametrize(
@@ -288,12 +296,12 @@ class TestDeadlines:
         picture = bytes(range(256)) * 80_000
         Storage(settings.storage_url).put(name, picture)
         with running_app(settings) as app, ExitStack() as stack:
-            gate = app.server.gate
+            limiter = app.server.limiter
             readers = [stack.enter_context(slow_reader(app.port)) for _ in range(20)]
             for reader in readers:
                 reader.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            wait_until(lambda: len(gate._owing) == len(readers))
-            held = [each.unsent_bytes for each in gate._owing]
+            wait_until(lambda: len(limiter._owing) == len(readers))
+            held = [each.unsent_bytes for each in limiter._owing]
             assert max(held) <= 2 * PIECE_BYTES
             head, _, start = readers[0].recv(65_536).partition(b"\r\n\r\n")
             assert b"content-length: %d" % len(picture) in head.lower()
@@ -310,9 +318,9 @@ class TestDeadlines:
         Storage(settings.storage_url).put(name, bytes(8_000_000))
         with running_app(settings) as app, slow_reader(app.port) as client:
             client.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            gate = app.server.gate
-            wait_until(lambda: bool(gate._owing))
-            connection: Any = next(iter(gate._owing))
+            limiter = app.server.limiter
+            wait_until(lambda: bool(limiter._owing))
+            connection: Any = next(iter(limiter._owing))
             looks = [connection._send_deadline]
             for _ in range(2):
                 left = 400_000
@@ -502,7 +510,7 @@ class TestAnswers:
             with store_of(settings) as store, holding(holder):
                 while not waiting_in(store):
                     assert time.monotonic() < limit
-                wait_until(lambda: not app.server.gate.is_busy)
+                wait_until(lambda: not app.server.limiter.is_busy)
                 assert app.client.post("/api/v3/system_load").json()["queue_num"] == 1
                 store.cancel(1)
 

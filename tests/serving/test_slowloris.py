@@ -156,7 +156,7 @@ def left_in(app: LiveApp) -> tuple[int, ...]:
     state = app.server.server_state
     sockets = [name for name in map(link_of, os.listdir("/proc/self/fd")) if "socket:" in name]
     waiting = app.app.state.services.watcher
-    return app.server.gate.open_count, len(state.tasks), len(waiting), len(sockets)
+    return app.server.limiter.open_count, len(state.tasks), len(waiting), len(sockets)
 
 
 def link_of(number: str) -> str:

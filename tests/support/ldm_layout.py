@@ -1,7 +1,7 @@
 """Single files in the layout of the original latent-diffusion code, made from a diffusers folder.
 
-The UNet's names are those of `models.checkpoints.ldm_names`; VAE and text encoders are renamed here. The files
-are read back through diffusers' converters, so that each side checks the other.
+The UNet's names are those of `models.checkpoints.ldm_names`; VAE and text encoders are renamed
+here. The files are read back through diffusers' converters, so that each side checks the other.
 """
 
 import re

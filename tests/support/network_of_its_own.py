@@ -1,5 +1,5 @@
-"""`unshare --net python -m tests.support.network_of_its_own`: what egress reaches on a machine with public
-addresses, as JSON. Nothing leaves the network namespace, whose interfaces lead nowhere.
+"""`unshare --net python -m tests.support.network_of_its_own`: what egress reaches on a
+machine with public addresses, as JSON. Nothing leaves the network namespace, whose interfaces lead nowhere.
 
 The machine has an address of its own in each family, and a network of each on a second interface.
 """
@@ -18,9 +18,9 @@ from typing import Any
 
 from server.core.logs import configure_logging
 from server.core.settings import FetchSettings, WebhookSettings
-from server.egress.downloads import Fetcher, FetchFailed
+from server.egress.downloads import FetchFailed, ImageDownloader
 from server.egress.interfaces import attached_networks
-from server.egress.policy import Rights
+from server.egress.policy import EgressGrant
 from server.webhooks.sender import WebhookCaller
 
 OWN = ("93.184.216.34", "2606:4700::34")
@@ -74,18 +74,20 @@ def url_of(address: str) -> str:
     return f"http://[{address}]/" if ":" in address else f"http://{address}/"
 
 
-async def fetched(fetcher: Fetcher, address: str, rights: Rights) -> str:
+async def fetched(fetcher: ImageDownloader, address: str, grant: EgressGrant) -> str:
     try:
-        return (await fetcher.get(url_of(address), rights)).decode()
+        return (await fetcher.get(url_of(address), grant)).decode()
     except FetchFailed as error:
         return type(error.__cause__).__name__
 
 
 async def look() -> dict[str, Any]:
-    nobody = Rights("nobody")
-    named = Rights("named", allow_cidrs=[ip_network(address) for address in (*OWN, *NEIGHBOURS)])
-    by_name = Rights("by name", allow_hosts=OWN)
-    fetcher = Fetcher(FetchSettings(connect_timeout_s=1.0))
+    nobody = EgressGrant("nobody")
+    named = EgressGrant(
+        "named", allow_cidrs=[ip_network(address) for address in (*OWN, *NEIGHBOURS)]
+    )
+    by_name = EgressGrant("by name", allow_hosts=OWN)
+    fetcher = ImageDownloader(FetchSettings(connect_timeout_s=1.0))
     addresses = (*OWN, *NEIGHBOURS, *ELSEWHERE)
     found: dict[str, Any] = {
         "nobody": {each: await fetched(fetcher, each, nobody) for each in addresses},

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.webhooks.circuit_breaker import MAX_HOLD_S, MAX_HOSTS, Circuits
+from server.webhooks.circuit_breaker import MAX_HOLD_S, MAX_HOSTS, CircuitBreakers
 
 HOST = "receiver.example"
 
@@ -23,22 +23,24 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def circuits(clock: Clock) -> Circuits:
-    return Circuits(3, 30.0, clock)
+def circuits(clock: Clock) -> CircuitBreakers:
+    return CircuitBreakers(3, 30.0, clock)
 
 
-def fail(circuits: Circuits, times: int) -> list[bool]:
+def fail(circuits: CircuitBreakers, times: int) -> list[bool]:
     return [circuits.note_failure(HOST) for _ in range(times)]
 
 
-def test_failures_in_a_row_hold_a_host(circuits: Circuits) -> None:
+def test_failures_in_a_row_hold_a_host(circuits: CircuitBreakers) -> None:
     assert fail(circuits, 2) == [False, False]
     circuits.note_success(HOST)
     assert fail(circuits, 3) == [False, False, True]
     assert (circuits.held, circuits.due_for_probe) == ([HOST], [])
 
 
-def test_calls_from_before_the_hold_do_not_lengthen_it(circuits: Circuits, clock: Clock) -> None:
+def test_calls_from_before_the_hold_do_not_lengthen_it(
+    circuits: CircuitBreakers, clock: Clock
+) -> None:
     fail(circuits, 3)
     assert fail(circuits, 4) == [False] * 4
     clock.now_s += 30
@@ -46,7 +48,7 @@ def test_calls_from_before_the_hold_do_not_lengthen_it(circuits: Circuits, clock
 
 
 def test_one_probe_at_a_time_each_failure_doubling_the_hold(
-    circuits: Circuits, clock: Clock
+    circuits: CircuitBreakers, clock: Clock
 ) -> None:
     fail(circuits, 3)
     holds = []
@@ -61,7 +63,7 @@ def test_one_probe_at_a_time_each_failure_doubling_the_hold(
     assert holds == [30, 60, 120, 240, 480, MAX_HOLD_S, MAX_HOLD_S]
 
 
-def test_probe_that_is_answered_lets_the_host_go(circuits: Circuits, clock: Clock) -> None:
+def test_probe_that_is_answered_lets_the_host_go(circuits: CircuitBreakers, clock: Clock) -> None:
     fail(circuits, 3)
     clock.now_s += 30
     circuits.begin_probe(HOST)
@@ -71,7 +73,7 @@ def test_probe_that_is_answered_lets_the_host_go(circuits: Circuits, clock: Cloc
     assert fail(circuits, 1) == [False], "it starts anew"
 
 
-def test_probe_that_was_never_made_is_made_again(circuits: Circuits, clock: Clock) -> None:
+def test_probe_that_was_never_made_is_made_again(circuits: CircuitBreakers, clock: Clock) -> None:
     fail(circuits, 3)
     clock.now_s += 30
     circuits.begin_probe(HOST)
@@ -79,13 +81,13 @@ def test_probe_that_was_never_made_is_made_again(circuits: Circuits, clock: Cloc
     assert circuits.due_for_probe == [HOST]
 
 
-def test_other_hosts_are_not_touched(circuits: Circuits) -> None:
+def test_other_hosts_are_not_touched(circuits: CircuitBreakers) -> None:
     fail(circuits, 3)
     assert not circuits.note_failure("other.example")
     assert circuits.held == [HOST]
 
 
-def test_memory_is_bounded(circuits: Circuits) -> None:
+def test_memory_is_bounded(circuits: CircuitBreakers) -> None:
     for index in range(MAX_HOSTS + 5):
         circuits.note_failure(f"{index}.example")
     assert not any(circuits.note_failure("0.example") for _ in range(2)), "the oldest is forgotten"

@@ -30,7 +30,7 @@ from server.core.settings import WebhookSettings
 from server.jobs.job import Failure, Job, NewJob, RequestFacts
 from server.jobs.outbox import MAX_AGE_S, RETRY_DELAYS_S, DeliveryState, host_of
 from server.jobs.store import MAX_ATTEMPTS, JobStore
-from server.storage.clock import MEASURE_S, SharedClock
+from server.storage.clock import MEASURE_S, DatabaseClock
 from server.storage.database import open_engine
 from server.storage.tables import delivery_attempts
 from server.storage.tables import jobs as job_rows
@@ -747,7 +747,7 @@ class TestClocks:
         """With SQLite; PostgreSQL has a clock of its own."""
         engine = open_engine(migrated_sqlite(tmp_path))
         wall, steady, jobs = Clock(), Clock(), JobStore(engine)
-        sender = DeliveryStore(engine, clock=SharedClock(engine, wall, steady), lease_s=60)
+        sender = DeliveryStore(engine, clock=DatabaseClock(engine, wall, steady), lease_s=60)
         jobs.finish(submit(jobs, "http://receiver.example"), [])
         (due,) = sender.claim_due(1)
         sender.record(due, answer(429, retry_after_s=3_600))
@@ -773,7 +773,7 @@ class TestClocks:
         name = postgres_server.create_migrated()
         engine = open_engine(str(postgres_server.url(name)))
         wall, steady = Clock(), Clock()
-        there = SharedClock(engine, wall, steady)
+        there = DatabaseClock(engine, wall, steady)
         assert abs(there() - time.time()) < WAIT_S
         wall.now_s, steady.now_s = 0, steady.now_s + MEASURE_S / 2
         assert abs(there() - time.time() - MEASURE_S / 2) < WAIT_S, "between two looks by its own"

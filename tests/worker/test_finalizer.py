@@ -16,7 +16,7 @@ from server.jobs.job import Failure, Job, JobState
 from server.jobs.receipts import Model
 from server.jobs.store import JobStore
 from server.storage.files import Storage
-from server.worker.finalizer import STORAGE_PATIENCE_S, Endings, is_away
+from server.worker.finalizer import STORAGE_PATIENCE_S, Finalizer, is_away
 from server.worker.inspection import Stages
 from server.worker.results import Result, Stores
 from tests.jobs.test_store import Clock, claim_one, get, new_job
@@ -38,7 +38,7 @@ class House:
 
     job: Job
     stores: Stores
-    endings: Endings
+    endings: Finalizer
     clock: Clock
     engine: Engine
     pictures: Path
@@ -93,7 +93,7 @@ def house(engine: Engine, tmp_path: Path) -> Iterator[House]:
     stores.files.put(job.input_key, b"input")
     job = claim_one(stores.jobs)
     clock = Clock()
-    endings = Endings(stores.steps_to_fail, clock)
+    endings = Finalizer(stores.steps_to_fail, clock)
     yield House(job, stores, endings, clock, engine, folder / "generations")
     endings.close()
 

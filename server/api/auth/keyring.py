@@ -19,7 +19,7 @@ from server.core.errors import InvalidApiKey, RateLimited
 from server.core.logs import learn_secrets
 from server.core.rate_limits import TokenBuckets
 from server.core.settings import MIN_KEY_CHARS, AuthSettings
-from server.egress.policy import Rights
+from server.egress.policy import EgressGrant
 
 ANONYMOUS = "anonymous"
 """Key id of every caller of a server without keys."""
@@ -46,14 +46,14 @@ class Caller:
     key_digest: str = field(default="", compare=False, repr=False)
 
     @property
-    def fetch_rights(self) -> Rights:
+    def fetch_grant(self) -> EgressGrant:
         """Where this caller's images may come from."""
-        return Rights(self.key_id, self.limits.fetch_networks, self.limits.fetch_hosts)
+        return EgressGrant(self.key_id, self.limits.fetch_networks, self.limits.fetch_hosts)
 
     @property
-    def webhook_rights(self) -> Rights:
+    def webhook_grant(self) -> EgressGrant:
         """Where this caller's webhooks may go."""
-        return Rights(self.key_id, self.limits.webhook_networks, self.limits.webhook_hosts)
+        return EgressGrant(self.key_id, self.limits.webhook_networks, self.limits.webhook_hosts)
 
 
 @dataclass(frozen=True, slots=True)

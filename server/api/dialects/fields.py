@@ -18,7 +18,7 @@ from models.params import (
 from server.api.bodies import is_absent
 from server.api.dialects.samplers import find_scheduler
 from server.core.notices import Notice
-from server.egress.policy import MAX_URL_CHARS, Refused, checked_url
+from server.egress.policy import MAX_URL_CHARS, AddressDenied, checked_url
 from server.egress.sources import ZERO_WIDTH, ImageSource
 
 TRUE_WORDS = ("yes", "true", "1", "on")
@@ -205,7 +205,7 @@ def is_web_address(url: str) -> bool:
     """
     try:
         checked_url(url)
-    except Refused:
+    except AddressDenied:
         return False
     return True
 

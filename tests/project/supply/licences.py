@@ -77,8 +77,8 @@ _HEAD = """\
 # Licences
 
 What `configs/locks` lets in, under which licence. Written by `make licences`, held by
-`tests/project/test_supply_chain.py`: a distribution without a known licence, or with one outside the list
-in `tests/project/supply/licences.py`, fails; GPL and AGPL are not in it.
+`tests/project/test_supply_chain.py`: a distribution without a known licence, or with one outside
+the list in `tests/project/supply/licences.py`, fails; GPL and AGPL are not in it.
 
 These are the licences that the distributions declare. Wheels also carry libraries under licences of
 their own, told in the wheels' licence files: FFmpeg (LGPL-2.1) in opencv-python-headless, the

@@ -202,7 +202,7 @@ TrackText = Annotated[str, Field(max_length=MAX_TRACK_ID_CHARS)]
 TrackId = Annotated[TrackText | int | float | bool | None, AfterValidator(track_id_within_limits)]
 
 
-class JobRequest(BaseModel):
+class NativeRequest(BaseModel):
     """Pictures to make. An unknown field is an error, and so is a value out of its range."""
 
     model_config = ConfigDict(
@@ -273,15 +273,15 @@ class PingRequest(BaseModel):
     url: WebAddress
 
 
-PARAMETERS = DEFAULTS.keys() & JobRequest.model_fields.keys() - {"width", "height", "seed"}
+PARAMETERS = DEFAULTS.keys() & NativeRequest.model_fields.keys() - {"width", "height", "seed"}
 """Fields that are `InpaintParams` as they stand."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NativeJob:
-    """A `JobRequest` on its way to a job; see `intake.AskedJob`. seed: as asked, or drawn."""
+    """A `NativeRequest` on its way to a job; see `intake.JobRequest`. seed: as asked, or drawn."""
 
-    request: JobRequest
+    request: NativeRequest
     seed: int
     force_safety_check: bool = False
     dialect: str = DIALECT
@@ -352,7 +352,7 @@ def read_job(
     Raises: InvalidBody; InvalidRequest, all fields named.
     """
     try:
-        request = JobRequest.model_validate_json(body)
+        request = NativeRequest.model_validate_json(body)
     except ValidationError as error:
         raise to_api_error(error) from error
     if request.model is not None and request.model not in models:
@@ -400,7 +400,7 @@ def problems_of(found: Sequence[tuple[str, str]]) -> dict[str, list[FieldProblem
     return problems
 
 
-def read_idempotency(key: str | None, request: JobRequest) -> Idempotency | None:
+def read_idempotency(key: str | None, request: NativeRequest) -> Idempotency | None:
     """The header's key with what it stands for. Raises: InvalidRequest."""
     if key is None:
         return None

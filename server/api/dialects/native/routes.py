@@ -120,7 +120,7 @@ SubscriptionOf = Annotated[Subscription, Depends(get_subscription)]
         200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
         **declare(400, 413, 422),
     },
-    openapi_extra=describe_body(reading.JobRequest),
+    openapi_extra=describe_body(reading.NativeRequest),
 )
 async def create_job(
     request: Request,
@@ -276,7 +276,7 @@ async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnsw
     30 a minute, redeliveries included. Why there was no answer is not told: it is in the log.
     """
     url = reading.read_ping(body, https_only=services.settings.webhook.https_only)
-    return writing.write_ping(*await services.webhooks.ping(url, caller.webhook_rights))
+    return writing.write_ping(*await services.webhooks.ping(url, caller.webhook_grant))
 
 
 def to_response(
