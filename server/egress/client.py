@@ -331,7 +331,7 @@ class EgressClient:
     async def _judged(
         self, host: str, port: int, policy: AddressPolicy, owner: str
     ) -> Sequence[str]:
-        """The host's addresses, none of which is denied. Raises: AddressDenied, OSError, UnicodeError."""
+        """None of the host's addresses is denied. Raises: AddressDenied, OSError, UnicodeError."""
         addresses = policy.check(host, await self._lookups.find(host, port, owner), port)
         self._refuse_own(host, addresses, port, policy)
         return addresses

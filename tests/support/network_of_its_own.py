@@ -1,7 +1,7 @@
-"""`unshare --net python -m tests.support.network_of_its_own`: what egress reaches on a
-machine with public addresses, as JSON. Nothing leaves the network namespace, whose interfaces lead nowhere.
+"""`unshare --net python -m tests.support.network_of_its_own`: what egress reaches, as JSON.
 
-The machine has an address of its own in each family, and a network of each on a second interface.
+The machine has public addresses, one of its own in each family, and a network of each on a second
+interface. Nothing leaves the network namespace, whose interfaces lead nowhere.
 """
 
 import asyncio
