@@ -332,7 +332,7 @@ def request_bytes(script: Script, seed: int) -> bytes:
 
 @fault("F18", "queue full")
 def queue_full(room: Path) -> Found:
-    """AddressDenied before anything is fetched, with a time to come back."""
+    """Refused before anything is fetched, with a time to come back."""
     with outside_world() as (thread, host):
         return refused_in_parallel(room, thread, host, SUBMITS)
 
