@@ -29,7 +29,7 @@ from tests.support.network_of_its_own import ELSEWHERE, NEIGHBOURS, OWN
 REPOSITORY = Path(__file__).parents[2]
 NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"
 UNKNOWN = "a" * 64 + ".invalid"
-"""AddressDenied by every resolver before it asks anybody: a label has at most 63 characters."""
+"""Refused by every resolver before it asks anybody: a label has at most 63 characters."""
 NATIVE_BODY = {name: BODY[name] for name in ("prompt", "init_image", "mask_image", "seed")}
 NOT_REACHABLE = {
     "status": "error",
