@@ -1,5 +1,5 @@
 """How well the built-in model does what its card promises, measured with the plain diffusers
-pipeline: `python models/builtin/training/quality.py --out DIR`.
+pipeline: `python -m models.builtin.training.quality --out DIR`.
 
 Writes DIR/builtin_quality.json, .md and .png (a contact sheet). The judges are geometric: colour
 by the nearest palette name in CIELAB, shape by overlap with the four silhouettes. What the judges
