@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.storage.database import read_only
 
 MEASURE_S = 60.0
-"""Between two looks at the clock of a PostgreSQL server."""
+"""Seconds between two measurements of a PostgreSQL server's clock."""
 
 NOW = text("SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)")
 
@@ -17,9 +17,10 @@ NOW = text("SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precisio
 class DatabaseClock:
     """Seconds since the epoch. Safe for several threads.
 
-    With PostgreSQL the server's, whatever the machines of its clients say. SQLite has one machine
-    only, and its time is that of the start of the process: both run on by the process's own steady
-    clock, so that a jump of the machine's changes nothing. steady_clock: monotonic seconds.
+    With PostgreSQL this is the database server's clock, so that all machines agree. SQLite serves
+    one machine, whose wall clock is read once when the process starts. In between, the process's
+    steady clock counts on, so that a jump of the wall clock changes nothing.
+    steady_clock: monotonic seconds.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class DatabaseClock:
         self._measure_at = steady_clock()
 
     def __call__(self) -> float:
-        """Never fails: without an answer of the server the last one counts on."""
+        """Never fails: when the server does not answer, the last measurement stays in use."""
         if self._is_remote and self._steady_clock() >= self._measure_at:
             self._measure_at = self._steady_clock() + MEASURE_S
             self._measure()
@@ -46,16 +47,16 @@ class DatabaseClock:
             with read_only(self._engine) as connection:
                 now: float = connection.execute(NOW).scalar_one()
         except SQLAlchemyError:
-            self._measure_at = self._steady_clock()  # with the next call
+            self._measure_at = self._steady_clock()  # the next call measures again
         else:
             self._offset_s = now - self._steady_clock()
 
 
 class EarlierClock:
-    """Seconds since the epoch: the wall clock or the shared one, whichever says less.
+    """Seconds since the epoch: the wall clock or the database's, whichever is earlier.
 
-    For what cannot be undone. What is old by this clock is old by both, so that one jump of the
-    wall clock, forward or back, makes nothing old at once.
+    For removals, which cannot be undone. A file that is old by this clock is old by both, so that
+    no single jump of the wall clock makes files old at once.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class EarlierClock:
         steady_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._wall_clock = wall_clock
-        self._shared_clock = DatabaseClock(engine, wall_clock, steady_clock)
+        self._database_clock = DatabaseClock(engine, wall_clock, steady_clock)
 
     def __call__(self) -> float:
-        return min(self._wall_clock(), self._shared_clock())
+        return min(self._wall_clock(), self._database_clock())

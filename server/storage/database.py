@@ -29,63 +29,65 @@ logger = get_logger(__name__)
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 POOL_SIZE = 24
-"""Connections that a process keeps open once they were needed."""
+"""Connections that a process keeps open in its pool."""
 
-MORE_CONNECTIONS = 26
-"""Opened at a peak besides. With them there is one for every thread, see `services.py`."""
+POOL_OVERFLOW = 26
+"""Connections opened at a peak besides. With them every thread of `api/services.py` has one."""
 
 POOL_TIMEOUT_S = 5
-"""For a connection of the pool to come free."""
+"""The longest wait for a free connection of the pool."""
 
 CHECKPOINT_PAGES = 4_000
-"""Pages of 4 KiB in SQLite's write-ahead log after which a commit moves them to the database. A new
-job takes some 24 pages: with SQLite's default of 1,000 two commits a second would wait three times
-for the disk when 100 jobs a second arrive."""
+"""Pages of 4 KiB in SQLite's write-ahead log after which a commit checkpoints them. A new job takes
+about 24 pages. At 100 jobs a second SQLite's default of 1,000 would checkpoint, with three fsyncs,
+in two commits of each second."""
 
 WAL_BYTES = 32_000_000
-"""A write-ahead log that grew longer, because readers needed its pages, is cut to this size when
-SQLite begins it anew."""
+"""SQLite truncates the write-ahead log to this size when it restarts the log. A log grows longer
+while readers need its pages."""
 
 BUSY_TIMEOUT_MS = 10_000
-"""For SQLite's lock, while another transaction writes."""
+"""The longest wait for SQLite's lock while another transaction writes."""
 
 SWITCH_PAUSE_MS = 20
+"""Between two attempts to switch the journal."""
 
 FILE_OPTION = "database_file"
 """Execution option of an engine for a SQLite file: its `DatabaseFile`."""
 
-PRIMARY_CODE = 0xFF
-"""The bits of SQLite's result codes that say what is wrong; those above say why."""
+PRIMARY_CODE_MASK = 0xFF
+"""The bits of SQLite's primary result code; the bits above extend it."""
 
 POSTGRESQL = "postgresql+psycopg"
 
-# A line that is cut in silence tells neither side. Without these a call would wait for an answer,
-# and a lock for its holder, until the kernel gives up after hours.
+# Neither side notices when a network drops its packets. Without these limits a call would wait for
+# an answer, and a lock for its holder, until the kernel gives up after hours.
 CONNECT_TIMEOUT_S = 5
 
-SILENT_LINE_S = 15
-"""After which an unanswered byte, or an unanswered question on an idle line, ends a connection."""
+DEAD_PEER_TIMEOUT_S = 15
+"""A connection ends when sent bytes or a keep-alive probe stay unacknowledged for so long."""
 
-IDLE_TRANSACTION_S = 10
-"""Ours do nothing between two statements. One that does belongs to a process that stands still or
-is cut off, and may hold the lock that all submits wait for."""
+IDLE_TRANSACTION_TIMEOUT_S = 10
+"""Our transactions are never idle between two statements. An idle one belongs to a process that is
+suspended or cut off, and may hold the lock that all submits wait for."""
 
-LOCK_S = 20
-"""Twice that: who waits behind such a process still gets its turn."""
+LOCK_TIMEOUT_S = 20
+"""Longer than an idle transaction lasts, so that a transaction behind a suspended process still
+gets the lock."""
 
-STATEMENT_S = 30
-"""Far beyond ours, which count a queue or go through a batch; a migration has no limit."""
+STATEMENT_TIMEOUT_S = 30
+"""Our statements count a queue or change a batch, and take far less. Migrations have no limit."""
 
 
 class Topic(StrEnum):
-    """What PostgreSQL tells listeners of: a channel for each."""
+    """The channels of PostgreSQL's NOTIFY."""
 
     QUEUED = "inpaint_queued"
     """Jobs that a worker may claim."""
     ENDED = "inpaint_ended"
     """Jobs in a terminal state."""
     PROGRESS = "inpaint_progress"
-    """Jobs that were claimed or have come further."""
+    """Jobs that were claimed or made progress."""
 
 
 SqliteVersion = tuple[int, int, int]
@@ -93,14 +95,14 @@ SqliteVersion = tuple[int, int, int]
 SOUND_WAL: SqliteVersion = (3, 51, 3)
 
 SOUND_BACKPORTS: dict[tuple[int, int], SqliteVersion] = {(3, 44): (3, 44, 6), (3, 50): (3, 50, 7)}
-"""SQLite versions without the WAL-reset bug: the first one, and those of two older lines."""
+"""SQLite versions without the WAL-reset bug: the first one, and the backports to older releases."""
 
 MIGRATION_LOCK = 0x1_4E_9A_14
-"""An advisory lock's number: any, but the same for all processes of this server."""
+"""Number of an advisory lock: arbitrary, but the same for all processes of this server."""
 
 
 class DatabaseFileGone(OperationalError):
-    """A SQLite file is not, or no longer, the one under its path. reason: a sentence."""
+    """The path of a SQLite file leads to no file or to another one. reason: a sentence."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(None, None, sqlite.OperationalError(reason))
@@ -111,11 +113,11 @@ class DatabaseFileGone(OperationalError):
 
 
 class DatabaseFile:
-    """The file of a SQLite database, known by its inode from when it was first opened.
+    """The file of a SQLite database, recognized by its inode since it was first opened.
 
-    SQLite goes on with an open file that was moved, removed or replaced: what it commits then is
-    lost at the next start, and nobody reads what others write to the file that has come instead.
-    must_exist: it is not made where it is missing.
+    SQLite keeps using an open file that was moved, removed or replaced. Its commits are then lost
+    at the next start, and other processes write to the new file unseen.
+    must_exist: a missing file is an error; otherwise SQLite creates it.
     """
 
     def __init__(self, path: str, *, must_exist: bool) -> None:
@@ -124,20 +126,20 @@ class DatabaseFile:
         self._opened: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """Raises: DatabaseFileGone where the path leads to another file by now, or to none."""
+        """Raises: DatabaseFileGone when the path now leads to another file, or to none."""
         if self._opened is not None and self._find() != self._opened:
             raise DatabaseFileGone(
                 f"the database file {self._path} was moved, removed or replaced while it was in use"
             )
 
     def before_connect(self, *_arguments: object) -> None:
-        """As an event of the engine. Raises: DatabaseFileGone."""
+        """Listener for the engine's `do_connect`. Raises: DatabaseFileGone."""
         self.check()
         if self._must_exist and self._find() is None:
             raise DatabaseFileGone(f"the database file {self._path} is not there")
 
     def after_connect(self, *_arguments: object) -> None:
-        """As an event of the engine, once the file is there."""
+        """Listener for the engine's `connect`, when the file exists."""
         self._opened = self._opened or self._find()
 
     def _find(self) -> tuple[int, int] | None:
@@ -149,7 +151,10 @@ class DatabaseFile:
 
 
 def check_file(engine: Engine) -> None:
-    """Raises: DatabaseFileGone where a SQLite's file was moved, removed or replaced. A `stat`."""
+    """Check with one `stat` that a SQLite file is still the one that was opened.
+
+    Raises: DatabaseFileGone.
+    """
     file: DatabaseFile | None = engine.get_execution_options().get(FILE_OPTION)
     if file is not None:
         file.check()
@@ -161,11 +166,10 @@ def open_engine(
     *,
     must_exist: bool = False,
 ) -> Engine:
-    """An engine for a SQLAlchemy URL. The folder of a SQLite file is made where it is missing.
+    """An engine for a SQLAlchemy URL. A missing folder of a SQLite file is created.
 
-    Its errors name no parameters: prompts are among them, and errors are logged.
-    must_exist: a SQLite file is not made either; transactions fail until another process has made
-    it.
+    Errors hide statement parameters, because prompts are among them and errors are logged.
+    must_exist: never create the SQLite file; transactions fail until another process creates it.
     """
     if make_url(url).get_backend_name() == "sqlite":
         return _open_sqlite(url, sqlite_version, must_exist)
@@ -175,27 +179,27 @@ def open_engine(
 def _open_postgresql(url: str) -> Engine:
     parsed = make_url(url)
     return create_engine(
-        # In the URL, from where a listening connection takes them too.
+        # In the URL, because a listening connection is opened from the URL too.
         parsed.set(drivername=POSTGRESQL, query=_limits(parsed.query)),
         pool_pre_ping=True,
         pool_size=POOL_SIZE,
-        max_overflow=MORE_CONNECTIONS,
+        max_overflow=POOL_OVERFLOW,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
 
 
 def _limits(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Connection parameters that bound every wait. own: the operator's, which prevail."""
+    """Connection parameters that bound every wait. own: the operator's, which take precedence."""
     settings = {
-        "statement_timeout": STATEMENT_S,
-        "lock_timeout": LOCK_S,
-        "idle_in_transaction_session_timeout": IDLE_TRANSACTION_S,
+        "statement_timeout": STATEMENT_TIMEOUT_S,
+        "lock_timeout": LOCK_TIMEOUT_S,
+        "idle_in_transaction_session_timeout": IDLE_TRANSACTION_TIMEOUT_S,
     }
     options = [f"-c {name}={seconds}s" for name, seconds in settings.items()]
     return {
         "connect_timeout": str(CONNECT_TIMEOUT_S),
-        "tcp_user_timeout": str(SILENT_LINE_S * 1000),
+        "tcp_user_timeout": str(DEAD_PEER_TIMEOUT_S * 1000),
         "keepalives": "1",
         "keepalives_idle": "5",
         "keepalives_interval": "5",
@@ -215,14 +219,14 @@ def _open_sqlite(url: str, version: SqliteVersion, must_exist: bool) -> Engine:
         connect_args={"isolation_level": None},
         pool_use_lifo=True,
         pool_size=POOL_SIZE,
-        max_overflow=MORE_CONNECTIONS,
+        max_overflow=POOL_OVERFLOW,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
     journal_mode = "WAL"
     if not has_sound_wal(version):
-        # API and workers are several processes, so no pool can hold the only connection. With a
-        # rollback journal the lock of the file lets one connection write at a time.
+        # Several processes open the file, so one shared connection cannot avoid the bug. A rollback
+        # journal does: its file lock lets one connection write at a time.
         journal_mode = "DELETE"
         logger.warning(
             "this SQLite can lose commits in WAL mode: using its slower rollback journal",
@@ -239,7 +243,7 @@ def _open_sqlite(url: str, version: SqliteVersion, must_exist: bool) -> Engine:
 
 
 def has_sound_wal(version: SqliteVersion) -> bool:
-    """False where several connections in WAL mode can lose committed transactions."""
+    """False for versions in which several connections in WAL mode can lose commits."""
     repaired = SOUND_BACKPORTS.get(version[:2], SOUND_WAL)
     return version >= repaired
 
@@ -255,15 +259,15 @@ def _set_pragmas(journal_mode: str, connection: sqlite.Connection, _record: obje
 
 
 def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
-    """Does nothing for a database that is in this mode, which the file remembers."""
-    # For this switch alone SQLite does not wait: two processes that open a new file together would
-    # find it locked, in spite of the timeout.
+    """Set the journal mode, which the file stores; a no-op when it is set already."""
+    # SQLite's busy timeout does not cover this switch. Without retries, one of two processes that
+    # open a new file together would fail because the file is locked.
     for _ in range(BUSY_TIMEOUT_MS // SWITCH_PAUSE_MS):
         try:
             connection.execute(f"PRAGMA journal_mode = {mode}")
             return
         except sqlite.OperationalError as error:
-            if code_of(error) != sqlite.SQLITE_BUSY:
+            if result_code(error) != sqlite.SQLITE_BUSY:
                 raise
             time.sleep(SWITCH_PAUSE_MS / 1000)
     connection.execute(f"PRAGMA journal_mode = {mode}")
@@ -271,19 +275,19 @@ def _switch_journal(connection: sqlite.Connection, mode: str) -> None:
 
 def _begin(connection: Connection) -> None:
     # A deferred transaction that turns from reading to writing fails at once when another one
-    # writes, whatever the timeout; taking the lock at the start waits instead. Readers that run
+    # writes, whatever the timeout. IMMEDIATE takes the lock at the start and waits for it. Readers
     # outside a write transaction use `read_only`.
     is_read_only = connection.get_execution_options().get("is_read_only")
     connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
-    # Not before: the file may be replaced while this transaction waits for its lock.
+    # After BEGIN, because the file may be replaced while this transaction waits for its lock.
     check_file(connection.engine)
 
 
-def code_of(error: sqlite.Error) -> int:
-    """SQLite's result code."""
-    # The driver's own complaints have none.
+def result_code(error: sqlite.Error) -> int:
+    """SQLite's primary result code."""
+    # Errors that the driver itself raises have none.
     code: int = getattr(error, "sqlite_errorcode", sqlite.SQLITE_ERROR)
-    return code & PRIMARY_CODE
+    return code & PRIMARY_CODE_MASK
 
 
 @contextmanager
@@ -294,24 +298,21 @@ def read_only(engine: Engine) -> Iterator[Connection]:
 
 
 def notify(connection: Connection, topic: Topic) -> None:
-    """Have PostgreSQL tell listeners of the transaction's changes once, and if, it is committed.
+    """Have PostgreSQL notify listeners when this transaction commits; a no-op with SQLite.
 
-    For transactions that have changed rows of the topic only: every listener looks at the database
-    for each. SQLite's readers see commits by themselves.
+    Call it only after a change to rows of the topic, because every listener then reads the
+    database. SQLite's readers detect commits by `PRAGMA data_version`.
     """
     if connection.dialect.name != "sqlite":
         connection.exec_driver_sql(f"NOTIFY {topic}")
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the schema to this version; does nothing where it is.
-
-    Processes that migrate at once do it one after the other.
-    """
+    """Bring the schema to this version. Processes that migrate together do it one by one."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with engine.begin() as connection:
-        if engine.dialect.name != "sqlite":  # there the transaction itself is the lock
+        if engine.dialect.name != "sqlite":  # SQLite's write transaction is the lock itself
             for limit in ("statement_timeout", "lock_timeout"):
                 connection.exec_driver_sql(f"SET LOCAL {limit} = 0")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
@@ -330,7 +331,7 @@ def open_migrated(url: str) -> Engine:
 
 
 def why_unusable(url: str, error: Exception) -> str:
-    """Which database it is, and what is wrong with it; never the password."""
+    """A sentence that names the database and the reason, without the password."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -345,6 +346,6 @@ def why_unusable(url: str, error: Exception) -> str:
         return f"database {parsed.database} at {where} cannot be used: {reason}"
     cause = getattr(error, "orig", error)
     damaged = (sqlite.SQLITE_NOTADB, sqlite.SQLITE_CORRUPT)
-    if isinstance(cause, sqlite.Error) and code_of(cause) in damaged:
+    if isinstance(cause, sqlite.Error) and result_code(cause) in damaged:
         return f"database {parsed.database} is damaged, or no SQLite file: {reason}"
     return f"database {parsed.database} cannot be used by uid {os.geteuid()}: {reason}"

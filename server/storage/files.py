@@ -1,4 +1,4 @@
-"""Where pictures and inputs lie: a local folder or an object store, behind eight calls."""
+"""Storage of pictures and inputs: a local folder or an object store behind seven calls."""
 
 import contextlib
 import os
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
     from obstore import GetResult
     from obstore.store import ClientConfig, RetryConfig
 
-PIECE_BYTES = 65_536
-"""What is held for a client that takes its picture slowly."""
+CHUNK_BYTES = 65_536
+"""Memory held for a client that receives its picture slowly."""
 
-READ_S = 5
-"""For an object store to connect, and for the next bytes of its answer: one that hangs is not
-waited for longer. Slow ones are."""
+READ_TIMEOUT_S = 5
+"""For an object store to connect, and for the next bytes of its answer. A store that hangs is given
+up, a slow one is not."""
 
-STREAM_S = 300
-"""For a whole file, which a client may take slowly."""
+STREAM_TIMEOUT_S = 300
+"""For a whole file, which a client may receive slowly."""
 
-READ_AGAIN_S = 2
-"""How long a refused call is made again; one that has hung for `READ_S` is not."""
+READ_RETRY_S = 2
+"""How long a failed call is retried. A call that reached `READ_TIMEOUT_S` is not retried."""
 
-PUT_S, PUT_AGAIN_S = 15, 10
-"""The same for storing a whole file, which is worth more patience."""
+PUT_TIMEOUT_S, PUT_RETRY_S = 15, 10
+"""The same limits for storing a whole file. They are longer, because a failed put loses a job's
+result."""
 
 MAX_RETRIES = 3
 
 CLIENT_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
-"""Where the environment has options of an object store's client, by the scheme of its URL."""
+"""Prefix of the environment variables for an object store's client, by the URL's scheme."""
 
 CLIENT_OPTIONS = (
     "allow_http",
@@ -55,15 +56,18 @@ CLIENT_OPTIONS = (
 )
 
 CONTENT_TYPES = {".png": "image/png"}
-"""What an object store tells browsers of a file, by its suffix."""
+"""The `Content-Type` that an object store sends with a file, by its suffix."""
 
 PROBE_BYTES = 1_000_000
-"""Of a probe: what the input of a picture at 512×512 takes."""
+"""Size of a probe: that of an input at 512×512."""
 
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 UNFINISHED = ".unfinished"
-"""Suffix of a file that is being written; the janitor finds what a crash left of it."""
+"""Suffix of a file that is being written. `jobs/retention.py` removes what a crash leaves."""
+
+MISSING = (NotFoundError, FileNotFoundError)
+"""What obstore raises for a key that does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,25 +92,25 @@ class Storage:
         else:
             options = client_options(url)
             read: ClientConfig = {
-                "connect_timeout": f"{READ_S}s",
-                "read_timeout": f"{READ_S}s",
-                "timeout": f"{STREAM_S}s",
+                "connect_timeout": f"{READ_TIMEOUT_S}s",
+                "read_timeout": f"{READ_TIMEOUT_S}s",
+                "timeout": f"{STREAM_TIMEOUT_S}s",
             }
             self._store = from_url(
-                url, client_options=read | options, retry_config=retries(READ_AGAIN_S)
+                url, client_options=read | options, retry_config=retry_config(READ_RETRY_S)
             )
             self._puts = from_url(
                 url,
-                client_options={"timeout": f"{PUT_S}s", **options},
-                retry_config=retries(PUT_AGAIN_S),
+                client_options={"timeout": f"{PUT_TIMEOUT_S}s", **options},
+                retry_config=retry_config(PUT_RETRY_S),
             )
 
     def put(self, key: str, content: bytes) -> None:
-        """Store; readers see all of it or nothing, and once this returns it survives a power cut.
+        """Store a file atomically. It survives a power cut once this returns.
 
         Raises: StorageUnavailable.
         """
-        with telling_of(f"cannot write {key}"):
+        with storage_errors(f"cannot write {key}"):
             if self._folder is None:
                 kind = CONTENT_TYPES.get(os.path.splitext(key)[1], "application/octet-stream")
                 self._puts.put(key, content, attributes={"Content-Type": kind})
@@ -114,65 +118,51 @@ class Storage:
             write(os.path.join(self._folder, relative_path(key)), content)
 
     def get(self, key: str) -> bytes | None:
-        """The content, None where there is none. Raises: StorageUnavailable."""
-        try:
+        """The content, None for a missing key. Raises: StorageUnavailable."""
+        with storage_errors(f"cannot read {key}"), contextlib.suppress(*MISSING):
             return bytes(self._store.get(key).bytes())
-        except (NotFoundError, FileNotFoundError):
-            return None
-        except (BaseError, OSError) as error:
-            raise StorageUnavailable(f"cannot read {key}") from error
+        return None
 
     def open(self, key: str) -> tuple[int, Iterator[bytes]] | None:
-        """The size in bytes, and the content in pieces of 64 KiB; None where there is none.
+        """The size in bytes, and the content in chunks of 64 KiB; None for a missing key.
 
-        Raises: StorageUnavailable, also while pieces are read.
+        Raises: StorageUnavailable, also while chunks are read.
         """
-        try:
+        with storage_errors(f"cannot read {key}"), contextlib.suppress(*MISSING):
             found = self._store.get(key)
-        except (NotFoundError, FileNotFoundError):
-            return None
-        except (BaseError, OSError) as error:
-            raise StorageUnavailable(f"cannot read {key}") from error
-        return found.meta["size"], self._pieces(key, found)
+            return found.meta["size"], self._chunks(key, found)
+        return None
 
-    def _pieces(self, key: str, found: "GetResult") -> Iterator[bytes]:
-        try:
-            for piece in found.stream(min_chunk_size=PIECE_BYTES):
-                yield bytes(piece)
-        except (BaseError, OSError) as error:
-            raise StorageUnavailable(f"cannot read {key}") from error
+    def _chunks(self, key: str, found: "GetResult") -> Iterator[bytes]:
+        with storage_errors(f"cannot read {key}"):
+            for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
 
     def probe(self, key: str) -> None:
-        """Write a file and remove it, to see that the store takes files.
+        """Write a file and remove it, to check that the store accepts files.
 
-        As large as a usual input, because a disk that is nearly full still takes small ones.
+        The file is as large as a usual input, because a nearly full disk still takes small files.
         Raises: StorageUnavailable.
         """
         content = bytes(PROBE_BYTES)
         if self._folder is None:
-            # With the patience of reads: who asks wants to know now.
-            with telling_of("cannot write"):
+            # With the short timeouts of reads, because a request may wait for the probe.
+            with storage_errors("cannot write"):
                 self._store.put(key, content)
         else:
             self.put(key, content)
         self.delete(key)
 
     def has(self, key: str) -> bool:
-        """Whether there is such a key. Raises: StorageUnavailable."""
-        try:
+        """Whether the key exists. Raises: StorageUnavailable."""
+        with storage_errors(f"cannot look up {key}"), contextlib.suppress(*MISSING):
             self._store.head(key)
-        except (NotFoundError, FileNotFoundError):
-            return False
-        except (BaseError, OSError) as error:
-            raise StorageUnavailable(f"cannot look for {key}") from error
-        return True
+            return True
+        return False
 
     def delete(self, key: str) -> None:
-        """Remove; a missing key is fine. Raises: StorageUnavailable."""
-        with (
-            telling_of(f"cannot delete {key}"),
-            contextlib.suppress(NotFoundError, FileNotFoundError),
-        ):
+        """Remove a key, which may be missing. Raises: StorageUnavailable."""
+        with storage_errors(f"cannot delete {key}"), contextlib.suppress(*MISSING):
             self._store.delete(key)
 
     def list(self, folder: str, batch: int = 500) -> Iterator[list[StoredFile]]:
@@ -180,17 +170,15 @@ class Storage:
 
         A missing folder is empty. Raises: StorageUnavailable.
         """
-        try:
+        with storage_errors(f"cannot list {folder}"):
             for chunk in self._store.list(folder, chunk_size=batch):
                 yield [
                     StoredFile(each["path"], each["last_modified"].timestamp()) for each in chunk
                 ]
-        except (BaseError, OSError) as error:
-            raise StorageUnavailable(f"cannot list {folder}") from error
 
 
 def client_options(url: str) -> "ClientConfig":
-    """What the environment says of an object store's client, which options of ours would hide."""
+    """Client options from the environment, which obstore ignores once it gets any options."""
     prefix = CLIENT_VARIABLES.get(url.partition(":")[0], "AWS_")
     found = {
         name.removeprefix(prefix).lower(): value
@@ -200,14 +188,14 @@ def client_options(url: str) -> "ClientConfig":
     return cast("ClientConfig", {name: found[name] for name in CLIENT_OPTIONS if name in found})
 
 
-def retries(again_s: float) -> "RetryConfig":
-    """How a call of an object store is made again. again_s: not later than this after the first."""
-    return {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=again_s)}
+def retry_config(timeout_s: float) -> "RetryConfig":
+    """Retries of one object store call. timeout_s: from the first attempt to the last retry."""
+    return {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=timeout_s)}
 
 
 @contextlib.contextmanager
-def telling_of(failure: str) -> Iterator[None]:
-    """What goes wrong inside as `StorageUnavailable`."""
+def storage_errors(failure: str) -> Iterator[None]:
+    """Turn the errors of obstore and the operating system into `StorageUnavailable`."""
     try:
         yield
     except (BaseError, OSError) as error:
@@ -215,7 +203,7 @@ def telling_of(failure: str) -> Iterator[None]:
 
 
 def relative_path(key: str) -> str:
-    """Where below a local store's folder a key lies. Raises: ValueError for a way out of it."""
+    """A key's path below the store's folder. Raises: ValueError for a path traversal."""
     parts = [part for part in key.split("/") if part]
     if {".", ".."} & {*parts}:
         raise ValueError(f"illegal character sequence in {key!r}")
@@ -223,7 +211,7 @@ def relative_path(key: str) -> str:
 
 
 def write(path: str, content: bytes) -> None:
-    """Write a file that readers see whole or not at all, and that survives a power cut.
+    """Write a file atomically and durably: write, fsync, rename, fsync the folder.
 
     Raises: OSError.
     """
@@ -241,23 +229,23 @@ def write(path: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise
-    # The name is durable once the folder is fsynced.
-    sync_folder(folder)
+    # The new name is durable only after an fsync of the folder.
+    fsync_folder(folder)
 
 
 def make_folder(folder: str) -> None:
-    """Make a folder, and those above it, so that they survive a power cut. Raises: OSError."""
+    """Make a folder and its parents durably. Raises: OSError."""
     if os.path.isdir(folder):
         return
-    above = os.path.dirname(folder)
-    make_folder(above)
+    parent = os.path.dirname(folder)
+    make_folder(parent)
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
-    sync_folder(above)
+    fsync_folder(parent)
 
 
-def sync_folder(folder: str) -> None:
-    """Bring the names in a folder to the disk. Raises: OSError."""
+def fsync_folder(folder: str) -> None:
+    """Make the names in a folder durable. Raises: OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

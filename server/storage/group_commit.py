@@ -1,7 +1,7 @@
-"""`GroupCommit`: group commit, so that writes which arrive together share one fsync.
+"""`GroupCommit`: writes that arrive together share one transaction and one fsync.
 
-A commit takes as long as the disk takes to fsync, whatever the transaction holds. On a disk of 4 ms
-one commit a job would bound a server to some hundred jobs a second.
+A commit takes as long as the disk's fsync, however much the transaction holds. On a disk that takes
+4 ms, one commit per job would limit a server to some hundred jobs a second.
 """
 
 import threading
@@ -24,8 +24,8 @@ class WriteFailed(Exception):
 class GroupCommit(Generic[T, R]):
     """Shared transactions for the threads of one process.
 
-    write: makes one item's writes. It may refuse an item by an `ApiError`, before it has written
-        anything for it.
+    write: makes one item's writes. It may refuse an item by an `ApiError`, but only before its
+        first write for that item.
     """
 
     def __init__(self, engine: Engine, write: Callable[[Connection, T], R]) -> None:
@@ -38,13 +38,13 @@ class GroupCommit(Generic[T, R]):
     def run(self, item: T) -> R:
         """Write an item and wait until it is durable.
 
-        Raises: what `write` raises for this item, and then nothing of it is kept; what the commit
-        raises, and then nobody knows whether it is kept.
+        Raises: what `write` raises for this item, which is rolled back then; what the commit
+        raises, after which the item may or may not be durable.
         """
         outcome: Future[R] = Future()
         with self._waiting_lock:
             self._waiting.append((item, outcome))
-        # Whoever gets the lock commits for all who wait for it; the others find theirs done.
+        # The thread that gets the lock commits for all; the others then find their items done.
         with self._commit_lock:
             if not outcome.done():
                 with self._waiting_lock:
@@ -58,7 +58,7 @@ class GroupCommit(Generic[T, R]):
         except WriteFailed as failed:
             if len(group) == 1:
                 group[0][1].set_exception(failed.__cause__)
-            else:  # each alone, so that one bad item does not sink its neighbours
+            else:  # each alone, so that one bad item does not fail the others
                 for member in group:
                     self._commit([member])
         except Exception as error:  # noqa: BLE001 - every member of the group raises it
@@ -72,7 +72,7 @@ class GroupCommit(Generic[T, R]):
                     outcome.set_result(result)
 
     def _attempt(self, items: Sequence[T]) -> list[R | ApiError]:
-        """Raises: WriteFailed; what kept the transaction from beginning or from its commit."""
+        """Raises: WriteFailed; any error of BEGIN or COMMIT."""
         with self._engine.begin() as connection:
             return [self._write_or_refuse(connection, item) for item in items]
 

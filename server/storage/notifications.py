@@ -1,4 +1,4 @@
-"""PostgreSQL's word of others' commits: `database.notify` sends it, who listens here gets it."""
+"""PostgreSQL's LISTEN, which receives what `database.notify` sends at each commit."""
 
 import time
 from collections.abc import Collection
@@ -12,31 +12,31 @@ from server.storage.database import Topic
 
 
 class Notifications:
-    """A `Watch` of `changes.py`. look_anyway_s: how long silence is believed."""
+    """A `ChangeSource`. refresh_s: see `notify.REFRESH_S`."""
 
     errors: ClassVar[tuple[type[Exception], ...]] = (SQLAlchemyError, psycopg.Error)
 
-    def __init__(self, engine: Engine, topics: Collection[Topic], look_anyway_s: float) -> None:
+    def __init__(self, engine: Engine, topics: Collection[Topic], refresh_s: float) -> None:
         self._engine = engine
         self._topics = topics
-        self._look_anyway_s = look_anyway_s
+        self._refresh_s = refresh_s
         self._connection: psycopg.Connection[Any] | None = None
-        self._said_yes_at = 0.0
+        self._reported_at = 0.0
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         if self._connection is None:
             self._connection = self._listen()
             is_new = True
         else:
             is_new = bool([*self._connection.notifies(timeout=0)])
         now = time.monotonic()
-        if is_new or now - self._said_yes_at >= self._look_anyway_s:
-            self._said_yes_at = now
+        if is_new or now - self._reported_at >= self._refresh_s:
+            self._reported_at = now
             return True
         return False
 
     def _listen(self) -> psycopg.Connection[Any]:
-        # Not of the pool, which would reset it: a listening connection is never between two uses.
+        # Not from the pool, which would reset the connection and so end its LISTEN.
         args, options = self._engine.dialect.create_connect_args(self._engine.url)
         connection = psycopg.connect(*args, autocommit=True, **options)
         for topic in self._topics:

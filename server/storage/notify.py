@@ -1,4 +1,4 @@
-"""`ChangeSignal`: whether others have written to the database, for threads that wait for it."""
+"""`ChangeSignal`: detects commits of other connections, for threads that wait for them."""
 
 from collections.abc import Collection
 from typing import ClassVar, Protocol
@@ -10,40 +10,39 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from server.storage.database import Topic
 
-LOOK_ANYWAY_S = 1.0
-"""A connection may be dead without anybody knowing: PostgreSQL's silence is believed no longer."""
+REFRESH_S = 1.0
+"""Without a notification from PostgreSQL a change is reported after so long all the same, because
+a listening connection may be dead unnoticed."""
 
 
 class ChangeSignal:
-    """Tells whether anybody else has committed since the last look, without a lock or a query.
+    """Whether another connection has committed since the last poll, without a lock or a query.
 
-    A look costs microseconds and may say yes for nothing. With SQLite it sees every commit that has
-    returned; PostgreSQL's word of one comes some milliseconds later. Belongs to one thread.
-    topics: of which PostgreSQL tells. look_anyway_s: see `LOOK_ANYWAY_S`.
+    A poll costs microseconds and may report a change that is none. SQLite reports every commit that
+    has returned; PostgreSQL's notification arrives some milliseconds later. For one thread.
+    topics: the channels PostgreSQL listens to. refresh_s: see `REFRESH_S`.
     """
 
     def __init__(
         self,
         engine: Engine,
         topics: Collection[Topic] = tuple(Topic),
-        look_anyway_s: float = LOOK_ANYWAY_S,
+        refresh_s: float = REFRESH_S,
     ) -> None:
         if engine.dialect.name == "sqlite":
-            self._watch: Watch = DataVersion(engine)
+            self._source: ChangeSource = DataVersion(engine)
             return
-        # PostgreSQL's driver is 8 MB that others do not need.
+        # PostgreSQL's driver takes 8 MB, so a process on SQLite does not load it.
         from server.storage.notifications import Notifications
 
-        self._watch = Notifications(engine, topics, look_anyway_s)
+        self._source = Notifications(engine, topics, refresh_s)
 
     def has_changed(self) -> bool:
-        """Also yes where the database fails: who looks closer meets the error where it is
-        handled.
-        """
+        """Also true when the database fails: the caller's next read raises the error."""
         try:
-            return self._watch.look()
-        except self._watch.errors:
-            self._watch.close()
+            return self._source.poll()
+        except self._source.errors:
+            self._source.close()
             return True
 
     def __enter__(self) -> "ChangeSignal":
@@ -53,24 +52,24 @@ class ChangeSignal:
         self.close()
 
     def close(self) -> None:
-        """Give the connection back."""
-        self._watch.close()
+        """Return the connection to the pool."""
+        self._source.close()
 
 
-class Watch(Protocol):
-    """How one kind of database tells of others' commits. errors: where it fails."""
+class ChangeSource(Protocol):
+    """How one kind of database reports other connections' commits. errors: what `poll` raises."""
 
     errors: ClassVar[tuple[type[Exception], ...]]
 
-    def look(self) -> bool:
-        """Whether there were any since the last look; connects where it is not connected."""
+    def poll(self) -> bool:
+        """Whether there were commits since the last poll; connects first if necessary."""
 
     def close(self) -> None:
-        """The next look connects anew, and says yes."""
+        """Disconnect. The next poll connects again and reports a change."""
 
 
 class DataVersion:
-    """SQLite counts others' commits for each connection: `PRAGMA data_version`."""
+    """SQLite counts the commits of other connections: `PRAGMA data_version`."""
 
     errors: ClassVar[tuple[type[Exception], ...]] = (SQLAlchemyError, sqlite.Error)
 
@@ -79,8 +78,8 @@ class DataVersion:
         self._connection: PoolProxiedConnection | None = None
         self._version: int | None = None
 
-    def look(self) -> bool:
-        # The driver's own connection: a look happens a hundred times a second.
+    def poll(self) -> bool:
+        # The driver's own connection, because a poll happens a hundred times a second.
         self._connection = self._connection or self._engine.raw_connection()
         cursor = self._connection.cursor()
         cursor.execute("PRAGMA data_version")

@@ -23,16 +23,16 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
-# Float is double precision in both databases. JSON rather than JSONB: it keeps a text as it came,
-# and takes the escaped NUL that a prompt may hold.
-Id = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER numbers rows in SQLite
+# Float is double precision in both databases. JSON rather than JSONB: JSON keeps a text unchanged
+# and accepts the escaped NUL that a prompt may hold.
+Id = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows for INTEGER only
 
 
 class JsonScalar(TypeDecorator[Any]):
     """Any JSON value, kept as text.
 
-    SQLite would keep a lone number in a column of type JSON as a number of its own: 1.0 would come
-    back as 1, and an integer beyond 64 bits as a float.
+    In a column of type JSON, SQLite would convert a lone number: 1.0 would come back as 1, and an
+    integer beyond 64 bits as a float.
     """
 
     impl = Text
@@ -54,7 +54,7 @@ jobs = Table(
     Column("dialect", Text, nullable=False),
     Column("request", JSON, nullable=False),
     Column("params", JSON, nullable=False),
-    # The sentinel: many rows come with one statement, and their ids are told apart by it.
+    # The sentinel: when one statement inserts many rows, it matches each row with its id.
     Column("file_prefix", Text, nullable=False, unique=True, insert_sentinel=True),
     Column("work", Float, nullable=False),
     Column("priority", Integer, nullable=False, server_default="0"),
@@ -85,7 +85,7 @@ jobs = Table(
         name="running_has_lease",
     ),
     CheckConstraint("(state = 'failed') = (error IS NOT NULL)", name="failed_has_error"),
-    # Ids go out to clients and must never be given twice, not even after the newest row is deleted.
+    # Clients keep ids, so an id must never be used twice, even after the newest row is deleted.
     sqlite_autoincrement=True,
 )
 
@@ -96,7 +96,7 @@ Index("jobs_by_state", jobs.c.state, jobs.c.id)
 Index("jobs_by_key", jobs.c.key_id, jobs.c.id)
 
 
-# What `turns.py` asks: who is next, and where a new job comes in.
+# For `jobs/fair_queue.py`: the next job, and the position of a new one.
 Index("jobs_in_order", jobs.c.state, jobs.c.priority.desc(), jobs.c.turn, jobs.c.id)
 
 
@@ -109,7 +109,7 @@ Index("jobs_by_turn", jobs.c.priority, jobs.c.turn)
 Index("jobs_by_turn_of_key", jobs.c.key_id, jobs.c.priority, jobs.c.turn)
 
 
-# What `janitor.py` asks: which pictures and which rows are old.
+# For `jobs/retention.py`: pictures and rows that are old enough to remove.
 UNEXPIRED = text("expired_at IS NULL")
 
 
@@ -138,7 +138,7 @@ idempotency_keys = Table(
     Column("key_id", Text, primary_key=True),
     Column("key", Text, primary_key=True),
     Column("body_sha256", Text, nullable=False),
-    # Deferred: the key is taken before the job's row is written.
+    # Deferred, because the key is reserved before the job's row is written.
     Column(
         "file_prefix",
         Text,

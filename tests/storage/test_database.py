@@ -29,7 +29,7 @@ from server.jobs.submissions import SUBMIT_LOCK
 from server.storage.database import (
     MIGRATION_LOCK,
     MIGRATIONS,
-    MORE_CONNECTIONS,
+    POOL_OVERFLOW,
     POOL_SIZE,
     DatabaseFileGone,
     SqliteVersion,
@@ -221,8 +221,8 @@ class TestLimitsOfWaiting:
                     assert not migrating.done()
             migrating.result(HEARING_S)
 
-    def test_kernel_ends_a_silent_line(self, address: URL) -> None:
-        """Of the pool's connections and of a listening one."""
+    def test_kernel_ends_a_dead_connection(self, address: URL) -> None:
+        """The pool's connections and a listening one."""
         folder = Path(str(address.query["host"]))
         (server,) = folder.glob(".s.PGSQL.*[0-9]")
         wanted = {
@@ -242,7 +242,7 @@ class TestLimitsOfWaiting:
             with engine.connect() as connection:
                 sockets = [
                     connection.connection.driver_connection.fileno(),  # type: ignore[union-attr]
-                    signal._watch._connection.fileno(),  # type: ignore[attr-defined]
+                    signal._source._connection.fileno(),  # type: ignore[attr-defined]
                 ]
                 for number in sockets:
                     with socket.socket(fileno=os.dup(number)) as line:
@@ -279,7 +279,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 def test_pool_has_a_connection_for_every_thread(engine: Engine) -> None:
     """Of the API process: of the store, the webhooks, the janitor, the watcher."""
-    in_all = POOL_SIZE + MORE_CONNECTIONS
+    in_all = POOL_SIZE + POOL_OVERFLOW
     assert STORE_THREADS + DATABASE_THREADS + 1 + 2 + 1 <= in_all
     with ExitStack() as stack:
         for _ in range(in_all):
@@ -442,7 +442,7 @@ class TestChangeSignal:
         name = postgres_server.create_migrated()
         with (
             opened(str(postgres_server.url(name))) as engine,
-            ChangeSignal(engine, look_anyway_s=0) as signal,
+            ChangeSignal(engine, refresh_s=0) as signal,
         ):
             assert [signal.has_changed() for _ in range(3)] == [True] * 3
         postgres_server.drop(name)
