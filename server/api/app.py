@@ -33,7 +33,7 @@ from server.egress.client import EgressClient, listeners_of
 from server.egress.downloads import ImageDownloader
 from server.jobs.estimates import Estimator
 from server.jobs.job import INPUT_FOLDER
-from server.jobs.leases import LOOK_S
+from server.jobs.leases import CHECK_INTERVAL_S
 from server.jobs.retention import Janitor
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
@@ -189,7 +189,7 @@ async def watch_workers(services: Services) -> None:
     while True:
         try:
             await services.in_store_thread(services.store.requeue_expired)
-            await services.in_store_thread(services.store.workers.forget_silent)
+            await services.in_store_thread(services.store.workers.remove_dead)
         except SQLAlchemyError:
             logger.exception("workers cannot be watched")
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(CHECK_INTERVAL_S)

@@ -39,7 +39,7 @@ class StoredFigures(Collector):
 
     def _read(self) -> Iterator[Metric]:
         wait_s = self._estimator.forecast().wait_s
-        seen = self._store.workers.seen()
+        seen = self._store.workers.alive()
         with read_only(self._engine) as connection:
             in_state = dict(count_by(connection, jobs.c.state))
             sentences = count_by(connection, jobs.c.error)

@@ -77,7 +77,7 @@ async def workers_seen(services: Services) -> list[WorkerStatus]:
         return []
     try:
         async with asyncio.timeout(PROBE_PATIENCE_S):
-            return await services.in_store_thread(services.store.workers.seen)
+            return await services.in_store_thread(services.store.workers.alive)
     except (TimeoutError, SQLAlchemyError) as error:
         services.health.note(Store.DATABASE, error)
     return []

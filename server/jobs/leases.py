@@ -1,53 +1,164 @@
-"""`HeartbeatMonitor`: how long somebody has said nothing, whatever the wall clocks say.
+"""Leases on running jobs: claim, heartbeat, fencing token, and when a lease expires.
 
-Workers show that they live, and that they still hold a job, by writing the time into a row. To
-another process that time is a word like any other: machines' clocks differ, and each may jump by
-days. So it is compared with the word before it and never with a clock. Who watches counts, by its
-own steady clock, for how long the same word has stood there.
+A claim gives a worker a lease and the job's next fencing token. Every later statement of the worker
+names that token, and has no effect once a newer claim exists. The worker renews the lease by a
+heartbeat, and a lease without heartbeats for `LEASE_S` expires.
+
+A heartbeat is a time that the worker writes into a row. Other processes never compare it with a
+clock, because clocks of machines differ and may jump by days. They compare it with the heartbeat
+before: `HeartbeatMonitor` counts, by the observer's own steady clock, for how long it has not
+changed. `JobStore` runs the statements below.
 """
 
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import ColumnElement, Float, bindparam, case, func, select, update
+
+from server.jobs.fair_queue import IS_WAITING, ORDER
+from server.jobs.job import Job, JobState
+from server.storage.tables import jobs
 
 K = TypeVar("K")
 
-LOOK_S = 5.0
-"""Between two looks."""
+LEASE_S = 35.0
+"""Two more checks pass before a lost job is queued again: 45 s in all."""
 
-LONGEST_GAP_S = 2 * LOOK_S
-"""A longer time without a look counts as so much. The database may have been away, or the whole
-machine asleep: nobody could speak then, and all would seem dead at the first look afterwards."""
+CHECK_INTERVAL_S = 5.0
+"""Between two checks of the heartbeats."""
+
+MAX_GAP_S = 2 * CHECK_INTERVAL_S
+"""A longer time between two checks counts as so much. The database may have been unreachable, or
+the machine suspended. No worker could write a heartbeat then, and all would seem dead."""
+
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
+"""What every statement that changes jobs returns, for notifications and the outbox."""
+
+# Statements that every job needs are built once, because building one costs more than running it.
+
+# Claim: choose waiting jobs, then give each a lease and a fencing token.
+
+MAX_COUNTED = 1_000
+"""Waiting jobs counted for a worker's share. With more, all workers are full anyway."""
+
+COUNT_WAITING = select(func.count()).select_from(
+    select(jobs.c.id).where(IS_WAITING).limit(MAX_COUNTED).subquery()
+)
+COUNT_HELD = (
+    select(jobs.c.worker_id, func.count().label("jobs"))
+    .where(jobs.c.state == JobState.RUNNING)
+    .group_by(jobs.c.worker_id)
+)
+LOCK_NEXT = (
+    select(jobs.c.id, jobs.c.attempt, jobs.c.created_at)
+    .where(IS_WAITING)
+    .order_by(*ORDER)
+    .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True)
+)
+QUEUED_S = bindparam("shared_now", type_=Float) - jobs.c.submitted_s
+"""Below 0 where the clocks of the two processes differ a little."""
+
+CLAIM = (
+    update(jobs)
+    .where(
+        jobs.c.id.in_(bindparam("chosen", expanding=True)),
+        jobs.c.state == JobState.QUEUED,
+    )
+    .values(
+        state=JobState.RUNNING,
+        worker_id=bindparam("claimed_by"),
+        heartbeat_at=bindparam("now"),
+        started_at=bindparam("now"),
+        queued_s=case((QUEUED_S < 0, 0.0), else_=QUEUED_S),
+        attempt=jobs.c.attempt + 1,
+        fencing_token=jobs.c.fencing_token + 1,
+        preview_step=None,
+    )
+    .returning(jobs)
+)
+
+# Changes by the holder of the lease, each guarded by the fencing token.
+
+
+def is_held(job_id: Any, fencing_token: Any) -> ColumnElement[bool]:
+    """The job runs, and this fencing token is its latest."""
+    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.fencing_token == fencing_token)
+    return is_claim & (jobs.c.state == JobState.RUNNING)
+
+
+HELD = is_held(bindparam("held_id"), bindparam("held_token"))
+
+
+def held(job: Job) -> dict[str, int]:
+    """The parameters of `HELD`."""
+    return {"held_id": job.id, "held_token": job.fencing_token}
+
+
+HEARTBEAT = (
+    update(jobs)
+    .where(HELD)
+    .values(
+        heartbeat_at=bindparam("now"),
+        step=bindparam("done"),
+        total_steps=bindparam("in_all"),
+        preview_step=bindparam("shown"),
+    )
+    .returning(*CHANGED)
+)
+FINISH = (
+    update(jobs)
+    .where(HELD)
+    .values(
+        state=JobState.FINISHED,
+        finished_at=bindparam("now"),
+        worker_id=None,
+        heartbeat_at=None,
+        run_s=bindparam("took_s"),
+        flagged=bindparam("verdicts", type_=jobs.c.flagged.type),
+        step=jobs.c.total_steps,
+    )
+    .returning(*CHANGED)
+)
+
+# Expiry: heartbeats of all running jobs, for a `HeartbeatMonitor`.
+
+RUNNING = select(jobs.c.id, jobs.c.fencing_token, jobs.c.heartbeat_at).where(
+    jobs.c.state == JobState.RUNNING
+)
 
 
 class HeartbeatMonitor(Generic[K]):
-    """Of many speakers, each known by a key. Safe for several threads. clock: steady seconds."""
+    """For how long heartbeats have not changed. Safe for several threads. clock: steady seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._looked_at = clock()
-        self._heard: dict[K, tuple[float, float]] = {}
+        self._checked_at = clock()
+        self._last: dict[K, tuple[float, float]] = {}
 
-    def look(
-        self, words: Mapping[K, float], guess: Callable[[float], float] = lambda word: 0.0
+    def silent_s(
+        self,
+        heartbeats: Mapping[K, float],
+        initial_s: Callable[[float], float] = lambda heartbeat: 0.0,
     ) -> dict[K, float]:
-        """Seconds for which each has been silent, as far as has been seen here.
+        """Seconds since each heartbeat changed, as far as this process has observed.
 
-        words: the last one of everybody there is; who is missing is forgotten.
-        guess: the seconds that somebody starts with who was not there at the look before.
+        heartbeats: the latest one of every sender. A sender that is missing is removed.
+        initial_s: by a heartbeat, the seconds to start with for a sender that is new.
         """
         with self._lock:
             now = self._clock()
-            gap_s = min(now - self._looked_at, LONGEST_GAP_S)
-            self._looked_at = now
-            heard = {}
-            for who, word in words.items():
-                last, silent_s = self._heard.get(who, (None, 0.0))
+            gap_s = min(now - self._checked_at, MAX_GAP_S)
+            self._checked_at = now
+            current = {}
+            for sender, heartbeat in heartbeats.items():
+                last, silent_s = self._last.get(sender, (None, 0.0))
                 if last is None:
-                    heard[who] = (word, guess(word))
+                    current[sender] = (heartbeat, initial_s(heartbeat))
                 else:
-                    heard[who] = (word, silent_s + gap_s if word == last else 0.0)
-            self._heard = heard
-            return {who: silent_s for who, (_, silent_s) in heard.items()}
+                    current[sender] = (heartbeat, silent_s + gap_s if heartbeat == last else 0.0)
+            self._last = current
+            return {sender: silent_s for sender, (_, silent_s) in current.items()}

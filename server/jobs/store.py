@@ -5,15 +5,12 @@
       └──requeue────────┘ └──(third lost attempt)──> failed
     queued or running ──cancel──> cancelled
 
-A claim gives a lease and a fencing token. `heartbeat`, `finish`, `fail` and `release` name the
-token, and have no effect once the job was given to another worker. The token only ever grows,
-unlike the count of attempts, of which a released one is taken back.
+A claim gives a lease and a fencing token (`leases.py`). `heartbeat`, `finish`, `fail` and `release`
+name the token, and have no effect once another worker has claimed the job. The token only grows,
+while `release` takes back an attempt.
 
-A lease runs out when its holder has sent no heartbeat for `LEASE_S`, as the process that looks has
-seen by its own steady clock (`silence.py`). No time of a row is compared with any clock for that.
-
-Times of rows are the wall clock's and are for people: that clock may jump. Durations come from the
-steady clock of the process that measured them, and are stored as such.
+Times in rows come from the wall clock, which may jump, and are for people. Durations come from the
+steady clock of the process that measured them.
 """
 
 import itertools
@@ -28,11 +25,9 @@ from sqlalchemy import (
     Connection,
     Engine,
     Executable,
-    Float,
     Row,
     bindparam,
     case,
-    func,
     insert,
     select,
     tuple_,
@@ -40,7 +35,7 @@ from sqlalchemy import (
 )
 
 from server.jobs.estimates import Forecast, read_forecast
-from server.jobs.fair_queue import IS_WAITING, ORDER
+from server.jobs.fair_queue import ORDER
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import (
     USUAL_SHARE,
@@ -52,7 +47,20 @@ from server.jobs.job import (
     NewJob,
     QueueShare,
 )
-from server.jobs.leases import HeartbeatMonitor
+from server.jobs.leases import (
+    CHANGED,
+    CLAIM,
+    COUNT_HELD,
+    COUNT_WAITING,
+    FINISH,
+    HEARTBEAT,
+    LEASE_S,
+    LOCK_NEXT,
+    RUNNING,
+    HeartbeatMonitor,
+    held,
+    is_held,
+)
 from server.jobs.outbox import queue_delivery
 from server.jobs.receipts import Receipt
 from server.jobs.submissions import QueueLimits, Submissions
@@ -62,24 +70,18 @@ from server.storage.database import Topic, check_file, notify, read_only
 from server.storage.notify import ChangeSignal
 from server.storage.tables import jobs, receipts
 
-LEASE_S = 35.0
-"""It takes two looks more until a lost job is queued again: 45 s in all."""
-
 MAX_ATTEMPTS = 3
 WORKER_LOST = Failure.WORKER_LOST.sentence
-OVER_SHARE_S = 0.25
-"""Other workers that have room claim a job sooner than that."""
 
-COUNTED = 1_000
-"""Waiting jobs, for a worker's share. With more all workers are full."""
+FAIR_SHARE_S = 0.25
+"""How long a waiting job is reserved for workers below their share. Those claim it sooner."""
 
-# What every job needs is built once: building costs more than running.
 GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
 IS_LIVE: ColumnElement[bool] = jobs.c.state.in_(
     [state for state in JobState if not state.is_terminal]
 )
-LIVE = select(jobs.c.id).where(IS_LIVE)
-PROGRESS = (
+LIVE_IDS = select(jobs.c.id).where(IS_LIVE)
+LIVE_PROGRESS = (
     select(
         jobs.c.id,
         jobs.c.state,
@@ -91,90 +93,16 @@ PROGRESS = (
     .where(IS_LIVE)
     .order_by(*ORDER)
 )
-WAITING = select(func.count()).select_from(
-    select(jobs.c.id).where(IS_WAITING).limit(COUNTED).subquery()
-)
-HELD_BY_WORKERS = (
-    select(jobs.c.worker_id, func.count().label("jobs"))
-    .where(jobs.c.state == JobState.RUNNING)
-    .group_by(jobs.c.worker_id)
-)
-FIRST = (
-    select(jobs.c.id, jobs.c.attempt, jobs.c.created_at)
-    .where(IS_WAITING)
-    .order_by(*ORDER)
-    .limit(bindparam("limit"))
-    .with_for_update(skip_locked=True)
-)
-QUEUED_S = bindparam("shared_now", type_=Float) - jobs.c.submitted_s
-"""Below 0 where the two processes' clocks are a moment apart."""
-
-CLAIM = (
-    update(jobs)
-    .where(
-        jobs.c.id.in_(bindparam("chosen", expanding=True)),
-        jobs.c.state == JobState.QUEUED,
-    )
-    .values(
-        state=JobState.RUNNING,
-        worker_id=bindparam("claimed_by"),
-        heartbeat_at=bindparam("now"),
-        started_at=bindparam("now"),
-        queued_s=case((QUEUED_S < 0, 0.0), else_=QUEUED_S),
-        attempt=jobs.c.attempt + 1,
-        fencing_token=jobs.c.fencing_token + 1,
-        preview_step=None,
-    )
-    .returning(jobs)
-)
-
-CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
-"""What `JobStore._run` asks of each job that it changes."""
-
-
-def is_held(job_id: Any, fencing_token: Any) -> ColumnElement[bool]:
-    """The job runs and this claim of it is still the present one."""
-    is_claim: ColumnElement[bool] = (jobs.c.id == job_id) & (jobs.c.fencing_token == fencing_token)
-    return is_claim & (jobs.c.state == JobState.RUNNING)
-
-
-HELD = is_held(bindparam("held_id"), bindparam("held_token"))
-"""With parameters; `_held` gives them."""
-
-HEARTBEAT = (
-    update(jobs)
-    .where(HELD)
-    .values(
-        heartbeat_at=bindparam("now"),
-        step=bindparam("done"),
-        total_steps=bindparam("in_all"),
-        preview_step=bindparam("shown"),
-    )
-    .returning(*CHANGED)
-)
-FINISH = (
-    update(jobs)
-    .where(HELD)
-    .values(
-        state=JobState.FINISHED,
-        finished_at=bindparam("now"),
-        worker_id=None,
-        heartbeat_at=None,
-        run_s=bindparam("took_s"),
-        flagged=bindparam("verdicts", type_=jobs.c.flagged.type),
-        step=jobs.c.total_steps,
-    )
-    .returning(*CHANGED)
-)
-KEEP = insert(receipts)
+INSERT_RECEIPT = insert(receipts)
 
 
 class JobStore:
     """All access to job rows. Synchronous; safe to call from several threads and processes.
 
-    max_waiting: jobs that may wait at a time; max_waiting_per_key: of one key, unless its share
-    says otherwise. clock: seconds since the epoch, for people. steady_clock: monotonic seconds.
-    shared_clock: for what another process compares with its own; a `DatabaseClock` if None.
+    max_waiting: jobs that may wait at a time. max_waiting_per_key: the same for each key whose
+    `QueueShare` sets no limit. clock: seconds since the epoch, for people.
+    steady_clock: monotonic seconds. shared_clock: for times that other processes compare; a
+    `DatabaseClock` if None.
     """
 
     def __init__(
@@ -193,11 +121,11 @@ class JobStore:
         self._shared_clock = shared_clock or DatabaseClock(engine, clock, steady_clock)
         limits = QueueLimits(max_waiting, max_waiting_per_key)
         self._submissions = Submissions(engine, limits, clock, self._shared_clock)
-        self._claims = HeartbeatMonitor[tuple[int, int]](steady_clock)
+        self._leases = HeartbeatMonitor[tuple[int, int]](steady_clock)
         self.workers = WorkerRegistry(engine, clock, steady_clock)
 
     def change_signal(self, *topics: Topic) -> ChangeSignal:
-        """For one thread that waits for others' commits. topics: all where none is named."""
+        """A change signal for one thread. topics: all if none is named."""
         return ChangeSignal(self._engine, topics or tuple(Topic))
 
     def check_file(self) -> None:
@@ -207,22 +135,22 @@ class JobStore:
     def submit(self, new: NewJob, once: Idempotency | None = None) -> Job:
         """Make a job durable: the row is fsynced when this returns, by a group commit.
 
-        once: where it came with an idempotency key. The job of an earlier request with the same
-            key and body is given instead; its file prefix tells.
+        once: the request's idempotency key, if it has one. The result is the job of an earlier
+            request with the same key and body, if there is one. Such a job has another file prefix.
         Raises: QueueFull, Conflict; sqlalchemy.exc.SQLAlchemyError.
         """
         return self._submissions.submit(new, once)
 
     def replayed(self, key_id: str, once: Idempotency) -> Job | None:
-        """The job that an earlier request with this idempotency key made. Raises: Conflict."""
+        """The job of an earlier request with this idempotency key. Raises: Conflict."""
         return self._submissions.replayed(key_id, once)
 
     def check_room(self, key_id: str, share: QueueShare = USUAL_SHARE) -> None:
-        """Whether `submit` would take a job of a key now. Raises: QueueFull."""
+        """Back-pressure: raise QueueFull if `submit` would refuse a job of this key now."""
         self._submissions.check_room(key_id, share)
 
     def get(self, job_id: int) -> Job | None:
-        """The job, None where there is none."""
+        """The job, None for an unknown id."""
         with read_only(self._engine) as connection:
             row = connection.execute(GET, {"job_id": job_id}).one_or_none()
         return None if row is None else Job.from_row(row._asdict())
@@ -230,7 +158,7 @@ class JobStore:
     def list_of(
         self, key_id: str, *, state: JobState | None, limit: int, before_id: int | None
     ) -> list[Job]:
-        """A key's jobs, newest first. before_id: older ones than this only."""
+        """A key's jobs, newest first. before_id: only jobs older than this one."""
         query = select(jobs).where(jobs.c.key_id == key_id)
         if state is not None:
             query = query.where(jobs.c.state == state)
@@ -241,9 +169,9 @@ class JobStore:
             return [Job.from_row(row._asdict()) for row in connection.execute(query)]
 
     def progress_of(self, job_ids: Collection[int]) -> dict[int, JobProgress]:
-        """How far those of the jobs are that there are."""
+        """The progress of each job that exists."""
         with read_only(self._engine) as connection:
-            live = connection.execute(PROGRESS).all()
+            live = connection.execute(LIVE_PROGRESS).all()
             ended = _rows_of(connection, {*job_ids} - {row.id for row in live})
         waiting = (row.id for row in live if row.state == JobState.QUEUED)
         positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
@@ -261,39 +189,40 @@ class JobStore:
         }
 
     def receipt_of(self, job_id: int) -> Receipt | None:
-        """How a finished job's pictures were made; None for all others."""
+        """The receipt of a finished job; None for all others."""
         query = select(receipts.c.receipt).where(receipts.c.job_id == job_id)
         with read_only(self._engine) as connection:
             values = connection.execute(query).scalar_one_or_none()
         return None if values is None else Receipt.from_json(values)
 
     def ended(self, job_ids: Collection[int]) -> list[Job]:
-        """Those of the jobs that are in a terminal state."""
+        """The jobs among these that are in a terminal state."""
         with read_only(self._engine) as connection:
-            live = {*connection.scalars(LIVE)}
+            live = {*connection.scalars(LIVE_IDS)}
             return [Job.from_row(row._asdict()) for row in _rows_of(connection, {*job_ids} - live)]
 
     def claim(self, worker_id: str, limit: int, *, is_idle: bool = True) -> list[Job]:
-        """Take up to `limit` queued jobs, first to last, each with a new claim.
+        """Claim up to `limit` queued jobs in queue order, each with a lease and a fencing token.
 
-        While other workers are ready, no more than a worker's share of all live jobs, so that a
-        burst does not go to whoever looks first. Shares are equal, whatever places the workers
-        have: a job that has waited for `OVER_SHARE_S` is not left to the others any longer, who are
-        full or gone, and goes out alone.
+        While other workers are ready, a worker gets at most its share of all live jobs, so that
+        the first worker to poll does not take a whole burst. Shares are equal, although workers
+        may have different capacities. After `FAIR_SHARE_S` the other workers are taken to be full
+        or dead, and a worker above its share claims one job.
 
-        A job whose worker was lost may be what killed it: it is given out alone, and only to a
-        worker without any other, so that it cannot take neighbours down.
-        is_idle: whether the worker holds no job.
+        A poison job may kill its worker. A job whose worker was lost is therefore claimed alone,
+        and only by an idle worker, so that it cannot take other jobs down.
+        is_idle: the worker holds no job.
         """
         with self._engine.begin() as connection:
-            count = connection.scalar(WAITING)
+            count = connection.scalar(COUNT_WAITING)
             if not count:
-                connection.rollback()  # idle workers look often, and a commit costs PostgreSQL more
+                connection.rollback()  # idle workers poll often, and a commit costs PostgreSQL more
                 return []
-            now = self._clock()  # not before: a job may be written while we wait for our turn
+            # After BEGIN, because a job may be written while this call waits for the lock.
+            now = self._clock()
             share = min(limit, self._share(connection, worker_id, count))
-            waiting = connection.execute(FIRST, {"limit": max(share, 1)}).all()
-            if share < 1 and waiting and 0 <= now - waiting[0].created_at < OVER_SHARE_S:
+            waiting = connection.execute(LOCK_NEXT, {"limit": max(share, 1)}).all()
+            if share < 1 and waiting and 0 <= now - waiting[0].created_at < FAIR_SHARE_S:
                 return []
             chosen = _claimable(waiting, is_idle)
             if not chosen:
@@ -307,23 +236,21 @@ class JobStore:
             rows = connection.execute(CLAIM, values).all()
             notify(connection, Topic.PROGRESS)
             if len(chosen) < len(waiting):
-                # Other claims have passed over what was locked here.
+                # Concurrent claims have skipped the rows that were locked here and stay queued.
                 notify(connection, Topic.QUEUED)
         claimed_s = self._steady_clock()
         claimed = [replace(Job.from_row(row._asdict()), claimed_s=claimed_s) for row in rows]
         return sorted(claimed, key=lambda job: chosen.index(job.id))
 
     def _share(self, connection: Connection, worker_id: str, waiting: int) -> int:
-        """How many more jobs a worker may take until it has its share. waiting: of the jobs."""
+        """How many more jobs a worker may claim within its share. waiting: jobs in the queue."""
         ready = {each.id for each in self.workers.ready_in(connection)}
-        held: dict[str, int] = {
-            row.worker_id: row.jobs for row in connection.execute(HELD_BY_WORKERS)
-        }
-        whole = waiting + sum(held.values())
-        return math.ceil(whole / len(ready | {worker_id})) - held.get(worker_id, 0)
+        counts: dict[str, int] = {row.worker_id: row.jobs for row in connection.execute(COUNT_HELD)}
+        live = waiting + sum(counts.values())
+        return math.ceil(live / len(ready | {worker_id})) - counts.get(worker_id, 0)
 
     def release(self, job: Job) -> bool:
-        """Running to queued through no fault of the job: the attempt does not count."""
+        """Running to queued; the attempt does not count. False when the lease is lost."""
         with self._engine.begin() as connection:
             changed = self._change(
                 connection,
@@ -338,11 +265,11 @@ class JobStore:
         return changed == 1
 
     def heartbeat(self, job: Job, step: int, total_steps: int) -> bool:
-        """Renew the lease and note the progress; False when the job is no longer ours."""
+        """Renew the lease and record the progress; False when the lease is lost."""
         return not self.heartbeat_all([Heartbeat(job, step, total_steps)])
 
     def heartbeat_all(self, heartbeats: Sequence[Heartbeat]) -> list[Job]:
-        """`heartbeat` for many, with one commit. Gives those no longer ours."""
+        """`heartbeat` for many jobs in one commit; returns the jobs whose lease is lost."""
         now = self._clock()
         with self._engine.begin() as connection:
             lost = [
@@ -352,7 +279,7 @@ class JobStore:
                     connection,
                     HEARTBEAT,
                     {
-                        **_held(each.job),
+                        **held(each.job),
                         "now": now,
                         "done": each.step,
                         "in_all": each.total_steps,
@@ -367,20 +294,20 @@ class JobStore:
     def finish(
         self, job: Job, flagged: Sequence[bool | None], receipt: Receipt | None = None
     ) -> bool:
-        """Running to finished, after the pictures are stored; False when no longer ours.
+        """Running to finished, after the pictures are stored; False when the lease is lost.
 
-        job: as `claim` of this store gave it.
+        job: as returned by `claim` of this store.
         """
         now = self._clock()
         with self._engine.begin() as connection:
             values = {"now": now, "took_s": self._run_s(job), "verdicts": [*flagged]}
-            is_ours = self._run(connection, FINISH, {**_held(job), **values}) == 1
-            if is_ours and receipt is not None:
-                connection.execute(KEEP, {"job_id": job.id, "receipt": receipt.to_json()})
-        return is_ours
+            is_changed = self._run(connection, FINISH, {**held(job), **values}) == 1
+            if is_changed and receipt is not None:
+                connection.execute(INSERT_RECEIPT, {"job_id": job.id, "receipt": receipt.to_json()})
+        return is_changed
 
     def fail(self, job: Job, error: str) -> bool:
-        """Running to failed; error is for the client. False when the job is no longer ours."""
+        """Running to failed; False when the lease is lost. error: a sentence for the client."""
         which = is_held(job.id, job.fencing_token)
         return self._end(which, JobState.FAILED, error=error, run_s=self._run_s(job))
 
@@ -389,26 +316,25 @@ class JobStore:
         return self._end((jobs.c.id == job_id) & IS_LIVE, JobState.CANCELLED)
 
     def requeue_expired(self) -> int:
-        """Give back the jobs whose lease has run out; how many there were.
+        """Queue the jobs with an expired lease again; how many there were.
 
-        To be called every `silence.LOOK_S`: what was not seen to be silent has not run out.
+        Call it every `leases.CHECK_INTERVAL_S`, because only observed silence counts.
         """
-        heartbeats = select(jobs.c.id, jobs.c.fencing_token, jobs.c.heartbeat_at)
         with read_only(self._engine) as connection:
-            rows = connection.execute(heartbeats.where(jobs.c.state == JobState.RUNNING)).all()
-        silent_s = self._claims.look(
+            rows = connection.execute(RUNNING).all()
+        silent_s = self._leases.silent_s(
             {(row.id, row.fencing_token): row.heartbeat_at for row in rows}
         )
         lost = [tuple(row) for row in rows if silent_s[row.id, row.fencing_token] > LEASE_S]
-        # One that has beaten since the look is spared.
-        return self._requeue(tuple_(*heartbeats.selected_columns).in_(lost)) if lost else 0
+        # The heartbeat is compared too, so that a job with a newer one keeps its lease.
+        return self._requeue(tuple_(*RUNNING.selected_columns).in_(lost)) if lost else 0
 
     def requeue_of(self, worker_id: str) -> int:
-        """Give back all jobs of a worker known to be dead; how many there were."""
+        """Queue all jobs of a dead worker again; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
 
     def forecast(self, places_on: Callable[[str], int]) -> Forecast:
-        """When all jobs will end. places_on: jobs side by side in a worker, by its device."""
+        """When all jobs will end. places_on: how many jobs a worker runs at a time, by device."""
         with read_only(self._engine) as connection:
             ready = self.workers.ready_in(connection)
             devices = [each.device for each in ready]
@@ -418,7 +344,7 @@ class JobStore:
         return None if job.claimed_s is None else max(0.0, self._steady_clock() - job.claimed_s)
 
     def _requeue(self, which: ColumnElement[bool]) -> int:
-        """Running to queued, or to failed where the attempts are used up."""
+        """Running to queued, or to failed after the last attempt."""
         is_last = jobs.c.attempt >= MAX_ATTEMPTS
         with self._engine.begin() as connection:
             return self._change(
@@ -434,7 +360,7 @@ class JobStore:
             )
 
     def _end(self, which: ColumnElement[bool], state: JobState, **values: Any) -> bool:
-        """Bring a job to its terminal state; False where there was none to bring."""
+        """Change a job to a terminal state; False when no job matches."""
         with self._engine.begin() as connection:
             changed = self._change(
                 connection,
@@ -448,15 +374,15 @@ class JobStore:
         return changed == 1
 
     def _change(self, connection: Connection, which: ColumnElement[bool], **values: Any) -> int:
-        """`_run` for a change that is not made all the time."""
+        """`_run` for a statement that is rare enough to build each time."""
         return self._run(connection, update(jobs).where(which).values(values).returning(*CHANGED))
 
     def _run(
         self, connection: Connection, change: Executable, values: Mapping[str, Any] | None = None
     ) -> int:
-        """Change jobs; those that end so get their webhook call in the same transaction.
+        """Change jobs. Jobs that end get their outbox row in the same transaction.
 
-        change: gives back `CHANGED` of each. The result is how many there were.
+        change: returns `CHANGED`. The result is the number of changed jobs.
         """
         rows = connection.execute(change, values).all()
         states = {JobState(row.state) for row in rows}
@@ -471,21 +397,16 @@ class JobStore:
 
 
 def _rows_of(connection: Connection, job_ids: Iterable[int]) -> list[Row[*tuple[Any, ...]]]:
-    """The rows of those of the jobs that there are.
+    """The rows of the jobs that exist.
 
-    One by one, because drivers keep a statement for each length of a list of ids.
+    One query per id, because drivers cache a statement for each length of a list of ids.
     """
     found = (connection.execute(GET, {"job_id": each}).one_or_none() for each in sorted(job_ids))
     return [row for row in found if row is not None]
 
 
 def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[int]:
-    """Of queued jobs (id, attempt) in order, those to give out together."""
+    """Ids of the jobs that may be claimed together. queued: in queue order."""
     if queued and queued[0].attempt > 0:
         return [queued[0].id] if is_idle else []
     return [row.id for row in itertools.takewhile(lambda row: row.attempt == 0, queued)]
-
-
-def _held(job: Job) -> dict[str, int]:
-    """The parameters of `HELD`."""
-    return {"held_id": job.id, "held_token": job.fencing_token}

@@ -1,7 +1,7 @@
-"""`WorkerRegistry`: what each worker last reported of itself, and which of them live.
+"""`WorkerRegistry`: the last status report of each worker, and which workers are alive.
 
-A worker lives as long as it reports. Whether it does is judged by the steady clock of the process
-that looks (`silence.py`), because the wall clocks of machines differ and jump.
+A worker is alive while its reports arrive. A `HeartbeatMonitor` measures that by the steady clock
+of the reading process, because wall clocks of machines differ and jump.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +15,16 @@ from server.jobs.leases import HeartbeatMonitor
 from server.storage.database import read_only
 from server.storage.tables import workers
 
-WORKER_SEEN_S = 30.0
-"""A worker not heard of for so long is not counted."""
+ALIVE_S = 30.0
+"""A worker that has not reported for so long counts as dead."""
 
-WORKER_KEPT_S = 600.0
-"""The row of one not heard of for so long is removed."""
+ROW_KEPT_S = 600.0
+"""The row of a worker that has not reported for so long is removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """What a worker last said of itself. state: loading, ready or failed."""
+    """A worker's last report. state: loading, ready or failed."""
 
     id: str
     device: str
@@ -45,7 +45,7 @@ class WorkerRegistry:
     ) -> None:
         self._engine = engine
         self._clock = clock
-        self._silence = HeartbeatMonitor[str](steady_clock)
+        self._monitor = HeartbeatMonitor[str](steady_clock)
 
     def report(self, status: WorkerStatus) -> None:
         """Write a worker's status in place of its earlier one."""
@@ -55,50 +55,50 @@ class WorkerRegistry:
         with self._engine.begin() as connection:
             connection.execute(upsert.on_conflict_do_update(index_elements=["id"], set_=values))
 
-    def forget(self, worker_id: str) -> None:
-        """A worker has ended."""
+    def remove(self, worker_id: str) -> None:
+        """Remove the row of a worker that has ended."""
         with self._engine.begin() as connection:
             connection.execute(workers.delete().where(workers.c.id == worker_id))
 
     def get(self, worker_id: str) -> WorkerStatus | None:
-        """A worker's last status, however old; None before its first."""
+        """A worker's last report, however old; None before its first."""
         query = select(workers).where(workers.c.id == worker_id)
         with read_only(self._engine) as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else WorkerStatus(**row._mapping)
 
-    def seen(self) -> list[WorkerStatus]:
-        """The workers that have reported lately."""
+    def alive(self) -> list[WorkerStatus]:
+        """The last reports of the workers that are alive."""
         with read_only(self._engine) as connection:
-            return self._seen_in(connection)
+            return self._alive_in(connection)
 
     def ready_in(self, connection: Connection) -> list[WorkerStatus]:
-        """Those of them that make jobs now, read in a transaction of the caller's."""
-        return [each for each in self._seen_in(connection) if each.state == "ready"]
+        """The living workers that claim jobs, read in the caller's transaction."""
+        return [each for each in self._alive_in(connection) if each.state == "ready"]
 
-    def forget_silent(self) -> int:
-        """Remove the rows of workers long dead; how many there were."""
+    def remove_dead(self) -> int:
+        """Remove the rows of workers that died long ago; how many there were."""
         with read_only(self._engine) as connection:
             reports = connection.execute(select(workers.c.id, workers.c.seen_at)).all()
         silent_s = self._silent_s({row.id: row.seen_at for row in reports})
-        dead = [tuple(row) for row in reports if silent_s[row.id] > WORKER_KEPT_S]
+        dead = [tuple(row) for row in reports if silent_s[row.id] > ROW_KEPT_S]
         if not dead:
             return 0
         is_dead = tuple_(workers.c.id, workers.c.seen_at).in_(dead)
         with self._engine.begin() as connection:
             return connection.execute(workers.delete().where(is_dead)).rowcount
 
-    def _seen_in(self, connection: Connection) -> list[WorkerStatus]:
+    def _alive_in(self, connection: Connection) -> list[WorkerStatus]:
         rows = connection.execute(select(workers)).all()
         silent_s = self._silent_s({row.id: row.seen_at for row in rows})
-        return [WorkerStatus(**row._mapping) for row in rows if silent_s[row.id] < WORKER_SEEN_S]
+        return [WorkerStatus(**row._mapping) for row in rows if silent_s[row.id] < ALIVE_S]
 
     def _silent_s(self, reports: Mapping[str, float]) -> dict[str, float]:
         """Seconds since each worker's last report. reports: `seen_at` by id, of all workers."""
 
-        def guess(seen_at: float) -> float:
-            # At the first look there is nothing but the wall clock. Where it is wrong, a living
-            # worker is not counted until it reports again, some seconds later.
-            return min(abs(self._clock() - seen_at), WORKER_SEEN_S)
+        def initial_s(seen_at: float) -> float:
+            # The first check has only the wall clock to compare with. If that clock is wrong, a
+            # living worker counts as dead until its next report, some seconds later.
+            return min(abs(self._clock() - seen_at), ALIVE_S)
 
-        return self._silence.look(reports, guess)
+        return self._monitor.silent_s(reports, initial_s)

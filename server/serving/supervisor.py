@@ -141,14 +141,14 @@ class WorkerChild:
             self._store.requeue_of(self._id)
             word = self._store.workers.get(self._id)
             if word is None or word.state != "failed":
-                self._store.workers.forget(self._id)
+                self._store.workers.remove(self._id)
         except SQLAlchemyError:
             logger.exception("jobs not taken back", **self.label)
 
     def forget(self) -> None:
         """Remove the row of a worker that will not be started again. Never raises."""
         with suppress(SQLAlchemyError):
-            self._store.workers.forget(self._id)
+            self._store.workers.remove(self._id)
 
     def complaint(self) -> str:
         """After `UNUSABLE`: the reason, in the worker's words. Never raises."""
@@ -160,7 +160,7 @@ class WorkerChild:
     def is_missed(self) -> bool:
         """After `UNUSABLE`: whether this worker was never ready and no other is. Never raises."""
         with suppress(SQLAlchemyError):
-            seen = self._store.workers.seen()
+            seen = self._store.workers.alive()
             return not (self._has_been_ready or any(each.state == "ready" for each in seen))
         return False
 

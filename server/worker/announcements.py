@@ -79,7 +79,8 @@ def ready_announced(store: JobStore, worker_ids: Sequence[str], url: str) -> Ite
 def is_one_ready(store: JobStore, worker_ids: Sequence[str]) -> bool:
     """False also where the database is away."""
     with suppress(SQLAlchemyError):
-        return any(each.id in worker_ids and each.state == "ready" for each in store.workers.seen())
+        alive = store.workers.alive()
+        return any(each.id in worker_ids and each.state == "ready" for each in alive)
     return False
 
 

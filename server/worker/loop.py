@@ -33,7 +33,7 @@ from server.core.logs import get_logger
 from server.core.settings import Settings
 from server.jobs.job import Failure, Heartbeat, Job
 from server.jobs.receipts import Model
-from server.jobs.store import OVER_SHARE_S, JobStore
+from server.jobs.store import FAIR_SHARE_S, JobStore
 from server.jobs.workers import WorkerStatus
 from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.storage.database import DatabaseFileGone, Topic, open_engine
@@ -278,7 +278,7 @@ class Worker:
         now = time.monotonic()
         # What others have not claimed by then is anybody's: one more look, and no third.
         is_second = now >= self._look_again_at
-        self._look_again_at = math.inf if claimed or is_second else now + OVER_SHARE_S
+        self._look_again_at = math.inf if claimed or is_second else now + FAIR_SHARE_S
         for job in claimed:
             stages = Stages()
             logger.info("job claimed", job_id=job.id)
@@ -412,7 +412,7 @@ def run(
             # What it could not hand back, or died of.
             store.requeue_of(worker_id)
             if not is_explained:
-                store.workers.forget(worker_id)
+                store.workers.remove(worker_id)
         except DatabaseFileGone:
             pass  # its rows are gone with the file
         except SQLAlchemyError:

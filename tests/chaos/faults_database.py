@@ -20,7 +20,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, Table, text
 
-from server.jobs.store import LEASE_S
+from server.jobs.leases import LEASE_S
 from server.storage.database import MIGRATIONS, open_engine
 from server.storage.notify import REFRESH_S
 from tests.chaos.clients import side_by_side

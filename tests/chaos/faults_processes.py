@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from server.jobs.leases import LEASE_S
 from server.jobs.outbox import RETRY_DELAYS_S
-from server.jobs.store import LEASE_S, JobStore
+from server.jobs.store import JobStore
 from server.serving.watchdog import EXIT_CODE
 from server.serving.watchdog import STALL_S as LOOP_STALL_S
 from server.storage.database import open_engine

@@ -13,8 +13,8 @@ from sqlalchemy import Engine, delete, select
 
 from server.core.errors import QueueFull
 from server.jobs.job import Job, QueueShare
-from server.jobs.leases import LOOK_S
-from server.jobs.store import LEASE_S, MAX_ATTEMPTS, JobStore
+from server.jobs.leases import CHECK_INTERVAL_S, LEASE_S
+from server.jobs.store import MAX_ATTEMPTS, JobStore
 from server.storage.tables import deliveries, delivery_attempts, jobs
 from server.webhooks.deliveries import Attempt, Delivery, DeliveryStore
 from tests.jobs.test_store import Clock, new_job
@@ -210,8 +210,8 @@ class History(RuleBasedStateMachine):
     @rule(looks=st.integers(1, 9))
     def pass_time(self, looks: int) -> None:
         for _ in range(looks):
-            self.clock.now += LOOK_S
-            self.look(LOOK_S)
+            self.clock.now += CHECK_INTERVAL_S
+            self.look(CHECK_INTERVAL_S)
 
     @rule()
     def look_again(self) -> None:

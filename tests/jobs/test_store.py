@@ -21,15 +21,14 @@ from models.params import InpaintParams, SchedulerName
 from server.core.errors import QueueFull
 from server.jobs.estimates import GUESSED_SPEED, RECENT_JOBS, START_S
 from server.jobs.job import Heartbeat, Job, JobState, NewJob, RequestFacts
-from server.jobs.leases import LOOK_S
+from server.jobs.leases import CHECK_INTERVAL_S, LEASE_S
 from server.jobs.store import (
-    LEASE_S,
+    FAIR_SHARE_S,
     MAX_ATTEMPTS,
-    OVER_SHARE_S,
     WORKER_LOST,
     JobStore,
 )
-from server.jobs.workers import WORKER_KEPT_S, WORKER_SEEN_S, WorkerStatus
+from server.jobs.workers import ALIVE_S, ROW_KEPT_S, WorkerStatus
 from server.storage.database import Topic, open_engine
 from server.storage.tables import jobs, workers
 from tests.support.postgres import PostgresServer
@@ -75,8 +74,8 @@ def pass_time(store: JobStore, clock: Clock, seconds: float) -> int:
     """Let it pass, while the leases are looked at as always; how many ran out."""
     lost = store.requeue_expired()
     while seconds > 0:
-        clock.now += min(seconds, LOOK_S)
-        seconds -= LOOK_S
+        clock.now += min(seconds, CHECK_INTERVAL_S)
+        seconds -= CHECK_INTERVAL_S
         lost += store.requeue_expired()
     return lost
 
@@ -248,7 +247,7 @@ def test_jump_of_the_clock_ends_no_lease_and_delays_none(
     wall.now += days * 86_400
     assert store.heartbeat(kept, 1, 20)
     assert pass_time(store, steady, LEASE_S / 2) == 0
-    assert pass_time(store, steady, LOOK_S) == 1
+    assert pass_time(store, steady, CHECK_INTERVAL_S) == 1
     assert [state_of(store, job.id) for job in (kept, lost)] == ["running", "queued"]
 
 
@@ -260,10 +259,10 @@ def test_node_whose_clock_is_ahead_takes_nobodys_lease(engine: Engine, clock: Cl
     here.submit(new_job())
     job = claim_one(here)
     for _ in range(20):
-        clock.now += LOOK_S
+        clock.now += CHECK_INTERVAL_S
         assert here.heartbeat(job, 1, 20)
-        assert pass_time(there, ahead, LOOK_S) == 0
-    assert pass_time(there, ahead, LEASE_S + LOOK_S) == 1
+        assert pass_time(there, ahead, CHECK_INTERVAL_S) == 0
+    assert pass_time(there, ahead, LEASE_S + CHECK_INTERVAL_S) == 1
 
 
 def test_time_in_which_nobody_looked_takes_no_lease(store: JobStore, clock: Clock) -> None:
@@ -280,7 +279,7 @@ def test_beat_after_the_look_saves_the_lease(store: JobStore, clock: Clock, engi
     store.submit(new_job())
     job = claim_one(store)
     assert pass_time(store, clock, LEASE_S) == 0
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
 
     def heartbeat(*_arguments: Any) -> None:
         assert JobStore(engine).heartbeat(job, 1, 20)
@@ -482,7 +481,7 @@ class TestForecast:
         if state:
             store.workers.report(status("a", clock(), state))
         else:
-            store.workers.forget("a")
+            store.workers.remove("a")
         job = store.submit(new_job(work=2 * GUESSED_SPEED))
         assert store.forecast(places).ends_s[job.id] > START_S + 2
         assert store.forecast(places).wait_s == START_S
@@ -521,7 +520,7 @@ class TestForecast:
         store.workers.report(status("b", clock()))
         job = store.submit(new_job(work=LARGE))
         of_two = store.forecast(places).ends_s[job.id]
-        hear_nothing(store, clock, WORKER_SEEN_S)
+        hear_nothing(store, clock, ALIVE_S)
         store.workers.report(status("a", clock()))
         assert store.forecast(places).ends_s[job.id] == pytest.approx(2 * of_two)
 
@@ -579,9 +578,9 @@ def status(worker_id: str, seen_at: float, state: str = "ready") -> WorkerStatus
 
 def hear_nothing(store: JobStore, clock: Clock, seconds: float) -> None:
     """Let the time pass, while the workers are looked at as always."""
-    for _ in range(math.ceil(seconds / LOOK_S)):
-        clock.now += LOOK_S
-        store.workers.forget_silent()
+    for _ in range(math.ceil(seconds / CHECK_INTERVAL_S)):
+        clock.now += CHECK_INTERVAL_S
+        store.workers.remove_dead()
 
 
 @pytest.mark.parametrize("shift_s", [0, 60, -60, 3 * 86_400, -3 * 86_400])
@@ -589,40 +588,40 @@ def test_worker_is_seen_while_it_speaks_whatever_its_clock(
     shift_s: float, store: JobStore, clock: Clock
 ) -> None:
     for _ in range(3):
-        clock.now += LOOK_S
+        clock.now += CHECK_INTERVAL_S
         store.workers.report(status("a", clock() + shift_s))
-        seen = store.workers.seen()
+        seen = store.workers.alive()
     assert [worker.id for worker in seen] == ["a"]
-    hear_nothing(store, clock, WORKER_SEEN_S)
-    assert store.workers.seen() == []
+    hear_nothing(store, clock, ALIVE_S)
+    assert store.workers.alive() == []
 
 
 def test_first_look_takes_no_old_word_for_a_living_worker(engine: Engine, clock: Clock) -> None:
-    JobStore(engine).workers.report(status("dead", clock() - WORKER_SEEN_S))
-    JobStore(engine).workers.report(status("alive", clock() - WORKER_SEEN_S + 1))
+    JobStore(engine).workers.report(status("dead", clock() - ALIVE_S))
+    JobStore(engine).workers.report(status("alive", clock() - ALIVE_S + 1))
     begun = JobStore(engine, clock=clock, steady_clock=clock)
-    assert [worker.id for worker in begun.workers.seen()] == ["alive"]
+    assert [worker.id for worker in begun.workers.alive()] == ["alive"]
 
 
 def test_row_of_a_dead_worker_is_removed(store: JobStore, clock: Clock) -> None:
     store.workers.report(status("dead", clock()))
-    hear_nothing(store, clock, WORKER_KEPT_S)
+    hear_nothing(store, clock, ROW_KEPT_S)
     store.workers.report(status("alive", clock()))
     assert store.workers.get("dead")
-    hear_nothing(store, clock, LOOK_S)
+    hear_nothing(store, clock, CHECK_INTERVAL_S)
     assert (store.workers.get("dead"), store.workers.get("alive")) == (
         None,
-        status("alive", clock() - LOOK_S),
+        status("alive", clock() - CHECK_INTERVAL_S),
     )
 
 
 def test_workers_last_word_counts(store: JobStore, clock: Clock) -> None:
     store.workers.report(status("a", clock(), "loading"))
     store.workers.report(status("a", clock(), "ready"))
-    store.workers.report(status("b", clock() - WORKER_SEEN_S))
-    assert store.workers.seen() == [status("a", clock())]
-    store.workers.forget("a")
-    assert store.workers.seen() == []
+    store.workers.report(status("b", clock() - ALIVE_S))
+    assert store.workers.alive() == [status("a", clock())]
+    store.workers.remove("a")
+    assert store.workers.alive() == []
 
 
 def test_worker_states_are_a_closed_list(engine: Engine) -> None:
@@ -784,7 +783,7 @@ class TestShares:
         for _ in range(8):
             first.submit(new_job())
         first.claim("a", 16)
-        clock.now += OVER_SHARE_S
+        clock.now += FAIR_SHARE_S
         taken = [len(first.claim("a", 16, is_idle=False)) for _ in range(6)]
         assert taken == [1, 1, 1, 1, 1, 0]
 
@@ -794,11 +793,11 @@ class TestShares:
 
     def test_silent_worker_has_no_share(self, stores: list[JobStore], clock: Clock) -> None:
         first, *_ = stores
-        assert len(first.workers.seen()) == 3
-        for _ in range(int(WORKER_SEEN_S / LOOK_S) + 1):
-            clock.now += LOOK_S
+        assert len(first.workers.alive()) == 3
+        for _ in range(int(ALIVE_S / CHECK_INTERVAL_S) + 1):
+            clock.now += CHECK_INTERVAL_S
             first.workers.report(status("a", clock.now))
-            first.workers.seen()
+            first.workers.alive()
         for _ in range(8):
             first.submit(new_job())
         assert len(first.claim("a", 16)) == 8

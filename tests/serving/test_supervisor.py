@@ -41,22 +41,22 @@ def url(tmp_path: Path) -> str:
 
 
 class CountingRegistry(WorkerRegistry):
-    """Notes what was asked of it. forgotten: a worker's row was removed."""
+    """Notes what was asked of it. removed: a worker's row was removed."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.forgotten = threading.Event()
+        self.removed = threading.Event()
         self.others_sought = threading.Event()
 
-    def forget(self, worker_id: str) -> None:
+    def remove(self, worker_id: str) -> None:
         """As the base class."""
-        super().forget(worker_id)
-        self.forgotten.set()
+        super().remove(worker_id)
+        self.removed.set()
 
-    def seen(self) -> list[WorkerStatus]:
+    def alive(self) -> list[WorkerStatus]:
         """As the base class."""
         self.others_sought.set()
-        return super().seen()
+        return super().alive()
 
 
 class CountingStore(JobStore):
@@ -108,16 +108,16 @@ def test_killed_worker_is_not_ready_any_more(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=1)
     store.submit(new_job(file_prefix=BAD_PREFIX))
     with keeping(store, odd_worker(url, "crash"), NEVER):
-        assert store.workers.forgotten.wait(WAIT_S)
-        assert store.workers.seen() == []
+        assert store.workers.removed.wait(WAIT_S)
+        assert store.workers.alive() == []
 
 
 def test_why_a_worker_failed_is_told_until_the_end(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=3)
     with keeping(store, odd_worker(url, "fail"), AT_ONCE):
         assert store.is_enough.wait(WAIT_S)
-        assert not store.workers.forgotten.is_set()
-    assert store.workers.seen() == []
+        assert not store.workers.removed.is_set()
+    assert store.workers.alive() == []
 
 
 def test_server_ends_when_no_worker_can_be_used(engine: Engine, url: str) -> None:
@@ -146,7 +146,7 @@ def test_server_goes_on_when_its_worker_was_ready_before(engine: Engine) -> None
     store.workers.report(status(worker_id, time.time(), "ready"))
     assert not worker.new_watch()()
     worker.take_back()
-    assert store.workers.seen() == []
+    assert store.workers.alive() == []
     assert not worker.is_missed()
 
 
