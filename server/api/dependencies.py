@@ -58,11 +58,11 @@ async def find_job(services: Services, job_id: int, key_id: str) -> Job:
     if job is None or job.key_id != key_id:
         raise JobNotFound
     if job.state is JobState.FINISHED and job.finished_at is not None:
-        services.metrics.observe_estimate(services.told.pop_ratio(job.id, job.finished_at))
+        services.metrics.observe_estimate(services.quotes.pop_ratio(job.id, job.finished_at))
     return job
 
 
 async def eta_s(services: Services, job: Job) -> float:
     """Seconds until a job that has not ended probably will have."""
     forecast = await services.in_store_thread(services.estimator.forecast, job.id)
-    return services.told.note(job.id, forecast.eta_s(job.id))
+    return services.quotes.quote(job.id, forecast.eta_s(job.id))

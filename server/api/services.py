@@ -16,7 +16,7 @@ from server.core.fairness import FairSemaphore, KeyedCounter
 from server.core.metrics import Metrics
 from server.core.settings import Settings
 from server.egress.downloads import ImageDownloader
-from server.jobs.estimates import Estimator, ToldEstimates
+from server.jobs.estimates import Estimator, QuotedEstimates
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
 from server.sandbox.pool import DecoderPool
@@ -75,7 +75,7 @@ class Services:
     file_threads: FairSemaphore = field(
         default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
     )
-    told: ToldEstimates = field(default_factory=ToldEstimates)
+    quotes: QuotedEstimates = field(default_factory=QuotedEstimates)
 
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs

@@ -44,7 +44,7 @@ class Metrics:
         )
         self.estimates = Histogram(
             "inpaint_estimate_ratio",
-            "Seconds a client was first told until its job's end, over the true ones",
+            "First estimate given to a client divided by the true seconds until its job's end",
             buckets=ESTIMATE_BUCKETS,
             registry=self.registry,
         )

@@ -1,9 +1,9 @@
-"""When jobs will end: a forecast of the whole queue, played forward as the workers make it.
+"""When jobs will end: a simulation of the backlog at the measured throughput.
 
-A worker makes several jobs side by side, a denoising step of each in turn, so that jobs which share
-batches end together. How fast that goes is measured at the last finished jobs: how many ran beside
-each, and how much all of them got done per second. Estimates err on the long side, because a client
-that is told too little asks in vain.
+A worker runs several jobs concurrently, a denoising step of each in turn, so that jobs which share
+batches end together. Throughput is measured from the last finished jobs: how many ran at the same
+time as each, and how much work all of them did per second. Estimates err on the long side, because
+a client polls in vain when its estimate is too short.
 """
 
 import heapq
@@ -20,74 +20,73 @@ from server.jobs.job import JobState
 from server.storage.tables import jobs
 
 MARGIN = 1.2
-"""Of all estimates, for jobs that arrive later."""
+"""Factor on all estimates, for jobs that arrive later."""
 
-GRAIN_S = 0.3
-"""Added to all estimates: claims, stores and looks between a job's denoising and its end."""
+OVERHEAD_S = 0.3
+"""Added to all estimates, for claims, writes and polls before and after a job's denoising."""
 
 EXTRA_STEPS = 3.0
-"""What encoding, decoding and storing cost besides denoising, in steps."""
+"""The cost of encoding, decoding and storing, in denoising steps."""
 
 GUESSED_SPEED = 1_000_000.0
-"""Pixel steps per second of a worker nothing is known of: about 5 s for 20 steps at 512×512."""
+"""Pixel steps per second of an unmeasured worker: about 5 s for 20 steps at 512×512."""
 
 SLOW_FACTOR = 5.0
-"""A recent job that took longer than this many times the median counts as if it took no longer:
-one that waited for its model or for a store must not multiply every estimate."""
+"""A finished job counts at most this many times the median time, because one that waited for its
+model or for a store must not multiply every estimate."""
 
 ALONE_FACTOR = 0.6
-"""Throughput of fewer jobs side by side than were ever measured, as a part of what more jobs had: a
-GPU is filled by a batch, not by one picture."""
+"""Throughput of fewer concurrent jobs than were measured, as a share of the throughput of more: one
+picture does not fill a GPU as a batch does."""
 
-ALIKE = 1.5
-"""Numbers of jobs side by side count as alike within this factor."""
+SIMILAR_FACTOR = 1.5
+"""Measurements at concurrencies within this factor count as measured at the same one."""
 
-LATELY_S = 120.0
-"""How long the number of jobs side by side says how many there will be."""
+RECENT_S = 120.0
+"""Jobs that ended within this time predict how many will run concurrently."""
 
 START_S = 30.0
-"""Until somebody works, where nobody does: a guess at the start of a worker. A client told less
-would ask again and again for nothing."""
+"""A guess at the time until a worker is ready, when there is none."""
 
-MAX_TOLD = 10_000
-"""Jobs whose first estimate is remembered."""
+MAX_QUOTED = 10_000
+"""Jobs whose first estimate is kept."""
 
-USUALLY = 0.7
-"""Part of the recent jobs that had no more beside them than is taken for usual."""
+USUAL_QUANTILE = 0.7
+"""The quantile of recent concurrency that predicts the coming one."""
 
-FRESH_S = 0.2
-"""How long a forecast counts for the jobs it knows."""
+CACHED_S = 0.2
+"""How long a forecast is reused for jobs that it contains."""
 
 COST_FACTOR = 10.0
-"""A forecast counts for so many times as long as it took to make: with a thousand jobs in the queue
-it may take a tenth of one core."""
+"""A forecast is reused for this many times the time it took, so that forecasts of a long queue take
+at most a tenth of one core."""
 
 RECENT_JOBS = 20
-"""How many of the last finished jobs tell the speed."""
+"""How many finished jobs the throughput is measured from."""
 
 SIDES = [jobs.c.params[name].as_integer() for name in ("samples", "width", "height")]
 PIXELS = SIDES[0] * SIDES[1] * SIDES[2]
-"""Of a job, in each of its steps."""
+"""A job's pixels per step, over all its samples."""
 
-RECENT = (
+RECENTLY_FINISHED = (
     select(PIXELS.label("pixels"), jobs.c.work, jobs.c.finished_at, jobs.c.run_s)
     .where(jobs.c.state == JobState.FINISHED, jobs.c.run_s > 0, jobs.c.work > 0)
     .order_by(jobs.c.id.desc())
     .limit(RECENT_JOBS)
 )
-LEFT = jobs.c.work * (
+REMAINING_WORK = jobs.c.work * (
     1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
 )
-IN_ORDER = (
-    select(jobs.c.id, jobs.c.state, PIXELS.label("pixels"), LEFT.label("left"))
+BACKLOG = (
+    select(jobs.c.id, jobs.c.state, PIXELS.label("pixels"), REMAINING_WORK.label("remaining"))
     .where(jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING]))
     .order_by((jobs.c.state == JobState.RUNNING).desc(), *ORDER)
 )
 
 
 @dataclass(frozen=True, slots=True)
-class LiveWork:
-    """A job that waits or runs. pixels: of all its samples, in each step. steps: left to do."""
+class PendingWork:
+    """A waiting or running job. pixels: per step, of all samples. steps: still to do."""
 
     id: int
     is_running: bool
@@ -96,7 +95,7 @@ class LiveWork:
 
 
 @dataclass(frozen=True, slots=True)
-class DoneWork:
+class FinishedWork:
     """A finished job. ended_at: seconds since the epoch. run_s: from claim to end."""
 
     pixels: float
@@ -106,17 +105,19 @@ class DoneWork:
 
     @property
     def work(self) -> float:
-        """Pixel steps, with what a job costs besides."""
+        """Pixel steps, including `EXTRA_STEPS`."""
         return self.pixels * (self.steps + EXTRA_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What all workers together get done.
+    """Throughput of all workers together, by concurrency.
 
-    measured: for each recent job how many ran side by side, on average, and the pixel steps per
-    second of all of them. usual_jobs: side by side lately. usual_pixels: per step of those beside
-    one. 0 after a rest.
+    guess: pixel steps per second, for use without measurements.
+    measured: for each finished job the average number of concurrent jobs, and their pixel steps per
+        second.
+    usual_jobs: concurrent jobs recently. usual_pixels: pixels per step of the jobs that ran beside
+        one. Both are 0 when no job ended recently.
     """
 
     guess: float
@@ -125,12 +126,16 @@ class Throughput:
     usual_pixels: float = 0.0
 
     def at(self, count: float) -> float:
-        """Pixel steps per second with so many jobs side by side."""
+        """Pixel steps per second with so many concurrent jobs."""
         if not self.measured:
             return self.guess
-        alike = [speed for jobs, speed in self.measured if 1 / ALIKE <= jobs / count <= ALIKE]
-        if alike:
-            return statistics.median(alike)
+        similar = [
+            speed
+            for jobs, speed in self.measured
+            if 1 / SIMILAR_FACTOR <= jobs / count <= SIMILAR_FACTOR
+        ]
+        if similar:
+            return statistics.median(similar)
         fewer = [each for each in self.measured if each[0] < count]
         if fewer:
             return max(fewer)[1]
@@ -139,10 +144,10 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The queue at a moment, and what will become of it.
+    """The simulated end of every job in the backlog.
 
-    ends_s: of each job, seconds until it ends. positions: of those that wait, 1 is next. wait_s:
-    until a job that came now would start.
+    ends_s: seconds until each job ends. positions: of waiting jobs; 1 is next. wait_s: seconds
+    until a job submitted now would start.
     """
 
     waiting: int
@@ -152,18 +157,18 @@ class Forecast:
     wait_s: float
 
     def position(self, job_id: int) -> int:
-        """Of a job that waits; 1 is next. One that is not known comes last."""
+        """Position of a waiting job; 1 is next. An unknown job comes last."""
         unknown = 1 if job_id in self.ends_s else self.waiting + 1
         return self.positions.get(job_id, unknown)
 
     def eta_s(self, job_id: int) -> float:
-        """Seconds until a job probably ends; of one that is not known as if it came last."""
+        """Estimated seconds until a job ends. An unknown job counts as the last one."""
         last_s = max(self.ends_s.values(), default=self.wait_s)
-        return round(GRAIN_S + MARGIN * self.ends_s.get(job_id, last_s), 1)
+        return round(OVERHEAD_S + MARGIN * self.ends_s.get(job_id, last_s), 1)
 
 
-def measure(done: Sequence[DoneWork], workers: int, now: float) -> Throughput:
-    """Throughput by the last finished jobs. workers: ready ones, for a guess where there are none.
+def measure_throughput(done: Sequence[FinishedWork], workers: int, now: float) -> Throughput:
+    """Throughput from finished jobs. workers: how many are ready, for the guess.
 
     now: seconds since the epoch.
     """
@@ -172,8 +177,8 @@ def measure(done: Sequence[DoneWork], workers: int, now: float) -> Throughput:
     if not known:
         return Throughput(guess)
     usual = statistics.median(each.run_s / each.work for each in known)
-    # The ends only place the jobs beside each other. Each is as long as its worker measured, so
-    # that a jump of the wall clock between two ends is one more pause, which does not count.
+    # Only the ends come from the wall clock. Durations come from the workers' steady clocks, so a
+    # jump of the wall clock only adds a pause between two jobs, and pauses do not count.
     spans = [
         (each.ended_at - run_s, each.ended_at, each)
         for each in known
@@ -190,29 +195,31 @@ def measure(done: Sequence[DoneWork], workers: int, now: float) -> Throughput:
         measured.append((count, speed / (end - start)))
         together = sum(other.pixels * overlap for overlap, _, other in shares) / (end - start)
         beside.append(together - each.pixels)
-    lately = [index for index, each in enumerate(known) if abs(now - each.ended_at) <= LATELY_S]
-    if not lately:
+    recent = [index for index, each in enumerate(known) if abs(now - each.ended_at) <= RECENT_S]
+    if not recent:
         return Throughput(guess, tuple(measured))
     return Throughput(
         guess,
         tuple(measured),
-        usually(measured[index][0] for index in lately),
-        usually(beside[index] for index in lately),
+        usual_value(measured[index][0] for index in recent),
+        usual_value(beside[index] for index in recent),
     )
 
 
-def usually(values: Iterable[float]) -> float:
-    """More than most of the values, as an estimate should be."""
+def usual_value(values: Iterable[float]) -> float:
+    """The `USUAL_QUANTILE`, above the median because estimates err on the long side."""
     ordered = sorted(values)
-    return ordered[int(len(ordered) * USUALLY)]
+    return ordered[int(len(ordered) * USUAL_QUANTILE)]
 
 
-def play(live: Sequence[LiveWork], places: int, throughput: Throughput, pause_s: float) -> Forecast:
-    """Let the workers go on until all jobs have ended.
+def simulate(
+    live: Sequence[PendingWork], places: int, throughput: Throughput, pause_s: float
+) -> Forecast:
+    """Simulate the workers until all jobs have ended.
 
-    live: running jobs first, then the waiting ones in their order. places: jobs that run side by
-    side, of all workers. pause_s: until anybody works. Jobs that end are taken to be followed by
-    others, as many as there have been lately.
+    live: running jobs first, then waiting jobs in queue order. places: jobs that all workers run at
+    a time. pause_s: until the first worker is ready. New jobs are assumed to replace jobs that end,
+    so that concurrency stays as it was recently.
     """
     waiting = [each for each in live if not each.is_running]
     behind = iter(waiting)
@@ -231,7 +238,7 @@ def play(live: Sequence[LiveWork], places: int, throughput: Throughput, pause_s:
             wait_s = at_s
         if not beside:
             break
-        # All advance by as many steps as the first one has left.
+        # All running jobs advance by the steps that the shortest one has left.
         count, last = len(beside), heapq.heappop(beside)
         speed = throughput.at(max(count, throughput.usual_jobs))
         at_s += (last[0] - done) * max(pixels, throughput.usual_pixels + pixels / count) / speed
@@ -250,71 +257,71 @@ def play(live: Sequence[LiveWork], places: int, throughput: Throughput, pause_s:
 def read_forecast(
     connection: Connection, devices: Sequence[str], places_on: Callable[[str], int], now: float
 ) -> Forecast:
-    """The queue in the database, played forward.
+    """Simulate the backlog in the database.
 
-    devices: those of the workers that are ready. places_on: jobs side by side in a worker, by its
-    device. now: seconds since the epoch.
+    devices: one per ready worker. places_on: how many jobs a worker runs at a time, by device.
+    now: seconds since the epoch.
     """
     done = [
-        DoneWork(row.pixels, row.work / row.pixels, row.finished_at, row.run_s)
-        for row in connection.execute(RECENT)
+        FinishedWork(row.pixels, row.work / row.pixels, row.finished_at, row.run_s)
+        for row in connection.execute(RECENTLY_FINISHED)
     ]
     left = [
-        LiveWork(row.id, row.state == JobState.RUNNING, row.pixels, row.left / row.pixels)
-        for row in connection.execute(IN_ORDER)
+        PendingWork(row.id, row.state == JobState.RUNNING, row.pixels, row.remaining / row.pixels)
+        for row in connection.execute(BACKLOG)
     ]
     places = sum(map(places_on, devices)) or places_on("")
     pause_s = 0.0 if devices else START_S
-    return play(left, places, measure(done, len(devices), now), pause_s=pause_s)
+    return simulate(left, places, measure_throughput(done, len(devices), now), pause_s=pause_s)
 
 
 @dataclass(slots=True)
 class Estimator:
-    """The latest forecast, shared by all that ask. Synchronous; safe for several threads.
+    """Caches the latest forecast. Synchronous; safe for several threads.
 
-    look: makes a forecast. clock: monotonic seconds.
+    read: makes a forecast. clock: monotonic seconds.
     """
 
-    look: Callable[[], Forecast]
+    read: Callable[[], Forecast]
     clock: Callable[[], float] = time.monotonic
     _latest: tuple[Forecast, float, float] | None = field(default=None, init=False)
 
     def forecast(self, job_id: int | None = None) -> Forecast:
-        """The queue as it is; where looking takes long, as it was a while ago.
+        """The latest forecast, or a new one when that is too old.
 
-        job_id: of a job that was there a moment ago, for which that moment's forecast does.
+        job_id: a recent forecast is enough if it contains this job.
         Raises: sqlalchemy.exc.SQLAlchemyError.
         """
         now = self.clock()
         if self._latest is not None:
             latest, made_at, took_s = self._latest
             is_known = job_id in latest.ends_s
-            kept_s = COST_FACTOR * took_s
-            if now - made_at < (max(kept_s, FRESH_S) if is_known else kept_s):
+            cached_s = COST_FACTOR * took_s
+            if now - made_at < (max(cached_s, CACHED_S) if is_known else cached_s):
                 return latest
-        made = self.look()
+        made = self.read()
         self._latest = made, now, self.clock() - now
         return made
 
 
-class ToldEstimates:
-    """What clients were first told of their jobs, to be held against the truth. Of one event loop.
+class QuotedEstimates:
+    """The first estimate given to a client for each job, to compare with the true time.
 
-    clock: seconds since the epoch, as the times of rows.
+    For one event loop. clock: seconds since the epoch, like the times in rows.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._told: OrderedDict[int, tuple[float, float]] = OrderedDict()
+        self._quoted: OrderedDict[int, tuple[float, float]] = OrderedDict()
 
-    def note(self, job_id: int, eta_s: float) -> float:
-        """The estimate, which is remembered if it is the job's first."""
-        self._told.setdefault(job_id, (self._clock(), eta_s))
-        if len(self._told) > MAX_TOLD:
-            self._told.popitem(last=False)
+    def quote(self, job_id: int, eta_s: float) -> float:
+        """Record the estimate if it is the job's first; returns it."""
+        self._quoted.setdefault(job_id, (self._clock(), eta_s))
+        if len(self._quoted) > MAX_QUOTED:
+            self._quoted.popitem(last=False)
         return eta_s
 
     def pop_ratio(self, job_id: int, ended_at: float) -> float | None:
-        """The first estimate over the true seconds; None where it was told after the end."""
-        told_at, eta_s = self._told.pop(job_id, (ended_at, 0.0))
-        return eta_s / (ended_at - told_at) if ended_at > told_at else None
+        """First estimate divided by the true seconds; None when it was given after the end."""
+        quoted_at, eta_s = self._quoted.pop(job_id, (ended_at, 0.0))
+        return eta_s / (ended_at - quoted_at) if ended_at > quoted_at else None

@@ -5,20 +5,20 @@ import statistics
 import pytest
 
 from server.jobs.estimates import (
+    CACHED_S,
     COST_FACTOR,
-    FRESH_S,
-    GRAIN_S,
     GUESSED_SPEED,
     MARGIN,
+    OVERHEAD_S,
     SLOW_FACTOR,
-    DoneWork,
     Estimator,
+    FinishedWork,
     Forecast,
-    LiveWork,
+    PendingWork,
+    QuotedEstimates,
     Throughput,
-    ToldEstimates,
-    measure,
-    play,
+    measure_throughput,
+    simulate,
 )
 from tests.jobs.test_store import Clock
 from tests.support.queue_simulation import CPU, GPU, Device, Simulation, share_in_time
@@ -27,20 +27,20 @@ SPEED = 1_000.0
 STEADY = Throughput(SPEED)
 
 
-def equal_jobs(count: int, *, is_running: bool = False, first_id: int = 1) -> list[LiveWork]:
+def equal_jobs(count: int, *, is_running: bool = False, first_id: int = 1) -> list[PendingWork]:
     """Of 1,000 pixel steps each, in 10 steps."""
-    return [LiveWork(first_id + index, is_running, 100.0, 10.0) for index in range(count)]
+    return [PendingWork(first_id + index, is_running, 100.0, 10.0) for index in range(count)]
 
 
 def test_jobs_that_run_side_by_side_end_together() -> None:
-    ends = play(equal_jobs(6), 8, STEADY, 0.0).ends_s
+    ends = simulate(equal_jobs(6), 8, STEADY, 0.0).ends_s
     assert len({round(each, 6) for each in ends.values()}) == 1
-    alone = play(equal_jobs(1), 8, STEADY, 0.0).ends_s[1]
+    alone = simulate(equal_jobs(1), 8, STEADY, 0.0).ends_s[1]
     assert ends[1] == pytest.approx(6 * alone)
 
 
 def test_those_beyond_the_places_wait_for_the_first_to_end() -> None:
-    forecast = play(equal_jobs(6), 2, STEADY, 0.0)
+    forecast = simulate(equal_jobs(6), 2, STEADY, 0.0)
     ends = [round(forecast.ends_s[job_id], 6) for job_id in range(1, 7)]
     assert ends[0] == ends[1] < ends[2] == ends[3] < ends[4] == ends[5]
     assert forecast.wait_s == pytest.approx(ends[5])
@@ -48,58 +48,58 @@ def test_those_beyond_the_places_wait_for_the_first_to_end() -> None:
 
 
 def test_a_short_job_ends_before_a_long_one_beside_it() -> None:
-    live = [LiveWork(1, True, 100.0, 50.0), LiveWork(2, True, 100.0, 5.0)]
-    ends = play(live, 2, STEADY, 0.0).ends_s
+    live = [PendingWork(1, True, 100.0, 50.0), PendingWork(2, True, 100.0, 5.0)]
+    ends = simulate(live, 2, STEADY, 0.0).ends_s
     assert ends[2] < ends[1] / 2
 
 
 def test_a_pause_comes_first() -> None:
-    assert play(equal_jobs(1), 1, STEADY, 30.0).ends_s[1] > 30
-    assert play([], 1, STEADY, 30.0).wait_s == 30
+    assert simulate(equal_jobs(1), 1, STEADY, 30.0).ends_s[1] > 30
+    assert simulate([], 1, STEADY, 30.0).wait_s == 30
 
 
 def test_jobs_are_expected_to_be_followed_by_others() -> None:
     busy = Throughput(SPEED, (), usual_jobs=4.0, usual_pixels=300.0)
-    alone = play(equal_jobs(1), 8, STEADY, 0.0).ends_s[1]
-    assert play(equal_jobs(1), 8, busy, 0.0).ends_s[1] == pytest.approx(4 * alone)
+    alone = simulate(equal_jobs(1), 8, STEADY, 0.0).ends_s[1]
+    assert simulate(equal_jobs(1), 8, busy, 0.0).ends_s[1] == pytest.approx(4 * alone)
 
 
 def test_an_estimate_is_longer_than_the_forecast() -> None:
     forecast = Forecast(1, 0, {1: 10.0, 2: 20.0}, {2: 1}, 15.0)
-    assert forecast.eta_s(1) == round(GRAIN_S + 10 * MARGIN, 1)
+    assert forecast.eta_s(1) == round(OVERHEAD_S + 10 * MARGIN, 1)
     assert forecast.eta_s(99) == forecast.eta_s(2), "one that is not known comes last"
     assert [forecast.position(job_id) for job_id in (1, 2, 99)] == [1, 1, 2]
 
 
 class TestMeasuring:
     def test_without_jobs_it_is_a_guess(self) -> None:
-        assert measure([], 3, 0.0) == Throughput(3 * GUESSED_SPEED)
-        useless = [DoneWork(1.0, 1.0, 1.0, 0.0), DoneWork(1.0, 1.0, 1.0, -5.0)]
-        assert measure(useless, 1, 0.0) == Throughput(GUESSED_SPEED)
+        assert measure_throughput([], 3, 0.0) == Throughput(3 * GUESSED_SPEED)
+        useless = [FinishedWork(1.0, 1.0, 1.0, 0.0), FinishedWork(1.0, 1.0, 1.0, -5.0)]
+        assert measure_throughput(useless, 1, 0.0) == Throughput(GUESSED_SPEED)
 
     @pytest.mark.parametrize("count", [1, 4])
     def test_what_ran_side_by_side_counts_together(self, count: int) -> None:
-        done = [DoneWork(100.0, 17.0, 50.0, 4.0)] * count
-        found = measure(done, 1, 50.0)
+        done = [FinishedWork(100.0, 17.0, 50.0, 4.0)] * count
+        found = measure_throughput(done, 1, 50.0)
         assert found.at(count) == pytest.approx(count * 100 * 20 / 4)
         assert (found.usual_jobs, found.usual_pixels) == (count, 100.0 * (count - 1))
 
     def test_after_a_rest_nothing_is_usual(self) -> None:
-        found = measure([DoneWork(100.0, 17.0, 50.0, 4.0)] * 4, 1, 5_000.0)
+        found = measure_throughput([FinishedWork(100.0, 17.0, 50.0, 4.0)] * 4, 1, 5_000.0)
         assert (found.usual_jobs, found.usual_pixels) == (0.0, 0.0)
 
     def test_speed_depends_on_how_many_run(self) -> None:
-        alone = [DoneWork(100.0, 17.0, 100.0 * number, 4.0) for number in range(1, 5)]
-        together = [DoneWork(100.0, 17.0, 1_000.0, 8.0)] * 8
-        found = measure([*alone, *together], 1, 0.0)
+        alone = [FinishedWork(100.0, 17.0, 100.0 * number, 4.0) for number in range(1, 5)]
+        together = [FinishedWork(100.0, 17.0, 1_000.0, 8.0)] * 8
+        found = measure_throughput([*alone, *together], 1, 0.0)
         assert found.at(1) == pytest.approx(2_000 / 4)
         assert found.at(8) == found.at(16) == pytest.approx(8 * 2_000 / 8)
-        assert measure(together, 1, 0.0).at(1) < found.at(8), "one job fills no batch"
+        assert measure_throughput(together, 1, 0.0).at(1) < found.at(8), "one job fills no batch"
 
     def test_one_slow_job_does_not_rule(self) -> None:
-        quick = [DoneWork(100.0, 17.0, 100.0 * number, 4.0) for number in range(1, 8)]
-        slow = DoneWork(100.0, 17.0, 10_000.0, 9_000.0)
-        found = measure([*quick, slow], 1, 0.0)
+        quick = [FinishedWork(100.0, 17.0, 100.0 * number, 4.0) for number in range(1, 8)]
+        slow = FinishedWork(100.0, 17.0, 10_000.0, 9_000.0)
+        found = measure_throughput([*quick, slow], 1, 0.0)
         assert found.at(1) == pytest.approx(2_000 / 4)
         assert min(found.measured)[1] >= 2_000 / 4 / SLOW_FACTOR
 
@@ -117,7 +117,7 @@ class TestEstimator:
         assert estimator.forecast(1) is estimator.forecast(1)
         ends[2] = 2.0
         assert 2 in estimator.forecast(2).ends_s
-        clock.now += 2 * FRESH_S
+        clock.now += 2 * CACHED_S
         estimator.forecast(1)
         assert len(looks) == 3
 
@@ -139,15 +139,15 @@ class TestEstimator:
 
 def test_the_first_estimate_is_held_against_the_truth() -> None:
     clock = Clock()
-    told = ToldEstimates(clock)
-    assert (told.note(1, 30.0), told.note(2, 5.0)) == (30.0, 5.0)
+    quotes = QuotedEstimates(clock)
+    assert (quotes.quote(1, 30.0), quotes.quote(2, 5.0)) == (30.0, 5.0)
     start = clock.now
     clock.now += 10
-    told.note(1, 20.0)
-    assert told.pop_ratio(1, start + 20) == 1.5
-    assert told.pop_ratio(1, start + 20) is None, "once"
-    assert told.pop_ratio(2, start) is None, "it had ended before"
-    assert told.pop_ratio(3, start) is None
+    quotes.quote(1, 20.0)
+    assert quotes.pop_ratio(1, start + 20) == 1.5
+    assert quotes.pop_ratio(1, start + 20) is None, "once"
+    assert quotes.pop_ratio(2, start) is None, "it had ended before"
+    assert quotes.pop_ratio(3, start) is None
 
 
 @pytest.mark.parametrize(
@@ -170,5 +170,5 @@ def test_one_look_after_the_estimate_finds_the_job_ended(
     assert len(told) > 1_500
     assert share_in_time(told) >= 0.95
     # Seconds count where a job takes less than the grain of an estimate.
-    ratios = [each.eta_s / max(each.true_s, GRAIN_S) for each in told]
+    ratios = [each.eta_s / max(each.true_s, OVERHEAD_S) for each in told]
     assert statistics.median(ratios) <= 1.5

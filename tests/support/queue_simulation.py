@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from server.jobs.estimates import DoneWork, Forecast, LiveWork, measure, play
+from server.jobs.estimates import FinishedWork, Forecast, PendingWork, measure_throughput, simulate
 
 SIZES = (256, 512, 512, 512, 768, 1_024)
 STEPS = (10, 20, 20, 30, 50)
@@ -120,16 +120,16 @@ class Simulation:
 
     def _forecast(self) -> Forecast:
         live = [
-            LiveWork(job.id, is_running, job.pixels, job.steps - job.done)
+            PendingWork(job.id, is_running, job.pixels, job.steps - job.done)
             for is_running, jobs in ((True, self.running), (False, self.waiting))
             for job in jobs
         ]
         recent = [
-            DoneWork(job.pixels, job.steps, job.ended_at, job.ended_at - job.claimed_at)
+            FinishedWork(job.pixels, job.steps, job.ended_at, job.ended_at - job.claimed_at)
             for job in self.done[-20:]
             if job.ended_at is not None
         ]
-        return play(live, self.device.places, measure(recent, 1, self.now), 0.0)
+        return simulate(live, self.device.places, measure_throughput(recent, 1, self.now), 0.0)
 
     def _work(self, chance: random.Random) -> None:
         """One round, or the time until something happens."""

@@ -294,7 +294,7 @@ async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
     elif not job.state.is_terminal:
         forecast = await services.in_store_thread(services.estimator.forecast, job.id)
         position = forecast.position(job.id) if job.state is JobState.QUEUED else None
-        eta_s = services.told.note(job.id, forecast.eta_s(job.id))
+        eta_s = services.quotes.quote(job.id, forecast.eta_s(job.id))
     return writing.write_job(job, receipt, base_url, position, eta_s)
 
 
