@@ -1,10 +1,11 @@
-"""Whose turn it is: the order in which waiting jobs are given out.
+"""Fair queueing: the order in which waiting jobs are claimed.
 
-Keys take turns, so that one with 500 waiting jobs delays another's single job by one. A job gets
-the number of its turn when it is submitted: the one after its key's last, but none that has passed.
-Lower turns go first; within one, who came first. Jobs of a higher priority go before all others.
+Keys take turns (round robin), so a key with 500 waiting jobs delays another key's single job by
+one. A job gets a turn number when it is submitted: one more than its key's last job, but at least
+the current turn. Lower turns go first, and within a turn lower ids. Jobs of a higher priority go
+before all others.
 
-A number given once stays true, so the next job, and a job's position, are looked up in an index.
+A turn number never changes, so an index finds the next job and a job's position.
 """
 
 from dataclasses import dataclass
@@ -26,12 +27,12 @@ IS_WAITING: ColumnElement[bool] = jobs.c.state == "queued"
 """The job waits for a worker."""
 
 ORDER = (jobs.c.priority.desc(), jobs.c.turn, jobs.c.id)
-"""First to last."""
+"""The order of claims."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """Where a new job would stand. turn: its number; waiting: jobs now, in all and of its key."""
+    """The position of a new job. waiting, waiting_of_key: jobs now, in all and of its key."""
 
     turn: int
     waiting: int
@@ -41,13 +42,13 @@ class QueuePosition:
 def next_position(connection: Connection, key_id: str, priority: int) -> QueuePosition:
     """The position of a job that this key submits now."""
     row = connection.execute(_POSITION, {"key": key_id, "class": priority}).one()
-    # Where none waits, the newest job's turn is the present one.
-    present = row.newest or 0 if row.present is None else row.present
-    return QueuePosition(max(present, row.own_last + 1), row.waiting, row.waiting_of_key)
+    # If no job waits, the newest job's turn is the current one.
+    current = row.newest or 0 if row.current is None else row.current
+    return QueuePosition(max(current, row.own_last + 1), row.waiting, row.waiting_of_key)
 
 
 def _position_query() -> Select[Any]:
-    """Built once, as every accepted job asks it."""
+    """Built once, because every submit runs it."""
     of_key = jobs.c.key_id == bindparam("key")
     of_class = jobs.c.priority == bindparam("class")
     count = select(func.count()).where(IS_WAITING)
@@ -56,13 +57,13 @@ def _position_query() -> Select[Any]:
         query = select(jobs.c.turn).where(of_class, *where).order_by(order).limit(1)
         return query.scalar_subquery()
 
-    # A job that was lost keeps its turn, which has long passed.
+    # A requeued job keeps its old turn, which is no longer the current one.
     next_one = first(jobs.c.turn, IS_WAITING, jobs.c.attempt == 0)
     newest = first(jobs.c.turn.desc())
-    # Turns that a key took back are not held against it.
+    # Cancelled jobs do not push a key's next turn back.
     own = first(jobs.c.turn.desc(), of_key, jobs.c.state != "cancelled")
     return select(
-        next_one.label("present"),
+        next_one.label("current"),
         newest.label("newest"),
         func.coalesce(own, -1).label("own_last"),
         count.scalar_subquery().label("waiting"),

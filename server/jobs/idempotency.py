@@ -1,8 +1,8 @@
-"""Requests that are sent again: a client's key names the job that its first request made.
+"""Idempotency keys: a repeated request gets the job of the first request with the same key.
 
 The row is written in the transaction that makes the job durable. Submits run one after the other,
-so that the second of two requests that come at the same moment finds the first one's. A row's age
-is measured by a `DatabaseClock`: a jump of the wall clock must not make a job a second time.
+so the second of two simultaneous requests finds the row of the first. A `DatabaseClock` measures a
+row's age, because a jump of the wall clock must not create a job twice.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from server.core.errors import Conflict, ConflictKind
 from server.storage.tables import idempotency_keys
 
 KEPT_S = 86_400.0
-"""How long a key is remembered."""
+"""How long an idempotency key is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """key: the client's, unique among its own. body_sha256: of what it asked for with it."""
+    """key: chosen by the client, unique per API key. body_sha256: of the request's body."""
 
     key: str
     body_sha256: str
 
 
 def find(connection: Connection, key_id: str, once: Idempotency, now: float) -> str | None:
-    """File prefix of the job that an earlier request with this key made.
+    """File prefix of the job of an earlier request with this key.
 
-    Raises: Conflict when that request asked for something else.
+    Raises: Conflict when that request had another body.
     """
     row = connection.execute(
         select(idempotency_keys.c.body_sha256, idempotency_keys.c.file_prefix).where(
@@ -46,7 +46,7 @@ def find(connection: Connection, key_id: str, once: Idempotency, now: float) -> 
 def reserve(
     connection: Connection, key_id: str, once: Idempotency, file_prefix: str, now: float
 ) -> None:
-    """Take the key for the job of this file prefix, where `find` has found none."""
+    """Store the key for the job with this file prefix, after `find` has returned None."""
     connection.execute(
         delete(idempotency_keys).where(idempotency_keys.c.created_at <= now - KEPT_S)
     )

@@ -1,6 +1,6 @@
-"""Jobs as the server speaks of them: states, what is submitted, what a row holds, why one failed.
+"""Types of a job: its states, a submitted job, a job row, its files, and why a job failed.
 
-No database and no change of state here; that is `store.py`.
+`store.py` reads the rows and changes the states.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
 
 PREVIEW_FOLDER = "previews"
-"""First part of the storage key of how a running job looks."""
+"""First part of a preview's storage key."""
 
 OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
-"""What `output_names_of` makes, as a regular expression, without the suffix."""
+"""Regular expression of the names of `output_names_of`, without the suffix."""
 
 
 class JobState(StrEnum):
-    """Where a job is."""
+    """The state of a job."""
 
     QUEUED = "queued"
     """Accepted and durable, waits for a worker."""
@@ -37,7 +37,7 @@ class JobState(StrEnum):
     FAILED = "failed"
     """It ended without pictures; `error` says why."""
     CANCELLED = "cancelled"
-    """Somebody took it back."""
+    """A client cancelled it."""
 
     @property
     def is_terminal(self) -> bool:
@@ -47,10 +47,10 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class QueueShare:
-    """What a key may have of the queue.
+    """A key's share of the queue.
 
-    max_waiting: its jobs that may wait at a time; None means the store's limit per key.
-    priority: jobs of a higher one go first.
+    max_waiting: how many of its jobs may wait at a time; None means the store's limit per key.
+    priority: jobs of a higher priority go first.
     """
 
     max_waiting: int | None = None
@@ -92,7 +92,7 @@ class RequestFacts:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RequestFacts":
-        """Also of earlier versions' rows, which lack some; codes of later ones are left out."""
+        """Reads rows of earlier versions, which lack fields; ignores codes of later versions."""
         codes, intake = values.get("warnings", ()), values.get("intake")
         return cls(
             base_url=values.get("base_url", ""),
@@ -120,7 +120,7 @@ SHARED_FACTS = {each.name for each in fields(RequestFacts)} - {"own"}
 class NewJob:
     """What is submitted.
 
-    key_id: whose job it is. share: what that key may have of the queue.
+    key_id: whose job it is. share: of that key.
     file_prefix: uuid4; names the job's files.
     work: size of the job in pixel steps, for estimates of time.
     track_id: any JSON scalar, given back as it came.
@@ -146,9 +146,9 @@ class NewJob:
 class Job:
     """A row, as read.
 
-    priority, turn: its place among waiting jobs, see `turns.py`.
+    priority, turn: its place among waiting jobs, see `fair_queue.py`.
     attempt: how often it was claimed, but for claims that were released.
-    fencing_token: number of the latest claim; see `job_store.py`.
+    fencing_token: number of the latest claim; see `leases.py`.
     step, total_steps: denoising steps done and to do, over all samples; 0 of 0 before it began.
     preview_step: how many were done in the latest preview of the latest attempt; None without one.
     queued_s: seconds from submission to the latest claim, by a clock that both processes share.
@@ -213,23 +213,23 @@ class Job:
 
     @property
     def has_pictures(self) -> bool:
-        """It is finished, and its pictures were not removed since."""
+        """It is finished, and its pictures have not expired."""
         return self.state is JobState.FINISHED and self.expired_at is None
 
     @property
     def wants_previews(self) -> bool:
-        """Whether the worker is to show the job while it runs."""
+        """Whether the worker stores previews while the job runs."""
         return self.request.previews
 
     @property
     def preview_key(self) -> str:
-        """Storage key of how the job looks; there is a file while it runs only."""
+        """Storage key of the preview; the file exists only while the job runs."""
         return f"{PREVIEW_FOLDER}/{self.file_prefix}.png"
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """What became of a `NewJob`. is_new: False for the earlier job of its idempotency key."""
+    """The result of a submit. is_new: False for the earlier job of its idempotency key."""
 
     job: Job
     is_new: bool = True
@@ -252,7 +252,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a worker tells of a job it holds; the numbers are as in `Job`."""
+    """A worker's heartbeat for a job whose lease it holds; the numbers are as in `Job`."""
 
     job: Job
     step: int
@@ -268,8 +268,8 @@ def input_key_of(file_prefix: str) -> str:
 def output_names_of(file_prefix: str, samples: int, fencing_token: int) -> list[str]:
     """File names of a job's pictures, in sample order.
 
-    Every claim has its own: one that was given up may still write, and must not change what its
-    successor has finished.
+    Every claim has its own names, because a worker that lost its lease may still write, and must
+    not change the files of its successor.
     """
     suffix = f"-{fencing_token}" if fencing_token > 1 else ""
     return [f"{file_prefix}-{index}{suffix}.png" for index in range(samples)]
@@ -283,7 +283,7 @@ def output_keys_of(file_prefix: str, samples: int, fencing_token: int) -> list[s
 
 
 class Failure(StrEnum):
-    """A code for programs. `sentence` is what a person reads, and what the job row keeps."""
+    """Why a job failed: a code for programs. The job row keeps `sentence`, for people."""
 
     WORKER_LOST = "worker_lost"
     """Its worker died or hung at every attempt."""
@@ -309,7 +309,7 @@ class Failure(StrEnum):
 
     @classmethod
     def of(cls, sentence: str) -> "Failure":
-        """The failure a row tells of; `UNKNOWN` for a sentence of another version."""
+        """The failure with this sentence; `UNKNOWN` for a sentence of another version."""
         codes = {text: code for code, text in SENTENCES.items()}
         return codes.get(sentence, cls.UNKNOWN)
 

@@ -1,4 +1,7 @@
-"""The outbox: a job's webhook call is a row written in the transaction that ends the job."""
+"""The outbox: a job's webhook call is a row, written in the transaction that ends the job.
+
+A crash after that transaction therefore loses no call. `webhooks/deliveries.py` reads the rows.
+"""
 
 import uuid
 from enum import StrEnum
@@ -12,33 +15,33 @@ from sqlalchemy import (
 from server.storage.tables import deliveries
 
 RETRY_DELAYS_S = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-"""After the first try, the second, …: ten tries over about three days."""
+"""After the first attempt, the second, …: ten attempts over about three days."""
 
 JITTER = 0.2
 
 MAX_AGE_S = sum(RETRY_DELAYS_S) * (1 + JITTER)
-"""From the job's end: after that a call to a host that always fails is given up, tries left or not,
-and a call that is still pending keeps neither the job's pictures nor its row."""
+"""From the job's end. A call to a host that keeps failing is then given up, whatever attempts are
+left, and a pending call no longer keeps the job's pictures and row."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 AT_ONCE = 0.0
-"""The due time of a call that was not tried, or is asked for again."""
+"""The due time of a first attempt and of a requested redelivery."""
 
 
 class DeliveryState(StrEnum):
-    """Where a webhook call is."""
+    """The state of a webhook call."""
 
     PENDING = "pending"
-    """Not received yet; another try is due."""
+    """Not received yet; another attempt is scheduled."""
     DELIVERED = "delivered"
     """The receiver answered 2xx."""
     DEAD = "dead"
-    """Given up: the receiver is gone for good, or the schedule is used up."""
+    """Given up: the receiver answered 410, or the schedule is used up."""
 
 
 def queue_delivery(connection: Connection, job_id: int, key_id: str, url: str, now: float) -> None:
-    """Write a job's webhook call in the transaction that ends the job, due at once."""
+    """Write a job's webhook call, due at once. connection: in the transaction that ends the job."""
     connection.execute(
         insert(deliveries).values(
             id=f"msg_{uuid.uuid4().hex}",
@@ -54,10 +57,10 @@ def queue_delivery(connection: Connection, job_id: int, key_id: str, url: str, n
 
 
 def host_of(key_id: str, url: str) -> str:
-    """What a call counts against: key, scheme, host and port.
+    """Key, scheme, host and port: what concurrency limit and circuit breaker of a call belong to.
 
-    Of one key, so that nobody can hold up another's calls to a host by addresses of it that fail.
-    Never fails, as it stands on the way of a job's end.
+    The key is part of it, so that one key's failing URLs cannot stop another key's calls to the
+    same host. Never raises, because that would keep a job from ending.
     """
     try:
         parts = urlsplit(url)

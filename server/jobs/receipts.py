@@ -1,7 +1,7 @@
-"""What is kept of how a job's pictures came about: measured where it happens, told afterwards.
+"""Records of how a job's pictures were made.
 
-`Intake` is the API process's part, written with the job; `Receipt` the worker's, written with its
-end. Times are milliseconds that passed, whoever else had the device in them.
+The API process writes `Intake` with the job, the worker writes `Receipt` with the job's end. Times
+are elapsed milliseconds, including those in which other jobs used the device.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,9 +14,9 @@ from models.imaging.mask_reading import MaskReading
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """From the request to the stored input.
+    """The API process's part: from the request to the stored input.
 
-    fetch_ms: both images, side by side. decode_ms: of both, resizing included.
+    fetch_ms: of both images, fetched concurrently. decode_ms: of both, resizing included.
     init_image_sha256, mask_image_sha256: of the bytes as they were received.
     mask_read_as: how the mask was understood; None in rows of versions that had one way.
     """

@@ -1,16 +1,15 @@
-"""`Janitor`: removes what has grown old, so that the disk does not fill.
+"""`Janitor`: removes old files and rows, so that the disk does not fill.
 
-    pictures of finished jobs     `outputs_h` after the end; the row stays and tells `expired_at`
+    pictures of finished jobs     `outputs_h` after the end; the row stays, with `expired_at`
     rows of ended jobs            `rows_h` after the end, with their webhook history
-    inputs of ended jobs          `inputs_h` after the end, where the worker could not remove them
-    previews of ended jobs        at once, likewise
+    inputs of ended jobs          `inputs_h` after the end, if the worker could not remove them
+    previews of ended jobs        at once, if the worker could not remove them
     files that belong to no job   after a day
 
-Of a finished job whose pictures are gone, by whatever hand, the row is made to tell so.
+A finished job whose pictures somebody else removed is marked as expired too.
 
-A job whose webhook is not delivered yet keeps its row and its pictures, but no longer than the
-webhook's schedule lasts after the job's end. Several janitors may work at once: each removal can be
-made again without harm.
+A job with a pending webhook keeps its row and its pictures, but no longer than the webhook's retry
+schedule. Several janitors may run at once, because each removal is idempotent.
 """
 
 import asyncio
@@ -36,41 +35,42 @@ from server.storage.tables import deliveries, jobs
 logger = get_logger(__name__)
 
 BATCH = 100
-"""Rows and files of one step: a step takes no lock for long."""
+"""Rows and files per step, so that no step holds a lock for long."""
 
-PAUSE_S = 60.0
-"""Between two looks at the rows."""
+EXPIRE_INTERVAL_S = 60.0
+"""Between two checks of the rows."""
 
-SWEEP_S = 6 * 3_600.0
+SWEEP_INTERVAL_S = 6 * 3_600.0
 """Between two listings of all files, which an object store charges for."""
 
 ORPHAN_S = 24 * 3_600.0
-"""A file may lie so long without a row: its job may be on the way."""
+"""A file without a row is kept so long, because its job may be about to be submitted."""
 
 HOUR_S = 3_600.0
 UUID_LENGTH = 36
 
 PICTURES = (jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.fencing_token)
-"""What the storage keys of a job's pictures are made of."""
+"""The parts of the storage keys of a job's pictures: arguments of `output_keys_of`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What one round removed. outputs: jobs whose pictures were; files: found by listing.
+    """What one round removed.
 
-    gone: finished jobs whose pictures somebody else had removed.
+    outputs: jobs whose pictures expired. files: found by a listing. missing: finished jobs whose
+    pictures somebody else had removed.
     """
 
     outputs: int = 0
     rows: int = 0
     files: int = 0
-    gone: int = 0
+    missing: int = 0
 
 
 class Janitor:
-    """`tidy` and `sweep` are synchronous; run `run` as a task beside the server.
+    """`expire` and `sweep` are synchronous; `run` is a background task of the server.
 
-    clock: seconds since the epoch; an `EarlierClock` if None. batch: rows or files of one step.
+    clock: seconds since the epoch; an `EarlierClock` if None. batch: rows or files per step.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class Janitor:
         self._is_stopping = threading.Event()
 
     async def run(self) -> None:
-        """Until cancelled. What fails is tried again in the next round."""
+        """Run until cancelled. A failed removal is tried again in the next round."""
         swept_at: float | None = None
         try:
             while True:
-                await self._try(self.tidy)
+                await self._try(self.expire)
                 now = time.monotonic()
-                if swept_at is None or now - swept_at > SWEEP_S:
+                if swept_at is None or now - swept_at > SWEEP_INTERVAL_S:
                     swept_at = now
                     await self._try(self.sweep)
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.sleep(EXPIRE_INTERVAL_S)
         finally:
-            # For the thread, which would go on to the end of its work.
+            # Cancelling does not stop a thread, which would go through all files first.
             self._is_stopping.set()
 
     async def _try(self, work: Callable[[], Removed]) -> None:
@@ -112,8 +112,8 @@ class Janitor:
         if removed != Removed():
             logger.info("old files and rows removed", detail=str(removed))
 
-    def tidy(self) -> Removed:
-        """Expire pictures and remove rows, as many as are due.
+    def expire(self) -> Removed:
+        """Remove all pictures and rows that are due.
 
         Raises: SQLAlchemyError, StorageUnavailable.
         """
@@ -121,17 +121,17 @@ class Janitor:
         return Removed(outputs=outputs, rows=sum(self._batches(self._delete_batch)))
 
     def sweep(self) -> Removed:
-        """Go through all files, and remove those that no job needs; then look for missing ones.
+        """Remove all files that no job needs, then mark jobs whose pictures are missing.
 
         Raises: SQLAlchemyError, StorageUnavailable.
         """
         inputs = self._sweep(INPUT_FOLDER, self._unneeded_inputs)
         previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
         outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
-        return Removed(files=inputs + previews + outputs, gone=self._note_missing())
+        return Removed(files=inputs + previews + outputs, missing=self._mark_missing())
 
     def _batches(self, step: Callable[[], int]) -> Iterator[int]:
-        """What each step has done, until one finds nothing to do."""
+        """Run steps until one finds nothing to do; yields the count of each."""
         while not self._is_stopping.is_set() and (count := step()):
             yield count
 
@@ -153,8 +153,8 @@ class Janitor:
             .values(expired_at=self._clock())
             .returning(*PICTURES)
         )
-        # The rows come first: a webhook that is asked for meanwhile must not name pictures that are
-        # about to go. What is left of them when a removal fails is found by the next sweep.
+        # Rows are marked first, because a webhook that is requested meanwhile must not name
+        # pictures that are about to be removed. The next sweep finds files whose removal failed.
         with self._engine.begin() as connection:
             rows = connection.execute(expire).all()
         for files in rows:
@@ -167,11 +167,12 @@ class Janitor:
         is_on_schedule = jobs.c.finished_at > self._clock() - MAX_AGE_S
         return is_on_schedule & exists().where(deliveries.c.job_id == jobs.c.id, is_pending)
 
-    def _note_missing(self) -> int:
-        """Let the rows of finished jobs tell that their pictures are gone; how many jobs that were.
+    def _mark_missing(self) -> int:
+        """Mark finished jobs as expired whose pictures are missing; how many there were.
 
-        None where most are missing: then the store is another one, or its disk is not mounted, and
-        may come back with all of them. The files of a job that is told to be gone are removed.
+        If most are missing, nothing is marked: the store is then another one, or its disk is not
+        mounted, and the pictures may come back. The next sweep removes the other files of a marked
+        job.
         """
         missing: list[int] = []
         whole_count = 0
@@ -182,7 +183,7 @@ class Janitor:
             else:
                 missing.append(job_id)
         if self._is_stopping.is_set():
-            return 0  # not all were looked at
+            return 0  # not all were checked
         if len(missing) > whole_count:
             logger.error(
                 "most pictures are missing in the file store, is it the right one?",
@@ -193,12 +194,12 @@ class Janitor:
             some = missing[start : start + self._batch]
             is_unexpired = jobs.c.id.in_(some) & jobs.c.expired_at.is_(None)
             with self._engine.begin() as connection:
-                note = update(jobs).where(is_unexpired).values(expired_at=self._clock())
-                connection.execute(note)
+                mark = update(jobs).where(is_unexpired).values(expired_at=self._clock())
+                connection.execute(mark)
         return len(missing)
 
     def _finished(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
-        """Jobs that have pictures by their rows: the id, and what `output_keys_of` wants."""
+        """Jobs with pictures, by their rows: the id and the arguments of `output_keys_of`."""
         last_id = 0
         while not self._is_stopping.is_set():
             query = (
@@ -220,7 +221,7 @@ class Janitor:
             last_id = rows[-1].id
 
     def _delete_batch(self) -> int:
-        """Rows of ended jobs; those of finished ones only when their pictures are gone."""
+        """Remove rows of ended jobs; of finished jobs only after their pictures."""
         is_finished = jobs.c.state == JobState.FINISHED
         due = (
             select(jobs.c.id)
@@ -249,7 +250,7 @@ class Janitor:
         self, files: Sequence[StoredFile], unneeded: Callable[[Sequence[str]], set[str]]
     ) -> Iterator[str]:
         prefixes = {file: prefix_of(file.key) for file in files}
-        # Looked up after the listing: a file that has no row now, and is old, will have none.
+        # Queried after the listing, so that an old file without a row now will never have one.
         known = self._known([*prefixes.values()])
         removable = unneeded([*known])
         for file, prefix in prefixes.items():
@@ -270,7 +271,7 @@ class Janitor:
         return self._prefixes(jobs.c.file_prefix.in_(prefixes) & jobs.c.finished_at.is_not(None))
 
     def _unneeded_outputs(self, prefixes: Sequence[str]) -> set[str]:
-        """Of expired jobs, and what a late worker stored for one that ended without pictures."""
+        """Pictures of expired jobs, and those that a late worker stored for a failed job."""
         has_none = jobs.c.state.in_([JobState.FAILED, JobState.CANCELLED])
         is_over = has_none & (jobs.c.finished_at < self._clock() - ORPHAN_S)
         return self._prefixes(

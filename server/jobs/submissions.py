@@ -1,4 +1,4 @@
-"""`Submissions`: how jobs come into the queue, within its limits and once per idempotency key."""
+"""`Submissions`: writes new jobs, within the queue's limits and once per idempotency key."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from server.storage.group_commit import GroupCommit
 from server.storage.tables import jobs
 
 SUBMIT_LOCK = 0x1_4E_9A_15
-"""An advisory lock's number: any, but the same for all processes of this server."""
+"""Number of an advisory lock: arbitrary, but the same for all processes of this server."""
 
 INSERT = insert(jobs).returning(jobs)
 
@@ -24,13 +24,13 @@ Submission = tuple[NewJob, Idempotency | None]
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Jobs that may wait at a time: in all, and of a key whose share says nothing else."""
+    """Jobs that may wait at a time: in all, and of a key whose `QueueShare` sets no limit."""
 
     max_waiting: int = 1_000
     max_waiting_per_key: int = 100
 
     def check(self, position: QueuePosition, share: QueueShare) -> None:
-        """Back-pressure: a full queue takes no more. Raises: QueueFull."""
+        """Back-pressure: a full queue refuses new jobs. Raises: QueueFull."""
         if position.waiting >= self.max_waiting:
             raise QueueFull(self.max_waiting)
         of_key = self.max_waiting_per_key if share.max_waiting is None else share.max_waiting
@@ -71,8 +71,8 @@ class Submissions:
 
     def _write(self, connection: Connection, submission: Submission) -> Job:
         new, once = submission
-        if connection.dialect.name != "sqlite":  # there every write transaction is alone
-            # What is counted stays true until the transaction's end.
+        if connection.dialect.name != "sqlite":  # SQLite runs one write transaction at a time
+            # With the lock, the counts stay true until the transaction's end.
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SUBMIT_LOCK})")
         if once is not None:
             earlier = self._find_replayed(connection, new.key_id, once)

@@ -1,6 +1,6 @@
 """`JobWatcher`: the clients of this process that wait for a job's end or follow its progress.
 
-A thread watches the database's change signal; after a change the watched jobs are read once for all
+A thread polls the database's change signal. After a change the watched jobs are read once for all
 clients together. All other state belongs to the event loop.
 """
 
@@ -26,16 +26,16 @@ POLL_S = 0.01
 """Between two checks of the change signal."""
 
 PAUSE_FACTOR = 10
-"""After a read the watcher pauses so many times as long: a long queue takes a tenth of a core."""
+"""The pause after a read, as a multiple of its time, so that reads take a tenth of a core."""
 
 RETRY_S = 0.5
-"""Pause after a read that failed, and the longest after any."""
+"""The pause after a failed read, and the longest pause after any read."""
 
 
 class Subscription:
-    """One client's view of one job's progress. key_digest: of the key that the client came with.
+    """One client's view of one job's progress. key_digest: of the API key in the client's request.
 
-    Not a queue: a client that reads slowly misses steps, and nothing piles up.
+    Only the latest progress is kept, so a slow client misses steps and no queue grows.
     """
 
     def __init__(self, job_id: int, key_id: str, key_digest: str) -> None:
@@ -43,10 +43,10 @@ class Subscription:
         self.key_id = key_id
         self.key_digest = key_digest
         self.is_over = False
-        """No progress will follow: the job is gone, the key has ended, or the server stops."""
+        """No progress will follow: the job was removed, the key ended, or the server stops."""
         self.has_key_ended = False
         self._progress: JobProgress | None = None
-        self._is_news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     async def next(self, timeout_s: float) -> JobProgress | None:
         """The job's progress once it has changed; None after `timeout_s`, and when it is over.
@@ -55,22 +55,22 @@ class Subscription:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                await self._is_news.wait()
+                await self._changed.wait()
         except TimeoutError:
             return None
-        self._is_news.clear()
+        self._changed.clear()
         return None if self.is_over else self._progress
 
     def publish(self, progress: JobProgress) -> None:
-        """Note the job's progress."""
+        """Set the job's progress, and wake the client if it has changed."""
         if progress != self._progress:
             self._progress = progress
-            self._is_news.set()
+            self._changed.set()
 
     def end(self) -> None:
         """No progress will follow."""
         self.is_over = True
-        self._is_news.set()
+        self._changed.set()
 
 
 class JobWatcher:
@@ -87,7 +87,7 @@ class JobWatcher:
         self._is_released = False
         self._is_stopping = False
         self._must_read = threading.Event()
-        # Calls that hang elsewhere must not take the watcher's thread.
+        # A limiter of its own, because hanging calls may use up the threads of another.
         self._limiter = CapacityLimiter(1)
 
     async def __aenter__(self) -> "JobWatcher":
@@ -116,7 +116,7 @@ class JobWatcher:
         return self._is_released
 
     def release_all(self) -> None:
-        """Let all clients go, later ones too: the server is stopping. For signal handlers."""
+        """Release all clients, also later ones: the server is stopping. For signal handlers."""
         self._is_released = True
         self._loop.call_soon_threadsafe(self._release)
 
@@ -175,13 +175,13 @@ class JobWatcher:
                     took_s = time.monotonic() - started
                     await asyncio.sleep(min(PAUSE_FACTOR * took_s, RETRY_S))
                 except Exception:
-                    # The task must not end: no client would ever be woken again.
+                    # The task must not end, because it alone wakes the clients.
                     logger.exception("watched jobs cannot be read")
                     self._must_read.set()
                     await asyncio.sleep(RETRY_S)
 
     def _wait_for_change(self, signal: ChangeSignal) -> None:
-        """In a thread: until others have committed, or a client has come."""
+        """In a thread: wait for a commit of another connection, or a new client."""
         while not (self._must_read.is_set() or signal.has_changed()):
             if len(self):
                 time.sleep(POLL_S)
@@ -190,7 +190,7 @@ class JobWatcher:
         self._must_read.clear()
 
     async def _read_jobs(self) -> None:
-        """Tell all clients how their jobs stand. Raises: SQLAlchemyError."""
+        """Read the watched jobs and wake their clients. Raises: SQLAlchemyError."""
         if waited := {*self._waiting.values()}:
             jobs = await run_sync(self._store.ended, waited, limiter=self._limiter)
             ended = {job.id: job for job in jobs}

@@ -137,14 +137,14 @@ def expire(settings: Settings, now: float) -> None:
     """What the janitor does when the clock says `now`."""
     engine = open_engine(settings.sqlalchemy_url)
     janitor = Janitor(engine, Storage(settings.storage_url), settings.retention, clock=lambda: now)
-    assert janitor.tidy().outputs == 1
+    assert janitor.expire().outputs == 1
     engine.dispose()
 
 
 def sweep(settings: Settings) -> None:
     """What the janitor does every few hours."""
     engine = open_engine(settings.sqlalchemy_url)
-    assert Janitor(engine, Storage(settings.storage_url), settings.retention).sweep().gone == 1
+    assert Janitor(engine, Storage(settings.storage_url), settings.retention).sweep().missing == 1
     engine.dispose()
 
 

@@ -205,7 +205,7 @@ def test_no_call_is_made_again_once_the_pictures_are_gone(
         deliveries_of(client, job_id, 1)
         engine = open_engine(settings.sqlalchemy_url)
         retention = RetentionSettings(outputs_h=1e-9)
-        Janitor(engine, Storage(settings.storage_url), retention).tidy()
+        Janitor(engine, Storage(settings.storage_url), retention).expire()
         engine.dispose()
         refused = client.post(f"/api/jobs/{job_id}/deliveries/redeliver")
         assert problem_of(refused) == (409, "pictures_expired")

@@ -85,23 +85,23 @@ def house(engine: Engine, tmp_path: Path) -> House:
 def test_pictures_expire_and_the_row_says_so(house: House) -> None:
     job = house.finish()
     house.pass_hours(9.9)
-    assert house.janitor.tidy() == Removed()
+    assert house.janitor.expire() == Removed()
     assert house.files() == {*job.output_keys}
     house.pass_hours(0.2)
-    assert house.janitor.tidy() == Removed(outputs=1)
+    assert house.janitor.expire() == Removed(outputs=1)
     assert house.files() == set()
     expired = get(house.store, job.id)
     assert (expired.state, expired.expired_at) == (JobState.FINISHED, house.clock.now)
-    assert house.janitor.tidy() == Removed()
+    assert house.janitor.expire() == Removed()
 
 
 def test_rows_are_removed_last(house: House) -> None:
     job = house.finish()
     house.pass_hours(99)
-    house.janitor.tidy()
+    house.janitor.expire()
     assert house.store.get(job.id) is not None
     house.pass_hours(2)
-    assert house.janitor.tidy() == Removed(rows=1)
+    assert house.janitor.expire() == Removed(rows=1)
     assert house.store.get(job.id) is None
     assert house.submit().id > job.id, "its number is not given again"
 
@@ -116,14 +116,14 @@ def test_row_of_a_job_without_pictures_is_removed_too(verb: str, house: House) -
     }
     assert ends[verb]()
     house.pass_hours(101)
-    assert house.janitor.tidy() == Removed(rows=1)
+    assert house.janitor.expire() == Removed(rows=1)
 
 
 def test_live_jobs_stay_however_old(house: House) -> None:
     running, waiting = house.submit(), house.submit()
     claim_one(house.store)
     house.pass_hours(10_000)
-    assert house.janitor.tidy() == house.janitor.sweep() == Removed()
+    assert house.janitor.expire() == house.janitor.sweep() == Removed()
     assert house.files() == {running.input_key, waiting.input_key}
     assert state_of(house.store, running.id) is JobState.RUNNING
 
@@ -131,14 +131,14 @@ def test_live_jobs_stay_however_old(house: House) -> None:
 def test_job_with_a_pending_webhook_stays_whole(house: House, engine: Engine) -> None:
     job = house.finish(webhook="http://x/hook")
     house.pass_hours(MAX_AGE_S / HOUR_S - 0.1)
-    assert house.janitor.tidy() == house.janitor.sweep() == Removed()
+    assert house.janitor.expire() == house.janitor.sweep() == Removed()
     assert house.files() == {*job.output_keys}
     sender = DeliveryStore(engine, clock=house.clock)
     (delivery,) = sender.claim_due(1)
     sender.record(delivery, DELIVERED)
-    assert house.janitor.tidy() == Removed(outputs=1)
+    assert house.janitor.expire() == Removed(outputs=1)
     house.pass_hours(100)
-    assert house.janitor.tidy() == Removed(rows=1)
+    assert house.janitor.expire() == Removed(rows=1)
     with engine.connect() as connection:
         count = select(func.count()).select_from(deliveries)
         assert connection.scalar(count) == 0, "its history goes with it"
@@ -151,12 +151,12 @@ def test_pending_webhook_keeps_nothing_beyond_its_schedule(house: House, engine:
     (delivery,) = sender.claim_due(1)
     house.pass_hours(MAX_AGE_S / HOUR_S - 0.1)
     sender.redeliver(delivery.job_id)
-    assert house.janitor.tidy() == Removed()
+    assert house.janitor.expire() == Removed()
     house.pass_hours(0.2)
-    assert house.janitor.tidy() == Removed(outputs=1)
+    assert house.janitor.expire() == Removed(outputs=1)
     assert house.files() == set()
     house.pass_hours(100)
-    assert house.janitor.tidy() == Removed(rows=1)
+    assert house.janitor.expire() == Removed(rows=1)
 
 
 @pytest.mark.parametrize("verb", ["fail", "cancel", "lose"])
@@ -192,7 +192,7 @@ def test_previews_left_behind_are_removed(verb: str, house: House) -> None:
         house.store.cancel(job.id)
     if verb == "delete":
         house.pass_hours(SETTINGS.rows_h + 1)
-        assert house.janitor.tidy().rows == 1
+        assert house.janitor.expire().rows == 1
     assert house.janitor.sweep() == Removed(files=1)
     assert house.files() == set()
 
@@ -228,7 +228,7 @@ def test_pictures_of_a_job_that_was_cancelled_meanwhile_are_removed(house: House
 def test_pictures_stored_after_their_expiry_are_removed(house: House) -> None:
     job = house.finish()
     house.pass_hours(11)
-    house.janitor.tidy()
+    house.janitor.expire()
     house.put(job.output_keys[0])
     assert house.janitor.sweep() == Removed(files=1)
 
@@ -236,7 +236,7 @@ def test_pictures_stored_after_their_expiry_are_removed(house: House) -> None:
 def test_row_of_a_job_whose_picture_was_removed_by_hand_says_so(house: House) -> None:
     gone, whole, other = house.finish(), house.finish(), house.finish()
     house.storage.delete(gone.output_keys[1])
-    assert house.janitor.sweep() == Removed(gone=1)
+    assert house.janitor.sweep() == Removed(missing=1)
     assert get(house.store, gone.id).expired_at == house.clock.now
     assert house.janitor.sweep() == Removed(files=1), "what is left of it"
     assert [get(house.store, each.id).has_pictures for each in (whole, other)] == [True, True]
@@ -261,7 +261,7 @@ def test_many_rows_go_in_batches(house: House, engine: Engine) -> None:
     for row in rows:
         house.put(f"generations/{row['file_prefix']}-0.png")
     small = Janitor(engine, house.storage, SETTINGS, house.clock, batch=10)
-    assert small.tidy() == Removed(outputs=35, rows=35)
+    assert small.expire() == Removed(outputs=35, rows=35)
     assert house.files() == set()
 
 
@@ -291,11 +291,11 @@ def test_store_that_fails_is_asked_again(house: House, engine: Engine) -> None:
     storage = BrokenStorage(house.folder.as_uri())
     broken = Janitor(engine, storage, SETTINGS, house.clock)
     with pytest.raises(StorageUnavailable):
-        broken.tidy()
+        broken.expire()
     assert get(house.store, job.id).expired_at is not None
     assert house.files() == {*job.output_keys}
     storage.is_broken = False
-    assert broken.tidy() == Removed()
+    assert broken.expire() == Removed()
     assert broken.sweep() == Removed(files=2)
 
 
@@ -326,7 +326,7 @@ def test_webhook_is_not_made_again_during_expiry(house: House, engine: Engine) -
         told.append(refused.value.kind)
 
     storage.meanwhile = make_again
-    assert Janitor(engine, storage, SETTINGS, house.clock).tidy() == Removed(outputs=1)
+    assert Janitor(engine, storage, SETTINGS, house.clock).expire() == Removed(outputs=1)
     assert told == [ConflictKind.PICTURES_EXPIRED]
     assert house.files() == set()
 
@@ -367,8 +367,8 @@ def test_jump_of_the_clock_makes_nothing_old(days: int, tmp_path: Path) -> None:
     house.finish()
     house.submit()
 
-    assert (janitor.tidy(), janitor.sweep()) == (Removed(), Removed())
+    assert (janitor.expire(), janitor.sweep()) == (Removed(), Removed())
     wall.now += SETTINGS.outputs_h * HOUR_S + 1
     steady.now += SETTINGS.outputs_h * HOUR_S + 1
-    assert janitor.tidy() == Removed(outputs=1), "the one whose time has come by both clocks"
+    assert janitor.expire() == Removed(outputs=1), "the one whose time has come by both clocks"
     engine.dispose()
