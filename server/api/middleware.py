@@ -24,9 +24,9 @@ from server.api.bodies import refuse_many_fields
 from server.core.errors import (
     InvalidHost,
     LoopbackOnly,
+    RemoteSign,
     ServerBusy,
     StorageUnavailable,
-    Stranger,
 )
 from server.core.hosts import KNOWN_HOSTS, is_allowed
 from server.core.logs import get_logger
@@ -179,11 +179,11 @@ class ErrorAnswers:
         if is_missing or is_wrong or len(hosts) > 1:
             raise InvalidHost
         if self._serves_loopback_only():
-            shown_by = self._stranger(scope)
-            if shown_by is not None:
-                raise LoopbackOnly(shown_by)
+            evidence = self._stranger(scope)
+            if evidence is not None:
+                raise LoopbackOnly(evidence)
 
-    def _stranger(self, scope: Scope) -> Stranger | None:
+    def _stranger(self, scope: Scope) -> RemoteSign | None:
         """What shows that a request comes from another machine, or from a page of elsewhere.
 
         A browser sends any page's requests to a server on its own machine. It names the page as
@@ -195,16 +195,16 @@ class ErrorAnswers:
         host, origin = headers.get("host"), headers.get("origin")
         if origin is None and headers.get("sec-fetch-site") == "cross-site":
             if headers.get("sec-fetch-mode") != "navigate" or scope["method"] != "GET":
-                return Stranger.PAGE
+                return RemoteSign.PAGE
         # Where hosts are listed, it was found there.
         if host is not None and not self._allowed_hosts:
             name = host_of(f"//{host}")
             if not is_loopback(name) and name != host_of(self._settings.public_url or ""):
-                return Stranger.HOST
+                return RemoteSign.HOST
         if origin is not None and origin not in self._settings.cors_origins:
             if not is_loopback(host_of(origin)):
-                return Stranger.PAGE
-        return None if is_loopback(client[0]) else Stranger.ADDRESS
+                return RemoteSign.PAGE
+        return None if is_loopback(client[0]) else RemoteSign.ADDRESS
 
 
 @functools.lru_cache(KNOWN_HOSTS)

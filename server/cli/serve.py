@@ -12,7 +12,7 @@ def run_server(options: argparse.Namespace) -> int:
     from server.api.app import create_app
     from server.api.auth.keyring import read_keys_file
     from server.api.auth.keys import KeyStore
-    from server.core.logs import configure_logging, learn_secrets
+    from server.core.logs import configure_logging, redact_secrets
     from server.jobs.store import JobStore
     from server.serving.preflight import check_workers
     from server.serving.server import ADMIN_LISTENING, Server, listen, raise_open_file_limit, url_of
@@ -23,11 +23,11 @@ def run_server(options: argparse.Namespace) -> int:
     with refusing():
         settings = settings_of(options, "host", "port", "devices", "workers")
         settings.make_data_dir()
-        configure_logging(secrets=settings.secrets, said_to_person=STARTING)
+        configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
         warn_of(settings)
         command = shlex.split(options.worker_command or "")
         if settings.auth.keys_file is not None:
-            learn_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
+            redact_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
         settings = check_workers(settings, command)
         raise_open_file_limit()
         engine = open_migrated(settings.sqlalchemy_url)
@@ -99,7 +99,7 @@ def run_worker(options: argparse.Namespace) -> int:
 
     # A server tells a person of its workers.
     said = STARTING if options.parent is not None else ()
-    configure_logging(secrets=settings.secrets, said_to_person=said)
+    configure_logging(secrets=settings.secrets, shown_on_terminal=said)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -1,6 +1,6 @@
-"""`Background`: tasks beside the server that must not end; one that does is started again.
+"""`Background`: runs the server's background tasks and restarts those that end.
 
-A task that died unseen would stop webhooks, say, while everything else looks well.
+A task that died unnoticed would stop the webhooks, for example, while everything else works.
 """
 
 import asyncio
@@ -15,14 +15,13 @@ logger = get_logger(__name__)
 FIRST_DELAY_S = 1.0
 LAST_DELAY_S = 30.0
 STEADY_S = 60.0
-"""A task that ran so long starts again with the first delay, and counts as well again."""
+"""A task that ran so long restarts with the first delay, and no longer counts as failing."""
 
 
 class Background:
     """Use as an async context manager; leaving cancels the tasks and waits for them.
 
-    delays_s: before a task is started again, the first and the longest. clock: seconds, never
-    turned back.
+    delays_s: before a restart, the first and the longest. clock: monotonic seconds.
     """
 
     def __init__(
@@ -49,15 +48,15 @@ class Background:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def start(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Run something that never returns; `run` is called anew after each failure."""
-        self._tasks.append(asyncio.create_task(self._keep(name, run), name=name))
+        """Start a task that should never return; `run` is called again after each failure."""
+        self._tasks.append(asyncio.create_task(self._restart(name, run), name=name))
 
     def failing(self) -> list[str]:
-        """Names of the tasks that have ended lately; each starts again, or has, after a pause."""
+        """Names of the tasks that ended within `STEADY_S`."""
         now = self._clock()
         return [name for name, at in self._failed_at.items() if now - at < STEADY_S]
 
-    async def _keep(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+    async def _restart(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
         delay_s = self._first_delay_s
         while True:
             started = self._clock()

@@ -1,4 +1,4 @@
-"""A limited number of slots, shared out fairly among their owners, such as API keys."""
+"""Fair sharing of a limited number of slots among owners, such as API keys."""
 
 import asyncio
 from collections import Counter, deque
@@ -13,26 +13,26 @@ R = TypeVar("R")
 
 
 class NoSlot(Exception):
-    """There is none for this owner now."""
+    """No slot is free for this owner."""
 
 
 class FairSemaphore:
-    """At most `total` slots, and at most `per_owner` of them one owner's.
+    """A semaphore of `total` slots, of which one owner holds at most `per_owner`.
 
-    A released slot goes to the owners in turn (round robin), not to whoever has queued most. For
-    one event loop.
+    A released slot goes to the waiting owners in turn (round robin), so that an owner with many
+    waiting calls does not delay the others. For one event loop.
     """
 
     def __init__(self, total: int, per_owner: int) -> None:
         self._free = total
         self._per_owner = per_owner
         self._held: Counter[str] = Counter()
-        # In the order of their turns.
+        # Owners in the order of their turns.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @asynccontextmanager
     async def held_by(self, owner: str) -> AsyncIterator[None]:
-        """A slot for the length of the block; waits for one."""
+        """Wait for a slot, and hold it for the length of the block."""
         await self.acquire(owner)
         try:
             yield
@@ -51,14 +51,14 @@ class FairSemaphore:
             if turn.cancelled():
                 self._leave_queue(owner, turn)
                 self._hand_out()
-            else:  # the slot was handed over in the same turn of the event loop
+            else:  # the slot was assigned in the same iteration of the event loop
                 self.release(owner)
             if isinstance(error, TimeoutError):
                 raise NoSlot from error
             raise
 
     def release(self, owner: str) -> None:
-        """Give a slot of this owner's to the next."""
+        """Release a slot of this owner, for the next waiting call."""
         self._free += 1
         decrement(self._held, owner)
         self._hand_out()
@@ -80,12 +80,12 @@ class FairSemaphore:
         for owner, turns in list(self._waiting.items()):
             if not self._free:
                 return
-            # One that was cancelled just now leaves by itself, and hands out again.
+            # A call that was just cancelled removes itself, and hands out again.
             if self._held[owner] < self._per_owner and not turns[0].cancelled():
                 del self._waiting[owner]
                 turn = turns.popleft()
                 if turns:
-                    self._waiting[owner] = turns  # last in line again
+                    self._waiting[owner] = turns  # the owner goes to the end of the queue
                 self._free -= 1
                 self._held[owner] += 1
                 turn.set_result(None)
@@ -98,14 +98,14 @@ class FairSemaphore:
 
 
 class KeyedCounter:
-    """How many slots each owner holds, where nobody waits for one. For one event loop."""
+    """A limit per owner that refuses at once instead of waiting. For one event loop."""
 
     def __init__(self) -> None:
         self._held: Counter[str] = Counter()
 
     @contextmanager
     def held_by(self, owner: str, limit: int) -> Iterator[None]:
-        """A slot for the length of the block. Raises: NoSlot where the owner holds `limit`."""
+        """Hold a slot for the length of the block. Raises: NoSlot if the owner holds `limit`."""
         if self._held[owner] >= limit:
             raise NoSlot
         self._held[owner] += 1

@@ -1,4 +1,4 @@
-"""The Host header: its form, and whether it names this server."""
+"""Checks of the `Host` header, against DNS rebinding and forged URLs in answers."""
 
 import functools
 import re
@@ -9,14 +9,14 @@ HOST = re.compile(r"(?P<name>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(:(?P<port>
 MAX_PORT = 65_535
 
 KNOWN_HOSTS = 64
-"""Of which it is remembered what they mean. A header may have 8 kB."""
+"""Headers whose result is cached. The cache is small, because a header may have 8 kB."""
 
 
 @functools.lru_cache(KNOWN_HOSTS)
 def is_allowed(host: bytes, allowed: tuple[str, ...]) -> bool:
-    """Whether a Host header is well formed, and one of these names where there are any.
+    """Whether a Host header is well formed and names an allowed host.
 
-    URLs in answers are made of it.
+    allowed: names, or patterns such as `*.example`; empty allows all. Answers build URLs from it.
     """
     match = HOST.fullmatch(host.decode("latin-1").lower())
     if match is None:

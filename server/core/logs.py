@@ -1,8 +1,8 @@
 """Logs: one structured line per event on standard error, from a closed list of fields.
 
-Prompts, keys, image bytes and bodies are in none of them: a field that is not listed here is left
-out, and what looks like a secret is taken out of those that are, so that neither a careless call
-nor a library's exception can tell one.
+Logs hold no prompts, keys, image bytes or bodies. Fields that are not listed here are dropped, and
+text that looks like a secret is redacted, so that neither a careless call nor a library's exception
+can leak one.
 """
 
 import json
@@ -32,19 +32,19 @@ def keep_listed_fields(_logger: Any, _method: str, event: Event) -> Event:
 
 
 MAX_CHARS = {"exception": 16_000, "path": 300}
-"""Of a field: a traceback fits, a body does not. Anybody chooses the path of a request."""
+"""Limits by field: a traceback fits, a body does not. Clients choose the path of a request."""
 
 MAX_FIELD_CHARS = 2_000
-"""Of any other field."""
+"""The limit of any other field."""
 
 MIN_SECRET_CHARS = 6
 MAX_SECRET_CHARS = 512
-"""Longer ones may show their first part at the end of a field that is cut."""
+"""A longer secret may show its first part at the end of a truncated field."""
 
-OUR_OWN = ("timestamp", "level", "method", "request_id")
-"""Fields that hold nothing of anybody else's."""
+UNREDACTED = ("timestamp", "level", "method", "request_id")
+"""Fields that hold no foreign text."""
 
-SHAPES = [
+SECRET_PATTERNS = [
     (re.compile(r"\b(https?|wss?)://[^\s/@\"'<>]*@"), r"\1://(user)@"),
     (re.compile(r"(?<=[\w/])\?[^\s\"'<>)\]]+"), "?(query)"),
     (re.compile(r"\bwhsec_[\w+/=-]*"), "(webhook secret)"),
@@ -52,26 +52,26 @@ SHAPES = [
     (re.compile(r"\b((?i:bearer|basic)) [\w.~+/=-]+"), r"\1 (credentials)"),
     (re.compile(r"[A-Za-z0-9+/_=-]{200,}"), "(base64)"),
 ]
-"""What secrets look like, and what stands in their place: userinfo and query of URLs, our own keys
-and webhook secrets, credentials, long base64."""
+"""Patterns of secrets and their replacements: userinfo and query of URLs, our own keys and webhook
+secrets, credentials, long base64."""
 
-ANY_SHAPE = re.compile("|".join(f"(?:{shape.pattern})" for shape, _ in SHAPES))
+ANY_SECRET = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in SECRET_PATTERNS))
 
 
 class Redaction:
-    """structlog processor. secrets: texts that are taken out whatever they look like."""
+    """structlog processor that redacts secrets. secrets: texts besides `SECRET_PATTERNS`."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._known: frozenset[str] = frozenset()
         self._secrets = re.compile("(?!)")
-        self.learn(secrets)
+        self.add(secrets)
 
-    def learn(self, secrets: Iterable[str]) -> None:
-        """Take these out too, from now on and for good: an ended key is still told to nobody."""
-        # A very short one stands in any line.
+    def add(self, secrets: Iterable[str]) -> None:
+        """Redact these texts too, from now on. They stay, because ended keys are secrets too."""
+        # A very short secret would match ordinary text.
         found = self._known.union(each for each in secrets if len(each) >= MIN_SECRET_CHARS)
         if found != self._known:
-            # The longest first: one may be the head of another.
+            # The longest first, because one secret may be the prefix of another.
             ordered = sorted(found, key=len, reverse=True)
             self._known = found
             self._secrets = re.compile("|".join(map(re.escape, ordered)))
@@ -79,35 +79,35 @@ class Redaction:
     def __call__(self, _logger: Any, _method: str, event: Event) -> Event:
         return {
             name: self.clean(value, MAX_CHARS.get(name, MAX_FIELD_CHARS))
-            if isinstance(value, str) and name not in OUR_OWN
+            if isinstance(value, str) and name not in UNREDACTED
             else value
             for name, value in event.items()
         }
 
     def clean(self, text: str, max_chars: int = MAX_FIELD_CHARS) -> str:
-        """The text without secrets, cut."""
-        # Half a secret looks like nothing, so that more is read than is kept.
+        """The text without secrets, truncated."""
+        # A truncated secret matches no pattern, so more is read than is kept.
         text = self._secrets.sub("(secret)", text[: max_chars + MAX_SECRET_CHARS])
-        if ANY_SHAPE.search(text):
-            for shape, stand_in in SHAPES:
-                text = shape.sub(stand_in, text)
+        if ANY_SECRET.search(text):
+            for pattern, replacement in SECRET_PATTERNS:
+                text = pattern.sub(replacement, text)
         return text[:max_chars]
 
 
 _redaction = Redaction()
-"""Of this process's log, as there is one log in a process."""
+"""One for the process, because a process has one log."""
 
 
-def learn_secrets(secrets: Iterable[str]) -> None:
-    """No line of this process may hold these texts, from now on."""
-    _redaction.learn(secrets)
+def redact_secrets(secrets: Iterable[str]) -> None:
+    """Redact these texts from all log lines of this process, from now on."""
+    _redaction.add(secrets)
 
 
-class Repeats(logging.Filter):
-    """Drops a line that says the same as the last one, for a second.
+class RepeatFilter(logging.Filter):
+    """Drops a line that repeats the last one within a second.
 
-    With no file descriptor left asyncio tells of each connection it cannot take, thousands of times
-    a second; writing that would take the time of the requests that are still served.
+    Without free file descriptors asyncio logs each connection it cannot accept, thousands of times
+    a second. Writing those lines would slow the requests that are still served.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -127,17 +127,17 @@ encode = json.JSONEncoder(default=repr).encode
 
 
 def to_json(_logger: Any, _method: str, event: Event) -> str:
-    """structlog processor: the last one."""
+    """structlog processor, the last one."""
     return encode(event)
 
 
 def make_printable(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """structlog processor before the one that writes for a terminal. JSON escapes by itself."""
+    """structlog processor that escapes control characters for a terminal; JSON escapes anyway."""
     return {
         name: "\n".join(map(printable, value.split("\n")))
-        if name == "exception"  # whose lines are its own
+        if name == "exception"  # a traceback has several lines
         else printable(value)
         if isinstance(value, str)
         else value
@@ -148,22 +148,22 @@ def make_printable(
 def configure_logging(
     level: int = logging.INFO,
     secrets: Iterable[str] = (),
-    said_to_person: Container[str] = (),
+    shown_on_terminal: Container[str] = (),
 ) -> None:
     """Send our log lines and those of the libraries to standard error.
 
-    JSON, or aligned text where a person looks on. secrets: texts that no line may hold.
-    said_to_person: events that a person is told of in other words.
+    JSON, or aligned text on a terminal. secrets: texts to redact. shown_on_terminal: events that a
+    command prints in its own words, so that a terminal need not show them twice.
     """
-    learn_secrets(secrets)
+    redact_secrets(secrets)
 
-    def leave_out_what_is_said(_logger: Any, _method: str, event: Event) -> Event:
-        if event.get("event") in said_to_person and sys.stderr.isatty():
+    def drop_shown(_logger: Any, _method: str, event: Event) -> Event:
+        if event.get("event") in shown_on_terminal and sys.stderr.isatty():
             raise structlog.DropEvent
         return event
 
     shared: list[structlog.typing.Processor] = [
-        leave_out_what_is_said,
+        drop_shown,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -186,7 +186,7 @@ def configure_logging(
     root.setLevel(level)
     for chatty in ("httpx2", "httpcore2", "alembic", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("asyncio").filters[:] = [Repeats()]
+    logging.getLogger("asyncio").filters[:] = [RepeatFilter()]
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

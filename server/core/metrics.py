@@ -1,7 +1,7 @@
-"""Figures of a running server for Prometheus, and the second port that tells them.
+"""Prometheus metrics of one API process.
 
-No text of a client is ever a label: labels come from routes, enums and our own tables. What many
-processes take part in is read from the database at the moment somebody asks.
+Labels come only from routes, enums and our own tables, never from a client's text. Metrics of all
+processes together are read from the database at each scrape.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -56,10 +56,10 @@ class Metrics:
         )
 
     def observe_estimate(self, ratio: float | None) -> None:
-        """How an estimate compares with the truth, once that is known."""
+        """Record a ratio of `QuotedEstimates.pop_ratio`."""
         if ratio is not None:
             self.estimates.observe(ratio)
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format. May read the database: call it in a thread."""
+        """All metrics in Prometheus' text format. Call it in a thread: it may read the database."""
         return generate_latest(self.registry)

@@ -1,6 +1,6 @@
-"""What a client should know about a job that succeeds all the same: a closed list of warnings.
+"""Warnings about jobs that succeed: a closed list of codes.
 
-A job keeps them in its row. The native API reports them; V3 has no place for them.
+A job's row holds its warnings. The native API reports them; V3 has no field for them.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from models.diffusion.prompt_syntax import has_extra_networks, has_unread_syntax
 
 
 class Notice(StrEnum):
-    """A code for programs. `sentence` is what a person reads."""
+    """A code for programs; `sentence` is for people."""
 
     MASK_IS_EMPTY = "mask_is_empty"
     """Nothing is repainted."""
@@ -60,7 +60,7 @@ SENTENCES = {
 
 
 def prompt_notices(prompts: Sequence[str]) -> list[Notice]:
-    """What of some prompts is not applied as A1111's web UI would."""
+    """Warnings about prompt syntax of A1111's web UI that is not applied."""
     notices = []
     if any(map(has_extra_networks, prompts)):
         notices.append(Notice.LORA_TAG_IGNORED)

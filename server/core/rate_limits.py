@@ -1,4 +1,4 @@
-"""Token buckets: how often somebody may do something, in bounded memory."""
+"""Rate limits as token buckets, in bounded memory."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_NAMES = 10_000
-"""Buckets kept at a time, about 2 MB; past that the one used longest ago starts full again."""
+"""Buckets kept at a time, about 2 MB. Beyond that the least recently used bucket is dropped."""
 
 
 @dataclass(slots=True)
@@ -19,7 +19,7 @@ class Bucket:
 
 
 class TokenBuckets:
-    """A bucket per name. Each holds a minute's worth of tokens and refills steadily.
+    """A token bucket per name. Each holds the tokens of one minute and refills steadily.
 
     Belongs to one thread. clock: monotonic seconds.
     """
@@ -32,21 +32,21 @@ class TokenBuckets:
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
     def take(self, name: str, per_minute: int) -> int | None:
-        """Take a token; None where there was one, else the seconds until there will be."""
+        """Take a token. None on success, otherwise the seconds until the next token."""
         wait_s = self.wait_s(name, per_minute)
         if wait_s is None:
             self._buckets[name].tokens -= 1
         return wait_s
 
     def wait_s(self, name: str, per_minute: int) -> int | None:
-        """What `take` would say, without taking."""
+        """What `take` would return, without taking a token."""
         bucket = self._fill(name, per_minute)
         if bucket.tokens >= 1:
             return None
         return max(1, math.ceil((1 - bucket.tokens) * 60 / per_minute))
 
     def _fill(self, name: str, per_minute: int) -> Bucket:
-        """The bucket as it is now."""
+        """The bucket, refilled for the time since its last use."""
         now = self._clock()
         bucket = self._buckets.get(name)
         if bucket is None:

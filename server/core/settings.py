@@ -1,7 +1,7 @@
 """`Settings`: everything an operator can set, and the only reader of environment and TOML files.
 
-Flags beat environment beats file. Names and meanings are listed in the README; units stand in the
-names. Built once in `cli.py` and passed in by argument.
+Flags take precedence over the environment, and the environment over the file. Names carry their
+units. `cli/options.py` builds the settings once and passes them on as an argument.
 """
 
 import base64
@@ -51,19 +51,19 @@ REMOVED = {
     "servers on one database and file store behind a load balancer",
     ("http", "one_core"): "threads run on any core; taskset keeps a server on some of them",
 }
-"""Settings of earlier versions by section and name, and what to do instead. A start that still
-gives them warns and goes on."""
+"""Settings of earlier versions by section and name, and what to do instead. A server that is
+given one of them warns and starts."""
 
 DATABASES = ("sqlite", "postgresql", "postgres")
 
 REPOSITORY = Path(__file__).parents[2]
 
 MIN_KEY_CHARS = 16
-"""Of the API keys an operator chooses; guessing is slowed down, not stopped."""
+"""Minimum length of API keys that an operator chooses, because rate limits only slow guessing."""
 
 
-def split_list(value: Any) -> Any:
-    """An environment variable's list: JSON, or words between commas."""
+def parse_list(value: Any) -> Any:
+    """A list in an environment variable: JSON, or words separated by commas."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -83,7 +83,7 @@ UNITS = {
 SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?) *([A-Za-z]*)")
 
 
-def size_of(value: Any) -> Any:
+def parse_size(value: Any) -> Any:
     """A number of bytes that may be written as 10MB or 2GiB. Raises: ValueError."""
     if not isinstance(value, str):
         return value
@@ -93,12 +93,12 @@ def size_of(value: Any) -> Any:
     return round(Decimal(match[1]) * UNITS[match[2].lower()])
 
 
-Size = Annotated[int, BeforeValidator(size_of)]
+Size = Annotated[int, BeforeValidator(parse_size)]
 """In bytes."""
 
 
 def network_of(value: Any) -> Any:
-    """An IP network, of whose address no bits are set beyond its length. Raises: ValueError."""
+    """An IP network without host bits. Raises: ValueError."""
     if not isinstance(value, str):
         return value
     try:
@@ -115,11 +115,11 @@ def network_of(value: Any) -> Any:
 IpNetwork = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(network_of)]
 
 T = TypeVar("T")
-ListOf = Annotated[tuple[T, ...], BeforeValidator(split_list)]
+ListOf = Annotated[tuple[T, ...], BeforeValidator(parse_list)]
 
 
 def checked_network(word: str) -> str:
-    """A word that holds a `/` as the network it must be; any other as it is. Raises: ValueError."""
+    """A word with a `/`, checked to be a network; any other unchanged. Raises: ValueError."""
     return str(ipaddress.ip_network(network_of(word))) if "/" in word else word
 
 
@@ -140,7 +140,7 @@ def checked_secret(secret: SecretStr) -> SecretStr:
 
 
 def checked_key(key: SecretStr) -> SecretStr:
-    """An API key that is no word or number. Raises: ValueError."""
+    """An API key of at least `MIN_KEY_CHARS`. Raises: ValueError."""
     if len(key) < MIN_KEY_CHARS:
         raise ValueError(
             f"must have at least {MIN_KEY_CHARS} characters each: try `openssl rand -hex 32`"
@@ -166,7 +166,7 @@ def checked_public_url(url: str) -> str:
 
 
 def checked_database(url: str) -> str:
-    """Of a kind of database that is known. Raises: ValueError."""
+    """The URL of a supported database. Raises: ValueError."""
     kind = url.partition(":")[0].partition("+")[0]
     if kind not in DATABASES:
         raise ValueError("must begin with sqlite:// or postgresql://: no other database is known")
@@ -174,7 +174,7 @@ def checked_database(url: str) -> str:
 
 
 def checked_nat64(prefix: ipaddress.IPv6Network) -> ipaddress.IPv6Network:
-    """A prefix of a length of RFC 6052. Raises: ValueError."""
+    """A NAT64 prefix with a length of RFC 6052. Raises: ValueError."""
     if prefix.prefixlen not in (32, 40, 48, 56, 64, 96):
         raise ValueError("length must be 32, 40, 48, 56, 64 or 96")
     return prefix
@@ -188,33 +188,33 @@ def checked_authorities(file: Path) -> Path:
 
 
 IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
-"""Jobs made side by side where the settings do not say: at two rows each they fill a GPU's largest
-UNet call, while more than a CPU is busy with only makes all of them late."""
+"""Default number of concurrent jobs per worker. At two rows each they fill a GPU's largest UNet
+call; on a CPU more jobs only delay each other."""
 
 
 class StepsPolicy(StrEnum):
-    """`vendor`: the vendor's listed values, one step less; `exact`: as asked."""
+    """`vendor`: the vendor's listed values, one step less; `exact`: as requested."""
 
     VENDOR = "vendor"
     EXACT = "exact"
 
 
 class Base64Output(StrEnum):
-    """`inline`: pictures in `output` itself; `link`: addresses of texts, as the vendor's V6."""
+    """`inline`: pictures in `output` itself; `link`: URLs of texts, as the vendor's V6 does."""
 
     INLINE = "inline"
     LINK = "link"
 
 
 class ErrorStatus(StrEnum):
-    """`legacy`: errors answer 200 as the vendor's; `http`: 4xx and 5xx with the same bodies."""
+    """`legacy`: errors answer 200 as the vendor does; `http`: 4xx and 5xx with the same bodies."""
 
     LEGACY = "legacy"
     HTTP = "http"
 
 
 class DtypeName(StrEnum):
-    """Numbers of the model; `auto`: float16 on CUDA, float32 elsewhere."""
+    """The model's dtype; `auto`: float16 on CUDA, float32 elsewhere."""
 
     AUTO = "auto"
     FLOAT16 = "float16"
@@ -229,9 +229,9 @@ class Section(BaseModel):
 
 
 class AuthSettings(Section):
-    """Keys besides those of the database; without any only loopback is served.
+    """Keys besides those of the database; without any key only loopback is served.
 
-    keys: plain keys. keys_file: a file of them, one a line.
+    keys: plain keys. keys_file: a file of keys, one per line.
     """
 
     keys: ListOf[Annotated[SecretStr, AfterValidator(checked_key)]] = ()
@@ -250,11 +250,12 @@ Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
 class EgressSettings(Section):
-    """How fetches and webhooks leave.
+    """Connections that fetches and webhooks open.
 
-    proxy: `http://host:port` through which all of them go; it then decides where names lead.
-    nat64_prefixes: networks whose addresses are judged by the IPv4 address within.
-    ca_file: certificates in PEM of authorities that are trusted besides the public ones.
+    proxy: `http://host:port` for all of them. The proxy then resolves names, so SSRF checks of
+        addresses are its task.
+    nat64_prefixes: networks whose addresses are checked by their embedded IPv4 address.
+    ca_file: certificates in PEM of authorities trusted besides the public ones.
     """
 
     proxy: Annotated[SecretStr, AfterValidator(checked_proxy)] | None = None
@@ -263,14 +264,14 @@ class EgressSettings(Section):
 
 
 class FetchSettings(Section):
-    """Where init and mask images may come from, and how much and how long.
+    """Sources and limits of init and mask images.
 
     allow_ports: of public hosts, besides 80 and 443. Allowed networks and hosts may use any port.
-    connect_timeout_s: of connecting. total_timeout_s: of the whole, redirects included; a host may
-      take all that is left of it for its first byte.
-    max_concurrent_per_key: of the `max_concurrent`, so that one key cannot take them all.
-    cache_bytes, cache_bytes_per_key: of pictures that are kept for a conditional request, in all
-      and of one key; 0 keeps none.
+    total_timeout_s: of the whole fetch, redirects included. There is no other limit for a host's
+        first byte.
+    max_concurrent_per_key: its share of `max_concurrent`, so that one key cannot use all.
+    cache_bytes, cache_bytes_per_key: pictures cached for conditional requests, in all and per key;
+        0 disables the cache.
     """
 
     allow_cidrs: ListOf[IpNetwork] = ()
@@ -286,12 +287,12 @@ class FetchSettings(Section):
 
 
 class WebhookSettings(Section):
-    """Where webhooks may go, and how they are sent.
+    """Targets and limits of webhooks.
 
-    secret: Standard Webhooks secrets `whsec_…`; several while one replaces another.
-    https_only: calls to http addresses are neither accepted nor made.
-    hold_after_failures: failures in a row after which a host is spared.
-    hold_s: for so long at first, doubled with each failure up to a quarter of an hour.
+    secret: Standard Webhooks secrets `whsec_…`; several during a rotation.
+    https_only: http URLs are neither accepted nor called.
+    hold_after_failures: consecutive failures that open a host's circuit breaker.
+    hold_s: for how long it opens first, doubled with each failure up to 15 minutes.
     """
 
     allow_cidrs: ListOf[IpNetwork] = ()
@@ -312,12 +313,11 @@ class StorageSettings(Section):
 
 
 class HttpSettings(Section):
-    """What one client may take of the server's time and room. Times are in seconds.
+    """Limits of clients, against slow loris attacks among others.
 
-    head_timeout_s, body_timeout_s: for the whole of a request's head and body. send_timeout_s: for
-    a client that takes too little of its answer. max_buffered_bytes: of all bodies, and of answers
-    not taken, in memory.
-    max_streams_per_key: jobs a key may follow at a time.
+    head_timeout_s, body_timeout_s: for a whole request head and a whole body. send_timeout_s: for a
+    client that reads its answer too slowly. max_buffered_bytes: all bodies and unsent answers in
+    memory. max_streams_per_key: event streams a key may have open at a time.
     """
 
     head_timeout_s: float = Field(default=10, gt=0)
@@ -331,9 +331,9 @@ class HttpSettings(Section):
 
 
 class AdminSettings(Section):
-    """The port for figures and details; it asks for no key. port: None means there is none.
+    """The second port, for metrics and details, without authentication. port: None disables it.
 
-    allowed_hosts: names a request's Host may have besides localhost and addresses.
+    allowed_hosts: names in a request's `Host` besides localhost and addresses (DNS rebinding).
     """
 
     host: str = "127.0.0.1"
@@ -342,7 +342,7 @@ class AdminSettings(Section):
 
 
 class QueueSettings(Section):
-    """Jobs that may wait before new ones are refused: in all, and of one key."""
+    """Back-pressure: waiting jobs beyond which new ones are refused, in all and per key."""
 
     max_waiting: int = 1_000
     max_waiting_per_key: int = 100
@@ -351,7 +351,7 @@ class QueueSettings(Section):
 class RetentionSettings(Section):
     """Hours from a job's end until its pictures, its inputs and its row are removed.
 
-    Inputs of a job that ended well are removed at once by its worker.
+    The worker removes the inputs of a finished job at once.
     """
 
     outputs_h: Annotated[float, Field(gt=0)] = 24 * 7
@@ -360,14 +360,14 @@ class RetentionSettings(Section):
 
 
 class EnhanceSettings(Section):
-    """Texts that `enhance_prompt` adds: the vendor's, unless set."""
+    """Texts that `enhance_prompt` adds; the vendor's by default."""
 
     suffix: str = Enhancement().suffix
     negative_list: str = Enhancement().negative_list
 
 
 class Settings(BaseSettings):
-    """See the README's table for each field."""
+    """All settings; `configs/example.toml` explains each."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -445,7 +445,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _leave_out_removed(
+    def _drop_removed(
         cls, given: dict[str, Any], validate: ModelWrapValidatorHandler["Settings"]
     ) -> "Settings":
         found = tuple(
@@ -461,11 +461,11 @@ class Settings(BaseSettings):
 
     @property
     def removed(self) -> list[str]:
-        """A sentence for each setting that was given and has no effect any more."""
+        """A sentence for each given setting that no longer has an effect."""
         return [f"{section}.{name}: {REMOVED[section, name]}" for section, name in self._removed]
 
     @model_validator(mode="after")
-    def _refuse_what_contradicts(self) -> "Settings":
+    def _check_combinations(self) -> "Settings":
         if self.compile and self.reproducible:
             raise ValueError(
                 "compile and reproducible exclude each other: compiled code replaces plain code "
@@ -474,7 +474,7 @@ class Settings(BaseSettings):
         return self
 
     def refuse_open_server(self, has_stored_keys: bool = False) -> None:
-        """Before listening. Raises: ValueError when anybody could call from elsewhere.
+        """Raises: ValueError if the server would be open to other machines without keys.
 
         has_stored_keys: whether the database has keys.
         """
@@ -486,36 +486,36 @@ class Settings(BaseSettings):
             )
 
     def asks_for_keys(self, has_stored_keys: bool) -> bool:
-        """Whether callers need one. has_stored_keys: whether the database has keys."""
+        """Whether callers need a key. has_stored_keys: whether the database has keys."""
         return bool(has_stored_keys or self.auth.keys or self.auth.keys_file is not None)
 
     def access(self, has_stored_keys: bool) -> str:
-        """Who may call, in words."""
+        """Who may call the server, for the start's log line."""
         if self.asks_for_keys(has_stored_keys):
             return "with an API key"
         return "this machine only, no key" if is_loopback(self.host) else "everybody, no key"
 
     def places_on(self, device: str) -> int:
-        """Jobs that a worker makes side by side."""
+        """Jobs that a worker runs at a time."""
         return self.max_in_flight or (IN_FLIGHT_ON_CPU if device == "cpu" else IN_FLIGHT_ON_GPU)
 
     @property
     def offered_models(self) -> list[str]:
-        """Ids that a request may ask for."""
+        """Ids of the models that a request may name."""
         return [self.model, *self.models]
 
     @property
     def secrets(self) -> list[str]:
-        """The texts that no log line may hold."""
+        """Texts to redact from logs."""
         known = [each.get_secret_value() for each in (*self.auth.keys, *self.webhook.secret)]
         proxy = self.egress.proxy.get_secret_value() if self.egress.proxy else ""
         passwords = [urlsplit(url).password or "" for url in (self.sqlalchemy_url, proxy)]
         return [*known, *passwords, *map(unquote, passwords)]
 
     def make_data_dir(self) -> None:
-        """For this user alone: pictures and prompts are nobody else's. One that is there stays so.
+        """Create the data folder with mode 0700, because it holds pictures and prompts.
 
-        Raises: ValueError where it cannot be made or written to.
+        An existing folder keeps its mode. Raises: ValueError if it cannot be created or written.
         """
         folder, user = self.data_dir, f"uid {os.geteuid()}"
         try:
@@ -534,13 +534,13 @@ class Settings(BaseSettings):
 
     @property
     def open_data_dir(self) -> str:
-        """What is wrong with the data folder's mode; "" where only this user may enter."""
+        """A warning about the data folder's mode; "" if only this user can enter."""
         mode = stat.S_IMODE(self.data_dir.stat().st_mode)
         return f"mode {mode:04o}; chmod 700 {self.data_dir}" if mode & 0o077 else ""
 
     @property
     def may_be_open(self) -> bool:
-        """Whether the server may serve everybody while it has no keys."""
+        """Whether the server may run without keys."""
         return self.auth.allow_anonymous or is_loopback(self.host)
 
     @property
@@ -556,7 +556,7 @@ class Settings(BaseSettings):
 
     @property
     def compiled_dir(self) -> Path:
-        """Where compiled code is found again after a restart."""
+        """Cache of compiled code, kept over restarts."""
         return self.data_dir / "compiled"
 
     @property
@@ -586,7 +586,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    """A misspelt variable would be ignored in silence otherwise. Raises: ValueError."""
+    """Refuse misspelt variables, which pydantic would ignore. Raises: ValueError."""
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     for variable in environment:
         if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known:

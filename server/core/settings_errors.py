@@ -1,4 +1,4 @@
-"""What is wrong with settings, in an operator's words and under the operator's names."""
+"""Validation errors of settings as sentences that name the operator's flag, variable or key."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ WORDS = {
     "path_not_file": "names no file",
     "value_error": "{error}",
 }
-"""By pydantic's kind of error; the names in braces are those of its context."""
+"""By pydantic's error type; names in braces come from the error's context."""
 
 KINDS = {
     "int": "must be a whole number",
@@ -30,7 +30,7 @@ KINDS = {
     "path": "must be a path",
     "model": "must be a table",
 }
-"""By the head of pydantic's kind of error."""
+"""By the first part of pydantic's error type."""
 
 
 class InvalidSettings(ValueError):
@@ -48,7 +48,7 @@ def explain(
     file: object,
     flags: Iterable[str],
 ) -> InvalidSettings:
-    """A line for each problem, without the values: secrets are among them.
+    """A line for each problem, without the values, because secrets are among them.
 
     prefix: of environment variables. file: of settings, or None. flags: the fields that were given.
     """
@@ -76,7 +76,7 @@ def _line(
 def _path_of(
     place: tuple[int | str, ...], settings: type[BaseModel]
 ) -> tuple[list[str], list[str]]:
-    """The names down to a setting, and those that are known where the last one stands."""
+    """The names that lead to a setting, and the known names at the last level."""
     names: list[str] = []
     model: type[BaseModel] | None = settings
     known: list[str] = []
@@ -92,7 +92,7 @@ def _path_of(
 
 
 def _origin(names: list[str], prefix: str, file: object, flags: set[str]) -> str:
-    """Where a setting was given: the flag, the variable, or the file and its key."""
+    """The origin of a setting: its flag, its variable, or the file and its key."""
     if len(names) == 1 and names[0] in flags:
         return f"--{names[0].replace('_', '-')}"
     variable = prefix + "__".join(names).upper()

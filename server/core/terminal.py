@@ -1,4 +1,4 @@
-"""What commands print: tables, and text of strangers without what could steer a terminal."""
+"""Output of commands: tables, and foreign text with terminal control characters escaped."""
 
 import sys
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ GAP = "  "
 def printable(text: str) -> str:
     r"""The text on one line, with each character that does not print as `\x1b`, `\n` or `\u202e`.
 
-    That is controls, line and paragraph separators, blanks other than the space, marks that turn
-    the direction of writing, and lone surrogates. Tabs are among them: they divide columns.
+    Those are control characters with tabs, line and paragraph separators, blanks other than the
+    space, bidirectional marks, and lone surrogates.
     """
     if text.isprintable():
         return text
@@ -19,12 +19,12 @@ def printable(text: str) -> str:
 
 
 def escaped(character: str) -> str:
-    """As Python writes it in a string."""
+    """The character as a Python escape sequence."""
     return character.encode("unicode_escape").decode("ascii")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
-    """A line a row below the header. empty: said on standard error where there are no rows."""
+    """Print a table. empty: printed on standard error instead if there are no rows."""
     if not rows:
         print(empty, file=sys.stderr)  # noqa: T201 - the command's output
         return
@@ -34,7 +34,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str
 
 
 def layout(rows: Sequence[Sequence[str]], *, is_aligned: bool) -> list[str]:
-    """A line a row, its columns between tabs, or as wide as their widest entry."""
+    """One line per row. Columns are separated by tabs, or aligned to their widest entry."""
     if not is_aligned:
         return ["\t".join(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -27,9 +27,9 @@ from server.core.errors import (
     LoopbackOnly,
     QueueFull,
     RateLimited,
+    RemoteSign,
     RouteNotFound,
     StorageUnavailable,
-    Stranger,
     TooManyStreams,
 )
 from server.core.notices import Notice
@@ -562,7 +562,7 @@ class TestWriting:
 
 
 SAMPLES: dict[type[ApiError], ApiError] = {
-    LoopbackOnly: LoopbackOnly(Stranger.HOST),
+    LoopbackOnly: LoopbackOnly(RemoteSign.HOST),
     InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
     ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
     QueueFull: QueueFull(5),

@@ -122,10 +122,10 @@ os._exit(0)
 
 def test_asyncio_repeats_itself_once_a_second_at_most() -> None:
     lines = lines_of("""
-from server.core.logs import Repeats
+from server.core.logs import RepeatFilter
 asyncio = logging.getLogger("asyncio")
 now = 100.0
-asyncio.filters[:] = [Repeats(lambda: now)]
+asyncio.filters[:] = [RepeatFilter(lambda: now)]
 for _ in range(5_000):
     asyncio.error("out of system resource")
 asyncio.error("something else")

@@ -18,7 +18,7 @@ from server.api.proxies import is_trusted
 from server.core.settings import HttpSettings
 from server.serving.connections import RESERVE, ConnectionLimiter
 from server.serving.server import bind
-from server.storage.files import PIECE_BYTES, Storage
+from server.storage.files import CHUNK_BYTES, Storage
 from tests.api.test_app import BODY, settings_in, store_of
 from tests.jobs.test_store import waiting_in
 from tests.support.http_stub import LiveApp, running_app
@@ -302,7 +302,7 @@ class TestDeadlines:
                 reader.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             wait_until(lambda: len(limiter._owing) == len(readers))
             held = [each.unsent_bytes for each in limiter._owing]
-            assert max(held) <= 2 * PIECE_BYTES
+            assert max(held) <= 2 * CHUNK_BYTES
             head, _, start = readers[0].recv(65_536).partition(b"\r\n\r\n")
             assert b"content-length: %d" % len(picture) in head.lower()
             while len(start) < len(picture):

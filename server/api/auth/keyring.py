@@ -16,7 +16,7 @@ from pathlib import Path
 
 from server.api.auth.keys import KeyLimits, KeyStore, digest_of
 from server.core.errors import InvalidApiKey, RateLimited
-from server.core.logs import learn_secrets
+from server.core.logs import redact_secrets
 from server.core.rate_limits import TokenBuckets
 from server.core.settings import MIN_KEY_CHARS, AuthSettings
 from server.egress.policy import EgressGrant
@@ -104,7 +104,7 @@ class KeyRing:
         with suppress(FileNotFoundError):
             if self._settings.keys_file is not None:
                 plain += read_keys_file(self._settings.keys_file)
-        learn_secrets(plain)
+        redact_secrets(plain)
         known = [
             KnownKey(digest, Caller(digest[:12], key_digest=digest))
             for digest in map(digest_of, plain)

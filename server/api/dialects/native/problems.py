@@ -23,10 +23,10 @@ from server.core.errors import (
     LoopbackOnly,
     QueueFull,
     RateLimited,
+    RemoteSign,
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
-    Stranger,
     TooManyFields,
     TooManyStreams,
 )
@@ -92,9 +92,9 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
 """Status, code, title; a class that is not listed is told of as its base."""
 
 STRANGERS = {
-    Stranger.ADDRESS: "the call comes from another address",
-    Stranger.HOST: "the call has the Host of another one",
-    Stranger.PAGE: "the call comes from a page of elsewhere, or from a file",
+    RemoteSign.ADDRESS: "the call comes from another address",
+    RemoteSign.HOST: "the call has the Host of another one",
+    RemoteSign.PAGE: "the call comes from a page of elsewhere, or from a file",
 }
 
 METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not know the method")
@@ -162,9 +162,9 @@ def describe(error: ApiError) -> tuple[int, str, str]:
             return status, kind.value, title
         case RouteNotFound(allowed=allowed) if allowed:
             return METHOD_NOT_ALLOWED
-        case LoopbackOnly(shown_by=shown_by):
+        case LoopbackOnly(evidence=evidence):
             status, code, title = PROBLEMS[LoopbackOnly]
-            return status, code, f"{title}; {STRANGERS[shown_by]}"
+            return status, code, f"{title}; {STRANGERS[evidence]}"
     known = next(each for each in type(error).__mro__ if each in PROBLEMS)
     return PROBLEMS[known]
 

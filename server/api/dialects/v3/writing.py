@@ -24,10 +24,10 @@ from server.core.errors import (
     LoopbackOnly,
     QueueFull,
     RateLimited,
+    RemoteSign,
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
-    Stranger,
     TooManyFields,
     TooManyStreams,
 )
@@ -169,10 +169,10 @@ IMAGE_SENTENCES = {
 }
 
 STRANGER_TIPS = {
-    Stranger.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
-    Stranger.HOST: "The call has the Host of another machine: its operator names it in "
+    RemoteSign.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
+    RemoteSign.HOST: "The call has the Host of another machine: its operator names it in "
     "INPAINT_ALLOWED_HOSTS, or makes keys with `inpaint-server keys create`.",
-    Stranger.PAGE: "The call comes from a page of elsewhere, or from a file: its operator names "
+    RemoteSign.PAGE: "The call comes from a page of elsewhere, or from a file: its operator names "
     "its Origin in INPAINT_CORS_ORIGINS, or makes keys with `inpaint-server keys create`.",
 }
 
@@ -272,9 +272,9 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
     match error:
         case InvalidApiKey():
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
-        case LoopbackOnly(shown_by=shown_by):
+        case LoopbackOnly(evidence=evidence):
             sentence = "Without API keys this server serves its own machine only"
-            return sentence, STRANGER_TIPS[shown_by]
+            return sentence, STRANGER_TIPS[evidence]
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
         case EncodedBody():
