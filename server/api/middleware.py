@@ -179,11 +179,11 @@ class ErrorAnswers:
         if is_missing or is_wrong or len(hosts) > 1:
             raise InvalidHost
         if self._serves_loopback_only():
-            evidence = self._stranger(scope)
+            evidence = self._remote_sign(scope)
             if evidence is not None:
                 raise LoopbackOnly(evidence)
 
-    def _stranger(self, scope: Scope) -> RemoteSign | None:
+    def _remote_sign(self, scope: Scope) -> RemoteSign | None:
         """What shows that a request comes from another machine, or from a page of elsewhere.
 
         A browser sends any page's requests to a server on its own machine. It names the page as

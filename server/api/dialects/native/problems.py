@@ -91,7 +91,7 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
 }
 """Status, code, title; a class that is not listed is told of as its base."""
 
-STRANGERS = {
+REMOTE_SIGNS = {
     RemoteSign.ADDRESS: "the call comes from another address",
     RemoteSign.HOST: "the call has the Host of another one",
     RemoteSign.PAGE: "the call comes from a page of elsewhere, or from a file",
@@ -164,7 +164,7 @@ def describe(error: ApiError) -> tuple[int, str, str]:
             return METHOD_NOT_ALLOWED
         case LoopbackOnly(evidence=evidence):
             status, code, title = PROBLEMS[LoopbackOnly]
-            return status, code, f"{title}; {STRANGERS[evidence]}"
+            return status, code, f"{title}; {REMOTE_SIGNS[evidence]}"
     known = next(each for each in type(error).__mro__ if each in PROBLEMS)
     return PROBLEMS[known]
 

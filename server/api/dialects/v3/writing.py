@@ -168,7 +168,7 @@ IMAGE_SENTENCES = {
     ImageProblem.TOO_SLOW: "takes too long to decode.",
 }
 
-STRANGER_TIPS = {
+REMOTE_SIGN_TIPS = {
     RemoteSign.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
     RemoteSign.HOST: "The call has the Host of another machine: its operator names it in "
     "INPAINT_ALLOWED_HOSTS, or makes keys with `inpaint-server keys create`.",
@@ -274,7 +274,7 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
         case LoopbackOnly(evidence=evidence):
             sentence = "Without API keys this server serves its own machine only"
-            return sentence, STRANGER_TIPS[evidence]
+            return sentence, REMOTE_SIGN_TIPS[evidence]
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
         case EncodedBody():
