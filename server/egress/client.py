@@ -1,14 +1,14 @@
-"""`EgressClient`: the only way to an address that a client of this server has named.
+"""`EgressClient`: sends every request to a URL that a client of this server has named.
 
-Server-side request forgery (SSRF) and DNS rebinding are stopped at connect, the only check that
-holds: whatever a URL says, and whatever its name meant a moment ago, a connection leads where it is
-dialled. So the name is resolved at connect, all its addresses are judged, and one of the judged
-literal addresses is dialled. Host header, SNI and certificate are those of the name.
+Server-side request forgery (SSRF) and DNS rebinding are prevented when a connection is opened.
+`GuardedBackend` resolves the host name, checks all its addresses and dials one of the checked
+literal addresses. Checking a URL earlier is not enough, because a name can resolve to another
+address by the time it is dialled. Host header, SNI and certificate check still use the name.
 
-HTTP/1.1, TLS and proxies are httpcore2's, the transport of httpx2, used without the client above:
-cookies, redirects, decompression and the environment's proxies are not wanted here. Each request
-has a connection of its own, so no connection outlives the judgement under which it was opened, and
-bytes after the end of an answer are never taken for the next answer.
+httpcore2, the transport of httpx2, does HTTP/1.1, TLS and proxies. The client above it is not used,
+because it adds cookies, redirects, decompression and the environment's proxies. Each request opens
+its own connection. A connection is therefore never used under an older policy, and bytes after the
+end of a response are never parsed as the next response.
 """
 
 import contextlib
@@ -32,29 +32,28 @@ import httpcore2
 import httpx2
 
 from server.core.settings import EgressSettings, Settings
-from server.egress.interfaces import is_local, is_nearby
+from server.egress.interfaces import is_local, is_on_link
 from server.egress.policy import (
     AddressDenied,
     AddressPolicy,
     host_of,
     parse_address,
     port_of,
-    unwrapped,
+    unwrap_ipv4,
 )
 from server.egress.resolver import NameResolver, Resolver, numeric_addresses
 
-DIALLED_ADDRESSES = 2
+MAX_DIALLED_ADDRESSES = 2
 """Addresses of a host that are tried, each under the connect time-out."""
 
 READ_BYTES = 16_384
-"""Parsing a read of one-byte chunks blocks the event loop for its length."""
+"""Largest read. The event loop is blocked while httpcore2 parses a read of one-byte chunks."""
 MAX_FRAMING_BYTES = 65_536
-"""Heads, trailers and chunk sizes of an answer may have this many bytes, and an eighth of the
-largest body on top."""
+"""Limit of a response's head, trailers and chunk sizes, plus an eighth of the largest body."""
 MIN_CHUNK_BYTES = 64
-"""On average: smaller chunks cost more to parse than their bytes are worth."""
+"""Smallest average chunk. Smaller chunks cost too much parsing for the bytes they carry."""
 FREE_CHUNKS = 1_024
-"""Chunks of any size that every answer may have."""
+"""Chunks of any size that every response may have before `MIN_CHUNK_BYTES` applies."""
 
 HEADERS = {
     "User-Agent": "inpaint-server",
@@ -65,14 +64,14 @@ HEADERS = {
 
 
 class EgressFailed(Exception):
-    """The host cannot be reached, does not speak HTTP, or stops half way."""
+    """The host cannot be reached, does not speak HTTP, or closes the connection early."""
 
 
 class BodyTooLarge(Exception):
-    """The body has, or declares, more bytes than the caller wants."""
+    """The body has, or declares, more bytes than the caller allows."""
 
 
-FOREIGN_ERRORS: dict[type[Exception], type[Exception]] = {
+TRANSPORT_ERRORS: dict[type[Exception], type[Exception]] = {
     httpcore2.TimeoutException: TimeoutError,
     httpcore2.NetworkError: EgressFailed,
     httpcore2.ProtocolError: EgressFailed,
@@ -82,43 +81,43 @@ FOREIGN_ERRORS: dict[type[Exception], type[Exception]] = {
     OSError: EgressFailed,
     UnicodeError: EgressFailed,
 }
-"""Errors of the transport and the resolver to ours; the first class that fits counts."""
+"""Errors of httpcore2 and the resolver, and ours for each; the first matching class counts."""
 
 NETWORK_ERRORS = (EgressFailed, BodyTooLarge, TimeoutError)
-"""Everything that can go wrong on the way to a host that the policy allows."""
+"""All errors of a request to an address that the policy allows."""
 
 
 @contextlib.contextmanager
-def foreign_errors_turned() -> Iterator[None]:
-    """Raise our errors in place of those of the transport and the resolver."""
+def translated_errors() -> Iterator[None]:
+    """Turn errors of httpcore2 and the resolver into ours."""
     try:
         yield
-    except tuple(FOREIGN_ERRORS) as error:
-        ours = next(kind for foreign, kind in FOREIGN_ERRORS.items() if isinstance(error, foreign))
+    except tuple(TRANSPORT_ERRORS) as error:
+        ours = next(ours for theirs, ours in TRANSPORT_ERRORS.items() if isinstance(error, theirs))
         raise ours(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where this server itself listens; host may be a wildcard or a name."""
+    """A socket on which this server listens. host: an address, a wildcard or a name."""
 
     host: str
     port: int
 
-    def is_at(self, address: str, port: int) -> bool:
-        """Whether a connection to the address would end here."""
+    def accepts(self, address: str, port: int) -> bool:
+        """Whether a connection to this address and port would reach this listener."""
         if port != self.port:
             return False
-        dialled = unwrapped(parse_address(address))
+        dialled = unwrap_ipv4(parse_address(address))
         try:
-            own = unwrapped(parse_address(self.host))
+            own = unwrap_ipv4(parse_address(self.host))
         except AddressDenied:
-            return is_local(str(dialled))  # a name, of which it is not known what it was bound to
+            return is_local(str(dialled))  # The listener may be bound to any address of the name.
         return dialled == own or (own.is_unspecified and is_local(str(dialled)))
 
 
 def listeners_of(settings: Settings) -> list[Listener]:
-    """Where a server with these settings listens."""
+    """The listeners of a server with these settings."""
     listeners = [Listener(settings.host, settings.port)]
     if settings.admin.port is not None:
         listeners.append(Listener(settings.admin.host, settings.admin.port))
@@ -126,9 +125,9 @@ def listeners_of(settings: Settings) -> list[Listener]:
 
 
 class BoundedStream(httpcore2.AsyncNetworkStream):
-    """A connection that ends after so many bytes from the host, whatever they are.
+    """A connection that reads at most `max_bytes` from the host, framing included.
 
-    Raises on reading: httpcore2.ReadError once the bytes are used up.
+    A read beyond the limit raises httpcore2.ReadError.
     """
 
     def __init__(self, inner: httpcore2.AsyncNetworkStream, max_bytes: int) -> None:
@@ -138,7 +137,7 @@ class BoundedStream(httpcore2.AsyncNetworkStream):
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - the interface is httpcore2's
         if self._received > self._max_bytes:
-            raise httpcore2.ReadError("more bytes than any answer may have")
+            raise httpcore2.ReadError("more bytes than a response may have")
         piece = await self._inner.read(min(max_bytes, READ_BYTES), timeout)
         self._received += len(piece)
         return piece
@@ -163,19 +162,19 @@ class BoundedStream(httpcore2.AsyncNetworkStream):
 
 
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
-    """Connects to nothing but judged literal addresses; here SSRF and DNS rebinding are stopped.
+    """Dials only literal addresses that were checked just before: no SSRF, no DNS rebinding.
 
-    judged: a host's addresses, all fit to be dialled; raises AddressDenied.
+    checked_addresses: resolves a host and checks every address. Raises: AddressDenied.
     dialler: connects to a literal address.
     """
 
     def __init__(
         self,
-        judged: Callable[[str, int], Awaitable[Sequence[str]]],
+        checked_addresses: Callable[[str, int], Awaitable[Sequence[str]]],
         dialler: httpcore2.AsyncNetworkBackend,
         max_bytes: int,
     ) -> None:
-        self._judged = judged
+        self._checked_addresses = checked_addresses
         self._dialler = dialler
         self._max_bytes = max_bytes
 
@@ -187,7 +186,8 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        first, *others = (await self._judged(host, port))[:DIALLED_ADDRESSES]
+        addresses = await self._checked_addresses(host, port)
+        first, *others = addresses[:MAX_DIALLED_ADDRESSES]
         try:
             stream = await self._dialler.connect_tcp(first, port, timeout)
         except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
@@ -197,11 +197,11 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         return BoundedStream(stream, self._max_bytes)
 
 
-class Answer:
-    """A host's answer, of which the head has come.
+class EgressResponse:
+    """A response whose head has been received.
 
-    headers: names in lower case, values as latin-1; of a repeated header the last stands.
-    peer: the address of the far end: of the host, or of the proxy.
+    headers: names in lower case, values as latin-1; the last of a repeated header counts.
+    peer: the address that was dialled, the host's or the proxy's.
     """
 
     def __init__(self, response: httpcore2.Response, max_body_bytes: int) -> None:
@@ -215,14 +215,14 @@ class Answer:
         self._max_body_bytes = max_body_bytes
 
     async def read(self) -> bytes:
-        """The body as it comes off the wire, still compressed where it is.
+        """The body as it was sent, without undoing a Content-Encoding.
 
         Raises: EgressFailed, BodyTooLarge.
         """
         if int(self.headers.get("content-length", 0)) > self._max_body_bytes:
             raise BodyTooLarge
         body, chunks = bytearray(), 0
-        with foreign_errors_turned():
+        with translated_errors():
             async with contextlib.aclosing(self._response.aiter_stream()) as pieces:
                 async for piece in pieces:
                     body += piece
@@ -235,9 +235,9 @@ class Answer:
 
 
 class EgressClient:
-    """Sends requests to judged addresses, directly or by the proxy of the settings.
+    """Sends requests to checked addresses, directly or by the proxy of the settings.
 
-    listeners: of this server; they are never dialled. resolver, dialler, tls: for tests.
+    listeners: this server's own, which are never dialled. resolver, dialler, tls: for tests.
     """
 
     def __init__(
@@ -252,13 +252,13 @@ class EgressClient:
         self._proxy = proxy_of(settings.proxy.get_secret_value()) if settings.proxy else None
         self.nat64_prefixes = settings.nat64_prefixes
         self._listeners = listeners
-        self._lookups = NameResolver(resolver)
+        self._resolver = NameResolver(resolver)
         self._dialler = dialler or httpcore2.AnyIOBackend()
         self._tls = tls or tls_context(settings.ca_file)
 
     @property
     def has_proxy(self) -> bool:
-        """Whether names are resolved and judged by a proxy, and not here."""
+        """Whether a proxy, and not this client, resolves and checks names."""
         return self._proxy is not None
 
     @contextlib.asynccontextmanager
@@ -273,42 +273,41 @@ class EgressClient:
         max_body_bytes: int,
         connect_timeout_s: float,
         body: bytes = b"",
-    ) -> AsyncIterator[Answer]:
-        """The answer with its head read; its body may be read or left. Redirects are the caller's
-        to follow, each with a request of its own.
+    ) -> AsyncIterator[EgressResponse]:
+        """The response, its body unread. A redirect is not followed; the caller requests it anew.
 
-        url: from `checked_url`. owner: the key on whose behalf the name is looked up.
-        connect_timeout_s: for each address that is dialled; the deadline over the whole is the
-        caller's. Raises: AddressDenied; one of NETWORK_ERRORS.
+        url: from `checked_url`. owner: the key whose share of the resolver's threads is used.
+        connect_timeout_s: for each address that is dialled; the caller sets a deadline for the
+        whole request. Raises: AddressDenied; one of NETWORK_ERRORS.
         """
         async with self._connection(policy, owner, max_body_bytes) as connection:
-            with foreign_errors_turned():
+            with translated_errors():
                 if self.has_proxy:
                     self._check_for_proxy(url, policy)
-                request = self._written(method, url, headers, body, connect_timeout_s)
+                request = self._build_request(method, url, headers, body, connect_timeout_s)
                 response = await connection.handle_async_request(request)
                 if response.status < 200:
-                    raise EgressFailed("another protocol, which was not asked for")
-            yield Answer(response, max_body_bytes)
+                    raise EgressFailed("unrequested protocol switch")
+            yield EgressResponse(response, max_body_bytes)
 
     def _connection(
         self, policy: AddressPolicy, owner: str, max_body_bytes: int
     ) -> httpcore2.AsyncConnectionPool:
-        """A pool for one request, whose only connection is closed with it."""
+        """A pool for one request; leaving it closes the connection."""
 
-        async def judged(host: str, port: int) -> Sequence[str]:
+        async def checked_addresses(host: str, port: int) -> Sequence[str]:
             if self._proxy is not None:
-                return [host]  # the proxy itself, which the operator has named
-            return await self._judged(host, port, policy, owner)
+                return [host]  # The host is the proxy, which the operator has configured.
+            return await self._checked_addresses(host, port, policy, owner)
 
         max_bytes = max_body_bytes + max_body_bytes // 8 + MAX_FRAMING_BYTES
         return httpcore2.AsyncConnectionPool(
             ssl_context=self._tls,
             proxy=self._proxy,
-            network_backend=GuardedBackend(judged, self._dialler, max_bytes),
+            network_backend=GuardedBackend(checked_addresses, self._dialler, max_bytes),
         )
 
-    def _written(
+    def _build_request(
         self,
         method: str,
         url: httpx2.URL,
@@ -317,54 +316,60 @@ class EgressClient:
         connect_timeout_s: float,
     ) -> httpcore2.Request:
         host = host_of(url)
-        # httpcore2 writes the host as it stands into what it asks of a proxy.
-        named = f"[{host}]" if self.has_proxy and ":" in host else host
+        # httpcore2 copies the host into the CONNECT line, so an IPv6 address needs its brackets.
+        url_host = f"[{host}]" if self.has_proxy and ":" in host else host
         length = {"Content-Length": str(len(body))} if method == "POST" else {}
         return httpcore2.Request(
             method,
-            httpcore2.URL(scheme=url.raw_scheme, host=named, port=url.port, target=url.raw_path),
+            httpcore2.URL(scheme=url.raw_scheme, host=url_host, port=url.port, target=url.raw_path),
             headers=[*{"Host": url.netloc.decode("ascii"), **HEADERS, **headers, **length}.items()],
             content=body,
             extensions={"timeout": {"connect": connect_timeout_s}, "sni_hostname": host},
         )
 
-    async def _judged(
+    async def _checked_addresses(
         self, host: str, port: int, policy: AddressPolicy, owner: str
     ) -> Sequence[str]:
-        """None of the host's addresses is denied. Raises: AddressDenied, OSError, UnicodeError."""
-        addresses = policy.check(host, await self._lookups.find(host, port, owner), port)
-        self._refuse_own(host, addresses, port, policy)
+        """The host's addresses, all allowed. Raises: AddressDenied, OSError, UnicodeError."""
+        addresses = policy.check(host, await self._resolver.resolve(host, port, owner), port)
+        self._deny_own(host, addresses, port, policy)
         return addresses
 
     def _check_for_proxy(self, url: httpx2.URL, policy: AddressPolicy) -> None:
-        """Judge what can be judged without resolving the name. Raises: AddressDenied, OSError."""
+        """Check literal addresses and ports; the proxy resolves and checks names.
+
+        Raises: AddressDenied, OSError.
+        """
         host, port = host_of(url), port_of(url)
         literals = numeric_addresses(host, port)
         if literals:
-            self._refuse_own(host, policy.check(host, literals, port), port, policy)
+            self._deny_own(host, policy.check(host, literals, port), port, policy)
         elif not policy.allows_port(host, port):
             raise AddressDenied(f"port {port}")
 
-    def _refuse_own(
+    def _deny_own(
         self, host: str, addresses: Sequence[str], port: int, policy: AddressPolicy
     ) -> None:
-        """Raises: AddressDenied; OSError where the kernel does not tell what is near."""
+        """Raises: AddressDenied; OSError where the network interfaces cannot be listed."""
         for address in addresses:
-            if any(listener.is_at(address, port) for listener in self._listeners):
+            if any(listener.accepts(address, port) for listener in self._listeners):
                 raise AddressDenied("this server's own address")
-            if is_guarded(host, address, policy):
+            if is_own_network(host, address, policy):
                 raise AddressDenied(f"address {address} of this machine or its network")
 
 
-def is_guarded(host: str, address: str, policy: AddressPolicy) -> bool:
-    """Whether an address, public or not, is this machine's or of a network it is attached to, and
-    no operator has opened it: what listens there trusts its neighbours. Raises: OSError."""
-    dialled = unwrapped(parse_address(address), policy.nat64_prefixes)
-    return not policy.opens(host, dialled) and is_nearby(str(dialled))
+def is_own_network(host: str, address: str, policy: AddressPolicy) -> bool:
+    """Whether an address is this machine's, or on a network attached to it, and not allowed by the
+    operator. Public addresses count too, because services there may trust their neighbours.
+
+    Raises: OSError.
+    """
+    dialled = unwrap_ipv4(parse_address(address), policy.nat64_prefixes)
+    return not policy.allows_explicitly(host, dialled) and is_on_link(str(dialled))
 
 
 def proxy_of(url: str) -> httpcore2.Proxy:
-    """The proxy of the settings, with the user that its URL names."""
+    """The proxy of a URL, which may hold a user and password."""
     parsed = httpx2.URL(url)
     user = (parsed.username.encode(), parsed.password.encode()) if parsed.userinfo else None
     return httpcore2.Proxy(
@@ -377,9 +382,9 @@ def proxy_of(url: str) -> httpcore2.Proxy:
 
 @functools.cache
 def tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """Certificates are verified against the public authorities, and those of the file.
+    """Verifies certificates against the public authorities and those of the file.
 
-    Built once: that takes 20 ms. Raises: OSError.
+    Cached, because building a context takes 20 ms. Raises: OSError.
     """
     context = ssl.create_default_context(cafile=certifi.where())
     if ca_file is not None:

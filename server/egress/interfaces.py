@@ -9,7 +9,7 @@ from server.core.settings import IpNetwork
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is this machine's: only its own can be bound."""
+    """Whether an address is this machine's own, which shows in that it can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -19,8 +19,8 @@ def is_local(address: str) -> bool:
     return True
 
 
-def is_nearby(address: str) -> bool:
-    """Whether an address is this machine's, or is reached without a router. Raises: OSError."""
+def is_on_link(address: str) -> bool:
+    """Whether an address is this machine's or on an attached network. Raises: OSError."""
     if is_local(address):
         return True
     parsed = ipaddress.ip_address(address)
@@ -28,7 +28,7 @@ def is_nearby(address: str) -> bool:
 
 
 def attached_networks() -> list[IpNetwork]:
-    """The networks of all interfaces; of a point-to-point line the far end. Raises: OSError."""
+    """The networks of all interfaces, and the peers of point-to-point links. Raises: OSError."""
     networks: list[IpNetwork] = []
     for interface in psutil.net_if_addrs().values():
         for each in interface:

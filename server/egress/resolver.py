@@ -1,7 +1,8 @@
-"""Names to addresses, in threads: the system's resolver can neither be awaited nor stopped.
+"""DNS look-ups in threads, because `getaddrinfo` blocks and cannot be cancelled.
 
-A thread is gone until the resolver gives up, which for a name whose DNS servers are silent is long
-after whoever asked has gone. So each owner has a few threads, and keeps them until they are free.
+A thread stays occupied until the system's resolver gives up. When DNS servers do not answer, that
+is long after the request has timed out. Each owner may therefore occupy only a few threads, and
+they count against the owner until they are free.
 """
 
 import asyncio
@@ -19,14 +20,14 @@ THREADS, THREADS_PER_OWNER = 64, 8
 
 
 class NameResolver:
-    """Looks names up for many owners. resolver: for tests."""
+    """Resolves host names, with a limit of threads per owner. resolver: for tests."""
 
     def __init__(self, resolver: Resolver | None = None) -> None:
-        self._resolver = resolver or resolve
+        self._resolver = resolver or system_addresses
         self._slots = FairSemaphore(THREADS, THREADS_PER_OWNER)
 
-    async def find(self, host: str, port: int, owner: str) -> Sequence[str]:
-        """The addresses of a host. Raises: TimeoutError, other OSError, UnicodeError."""
+    async def resolve(self, host: str, port: int, owner: str) -> Sequence[str]:
+        """The addresses of a host. Raises: TimeoutError, OSError, UnicodeError."""
         literals = numeric_addresses(host, port)
         if literals:
             return literals
@@ -36,14 +37,14 @@ class NameResolver:
             return await self._slots.use_in_thread(owner, look_up)
 
 
-def resolve(host: str, port: int) -> Sequence[str]:
-    """The addresses of a host as the system finds them. Raises: OSError, UnicodeError."""
+def system_addresses(host: str, port: int) -> Sequence[str]:
+    """The addresses that the system's resolver finds; blocks. Raises: OSError, UnicodeError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(each[4][0]) for each in found]
 
 
 def numeric_addresses(host: str, port: int) -> Sequence[str]:
-    """The address a host is written as, in any form the system reads; none where it is a name."""
+    """The address of a host that is a literal, in any notation of the C library; [] for a name."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):

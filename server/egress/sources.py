@@ -18,31 +18,28 @@ from server.egress.resolver import numeric_addresses
 from server.jobs.job import OUTPUT_FOLDER, OUTPUT_STEM
 
 DATA_URI = re.compile(r"data:([^,]{0,1024}),", re.IGNORECASE)
-"""Up to the data. Its media type is not looked at: browsers name none, or another."""
+"""Matches up to the data. The media type is ignored, because browsers send none or a wrong one."""
 MAX_DATA_URIS = 3
-"""One within the other, as code writes it that puts a prefix before a text that has one."""
+"""Nested prefixes, which code writes that puts a prefix before every text."""
 OUTPUT_PATH = re.compile(rf"(?:/.*)?/{OUTPUT_FOLDER}/+({OUTPUT_STEM})\.(?:png|base64)")
 
 CHARS_PER_BYTE = 1.5
-"""Of base64, with line breaks and all: what has more is not looked at."""
+"""Most characters of base64 for a byte, line breaks included. A longer text is refused unread."""
 PIECE_CHARS = 2**18
-"""A longer text is decoded in a thread, and in pieces, because each of them holds up all others."""
+"""A longer text is decoded in a thread and in pieces, because decoding a piece holds the GIL."""
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 BLANKS = b" \t\r\n\f\v"
 OTHER_THAN_BASE64 = re.compile(r"[^A-Za-z0-9+/_=\s-]")
 MAX_OTHER_CHARS = 8_192
-"""Of a text that is looked at for being no base64 but a path or a URL."""
+"""Characters that are searched for signs of a path or a URL in place of base64."""
 ZERO_WIDTH = "\ufeff\u200b\u200c\u200d\u2060"
-"""Byte order mark and blanks without width, which editors and web pages leave around a text."""
+"""Byte order mark and zero-width blanks, which editors and web pages leave around a text."""
 MARGIN = ZERO_WIDTH + string.whitespace
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """Where an image comes from.
-
-    content: bytes of an upload, or the client's text: URL, data URI or base64.
-    """
+    """An image parameter. content: bytes of an upload, or a text: URL, data URI or base64."""
 
     content: str | bytes
 
@@ -53,7 +50,7 @@ class ImageSource:
         )
 
     def describe(self) -> str:
-        """For echoing: a URL as sent, of an inline image only its kind and size."""
+        """The URL as sent, or kind and size of an inline image, for the echoed parameters."""
         if self.is_url:
             return str(self.content)
         kind = "file" if isinstance(self.content, bytes) else "base64"
@@ -62,11 +59,11 @@ class ImageSource:
 
 @dataclass(frozen=True, slots=True)
 class OwnOutputs:
-    """Pictures this server made. They are read where they lie: the server calls itself for nothing.
+    """Output pictures of this server, which are read from the store and not downloaded.
 
-    urls: under which this server is called; their hosts count. names: other names of its own, with
-    patterns as `Settings.allowed_hosts`. read: gives the picture of a name, None where there is
-    none.
+    urls: URLs by which clients reach this server; only their hosts count.
+    names: further host names, with patterns as in `Settings.allowed_hosts`.
+    read: the picture with a file name, or None.
     """
 
     urls: Sequence[str]
@@ -74,10 +71,10 @@ class OwnOutputs:
     read: Callable[[str], Awaitable[bytes | None]]
 
     def name_of(self, source: ImageSource) -> str | None:
-        """The picture's name, where the source is the URL of one, whatever its port and prefix.
+        """The file name of an output picture, or None for any other source.
 
-        Those differ between a client in front of a proxy or container and one behind it. The name
-        holds a UUID, so a picture of another server here is never taken for one of ours.
+        The URL's port and path prefix do not count, because a proxy or container changes them. A
+        picture of another server on this host is no danger, because file names hold a UUID.
         """
         try:
             url = checked_url(str(source.content)) if source.is_url else None
@@ -97,7 +94,7 @@ class OwnOutputs:
 
 
 def host_in(url: str) -> str:
-    """The host of one of our own URLs, `""` where it has none that is well formed."""
+    """The host of a URL, or `""` for a malformed one."""
     try:
         return host_of(checked_url(url)).rstrip(".")
     except AddressDenied:
@@ -111,9 +108,9 @@ async def download_images(
     grant: EgressGrant = NO_GRANT,
     own: OwnOutputs | None = None,
 ) -> dict[str, bytes]:
-    """All images, those that are downloaded at once, by parameter name.
+    """All images by parameter name, downloaded concurrently.
 
-    Raises: ImageUnavailable, naming every image that cannot be had.
+    Raises: ImageUnavailable with every image that cannot be had.
     """
 
     async def load(source: ImageSource) -> bytes | ImageProblem:
@@ -130,7 +127,7 @@ async def download_images(
 
     if any(source.is_url for source in sources.values()):
         results = await asyncio.gather(*map(load, sources.values()))
-    else:  # with nothing to wait for, a task each would cost more than it does
+    else:  # Inline images need no waiting, and a task for each would cost more than decoding.
         results = [await load(source) for source in sources.values()]
     loaded = dict(zip(sources, results, strict=True))
     problems = {name: each for name, each in loaded.items() if isinstance(each, ImageProblem)}
@@ -140,7 +137,7 @@ async def download_images(
 
 
 async def load_inline(content: str | bytes, max_bytes: int) -> bytes:
-    """An upload's bytes, or a text's. Raises: FetchFailed."""
+    """The bytes of an upload, data URI or base64 text. Raises: FetchFailed."""
     if isinstance(content, bytes):
         return content
     if len(content) > CHARS_PER_BYTE * max_bytes:
@@ -151,7 +148,7 @@ async def load_inline(content: str | bytes, max_bytes: int) -> bytes:
 
 
 def decode_base64(text: str) -> bytes:
-    """A data URI's or a bare base64 text's bytes; the URL-safe alphabet and line breaks are fine.
+    """The bytes of a data URI or base64 text, also URL-safe or with line breaks.
 
     Raises: FetchFailed.
     """
@@ -170,7 +167,7 @@ def decode_base64(text: str) -> bytes:
     if is_path(text) and not is_data:
         raise FetchFailed(ImageProblem.NOT_A_SOURCE)
     if len(text) <= PIECE_CHARS:
-        # As nearly all are written; whatever is not gets the long way.
+        # The fast path. Nearly all texts are strict base64.
         with suppress(binascii.Error, ValueError):
             return binascii.a2b_base64(text, strict_mode=True)
     compact, content = bytearray(), bytearray()
@@ -190,26 +187,26 @@ def decode_base64(text: str) -> bytes:
 
 
 def is_path(text: str) -> bool:
-    """True for `/images/a` and `//host/a`, although base64 may be written so.
+    """Whether a text is a path such as `/images/a` or `//host/a`, which also is valid base64.
 
-    No picture begins like that: the base64 of a JPEG file begins with `/9j/`.
+    Of all pictures only a JPEG file's base64 begins with a slash, and it begins with `/9j/`.
     """
     return len(text) <= MAX_OTHER_CHARS and text[:1] == "/" and text[:2] != "/9"
 
 
 def problem_of(text: str) -> ImageProblem:
-    """What a text is that is neither a URL we fetch nor base64."""
+    """The client's reason for a text that is no base64: it looks like a path or URL, or not."""
     if OTHER_THAN_BASE64.search(text, 0, MAX_OTHER_CHARS):
         return ImageProblem.NOT_A_SOURCE
     return ImageProblem.NOT_AN_IMAGE
 
 
 def percent_decoded(text: str) -> bytes:
-    """Bytes of a URI's text. Read in pieces, because each escape is an object for a while."""
+    """The bytes of a percent-encoded text, in pieces, because each escape costs an object."""
     data, content, at = text.encode(errors="replace"), bytearray(), 0
     while at < len(data):
         end = at + PIECE_CHARS
-        escape = data.rfind(b"%", end - 2, end)  # which the end would cut
+        escape = data.rfind(b"%", end - 2, end)  # The end of the piece must not cut an escape.
         end = escape if escape > at else end
         content += unquote_to_bytes(data[at:end])
         at = end

@@ -99,7 +99,7 @@ class WebhookCaller:
         async with self._client.request(
             "POST",
             target,
-            grant.widen(self._settings, self._client.nat64_prefixes),
+            grant.policy(self._settings, self._client.nat64_prefixes),
             owner=grant.key_id,
             headers={"Content-Type": "application/json", **headers},
             max_body_bytes=MAX_REPLY_BYTES,

@@ -20,7 +20,7 @@ from server.egress.client import (
     BodyTooLarge,
     EgressClient,
     EgressFailed,
-    foreign_errors_turned,
+    translated_errors,
 )
 from server.egress.policy import AddressDenied, AddressPolicy, checked_url
 from tests.support.http_stub import ANSWER_S, Stub, answering, response, running_stub
@@ -221,7 +221,7 @@ class TestErrors:
     def test_every_error_of_the_transport_is_turned_into_ours(
         self, foreign: type[Exception]
     ) -> None:
-        with pytest.raises(NETWORK_ERRORS), foreign_errors_turned():
+        with pytest.raises(NETWORK_ERRORS), translated_errors():
             raise foreign
 
     @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ class TestErrors:
     def test_time_outs_stay_time_outs(
         self, foreign: type[Exception], ours: type[Exception]
     ) -> None:
-        with pytest.raises(Exception) as raised, foreign_errors_turned():  # noqa: PT011
+        with pytest.raises(Exception) as raised, translated_errors():  # noqa: PT011
             raise foreign("why")
         assert type(raised.value) is ours
 

@@ -19,11 +19,11 @@ from server.core.settings import EgressSettings, FetchSettings
 from server.egress.client import EgressClient
 from server.egress.downloads import (
     MAX_REDIRECTS,
+    CachedImage,
     ConditionalCache,
     FetchFailed,
     ImageDownloader,
-    Picture,
-    conditions_of,
+    conditional_headers,
 )
 from server.egress.policy import EgressGrant
 from tests.corpora.hostile_urls import resolve_by_table
@@ -727,8 +727,8 @@ class ChangingHost:
         await writer.drain()
 
 
-def picture_of(size: int) -> Picture:
-    return Picture(bytes(size), {"If-None-Match": '"1"'})
+def picture_of(size: int) -> CachedImage:
+    return CachedImage(bytes(size), {"If-None-Match": '"1"'})
 
 
 class TestPicturesKept:
@@ -807,7 +807,7 @@ class TestPicturesKept:
 
     def test_long_signs_of_change_are_not_kept(self) -> None:
         for headers in ({"etag": f'"{"x" * 300}"'}, {"last-modified": OLD[15:] + " " * 300}):
-            assert conditions_of({**headers, "date": DATE[6:]}) == {}
+            assert conditional_headers({**headers, "date": DATE[6:]}) == {}
 
     @pytest.mark.parametrize(
         ("headers", "conditions"),
@@ -825,7 +825,7 @@ class TestPicturesKept:
     def test_only_sure_signs_of_change_count(
         self, headers: dict[str, str], conditions: dict[str, str]
     ) -> None:
-        assert conditions_of(headers) == conditions
+        assert conditional_headers(headers) == conditions
 
     def test_key_may_reach_what_it_alone_is_allowed(self) -> None:
         async def run() -> tuple[object, object]:

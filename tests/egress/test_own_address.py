@@ -155,8 +155,8 @@ def test_own_address_is_refused_though_its_network_is_allowed(
     ],
 )
 def test_where_a_listener_is(host: str, address: str, is_own: bool) -> None:
-    assert Listener(host, 8000).is_at(address, 8000) is is_own
-    assert not Listener(host, 8000).is_at(address, 8001)
+    assert Listener(host, 8000).accepts(address, 8000) is is_own
+    assert not Listener(host, 8000).accepts(address, 8001)
 
 
 @pytest.mark.parametrize("allowed", [{"allow_cidrs": "127.0.0.0/8"}, {"allow_hosts": "localhost"}])

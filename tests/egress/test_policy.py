@@ -18,8 +18,8 @@ from server.egress.policy import (
     checked_url,
     host_of,
     port_of,
-    redirected,
-    unwrapped,
+    redirect_target,
+    unwrap_ipv4,
 )
 from tests.corpora.hostile_urls import DENIED, PUBLIC
 
@@ -125,7 +125,7 @@ class TestNat64:
         ],
     )
     def test_embedded_address_is_found(self, prefix: str, address: str) -> None:
-        found = unwrapped(ip_address(address), [IPv6Network(prefix)])
+        found = unwrap_ipv4(ip_address(address), [IPv6Network(prefix)])
         assert found == ip_address("192.0.2.33")
 
     @pytest.mark.parametrize(
@@ -211,11 +211,11 @@ class TestCheckedUrl:
         raw = f"{start}{path}".encode("utf-8", "replace")
         escaped = "".join(chr(each) if each < 0x7F else f"%{each:02X}" for each in raw)
         try:
-            plain = redirected(FROM, raw.decode("latin-1"))
+            plain = redirect_target(FROM, raw.decode("latin-1"))
         except AddressDenied:
             return
         if start in ("/", "?", "a/") and path[:1] != "/" and plain.raw_host == b"a.example":
-            assert plain.raw_path == redirected(FROM, escaped).raw_path
+            assert plain.raw_path == redirect_target(FROM, escaped).raw_path
 
     @given(
         scheme=st.sampled_from(["http://", "https://", "//", ""]),
@@ -225,7 +225,7 @@ class TestCheckedUrl:
     def test_any_text_is_read_or_refused(self, scheme: str, host: list[str], rest: str) -> None:
         text = f"{scheme}{''.join(host)}/{rest}"
         header = text.encode("utf-8", "replace").decode("latin-1")
-        for read, sent in ((checked_url, text), (partial(redirected, FROM), header)):
+        for read, sent in ((checked_url, text), (partial(redirect_target, FROM), header)):
             try:
                 checked = read(sent)
             except AddressDenied:

@@ -43,7 +43,7 @@ def slow_names() -> Iterator[tuple[SlowNames, NameResolver]]:
 async def give_up_on(lookups: NameResolver, owner: str, count: int) -> None:
     """Ask for slow names, and stop waiting for them."""
     finds = [
-        asyncio.create_task(lookups.find(f"{number}.slow.example", 80, owner))
+        asyncio.create_task(lookups.resolve(f"{number}.slow.example", 80, owner))
         for number in range(count)
     ]
     for _ in range(5):
@@ -58,7 +58,7 @@ def test_slow_names_of_one_owner_hold_up_no_other() -> None:
         with slow_names() as (resolver, lookups):
             await give_up_on(lookups, "greedy", 4 * THREADS)
             async with asyncio.timeout(BOUND_S):
-                assert await lookups.find("quick.example", 80, "modest") == ["8.8.8.8"]
+                assert await lookups.resolve("quick.example", 80, "modest") == ["8.8.8.8"]
                 # Threads that are slow to begin have not asked yet.
                 while resolver.asked.total() <= THREADS_PER_OWNER:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
@@ -74,11 +74,11 @@ def test_place_is_held_until_its_thread_is_free(monkeypatch: pytest.MonkeyPatch)
         with slow_names() as (resolver, lookups):
             await give_up_on(lookups, "greedy", THREADS_PER_OWNER)
             with pytest.raises(TimeoutError):
-                await lookups.find("quick.example", 80, "greedy")
+                await lookups.resolve("quick.example", 80, "greedy")
             assert resolver.asked["quick.example"] == 0
             resolver.let()
             monkeypatch.setattr("server.egress.resolver.TIMEOUT_S", BOUND_S)
-            assert await lookups.find("quick.example", 80, "greedy") == ["8.8.8.8"]
+            assert await lookups.resolve("quick.example", 80, "greedy") == ["8.8.8.8"]
 
     asyncio.run(run())
 
@@ -88,7 +88,7 @@ def test_slow_name_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def run() -> None:
         with slow_names() as (_, lookups), pytest.raises(TimeoutError):
-            await lookups.find("slow.example", 80, "k")
+            await lookups.resolve("slow.example", 80, "k")
 
     asyncio.run(run())
 
@@ -102,7 +102,7 @@ def test_failure_is_told(error: type[Exception]) -> None:
         lookups = NameResolver(fail)
         for _ in range(2 * THREADS_PER_OWNER):
             with pytest.raises(error):
-                await lookups.find("a.example", 80, "k")
+                await lookups.resolve("a.example", 80, "k")
 
     asyncio.run(run())
 
@@ -113,7 +113,7 @@ def test_numbers_are_read_without_a_lookup(host: str) -> None:
 
     async def run() -> None:
         with slow_names() as (resolver, lookups):
-            assert await lookups.find(host, 80, "k") == numeric_addresses(host, 80)
+            assert await lookups.resolve(host, 80, "k") == numeric_addresses(host, 80)
             assert not resolver.asked
 
     asyncio.run(run())
