@@ -34,7 +34,7 @@ from models.imaging.images import encode_png
 from server.core.settings import Settings
 from server.jobs.job import NewJob, RequestFacts
 from server.jobs.store import JobStore
-from server.sandbox.child import Wanted
+from server.sandbox.child import TargetSize
 from server.sandbox.decoded import DecodedPair
 from server.storage.database import migrate, open_engine
 from server.storage.files import Storage
@@ -164,7 +164,7 @@ def make_stages(scratch: Path, decoder: BlockingDecoder) -> list[Stage]:
     store, storage = JobStore(engine), Storage(settings.storage_url)
     source = order.source()
     files = {"init_image": encode_png(source.init_image), "mask_image": png_of_mask(scratch)}
-    pair = decoder.decode_pair(files, Wanted(SIDE_PX, SIDE_PX))
+    pair = decoder.decode_pair(files, TargetSize(SIDE_PX, SIDE_PX))
     png = encode_png(pair.init_image)
 
     def new_job() -> NewJob:

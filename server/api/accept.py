@@ -32,7 +32,7 @@ from server.jobs.job import (
 )
 from server.jobs.receipts import Intake
 from server.jobs.store import JobStore
-from server.sandbox.child import Wanted
+from server.sandbox.child import TargetSize
 from server.sandbox.decoded import DecodedPair
 from server.storage.files import Storage
 
@@ -188,11 +188,11 @@ async def fetch(
     return images, time.perf_counter() - started
 
 
-def wanted_of(asked: JobRequest) -> Wanted:
+def wanted_of(asked: JobRequest) -> TargetSize:
     """The size at which a job's images are decoded."""
     if asked.keeps_own_size:
-        return Wanted(keeps_own_size=True)
-    return Wanted(asked.width, asked.height)
+        return TargetSize(keeps_own_size=True)
+    return TargetSize(asked.width, asked.height)
 
 
 def describe_intake(

@@ -1,7 +1,7 @@
-"""The child process of `sandbox.py`: bytes of one picture in, its pixels out, and again.
+"""The sandboxed child program: reads files of pictures, writes their pixels; `process` starts it.
 
-It starts with an empty environment and knows no setting and no secret. The formats on its two pipes
-stand here. Run as `main(…)`; ends when its standard input does.
+The child has an empty environment, no settings and no secrets, so that an exploited decoder finds
+nothing to steal. This module defines the format on both pipes. `main` returns at the end of input.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from enum import IntEnum
 
 import numpy as np
 
-# Named here so that they are loaded now: once confined, the process can open no file.
+# Pillow imports these when it needs them, but a confined process can open no file.
 from PIL import ImageChops, ImagePalette, ImageSequence, MpoImagePlugin, TiffImagePlugin
 
 from models.errors import ImageFault, UnreadableImage
@@ -30,7 +30,7 @@ from models.imaging.mask_reading import MaskReading
 from models.params import fit_size
 from server.sandbox.seccomp import confine
 
-LOADED_BEFORE_CONFINEMENT = (
+PRELOADED = (
     ImageChops,
     ImagePalette,
     ImageSequence,
@@ -39,74 +39,73 @@ LOADED_BEFORE_CONFINEMENT = (
 )
 
 MEMORY_BYTES = 540 * 2**20
-"""For one picture. A WebP of 33 megapixels takes 16 bytes a pixel."""
+"""Memory limit beyond what the child has mapped. A WebP of 33 megapixels takes 16 bytes a pixel."""
 
 CPU_S = 3_600
-"""Of the process in all. A picture's own time is the parent's to watch: this ends what computes on
-between pictures."""
+"""CPU limit of the process in all. It ends code that keeps computing between pictures; the parent
+limits the time of each picture."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
 
 READY, READY_UNFILTERED = b"R", b"r"
 REQUEST = struct.Struct("<BIHH?HHB")
-"""Kind, bytes of the file, which follows, the width and height wanted, 0 for one left open, whether
-the picture may keep its own size, and for a mask how the init image is stored, zeros where that is
-not known."""
+"""Kind; size of the file, which follows; target width and height, 0 for one that is not given;
+whether the picture may keep its own size; for a mask how the init image is stored, else zeros."""
 REPLY = struct.Struct("<BHHHHBBI")
 """Outcome, and for a picture: width, height, how it is stored, a note, and the bytes of its colour
-profile. Its pixels follow, then the profile. The note is the index in `READINGS` for a mask, and
-the sum of `PROFILE_LOST` and `ALPHA_LOST`, as far as they hold, for an init image."""
+profile. The pixels follow, then the profile. A mask's note is an index in `READINGS`. An init
+image's note is a sum of the flags `PROFILE_LOST` and `ALPHA_LOST`."""
 PICTURE = 0
 PROFILE_LOST = 1
 ALPHA_LOST = 2
 READINGS = tuple(MaskReading)
 NOT_STORED = Stored(0, 0, 0)
 FAULTS = tuple(ImageFault)
-"""Outcome 1 is the first of these."""
+"""The outcome of a failure is 1 + its index."""
 
 CROP_MAX_PIXELS = 2_048 * 2_048
-"""Of an init image that keeps its own size, because the model works on a part of it only."""
+"""Limit of an init image that keeps its own size, because the model sees only a crop of it."""
 
 
 class Kind(IntEnum):
-    """What a file is read as."""
+    """The role of a file, which decides how it is decoded."""
 
     INIT_IMAGE = 0
     MASK_IMAGE = 1
 
     @property
     def channels(self) -> int:
-        """Bytes of a pixel."""
+        """Bytes per pixel."""
         return 3 if self is Kind.INIT_IMAGE else 1
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The size a picture is decoded at: that of a job, or its own where a side is left open."""
+class TargetSize:
+    """The size at which a picture is decoded; None for a side that follows from the picture."""
 
     width: int | None = None
     height: int | None = None
     keeps_own_size: bool = False
 
     def fit(self, own_width: int, own_height: int) -> tuple[int, int]:
-        """Width and height, for a picture of this size."""
+        """Width and height at which a picture of this size is decoded."""
         if self.keeps_own_size:
             return self.width or own_width, self.height or own_height
         return fit_size(own_width, own_height, self.width, self.height)
 
 
 def write_request(
-    kind: Kind, content: bytes, wanted: Wanted, *, init_image: Stored | None = None
+    kind: Kind, content: bytes, target: TargetSize, *, init_image: Stored | None = None
 ) -> bytes:
-    """A request, with its file. init_image: how the one that a mask belongs to is stored."""
-    size = wanted.width or 0, wanted.height or 0
+    """A request, with its file. init_image: how the init image of a mask is stored."""
+    size = target.width or 0, target.height or 0
     stored = init_image or NOT_STORED
-    return REQUEST.pack(kind, len(content), *size, wanted.keeps_own_size, *stored) + content
+    return REQUEST.pack(kind, len(content), *size, target.keeps_own_size, *stored) + content
 
 
 def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes | memoryview]:
-    """What the parent reads, in parts: the pixels are large."""
+    """A reply, in parts, so that the pixels are not copied."""
     if isinstance(picture, ImageFault):
         return [REPLY.pack(1 + FAULTS.index(picture), 0, 0, *NOT_STORED, 0, 0)]
     profile = b""
@@ -121,11 +120,11 @@ def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes 
 
 
 def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until standard input ends."""
     limits = ImageLimits(max_bytes, max_pixels, max_side)
-    keep_small_blocks()
+    tune_malloc()
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    # Libraries write warnings of their own, with what the file says.
+    # Warnings of libraries can quote the file, and would appear in the server's log.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     is_filtered = confine(MEMORY_BYTES, CPU_S)
@@ -133,24 +132,24 @@ def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
     replies.flush()
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
         kind, size, width, height, keeps_own_size, *stored = REQUEST.unpack(head)
-        wanted = Wanted(width or None, height or None, keeps_own_size)
-        picture = decode(Kind(kind), requests.read(size), limits, wanted, Stored(*stored))
+        target = TargetSize(width or None, height or None, keeps_own_size)
+        picture = decode(Kind(kind), requests.read(size), limits, target, Stored(*stored))
         replies.writelines(write_reply(picture))
         del picture
         replies.flush()
 
 
-def limits_of(kind: Kind, limits: ImageLimits, wanted: Wanted) -> ImageLimits:
-    """The limits of one picture. What comes of it is no larger than it may be itself."""
-    if kind is Kind.INIT_IMAGE and wanted.keeps_own_size:
+def limits_of(kind: Kind, limits: ImageLimits, target: TargetSize) -> ImageLimits:
+    """The limits of one picture."""
+    if kind is Kind.INIT_IMAGE and target.keeps_own_size:
         return replace(limits, max_pixels=min(limits.max_pixels, CROP_MAX_PIXELS))
     return limits
 
 
-def keep_small_blocks() -> None:
-    """Let glibc keep what a usual picture takes, and give back at once what a large one took.
+def tune_malloc() -> None:
+    """Make glibc keep the memory of a usual picture, and return that of a large one at once.
 
-    Otherwise the kernel clears the same few megabytes for every picture, which costs 2 ms of it.
+    Without this the kernel clears the same few megabytes for every picture, which takes 2 ms.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -163,14 +162,14 @@ def decode(
     kind: Kind,
     content: bytes,
     limits: ImageLimits,
-    wanted: Wanted,
+    target: TargetSize,
     init_image: Stored = NOT_STORED,
 ) -> DecodedImage | DecodedMask | ImageFault:
-    """The picture, or why there is none. init_image: how the one a mask belongs to is stored."""
-    limits = limits_of(kind, limits, wanted)
+    """The picture or its fault. init_image: how the init image of a mask is stored."""
+    limits = limits_of(kind, limits, target)
     try:
         if kind is Kind.INIT_IMAGE:
-            return decode_image(content, limits, wanted.fit)
-        return decode_mask(content, limits, wanted.fit, init_image=init_image)
+            return decode_image(content, limits, target.fit)
+        return decode_mask(content, limits, target.fit, init_image=init_image)
     except UnreadableImage as error:
         return error.kind

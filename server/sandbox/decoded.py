@@ -10,10 +10,10 @@ from models.imaging.mask_reading import MaskReading
 from server.core.notices import Notice
 
 FORMAT_MAGIC = b"\x89IPI"
-"""What stored pairs begin with. As the height that the first format began with it is absurd."""
+"""First bytes of a stored pair. Format 1 began with the height, which is never as large as this."""
 
 FORMAT_VERSION = 2
-"""Of what `DecodedPair.to_bytes` writes. 1 had no magic, no version and no colour profile."""
+"""Version that `DecodedPair.to_bytes` writes. 1 had no magic, no version and no colour profile."""
 
 FORMAT_HEAD = struct.Struct("<4sB")
 
@@ -26,9 +26,8 @@ PROFILE_SIZE = struct.Struct("<I")
 class DecodedPair:
     """init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8.
 
-    icc_profile: what the init image's colours mean; empty for sRGB.
-    read_as, notices: how the files were understood; they go into the job's row and not into
-        `to_bytes`.
+    icc_profile: the init image's; empty for sRGB.
+    read_as, notices: how the files were interpreted. Part of the job's row, not of `to_bytes`.
     """
 
     init_image: NDArray[np.uint8]
@@ -38,8 +37,7 @@ class DecodedPair:
     notices: tuple[Notice, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """What the worker reads: magic and version, height and width, the size of the profile, the
-        profile, then the pixels of one picture after the other."""
+        """Magic, version, height, width, size of the profile, profile, pixels of both pictures."""
         planes = [np.ascontiguousarray(each).data for each in (self.init_image, self.mask)]
         head = FORMAT_HEAD.pack(FORMAT_MAGIC, FORMAT_VERSION) + STORED_SIZE.pack(*self.mask.shape)
         profile = PROFILE_SIZE.pack(len(self.icc_profile)) + self.icc_profile
@@ -47,7 +45,7 @@ class DecodedPair:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "DecodedPair":
-        """What `to_bytes` wrote, in this version or the one before it.
+        """A pair that `to_bytes` wrote in this version or the one before it.
 
         Raises: UnknownFormat for a later version; ValueError for anything else.
         """
@@ -66,14 +64,14 @@ class DecodedPair:
                 profile, at = content[at : at + size], at + size
         except struct.error as error:
             raise ValueError("no pair of pictures") from error
-        # A copy, because PyTorch takes only arrays that can be written to.
+        # A copy, because PyTorch accepts only writable arrays.
         pixels = np.frombuffer(bytearray(memoryview(content)[at:]), np.uint8)
         init_image, mask = pixels[: height * width * 3], pixels[height * width * 3 :]
         return cls(init_image.reshape(height, width, 3), mask.reshape(height, width), profile)
 
 
 class UnknownFormat(ValueError):
-    """A stored pair of a later version of the server."""
+    """A later version of the server has stored this pair."""
 
     def __init__(self, version: int) -> None:
         super().__init__(f"stored images of format {version}, and this server knows 1 and 2")

@@ -1,4 +1,4 @@
-"""Decodes hostile bytes for many requests at once, with a few children (`decoders.py`) for all."""
+"""`DecoderPool`: shares a few sandboxed child processes (`process`) fairly among keys."""
 
 import asyncio
 from collections import Counter
@@ -8,28 +8,28 @@ from contextlib import asynccontextmanager, suppress
 from models.imaging.decoding import ImageLimits
 from server.core.errors import ApiError, QueueFull
 from server.core.fairness import FairSemaphore, NoSlot
-from server.sandbox.child import Wanted
+from server.sandbox.child import TargetSize
 from server.sandbox.decoded import DecodedPair
-from server.sandbox.process import OWN, WALL_S, Decoder
+from server.sandbox.process import OWN_SIZE, WALL_S, DecoderProcess
 
 CHILDREN, CHILDREN_PER_KEY = 3, 2
-"""Pairs of pictures decoded at a time. One child is left for others, whatever one key sends."""
+"""Pairs of pictures decoded at a time. One key cannot occupy all children."""
 
-PATIENCE_S = 30.0
-"""A request that finds no child in this time is refused."""
+WAIT_TIMEOUT_S = 30.0
+"""A request that gets no child within this time is refused."""
 
 MAX_WAITING_BYTES, MAX_WAITING_BYTES_PER_KEY = 256 * 2**20, 128 * 2**20
-"""Files that may wait for a child; beyond, requests are refused."""
+"""Back-pressure: requests are refused while files of this size wait for a child."""
 
 MAX_DECODED_BYTES = 128 * 2**20
-"""Pixels that requests may hold while children decode for others; beyond, a request keeps its place
-until it needs its pixels no longer."""
+"""Pixels that requests may hold after releasing their child. Above this limit a request keeps its
+child until it has written its pixels, so that decoding slows down and memory stays bounded."""
 
 
 class DecoderPool:
-    """The API process's pool of decoders.
+    """The API process's pool of child processes that decode pictures.
 
-    Use as an async context manager: leaving ends the children.
+    Use as an async context manager, which kills the children on exit.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class DecoderPool:
         children: int = CHILDREN,
         children_per_key: int = CHILDREN_PER_KEY,
         wall_s: float = WALL_S,
-        patience_s: float = PATIENCE_S,
+        wait_timeout_s: float = WAIT_TIMEOUT_S,
         max_waiting_bytes: int = MAX_WAITING_BYTES,
         max_waiting_bytes_per_key: int = MAX_WAITING_BYTES_PER_KEY,
         max_decoded_bytes: int = MAX_DECODED_BYTES,
     ) -> None:
-        self._decoders = [Decoder(limits, wall_s) for _ in range(children)]
-        # The last one used comes first: with little to do, one warm child does it all.
+        self._decoders = [DecoderProcess(limits, wall_s) for _ in range(children)]
+        # Used as a stack, so that one warm child serves a light load.
         self._idle = [*self._decoders]
         self._slots = FairSemaphore(children, children_per_key)
-        self._patience_s = patience_s
+        self._wait_timeout_s = wait_timeout_s
         self._max_waiting_bytes = max_waiting_bytes
         self._max_waiting_bytes_per_key = max_waiting_bytes_per_key
         self._max_decoded_bytes = max_decoded_bytes
@@ -59,14 +59,14 @@ class DecoderPool:
 
     @asynccontextmanager
     async def decoded(
-        self, images: Mapping[str, bytes], wanted: Wanted = OWN, key_id: str = "anybody"
+        self, images: Mapping[str, bytes], target: TargetSize = OWN_SIZE, key_id: str = "anybody"
     ) -> AsyncIterator[DecodedPair]:
-        """What `Decoder.decode_pair` gives, for the length of the block.
+        """The result of `DecoderProcess.decode_pair`, whose memory is counted until the exit.
 
-        key_id: decoders are shared out fairly among keys. Raises: ImageUnavailable, QueueFull,
-        ApiError.
+        key_id: children are shared fairly among keys.
+        Raises: ImageUnavailable, QueueFull, ApiError.
         """
-        pair = await self._decode(images, wanted, key_id)
+        pair = await self._decode(images, target, key_id)
         size = pair.init_image.nbytes + pair.mask.nbytes
         keeps_slot = self._decoded_bytes + size > self._max_decoded_bytes
         if not keeps_slot:
@@ -80,9 +80,9 @@ class DecoderPool:
                 self._slots.release(key_id)
 
     async def _decode(
-        self, images: Mapping[str, bytes], wanted: Wanted, key_id: str
+        self, images: Mapping[str, bytes], target: TargetSize, key_id: str
     ) -> DecodedPair:
-        """The caller releases the slot where this returns; where this raises, none is held."""
+        """Acquires a slot, which the caller releases. After an error no slot is held."""
         size = sum(map(len, images.values()))
         if (
             self._waiting_bytes + size > self._max_waiting_bytes
@@ -93,8 +93,8 @@ class DecoderPool:
         self._waiting_bytes += size
         self._waiting_bytes_of[key_id] += size
         try:
-            await self._slots.acquire(key_id, self._patience_s)
-            return await self._use_decoder(images, wanted, key_id)
+            await self._slots.acquire(key_id, self._wait_timeout_s)
+            return await self._use_decoder(images, target, key_id)
         except NoSlot as error:
             raise QueueFull(self._waiting) from error
         finally:
@@ -105,12 +105,12 @@ class DecoderPool:
                 del self._waiting_bytes_of[key_id]
 
     async def _use_decoder(
-        self, images: Mapping[str, bytes], wanted: Wanted, key_id: str
+        self, images: Mapping[str, bytes], target: TargetSize, key_id: str
     ) -> DecodedPair:
-        """In a slot that was acquired, and is released where this fails."""
+        """Decode in a slot that the caller has acquired; releases it after an error."""
         decoder = self._idle.pop()
         try:
-            return await decoder.decode_pair(images, wanted)
+            return await decoder.decode_pair(images, target)
         except BaseException:
             self._slots.release(key_id)
             raise
@@ -118,11 +118,11 @@ class DecoderPool:
             self._idle.append(decoder)
 
     def warm(self) -> None:
-        """Start a child in the background for the first request; others start when it is busy."""
+        """Start one child in the background, so that the first request need not wait for it."""
         self._warming = asyncio.create_task(self._warm())
 
     async def _warm(self) -> None:
-        with suppress(ApiError):  # the first request meets the same error
+        with suppress(ApiError):  # The first request will raise the same error.
             await self._idle[-1].start()
 
     async def __aenter__(self) -> "DecoderPool":

@@ -1,7 +1,8 @@
-"""Decodes hostile bytes into the two arrays of a job, in a child process with nothing to steal.
+"""`DecoderProcess`: the parent's handle of one sandboxed child, which decodes untrusted pictures.
 
-`decoder.py` is the child's side. A child that crashes, or takes too long and is killed, costs its
-picture and nothing else: the next one meets a fresh child. What a child answers is checked too.
+`child` is the program that the child runs. When it crashes, or is killed because it takes too long,
+only the current picture fails, and the next one gets a new child. Replies are checked, because an
+exploited child could send anything.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from server.sandbox.child import (
     READY_UNFILTERED,
     REPLY,
     Kind,
-    Wanted,
+    TargetSize,
     limits_of,
     write_request,
 )
@@ -40,15 +41,15 @@ from server.sandbox.decoded import DecodedPair
 logger = get_logger(__name__)
 
 WALL_S = 10
-"""A picture may take so long before its child is killed."""
+"""Time-out of a picture, after which its child is killed."""
 
 START_TIMEOUT_S = 60.0
 
 EXIT_TIMEOUT_S = 1.0
-"""From a closed pipe, or from a reply that cannot be, to SIGKILL."""
+"""Time from a closed pipe or an invalid reply to SIGKILL."""
 
 PICTURES_PER_CHILD = 10_000
-"""Then a fresh child takes over, so that whatever leaks cannot grow."""
+"""The child is replaced after so many pictures, which bounds memory leaks."""
 
 PROBLEM_OF_FAULT = {
     ImageFault.NOT_AN_IMAGE: ImageProblem.NOT_AN_IMAGE,
@@ -65,24 +66,24 @@ PROGRAM = (
 )
 
 SAME_PROPORTIONS = 0.02
-"""Sides rounded to whole pixels, and the job's to multiples of 8, differ by less."""
+"""Tolerance for sides rounded to whole pixels, and those of a job to multiples of 8."""
 
-OWN = Wanted()
-"""The size of a job that asks for none."""
+OWN_SIZE = TargetSize()
+"""The target of a job that gives no size."""
 
 
-class ImpossibleReply(Exception):
-    """The child says what it cannot mean."""
+class InvalidReply(Exception):
+    """The child's reply cannot be an answer to the request."""
 
 
 class ChildKilled(Exception):
-    """By SIGKILL, and not by us."""
+    """The child got a SIGKILL that this process did not send."""
 
 
-class Decoder:
-    """One child process, started when it is needed; decodes one picture at a time.
+class DecoderProcess:
+    """One child process, started on first use; decodes one picture at a time.
 
-    For one event loop, whose thread must outlive the child: the kernel kills it with that thread.
+    Belongs to one event loop. The kernel kills the child when the thread of that loop ends.
     """
 
     def __init__(
@@ -107,19 +108,21 @@ class Decoder:
         """Process id of the current child."""
         return None if self._process is None else self._process.pid
 
-    async def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
-        """Decode and resize, the mask to the init image's size and turned with it.
+    async def decode_pair(
+        self, images: Mapping[str, bytes], target: TargetSize = OWN_SIZE
+    ) -> DecodedPair:
+        """Decode and resize both; the mask gets the init image's size and rotation.
 
-        images: `init_image` and `mask_image`. Raises: ImageUnavailable, naming all at fault;
-        ApiError.
+        images: `init_image` and `mask_image`.
+        Raises: ImageUnavailable with every faulty image; ApiError.
         """
-        init_image = await self.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
+        init_image = await self.decode(Kind.INIT_IMAGE, images["init_image"], target)
         stored = None
         if not isinstance(init_image, ImageProblem):
             height, width = init_image.pixels.shape[:2]
-            wanted = replace(wanted, width=width, height=height)
+            target = replace(target, width=width, height=height)
             stored = init_image.stored
-        mask = await self.decode(Kind.MASK_IMAGE, images["mask_image"], wanted, stored)
+        mask = await self.decode(Kind.MASK_IMAGE, images["mask_image"], target, stored)
         if isinstance(init_image, DecodedImage) and isinstance(mask, DecodedMask):
             return pair_of(init_image, mask)
         outcomes = {"init_image": init_image, "mask_image": mask}
@@ -128,58 +131,65 @@ class Decoder:
         )
 
     async def decode(
-        self, kind: Kind, content: bytes, wanted: Wanted = OWN, init_image: Stored | None = None
+        self,
+        kind: Kind,
+        content: bytes,
+        target: TargetSize = OWN_SIZE,
+        init_image: Stored | None = None,
     ) -> DecodedImage | DecodedMask | ImageProblem:
-        """The picture at the wanted size, or what is wrong with it.
+        """The picture at the target size, or its fault.
 
-        init_image: how the init image of a mask is stored. Raises: ApiError when no child can be
-        started.
+        init_image: how the init image of a mask is stored.
+        Raises: ApiError where no child can be started.
         """
         if len(content) > self._limits.max_bytes:
             return ImageProblem.TOO_LARGE
-        request = write_request(kind, content, wanted, init_image=init_image)
+        request = write_request(kind, content, target, init_image=init_image)
         async with self._exclusive():
             try:
-                return await self._ask(kind, request, wanted)
+                return await self._send(kind, request, target)
             except ChildKilled:
-                # An operator's SIGKILL cannot be told from that of a kernel short of memory. A
-                # second try succeeds after the former, and fails again after the latter.
+                # An operator or the kernel's out-of-memory killer has sent SIGKILL. A second try
+                # succeeds after the former and fails again after the latter.
                 with contextlib.suppress(ChildKilled):
-                    return await self._ask(kind, request, wanted)
+                    return await self._send(kind, request, target)
                 return ImageProblem.DAMAGED
 
     async def start(self) -> None:
-        """Start the child, unless there is one, and wait until it is ready. Raises: ApiError."""
+        """Start the child, unless it runs, and wait until it is ready. Raises: ApiError."""
         async with self._exclusive():
-            await self._ready_child()
+            await self._ensure_child()
 
     async def close(self) -> None:
-        """Kill the child and start no other. A picture under way ends with an ApiError."""
+        """Kill the child and start no other. A current `decode` raises ApiError."""
         self._is_closed = True
         self._kill()
         async with self._lock:
-            await self._end()
+            await self._terminate()
 
     @contextlib.asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
-        """One caller at a time. If it is cancelled, the child is killed, because the next caller
-        would take the answer that is still to come for its own."""
+        """Admit one caller at a time.
+
+        Cancelling the caller kills the child, because the next caller would read the pending reply
+        as its own.
+        """
         async with self._lock:
             try:
                 yield
             except asyncio.CancelledError:
-                await self._end()
+                await self._terminate()
                 raise
 
-    async def _ready_child(self) -> Process:
-        """The current child where it may go on, else a new one. Raises: ApiError."""
+    async def _ensure_child(self) -> Process:
+        """The running child, or a new one after `pictures_per_child`. Raises: ApiError."""
         if (
             self._process is not None
             and self._process.returncode is None
             and self._pictures < self._pictures_per_child
         ):
             return self._process
-        await self._end()
+        await self._terminate()
         if self._is_closed:
             raise ApiError
         try:
@@ -187,10 +197,10 @@ class Decoder:
             async with asyncio.timeout(START_TIMEOUT_S):
                 ready = await output_of(process).readexactly(1)
         except (OSError, EOFError) as error:
-            await self._end()
+            await self._terminate()
             raise ApiError("no picture decoder") from error
         if ready == READY_UNFILTERED:
-            logger.warning("picture decoder runs without a filter of system calls")
+            logger.warning("picture decoder runs without a seccomp filter")
         return process
 
     async def _spawn(self) -> Process:
@@ -207,46 +217,46 @@ class Decoder:
             stdout=PIPE,
             cwd="/",
             env={},
-            start_new_session=True,  # an operator's Ctrl-C is for the server
+            start_new_session=True,  # Ctrl-C must reach the server only.
         )
 
-    async def _ask(
-        self, kind: Kind, request: bytes, wanted: Wanted
+    async def _send(
+        self, kind: Kind, request: bytes, target: TargetSize
     ) -> DecodedImage | DecodedMask | ImageProblem:
-        """The child's answer. Raises: ApiError, ChildKilled."""
-        process = await self._ready_child()
+        """Send a request and read the reply. Raises: ApiError, ChildKilled."""
+        process = await self._ensure_child()
         self._pictures += 1
         try:
             async with asyncio.timeout(self._wall_s):
                 requests = input_of(process)
                 requests.write(request)
                 await requests.drain()
-                return await self._read_reply(output_of(process), kind, wanted)
-        except (OSError, EOFError, ImpossibleReply) as error:
-            return await self._end_failed(process, is_late=isinstance(error, TimeoutError))
+                return await self._read_reply(output_of(process), kind, target)
+        except (OSError, EOFError, InvalidReply) as error:
+            return await self._terminate_failed(process, is_timeout=isinstance(error, TimeoutError))
 
     async def _read_reply(
-        self, replies: asyncio.StreamReader, kind: Kind, wanted: Wanted
+        self, replies: asyncio.StreamReader, kind: Kind, target: TargetSize
     ) -> DecodedImage | DecodedMask | ImageProblem:
-        """Raises: ImpossibleReply, IncompleteReadError."""
+        """Raises: InvalidReply, IncompleteReadError."""
         head = REPLY.unpack(await replies.readexactly(REPLY.size))
         outcome, width, height, *numbers, note, profile_size = head
         if outcome != PICTURE:
             if outcome > len(FAULTS):
-                raise ImpossibleReply
+                raise InvalidReply
             return PROBLEM_OF_FAULT[FAULTS[outcome - 1]]
-        # A size that fits needs no fitting: anything else is no answer to what was asked. A picture
-        # that keeps its own fits at any, so room is made only for what a file may hold.
-        limits = limits_of(kind, self._limits, wanted)
+        # `fit` returns a size that fits unchanged, so any other size is invalid. A picture that
+        # keeps its own size fits at any size, so the limits are checked too.
+        limits = limits_of(kind, self._limits, target)
         is_within = width * height <= limits.max_pixels and max(width, height) <= limits.max_side
-        if 0 in (width, height) or not is_within or wanted.fit(width, height) != (width, height):
-            raise ImpossibleReply
+        if 0 in (width, height) or not is_within or target.fit(width, height) != (width, height):
+            raise InvalidReply
         stored = Stored(*numbers)
         is_mask = kind is Kind.MASK_IMAGE
         if 0 in stored or profile_size > MAX_KEPT_BYTES * (not is_mask):
-            raise ImpossibleReply
+            raise InvalidReply
         if note >= (len(READINGS) if is_mask else 1 + PROFILE_LOST + ALPHA_LOST):
-            raise ImpossibleReply
+            raise InvalidReply
         pixels = await replies.readexactly(width * height * kind.channels)
         array = np.frombuffer(pixels, np.uint8).reshape(height, width, -1)
         if is_mask:
@@ -255,52 +265,55 @@ class Decoder:
         losses = bool(note & PROFILE_LOST), bool(note & ALPHA_LOST)
         return DecodedImage(array, stored, profile, *losses)
 
-    async def _end_failed(self, process: Process, *, is_late: bool) -> ImageProblem:
-        """End a child that failed; the problem of its picture. Raises: ChildKilled, ApiError."""
-        if not is_late:
-            # A child that is about to end by itself may, because its exit status tells the cause.
+    async def _terminate_failed(self, process: Process, *, is_timeout: bool) -> ImageProblem:
+        """Terminate a failed child and return the fault of its picture.
+
+        Raises: ChildKilled, ApiError.
+        """
+        if not is_timeout:
+            # Wait for a crashing child to exit, because its exit status has the cause.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EXIT_TIMEOUT_S):
                     await process.wait()
-        exit_code = process.returncode  # None where the child goes on, and is killed now
-        await self._end()
+        exit_code = process.returncode  # None for a running child, which is killed now.
+        await self._terminate()
         if self._is_closed:
             raise ApiError
-        logger.warning("picture decoder ended", exit_code=exit_code, is_late=is_late)
-        if exit_code == -signal.SIGKILL and not is_late:
+        logger.warning("picture decoder ended", exit_code=exit_code, is_timeout=is_timeout)
+        if exit_code == -signal.SIGKILL and not is_timeout:
             raise ChildKilled
-        return ImageProblem.TOO_SLOW if is_late else ImageProblem.DAMAGED
+        return ImageProblem.TOO_SLOW if is_timeout else ImageProblem.DAMAGED
 
-    async def _end(self) -> None:
-        """Kill the child, if there is one, and wait for its end."""
+    async def _terminate(self) -> None:
+        """Kill the child, if there is one, and wait until it has exited."""
         self._kill()
         process, self._process = self._process, None
         if process is not None:
-            # asyncio closes the pipes once what the child has written is read.
+            # asyncio closes the pipes only after all output of the child is read.
             await process.communicate()
 
     def _kill(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):  # it has ended already
+            with contextlib.suppress(ProcessLookupError):  # It has exited already.
                 self._process.kill()
 
 
 def input_of(process: Process) -> asyncio.StreamWriter:
-    """Where requests go. Raises: BrokenPipeError."""
+    """The child's standard input. Raises: BrokenPipeError."""
     if process.stdin is None:
         raise BrokenPipeError
     return process.stdin
 
 
 def output_of(process: Process) -> asyncio.StreamReader:
-    """Where replies come from. Raises: EOFError."""
+    """The child's standard output. Raises: EOFError."""
     if process.stdout is None:
         raise EOFError
     return process.stdout
 
 
 def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:
-    """Both pictures, and what a client should know about them."""
+    """Both pictures, and the notices for the client."""
     height, width = mask.pixels.shape
     own, fitting = mask.stored.upright_size, (init_image.stored.upright_size, (width, height))
     notices = []
@@ -316,7 +329,7 @@ def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:
 
 
 def have_same_proportions(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes, width and height, differ by no more than rounding to whole pixels."""
+    """Whether two sizes have the same aspect ratio, up to rounding to whole pixels."""
     across, down = size[0] * other[1], size[1] * other[0]
     one_pixel = max(*size, *other)
     return abs(across - down) <= max(one_pixel, SAME_PROPORTIONS * max(across, down))

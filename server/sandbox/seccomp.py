@@ -1,7 +1,8 @@
-"""What a process that reads strangers' bytes gives up before the first one: Linux's own means.
+"""Seccomp filter, namespaces and resource limits of the process that decodes untrusted pictures.
 
-Whatever the kernel or the container does not grant is done without; the limits of memory, files and
-processes hold everywhere. Nothing can be taken back, not even by code that an attacker runs.
+The seccomp filter and the namespaces are optional, because some kernels and containers refuse them.
+The limits of memory, files and processes hold everywhere. None of this can be undone, so it binds
+an attacker's code too.
 """
 
 import ctypes
@@ -46,7 +47,7 @@ ALLOWED_CALLS = {
     "exit_group": 231,
     "getrandom": 318,
 }
-"""System calls with which Python and Pillow turn bytes into pixels, as x86-64 numbers them."""
+"""System calls that Python and Pillow need to decode, with their numbers on x86-64."""
 
 AUDIT_ARCH_X86_64 = 0xC000_003E
 KILL_PROCESS = 0x8000_0000
@@ -64,15 +65,14 @@ class FilterProgram(ctypes.Structure):
 
 
 def confine(memory_bytes: int, cpu_s: int) -> bool:
-    """Keep from here on to the open files, to so many bytes more than are used now, and to so much
-    processor time in all.
+    """Restrict this process to its open files, `memory_bytes` more than now, and CPU time in all.
 
-    False where system calls cannot be filtered.
+    Returns whether a seccomp filter is installed.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        # A user of its own first: without that only root may leave the network.
+        # Without a user namespace only root may create a network namespace.
         libc.unshare(CLONE_NEWUSER | CLONE_NEWNET)
         limit(resource.RLIMIT_AS, address_space_bytes() + memory_bytes)
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
@@ -86,20 +86,20 @@ def confine(memory_bytes: int, cpu_s: int) -> bool:
 
 
 def limit(kind: int, value: int) -> None:
-    """For good: the hard limit too."""
+    """Set the soft and the hard limit, so that the process cannot raise it again."""
     resource.setrlimit(kind, (value, value))
 
 
 def address_space_bytes() -> int:
-    """What the process has mapped, used or not."""
+    """Mapped memory of this process, used or not."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def install_filter(libc: ctypes.CDLL) -> bool:
-    """Refuse every system call but the allowed ones, as if permission were missing.
+    """Answer every system call but the allowed ones with EPERM.
 
-    False where the kernel does not: it was built without, or is only imitated.
+    False where the kernel has no seccomp, or is emulated.
     """
     code = filter_code()
     program = FilterProgram(len(code) // 8, code)
@@ -108,7 +108,7 @@ def install_filter(libc: ctypes.CDLL) -> bool:
 
 
 def filter_code() -> bytes:
-    """Classic BPF: eight bytes an instruction, jumps counted in instructions."""
+    """The filter in classic BPF: eight bytes an instruction, jumps counted in instructions."""
     numbers = sorted(ALLOWED_CALLS.values())
     checks = [
         instruction(JUMP_IF_EQUAL, number, if_equal=len(numbers) - index)
@@ -128,5 +128,5 @@ def filter_code() -> bytes:
 
 
 def instruction(code: int, operand: int, if_equal: int = 0) -> bytes:
-    """One `struct sock_filter`; a comparison that fails goes on with the next."""
+    """One `struct sock_filter`. After a false comparison the next instruction runs."""
     return struct.pack("=HBBI", code, if_equal, 0, operand)

@@ -14,7 +14,7 @@ import pytest
 
 from models.imaging.decoding import ImageLimits
 from server.core.errors import ImageProblem
-from server.sandbox.child import Kind, Wanted
+from server.sandbox.child import Kind, TargetSize
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora.fuzz_pictures import fuzz
 from tests.support.blocking_decoder import BlockingDecoder
@@ -72,7 +72,9 @@ def test_hostile_picture_is_taken_or_refused(
     assert corpus_decoder.pid is not None
     assert memory_bytes(corpus_decoder.pid, "VmHWM") <= MEMORY_BYTES
     assert cpu_s(corpus_decoder.pid) - worked_s <= 10
-    assert not isinstance(corpus_decoder.decode(kind, png_bytes(), Wanted(64, 64)), ImageProblem)
+    assert not isinstance(
+        corpus_decoder.decode(kind, png_bytes(), TargetSize(64, 64)), ImageProblem
+    )
 
 
 def test_corpus_is_large() -> None:

@@ -23,10 +23,10 @@ from models.imaging.mask_reading import MaskReading
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.core.notices import Notice
 from server.sandbox import seccomp
-from server.sandbox.child import PICTURE, REPLY, Kind, Wanted
+from server.sandbox.child import PICTURE, REPLY, Kind, TargetSize
 from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.sandbox.pool import DecoderPool
-from server.sandbox.process import OWN, PROBLEM_OF_FAULT, Decoder
+from server.sandbox.process import OWN_SIZE, PROBLEM_OF_FAULT, DecoderProcess
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
 from tests.project.test_layers import loaded_by
@@ -75,7 +75,7 @@ def test_pair_has_the_size_asked_for_or_its_own(
     asked: tuple[int | None, int | None],
     size: tuple[int, int],
 ) -> None:
-    pair = decoder.decode_pair(images_of(own), Wanted(*asked))
+    pair = decoder.decode_pair(images_of(own), TargetSize(*asked))
     width, height = size
     assert pair.init_image.shape == (height, width, 3)
     assert pair.mask.shape == (height, width)
@@ -83,14 +83,14 @@ def test_pair_has_the_size_asked_for_or_its_own(
 
 
 def test_pair_is_the_same_as_its_pictures_alone(decoder: BlockingDecoder) -> None:
-    asked = [((96, 64), OWN), ((1500, 750), OWN), ((64, 64), Wanted(128, 192))]
+    asked = [((96, 64), OWN_SIZE), ((1500, 750), OWN_SIZE), ((64, 64), TargetSize(128, 192))]
     broken = {"init_image": b"x", "mask_image": hostile.saved(hostile.noise("L", 80))}
     for own, wanted in asked:
         images = images_of(own)
         alone = decoder.decode(Kind.INIT_IMAGE, images["init_image"], wanted)
         assert not isinstance(alone, ImageProblem)
         height, width = alone.pixels.shape[:2]
-        mask = decoder.decode(Kind.MASK_IMAGE, images["mask_image"], Wanted(width, height))
+        mask = decoder.decode(Kind.MASK_IMAGE, images["mask_image"], TargetSize(width, height))
         assert not isinstance(mask, ImageProblem)
         pair = decoder.decode_pair(images, wanted)
         np.testing.assert_array_equal(pair.init_image, alone.pixels)
@@ -200,7 +200,7 @@ def test_confined_child_converts_by_profile(decoder: BlockingDecoder) -> None:
         assert not decoded.is_profile_lost
         assert decoded.pixels[0, 0].tolist() != plain
         assert np.ptp(decoded.pixels[0, 0]) == 0
-        expected = decode_image(content, LIMITS, OWN.fit).pixels
+        expected = decode_image(content, LIMITS, OWN_SIZE.fit).pixels
         np.testing.assert_array_equal(decoded.pixels, expected)
 
 
@@ -327,7 +327,7 @@ files = [hostile.CORPUS[name].make() for name in hostile.CORPUS if not name.star
 before = set(sys.modules)
 for content in files:
     for kind in decoder.Kind:
-        decoder.decode(kind, content, ImageLimits(max_pixels=10**6), decoder.Wanted())
+        decoder.decode(kind, content, ImageLimits(max_pixels=10**6), decoder.TargetSize())
 print(*set(sys.modules) - before)
 """
     answer = subprocess.run(
@@ -539,7 +539,7 @@ def test_no_room_is_made_for_a_picture_that_cannot_be(kind: Kind, size: tuple[in
     decoder = failing(f"os.write(1, {claim!r})")
     tracemalloc.start()
     try:
-        wanted = Wanted(keeps_own_size=True)
+        wanted = TargetSize(keeps_own_size=True)
         assert decoder.decode(kind, png_bytes(), wanted) is ImageProblem.DAMAGED
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
@@ -575,7 +575,10 @@ def test_child_that_hangs_is_killed(statement: str) -> None:
     try:
         # More than a pipe holds, so that sending hangs too.
         for content in (png_bytes(), bytes(100_000)):
-            assert decoder.decode(Kind.MASK_IMAGE, content, Wanted(64, 64)) is ImageProblem.TOO_SLOW
+            assert (
+                decoder.decode(Kind.MASK_IMAGE, content, TargetSize(64, 64))
+                is ImageProblem.TOO_SLOW
+            )
             assert decoder.pid is None
     finally:
         decoder.close()
@@ -588,7 +591,7 @@ def test_picture_that_takes_too_long_is_refused() -> None:
         assert decoder.decode(Kind.INIT_IMAGE, scans) is ImageProblem.TOO_SLOW
         decoder.decoder._wall_s = 60  # on a machine that stands still any picture takes long
         assert not isinstance(
-            decoder.decode(Kind.INIT_IMAGE, png_bytes(), Wanted(64, 64)), ImageProblem
+            decoder.decode(Kind.INIT_IMAGE, png_bytes(), TargetSize(64, 64)), ImageProblem
         )
     finally:
         decoder.close()
@@ -813,7 +816,7 @@ def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_k
 def test_request_that_finds_no_child_is_refused_in_time() -> None:
     async def run() -> None:
         impatient = DecoderPool(
-            ImageLimits(), children=1, children_per_key=1, wall_s=120, patience_s=0.05
+            ImageLimits(), children=1, children_per_key=1, wall_s=120, wait_timeout_s=0.05
         )
         async with impatient as sandbox:
             slow = asyncio.create_task(decode(sandbox, slow_pair()))
@@ -855,15 +858,15 @@ def test_leaving_ends_the_children() -> None:
             os.kill(pid, 0)
 
 
-def hanging() -> Decoder:
+def hanging() -> DecoderProcess:
     """A decoder whose child never answers."""
-    return Decoder(LIMITS, wall_s=600, program=HANGS)
+    return DecoderProcess(LIMITS, wall_s=600, program=HANGS)
 
 
 HANGS = "import os, signal; os.write(1, b'R'); signal.pause()"
 
 
-async def pid_of(decoder: Decoder) -> int:
+async def pid_of(decoder: DecoderProcess) -> int:
     """The child's, once it has been asked."""
     async with asyncio.timeout(60):
         while not decoder.pid or not decoder._pictures:  # noqa: ASYNC110

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 from models.imaging.decoding import DecodedImage, DecodedMask, ImageLimits
 from server.core.errors import ImageProblem
-from server.sandbox.child import Kind, Wanted
+from server.sandbox.child import Kind, TargetSize
 from server.sandbox.decoded import DecodedPair
-from server.sandbox.process import OWN, PICTURES_PER_CHILD, PROGRAM, WALL_S, Decoder
+from server.sandbox.process import OWN_SIZE, PICTURES_PER_CHILD, PROGRAM, WALL_S, DecoderProcess
 
 
 class BlockingDecoder:
-    """`Decoder` with an event loop of its own, which runs while a method is called."""
+    """`DecoderProcess` with an event loop of its own, which runs while a method is called."""
 
     def __init__(
         self,
@@ -20,7 +20,7 @@ class BlockingDecoder:
         pictures_per_child: int = PICTURES_PER_CHILD,
         program: str = PROGRAM,
     ) -> None:
-        self.decoder = Decoder(limits, wall_s, pictures_per_child, program)
+        self.decoder = DecoderProcess(limits, wall_s, pictures_per_child, program)
         self._runner = asyncio.Runner()
 
     @property
@@ -34,11 +34,13 @@ class BlockingDecoder:
     def start(self) -> None:
         self._runner.run(self.decoder.start())
 
-    def decode_pair(self, images: Mapping[str, bytes], wanted: Wanted = OWN) -> DecodedPair:
+    def decode_pair(
+        self, images: Mapping[str, bytes], wanted: TargetSize = OWN_SIZE
+    ) -> DecodedPair:
         return self._runner.run(self.decoder.decode_pair(images, wanted))
 
     def decode(
-        self, kind: Kind, content: bytes, wanted: Wanted = OWN
+        self, kind: Kind, content: bytes, wanted: TargetSize = OWN_SIZE
     ) -> DecodedImage | DecodedMask | ImageProblem:
         return self._runner.run(self.decoder.decode(kind, content, wanted))
 
