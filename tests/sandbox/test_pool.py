@@ -105,14 +105,14 @@ def test_death_by_one_picture_leaves_the_other_to_be_judged(bad: str) -> None:
     program = """
 import os, sys
 sys.path[:] = sys.argv[4:]
-from server.sandbox.pool import child as decoder
-plain = decoder.decode
+from server.sandbox import child
+plain = child.decode
 def decode(kind, content, *rest):
     if content.endswith(b"deadly"):
         os._exit(3)
     return plain(kind, content, *rest)
-decoder.decode = decode
-decoder.main(*map(int, sys.argv[1:4]))
+child.decode = decode
+child.main(*map(int, sys.argv[1:4]))
 """
     decoder = BlockingDecoder(LIMITS, program=program)
     images = images_of((64, 64))
@@ -483,7 +483,7 @@ def test_missing_filter_is_in_the_log() -> None:
     with structlog.testing.capture_logs() as lines:
         decoder.decode(Kind.INIT_IMAGE, png_bytes())
     decoder.close()
-    assert "without a filter" in lines[0]["event"]
+    assert "without a seccomp filter" in lines[0]["event"]
 
 
 # Children that fail
