@@ -1,11 +1,12 @@
-"""`DeliveryStore`: webhook calls as rows, written with the job's end and claimed like jobs.
+"""`DeliveryStore`: webhook calls as rows of the outbox, claimed by lease like jobs.
 
     pending ──2xx──> delivered
-      │ └──later──> pending, with the next time of the schedule
+      │ └──failure──> pending, due at the next time of the schedule
       └──410, or the schedule is used up──> dead
 
-A claim is a lease: it moves the due time past the longest possible call, so that two senders never
-make the same call at once, and a call whose sender has died is made by another.
+`jobs/outbox` writes the row in the transaction that ends the job. A claim is a lease: it moves the
+due time past the longest possible call. So two senders never make the same call at once, and
+another sender makes a call whose sender has died.
 
 Due times are compared with a `DatabaseClock`. First tries are always due. A due time beyond the
 longest delay means that a clock has jumped: the call is due now.
@@ -42,18 +43,18 @@ MAX_RETRY_AFTER_S = 86_400.0
 LONGEST_DELAY_S = max(RETRY_DELAYS_S[-1] * (1 + JITTER), MAX_RETRY_AFTER_S)
 
 LISTED_ATTEMPTS = 20
-"""Tries of a call that are answered, the last ones."""
+"""Limit of the tries in a `DeliveryStatus`; the last ones are listed."""
 
 KEPT_ATTEMPTS = 100
-"""Rows of a call's tries: it may be made again for as long as its job's row stands."""
+"""Limit of a call's rows of tries, because clients may redeliver a call again and again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """A claimed webhook call.
 
-    id: the same on every try, for receivers to know repeats by. attempt: of this try, from 1.
-    host: whose limit and circuit it counts against, see `host_of`.
+    id: the same on every try, so that receivers recognise repeats. attempt: number of this try,
+    from 1. host: key and host for the limit of calls and the circuit breaker, see `host_of`.
     """
 
     id: str
@@ -65,10 +66,10 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """How a try went.
+    """The result of a try.
 
-    status: HTTP status, None where there was no answer. outcome: in a word or two, for operators.
-    retry_after_s: what the receiver asked for.
+    status: HTTP status, None without a response. outcome: in a word or two, for operators.
+    retry_after_s: from the response.
     """
 
     started_at: float
@@ -83,12 +84,12 @@ class Attempt:
 
     @property
     def is_host_failure(self) -> bool:
-        """True where the host as a whole does not work, or asks for less; not just this call."""
+        """Whether the try counts for the circuit breaker: the host fails or limits its rate."""
         return self.status is None or self.status >= 500 or self.status == 429
 
     @property
     def is_final(self) -> bool:
-        """True where no later try can succeed: the receiver says that the address is gone."""
+        """Whether later tries are useless, because the receiver answered 410 Gone."""
         return self.status == 410
 
 
@@ -96,8 +97,8 @@ class Attempt:
 class DeliveryStatus:
     """A webhook call as an owner or operator sees it.
 
-    due_at: of the next try of a pending one. attempts: the last tries, each with its number, first
-    to last. attempts_total: tries begun so far, whether or not their sender lived to note them.
+    due_at: time of the next try of a pending call. attempts: the last tries, each with its number,
+    in order. attempts_total: tries begun, including those whose sender died before recording them.
     """
 
     id: str
@@ -132,18 +133,18 @@ class DeliveryStore:
     def claim_due(
         self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
     ) -> list[Delivery]:
-        """Up to `limit` calls that are due, those of the oldest jobs first.
+        """Claim up to `limit` due calls, those of the oldest jobs first.
 
-        None to the busy hosts, and to any other no more than `per_host`.
+        Busy hosts get none, and every other host at most `per_host`.
         """
         return self._claim(deliveries.c.host.not_in(busy_hosts), limit, per_host)
 
     def claim_probes(self, hosts: Sequence[str]) -> list[Delivery]:
-        """One call that is due for each of the hosts that has any."""
+        """Claim one due call for each of these hosts."""
         return self._claim(deliveries.c.host.in_(hosts), len(hosts), per_host=1)
 
-    def give_up(self, host: str) -> int:
-        """The old calls of a host that always fails become dead; how many there were."""
+    def mark_old_dead(self, host: str) -> int:
+        """Mark a host's pending calls above the age limit as dead; returns their number."""
         with self._engine.begin() as connection:
             changed = connection.execute(
                 update(deliveries)
@@ -157,15 +158,15 @@ class DeliveryStore:
         return changed.rowcount
 
     def redeliver(self, job_id: int) -> None:
-        """Make a job's call again at once, under the same id.
+        """Make a job's call due now, under the same id.
 
-        One that was given up gets one more try, one that is pending its next one now. One that is
-        being made at this moment is left to its sender. Its age stays that of the job's end.
-        Raises: Conflict where the job has no call, or its pictures have been removed: receivers
-        know the call by its id, and it cannot name the pictures any more.
+        A dead or delivered call gets one more try, and a pending call its next try now. A call that
+        a sender is making at this moment is left alone. The age of the call does not change.
+        Raises: Conflict where the job has no call, or its pictures have been removed. The body of a
+        repeated call must be the same, and it could not name the pictures any more.
         """
         now = self._clock()
-        is_told = exists().where(
+        is_recorded = exists().where(
             delivery_attempts.c.delivery_id == deliveries.c.id,
             delivery_attempts.c.attempt == deliveries.c.attempt,
         )
@@ -173,7 +174,7 @@ class DeliveryStore:
             (deliveries.c.state == DeliveryState.PENDING)
             & (deliveries.c.attempt > 0)
             & (deliveries.c.due_at > now)
-            & ~is_told
+            & ~is_recorded
         )
         with self._engine.begin() as connection:
             expired_at = connection.scalar(select(jobs.c.expired_at).where(jobs.c.id == job_id))
@@ -191,7 +192,7 @@ class DeliveryStore:
                 raise Conflict(ConflictKind.NO_DELIVERY)
 
     def of_job(self, job_id: int) -> list[DeliveryStatus]:
-        """A job's webhook calls: one at most, and none before it has ended."""
+        """A job's webhook calls: one at most, and none before the job has ended."""
         return self._statuses(deliveries.c.job_id == job_id, limit=1)
 
     def list_of(
@@ -202,7 +203,7 @@ class DeliveryStore:
         limit: int,
         before_job_id: int | None = None,
     ) -> list[DeliveryStatus]:
-        """The calls of a key's jobs, or of everybody's; newest job first."""
+        """The calls of a key's jobs, or of all jobs where it is None; newest job first."""
         which: ColumnElement[bool] = true()
         if key_id is not None:
             which &= deliveries.c.job_id.in_(select(jobs.c.id).where(jobs.c.key_id == key_id))
@@ -220,7 +221,7 @@ class DeliveryStore:
         newness = func.row_number().over(
             partition_by=each_try.delivery_id, order_by=each_try.attempt.desc()
         )
-        # Joined here too, so that the tries of these calls alone are ranked.
+        # Joined here too, so that only the tries of these calls are ranked.
         ranked = (
             select(delivery_attempts, newness.label("newness"))
             .join(call, call.c.id == each_try.delivery_id)
@@ -249,17 +250,17 @@ class DeliveryStore:
         now = self._clock()
         is_pending: ColumnElement[bool] = deliveries.c.state == DeliveryState.PENDING
         is_due = is_pending & (deliveries.c.due_at <= now) & which
-        is_astray = is_pending & (deliveries.c.due_at > now + LONGEST_DELAY_S)
-        # Most looks find nothing; they should not take the lock that writers need.
+        is_beyond_schedule = is_pending & (deliveries.c.due_at > now + LONGEST_DELAY_S)
+        # Most polls find nothing, and a read does not take SQLite's write lock.
         with read_only(self._engine) as connection:
-            looks = select(exists().where(is_due), exists().where(is_astray))
-            has_due, has_astray = connection.execute(looks).one()
-        if has_astray:
+            query = select(exists().where(is_due), exists().where(is_beyond_schedule))
+            has_due, has_beyond_schedule = connection.execute(query).one()
+        if has_beyond_schedule:
             with self._engine.begin() as connection:
-                connection.execute(update(deliveries).where(is_astray).values(due_at=now))
+                connection.execute(update(deliveries).where(is_beyond_schedule).values(due_at=now))
         elif not has_due:
             return []
-        # Not by due time, which for the tried and the untried ones is not of the same kind.
+        # Ordered by job and not by due time, because untried calls have the due time `AT_ONCE`.
         rank = func.row_number().over(partition_by=deliveries.c.host, order_by=deliveries.c.job_id)
         ranked = select(deliveries.c.id, deliveries.c.job_id, rank.label("rank")).where(is_due)
         candidate = ranked.subquery()
@@ -285,10 +286,10 @@ class DeliveryStore:
         return [Delivery(*row) for row in rows]
 
     def record(self, delivery: Delivery, attempt: Attempt) -> DeliveryState:
-        """Note how a claimed call went and what follows from it.
+        """Record a try of a claimed call, and set its state and due time.
 
-        Nothing follows for a call that was claimed anew since. One that was given up since stays
-        so, unless it was received after all.
+        A call that was claimed again since keeps its state and due time. A call that was marked
+        dead since stays dead, unless this try has delivered it.
         """
         state = self._state_after(delivery, attempt)
         is_open = true() if attempt.is_success else deliveries.c.state == DeliveryState.PENDING
@@ -327,14 +328,14 @@ class DeliveryStore:
         return DeliveryState.DEAD if attempt.is_final or is_used_up else DeliveryState.PENDING
 
     def _delay_s(self, delivery: Delivery, attempt: Attempt) -> float:
-        """Seconds from now to the next try: the schedule's, or longer where the receiver asks."""
+        """Seconds to the next try, by the schedule or a longer Retry-After."""
         index = min(delivery.attempt, len(RETRY_DELAYS_S)) - 1
         scheduled = RETRY_DELAYS_S[index] * self._jitter.uniform(1 - JITTER, 1 + JITTER)
         return max(scheduled, min(attempt.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
 
 
 def to_status(rows: Sequence[Row[Any]], now: float) -> DeliveryStatus:
-    """A call from its rows, one for each listed try; a row without one where there was none."""
+    """A call from its rows, one per listed try; a call without tries has one row with NULLs."""
     call = rows[0]
     return DeliveryStatus(
         id=call.id,

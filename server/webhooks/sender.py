@@ -1,7 +1,7 @@
-"""Webhook calls: signed, sent through the address policy, tried again until received.
+"""`WebhookSender`: claims due webhook calls, signs them and sends them through `egress/client`.
 
-A circuit breaker for each host keeps calls to a host that fails again and again as rows, and probes
-the host with one call at a time, so that its time-outs do not hold up the calls to other hosts.
+A circuit breaker per key and host stops calls to a host that keeps failing, and probes it with one
+call at a time, so that its time-outs do not delay calls to other hosts. Stopped calls stay rows.
 """
 
 import asyncio
@@ -37,43 +37,42 @@ R = TypeVar("R")
 logger = get_logger(__name__)
 
 POLL_S = 0.25
-"""Between two claims while no call ends: a call that ends makes room for another at once."""
+"""Interval between claims. The end of a call triggers a claim at once."""
 
 DATABASE_THREADS = 4
 
 MAX_REPLY_BYTES = 64_000
 CALLS_PER_HOST = 4
-"""Claimed at a time, and from so many under way on no more are: one slow receiver must not hold up
-the others."""
+"""Limit of concurrent calls, so that one slow receiver does not delay calls to others."""
 
-ASKED_CALLS_PER_MINUTE = 30
-"""Pings and redeliveries together, of one key."""
+MANUAL_CALLS_PER_MINUTE = 30
+"""Rate limit of a key's pings and redeliveries together."""
 
 OPERATOR = EgressGrant("operator")
-"""For what no key has asked for."""
+"""Grant of the command line's test calls, which belong to no key."""
 
 NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
 
 
 class WebhookCaller:
-    """Makes the calls, signed and through the address policy."""
+    """Signs webhook calls and sends them through the address policy."""
 
     def __init__(self, settings: WebhookSettings, client: EgressClient | None = None) -> None:
         self._settings = settings
         self._client = client or EgressClient()
 
     async def ping(self, url: str, grant: EgressGrant = OPERATOR) -> tuple[str, Attempt]:
-        """A test event to any address that a webhook may have: its id, and how it went."""
+        """Send a test event; its message id and the result."""
         message_id = f"msg_{uuid.uuid4().hex}"
         return message_id, await self.send(url, message_id, {"type": "ping"}, grant)
 
     async def send(
         self, url: str, message_id: str, values: dict[str, Any], grant: EgressGrant = OPERATOR
     ) -> Attempt:
-        """One signed POST, and how it went.
+        """Send one signed POST.
 
-        values: the body, as JSON. grant: of who named the URL.
+        values: the body, as JSON. grant: of the key that gave the URL.
         """
         started_at, started = time.time(), time.perf_counter()
         status, retry_after_s, outcome = None, None, "answered"
@@ -92,7 +91,7 @@ class WebhookCaller:
     async def _post(
         self, url: str, body: bytes, headers: dict[str, str], grant: EgressGrant
     ) -> tuple[int, float | None]:
-        """Status and Retry-After of the receiver's answer, of which no more than a bit is read."""
+        """Status and Retry-After in seconds. At most `MAX_REPLY_BYTES` of the body are read."""
         target = checked_url(url)
         if self._settings.https_only and target.scheme != "https":
             raise AddressDenied("not https")
@@ -105,17 +104,17 @@ class WebhookCaller:
             max_body_bytes=MAX_REPLY_BYTES,
             connect_timeout_s=self._settings.timeout_s,
             body=body,
-        ) as answer:
+        ) as response:
             with contextlib.suppress(BodyTooLarge):
-                await answer.read()
-            return answer.status, to_seconds(answer.headers.get("retry-after", ""))
+                await response.read()
+            return response.status, to_seconds(response.headers.get("retry-after", ""))
 
 
 class WebhookSender:
-    """Sends what is due; run `run` as a task beside the server.
+    """Sends due calls; `run` is a background task of the API process.
 
-    render: the body of the call for a job that has ended, in the words of the job's dialect.
-    grant_of: what a key's webhooks may reach, by its id; nothing more than the settings' say.
+    render: the call's body for an ended job, in the job's dialect.
+    grant_of: the grant of a key id; by default the key has none beyond the settings.
     """
 
     def __init__(
@@ -134,68 +133,66 @@ class WebhookSender:
         self._deliveries = deliveries
         self._jobs = jobs
         self._calls: Counter[str] = Counter()
-        self._circuits = CircuitBreakers(settings.hold_after_failures, settings.hold_s)
+        self._breakers = CircuitBreakers(settings.hold_after_failures, settings.hold_s)
         self._probes: set[str] = set()
-        self._asked_calls = TokenBuckets()
-        self._has_ended = asyncio.Event()
+        self._manual_calls = TokenBuckets()
+        self._call_ended = asyncio.Event()
         self._threads = anyio.CapacityLimiter(DATABASE_THREADS)
 
     async def run(self) -> None:
-        """Until cancelled. Calls under way then are tried again after the next start."""
+        """Run until cancelled. The lease of an interrupted call runs out, and it is made again."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                self._has_ended.clear()
+                self._call_ended.clear()
                 for delivery in await self._claim():
                     tasks.create_task(self._deliver(delivery))
-                await self._call_ends_within(POLL_S)
+                await self._wait_for_call_end(POLL_S)
 
     async def _in_thread(self, function: Callable[[*Args], R], *args: *Args) -> R:
-        """A call to the database, off the event loop."""
+        """Run a database call in a thread."""
         return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
 
-    async def _call_ends_within(self, seconds: float) -> None:
-        """Wait that long, or until one of the calls under way makes room."""
+    async def _wait_for_call_end(self, seconds: float) -> None:
+        """Wait so many seconds, or until a call ends and so leaves room for another."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._has_ended.wait()
+                await self._call_ended.wait()
 
     async def ping(self, url: str, grant: EgressGrant) -> tuple[str, Attempt]:
-        """As `WebhookCaller.ping`, beside the calls that are due. Raises: RateLimited."""
-        self.count_asked_call(grant.key_id)
+        """`WebhookCaller.ping` with the rate limit of the key. Raises: RateLimited."""
+        self.limit_manual_calls(grant.key_id)
         return await self._caller.ping(url, grant)
 
-    def count_asked_call(self, key_id: str) -> None:
-        """Note a call that a key asks for by itself, beside those of its jobs' ends.
-
-        Raises: RateLimited.
-        """
-        wait_s = self._asked_calls.take(key_id, ASKED_CALLS_PER_MINUTE)
+    def limit_manual_calls(self, key_id: str) -> None:
+        """Count a ping or redelivery against the key's rate limit. Raises: RateLimited."""
+        wait_s = self._manual_calls.take(key_id, MANUAL_CALLS_PER_MINUTE)
         if wait_s is not None:
-            raise RateLimited(wait_s, ASKED_CALLS_PER_MINUTE)
+            raise RateLimited(wait_s, MANUAL_CALLS_PER_MINUTE)
 
     @property
-    def held_hosts(self) -> list[str]:
-        """Hosts that always fail and are spared for now."""
-        return self._circuits.held
+    def open_hosts(self) -> list[str]:
+        """Hosts whose circuit breaker is open."""
+        return self._breakers.open_hosts
 
     async def _claim(self) -> list[Delivery]:
         places = self._settings.max_concurrent - self._calls.total()
         busy = [host for host, calls in self._calls.items() if calls >= CALLS_PER_HOST]
         if places <= 0:
             return []
-        probes = self._circuits.due_for_probe[:places]
+        probes = self._breakers.due_for_probe[:places]
         try:
+            skipped = [*busy, *self._breakers.open_hosts]
             claimed = await self._in_thread(
-                self._deliveries.claim_due, places, [*busy, *self._circuits.held], CALLS_PER_HOST
+                self._deliveries.claim_due, places, skipped, CALLS_PER_HOST
             )
             if probes:
                 probing = await self._in_thread(self._deliveries.claim_probes, probes)
                 for each in probing:
-                    self._circuits.begin_probe(each.host)
+                    self._breakers.begin_probe(each.host)
                 self._probes.update(each.id for each in probing)
                 claimed += probing
         except SQLAlchemyError:
-            logger.exception("webhooks cannot be looked up")
+            logger.exception("webhooks cannot be claimed")
             return []
         self._calls.update(each.host for each in claimed)
         return claimed
@@ -206,7 +203,7 @@ class WebhookSender:
             if attempt is None:
                 return
             state = await self._in_thread(self._deliveries.record, delivery, attempt)
-            await self._judge_host(delivery.host, attempt)
+            await self._update_breaker(delivery.host, attempt)
             logger.info(
                 "webhook",
                 job_id=delivery.job_id,
@@ -216,33 +213,36 @@ class WebhookSender:
                 duration_ms=round(attempt.duration_s * 1000),
             )
         except Exception:
-            # One call must not stop the others. Its claim runs out, and it is made again.
+            # One call must not stop the others. Its lease runs out, and it is made again.
             logger.exception("webhook call failed", job_id=delivery.job_id)
         finally:
             if delivery.id in self._probes:
                 self._probes.remove(delivery.id)
-                self._circuits.end_probe(delivery.host)
-            self._calls -= Counter([delivery.host])  # drops hosts without calls
-            self._has_ended.set()
+                self._breakers.end_probe(delivery.host)
+            self._calls -= Counter([delivery.host])  # Subtracting removes hosts without calls.
+            self._call_ended.set()
 
-    async def _judge_host(self, host: str, attempt: Attempt) -> None:
-        """Whether the host as a whole works, for this key: one that is denied is no other case than
-        one that is away, or being spared would tell them apart."""
+    async def _update_breaker(self, host: str, attempt: Attempt) -> None:
+        """Count the result for the circuit breaker of this key and host.
+
+        A denied address counts like a host without an answer. Otherwise the state of the breaker,
+        which clients see, would reveal which addresses are denied.
+        """
         if attempt.outcome == NOT_MADE:
             return
         if not attempt.is_host_failure:
-            self._circuits.note_success(host)
-        elif self._circuits.note_failure(host):
-            given_up = await self._in_thread(self._deliveries.give_up, host)
-            logger.warning("webhook host is held", detail=host, count=given_up)
+            self._breakers.record_success(host)
+        elif self._breakers.record_failure(host):
+            dead = await self._in_thread(self._deliveries.mark_old_dead, host)
+            logger.warning("webhook circuit breaker opened", detail=host, count=dead)
 
     async def _attempt(self, delivery: Delivery) -> Attempt | None:
-        """None where the job's row has been removed, and its calls with it."""
+        """Make a call; None where the job's row, and so its calls, have been removed."""
         started_at = time.time()
         try:
             return await self._call(delivery)
         except Exception:
-            # Counted like any other failure, or it would be tried for ever.
+            # Recorded like other failures, because the call would otherwise be tried for ever.
             logger.exception("webhook call cannot be made", job_id=delivery.job_id)
             return Attempt(started_at, time.time() - started_at, None, NOT_MADE)
 
@@ -255,14 +255,14 @@ class WebhookSender:
 
 
 def outcome_of(error: Exception) -> str:
-    """Why there was no answer, for operators: whoever named the address is not told."""
+    """Why there was no response, for operators only: clients could map our network with it."""
     if isinstance(error, AddressDenied):
         return NOT_ALLOWED
     return "no answer" if isinstance(error, TimeoutError) else "not reachable"
 
 
 def to_seconds(retry_after: str) -> float | None:
-    """Seconds the receiver asks to be left alone, from either form of the header."""
+    """Seconds of a Retry-After header, given in seconds or as a date; None for an invalid one."""
     value = retry_after.strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])

@@ -1,4 +1,4 @@
-"""Signatures of webhooks, by Standard Webhooks 1.0: HMAC-SHA256 over `id.timestamp.body`."""
+"""Webhook signatures by Standard Webhooks 1.0: HMAC-SHA256 over `id.timestamp.body`."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ from standardwebhooks import Webhook
 def sign(
     message_id: str, timestamp: int, body: str, secrets: Sequence[SecretStr]
 ) -> dict[str, str]:
-    """The headers of one try, with a signature for each secret; none without secrets.
+    """The headers of one try, with a signature per secret; without secrets it is not signed.
 
     timestamp: of this try, seconds since the epoch.
     """

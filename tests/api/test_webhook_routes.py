@@ -20,7 +20,7 @@ from server.storage.database import open_engine
 from server.storage.files import Storage
 from server.storage.tables import jobs
 from server.webhooks.deliveries import DeliveryStore
-from server.webhooks.sender import ASKED_CALLS_PER_MINUTE
+from server.webhooks.sender import MANUAL_CALLS_PER_MINUTE
 from tests.api.test_app import BODY as V3_BODY
 from tests.api.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.api.test_native_routes import BODY, claim, client_of, create, problem_of
@@ -174,7 +174,7 @@ def test_owner_of_a_delivery_is_not_told_why_there_was_no_answer(
 
 def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx2.Client) -> None:
     body = {"url": "http://127.0.0.1:1/"}
-    for _ in range(20 * ASKED_CALLS_PER_MINUTE):  # tokens come back meanwhile
+    for _ in range(20 * MANUAL_CALLS_PER_MINUTE):  # tokens come back meanwhile
         answer = client.post("/api/webhooks/ping", json=body)
         if answer.status_code != 200:
             break
@@ -185,7 +185,7 @@ def test_pings_of_a_key_are_limited(app: LiveApp, client: httpx2.Client) -> None
 
 def test_redeliveries_count_as_pings(app: LiveApp, client: httpx2.Client, store: JobStore) -> None:
     job_id = finished_job(client, store, "http://127.0.0.1:1/")
-    for _ in range(20 * ASKED_CALLS_PER_MINUTE):  # tokens come back meanwhile
+    for _ in range(20 * MANUAL_CALLS_PER_MINUTE):  # tokens come back meanwhile
         answer = client.post(f"/api/jobs/{job_id}/deliveries/redeliver")
         if answer.status_code != 202:
             break

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.webhooks.circuit_breaker import MAX_HOLD_S, MAX_HOSTS, CircuitBreakers
+from server.webhooks.circuit_breaker import MAX_HOSTS, MAX_OPEN_S, CircuitBreakers
 
 HOST = "receiver.example"
 
@@ -28,14 +28,14 @@ def circuits(clock: Clock) -> CircuitBreakers:
 
 
 def fail(circuits: CircuitBreakers, times: int) -> list[bool]:
-    return [circuits.note_failure(HOST) for _ in range(times)]
+    return [circuits.record_failure(HOST) for _ in range(times)]
 
 
 def test_failures_in_a_row_hold_a_host(circuits: CircuitBreakers) -> None:
     assert fail(circuits, 2) == [False, False]
-    circuits.note_success(HOST)
+    circuits.record_success(HOST)
     assert fail(circuits, 3) == [False, False, True]
-    assert (circuits.held, circuits.due_for_probe) == ([HOST], [])
+    assert (circuits.open_hosts, circuits.due_for_probe) == ([HOST], [])
 
 
 def test_calls_from_before_the_hold_do_not_lengthen_it(
@@ -58,18 +58,18 @@ def test_one_probe_at_a_time_each_failure_doubling_the_hold(
             clock.now_s += 1
         holds.append(clock.now_s - asleep_since)
         circuits.begin_probe(HOST)
-        assert (circuits.held, circuits.due_for_probe) == ([HOST], [])
-        assert circuits.note_failure(HOST)
-    assert holds == [30, 60, 120, 240, 480, MAX_HOLD_S, MAX_HOLD_S]
+        assert (circuits.open_hosts, circuits.due_for_probe) == ([HOST], [])
+        assert circuits.record_failure(HOST)
+    assert holds == [30, 60, 120, 240, 480, MAX_OPEN_S, MAX_OPEN_S]
 
 
 def test_probe_that_is_answered_lets_the_host_go(circuits: CircuitBreakers, clock: Clock) -> None:
     fail(circuits, 3)
     clock.now_s += 30
     circuits.begin_probe(HOST)
-    circuits.note_success(HOST)
+    circuits.record_success(HOST)
     circuits.end_probe(HOST)
-    assert (circuits.held, circuits.due_for_probe) == ([], [])
+    assert (circuits.open_hosts, circuits.due_for_probe) == ([], [])
     assert fail(circuits, 1) == [False], "it starts anew"
 
 
@@ -83,13 +83,15 @@ def test_probe_that_was_never_made_is_made_again(circuits: CircuitBreakers, cloc
 
 def test_other_hosts_are_not_touched(circuits: CircuitBreakers) -> None:
     fail(circuits, 3)
-    assert not circuits.note_failure("other.example")
-    assert circuits.held == [HOST]
+    assert not circuits.record_failure("other.example")
+    assert circuits.open_hosts == [HOST]
 
 
 def test_memory_is_bounded(circuits: CircuitBreakers) -> None:
     for index in range(MAX_HOSTS + 5):
-        circuits.note_failure(f"{index}.example")
-    assert not any(circuits.note_failure("0.example") for _ in range(2)), "the oldest is forgotten"
-    assert not circuits.note_failure(f"{MAX_HOSTS}.example")
-    assert circuits.note_failure(f"{MAX_HOSTS}.example")
+        circuits.record_failure(f"{index}.example")
+    assert not any(circuits.record_failure("0.example") for _ in range(2)), (
+        "the oldest is forgotten"
+    )
+    assert not circuits.record_failure(f"{MAX_HOSTS}.example")
+    assert circuits.record_failure(f"{MAX_HOSTS}.example")

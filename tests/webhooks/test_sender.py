@@ -565,9 +565,9 @@ class TestRedelivery:
         (due,) = deliveries.claim_due(1)
         clock.now_s += MAX_AGE_S - 1
         deliveries.redeliver(due.job_id)
-        assert deliveries.give_up(due.host) == 0
+        assert deliveries.mark_old_dead(due.host) == 0
         clock.now_s += 2
-        assert deliveries.give_up(due.host) == 1
+        assert deliveries.mark_old_dead(due.host) == 1
 
     def test_history_is_bounded(
         self, engine: Engine, jobs: JobStore, deliveries: DeliveryStore
@@ -630,7 +630,7 @@ class TestHeldHost:
                 sender = WebhookSender(settings, deliveries, jobs, write_webhook)
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
-                    while not sender.held_hosts:  # noqa: ASYNC110 - its own affair
+                    while not sender.open_hosts:  # noqa: ASYNC110 - its own affair
                         await asyncio.sleep(0.01)
                     waiting = submit(jobs, bad)
                     jobs.finish(waiting, [])
@@ -638,7 +638,7 @@ class TestHeldHost:
                     jobs.finish(passing, [])
                     while not tries_of(deliveries, passing):  # noqa: ASYNC110 - as above
                         await asyncio.sleep(0.01)
-                held = sender.held_hosts
+                held = sender.open_hosts
                 task.cancel()
                 await asyncio.wait([task])
                 (status,) = deliveries.of_job(waiting.id)
@@ -664,7 +664,7 @@ class TestHeldHost:
                 sender = WebhookSender(self.SETTINGS, deliveries, jobs, write_webhook)
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
-                    while not sender.held_hosts:  # noqa: ASYNC110 - its own affair
+                    while not sender.open_hosts:  # noqa: ASYNC110 - its own affair
                         await asyncio.sleep(0.01)
                     while count(DeliveryState.DELIVERED) < 4:  # noqa: ASYNC110 - as above
                         await asyncio.sleep(0.01)
@@ -692,7 +692,7 @@ class TestHeldHost:
                         await asyncio.sleep(0.01)
                 task.cancel()
                 await asyncio.wait([task])
-                return sender.held_hosts
+                return sender.open_hosts
 
             assert asyncio.run(body()) == []
 
@@ -703,7 +703,7 @@ class TestHeldHost:
         jobs.finish(other := submit(jobs, "http://other.example"), [])
         clock.now_s += MAX_AGE_S + 1
         jobs.finish(young := submit(jobs, "http://receiver.example"), [])
-        assert deliveries.give_up(host_of("somebody", "http://receiver.example")) == 1
+        assert deliveries.mark_old_dead(host_of("somebody", "http://receiver.example")) == 1
         states = {each.job_id: each.state for each in deliveries.list_of(None, state=None, limit=9)}
         assert states == {
             old.id: DeliveryState.DEAD,
@@ -725,7 +725,7 @@ class TestHeldHost:
         jobs.finish(job := submit(jobs, "http://receiver.example"), [])
         clock.now_s += MAX_AGE_S + 1
         (due,) = deliveries.claim_due(1)
-        assert deliveries.give_up(due.host) == 1
+        assert deliveries.mark_old_dead(due.host) == 1
         deliveries.record(due, answer(status))
         (found,) = deliveries.of_job(job.id)
         assert found.state is state

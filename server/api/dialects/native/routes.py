@@ -240,7 +240,7 @@ async def redeliver(services: ServicesOf, job: JobOf) -> DeliveryList:
 
     Not once its pictures have been removed. 30 a minute, pings included.
     """
-    services.webhooks.count_asked_call(job.key_id)
+    services.webhooks.limit_manual_calls(job.key_id)
     await services.in_store_thread(services.deliveries.redeliver, job.id)
     return await tell_deliveries(services, job)
 
@@ -259,7 +259,7 @@ async def list_deliveries(
     )
     return DeliveryList(
         deliveries=[
-            writing.write_delivery(each, services.webhooks.held_hosts) for each in statuses
+            writing.write_delivery(each, services.webhooks.open_hosts) for each in statuses
         ],
         next_before=statuses[-1].job_id if len(statuses) == limit else None,
     )
@@ -301,7 +301,7 @@ async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
 async def tell_deliveries(services: Services, job: Job) -> DeliveryList:
     """A job's webhook calls."""
     statuses = await services.in_store_thread(services.deliveries.of_job, job.id)
-    held = services.webhooks.held_hosts
+    held = services.webhooks.open_hosts
     answers: list[DeliveryAnswer] = [writing.write_delivery(each, held) for each in statuses]
     return DeliveryList(deliveries=answers, next_before=None)
 

@@ -324,15 +324,15 @@ def write_webhook(job: Job) -> dict[str, Any]:
     return {"type": f"job.{job.state}", **summary, "outputs": outputs if job.has_pictures else []}
 
 
-def write_delivery(status: DeliveryStatus, held_hosts: Sequence[str]) -> DeliveryAnswer:
-    """A webhook call and its tries. held_hosts: those the sender spares."""
+def write_delivery(status: DeliveryStatus, open_hosts: Sequence[str]) -> DeliveryAnswer:
+    """A webhook call and its tries. open_hosts: those with an open circuit breaker."""
     is_pending = status.state is DeliveryState.PENDING
     return DeliveryAnswer(
         webhook_id=status.id,
         job_id=status.job_id,
         url=status.url,
         state=status.state,
-        is_held=is_pending and status.host in held_hosts,
+        is_held=is_pending and status.host in open_hosts,
         next_attempt_at=moment(status.due_at) if is_pending else None,
         attempts=[write_attempt(number, each) for number, each in status.attempts],
         attempts_total=status.attempts_total,
