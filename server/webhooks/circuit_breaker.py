@@ -59,8 +59,9 @@ class CircuitBreakers:
         ]
 
     def begin_probe(self, host: str) -> None:
-        """A call to an open host begins."""
-        self._breakers[host].is_probed = True
+        """A call to an open host begins. An earlier call may have closed its breaker meanwhile."""
+        if host in self._breakers:
+            self._breakers[host].is_probed = True
 
     def end_probe(self, host: str) -> None:
         """The probe has ended, perhaps without a result."""

@@ -81,6 +81,16 @@ def test_probe_that_was_never_made_is_made_again(circuits: CircuitBreakers, cloc
     assert circuits.due_for_probe == [HOST]
 
 
+def test_probe_may_begin_after_a_late_success(circuits: CircuitBreakers, clock: Clock) -> None:
+    fail(circuits, 3)
+    clock.now_s += 30
+    assert circuits.due_for_probe == [HOST]
+    circuits.record_success(HOST)
+    circuits.begin_probe(HOST)
+    circuits.end_probe(HOST)
+    assert circuits.open_hosts == []
+
+
 def test_other_hosts_are_not_touched(circuits: CircuitBreakers) -> None:
     fail(circuits, 3)
     assert not circuits.record_failure("other.example")
