@@ -1,6 +1,6 @@
-"""What a server says of itself when it starts: plain lines where a person looks on, else log lines.
+"""Messages of a starting server: plain lines on a terminal, log events elsewhere.
 
-A person is told at once what was started and how to stop it, and later that it is ready.
+The first message says what was started and how to stop it, the second that a worker is ready.
 """
 
 import sys
@@ -17,15 +17,14 @@ from server.jobs.store import JobStore
 
 logger = get_logger(__name__)
 
-LOOK_S = 0.25
-"""Between two looks whether a worker is ready."""
+POLL_S = 0.25
 
 STARTING = frozenset({"worker started", "model loaded", "warmed up", "worker ready"})
-"""Events of a start that the lines for a person stand for."""
+"""Log events of a start that a terminal does not show, because the plain lines replace them."""
 
 
 def announce(settings: Settings, url: str, access: str, more: Mapping[str, str]) -> None:
-    """Say what has been started. more: further addresses by what the log says of them."""
+    """Print or log what has been started. more: further addresses by log event."""
     devices = [*dict.fromkeys(settings.worker_devices)]
     facts = {
         "version": version("inpaint-server"),
@@ -40,7 +39,7 @@ def announce(settings: Settings, url: str, access: str, more: Mapping[str, str])
             logger.info(event, url=address)
         return
     on_devices = f"on {facts['device']}" if devices else "no workers here"
-    say(
+    write_lines(
         f"inpaint-server {facts['version']}",
         f"  address      {url}",
         *(f"  {'figures':11}  {address}/metrics" for address in more.values()),
@@ -53,19 +52,19 @@ def announce(settings: Settings, url: str, access: str, more: Mapping[str, str])
 
 @contextmanager
 def ready_announced(store: JobStore, worker_ids: Sequence[str], url: str) -> Iterator[None]:
-    """Say once that the first of these workers is ready."""
+    """Print or log, once, that the first of these workers is ready."""
     is_over = threading.Event()
 
-    def look() -> None:
-        while not is_over.wait(LOOK_S):
-            if is_one_ready(store, worker_ids):
+    def watch() -> None:
+        while not is_over.wait(POLL_S):
+            if has_ready_worker(store, worker_ids):
                 if sys.stderr.isatty():
-                    say(f"Ready: {url}")
+                    write_lines(f"Ready: {url}")
                 else:
                     logger.info("ready", url=url)
                 return
 
-    watcher = threading.Thread(target=look, name="ready")
+    watcher = threading.Thread(target=watch, name="ready")
     if worker_ids:
         watcher.start()
     try:
@@ -76,16 +75,16 @@ def ready_announced(store: JobStore, worker_ids: Sequence[str], url: str) -> Ite
             watcher.join()
 
 
-def is_one_ready(store: JobStore, worker_ids: Sequence[str]) -> bool:
-    """False also where the database is away."""
+def has_ready_worker(store: JobStore, worker_ids: Sequence[str]) -> bool:
+    """Whether one of these workers is ready; False where the database is unavailable."""
     with suppress(SQLAlchemyError):
         alive = store.workers.alive()
         return any(each.id in worker_ids and each.state == "ready" for each in alive)
     return False
 
 
-def say(*lines: str) -> None:
-    """To a person on standard error, in one piece: workers write there too."""
+def write_lines(*lines: str) -> None:
+    """Write to standard error in one call, because workers write there too."""
     with suppress(OSError):
         sys.stderr.write("".join(f"{line}\n" for line in lines))
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The checkpoints of the settings on one device: how they are read, placed and told of."""
+"""`Checkpoints`: loads the checkpoints of the settings and places them on the worker's device."""
 
 import functools
 import os
@@ -34,14 +34,14 @@ from server.jobs.receipts import Model
 logger = get_logger(__name__)
 
 MODEL_MEMORY_SHARE = 0.6
-"""Of a CUDA device's memory, for the loaded models; the rest is for their work."""
+"""Share of a CUDA device's memory for loaded models; the rest is for activations."""
 
 CHECKING = "checking"
-"""What comes before loading: the files' digests."""
+"""Stage before loading, in which the digests of the files are checked."""
 
 
 class WarmedUp(Protocol):
-    """What the warm-up needs of an `InpaintPipeline`."""
+    """The part of `InpaintPipeline` that `warm_up` uses."""
 
     def warm_up(self) -> None: ...
     def release_memory(self) -> None: ...
@@ -49,28 +49,28 @@ class WarmedUp(Protocol):
 
 @dataclass(slots=True)
 class Checkpoints:
-    """What jobs may ask for. device_name: "auto" or torch's."""
+    """The checkpoints that jobs may use. device_name: "auto" or a name of torch."""
 
     settings: Settings
     device_name: str
     _digests: dict[str, str] = field(default_factory=dict)
     _report_load: Report | None = None
-    _heard_at: float | None = None
+    _progress_at: float | None = None
 
     @property
-    def silent_s(self) -> float:
-        """For how long a load has not got on; 0 when there is none."""
-        heard_at = self._heard_at
-        return 0.0 if heard_at is None else time.monotonic() - heard_at
+    def stalled_s(self) -> float:
+        """Time since the last progress of the current load; 0 without a load."""
+        progress_at = self._progress_at
+        return 0.0 if progress_at is None else time.monotonic() - progress_at
 
-    def open(self, say: Callable[[str], None]) -> ModelPool:
-        """The models that jobs may ask for; the server's own is loaded.
+    def open(self, report_progress: Callable[[str], None]) -> ModelPool:
+        """A pool of the models that jobs may use, with the default model loaded.
 
-        say: told how far that is. Raises: DeviceUnavailable, ModelUnavailable.
+        report_progress: gets a sentence. Raises: DeviceUnavailable, ModelUnavailable.
         """
         device = pick_device(self.device_name)
         if device.index is not None:
-            torch.cuda.set_device(device)  # for what is not told where to run
+            torch.cuda.set_device(device)  # For code that takes the default device.
         models = ModelPool(
             load=lambda model: self._load(model, device),
             place=self._place_on(device),
@@ -83,24 +83,24 @@ class Checkpoints:
             def report(share: float, part: str) -> None:
                 bar.set_postfix_str(part, refresh=False)
                 bar.update(round(share * 100) - bar.n)
-                say(f"{CHECKING if part == CHECKING else 'loading'} model {share:.0%}")
+                report_progress(f"{CHECKING if part == CHECKING else 'loading'} model {share:.0%}")
 
             report(0.0, "files")
             self._report_load = report
             pipeline = models.wait_for(name)
         self._report_load = None
         if self.settings.warm_up and device.type == "cuda":  # a CPU would gain nothing
-            say("warming up")
+            report_progress("warming up")
             warm_up(pipeline)
         return models
 
     def _load(self, model: str, device: torch.device) -> Components:
-        """A checkpoint in the host's memory. Raises: ModelUnavailable."""
-        self._heard_at = time.monotonic()
+        """Read a checkpoint into the host's memory. Raises: ModelUnavailable."""
+        self._progress_at = time.monotonic()
         try:
             return self._read(model, device)
         finally:
-            self._heard_at = None
+            self._progress_at = None
 
     def _read(self, model: str, device: torch.device) -> Components:
         if model not in self.settings.offered_models:
@@ -108,7 +108,9 @@ class Checkpoints:
         spec = find_model(model, read_catalog(self.settings.models_file))
         started = time.perf_counter()
         self._check(model, spec)
-        components = load_components(spec, torch.device("cpu"), self._dtype(device), self._hear)
+        components = load_components(
+            spec, torch.device("cpu"), self._dtype(device), self._record_progress
+        )
         if components.safety_checker is None and self.settings.safety.force:
             raise ModelUnavailable(
                 f"model {spec.id!r} has no safety checker, and safety.force asks for one"
@@ -119,16 +121,15 @@ class Checkpoints:
         logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
         return components
 
-    def _hear(self, share: float, part: str) -> None:
-        """A load gets on."""
-        self._heard_at = time.monotonic()
+    def _record_progress(self, share: float, part: str) -> None:
+        self._progress_at = time.monotonic()
         if self._report_load is not None:
             self._report_load(share, part)
 
     def _check(self, model: str, spec: ModelSpec) -> None:
-        """Read the files once more for their digests, and see that they are the known ones.
+        """Compare the digests of the files with the pinned ones and the model's manifest.
 
-        Takes seconds the first time; later starts find the digests in the data folder.
+        The first start takes seconds; the data folder caches digests for later ones.
         Raises: ModelUnavailable.
         """
         data_dir = self.settings.data_dir
@@ -137,7 +138,7 @@ class Checkpoints:
             digests = file_sha256s(
                 [*files.values()],
                 data_dir / CACHE_FILE,
-                lambda share: self._hear(share, CHECKING),
+                lambda share: self._record_progress(share, CHECKING),
             )
             found = {name: digests[str(path)] for name, path in files.items()}
             check_downloads(found, files)
@@ -158,7 +159,7 @@ class Checkpoints:
         return pick_dtype(device, self.settings.dtype)
 
     def _acceleration(self) -> Acceleration:
-        # Where code made at run time is found again; Triton's own place is in a home folder.
+        # Caches of compiled code. Triton's default is in a home folder, which may not exist.
         compiled_dir = self.settings.compiled_dir
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_dir))
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_dir / "triton"))
@@ -169,14 +170,14 @@ class Checkpoints:
         )
 
     def describe(self, model: str) -> Model:
-        """A model, for a receipt."""
+        """A model's entry in a receipt."""
         device = pick_device(self.device_name)
         dtype = str(self._dtype(device)).removeprefix("torch.")
         return Model(model, self._digests.get(model), device.type, dtype)
 
 
 def warm_up(pipeline: WarmedUp) -> None:
-    """Before the first job, what its first calls would have to wait for.
+    """Compile and record before the first job what its first calls would otherwise wait for.
 
     Raises: models.errors.DeviceLost.
     """
@@ -184,7 +185,7 @@ def warm_up(pipeline: WarmedUp) -> None:
     try:
         pipeline.warm_up()
     except (OutOfMemory, UnusablePicture) as error:
-        # A large model on a small card may serve smaller pictures.
+        # A large model on a small card may still serve smaller pictures.
         pipeline.release_memory()
         logger.warning("no warm-up", error=type(error).__name__)
         return
@@ -199,7 +200,7 @@ def pick_device(name: str) -> torch.device:
     if name != "auto" and not name.startswith("cuda"):
         return torch.device(name)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say, we say in one sentence
+        warnings.simplefilter("ignore")  # `why_no_cuda` gives the reason in one sentence.
         is_usable = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda:0" if is_usable else "cpu")
@@ -212,7 +213,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def why_no_cuda() -> str:
-    """Why torch uses no GPU, and what helps."""
+    """Why torch uses no GPU, and the remedy."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for the CPU; choose it with `--devices cpu`"
     try:
@@ -224,7 +225,7 @@ def why_no_cuda() -> str:
 
 
 def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.dtype:
-    """ "auto" is half precision where that is fast."""
+    """ "auto" is half precision on CUDA devices, where it is fast."""
     if name is DtypeName.AUTO:
         return torch.float16 if device.type == "cuda" else torch.float32
     dtypes = {
@@ -236,7 +237,7 @@ def pick_dtype(device: torch.device, name: DtypeName = DtypeName.AUTO) -> torch.
 
 
 def pick_model_memory(asked_bytes: int | None, device: torch.device) -> int | None:
-    """The budget of all loaded models: a share of a CUDA device's memory unless it was set."""
+    """Budget of all loaded models in bytes: as set, else a share of a CUDA device's memory."""
     if asked_bytes is not None or device.type != "cuda":
         return asked_bytes
     return int(MODEL_MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)

@@ -1,8 +1,8 @@
-"""`Finalizer`: jobs' ends on their way into the stores, beside the engine's steps.
+"""`Finalizer`: writes the ends of jobs into the stores, in a thread beside the engine.
 
-An end is a row of steps, such as: encode, store a picture, commit, remove the input. A step that a
-store does not take is tried again later, and what was done before it is not done again. One thread
-does the steps; waiting is not its business, so that a store that is away holds nobody up.
+An end is a list of steps, such as: encode, store a picture, commit, remove the input. A step that
+fails because a store is unavailable is retried with a growing delay, and the steps before it are
+not repeated. The thread never waits for a retry, so the ends of other jobs go on.
 """
 
 import queue
@@ -21,47 +21,47 @@ from server.jobs.job import Failure, Job
 logger = get_logger(__name__)
 
 Step = Callable[[], None]
-"""May be done again. Raises: StorageUnavailable or SQLAlchemyError where a store is away; anything
-else is the job's own fault and fails it."""
+"""An idempotent step. Raises: StorageUnavailable or SQLAlchemyError where a store is unavailable;
+any other error fails the job."""
 
-FIRST_PAUSE_S = 0.5
-DATABASE_PAUSE_S = 2.0
-"""The longest: nobody else gets on without a database either."""
+FIRST_BACKOFF_S = 0.5
+MAX_DATABASE_BACKOFF_S = 2.0
+"""Short, because the whole worker waits while the database is unavailable."""
 
-STORAGE_PAUSE_S = 30.0
-STORAGE_PATIENCE_S = 3_600.0
-"""How long pictures are kept for a file store that does not take them."""
+MAX_STORAGE_BACKOFF_S = 30.0
+STORAGE_TIMEOUT_S = 3_600.0
+"""A job fails when the file store has refused its pictures for so long."""
 
-CLOSE_S = 2.0
-"""For what is being done when the worker ends."""
+CLOSE_TIMEOUT_S = 2.0
+"""Wait for the current step when the worker ends."""
 
 
 @dataclass(slots=True, eq=False)
-class Ending:
-    """One job's end.
+class Finalization:
+    """The end of one job.
 
-    steps: what is left; belongs to the thread while the ending is busy.
-    error: what stopped the last try. refused_at: when the file store first refused it.
+    steps: those not yet done; only the thread may use them while `is_busy`.
+    error: of the last try. refused_at: when the file store first refused a step.
     """
 
     job: Job
     steps: deque[Step]
     is_busy: bool = False
     error: Exception | None = None
-    pause_s: float = 0.0
-    again_at: float = 0.0
+    backoff_s: float = 0.0
+    retry_at: float = 0.0
     refused_at: float | None = None
 
     @property
-    def is_over(self) -> bool:
-        """The stores have all of it."""
+    def is_done(self) -> bool:
+        """Whether the stores have taken every step."""
         return not self.is_busy and not self.steps
 
 
 class Finalizer:
-    """The ends on their way. All calls come from one thread.
+    """The finalizations under way. Belongs to one thread, and runs the steps in another.
 
-    fail: the steps of a job's end without pictures. clock: seconds, never turned back.
+    fail: the steps of a job's end without pictures. clock: monotonic seconds.
     """
 
     def __init__(
@@ -71,114 +71,122 @@ class Finalizer:
     ) -> None:
         self._fail = fail
         self._clock = clock
-        self._endings: dict[int, Ending] = {}
-        self._due: queue.SimpleQueue[Ending | None] = queue.SimpleQueue()
+        self._finalizations: dict[int, Finalization] = {}
+        self._due: queue.SimpleQueue[Finalization | None] = queue.SimpleQueue()
         self._step_since: float | None = None
-        # A daemon: a file store may never answer, and the process is to end all the same.
-        self._thread = threading.Thread(target=self._run, name="endings", daemon=True)
+        # A daemon thread, because the process must end even if a file store never answers.
+        self._thread = threading.Thread(target=self._run, name="finalizer", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
-        return len(self._endings)
+        return len(self._finalizations)
 
     def __contains__(self, job_id: int) -> bool:
-        return job_id in self._endings
+        return job_id in self._finalizations
 
     @property
     def stuck_s(self) -> float:
-        """For how long the thread has been in one and the same step."""
+        """How long the current step has been running."""
         since = self._step_since
         return 0.0 if since is None else self._clock() - since
 
     def begin(self, job: Job, steps: Iterable[Step]) -> None:
-        """The job ends in this way."""
-        ending = self._endings[job.id] = Ending(job, deque(steps))
-        self._try(ending)
+        """Start to run the steps of a job's end."""
+        finalization = self._finalizations[job.id] = Finalization(job, deque(steps))
+        self._enqueue(finalization)
 
     def fail(self, job: Job, failure: Failure) -> None:
-        """The job ends without pictures."""
+        """Start to end a job without pictures."""
         self.begin(job, self._fail(job, failure))
 
-    def look(self) -> list[int]:
-        """Go on with what is due; ids of the jobs that have ended since the last look."""
-        over = [job_id for job_id, ending in self._endings.items() if ending.is_over]
-        for job_id in over:
-            del self._endings[job_id]
+    def poll(self) -> list[int]:
+        """Start due retries; returns the ids of jobs that have ended since the last poll."""
+        done = [
+            job_id for job_id, finalization in self._finalizations.items() if finalization.is_done
+        ]
+        for job_id in done:
+            del self._finalizations[job_id]
         now = self._clock()
-        for ending in self._endings.values():
-            if ending.is_busy:
+        for finalization in self._finalizations.values():
+            if finalization.is_busy:
                 continue
-            if ending.error is not None:
-                self._judge(ending, ending.error, now)
-            if now >= ending.again_at:
-                self._try(ending)
-        return over
+            if finalization.error is not None:
+                self._decide_retry(finalization, finalization.error, now)
+            if now >= finalization.retry_at:
+                self._enqueue(finalization)
+        return done
 
     def close(self) -> list[Job]:
-        """Try nothing again; the jobs whose ends the stores do not have.
+        """Stop; returns the jobs whose ends the stores have not taken.
 
-        Waits a little for what is being done; what takes longer may yet be, and is not among them.
+        Waits a little for the current step. A step that takes longer may still succeed, so its job
+        is not returned.
         """
         self._due.put(None)
-        self._thread.join(CLOSE_S)
+        self._thread.join(CLOSE_TIMEOUT_S)
         return [
-            ending.job
-            for ending in self._endings.values()
-            if not ending.is_over and not ending.is_busy
+            finalization.job
+            for finalization in self._finalizations.values()
+            if not finalization.is_done and not finalization.is_busy
         ]
 
-    def _try(self, ending: Ending) -> None:
-        ending.is_busy = True
-        self._due.put(ending)
+    def _enqueue(self, finalization: Finalization) -> None:
+        finalization.is_busy = True
+        self._due.put(finalization)
 
-    def _judge(self, ending: Ending, error: Exception, now: float) -> None:
-        """What a failed try means: the same again later, or another end."""
-        ending.error = None
-        longest_s = STORAGE_PAUSE_S if isinstance(error, StorageUnavailable) else DATABASE_PAUSE_S
-        ending.pause_s = min(2 * ending.pause_s or FIRST_PAUSE_S, longest_s)
-        ending.again_at = now + ending.pause_s
-        failure = self._failure_of(ending, error, now)
+    def _decide_retry(self, finalization: Finalization, error: Exception, now: float) -> None:
+        """Schedule a retry, or replace the steps by those that fail the job."""
+        finalization.error = None
+        is_storage = isinstance(error, StorageUnavailable)
+        longest_s = MAX_STORAGE_BACKOFF_S if is_storage else MAX_DATABASE_BACKOFF_S
+        finalization.backoff_s = min(2 * finalization.backoff_s or FIRST_BACKOFF_S, longest_s)
+        finalization.retry_at = now + finalization.backoff_s
+        failure = self._failure_of(finalization, error, now)
         if failure is None:
             logger.warning(
-                "a store is away, the job's end waits",
-                job_id=ending.job.id,
+                "a store is unavailable, the job's end is retried",
+                job_id=finalization.job.id,
                 error=type(error).__name__,
                 detail=str(error),
-                delay_s=ending.pause_s,
+                delay_s=finalization.backoff_s,
             )
             return
-        logger.error("job failed", job_id=ending.job.id, detail=failure, exc_info=error)
-        ending.steps = deque(self._fail(ending.job, failure))
-        ending.refused_at = None
+        logger.error("job failed", job_id=finalization.job.id, detail=failure, exc_info=error)
+        finalization.steps = deque(self._fail(finalization.job, failure))
+        finalization.refused_at = None
 
-    def _failure_of(self, ending: Ending, error: Exception, now: float) -> Failure | None:
-        """None while it is worth trying again."""
+    def _failure_of(
+        self, finalization: Finalization, error: Exception, now: float
+    ) -> Failure | None:
+        """The failure with which the job ends, or None for a retry."""
         if isinstance(error, StorageUnavailable):
-            ending.refused_at = now if ending.refused_at is None else ending.refused_at
-            is_over = now - ending.refused_at > STORAGE_PATIENCE_S
-            return Failure.NOT_STORED if is_over else None
-        return None if is_away(error) else Failure.UNKNOWN
+            finalization.refused_at = (
+                now if finalization.refused_at is None else finalization.refused_at
+            )
+            is_timeout = now - finalization.refused_at > STORAGE_TIMEOUT_S
+            return Failure.NOT_STORED if is_timeout else None
+        return None if is_outage(error) else Failure.UNKNOWN
 
     def _run(self) -> None:
-        while (ending := self._due.get()) is not None:
-            self._go_on(ending)
+        while (finalization := self._due.get()) is not None:
+            self._run_steps(finalization)
 
-    def _go_on(self, ending: Ending) -> None:
-        """Do what is left, up to the first step that fails."""
+    def _run_steps(self, finalization: Finalization) -> None:
+        """Run the remaining steps, up to the first that fails."""
         try:
-            while ending.steps:
+            while finalization.steps:
                 self._step_since = self._clock()
-                ending.steps[0]()
-                ending.steps.popleft()
-        except Exception as error:  # noqa: BLE001 - whatever it is, this job's end hears of it
-            ending.error = error
+                finalization.steps[0]()
+                finalization.steps.popleft()
+        except Exception as error:  # noqa: BLE001 - `poll` decides what follows
+            finalization.error = error
         finally:
             self._step_since = None
-            ending.is_busy = False
+            finalization.is_busy = False
 
 
-def is_away(error: Exception) -> bool:
-    """Whether the database failed, and not what was written to it."""
+def is_outage(error: Exception) -> bool:
+    """Whether the database itself failed, and has not refused the values or the statement."""
     is_refusal = isinstance(error, IntegrityError | DataError) or (
         isinstance(error, StatementError) and not isinstance(error, DBAPIError)
     )

@@ -1,8 +1,8 @@
-"""The GPU process: claims jobs, runs the engine, and has their ends brought into the stores.
+"""`Worker`: the loop of the process that owns a device. It claims jobs and runs the engine.
 
-Shares job rows and stored files with the API process, and nothing else. The only server file that
-imports the engine. A database that is away does not stop it: what is due to be written is written
-later, and the job's attempt decides whether it still counts.
+A worker shares job rows and stored files with API processes, and nothing else. No other module of
+the server imports the engine. While the database is unavailable, the engine goes on and writes are
+retried. The fencing token of each job then decides whether a late write still counts.
 """
 
 import math
@@ -40,37 +40,37 @@ from server.storage.database import DatabaseFileGone, Topic, open_engine
 from server.storage.files import Storage
 from server.worker.checkpoints import Checkpoints
 from server.worker.finalizer import Finalizer
-from server.worker.inspection import Stages
 from server.worker.previews import DaemonThread, PreviewFiles
-from server.worker.results import Result, Stores
+from server.worker.results import Result, Stages, Stores
 
 logger = get_logger(__name__)
 
 IDLE_POLL_S = 0.01
-"""Between two looks for new jobs; each costs microseconds."""
+"""Interval of polls for new jobs while the engine is idle. A poll costs microseconds."""
 
-BEAT_S = 0.5
-"""Between two writes of the running jobs' leases and progress."""
+HEARTBEAT_S = 0.5
+"""Interval of heartbeats, which renew the leases of running jobs and write their progress."""
 
 REPORT_S = 5.0
-"""Between two signs of life in the workers table."""
+"""Interval of writes to this worker's row in the workers table."""
 
-PAUSE_S = 5.0
-"""Without claims after the file store did not answer."""
+STORAGE_BACKOFF_S = 5.0
+"""Time without claims after the file store has failed."""
 
-AWAY_S = 2.0
-"""After the database did not answer, until it is asked again: a look may take seconds, and the
+DATABASE_BACKOFF_S = 2.0
+"""Time without queries after the database has failed. A query can take seconds to fail, and the
 engine's steps wait for it."""
 
-RETURN_S = 10.0
-"""After the database was away, until jobs of others are taken for lost: they could not renew their
-leases either."""
+REQUEUE_GRACE_S = 10.0
+"""Time after an outage of the database in which no lease expires, because no other worker could
+renew its leases either."""
 
-HANG_S = 90.0
-"""A store that takes so long over one file hangs, and this worker with it."""
+STEP_STALL_S = 90.0
+"""A finalizer whose step takes so long hangs. The worker then stops reporting, and the supervisor
+replaces it."""
 
-FINISH_S = 20.0
-"""After being told to stop, for the jobs that run; less than the supervisor's grace."""
+DRAIN_S = 20.0
+"""Time for running jobs after a request to stop; less than the supervisor's grace."""
 
 FAILURES: dict[type[Exception], Failure] = {
     ModelUnavailable: Failure.MODEL_UNAVAILABLE,
@@ -81,8 +81,8 @@ FAILURES: dict[type[Exception], Failure] = {
 
 
 @dataclass(slots=True)
-class Held:
-    """A job this worker makes, until its end is in the stores."""
+class RunningJob:
+    """A job whose lease this worker holds, until its end is in the stores."""
 
     job: Job
     source: Source
@@ -93,7 +93,7 @@ class Held:
 
 @dataclass(slots=True)
 class Worker:
-    """One engine's loop over the job table. parent: of which process it must be the child."""
+    """One engine's loop over the job table. parent: id of the process that must stay its parent."""
 
     worker_id: str
     device: str
@@ -102,29 +102,29 @@ class Worker:
     storage: Storage
     stopping: threading.Event
     parent: int | None = None
-    _held: dict[int, Held] = field(default_factory=dict)
-    _beat_at: float = 0.0
+    _running: dict[int, RunningJob] = field(default_factory=dict)
+    _heartbeat_at: float = 0.0
     _report_at: float = 0.0
     _claim_at: float = 0.0
     _requeue_at: float = 0.0
-    _may_be_waiting: bool = True
-    _look_again_at: float = math.inf
+    _may_be_queued: bool = True
+    _second_claim_at: float = math.inf
     _stop_by: float | None = None
     _max_in_flight: int = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
     _stores: Stores = field(init=False)
-    _endings: Finalizer = field(init=False)
+    _finalizer: Finalizer = field(init=False)
     _previews: PreviewFiles = field(init=False)
 
     def __post_init__(self) -> None:
         self._max_in_flight = self.settings.places_on(self.device)
         self._checkpoints = Checkpoints(self.settings, self.device)
         self._stores = Stores(self.store, self.storage)
-        self._endings = Finalizer(self._stores.steps_to_fail)
+        self._finalizer = Finalizer(self._stores.steps_to_fail)
         self._previews = PreviewFiles(self.storage, DaemonThread("previews"))
 
     def run(self) -> None:
-        """Work until told to stop; what runs then is finished, what waits is given back.
+        """Work until `stopping` is set, then finish running jobs and release the others.
 
         Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost; DatabaseFileGone.
         """
@@ -138,147 +138,152 @@ class Worker:
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
         with (
             closing(models),
-            closing(self._endings),
+            closing(self._finalizer),
             self.store.change_signal(Topic.QUEUED) as signal,
         ):
-            while not self._is_over():
+            while not self._must_end():
                 self.store.check_file()
-                self._keep_up(engine)
+                self._run_periodic(engine)
                 if self.stopping.is_set():
-                    self._wind_up(engine)
-                elif places := self._places(engine):
-                    is_again = time.monotonic() >= self._look_again_at
-                    self._may_be_waiting = self._may_be_waiting or is_again or signal.has_changed()
-                    if self._may_be_waiting:
-                        self._claim(engine, places)
+                    self._release_unstarted(engine)
+                elif capacity := self._capacity(engine):
+                    is_second = time.monotonic() >= self._second_claim_at
+                    self._may_be_queued = self._may_be_queued or is_second or signal.has_changed()
+                    if self._may_be_queued:
+                        self._claim(engine, capacity)
                 for event in engine.step():
                     self._handle(event)
                 if engine.is_resting:
-                    time.sleep(IDLE_POLL_S)  # half as dear as waiting for the event
-            self._hand_back()
+                    time.sleep(IDLE_POLL_S)  # Costs half as much CPU as waiting for the event.
+            self._release_remaining()
 
-    def _is_over(self) -> bool:
+    def _must_end(self) -> bool:
         if self.parent not in (None, os.getppid()):
             logger.warning("the server that started this worker is gone")
             return True
         if not self.stopping.is_set():
             return False
-        self._stop_by = self._stop_by or time.monotonic() + FINISH_S
-        is_done = not self._held and not self._endings
+        self._stop_by = self._stop_by or time.monotonic() + DRAIN_S
+        is_done = not self._running and not self._finalizer
         return is_done or time.monotonic() > self._stop_by
 
-    def _places(self, engine: InpaintEngine) -> int:
+    def _capacity(self, engine: InpaintEngine) -> int:
         """How many jobs may be claimed now.
 
-        None beside a job that was lost before: it may be what kills workers. None for which there
-        would be no room while a store does not take the results.
+        A job that was lost before runs alone, because it may be the cause of the loss. Ends that
+        wait for a store count as running, which is the back-pressure of an unavailable store.
         """
-        is_alone = any(held.job.attempt > 1 for held in self._held.values())
+        is_alone = any(running.job.attempt > 1 for running in self._running.values())
         if is_alone or self._is_stuck() or time.monotonic() < self._claim_at:
             return 0
-        # Never below none: a database takes that for all.
-        return max(0, min(engine.free_places, self._max_in_flight - len(self._endings)))
+        # Not below 0, because a negative LIMIT means no limit in SQLite.
+        return max(0, min(engine.free_places, self._max_in_flight - len(self._finalizer)))
 
-    def _wind_up(self, engine: InpaintEngine) -> None:
-        """While stopping: give back the jobs that have not begun."""
-        for job_id, held in self._held.items():
-            if held.total_steps == 0 and job_id not in self._endings:
+    def _release_unstarted(self, engine: InpaintEngine) -> None:
+        """Release the jobs that the engine has not begun."""
+        for job_id, running in self._running.items():
+            if running.total_steps == 0 and job_id not in self._finalizer:
                 engine.cancel(job_id)
-                self._endings.begin(held.job, self._stores.steps_to_release(held.job))
+                self._finalizer.begin(running.job, self._stores.steps_to_release(running.job))
 
-    def _hand_back(self) -> None:
-        """In the end: what others must make. The attempt does not count, no job is at fault."""
-        self._let_go_of_ended()
-        running = [held.job for held in self._held.values() if held.job.id not in self._endings]
-        for job in [*running, *self._endings.close()]:
+    def _release_remaining(self) -> None:
+        """Queue the remaining jobs again for other workers. Their attempts do not count."""
+        self._remove_ended()
+        jobs = [each.job for each in self._running.values() if each.job.id not in self._finalizer]
+        for job in [*jobs, *self._finalizer.close()]:
             try:
                 self.store.release(job)
             except SQLAlchemyError:
-                logger.exception("job not given back, its lease runs out", job_id=job.id)
+                logger.exception("job not released, its lease runs out", job_id=job.id)
 
-    def _keep_up(self, engine: InpaintEngine) -> None:
-        """What is due from time to time: ends, leases, signs of life, jobs of the dead."""
-        self._let_go_of_ended()
+    def _run_periodic(self, engine: InpaintEngine) -> None:
+        """Poll the finalizer; send heartbeats, report, and requeue expired leases when due."""
+        self._remove_ended()
         if self._is_stuck():
-            return  # the supervisor hears nothing and acts, and the leases run out
+            return  # Without reports the supervisor replaces this worker, and its leases run out.
         now = time.monotonic()
         try:
-            if self._held and now > self._beat_at:
-                self._beat_at = now + BEAT_S
-                self._beat(engine)
+            if self._running and now > self._heartbeat_at:
+                self._heartbeat_at = now + HEARTBEAT_S
+                self._heartbeat(engine)
             if now > self._report_at:
-                self._say("ready", "ready")
+                self._write_status("ready", "ready")
                 if now > self._requeue_at:
                     self.store.requeue_expired()
         except SQLAlchemyError:
-            self._be_patient()
+            self._back_off()
 
     def _is_stuck(self) -> bool:
-        """Something hangs that the engine's steps do not wait for."""
-        is_loading = self._checkpoints.silent_s > self.settings.worker_load_stall_s
-        return is_loading or self._endings.stuck_s > HANG_S
+        """Whether a load or the finalizer hangs in its thread."""
+        is_stalled = self._checkpoints.stalled_s > self.settings.worker_load_stall_s
+        return is_stalled or self._finalizer.stuck_s > STEP_STALL_S
 
-    def _be_patient(self) -> None:
-        """The database did not answer; nothing is lost but time."""
+    def _back_off(self) -> None:
+        """Make no queries for a while after the database has failed."""
         logger.exception("the database does not answer")
         now = time.monotonic()
-        self._beat_at = self._report_at = self._claim_at = now + AWAY_S
-        self._requeue_at = now + AWAY_S + RETURN_S
+        self._heartbeat_at = self._report_at = self._claim_at = now + DATABASE_BACKOFF_S
+        self._requeue_at = now + DATABASE_BACKOFF_S + REQUEUE_GRACE_S
 
-    def _beat(self, engine: InpaintEngine) -> None:
-        """Renew the leases, show what has changed; forget the jobs that were cancelled or given to
-        another.
+    def _heartbeat(self, engine: InpaintEngine) -> None:
+        """Renew the leases and write progress; drop jobs whose lease this worker has lost.
 
+        A lease is lost when the job was cancelled or claimed by another worker.
         Raises: SQLAlchemyError.
         """
         self._make_previews(engine)
         heartbeats = [
-            Heartbeat(held.job, held.step, held.total_steps, self._previews.step_of(held.job))
-            for held in self._held.values()
+            Heartbeat(
+                running.job, running.step, running.total_steps, self._previews.step_of(running.job)
+            )
+            for running in self._running.values()
         ]
         for job in self.store.heartbeat_all(heartbeats):
-            # One whose end is on its way may just have ended.
-            if job.id not in self._endings:
-                logger.warning("job was taken away", job_id=job.id)
+            # A job in the finalizer may have ended a moment ago, which ends its lease too.
+            if job.id not in self._finalizer:
+                logger.warning("job lease lost", job_id=job.id)
                 engine.cancel(job.id)
-                self._let_go(job)
+                self._remove(job)
 
     def _make_previews(self, engine: InpaintEngine) -> None:
-        """Of the jobs that asked for them; the device is waited for, which only they cost."""
-        for held in self._held.values():
-            if self._previews.is_due(held.job, held.step):
-                picture = engine.preview(held.job.id)
+        """Store previews of the jobs that want them. Making one waits for the device."""
+        for running in self._running.values():
+            if self._previews.is_due(running.job, running.step):
+                picture = engine.preview(running.job.id)
                 if picture is not None:
-                    self._previews.store(held.job, held.step, picture)
-        self._previews.settle()
+                    self._previews.store(running.job, running.step, picture)
+        self._previews.collect()
 
-    def _let_go_of_ended(self) -> None:
-        for job_id in self._endings.look():
-            if job_id in self._held:
-                self._let_go(self._held[job_id].job)
+    def _remove_ended(self) -> None:
+        for job_id in self._finalizer.poll():
+            if job_id in self._running:
+                self._remove(self._running[job_id].job)
 
-    def _let_go(self, job: Job) -> None:
-        """A job that has ended, or is somebody else's from now on."""
-        del self._held[job.id]
-        self._may_be_waiting = True  # a job that is given out alone is not claimed beside others
+    def _remove(self, job: Job) -> None:
+        """Remove a job that has ended, or whose lease is lost."""
+        del self._running[job.id]
+        # A job that must run alone may have stayed in the queue until now.
+        self._may_be_queued = True
         self._previews.drop(job)
 
     def _open_models(self) -> ModelPool:
-        """The models that jobs may ask for. Raises: DeviceUnavailable, ModelUnavailable."""
+        """The models that jobs may use. Raises: DeviceUnavailable, ModelUnavailable."""
         return self._checkpoints.open(lambda detail: self.report("loading", detail))
 
-    def _claim(self, engine: InpaintEngine, places: int) -> None:
+    def _claim(self, engine: InpaintEngine, capacity: int) -> None:
         try:
-            claimed = self.store.claim(self.worker_id, places, is_idle=not self._held)
+            claimed = self.store.claim(self.worker_id, capacity, is_idle=not self._running)
         except SQLAlchemyError:
-            self._be_patient()
+            self._back_off()
             return
-        # A claim takes no more than its share, and what was locked by another's claim is not seen.
-        self._may_be_waiting = bool(claimed)
+        # A claim takes at most this worker's share and skips rows that another claim has locked, so
+        # more jobs may be queued.
+        self._may_be_queued = bool(claimed)
         now = time.monotonic()
-        # What others have not claimed by then is anybody's: one more look, and no third.
-        is_second = now >= self._look_again_at
-        self._look_again_at = math.inf if claimed or is_second else now + FAIR_SHARE_S
+        # Jobs that their share's worker has not claimed by then may be claimed by any worker. One
+        # empty second claim is enough; a change of the queue triggers the next.
+        is_second = now >= self._second_claim_at
+        self._second_claim_at = math.inf if claimed or is_second else now + FAIR_SHARE_S
         for job in claimed:
             stages = Stages()
             logger.info("job claimed", job_id=job.id)
@@ -286,17 +291,17 @@ class Worker:
                 source = self._read_input(job)
             except StorageUnavailable:
                 logger.warning("input cannot be read now", job_id=job.id)
-                self._claim_at = time.monotonic() + PAUSE_S
-                self._endings.begin(job, self._stores.steps_to_release(job))
+                self._claim_at = time.monotonic() + STORAGE_BACKOFF_S
+                self._finalizer.begin(job, self._stores.steps_to_release(job))
                 continue
             if isinstance(source, Failure):
-                self._endings.fail(job, source)
+                self._finalizer.fail(job, source)
                 continue
-            self._held[job.id] = Held(job, source, stages)
+            self._running[job.id] = RunningJob(job, source, stages)
             engine.add(Generation(job.id, self._model_of(job), job.params, source))
 
     def _read_input(self, job: Job) -> Source | Failure:
-        """The job's pictures, or why they cannot be read."""
+        """The job's input, or the failure of a job whose input cannot be read."""
         content = self.storage.get(job.input_key)
         try:
             pair = DecodedPair.from_bytes(content or b"")
@@ -308,29 +313,29 @@ class Worker:
         return Source(pair.init_image, pair.mask, pair.icc_profile)
 
     def _handle(self, event: Event) -> None:
-        held = self._held[event.generation_id]
+        running = self._running[event.generation_id]
         match event:
             case Progress(step=step, total_steps=total_steps):
-                held.step, held.total_steps = step, total_steps
+                running.step, running.total_steps = step, total_steps
                 now = time.perf_counter()
-                held.stages.prepared_s = held.stages.prepared_s or now
-                held.stages.denoised_s = now
+                running.stages.prepared_s = running.stages.prepared_s or now
+                running.stages.denoised_s = now
             case Finished():
-                held.stages.decoded_s = time.perf_counter()
-                self._endings.begin(held.job, self._result(held, event).steps)
+                running.stages.decoded_s = time.perf_counter()
+                self._finalizer.begin(running.job, self._result(running, event).steps)
             case Failed(error=error):
-                self._endings.fail(held.job, failure_of(error))
+                self._finalizer.fail(running.job, failure_of(error))
                 detail = str(error) if isinstance(error, ModelUnavailable) else ""
                 logger.warning(
-                    "job failed", job_id=held.job.id, error=type(error).__name__, detail=detail
+                    "job failed", job_id=running.job.id, error=type(error).__name__, detail=detail
                 )
 
-    def _result(self, held: Held, event: Finished) -> Result:
-        job = held.job
+    def _result(self, running: RunningJob, event: Finished) -> Result:
+        job = running.job
         return Result(
             job=job,
-            source=held.source,
-            stages=held.stages,
+            source=running.source,
+            stages=running.stages,
             pictures=event.pictures,
             stores=self._stores,
             caption=lambda picture: self._png_text(job, picture),
@@ -338,7 +343,7 @@ class Worker:
         )
 
     def _png_text(self, job: Job, picture: Picture) -> dict[str, str]:
-        """What stands in the file beside the pixels."""
+        """The text chunks of a picture's PNG."""
         if not self.settings.png_metadata:
             return {}
         caption = write_caption(job.params, picture.seed, picture.scheduler, self._model_of(job))
@@ -351,13 +356,13 @@ class Worker:
         return job.params.model or self.settings.model
 
     def report(self, state: str, detail: str) -> None:
-        """Say how this worker stands, for readiness; left out where the database is away."""
+        """Write this worker's status, which readiness checks read. Skipped in an outage."""
         try:
-            self._say(state, detail)
+            self._write_status(state, detail)
         except SQLAlchemyError:
             logger.exception("the database does not answer")
 
-    def _say(self, state: str, detail: str) -> None:
+    def _write_status(self, state: str, detail: str) -> None:
         """Raises: SQLAlchemyError."""
         self._report_at = time.monotonic() + REPORT_S
         self.store.workers.report(
@@ -373,7 +378,7 @@ class Worker:
 
 
 def failure_of(error: Exception) -> Failure:
-    """What a client is told of an engine's error."""
+    """The job's failure for an error of the engine."""
     if isinstance(error, InvalidInput):
         fields = {violation.field for violation in error.violations}
         is_skip = "clip_skip" in fields
@@ -393,7 +398,7 @@ def run(
     Raises: models.errors.DeviceUnavailable, ModelUnavailable, DeviceLost; DatabaseFileGone.
     """
     for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()  # ours covers the whole checkpoint
+        library.disable_progress_bar()  # Our bar covers the whole checkpoint.
         library.set_verbosity_error()
     engine = open_engine(settings.sqlalchemy_url, must_exist=True)
     store = JobStore(engine)
@@ -403,18 +408,18 @@ def run(
     try:
         worker.run()
     except (DeviceUnavailable, ModelUnavailable) as error:
-        # The row stays, and tells operators why nothing is ready.
+        # The row stays, because readiness shows operators the reason.
         worker.report("failed", str(error))
         is_explained = True
         raise
     finally:
         try:
-            # What it could not hand back, or died of.
+            # Jobs that were not released, for example because the device was lost.
             store.requeue_of(worker_id)
             if not is_explained:
                 store.workers.remove(worker_id)
         except DatabaseFileGone:
-            pass  # its rows are gone with the file
+            pass  # The rows are gone with the file.
         except SQLAlchemyError:
-            logger.exception("jobs not taken back, their leases run out", worker_id=worker_id)
+            logger.exception("jobs not requeued, their leases run out", worker_id=worker_id)
         engine.dispose()

@@ -1,7 +1,7 @@
-"""`PreviewFiles`: how running jobs look, in small files that the API process reads.
+"""`PreviewFiles`: stores small previews of running jobs as files, which the API process reads.
 
-One file for each job that asked for it, written anew by each preview, removed with the job's end.
-What goes wrong here is logged and forgotten: the next preview comes soon.
+Each job that requests previews has one file, which each preview overwrites and the job's end
+removes. Errors are only logged, because the next preview follows soon.
 """
 
 import functools
@@ -25,13 +25,13 @@ logger = get_logger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SETTLE_S = 0.02
-"""For a file store that answers at once; what a slower one keeps is told half a second later."""
+COLLECT_S = 0.02
+"""Wait for a fast file store. Writes of a slower one are collected at the next heartbeat."""
 
 
 class DaemonThread(Executor):
-    """Calls in their order, in a thread that the process does not wait for at its end: a file store
-    may never answer."""
+    """Runs calls in order in a daemon thread, because a file store may never answer, and the
+    process must still end."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
@@ -47,51 +47,51 @@ class DaemonThread(Executor):
             future, call = self._calls.get()
             try:
                 future.set_result(call())
-            except Exception as error:  # noqa: BLE001 - whoever asks for the result hears of it
+            except Exception as error:  # noqa: BLE001 - `Future.result` raises it
                 future.set_exception(error)
 
 
 class PreviewFiles:
-    """Belongs to the worker's thread, and does the slow part in another.
+    """Belongs to the worker's thread, and writes files in another.
 
-    thread: which writes and removes files in the order of the calls, so that nothing is left behind
-        by a preview that was on its way.
+    thread: writes and removes files in the order of the calls, so that a preview that is being
+        written does not survive its job.
     """
 
     def __init__(self, storage: Storage, thread: Executor) -> None:
         self._storage = storage
         self._thread = thread
         self._steps: dict[int, int] = {}
-        self._on_the_way: dict[int, Future[int | None]] = {}
+        self._pending: dict[int, Future[int | None]] = {}
 
     def is_due(self, job: Job, step: int) -> bool:
-        """Whether a preview of this step is wanted, and no earlier one still on its way."""
+        """Whether the job wants a preview of this step, and none is being written."""
         is_new = step > self._steps.get(job.id, 0)
-        return job.wants_previews and is_new and job.id not in self._on_the_way
+        return job.wants_previews and is_new and job.id not in self._pending
 
     def store(self, job: Job, step: int, picture: NDArray[np.uint8]) -> None:
-        """Write a preview `(h, w, 3)`."""
-        self._on_the_way[job.id] = self._thread.submit(self._write, job, step, picture)
+        """Start to write a preview `(h, w, 3)`."""
+        self._pending[job.id] = self._thread.submit(self._write, job, step, picture)
 
-    def settle(self) -> None:
-        """Give what is on its way a moment to arrive."""
-        wait(self._on_the_way.values(), SETTLE_S)
-        for job_id, future in [*self._on_the_way.items()]:
+    def collect(self) -> None:
+        """Wait a moment for pending writes, and record the steps of finished ones."""
+        wait(self._pending.values(), COLLECT_S)
+        for job_id, future in [*self._pending.items()]:
             if future.done():
-                del self._on_the_way[job_id]
+                del self._pending[job_id]
                 step = future.result()
                 if step is not None:
                     self._steps[job_id] = step
 
     def step_of(self, job: Job) -> int | None:
-        """After how many steps the job's file shows it; None where there is no file."""
+        """The step that the job's file shows; None where there is no file."""
         return self._steps.get(job.id)
 
     def drop(self, job: Job) -> None:
-        """Remove the file of a job that this worker holds no longer."""
+        """Remove the file of a job whose lease has ended."""
         if job.wants_previews:
             self._steps.pop(job.id, None)
-            self._on_the_way.pop(job.id, None)
+            self._pending.pop(job.id, None)
             self._thread.submit(self._remove, job)
 
     def _write(self, job: Job, step: int, picture: NDArray[np.uint8]) -> int | None:

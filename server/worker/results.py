@@ -1,33 +1,37 @@
-"""Jobs' ends as steps for `Finalizer`: a `Result` with pictures, a failure, a job given back."""
+"""Ends of jobs as steps for `finalizer`: a `Result` with pictures and receipt, failure, release."""
 
 import functools
+import hashlib
+import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from models.diffusion.pipeline import Picture, Source
+from models.imaging.canvas import repainted_area
 from models.imaging.images import encode_png
+from models.imaging.masks import Box, measure_fidelity
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.jobs.job import Failure, Job, JobState
-from server.jobs.receipts import Model, Receipt
+from server.jobs.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.jobs.store import JobStore
 from server.storage.files import Storage
 from server.worker.finalizer import Step
-from server.worker.inspection import Stages, inspect_pictures, repaired_parts, run_times, versions
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """Where jobs' ends go."""
+    """The stores that take the ends of jobs."""
 
     jobs: JobStore
     files: Storage
 
     def steps_to_fail(self, job: Job, failure: Failure) -> list[Step]:
-        """An end without pictures."""
+        """The steps of an end without pictures."""
 
         def fail() -> None:
             if self.jobs.fail(job, failure.sentence):
@@ -36,7 +40,7 @@ class Stores:
         return [fail]
 
     def steps_to_release(self, job: Job) -> list[Step]:
-        """Not an end: another worker may have it, and its attempt does not count."""
+        """The steps that queue the job again for another worker; the attempt does not count."""
 
         def release() -> None:
             self.jobs.release(job)
@@ -44,14 +48,14 @@ class Stores:
         return [release]
 
     def drop_input(self, job: Job) -> None:
-        """An ended job is never made again; its input is a megabyte that nobody reads."""
+        """Remove the input of an ended job, about a megabyte that is never read again."""
         try:
             self.files.delete(job.input_key)
         except StorageUnavailable:
             logger.warning("input not deleted", job_id=job.id)
 
     def drop_pictures(self, job: Job) -> None:
-        """Of a job that has ended otherwise in the meantime; nothing names them."""
+        """Remove the pictures of a job that ended otherwise meanwhile; no row names them."""
         try:
             for key in job.output_keys:
                 self.files.delete(key)
@@ -60,11 +64,21 @@ class Stores:
 
 
 @dataclass(slots=True)
+class Stages:
+    """Times at which a job's stages ended: `time.perf_counter`, 0 for stages to come."""
+
+    claimed_s: float = field(default_factory=time.perf_counter)
+    prepared_s: float = 0.0
+    denoised_s: float = 0.0
+    decoded_s: float = 0.0
+
+
+@dataclass(slots=True)
 class Result:
     """A job's pictures between the engine and the stores.
 
-    pictures: of all samples, in order; let go once they are encoded.
-    caption: what stands in a picture's file beside the pixels. model: for the receipt.
+    pictures: of all samples, in order; released once they are encoded.
+    caption: text chunks of a picture's PNG. model: for the receipt.
     """
 
     job: Job
@@ -80,7 +94,7 @@ class Result:
 
     @property
     def steps(self) -> list[Step]:
-        """The row is committed when the last picture is stored."""
+        """Encode, store each picture, commit. The commit is last, so a row's pictures exist."""
         puts = [functools.partial(self._put, index) for index in range(len(self.pictures))]
         return [self._encode, *puts, self._finish]
 
@@ -131,8 +145,67 @@ class Result:
         )
 
     def _was_ours(self) -> bool:
-        """An earlier commit may have been made, and only its answer lost with the connection."""
+        """Whether an earlier try committed this result, and only its reply was lost."""
         now = self.stores.jobs.get(self.job.id)
         if now is None:
             return False
         return now.state is JobState.FINISHED and now.fencing_token == self.job.fencing_token
+
+
+def repaired_parts(pictures: Sequence[Picture]) -> str:
+    """The VAE's parts that were repeated in float32: "encode", "decode", both or ""."""
+    parts = {
+        "encode": any(picture.is_encoded_again for picture in pictures),
+        "decode": any(picture.is_decoded_again for picture in pictures),
+    }
+    return ", ".join(name for name, is_repaired in parts.items() if is_repaired)
+
+
+def inspect_pictures(
+    job: Job, source: Source, pictures: Sequence[Picture], files: Sequence[bytes]
+) -> tuple[float, Box | None, list[PictureReceipt]]:
+    """Coverage and box of the repainted area, and a receipt for each picture.
+
+    files: the pictures as PNG.
+    """
+    area = repainted_area(job.params, source.mask)
+    measured = [measure_fidelity(source.init_image, each.image, area) for each in pictures]
+    receipts = [
+        PictureReceipt(
+            sha256=hashlib.sha256(file).hexdigest(),
+            seed=picture.seed,
+            is_flagged=picture.is_flagged,
+            changed_outside=None if picture.is_flagged else fidelity.changed_outside,
+            largest_difference_outside=(
+                None if picture.is_flagged else fidelity.largest_difference_outside
+            ),
+        )
+        for picture, file, fidelity in zip(pictures, files, measured, strict=True)
+    ]
+    return measured[0].coverage, measured[0].box, receipts
+
+
+def run_times(stages: Stages, encoded_s: float) -> RunTimes:
+    """Lengths of the stages in milliseconds; the last stage, storing, ends now."""
+    moments = (
+        *(stages.claimed_s, stages.prepared_s, stages.denoised_s, stages.decoded_s),
+        *(encoded_s, time.perf_counter()),
+    )
+    lengths = [round((end - start) * 1000, 1) for start, end in itertools.pairwise(moments)]
+    return RunTimes(*lengths)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a picture's pixels."""
+    found = {}
+    for name, distribution in (
+        ("server", "inpaint-server"),
+        ("torch", "torch"),
+        ("diffusers", "diffusers"),
+    ):
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"  # run from a checkout that was not installed
+    return found

@@ -314,7 +314,7 @@ def lateness_s(
 
 def has_learnt(site: Site, job_id: int) -> bool:
     """Whether a worker has said that a job is no longer its own."""
-    said = [*site.log_events("job finished by another"), *site.log_events("job was taken away")]
+    said = [*site.log_events("job finished by another"), *site.log_events("job lease lost")]
     return any(each["job_id"] == job_id for each in said)
 
 

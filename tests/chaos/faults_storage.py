@@ -28,7 +28,7 @@ from tests.chaos.site import (
 TMPFS_BYTES = 4_000_000
 TOLD_S = 2.0
 """From a refused write to 503 of readiness."""
-KEPT = "a store is away, the job's end waits"
+KEPT = "a store is unavailable, the job's end is retried"
 """What a worker logs then."""
 
 POLLS, PICTURES = 40, 16

@@ -165,7 +165,7 @@ def test_stopping_server_refuses_jobs_and_answers_for_earlier_ones(tmp_path: Pat
 
 def waits(site: Site, job_id: int) -> bool:
     """Whether a worker has said that it keeps the job's end."""
-    said = site.log_events("a store is away, the job's end waits")
+    said = site.log_events("a store is unavailable, the job's end is retried")
     return any(each["job_id"] == job_id for each in said)
 
 

@@ -189,7 +189,7 @@ def test_running_job_is_cancelled_and_the_worker_goes_on(server: ServerProcess) 
     answer = server.client.post(f"/api/jobs/{job_id}/cancel")
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
     assert [name for name, _ in follow(server, job_id)] == ["cancelled"]
-    assert server.wait_for("job was taken away")["job_id"] == job_id
+    assert server.wait_for("job lease lost")["job_id"] == job_id
     assert finished(server)["state"] == "finished"
 
 

@@ -16,9 +16,8 @@ from server.jobs.job import Failure, Job, JobState
 from server.jobs.receipts import Model
 from server.jobs.store import JobStore
 from server.storage.files import Storage
-from server.worker.finalizer import STORAGE_PATIENCE_S, Finalizer, is_away
-from server.worker.inspection import Stages
-from server.worker.results import Result, Stores
+from server.worker.finalizer import STORAGE_TIMEOUT_S, Finalizer, is_outage
+from server.worker.results import Result, Stages, Stores
 from tests.jobs.test_store import Clock, claim_one, get, new_job
 from tests.serving.test_supervisor import rename
 
@@ -38,7 +37,7 @@ class House:
 
     job: Job
     stores: Stores
-    endings: Finalizer
+    finalizer: Finalizer
     clock: Clock
     engine: Engine
     pictures: Path
@@ -54,20 +53,20 @@ class House:
             caption=caption,
             model=lambda: Model("builtin", None, "cpu", "float32"),
         )
-        self.endings.begin(self.job, result.steps)
+        self.finalizer.begin(self.job, result.steps)
         self.settle()
 
     def settle(self) -> None:
         """Until the thread has done what it had to do."""
         is_done = threading.Event()
-        self.endings.begin(replace(self.job, id=-1), [is_done.set])  # behind all else
+        self.finalizer.begin(replace(self.job, id=-1), [is_done.set])  # behind all else
         assert is_done.wait(WAIT_S)
 
     def pass_time(self, seconds: float) -> None:
         """A look now, and one so much later."""
         for later_s in (0.0, seconds):
             self.clock.now += later_s
-            self.endings.look()
+            self.finalizer.poll()
             self.settle()
 
     def block_pictures(self) -> None:
@@ -93,9 +92,9 @@ def house(engine: Engine, tmp_path: Path) -> Iterator[House]:
     stores.files.put(job.input_key, b"input")
     job = claim_one(stores.jobs)
     clock = Clock()
-    endings = Finalizer(stores.steps_to_fail, clock)
-    yield House(job, stores, endings, clock, engine, folder / "generations")
-    endings.close()
+    finalizer = Finalizer(stores.steps_to_fail, clock)
+    yield House(job, stores, finalizer, clock, engine, folder / "generations")
+    finalizer.close()
 
 
 def test_end_is_stored_and_told_of_once(house: House) -> None:
@@ -103,8 +102,8 @@ def test_end_is_stored_and_told_of_once(house: House) -> None:
     assert house.end() == (JobState.FINISHED, None)
     assert house.stored == {*house.job.output_names}
     assert house.stores.files.get(house.job.input_key) is None
-    assert house.job.id in house.endings.look()
-    assert house.job.id not in house.endings.look()
+    assert house.job.id in house.finalizer.poll()
+    assert house.job.id not in house.finalizer.poll()
 
 
 def test_pictures_wait_for_the_file_store(house: House) -> None:
@@ -123,7 +122,7 @@ def test_pictures_wait_for_the_file_store(house: House) -> None:
 def test_job_fails_when_its_pictures_were_not_stored_for_an_hour(house: House) -> None:
     house.block_pictures()
     house.finish()
-    house.pass_time(STORAGE_PATIENCE_S - 1)
+    house.pass_time(STORAGE_TIMEOUT_S - 1)
     house.pass_time(1)
     assert house.end() == (JobState.RUNNING, None)
     house.pass_time(30)
@@ -142,7 +141,7 @@ def test_commit_waits_for_the_database_and_nothing_is_done_twice(house: House) -
     rename(house.engine, "jobs", "gone")
     house.finish(caption)
     for _ in range(3):
-        house.pass_time(3 * STORAGE_PATIENCE_S)
+        house.pass_time(3 * STORAGE_TIMEOUT_S)
     rename(house.engine, "gone", "jobs")
     house.pass_time(2)
     assert house.end() == (JobState.FINISHED, None)
@@ -178,18 +177,18 @@ def test_hung_store_is_noticed_and_does_not_keep_the_process(house: House) -> No
         begun.set()
         answers.wait(WAIT_S)
 
-    house.endings.begin(house.job, [hang])
+    house.finalizer.begin(house.job, [hang])
     assert begun.wait(WAIT_S)
     house.clock.now += 100
-    assert house.endings.stuck_s == 100
-    assert house.endings.close() == []  # it may yet end
+    assert house.finalizer.stuck_s == 100
+    assert house.finalizer.close() == []  # it may yet end
     answers.set()
 
 
 def test_close_gives_the_jobs_whose_ends_wait(house: House) -> None:
     house.block_pictures()
     house.finish()
-    assert house.endings.close() == [house.job]
+    assert house.finalizer.close() == [house.job]
 
 
 @pytest.mark.parametrize(
@@ -205,4 +204,4 @@ def test_close_gives_the_jobs_whose_ends_wait(house: House) -> None:
 def test_what_the_job_itself_is_at_fault_for_is_not_tried_for_ever(
     error: Exception, expected: bool
 ) -> None:
-    assert is_away(error) is expected
+    assert is_outage(error) is expected

@@ -10,7 +10,7 @@ import pytest
 
 from models.diffusion.pipeline import Picture
 from server.storage.database import migrate, open_engine
-from server.worker.inspection import repaired_parts
+from server.worker.results import repaired_parts
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
 

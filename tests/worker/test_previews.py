@@ -56,7 +56,7 @@ def job(engine: Engine) -> Job:
 def wait_for(thread: ThreadPoolExecutor, previews: PreviewFiles) -> None:
     """All that was begun is done, and known."""
     thread.submit(lambda: None).result()
-    previews.settle()
+    previews.collect()
 
 
 def test_step_is_known_once_the_file_is_there(
@@ -66,7 +66,7 @@ def test_step_is_known_once_the_file_is_there(
     assert [previews.is_due(job, step) for step in (0, 1)] == [False, True]
     storage.may_write.clear()
     previews.store(job, 1, PICTURE)
-    previews.settle()
+    previews.collect()
     assert previews.step_of(job) is None
     assert not previews.is_due(job, 2), "one is on its way"
     storage.may_write.set()
