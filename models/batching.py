@@ -50,12 +50,12 @@ class BatchKey:
 
     @property
     def kind(self) -> CallKind:
-        """Without the prompt's length, which does not change the cost much."""
+        """The call's kind. The prompt's length is left out, because it hardly changes the cost."""
         return CallKind(self.model, self.latent_height * self.latent_width)
 
     @property
     def picture(self) -> tuple[str, int, int]:
-        """What samples must have in common to be decoded in one call."""
+        """Samples of equal value may be decoded in one call."""
         return self.model, self.latent_height, self.latent_width
 
 

@@ -40,7 +40,7 @@ class Generation:
 
     @property
     def picture_kind(self) -> CallKind:
-        """What decides how long the VAE works on one of its pictures."""
+        """The kind of VAE call for one of its pictures, which decides its duration."""
         return CallKind(self.model, self.params.width * self.params.height)
 
 
@@ -87,12 +87,11 @@ class RunningSample:
 
     @property
     def generation_id(self) -> int:
-        """Of its generation."""
         return self.generation.id
 
     @property
     def key(self) -> BatchKey:
-        """What others must share to be in one UNet call with it."""
+        """Samples of equal key may share a UNet call."""
         return BatchKey.of(self.sample, self.generation.model)
 
 
@@ -213,7 +212,7 @@ class InpaintEngine:
         failures: list[Event] = []
         for generation in [*self._waiting]:
             try:
-                readiness = self.models.ask(generation.model, in_use)
+                readiness = self.models.request(generation.model, in_use)
             except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
                 self._waiting = deque(each for each in self._waiting if each is not generation)
                 failures.append(self._failed(generation.id, error))

@@ -1,8 +1,8 @@
-"""Which checkpoints are loaded at a time, under a budget of memory.
+"""`ModelPool`: a least recently used cache of loaded checkpoints, under a budget of memory.
 
-A checkpoint that is asked for and not there is read in a thread, so that jobs of other models go
-on, and put onto the device between two steps. Where the budget does not hold it beside the others,
-those asked for the longest time ago make room, but never one that is in use.
+A requested checkpoint that is not loaded is read in a thread, so that jobs of other models go on,
+and is placed on the device between two steps. The least recently requested checkpoints are unloaded
+when the budget is too small, but never one that is in use.
 """
 
 import gc
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class Readiness(Enum):
-    """How a model stands that was asked for."""
+    """State of a requested model."""
 
     READY = "ready"
     LOADING = "loading"
-    """Ask again; meanwhile others may be asked for."""
+    """A thread reads the checkpoint. Request the model again later."""
     CROWDED = "crowded"
-    """Read, but models in use take the room: it waits until they are not."""
+    """The checkpoint is read, but models in use leave no memory for it."""
 
 
 @dataclass(slots=True)
@@ -37,8 +37,8 @@ class ModelPool:
 
     load: reads a checkpoint into the host's memory; called in a thread.
         Raises: ModelUnavailable.
-    place: puts it onto the device.
-    budget_bytes: of parameters on the device, of all models; None sets no limit.
+    place: places a checkpoint on the device.
+    budget_bytes: limit of all models' parameters on the device; None sets no limit.
     """
 
     load: Callable[[str], Components]
@@ -51,7 +51,7 @@ class ModelPool:
 
     @classmethod
     def of(cls, model: str, pipeline: InpaintPipeline) -> "ModelPool":
-        """One model that is always there, and no other."""
+        """A pool of one loaded model that loads no other."""
 
         def refuse(asked: str) -> Components:
             raise ModelUnavailable(f"only {model!r} is served here")
@@ -62,21 +62,21 @@ class ModelPool:
 
     @property
     def resident(self) -> list[str]:
-        """Ids of the loaded models; the one asked for the longest time ago comes first."""
+        """Ids of the loaded models, the least recently requested one first."""
         return [*self._resident]
 
     def pipeline(self, model: str) -> InpaintPipeline:
-        """A model that is ready."""
+        """The pipeline of a model that is ready."""
         return self._resident[model]
 
-    def ask(self, model: str, in_use: Set[str] = frozenset()) -> Readiness:
-        """How a model stands; begins to load it where need be, and never waits.
+    def request(self, model: str, in_use: Set[str] = frozenset()) -> Readiness:
+        """State of a model; starts to load one that is not loaded, and never waits.
 
         in_use: models that must stay. A failed load may be tried again by the next call.
         Raises: ModelUnavailable, OutOfMemory, DeviceLost.
         """
         if model in self._resident:
-            self._resident[model] = self._resident.pop(model)  # now the latest
+            self._resident[model] = self._resident.pop(model)  # Now the most recent one.
             return Readiness.READY
         loading = self._loading.get(model)
         if loading is None:
@@ -87,22 +87,22 @@ class ModelPool:
         return self._settle(model, loading, in_use)
 
     def wait_for(self, model: str) -> InpaintPipeline:
-        """A model at a time when none is in use, loaded where need be. Raises: as `ask`."""
-        while self.ask(model) is not Readiness.READY:
+        """Load a model while none is in use, and wait for it. Raises: as `request`."""
+        while self.request(model) is not Readiness.READY:
             self._loading[model].exception()  # waits
         return self._resident[model]
 
     def release_memory(self) -> None:
-        """Give cached device memory of all models back."""
+        """Release cached device memory of all models."""
         for pipeline in self._resident.values():
             pipeline.release_memory()
 
     def close(self) -> None:
-        """Load nothing more."""
+        """Cancel pending loads."""
         self._reader.shutdown(wait=False, cancel_futures=True)
 
     def _settle(self, model: str, loading: Future[Components], in_use: Set[str]) -> Readiness:
-        """Put a model that was read onto the device, if there is room."""
+        """Place a model that was read on the device, if the budget allows."""
         if loading.exception() is not None:
             del self._loading[model]
         components = loading.result()
@@ -114,7 +114,7 @@ class ModelPool:
         return Readiness.READY
 
     def _placed(self, components: Components) -> InpaintPipeline:
-        """On the device, tried once more after what the other models keep was given back."""
+        """Place on the device; out of memory, retry after releasing cached memory."""
         try:
             with translated_errors():
                 return self.place(components)
@@ -125,7 +125,7 @@ class ModelPool:
             return self.place(components)
 
     def _make_room(self, model: str, size_bytes: int, in_use: Set[str]) -> bool:
-        """Unload what has to go; nothing goes where that would not suffice.
+        """Unload idle models until the budget suffices; False, unloading none, where it cannot.
 
         Raises: ModelUnavailable for a model that never fits.
         """
@@ -153,6 +153,6 @@ class ModelPool:
         logger.info("model %s unloaded", model)
         self._resident.pop(model).release_memory()
         del self._sizes[model]
-        gc.collect()  # what refers to itself in circles is not freed before
+        gc.collect()  # Frees reference cycles, which hold device memory.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

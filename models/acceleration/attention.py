@@ -26,17 +26,17 @@ KERNELS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
 )
-"""In the order that is kept among those that do not come first. Plain matrix products are no
-candidate but the last resort: at 1024×1024 they need gigabytes."""
+"""Kernels by default priority. Plain matrix products are no candidate and only the last resort,
+because they need gigabytes at 1024×1024."""
 
 USUAL_ORDER = [*KERNELS, SDPBackend.MATH]
 
 MEASURED_CALLS = 10
-"""Of a kernel and a shape, after two that warm up: some milliseconds for all shapes of a UNet."""
+"""Timed calls per kernel and shape, after two warm-up calls. All shapes of a UNet take some ms."""
 
 
 class AttentionShape(NamedTuple):
-    """Of one attention call: query `(rows, heads, tokens, width)`, key and value `(…, keys, …)`."""
+    """An attention call: query `(rows, heads, tokens, width)`, key, value `(…, keys, …)`."""
 
     rows: int
     heads: int

@@ -146,11 +146,11 @@ class GraphedUNet:
         return recording.output[:rows].clone()
 
     def recorded_rows(self, area: int) -> list[int]:
-        """Of which numbers of rows there are recordings, for rows of so many latent pixels."""
+        """The numbers of rows that are recorded, for rows of `area` latent pixels."""
         return [rows for rows in ROW_BUCKETS if rows * area <= LAUNCH_BOUND_AREA]
 
     def release(self) -> None:
-        """Forget all recordings; sizes are recorded anew when they come up again."""
+        """Release all recordings. A size is recorded again at its next call."""
         self._sizes.clear()
         self._refused_until.clear()
 
@@ -294,5 +294,5 @@ class CudaRecorder:
 
 
 def free_bytes() -> int:
-    """Of the current device, without torch's own cache of free blocks."""
+    """Free memory of the current device, without torch's own cache of free blocks."""
     return torch.cuda.mem_get_info()[0]

@@ -28,13 +28,12 @@ class UNetRows:
 
     @property
     def rows(self) -> int:
-        """How many."""
         return self.conditioning.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class CallSize:
-    """What calls must have in common to differ in their number of rows only.
+    """Shape of a call apart from its number of rows.
 
     added: widths by name, in order.
     """
@@ -46,7 +45,7 @@ class CallSize:
 
     @classmethod
     def of(cls, share: "UNetRows | UNetInputs") -> "CallSize":
-        """Of all calls it may take part in."""
+        """The size of the calls that this share may join."""
         added = tuple((name, each.shape[1]) for name, each in share.added.items())
         height, width = share.latents.shape[-2:]
         return cls(height, width, share.conditioning.shape[1], added)
@@ -103,7 +102,6 @@ class UNetInputs:
 
     @property
     def rows(self) -> int:
-        """How many."""
         return self.latents.shape[0]
 
 
@@ -151,7 +149,7 @@ class EagerUNet:
 
 
 class BatchedUNet(Protocol):
-    """What the pipeline asks for: one call for the shares of some samples."""
+    """One UNet call for the shares of several samples."""
 
     def __call__(self, shares: Sequence[UNetRows]) -> Tensor:
         """Predictions `(rows, 4, h/8, w/8)`, the caller's own.
@@ -161,11 +159,11 @@ class BatchedUNet(Protocol):
         ...
 
     def recorded_rows(self, area: int) -> list[int]:
-        """Of which numbers of rows a first call is slow, for rows of so many latent pixels."""
+        """The numbers of rows whose first call is slow, for rows of `area` latent pixels."""
         ...
 
     def release(self) -> None:
-        """Give back the memory that is held between calls."""
+        """Release the memory that is held between calls."""
         ...
 
 
@@ -179,7 +177,6 @@ class GatheredUNet:
         return self.call(UNetInputs.gather(shares))
 
     def recorded_rows(self, area: int) -> list[int]:
-        """None."""
         return []
 
     def release(self) -> None:

@@ -49,7 +49,7 @@ TEXT_ENCODER_PREFIXES = {
 the sgm code, which XL's refiner and incomplete XL files use too."""
 
 XL_ADDED_EMBEDDING = "model.diffusion_model.label_emb."
-"""In the UNet of every XL file, the refiner's too."""
+"""Tensor of the UNet in every XL file, also the refiner's."""
 
 
 def detect_family(names: Iterable[str]) -> Family | None:

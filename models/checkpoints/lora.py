@@ -109,7 +109,7 @@ def _read_pairs(path: Path) -> dict[str, LowRank]:
 
 
 def _module_name(name: str) -> str:
-    """Without what old diffusers files put in between: attention processors."""
+    """The module's name without the attention processor that old diffusers files insert."""
     plain = name.replace(".processor.", ".")
     return plain + ".0" if plain.endswith(".to_out") else plain
 

@@ -70,7 +70,7 @@ def check_downloads(found: Mapping[str, str], files: Mapping[str, Path]) -> None
 
 
 def _read(manifest: Path) -> dict[str, str]:
-    """Nothing for a model's first use. Raises: ModelUnavailable."""
+    """Digests by file; empty on a model's first use. Raises: ModelUnavailable."""
     try:
         return dict(json.loads(manifest.read_text()).items())
     except FileNotFoundError:

@@ -146,7 +146,7 @@ class Components:
 
     @property
     def size_bytes(self) -> int:
-        """Of all parameters and buffers."""
+        """Bytes of all parameters and buffers."""
         tensors = [
             tensor
             for module in self._modules()

@@ -85,7 +85,7 @@ class SingleFile:
     configs: Configs
 
     def text_prefix(self, name: str) -> str:
-        """By which the names of a text encoder's tensors begin."""
+        """Prefix of the names of a text encoder's tensors."""
         prefixes = TEXT_PREFIXES[self.family][name]
         return next((each for each in prefixes if self.names(each)), prefixes[0])
 
@@ -239,7 +239,7 @@ def _scheduler_config(
 
 
 def _said_prediction_type(header: Header) -> str | None:
-    """By the metadata of trainers and tools, or by the mark of v-prediction SDXL files.
+    """The prediction type in metadata of trainers and tools, or by the mark of v-prediction SDXL.
 
     Raises: ModelUnavailable for metadata that name another one.
     """

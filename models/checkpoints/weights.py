@@ -21,7 +21,7 @@ LENGTH_BYTES = 8
 SUFFIX = ".safetensors"
 
 MAX_ELEMENTS = 2**56
-"""Of a tensor, none of its sides counted as 0: with any dtype the bytes fit 64 bits."""
+"""Limit of a tensor's elements, counting sides of 0 as 1. Bytes of any dtype fit 64 bits."""
 
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -205,7 +205,7 @@ def _named_weights(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _refuse_foreign_keys(path: Path, content: dict[str, Any]) -> None:
-    """In the configurations within the configuration too. Raises: ModelUnavailable."""
+    """Check nested configurations too. Raises: ModelUnavailable."""
     left: list[Any] = [content]
     while left:
         match left.pop():

@@ -35,7 +35,7 @@ from models.imaging.canvas import Canvas, prepare_canvas
 from models.params import InpaintParams, SchedulerName
 
 PREVIEW_SIDE_PX = 128
-"""Of a preview, at most: what latents have of the largest picture."""
+"""Longest side of a preview, which is that of the largest picture's latents."""
 
 
 @dataclass(frozen=True, slots=True)

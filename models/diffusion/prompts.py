@@ -265,7 +265,7 @@ class PromptEncoder:
         return found
 
     def _recall(self, fields: dict[PromptKey, str], call_chunks: int) -> list[EncodedPrompt]:
-        """From the cache, into which what is missing goes first. fields: whose fault a text is."""
+        """Look up texts in the cache after encoding the missing ones. fields: named in errors."""
         chunks = {
             key: self._checked_chunks(key, field)
             for key, field in fields.items()

@@ -54,7 +54,7 @@ class SchedulerSource:
         self._originals: dict[SchedulerName | None, SchedulerMixin] = {}
 
     def new(self, name: SchedulerName | None) -> SchedulerMixin:
-        """As `create_scheduler` with the checkpoint's configuration."""
+        """`create_scheduler` with the checkpoint's configuration."""
         if name not in self._originals:
             self._originals[name] = create_scheduler(name, self._config)
         return copy.deepcopy(self._originals[name])

@@ -12,10 +12,10 @@ from io import BytesIO
 from PIL import Image, ImageCms
 
 MAX_KEPT_BYTES = 2**20
-"""Of a profile that goes into every result. Camera and display profiles have 0.5 to 20 kB."""
+"""Limit of a profile that every result embeds. Camera and display profiles have 0.5 to 20 kB."""
 
 MAX_USED_BYTES = 4 * 2**20
-"""Of a profile that is only converted from. Those of printing presses have 0.5 to 3 MB."""
+"""Limit of a profile that is only converted from. Printing presses' have 0.5 to 3 MB."""
 
 # Made now: a confined process can open no file, not even the one of time zones.
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

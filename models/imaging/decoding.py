@@ -238,7 +238,7 @@ def decode_mask(
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """How a picture is read. Faults are told of `field`; `like` is what it is turned like."""
+    """How a picture is read. field: named in errors. like: the picture whose rotation it gets."""
 
     field: str
     resampling: Image.Resampling

@@ -1,4 +1,4 @@
-"""Pixels resized, and written as PNG with text. How bytes become pixels is `decoding.py`."""
+"""Resizes pixels and writes PNGs with text chunks. `decoding` reads files."""
 
 import struct
 import zlib

@@ -54,7 +54,7 @@ REPAINTED_FROM = 128
 
 MAX_LABELS = 64
 MIN_SHADES = 8
-"""Of 32 in a channel, each of at least 1 in 200 pixels: more than drawing tools leave."""
+"""Minimum of the 32 shades of a channel, each in 1 of 200 pixels. Drawing tools leave fewer."""
 
 COLOURFUL = 24
 """Channels that differ by more, in steps of 255, are no grey with noise."""
@@ -132,7 +132,7 @@ def marks_nothing(mask: NDArray[np.uint8], *, is_soft: bool, is_inverted: bool) 
 
 @dataclass(frozen=True, slots=True)
 class _Colours:
-    """What is drawn. shades: of 32 in the channel that has most of them."""
+    """Colours of the drawn pixels. shades: used ones of 32, in the channel with most of them."""
 
     has_light: bool
     is_colourful: bool
@@ -140,7 +140,7 @@ class _Colours:
 
 
 def _count_colours(image: Image.Image, strongest: int) -> _Colours:
-    """In strips, because a copy of each channel of the largest picture is too large.
+    """Count in strips, because copies of the largest picture's channels are too large.
 
     strongest: the largest alpha. Pixels of less than half of it do not count as colours, because
     canvases that keep premultiplied colours give back imprecise ones there.
@@ -173,7 +173,7 @@ def _solid(alpha: Image.Image, strongest: int) -> Image.Image:
 
 
 def _border_share(alpha: Image.Image, strongest: int) -> float:
-    """Of the picture's outermost pixels, those that are solid."""
+    """Share of solid pixels among the picture's outermost ones."""
     width, height = alpha.size
     edges = [(0, 0, width, 1), (0, height - 1, width, height)]
     edges += [(0, 0, 1, height), (width - 1, 0, width, height)]

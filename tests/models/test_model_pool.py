@@ -107,8 +107,8 @@ def test_size_is_that_of_the_parameters(reading: Reading) -> None:
 
 def test_model_is_read_beside_other_work(fits_one: ModelPool, reading: Reading) -> None:
     reading.may_read.clear()
-    assert fits_one.ask("inpaint") is Readiness.LOADING
-    assert fits_one.ask("inpaint") is Readiness.LOADING
+    assert fits_one.request("inpaint") is Readiness.LOADING
+    assert fits_one.request("inpaint") is Readiness.LOADING
     reading.may_read.set()
 
     assert fits_one.wait_for("inpaint") is fits_one.pipeline("inpaint")
@@ -139,12 +139,12 @@ def test_least_recent_of_several_leaves(reading: Reading) -> None:
 
 def test_model_in_use_stays(fits_one: ModelPool) -> None:
     fits_one.wait_for("inpaint")
-    fits_one.ask("ordinary")
+    fits_one.request("ordinary")
     fits_one._loading["ordinary"].exception(60)
 
-    assert fits_one.ask("ordinary", {"inpaint"}) is Readiness.CROWDED
+    assert fits_one.request("ordinary", {"inpaint"}) is Readiness.CROWDED
     assert fits_one.resident == ["inpaint"]
-    assert fits_one.ask("ordinary") is Readiness.READY
+    assert fits_one.request("ordinary") is Readiness.READY
 
 
 def test_model_larger_than_the_budget_is_refused(reading: Reading) -> None:
@@ -196,7 +196,7 @@ def test_running_model_is_not_starved_of_and_does_not_starve(
     engine.add(make_generation(1, "inpaint", num_inference_steps=4))
     engine.step()
     engine.add(make_generation(2, "ordinary", num_inference_steps=1))
-    fits_one.ask("ordinary", {"inpaint"})
+    fits_one.request("ordinary", {"inpaint"})
     fits_one._loading["ordinary"].exception(60)
     for number in range(3, 8):
         engine.add(make_generation(number, "inpaint", num_inference_steps=4))
