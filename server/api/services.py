@@ -53,7 +53,7 @@ FILE_PATIENCE_S = 10.0
 class Services:
     """The API process's parts, built once by `app.create_app`.
 
-    arrivals: requests by key that are fetched, decoded and stored now.
+    admitted: requests by key between admission and submit (`accept`).
     """
 
     settings: Settings
@@ -69,7 +69,7 @@ class Services:
     background: Background
     metrics: Metrics
     health: Health
-    arrivals: KeyedCounter = field(default_factory=KeyedCounter)
+    admitted: KeyedCounter = field(default_factory=KeyedCounter)
     store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(STORE_THREADS))
     submit_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(SUBMIT_THREADS))
     file_threads: FairSemaphore = field(

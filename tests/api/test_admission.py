@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from server.api.accept import FEW_ARRIVALS
+from server.api.accept import MIN_ADMITTED
 from tests.api.test_app import FIRST, KEYS, SECOND, settings_in
 from tests.api.test_native_routes import BODY, client_of, create, problem_of
 from tests.support.http_stub import running_app
@@ -53,16 +53,16 @@ def test_requests_of_one_key_are_limited_while_their_images_are_fetched(tmp_path
         client_of(app, FIRST) as greedy,
         client_of(app, SECOND) as modest,
         silent_host() as (url, is_let),
-        ThreadPoolExecutor(FEW_ARRIVALS + 1) as threads,
+        ThreadPoolExecutor(MIN_ADMITTED + 1) as threads,
     ):
         body = BODY | {"init_image": url}
         calls = [
-            threads.submit(greedy.post, "/api/jobs", json=body) for _ in range(FEW_ARRIVALS + 1)
+            threads.submit(greedy.post, "/api/jobs", json=body) for _ in range(MIN_ADMITTED + 1)
         ]
         answered, _ = wait(calls, BOUND_S, FIRST_COMPLETED)
         assert [problem_of(each.result()) for each in answered] == [(429, "queue_full")]
         assert create(modest)["state"] == "queued"
         is_let.set()
         codes = [problem_of(each.result(BOUND_S)) for each in calls if each not in answered]
-        assert codes == [(422, "image_unavailable")] * FEW_ARRIVALS
+        assert codes == [(422, "image_unavailable")] * MIN_ADMITTED
         assert create(greedy)["state"] == "queued"
