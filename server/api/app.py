@@ -1,4 +1,7 @@
-"""`create_app(settings)`: builds the API process's parts and wires them to the endpoints."""
+"""`create_app(settings)`: builds the API process's parts and wires them to the endpoints.
+
+`build_services` constructs the parts; `running_services` starts and ends them.
+"""
 
 import asyncio
 import functools
@@ -9,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -56,37 +60,21 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.services = services
             yield
 
-    # No docs page: it would load its scripts from elsewhere. /openapi.json describes the API.
+    # No docs page: it would load its scripts from another host. /openapi.json describes the API.
     app = FastAPI(title="inpaint-server", lifespan=lifespan, openapi_url=None)
-    app.add_route("/openapi.json", describing(app), include_in_schema=False)
+    app.state.metrics = metrics
+    app.add_route("/openapi.json", openapi_endpoint(app), include_in_schema=False)
     for dialect in DIALECTS:
         app.include_router(dialect.router)
     app.include_router(outputs.router)
     app.include_router(probes.router)
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
-
-    def serves_loopback_only() -> bool:
-        services: Services = app.state.services
-        return services.keys.serves_loopback_only
-
-    # The last one added is the outermost.
-    app.add_middleware(
-        ErrorAnswers,
-        settings,
-        serves_loopback_only,
-        lambda: app.state.services.health.is_file_gone,
-        answer_error,
-    )
-    if settings.cors_origins:
-        app.add_middleware(CrossOrigin, settings.cors_origins, serves_loopback_only)
-    app.add_middleware(RequestContext, metrics)
-    app.add_middleware(TrustedProxies, settings.forwarded_allow_ips, settings.allowed_hosts)
-    app.state.metrics = metrics
+    add_middleware(app, settings, metrics)
     return app
 
 
-def describing(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
+def openapi_endpoint(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
     """The endpoint of `/openapi.json`: the description is made and encoded once."""
 
     @functools.cache
@@ -99,78 +87,107 @@ def describing(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
     return openapi
 
 
+def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """The middleware of every request, from the innermost to the outermost.
+
+    It is added before the application starts, so it reaches the services through `app.state`.
+    """
+
+    def serves_loopback_only() -> bool:
+        services: Services = app.state.services
+        return services.keys.serves_loopback_only
+
+    def is_closed() -> bool:
+        services: Services = app.state.services
+        return services.health.is_file_gone
+
+    app.add_middleware(ErrorAnswers, settings, serves_loopback_only, is_closed, answer_error)
+    if settings.cors_origins:
+        app.add_middleware(CrossOrigin, settings.cors_origins, serves_loopback_only)
+    app.add_middleware(RequestContext, metrics)
+    app.add_middleware(TrustedProxies, settings.forwarded_allow_ips, settings.allowed_hosts)
+
+
 @asynccontextmanager
 async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
-    """All parts of the API process, at work; leaving ends them, last ones first."""
+    """The started parts of the API process; leaving ends them in reverse order."""
     async with AsyncExitStack() as stack:
         engine = open_engine(settings.sqlalchemy_url)
         stack.callback(engine.dispose)
         migrate(engine)
-        store = JobStore(
-            engine,
-            max_waiting=settings.queue.max_waiting,
-            max_waiting_per_key=settings.queue.max_waiting_per_key,
-        )
-        estimator = Estimator(lambda: store.forecast(settings.places_on))
-        metrics.registry.register(StoredFigures(engine, store, estimator))
-        keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
-        storage = Storage(settings.storage_url)
-        # One each, so that neither waits for the other's look-ups.
-        listeners = listeners_of(settings)
-        image_client, webhook_client = (EgressClient(settings.egress, listeners) for _ in range(2))
-        deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
-        webhooks = WebhookSender(
+        services = build_services(settings, metrics, engine)
+        await stack.enter_async_context(services.background)
+        await stack.enter_async_context(services.watcher)
+        await stack.enter_async_context(services.sandbox)
+        services.sandbox.warm()
+        start_background_tasks(services, engine)
+        yield services
+
+
+def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Services:
+    """All parts, constructed and wired; none has started."""
+    store = JobStore(
+        engine,
+        max_waiting=settings.queue.max_waiting,
+        max_waiting_per_key=settings.queue.max_waiting_per_key,
+    )
+    storage = Storage(settings.storage_url)
+    keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
+    estimator = Estimator(lambda: store.forecast(settings.places_on))
+    metrics.registry.register(StoredFigures(engine, store, estimator))
+    # A client each, so that images and webhooks do not wait for each other's DNS look-ups.
+    listeners = listeners_of(settings)
+    image_client, webhook_client = (EgressClient(settings.egress, listeners) for _ in range(2))
+    deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
+    return Services(
+        settings=settings,
+        keys=keys,
+        store=store,
+        estimator=estimator,
+        storage=storage,
+        fetcher=ImageDownloader(settings.fetch, image_client),
+        sandbox=DecoderPool(ImageLimits(settings.fetch.max_image_bytes)),
+        watcher=JobWatcher(store, settings.http.max_streams_per_key),
+        deliveries=deliveries,
+        webhooks=WebhookSender(
             settings.webhook,
             deliveries,
             store,
             write_webhook,
             webhook_client,
             grant_of=lambda key_id: keys.caller_of(key_id).webhook_grant,
-        )
-        background = await stack.enter_async_context(Background())
-        background.start(WEBHOOKS, webhooks.run)
-        background.start("janitor", Janitor(engine, storage, settings.retention).run)
-        watcher = await stack.enter_async_context(
-            JobWatcher(store, settings.http.max_streams_per_key)
-        )
-        probe_key = f"{INPUT_FOLDER}/probe-{uuid.uuid4()}"
-        health = Health(
-            {
-                Store.DATABASE: lambda: write_nothing(engine),
-                Store.FILES: lambda: storage.probe(probe_key),
-            },
-            store.check_file,
-        )
-        background.start("health", health.run)
-        sandbox = await stack.enter_async_context(
-            DecoderPool(ImageLimits(settings.fetch.max_image_bytes))
-        )
-        sandbox.warm()
-        services = Services(
-            settings=settings,
-            keys=keys,
-            store=store,
-            estimator=estimator,
-            storage=storage,
-            fetcher=ImageDownloader(settings.fetch, image_client),
-            sandbox=sandbox,
-            watcher=watcher,
-            deliveries=deliveries,
-            webhooks=webhooks,
-            background=background,
-            metrics=metrics,
-            health=health,
-        )
-        background.start("keys", lambda: keep_fresh(services))
-        background.start("watch", lambda: watch_workers(services))
-        yield services
+        ),
+        background=Background(),
+        metrics=metrics,
+        health=build_health(engine, store, storage),
+    )
 
 
-async def keep_fresh(services: Services) -> None:
-    """Read the keys again and again; where that fails, the last reading goes on counting.
+def build_health(engine: Engine, store: JobStore, storage: Storage) -> Health:
+    """Health with a probe write for each store."""
+    probe_key = f"{INPUT_FOLDER}/probe-{uuid.uuid4()}"
+    probe_writes: dict[Store, Callable[[], None]] = {
+        Store.DATABASE: lambda: write_nothing(engine),
+        Store.FILES: lambda: storage.probe(probe_key),
+    }
+    return Health(probe_writes, store.check_file)
 
-    Event streams of keys that have ended end here. A held call of V3 still gets its answer: the key
-    was valid when the call was admitted, and the wait for it is bounded.
+
+def start_background_tasks(services: Services, engine: Engine) -> None:
+    """Start what runs beside the requests; a task that fails is started again."""
+    start = services.background.start
+    start(WEBHOOKS, services.webhooks.run)
+    start("janitor", Janitor(engine, services.storage, services.settings.retention).run)
+    start("health", services.health.run)
+    start("keys", lambda: refresh_keys(services))
+    start("watch", lambda: requeue_lost_jobs(services))
+
+
+async def refresh_keys(services: Services) -> None:
+    """Read the keys every `REFRESH_S`; a reading that fails leaves the last one in force.
+
+    Event streams whose key is no longer valid end here. A held V3 call still gets its answer: the
+    key was valid when the call was admitted, and the hold time is bounded.
     """
     while True:
         await asyncio.sleep(REFRESH_S)
@@ -181,15 +198,15 @@ async def keep_fresh(services: Services) -> None:
         services.watcher.end_invalid(services.keys.is_valid)
 
 
-async def watch_workers(services: Services) -> None:
-    """Give back the jobs of workers that have fallen silent, and forget the long dead ones.
+async def requeue_lost_jobs(services: Services) -> None:
+    """Queue jobs again whose lease has expired, and remove the rows of dead workers.
 
-    Workers do the first too, but none may be up.
+    Workers requeue expired jobs too, but there may be none running.
     """
     while True:
         try:
             await services.in_store_thread(services.store.requeue_expired)
             await services.in_store_thread(services.store.workers.remove_dead)
         except SQLAlchemyError:
-            logger.exception("workers cannot be watched")
+            logger.exception("lost jobs not requeued")
         await asyncio.sleep(CHECK_INTERVAL_S)
