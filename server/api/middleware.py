@@ -1,9 +1,10 @@
-"""What every request passes before and after its endpoint, as plain ASGI middleware.
+"""The ASGI middleware of every request, from the outermost to the innermost.
 
-TrustedProxies   `proxies.py`: who asks, and by which address, where a proxy says so
-RequestContext   id, forgiving path, headers of every answer, one log line
-CrossOrigin      CORS; outside of the next, so that pages can read errors too
-ErrorAnswers     Host header and free room; any exception becomes an answer
+TrustedProxies   in `proxies.py`: client address, scheme and host behind a proxy
+RequestContext   request id, normal path, headers of every answer, one log line
+CrossOrigin      CORS; outside of `ErrorAnswers`, so that pages of other origins can read errors
+ErrorAnswers     Host check against DNS rebinding, cross-site requests, overload; turns every
+                 exception into an answer
 """
 
 import functools
@@ -24,7 +25,7 @@ from server.api.bodies import refuse_many_fields
 from server.core.errors import (
     InvalidHost,
     LoopbackOnly,
-    RemoteSign,
+    RemoteOrigin,
     ServerBusy,
     StorageUnavailable,
 )
@@ -38,22 +39,22 @@ logger = get_logger(__name__)
 PROBES = ("/healthz", "/readyz", "/readyz/workers")
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
-"""Of a client's own id that is taken over into answers and log lines."""
+"""A client's own request id is used in answers and log lines where it has this form."""
 
 ANSWER_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
 )
-"""Where the endpoint has not set its own."""
+"""Headers of every answer whose endpoint has not set its own."""
 
 EXPOSED_HEADERS = ("Location", "Retry-After", "Idempotency-Replayed", "X-Request-ID")
-"""Answer headers that a page of another origin may read."""
+"""Answer headers that a web page of another origin may read (CORS)."""
 
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class RequestContext:
-    """Outermost: nothing is answered without an id, the headers and a log line."""
+    """Gives every request an id, and every answer its headers, metrics and log line."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -66,7 +67,7 @@ class RequestContext:
         request_id = request_id_of(scope)
         scope["request_id"] = request_id
         scope["path"] = normal_path(scope["path"])
-        # A task of uvicorn's may serve several requests of one connection.
+        # One task of uvicorn may serve several requests, so the context of the last one is cleared.
         clear_contextvars()
         bind_contextvars(request_id=request_id)
         started = time.perf_counter()
@@ -86,19 +87,21 @@ class RequestContext:
             route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
             self._metrics.requests.labels(route, str(status or 0)).inc()
             self._metrics.latency.labels(route).observe(duration_s)
-            # Probes come every few seconds and would drown the rest.
+            # Probes come every few seconds and would fill the log.
             log = logger.debug if scope["path"] in PROBES else logger.info
             log(
                 "request",
                 method=scope["method"],
-                path=ascii(scope["path"])[1:-1],  # JSON needs six for each that is not ASCII
+                path=ascii(scope["path"])[
+                    1:-1
+                ],  # JSON writes six characters for one that is not ASCII
                 status=status,
                 duration_ms=round(duration_s * 1000, 1),
             )
 
 
 class CrossOrigin(CORSMiddleware):
-    """Starlette's, whose preflight promises no more than the call itself will get.
+    """Starlette's CORS, which also refuses a preflight whose request `ErrorAnswers` would refuse.
 
     origins: as `Settings.cors_origins`. serves_loopback_only: as for `ErrorAnswers`.
     """
@@ -122,10 +125,10 @@ class CrossOrigin(CORSMiddleware):
 
 
 class ErrorAnswers:
-    """Refuses what no endpoint should see, and answers what none foresaw.
+    """Refuses requests before their endpoint, and turns every exception into an answer.
 
-    serves_loopback_only: whether requests from elsewhere are refused, at the moment. is_closed:
-    whether all are.
+    serves_loopback_only: whether remote and cross-site requests are refused now. is_closed: whether
+    all requests but probes are refused now.
     """
 
     def __init__(
@@ -147,21 +150,21 @@ class ErrorAnswers:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        has_begun = False
+        has_started = False
 
-        async def send_noting(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
+        async def send_and_mark(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
         try:
-            # The framework reads the query for every path, probes included.
+            # FastAPI parses the query of every path, so probes are checked too.
             refuse_many_fields(scope["query_string"])
             if scope["path"] not in PROBES:
                 self._refuse(scope)
-            await self._app(scope, receive, send_noting)
+            await self._app(scope, receive, send_and_mark)
         except Exception as error:
-            if has_begun:
+            if has_started:  # the status line is sent; uvicorn closes the connection
                 raise
             answer = await self._answer(Request(scope), error)
             await answer(scope, receive, send)
@@ -179,37 +182,37 @@ class ErrorAnswers:
         if is_missing or is_wrong or len(hosts) > 1:
             raise InvalidHost
         if self._serves_loopback_only():
-            evidence = self._remote_sign(scope)
-            if evidence is not None:
-                raise LoopbackOnly(evidence)
+            remote_origin = self._remote_origin(scope)
+            if remote_origin is not None:
+                raise LoopbackOnly(remote_origin)
 
-    def _remote_sign(self, scope: Scope) -> RemoteSign | None:
-        """What shows that a request comes from another machine, or from a page of elsewhere.
+    def _remote_origin(self, scope: Scope) -> RemoteOrigin | None:
+        """What shows that a request is remote or cross-site; None for a local program's request.
 
-        A browser sends any page's requests to a server on its own machine. It names the page as
-        `Origin`, or where it does not, says `cross-site`; or, where the page's name was made to
-        lead here (DNS rebinding), it sends that name as `Host`. A link that a person follows is
-        cross-site too; the page with the link learns nothing of the answer.
+        A server without keys listens on loopback, where any web page in a local browser can reach
+        it. The browser names the page in `Origin`, or marks the request as `cross-site`. After DNS
+        rebinding it sends the page's own name as `Host`. A GET navigation is allowed: the page
+        with the link cannot read the answer.
         """
         headers, client = Headers(scope=scope), scope["client"] or ("", 0)
         host, origin = headers.get("host"), headers.get("origin")
         if origin is None and headers.get("sec-fetch-site") == "cross-site":
             if headers.get("sec-fetch-mode") != "navigate" or scope["method"] != "GET":
-                return RemoteSign.PAGE
-        # Where hosts are listed, it was found there.
+                return RemoteOrigin.PAGE
+        # With `allowed_hosts` the Host was checked against that list already.
         if host is not None and not self._allowed_hosts:
             name = host_of(f"//{host}")
             if not is_loopback(name) and name != host_of(self._settings.public_url or ""):
-                return RemoteSign.HOST
+                return RemoteOrigin.HOST
         if origin is not None and origin not in self._settings.cors_origins:
             if not is_loopback(host_of(origin)):
-                return RemoteSign.PAGE
-        return None if is_loopback(client[0]) else RemoteSign.ADDRESS
+                return RemoteOrigin.PAGE
+        return None if is_loopback(client[0]) else RemoteOrigin.ADDRESS
 
 
 @functools.lru_cache(KNOWN_HOSTS)
 def host_of(url: str) -> str:
-    """The host that a URL names, in lower case; `""` for what is no URL."""
+    """The host of a URL in lower case; `""` for an invalid URL."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
@@ -217,22 +220,22 @@ def host_of(url: str) -> str:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The client's own id where it is harmless, else a new one."""
+    """The client's request id where it has the form of `REQUEST_ID`, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             return str(value.decode())
-    return f"{random.getrandbits(128):032x}"  # no secret: it need not be hard to guess
+    return f"{random.getrandbits(128):032x}"  # an id is no secret, so `random` will do
 
 
 def with_answer_headers(
     headers: Sequence[tuple[bytes, bytes]], request_id: str
 ) -> list[tuple[bytes, bytes]]:
-    """An answer's headers, with those that every answer has."""
+    """An answer's headers, with the request id and what is missing of `ANSWER_HEADERS`."""
     names = {name for name, _ in headers}
     missing = [header for header in ANSWER_HEADERS if header[0] not in names]
     return [*headers, *missing, (b"x-request-id", request_id.encode())]
 
 
 def normal_path(path: str) -> str:
-    """One slash between parts and none at the end: clients join URLs carelessly."""
+    """A path without double and trailing slashes, which clients send when they join URLs."""
     return re.sub(r"/{2,}", "/", path).rstrip("/") or "/"

@@ -1,4 +1,4 @@
-"""Errors that end an API request. They carry facts; dialects choose wording and status codes.
+"""What a caller can be told. Facts only: wording and status codes belong to a dialect.
 
 ApiError
 ├── InvalidBody         the body is in no format we read
@@ -8,17 +8,17 @@ ApiError
 │   └── TooManyFields   the query or the form has more parameters than we read
 ├── InvalidHost         the Host header is missing, repeated, malformed or not ours
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
-├── ImageUnavailable    an init or mask image that cannot be fetched or decoded
-├── InvalidApiKey       no key, or an unknown one
-├── LoopbackOnly        a call from another machine or page to a server without keys
+├── ImageUnavailable    an init or mask image that cannot be had or read
+├── InvalidApiKey       no key, or one we do not know
+├── LoopbackOnly        from elsewhere, and there are no keys that could tell whose it is
 ├── RateLimited         this key, or this address, calls too often
-├── QueueFull           too many jobs are waiting
-├── TooManyStreams      this key has too many event streams open
+├── QueueFull           too much is waiting already
+├── TooManyStreams      this key follows too much already
 ├── ServerBusy          more connections than the server takes, or it is stopping
 ├── JobNotFound         unknown id, or a job of another key
-├── Conflict            the state of the job, or an earlier request, forbids it
+├── Conflict            the job, or an earlier request, stands in the way
 ├── RouteNotFound       no such path
-└── StorageUnavailable  the database or the file store does not answer
+└── StorageUnavailable  database or file store do not answer
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,20 +26,20 @@ from enum import StrEnum
 
 
 class ApiError(Exception):
-    """Base of all errors that end a request.
+    """Base of everything a request can end with besides an answer.
 
-    retry_after_s: seconds after which a retry may succeed; None if it never will.
+    retry_after_s: when trying again makes sense; None where it never does.
     """
 
     retry_after_s: int | None = None
 
 
 class InvalidBody(ApiError):
-    """The request body cannot be parsed."""
+    """The request cannot be read at all."""
 
 
 class BodyTooLarge(InvalidBody):
-    """The body exceeds the server's limit."""
+    """More bytes than the server reads of one request."""
 
 
 class InvalidForm(InvalidBody):
@@ -47,11 +47,11 @@ class InvalidForm(InvalidBody):
 
 
 class EncodedBody(InvalidBody):
-    """The request's `Content-Encoding` is neither gzip nor deflate."""
+    """The request has another `Content-Encoding` than gzip and deflate."""
 
 
 class TooManyFields(InvalidBody):
-    """A query string or a form with more parameters than the limit."""
+    """A query string or a form with more parameters than any request has."""
 
 
 class InvalidHost(ApiError):
@@ -59,7 +59,7 @@ class InvalidHost(ApiError):
 
 
 class InvalidRequest(ApiError):
-    """fields: for each invalid parameter the reasons, in the dialect's words."""
+    """fields: for each parameter at fault why, in the words of the dialect that read it."""
 
     def __init__(self, fields: Mapping[str, Sequence[str]]) -> None:
         self.fields = {name: list(sentences) for name, sentences in fields.items()}
@@ -67,10 +67,10 @@ class InvalidRequest(ApiError):
 
 
 class ImageProblem(StrEnum):
-    """Why an image cannot be used. A fixed code, so that no internal detail leaks to clients."""
+    """Why an image cannot be used. One word per kind, so that nothing else can leak out."""
 
     NOT_REACHABLE = "not_reachable"
-    """One answer for all network errors, so that a client cannot scan the network (SSRF)."""
+    """The one answer for all causes in the network, so that the answers draw no map of it."""
     NOT_FOUND = "not_found"
     """A public host answers 404 or 410."""
     FORBIDDEN = "forbidden"
@@ -78,16 +78,16 @@ class ImageProblem(StrEnum):
     HOST_FAILED = "host_failed"
     """A public host answers with another status than 200."""
     COMPRESSED = "compressed"
-    """The host's `Content-Encoding` is not supported."""
+    """The host's `Content-Encoding` is one we do not undo."""
     INVALID_URL = "invalid_url"
     URL_TOO_LONG = "url_too_long"
     PRIVATE_ADDRESS = "private_address"
-    """The URL itself names a private address, and no setting allows it."""
+    """The URL alone shows it, and no setting opens the address."""
     PORT_NOT_ALLOWED = "port_not_allowed"
-    """The URL itself names a port that no setting allows."""
+    """The same of the port."""
     TOO_LARGE = "too_large"
     NOT_A_SOURCE = "not_a_source"
-    """Not an image source: a path, a URL of another scheme, or plain text."""
+    """A path, a URL of another scheme or without one, plain words."""
     NOT_AN_IMAGE = "not_an_image"
     UNSUPPORTED = "unsupported"
     DAMAGED = "damaged"
@@ -95,7 +95,7 @@ class ImageProblem(StrEnum):
 
 
 class ImageUnavailable(ApiError):
-    """problems: by parameter."""
+    """problems: what is wrong with which parameter."""
 
     def __init__(self, problems: Mapping[str, ImageProblem]) -> None:
         self.problems = dict(problems)
@@ -106,27 +106,27 @@ class InvalidApiKey(ApiError):
     """No key was given, or one this server does not know."""
 
 
-class RemoteSign(StrEnum):
-    """What shows that a call does not come from a program on the server's machine."""
+class RemoteOrigin(StrEnum):
+    """What shows that a request does not come from a program on the server's own machine."""
 
     ADDRESS = "address"
     """The client's address."""
     HOST = "host"
-    """The name in the `Host` header, which may be DNS rebinding."""
+    """The name in the `Host` header, which DNS rebinding may have led here."""
     PAGE = "page"
-    """The `Origin` header, which names another site; a file opened from disk sends `null`."""
+    """The page in the `Origin` header; a file opened from disk is `null`."""
 
 
 class LoopbackOnly(ApiError):
-    """A server without keys serves only programs on its own machine. evidence: why it refused."""
+    """A server without keys serves its own machine only. remote_origin: what shows another one."""
 
-    def __init__(self, evidence: RemoteSign = RemoteSign.ADDRESS) -> None:
-        self.evidence = evidence
-        super().__init__(evidence)
+    def __init__(self, remote_origin: RemoteOrigin = RemoteOrigin.ADDRESS) -> None:
+        self.remote_origin = remote_origin
+        super().__init__(remote_origin)
 
 
 class RateLimited(ApiError):
-    """limit: the key's calls per minute; None if an address sent too many wrong keys."""
+    """limit: calls per minute of the key; None where an address sent too many wrong keys."""
 
     def __init__(self, retry_after_s: int, limit: int | None = None) -> None:
         self.retry_after_s = retry_after_s
@@ -155,30 +155,30 @@ class TooManyStreams(ApiError):
 
 
 class ServerBusy(ApiError):
-    """The server is full or stopping; nothing was accepted."""
+    """There is no room for the request now; nothing was accepted."""
 
     retry_after_s = 5
 
 
 class JobNotFound(ApiError):
-    """Also raised for a job of another key."""
+    """Also the answer for a job of somebody else's key."""
 
 
 class ConflictKind(StrEnum):
-    """What the request conflicts with."""
+    """What stands in the way."""
 
     JOB_ENDED = "job_ended"
     """It cannot be cancelled any more."""
     NO_DELIVERY = "no_delivery"
-    """Nothing to redeliver: the job has no webhook, or has not ended."""
+    """There is no webhook call to make again: the job has none, or has not ended."""
     PICTURES_EXPIRED = "pictures_expired"
-    """Its webhook cannot be redelivered: its pictures have been removed."""
+    """Its webhook call cannot be made again: its pictures have been removed."""
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
-    """An earlier request had the same idempotency key and another body."""
+    """The key came before, with another body."""
 
 
 class Conflict(ApiError):
-    """kind: what the request conflicts with."""
+    """kind: what stands in the way."""
 
     def __init__(self, kind: ConflictKind) -> None:
         self.kind = kind
@@ -188,7 +188,7 @@ class Conflict(ApiError):
 class RouteNotFound(ApiError):
     """No such path, or not with this method.
 
-    allowed: the path's methods, as in the `Allow` header; empty for an unknown path.
+    allowed: the methods the path knows, as in the header `Allow`; empty for an unknown path.
     """
 
     def __init__(self, allowed: str = "") -> None:
@@ -197,7 +197,7 @@ class RouteNotFound(ApiError):
 
 
 class StorageUnavailable(ApiError):
-    """Nothing was accepted. is_logged: the log has the reason already."""
+    """Try again later; nothing was accepted. is_logged: the log says why already."""
 
     retry_after_s = 10
 

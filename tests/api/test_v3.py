@@ -27,7 +27,7 @@ from server.core.errors import (
     LoopbackOnly,
     QueueFull,
     RateLimited,
-    RemoteSign,
+    RemoteOrigin,
     RouteNotFound,
     StorageUnavailable,
     TooManyStreams,
@@ -562,7 +562,7 @@ class TestWriting:
 
 
 SAMPLES: dict[type[ApiError], ApiError] = {
-    LoopbackOnly: LoopbackOnly(RemoteSign.HOST),
+    LoopbackOnly: LoopbackOnly(RemoteOrigin.HOST),
     InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
     ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
     QueueFull: QueueFull(5),

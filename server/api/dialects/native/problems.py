@@ -1,4 +1,4 @@
-"""Our own API's errors: RFC 9457 problems from a closed list of codes and sentences."""
+"""The native dialect's errors: RFC 9457 problems from a closed list of codes and sentences."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from server.core.errors import (
     LoopbackOnly,
     QueueFull,
     RateLimited,
-    RemoteSign,
+    RemoteOrigin,
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
@@ -89,12 +89,12 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
     StorageUnavailable: (503, "storage_unavailable", "The server cannot store requests now"),
     ApiError: (500, "internal_error", "Something went wrong on the server"),
 }
-"""Status, code, title; a class that is not listed is told of as its base."""
+"""Status, code, title; a class that is not listed is written as its nearest base."""
 
-REMOTE_SIGNS = {
-    RemoteSign.ADDRESS: "the call comes from another address",
-    RemoteSign.HOST: "the call has the Host of another one",
-    RemoteSign.PAGE: "the call comes from a page of elsewhere, or from a file",
+REMOTE_SENTENCES = {
+    RemoteOrigin.ADDRESS: "the call comes from another address",
+    RemoteOrigin.HOST: "the call has the Host of another one",
+    RemoteOrigin.PAGE: "the call comes from a page of elsewhere, or from a file",
 }
 
 METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not know the method")
@@ -131,7 +131,7 @@ IMAGE_SENTENCES = {
 
 
 def is_native(path: str) -> bool:
-    """Whether a path is of our own API, so that its errors are written here."""
+    """Whether errors under a path are written as problems."""
     return any(path == each or path.startswith(f"{each}/") for each in PATHS)
 
 
@@ -162,15 +162,15 @@ def describe(error: ApiError) -> tuple[int, str, str]:
             return status, kind.value, title
         case RouteNotFound(allowed=allowed) if allowed:
             return METHOD_NOT_ALLOWED
-        case LoopbackOnly(evidence=evidence):
+        case LoopbackOnly(remote_origin=remote_origin):
             status, code, title = PROBLEMS[LoopbackOnly]
-            return status, code, f"{title}; {REMOTE_SIGNS[evidence]}"
+            return status, code, f"{title}; {REMOTE_SENTENCES[remote_origin]}"
     known = next(each for each in type(error).__mro__ if each in PROBLEMS)
     return PROBLEMS[known]
 
 
 def write_fields(error: ApiError) -> list[FieldError]:
-    """The fields at fault, where it is a matter of fields."""
+    """The fields at fault; empty for errors that concern no field."""
     match error:
         case InvalidRequest(fields=fields):
             return [write_field(name, FieldProblem(codes[0])) for name, codes in fields.items()]
@@ -183,16 +183,16 @@ def write_fields(error: ApiError) -> list[FieldError]:
 
 
 def write_field(name: str, problem: FieldProblem) -> FieldError:
-    """An unknown field's name is the client's own, and cut."""
+    """One field at fault. The name of an unknown field is the client's own text, so it is cut."""
     shown = name if name in RANGES else name[:MAX_NAME_CHARS]
     message = write_field_problem(name, problem)
     return FieldError(field=shown, code=problem.value, message=message)
 
 
 def declare(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's word of the errors a call can end with; those of any call are added.
+    """OpenAPI's description of an endpoint's errors; those of every endpoint are added.
 
-    With a default, so that FastAPI does not add its own form of validation error.
+    The default stops FastAPI from adding its own form of validation error.
     """
     declared: dict[int | str, dict[str, Any]] = {
         status: describe_answer(titles_of(status))
@@ -209,7 +209,7 @@ def describe_answer(text: str) -> dict[str, Any]:
 
 
 def titles_of(status: int) -> str:
-    """The titles under one status."""
+    """The titles of all problems with one status."""
     titles = [title for each, _, title in PROBLEMS.values() if each == status]
     titles += [title for each, title in CONFLICTS.values() if each == status]
     return "; ".join(titles)

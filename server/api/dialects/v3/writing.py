@@ -1,6 +1,7 @@
-"""stablediffusionapi.com V3, writing: answers, errors and the webhook call, as the vendor's.
+"""stablediffusionapi.com V3, writing: job answers, errors with their status, and the webhook body.
 
-Bodies are plain dicts, because their order is part of the contract.
+The vendor's spellings (`messege`, `meta.H`) stand here. Bodies are plain dicts, because their order
+is part of the contract.
 """
 
 import math
@@ -24,7 +25,7 @@ from server.core.errors import (
     LoopbackOnly,
     QueueFull,
     RateLimited,
-    RemoteSign,
+    RemoteOrigin,
     RouteNotFound,
     ServerBusy,
     StorageUnavailable,
@@ -98,7 +99,7 @@ def write_fetch_success(job: Job, output: Sequence[str]) -> Body:
 
 
 def write_fetch_processing(job: Job, eta_s: float) -> Body:
-    """A job that has not ended, as a fetch call's answer; the empty text in `output` is theirs."""
+    """The answer of a fetch call before the job's end; the vendor too sends `output` as `""`."""
     return {
         "status": "processing",
         "id": job.id,
@@ -110,7 +111,7 @@ def write_fetch_processing(job: Job, eta_s: float) -> Body:
 
 
 def write_failed(job: Job) -> Body:
-    """A job that ended without pictures, or whose pictures have been removed since."""
+    """The answer for a job that ended without pictures, or whose pictures have been removed."""
     is_cancelled = job.state is JobState.CANCELLED
     reason = "The job was cancelled" if is_cancelled else "The pictures are no longer there"
     message = f"Failed, Try Again. {job.error or reason}"
@@ -124,10 +125,11 @@ def write_failed(job: Job) -> Body:
 
 
 def write_webhook(job: Job) -> Body:
-    """The call that tells of a job's end; pictures are named by URL, never held.
+    """The webhook body of a job that has ended; pictures are URLs, never base64.
 
-    The vendor's call is the success answer, or the failure, with `track_id` at the top. A success
-    stays one when its pictures have been removed since: an earlier try may have told of it.
+    The vendor's body is the success or the failure answer with `track_id` beside its fields.
+    A success stays a success after its pictures were removed, because an earlier attempt may have
+    reported it.
     """
     if job.state is JobState.FINISHED:
         base_url = job.request.base_url
@@ -168,12 +170,12 @@ IMAGE_SENTENCES = {
     ImageProblem.TOO_SLOW: "takes too long to decode.",
 }
 
-REMOTE_SIGN_TIPS = {
-    RemoteSign.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
-    RemoteSign.HOST: "The call has the Host of another machine: its operator names it in "
+REMOTE_TIPS = {
+    RemoteOrigin.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
+    RemoteOrigin.HOST: "The call has the Host of another machine: its operator names it in "
     "INPAINT_ALLOWED_HOSTS, or makes keys with `inpaint-server keys create`.",
-    RemoteSign.PAGE: "The call comes from a page of elsewhere, or from a file: its operator names "
-    "its Origin in INPAINT_CORS_ORIGINS, or makes keys with `inpaint-server keys create`.",
+    RemoteOrigin.PAGE: "The call comes from a page of elsewhere, or from a file: its operator "
+    "names its Origin in INPAINT_CORS_ORIGINS, or makes keys with `inpaint-server keys create`.",
 }
 
 HTTP_STATUS: dict[type[ApiError], int] = {
@@ -204,19 +206,19 @@ def is_own(path: str) -> bool:
 
 
 def is_near(path: str) -> bool:
-    """Whether a client of the vendor may call this path, and expects an error in its form."""
+    """Whether errors under a path are in the vendor's form, since its clients may call the path."""
     return path.startswith("/api/")
 
 
 def write_status(error: ApiError, error_status: ErrorStatus) -> int:
-    """HTTP status of an error; the vendor sends 200 for all but wrong paths."""
+    """HTTP status of an error; with `LEGACY` 200 for all but wrong paths, as the vendor sends."""
     if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
         return 200
     return HTTP_STATUS.get(type(error), 500)
 
 
 def write_error(error: ApiError, request_id: str) -> Body:
-    """The body of an error. request_id: named where only the log can say more."""
+    """The body of an error. request_id: for errors that only the log explains."""
     match error:
         case JobNotFound():
             sentence = "Request not found"
@@ -268,13 +270,13 @@ def write_error(error: ApiError, request_id: str) -> Body:
 
 
 def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
-    """Message and tip of the errors that carry no facts."""
+    """Message and tip of the errors that the vendor's other forms do not cover."""
     match error:
         case InvalidApiKey():
             return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
-        case LoopbackOnly(evidence=evidence):
+        case LoopbackOnly(remote_origin=remote_origin):
             sentence = "Without API keys this server serves its own machine only"
-            return sentence, REMOTE_SIGN_TIPS[evidence]
+            return sentence, REMOTE_TIPS[remote_origin]
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
         case EncodedBody():
