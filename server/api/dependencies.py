@@ -1,4 +1,4 @@
-"""What endpoints of all dialects ask for: the services, the caller, the server's address, a job."""
+"""What endpoints of all dialects need: services, caller, the server's address, a job."""
 
 from typing import Annotated
 
@@ -9,20 +9,17 @@ from server.api.proxies import BASE_URL
 from server.api.services import Services
 from server.core.errors import JobNotFound
 from server.core.settings import Settings
-from server.jobs.job import (
-    Job,
-    JobState,
-)
+from server.jobs.job import Job, JobState
 
 
 def get_services(request: Request) -> Services:
-    """The services `create_app` built."""
+    """The services of the application that answers this request."""
     services: Services = request.app.state.services
     return services
 
 
 async def provide_services(request: Request) -> Services:
-    """`get_services` as a dependency: FastAPI sends one that is not async through a thread."""
+    """`get_services` as a dependency. It is async because FastAPI runs others in a thread."""
     return get_services(request)
 
 
@@ -30,7 +27,7 @@ ServicesOf = Annotated[Services, Depends(provide_services)]
 
 
 def admit(request: Request, key: str | None) -> Caller:
-    """Who calls, by the key a dialect found. Raises: InvalidApiKey, RateLimited."""
+    """The caller behind the key that a dialect has read. Raises: InvalidApiKey, RateLimited."""
     address = request.client.host if request.client else ""
     return get_services(request).keys.admit(key, address)
 
@@ -47,13 +44,16 @@ def called_url_of(request: Request) -> str:
     scope, host = request.scope, request.headers.get("host")
     if BASE_URL in scope:
         return str(scope[BASE_URL])
-    # Else the framework finds one. For this it takes ten times as long.
+    # Starlette's `base_url` gives the same ten times as slowly; it serves requests without a Host.
     base_url = f"{scope['scheme']}://{host}{scope.get('root_path', '')}" if host else ""
     return (base_url or str(request.base_url)).rstrip("/")
 
 
 async def find_job(services: Services, job_id: int, key_id: str) -> Job:
-    """A job of this key. Raises: JobNotFound, for another key's too; StorageUnavailable."""
+    """A job of this key.
+
+    Raises: JobNotFound, also for a job of another key; StorageUnavailable.
+    """
     job = await services.in_store_thread(services.store.get, job_id)
     if job is None or job.key_id != key_id:
         raise JobNotFound
@@ -63,6 +63,6 @@ async def find_job(services: Services, job_id: int, key_id: str) -> Job:
 
 
 async def eta_s(services: Services, job: Job) -> float:
-    """Seconds until a job that has not ended probably will have."""
+    """Estimated seconds until a job ends."""
     forecast = await services.in_store_thread(services.estimator.forecast, job.id)
     return services.quotes.quote(job.id, forecast.eta_s(job.id))

@@ -1,4 +1,4 @@
-"""Every exception becomes an answer: foreign ones become ours first, and a dialect writes them."""
+"""Turns every exception into an answer: first into an `ApiError`, then into the dialect's words."""
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
-    """The answer, in the dialect of the path. Nothing else of the exception goes out."""
+    """The answer to an exception, in the dialect of the path. Its own text is never sent."""
     dialect = dialect_of(request.scope["path"])
     if isinstance(error, RequestValidationError):
         known = dialect.to_api_error(error)
@@ -32,15 +32,15 @@ async def answer_error(request: Request, error: Exception) -> Response:
     is_unlogged_failure = isinstance(known, StorageUnavailable) and not known.is_logged
     if type(known) is ApiError or is_unlogged_failure:
         logger.error("request failed", exc_info=error)
-    count(get_services(request).metrics, known)
+    count_error(get_services(request).metrics, known)
     response = dialect.write_error(known, request)
     if known.retry_after_s is not None:
         response.headers["Retry-After"] = str(known.retry_after_s)
     return response
 
 
-def count(metrics: Metrics, error: ApiError) -> None:
-    """Note a refusal, by class, and what was wrong with images."""
+def count_error(metrics: Metrics, error: ApiError) -> None:
+    """Count an error by its class, and each image problem by its kind."""
     metrics.refusals.labels(type(error).__name__).inc()
     if isinstance(error, ImageUnavailable):
         for problem in error.problems.values():
@@ -48,7 +48,7 @@ def count(metrics: Metrics, error: ApiError) -> None:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Foreign exceptions as ours; what nobody foresaw becomes a bare `ApiError`."""
+    """The `ApiError` for an exception; an unexpected one becomes a bare `ApiError`."""
     match error:
         case ApiError():
             return error

@@ -1,7 +1,7 @@
-"""`Health`: whether the database and the file store take what this process has to write.
+"""`Health`: whether the database and the file store accept writes of this process.
 
-A store counts as failing from a call that failed until a probe write has succeeded, so that an
-idle server notices that a disk has room again, and costs an object store nothing while all is well.
+A call that fails marks its store as failing until a probe write has succeeded. So an idle server
+notices that a disk has room again, and a healthy object store costs no probe writes.
 """
 
 import asyncio
@@ -21,29 +21,29 @@ from server.storage.database import DatabaseFileGone
 logger = get_logger(__name__)
 
 PROBE_S = 1.0
-"""Between two probe writes of a store that fails."""
+"""Seconds between two probe writes to a failing store."""
 
-PROBE_PATIENCE_S = 2.0
-"""For a probe write: one that takes longer has failed."""
+PROBE_TIMEOUT_S = 2.0
+"""A probe write that takes longer has failed."""
 
-# It changes nothing, but takes the lock and is written like any other change.
+# The statement changes no value, but it takes the write lock and is committed like any other.
 WRITE = text("UPDATE alembic_version SET version_num = version_num")
 
 DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 
 
 class Store(StrEnum):
-    """What can fail, in words for readiness."""
+    """The stores that can fail, named as readiness reports them."""
 
     DATABASE = "database"
     FILES = "file store"
 
 
 class Health:
-    """Belongs to the event loop.
+    """Which stores fail. Used on the event loop only.
 
-    probes: a write to each store; what they raise is a failure. check_file: raises DatabaseFileGone
-    where the database file was moved, removed or replaced; it is quick.
+    probes: a probe write for each store, which raises when the store fails.
+    check_file: quick; raises DatabaseFileGone once the database file is not the opened one.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class Health:
         self._failing: set[Store] = set()
         self._is_file_gone = False
         self._has_failed = asyncio.Event()
-        # A store that hangs holds up no other store, and gets no second probe.
+        # A store that hangs delays no other store, and gets no second probe write.
         self._slots = FairSemaphore(len(Store), per_owner=1)
 
     @property
     def failing(self) -> list[Store]:
-        """The stores that do not take writes now."""
+        """The stores that do not accept writes now, sorted."""
         return sorted(self._failing)
 
     @property
-    def troubles(self) -> list[str]:
-        """What fails, in words for anybody."""
+    def problems(self) -> list[str]:
+        """What fails, in sentences without internal details."""
         return [
             "the database file was moved, removed or replaced: restart the server"
             if store is Store.DATABASE and self._is_file_gone
@@ -74,39 +74,39 @@ class Health:
 
     @property
     def is_file_gone(self) -> bool:
-        """The database is another one now: keys and jobs of the open one must not count."""
+        """The database file was replaced, so keys and jobs of the open one must not be used."""
         return self._is_file_gone
 
     def refuse_writes(self) -> None:
-        """At once, where they would be waited for in vain. Raises: StorageUnavailable."""
+        """Fail fast while a store fails. Raises: StorageUnavailable."""
         if self._failing:
             raise StorageUnavailable(f"failing: {', '.join(self.failing)}", is_logged=True)
 
-    def note(self, store: Store, error: Exception) -> None:
-        """A call has failed; probe writes begin at once, and end that again."""
-        is_news = store not in self._failing
+    def record_failure(self, store: Store, error: Exception) -> None:
+        """Mark a store as failing; `run` then probes it until a write succeeds."""
+        is_new = store not in self._failing
         if isinstance(error, DatabaseFileGone) and not self._is_file_gone:
-            self._is_file_gone = is_news = True
-        if is_news:
+            self._is_file_gone = is_new = True
+        if is_new:
             detail = str(error) if self._is_file_gone else store
             logger.error("store fails", detail=detail, error=type(error).__name__)
             self._failing.add(store)
             self._has_failed.set()
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note what a call inside raises, unless what was asked for may be the reason."""
+    def recording_failures(self) -> Iterator[None]:
+        """Record failures of a store that the block raises, but not the caller's own errors."""
         try:
             yield
         except DATABASE_ERRORS as error:
-            self.note(Store.DATABASE, error)
+            self.record_failure(Store.DATABASE, error)
             raise
         except StorageUnavailable as error:
-            self.note(Store.FILES, error)
+            self.record_failure(Store.FILES, error)
             raise
 
     async def run(self) -> None:
-        """Probe the stores that fail, and look after the database file, until cancelled."""
+        """Probe the failing stores and check the database file, until cancelled."""
         while True:
             self._has_failed.clear()
             for store in self.failing:
@@ -114,12 +114,12 @@ class Health:
             with suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_S):
                     await self._has_failed.wait()
-            with suppress(DatabaseFileGone), self.noting():
+            with suppress(DatabaseFileGone), self.recording_failures():
                 self._check_file()
 
     async def _probe(self, store: Store) -> None:
         try:
-            async with asyncio.timeout(PROBE_PATIENCE_S):
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._slots.acquire(store)
                 await self._slots.use_in_thread(store, self._probes[store])
         except (SQLAlchemyError, StorageUnavailable, TimeoutError):
@@ -130,6 +130,6 @@ class Health:
 
 
 def write_nothing(engine: Engine) -> None:
-    """A write transaction that changes nothing. Raises: SQLAlchemyError."""
+    """Commit a write transaction that changes no value. Raises: SQLAlchemyError."""
     with engine.begin() as connection:
         connection.execute(WRITE)

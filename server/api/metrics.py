@@ -1,4 +1,4 @@
-"""Figures read from the database when they are asked for: queue, workers, webhooks."""
+"""Prometheus metrics read from the database at each scrape: queue, jobs, workers, webhooks."""
 
 from collections import Counter as Counts
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from server.storage.tables import deliveries, delivery_attempts, jobs
 
 
 class StoredFigures(Collector):
-    """The figures that are rows: queue, jobs, webhooks, workers."""
+    """The collector of these metrics."""
 
     def __init__(self, engine: Engine, store: JobStore, estimator: Estimator) -> None:
         self._engine = engine
@@ -25,11 +25,11 @@ class StoredFigures(Collector):
         self._estimator = estimator
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry would read the database to learn the names."""
+        """Nothing. Without this method the registry would call `collect` when it is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """As they stand now; without a database only that there is none."""
+        """The present values; only `inpaint_database_up` 0 when the database does not answer."""
         try:
             found = list(self._read())
         except SQLAlchemyError:
@@ -51,17 +51,18 @@ class StoredFigures(Collector):
         yield Metric("inpaint_queue_wait_seconds", "Until a new job would start", wait_s)
         yield gauge("inpaint_webhooks", "Webhook calls by state", "state", calls)
         yield gauge("inpaint_webhook_attempts", "Attempts by outcome", "outcome", attempts)
-        yield gauge("inpaint_workers", "Workers heard of lately", "state", by_worker_state(seen))
+        workers = by_worker_state(seen)
+        yield gauge("inpaint_workers", "Workers with a recent report", "state", workers)
 
 
 def by_worker_state(seen: Sequence[WorkerStatus]) -> list[tuple[str, int]]:
-    """How many workers are in each state."""
+    """The number of workers in each state."""
     states = [worker.state for worker in seen]
     return [(state, states.count(state)) for state in ("loading", "ready", "failed")]
 
 
 def by_reason(sentences: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """How many jobs have failed of each reason. sentences: what stands in their rows."""
+    """The number of failed jobs by reason. sentences: the errors in their rows, counted."""
     counts = Counts(dict.fromkeys(Failure, 0))
     for sentence, count in sentences:
         counts[Failure.of(sentence)] += count
@@ -69,7 +70,7 @@ def by_reason(sentences: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def count_by(connection: Connection, column: Column[str]) -> list[tuple[str, int]]:
-    """How many rows there are of each value."""
+    """The number of rows for each value of a column; NULL is left out."""
     present = column.is_not(None)
     rows = connection.execute(select(column, func.count()).where(present).group_by(column))
     return [(value, count) for value, count in rows]

@@ -1,4 +1,4 @@
-"""The finished pictures, as files or as base64 text."""
+"""Serves finished pictures, as PNG files or as base64 text."""
 
 import base64
 import re
@@ -27,7 +27,7 @@ OUTPUT_HEADERS = {
 @router.head(f"/{OUTPUT_FOLDER}/{{name}}", include_in_schema=False)
 @router.get(f"/{OUTPUT_FOLDER}/{{name}}")
 async def output(request: Request, services: ServicesOf, name: str) -> Response:
-    """A picture, or its base64 text; no more of it in memory than the client is about to take."""
+    """A picture, or its base64 text. It is streamed, so that only one piece is in memory."""
     match = OUTPUT_NAME.fullmatch(name)
     key = f"{OUTPUT_FOLDER}/{match[1]}.png" if match else None
     found = await services.in_file_thread(services.storage.open, key) if key else None
@@ -49,7 +49,7 @@ async def output(request: Request, services: ServicesOf, name: str) -> Response:
 
 
 def in_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces of the text."""
+    """The base64 text of pieces of bytes, piece by piece."""
     rest = b""
     for piece in pieces:
         whole = rest + piece

@@ -10,90 +10,90 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse
 
 from server.api.dependencies import ServicesOf
-from server.api.health import PROBE_PATIENCE_S, Store
+from server.api.health import PROBE_TIMEOUT_S, Store
 from server.api.services import WEBHOOKS, Services
 from server.jobs.workers import WorkerStatus
 
 router = APIRouter()
 
-PLAIN_STATES = ("ready", "loading")
-"""Of workers; told by their number and by how far they are."""
+REPORTED_STATES = ("ready", "loading")
+"""Worker states that the reason reports in another way: by count, and by loading progress."""
 
 NOT_READY_HEADERS = {"Retry-After": "5"}
 
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """This process answers."""
+    """Liveness: the event loop answers."""
     return {"status": "ok"}
 
 
 @router.get("/readyz")
 async def readyz(services: ServicesOf) -> JSONResponse:
-    """Whether this process takes requests; the reason where not, and how many workers there are."""
+    """Readiness of this process, with the reason and the number of workers."""
     return to_probe_answer(await readiness(services), needs_worker=False)
 
 
 @router.get("/readyz/workers")
 async def readyz_workers(services: ServicesOf) -> JSONResponse:
-    """Whether a request made now would be worked on: the same, and a worker is ready."""
+    """Readiness of this process and of at least one worker."""
     return to_probe_answer(await readiness(services), needs_worker=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """How things stand.
+    """What the probes report.
 
-    troubles: why no requests can be taken, in words. workers: those heard of lately, none where the
-    database does not answer. reason: all of it in words for anybody; why a worker failed names
-    paths and tells of libraries, that is on the admin port.
+    problems: why this process accepts no requests. workers: those with a recent report; none while
+    the database does not answer. reason: a public sentence. It leaves out why a worker failed,
+    because that names paths and libraries; the admin port reports it.
     """
 
-    troubles: Sequence[str]
+    problems: Sequence[str]
     workers: Sequence[WorkerStatus]
     reason: str
 
     def is_ready(self, *, needs_worker: bool) -> bool:
-        """needs_worker: whether a job would be made too."""
+        """needs_worker: a worker must be ready too."""
         has_worker = any(worker.state == "ready" for worker in self.workers)
-        return not self.troubles and (has_worker or not needs_worker)
+        return not self.problems and (has_worker or not needs_worker)
 
 
 async def readiness(services: Services) -> Readiness:
-    """Ask the database for its workers, unless it is known to fail."""
+    """The state of the stores, of the background tasks and of the workers."""
     workers = await workers_seen(services)
     failing = services.background.failing()
-    troubles = ["draining"] if services.watcher.is_released else []
-    troubles += services.health.troubles
-    troubles += [f"{name} failed lately" for name in failing if name == WEBHOOKS]
+    problems = ["draining"] if services.watcher.is_released else []
+    problems += services.health.problems
+    problems += [f"{name} failed lately" for name in failing if name == WEBHOOKS]
     others = [f"{name} failed lately" for name in failing if name != WEBHOOKS]
     counts = describe_workers(workers, len(services.settings.worker_devices))
-    return Readiness(troubles, workers, "; ".join([*troubles, *counts, *others]))
+    return Readiness(problems, workers, "; ".join([*problems, *counts, *others]))
 
 
 async def workers_seen(services: Services) -> list[WorkerStatus]:
-    """None are seen where the database does not answer in time."""
+    """Workers with a recent report; none when the database fails or is too slow."""
     if Store.DATABASE in services.health.failing:
         return []
     try:
-        async with asyncio.timeout(PROBE_PATIENCE_S):
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
             return await services.in_store_thread(services.store.workers.alive)
     except (TimeoutError, SQLAlchemyError) as error:
-        services.health.note(Store.DATABASE, error)
+        services.health.record_failure(Store.DATABASE, error)
     return []
 
 
 def describe_workers(workers: Sequence[WorkerStatus], expected: int) -> list[str]:
-    """How many are in each state, and how far those are that load."""
+    """The number of workers in each state, and the progress of those that load."""
     states = Counter(worker.state for worker in workers)
     total = max(expected, len(workers))
     loading = [worker.detail for worker in workers if worker.state == "loading"]
-    others = [f"{states[each]} {each}" for each in sorted(states) if each not in PLAIN_STATES]
+    others = [f"{states[each]} {each}" for each in sorted(states) if each not in REPORTED_STATES]
     return [f"{states['ready']}/{total} workers ready", *loading, *others]
 
 
 def to_probe_answer(found: Readiness, *, needs_worker: bool) -> JSONResponse:
-    """The public one."""
+    """The public answer of a probe."""
     is_ready = found.is_ready(needs_worker=needs_worker)
     states = Counter(worker.state for worker in found.workers)
     body = {

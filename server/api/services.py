@@ -1,4 +1,4 @@
-"""What the API process is made of, and how endpoints reach its synchronous parts."""
+"""`Services`: the parts of the API process, and the thread limits for its blocking calls."""
 
 import asyncio
 import functools
@@ -28,32 +28,33 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FILES = "files"
-"""The only owner of places for file calls."""
+"""The one owner of all slots for file calls."""
 
 WEBHOOKS = "webhooks"
-"""Name of the background task without which a server is not ready."""
+"""Name of the background task; a server whose webhook task fails is not ready."""
 
 STORE_THREADS = 8
-"""Short database calls at a time. Each may take a connection of the database's pool; so may each
-webhook that is sent, the janitor, the watcher, and one group commit."""
+"""Short database calls at a time. Each may take a connection of the database's pool, as may the
+webhook sender's calls, the janitor, the watcher and one group commit."""
 
 SUBMIT_THREADS = 32
 """Submits at a time, which share group commits. They have threads of their own, so that a disk that
 fsyncs slowly does not delay reads."""
 
 FILE_THREADS = 32
-"""File calls at a time. Each keeps its thread until the file store has answered, even when its
-caller has given up: a file store that hangs takes these threads, and no others."""
+"""File calls at a time. A call keeps its thread until the file store has answered, even after its
+caller's timeout. A file store that hangs therefore takes these threads and no others."""
 
-FILE_PATIENCE_S = 10.0
-"""For a file call, with the time until a thread is free."""
+FILE_TIMEOUT_S = 10.0
+"""For a file call, including the time until a thread is free."""
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The API process's parts, built once by `app.create_app`.
+    """The API process's parts, built once by `app.build_services`.
 
     admitted: requests by key between admission and submit (`accept`).
+    first_etas: the first estimate that a client got for each job, to be compared with the truth.
     """
 
     settings: Settings
@@ -80,27 +81,27 @@ class Services:
     async def in_store_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Call what reads or writes the database without blocking the event loop."""
-        with self.health.noting():
+        """Run a short database call in a thread, so that it does not block the event loop."""
+        with self.health.recording_failures():
             call = functools.partial(function, *args, **kwargs)
             return await to_thread.run_sync(call, limiter=self.store_threads)
 
     async def in_submit_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """The same for what waits for a group commit."""
-        with self.health.noting():
+        """Run a database call that waits for a group commit."""
+        with self.health.recording_failures():
             call = functools.partial(function, *args, **kwargs)
             return await to_thread.run_sync(call, limiter=self.submit_threads)
 
     async def in_file_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """The same for what reads or removes files. Raises: StorageUnavailable, also when late."""
+        """Run a file call. Raises: StorageUnavailable, also after `FILE_TIMEOUT_S`."""
         call = functools.partial(function, *args, **kwargs)
-        with self.health.noting():
+        with self.health.recording_failures():
             try:
-                async with asyncio.timeout(FILE_PATIENCE_S):
+                async with asyncio.timeout(FILE_TIMEOUT_S):
                     await self.file_threads.acquire(FILES)
                     return await self.file_threads.use_in_thread(FILES, call)
             except TimeoutError as error:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from server.api.services import FILE_PATIENCE_S
+from server.api.services import FILE_TIMEOUT_S
 from tests.chaos.bucket import Bucket, running_bucket
 from tests.chaos.faults_processes import drain, picture_of
 from tests.chaos.matrix import Found, NotCovered, fault
@@ -298,7 +298,7 @@ def polled_while_hung(site: Site, finished: int, picture: str) -> float:
         slowest_s = max(poll.result() for poll in polls)
         expect(slowest_s < POLL_WITHIN_S, f"the slowest poll took {slowest_s:.1f} s")
         late_s = max(each.result() for each in pictures)
-        expect(late_s < 2 * FILE_PATIENCE_S, f"a picture was refused after {late_s:.1f} s only")
+        expect(late_s < 2 * FILE_TIMEOUT_S, f"a picture was refused after {late_s:.1f} s only")
     return slowest_s
 
 

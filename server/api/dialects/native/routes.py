@@ -1,6 +1,7 @@
-"""Our own API under `/api/jobs`: make pictures, follow and cancel jobs, look after webhooks.
+"""The native API's endpoints: create, list, follow and cancel jobs; list and redeliver webhooks.
 
-Each endpoint reads and writes with the native dialect; errors become problems in `app.py`.
+An endpoint reads with `reading`, calls `accept` or the stores, and writes with `writing`. Errors
+are raised; `server/api/errors.py` turns them into problems through `write_error`.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -37,7 +38,7 @@ router = APIRouter(tags=["jobs"])
 MAX_PAGE = 100
 IDEMPOTENCY_KEY, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Proxies must pass each event on at once."""
+"""`no` makes nginx pass on each event at once instead of buffering it."""
 
 Bearer = HTTPBearer(auto_error=False, description="The API key")
 KeyHeader = APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key")
@@ -48,7 +49,10 @@ async def get_caller(
     _bearer: Annotated[HTTPAuthorizationCredentials | None, Security(Bearer)],
     _key: Annotated[str | None, Security(KeyHeader)],
 ) -> Caller:
-    """Who calls; the two schemes are named for OpenAPI. Raises: InvalidApiKey, RateLimited."""
+    """The caller. The parameters only name both schemes for OpenAPI.
+
+    Raises: InvalidApiKey, RateLimited.
+    """
     return admit(request, reading.read_key(request.headers))
 
 
@@ -56,7 +60,7 @@ CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 async def get_key_id(caller: CallerOf) -> str:
-    """Whose request it is."""
+    """The key id of the caller, which owns the jobs."""
     return caller.key_id
 
 
@@ -69,13 +73,16 @@ Before = Annotated[
 
 
 def describe_body(model: Any) -> dict[str, Any]:
-    """OpenAPI's description of a body that is read under our own limits."""
+    """OpenAPI's description of a body that FastAPI does not read, because it sets no limits."""
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def get_body(request: Request, services: ServicesOf, _caller: CallerOf) -> bytes:
-    """The JSON body, read for known callers only. Raises: InvalidBody, BodyTooLarge."""
+    """The JSON body. It depends on the caller, so that an unknown caller's body is never read.
+
+    Raises: InvalidBody, BodyTooLarge.
+    """
     return await read_json(request, services.settings.max_body_bytes)
 
 
@@ -86,14 +93,14 @@ IdempotencyKey = Annotated[
         alias=IDEMPOTENCY_KEY,
         description="1 to 255 visible ASCII characters. For 24 hours the same key with the same "
         "body gives the same job, with another body an error",
-        # Told, and checked by the dialect, which has a code of its own for it.
+        # Described here, but checked in `reading`, which has an error code of its own for it.
         json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
     ),
 ]
 
 
 async def get_job(services: ServicesOf, key_id: KeyId, job_id: JobId) -> Job:
-    """The job of the path. Raises: JobNotFound, for another key's too."""
+    """The job of the path. Raises: JobNotFound, also for a job of another key."""
     return await find_job(services, job_id, key_id)
 
 
@@ -103,7 +110,7 @@ JobOf = Annotated[Job, Depends(get_job)]
 async def get_subscription(
     services: ServicesOf, caller: CallerOf, job: JobOf
 ) -> AsyncIterator[Subscription]:
-    """To the job of the path, until the answer has ended. Raises: TooManyStreams."""
+    """A subscription to the job of the path, until the answer has ended. Raises: TooManyStreams."""
     with services.watcher.subscribe(job.id, caller.key_id, caller.key_digest) as subscription:
         yield subscription
 
@@ -133,21 +140,22 @@ async def create_job(
     settings = services.settings
 
     def read(body: bytes) -> tuple[reading.NativeJob, Idempotency | None]:
-        asked = reading.read_job(
+        job_request = reading.read_job(
             body,
             force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
             models=settings.offered_models,
             https_webhooks=settings.webhook.https_only,
         )
-        return asked, reading.read_idempotency(idempotency_key, asked.request)
+        return job_request, reading.read_idempotency(idempotency_key, job_request.request)
 
-    asked, once = await parsed(read, body)
+    job_request, once = await parsed(read, body)
     base_url = base_url_of(request, settings)
-    submitted = await accept(services, asked, caller, base_url, called_url_of(request), once)
+    called_url = called_url_of(request)
+    submitted = await accept(services, job_request, caller, base_url, called_url, once)
     headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
     if not submitted.is_new:
         headers[REPLAYED] = "true"
-    answer = await tell(services, submitted.job, base_url)
+    answer = await build_job_answer(services, submitted.job, base_url)
     return to_response(answer, 202 if submitted.is_new else 200, headers)
 
 
@@ -155,7 +163,7 @@ async def create_job(
 async def list_jobs(
     services: ServicesOf,
     key_id: KeyId,
-    state: Annotated[JobState | None, Query(description="Of this state only")] = None,
+    state: Annotated[JobState | None, Query(description="Jobs in this state only")] = None,
     limit: Limit = 20,
     before: Before = None,
 ) -> JobList:
@@ -171,26 +179,27 @@ async def list_jobs(
 
 @router.get("/api/jobs/{job_id}", response_model=JobAnswer, responses=declare(404))
 async def read_job(request: Request, services: ServicesOf, job: JobOf) -> Response:
-    """A job: how far it is, what came of it, and how it was made."""
-    return to_response(await tell(services, job, base_url_of(request, services.settings)))
+    """A job: its progress, its result, and how it was made."""
+    base_url = base_url_of(request, services.settings)
+    return to_response(await build_job_answer(services, job, base_url))
 
 
 @router.post("/api/jobs/{job_id}/cancel", responses=declare(404, 409))
 async def cancel_job(request: Request, services: ServicesOf, job: JobOf) -> JobAnswer:
-    """Take a queued or running job back; cancelling it again changes nothing.
+    """Cancel a queued or running job; cancelling it again changes nothing.
 
-    A running one leaves the device between two steps, within a second.
+    A running job leaves the device between two steps, within a second.
     """
     is_changed = await services.in_store_thread(services.store.cancel, job.id)
     if is_changed:
-        with suppress(StorageUnavailable):  # then the janitor removes it
+        with suppress(StorageUnavailable):  # `Janitor` removes the input later
             await services.in_file_thread(services.storage.delete, job.input_key)
     ended = await services.in_store_thread(services.store.get, job.id)
     if ended is None:
         raise JobNotFound
     if ended.state is not JobState.CANCELLED:
         raise Conflict(ConflictKind.JOB_ENDED)
-    return await tell(services, ended, base_url_of(request, services.settings))
+    return await build_job_answer(services, ended, base_url_of(request, services.settings))
 
 
 @router.get(
@@ -209,18 +218,18 @@ async def follow_job(
 ) -> Response:
     """Follow a job as server-sent events, from its present state to its end."""
     if job.state.is_terminal and last_event_id == job.state:
-        return Response(status_code=204)  # which ends an EventSource's attempts to connect
+        return Response(status_code=204)  # an EventSource connects no more after 204
     base_url = base_url_of(request, services.settings)
 
     async def read_ended() -> JobAnswer:
         ended = await services.in_store_thread(services.store.get, job.id)
-        return await tell(services, ended or job, base_url)
+        return await build_job_answer(services, ended or job, base_url)
 
     async def read_preview() -> bytes | None:
         try:
             return await services.in_file_thread(services.storage.get, job.preview_key)
         except StorageUnavailable:
-            return None  # not worth the stream
+            return None  # a missing preview must not end the stream
 
     stream = events.write_events(subscription, read_ended, read_preview)
     return StreamingResponse(stream, 200, EVENT_HEADERS, "text/event-stream")
@@ -228,28 +237,30 @@ async def follow_job(
 
 @router.get("/api/jobs/{job_id}/deliveries", responses=declare(404))
 async def list_deliveries_of_job(services: ServicesOf, job: JobOf) -> DeliveryList:
-    """The job's webhook call and its tries; none before the job has ended."""
-    return await tell_deliveries(services, job)
+    """The job's webhook call and its attempts; empty before the job has ended."""
+    return await build_delivery_list(services, job)
 
 
 @router.post(
     "/api/jobs/{job_id}/deliveries/redeliver", status_code=202, responses=declare(404, 409)
 )
 async def redeliver(services: ServicesOf, job: JobOf) -> DeliveryList:
-    """Make the job's webhook call again now, delivered or given up, with the same `webhook-id`.
+    """Repeat the job's webhook call now, delivered or dead, with the same `webhook-id`.
 
-    Not once its pictures have been removed. 30 a minute, pings included.
+    Refused once the job's pictures have been removed. 30 a minute, pings included.
     """
     services.webhooks.limit_manual_calls(job.key_id)
     await services.in_store_thread(services.deliveries.redeliver, job.id)
-    return await tell_deliveries(services, job)
+    return await build_delivery_list(services, job)
 
 
 @router.get("/api/deliveries", responses=declare(422))
 async def list_deliveries(
     services: ServicesOf,
     key_id: KeyId,
-    state: Annotated[DeliveryState | None, Query(description="Such as dead: given up")] = None,
+    state: Annotated[
+        DeliveryState | None, Query(description="Calls in this state only; dead: given up")
+    ] = None,
     limit: Limit = 20,
     before: Before = None,
 ) -> DeliveryList:
@@ -271,9 +282,9 @@ async def list_deliveries(
     openapi_extra=describe_body(reading.PingRequest),
 )
 async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnswer:
-    """Send a signed test event to a URL, as a webhook would be sent, and tell what came back.
+    """Send a signed test event to a URL, as a webhook would be sent, and report the answer.
 
-    30 a minute, redeliveries included. Why there was no answer is not told: it is in the log.
+    30 a minute, redeliveries included. Why there was no answer is reported in the log only.
     """
     url = reading.read_ping(body, https_only=services.settings.webhook.https_only)
     return writing.write_ping(*await services.webhooks.ping(url, caller.webhook_grant))
@@ -282,12 +293,12 @@ async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnsw
 def to_response(
     answer: JobAnswer, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """What the framework would send, without looking at our own answer a second time."""
+    """A JSON response. FastAPI would validate our own answer a second time."""
     return Response(answer.model_dump_json(), status, headers, "application/json")
 
 
-async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
-    """A job with what has to be looked up for its state."""
+async def build_job_answer(services: Services, job: Job, base_url: str) -> JobAnswer:
+    """A job in full: a finished job with its receipt, a waiting one with position and estimate."""
     receipt = position = eta_s = None
     if job.state is JobState.FINISHED:
         receipt = await services.in_store_thread(services.store.receipt_of, job.id)
@@ -298,8 +309,8 @@ async def tell(services: Services, job: Job, base_url: str) -> JobAnswer:
     return writing.write_job(job, receipt, base_url, position, eta_s)
 
 
-async def tell_deliveries(services: Services, job: Job) -> DeliveryList:
-    """A job's webhook calls."""
+async def build_delivery_list(services: Services, job: Job) -> DeliveryList:
+    """The webhook calls of one job."""
     statuses = await services.in_store_thread(services.deliveries.of_job, job.id)
     held = services.webhooks.open_hosts
     answers: list[DeliveryAnswer] = [writing.write_delivery(each, held) for each in statuses]
