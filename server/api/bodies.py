@@ -1,8 +1,8 @@
-"""Request bodies of every form clients use, read into one mapping of fields.
+"""Reads request bodies of every form that clients use into one mapping of fields.
 
-JSON whatever the content type says (a trailing comma is forgiven, and raw line breaks in texts),
-URL-encoded forms, multipart forms with files, and the query string. What stands in the body wins
-over the query.
+A body is JSON whatever its content type says, a URL-encoded form, or a multipart form with files.
+Trailing commas and raw line breaks in JSON are accepted. Fields of the body replace those of the
+query string. Every limit stands here, because a parser on the event loop delays all requests.
 """
 
 import asyncio
@@ -29,74 +29,77 @@ from server.core.errors import (
 )
 
 MAX_FIELDS = 200
-"""Of a form, a query string or a JSON object."""
+"""Most fields of a form, a query string or a JSON object."""
 
 MAX_MARKS = 20_000
-"""Quotes, brackets or commas of a JSON body: far more than any request has, and few enough that
-nobody can keep the parser, and with it all others, busy."""
+"""Most quotes, brackets, commas or colons of a JSON body, each. A valid request has far fewer, and
+so few are parsed quickly: the parser holds the interpreter's lock, which delays other requests."""
 
 JSON_SPACE = " \t\r\n"
 MAX_DEPTH = 8
-"""Of lists and objects inside each other; requests are flat."""
+"""Most levels of nested lists and objects; requests are flat."""
 
 MAX_ESCAPES = 1_000_000
-"""Of a URL-encoded form, each slow to undo: two of the largest pictures in base64 have 830,000."""
+"""Most escapes of a URL-encoded form, because each is slow to decode. Two of the largest pictures
+in base64 have 830,000."""
 
 IMAGE_FIELDS = ("init_image", "mask_image")
 BASE64_START = re.compile(
     rb"(?!\+*https?(?::|%3a))(?:.{0,300}?(?:,|%2c))?\+*", re.IGNORECASE | re.DOTALL
 )
-"""What stands before the base64 of an image in a URL-encoded form: a data URI's head, blanks. URLs
-do not match."""
+"""The text before the base64 of an image in a URL-encoded form: the head of a data URI, blanks. A
+URL does not match."""
 
 MAX_PART_BYTES = 32_000_000
 
 MAX_TRAILING_COMMAS, MAX_OF_LARGE = 16, 2
-"""That are forgiven, the latter in a body of more than `SMALL_CHARS`. Each costs a reading more."""
+"""Most trailing commas that are accepted; the second number holds for a body of more than
+`SMALL_CHARS`. Each costs another parse of the body."""
 
 SMALL_CHARS = 1_000_000
 MAX_INFLATION = 10
-"""A compressed body may be so many times as large as it was on the wire, and `FREE_BYTES` more:
-pictures in base64 shrink to three quarters. Else a few bytes would buy a stranger seconds."""
+"""Limit against decompression bombs: a compressed body may grow to this many times its size on the
+wire, plus `FREE_BYTES`. Pictures in base64 grow by a third."""
 
 FREE_BYTES = 1_000_000
 
 BOUNDARY = re.compile(r""";\s*boundary=(?:"([^"\\]{1,70})"|([^\s";,]{1,70}))""", re.IGNORECASE)
-"""Of a multipart form; RFC 2046 allows 70 characters."""
+"""The boundary of a multipart form; RFC 2046 allows 70 characters."""
 
 LARGE_BYTES = 65_536
-"""Larger bodies are parsed in a thread. What a client chooses to send costs at most 20 ms below
-this size (a form in which every character is escaped)."""
+"""Larger bodies are parsed in a thread. The slowest body below this size takes 20 ms: a form in
+which every character is escaped."""
 
-_beside_the_loop = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bodies")
-"""For large bodies. Few, as they all share the interpreter with the event loop."""
+_body_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bodies")
+"""Threads for large bodies. There are few, because they share the interpreter's lock with the event
+loop."""
 
 RESERVE_BODY = "inpaint.reserve_body"
-"""Extension of the ASGI scope: its "call" is told how many bytes more a body takes than came over
-the wire, and answers whether there is room for them."""
+"""Extension of the ASGI scope. Its "call" gets the number of bytes that decompression adds to a
+body, and returns whether the limit of all bodies has room for them."""
 
 RELEASE = "inpaint.release_body"
-"""Extension of the ASGI scope: its "call" is made when the body is no longer held."""
+"""Extension of the ASGI scope. Its "call" reports that the body is no longer in memory."""
 
 R = TypeVar("R")
 Fields = dict[str, Any]
 """Names in lower case. Values: JSON values, form texts, or bytes of an uploaded file."""
 
 ABSENT_WORDS = ("", "null", "none", "undefined")
-"""In any case: what Python, JavaScript and forms write where a value is missing."""
+"""What Python, JavaScript and forms write for a missing value, in upper or lower case."""
 
 
 def is_absent(value: Any) -> bool:
     """True for null and for a text that stands for a missing value."""
     if isinstance(value, str):
         word = value.strip()
-        # Inline pictures are megabytes, of which no copy in lower case should be made.
+        # The length is checked first: an inline picture of megabytes must not be copied by `lower`.
         return len(word) < 10 and word.lower() in ABSENT_WORDS
     return value is None
 
 
 async def read_fields(request: Request, max_bytes: int) -> Fields:
-    """All fields of a request. Raises: InvalidBody."""
+    """All fields of body and query. Raises: InvalidBody."""
     query = with_lower_names(parse_form(request.scope["query_string"]))
     body = await read_body(request, max_bytes)
     content_type = request.headers.get("content-type", "")
@@ -105,7 +108,7 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
 
 
 def with_lower_names(fields: Fields) -> Fields:
-    """The values that are there, `Seed` as `seed`; of both spellings the exact one counts."""
+    """The present values under lower-case names; `seed` goes before `Seed` where both are sent."""
     present = {name: value for name, value in fields.items() if not is_absent(value)}
     return {name.lower(): value for name, value in present.items()} | {
         name: value for name, value in present.items() if name.islower()
@@ -113,7 +116,7 @@ def with_lower_names(fields: Fields) -> Fields:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, judged while it arrives. Raises: InvalidBody, BodyTooLarge, EncodedBody."""
+    """The whole body, checked while it arrives. Raises: InvalidBody, BodyTooLarge, EncodedBody."""
     coding = request.headers.get("content-encoding", "").strip().lower()
     if coding not in ("", "identity", *CODINGS):
         raise EncodedBody
@@ -133,14 +136,14 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 async def inflated(request: Request, body: bytes, max_bytes: int) -> bytes:
-    """A body without its content coding. Raises: InvalidBody, BodyTooLarge, ServerBusy."""
+    """A body, decompressed in small pieces. Raises: InvalidBody, BodyTooLarge, ServerBusy."""
     reserve = request.scope.get("extensions", {}).get(RESERVE_BODY)
     loop = asyncio.get_running_loop()
     pieces, size = inflate(body), 0
     max_bytes = min(max_bytes, MAX_INFLATION * len(body) + FREE_BYTES)
     whole = bytearray()
     try:
-        while piece := await loop.run_in_executor(_beside_the_loop, next, pieces, b""):
+        while piece := await loop.run_in_executor(_body_threads, next, pieces, b""):
             size += len(piece)
             if size > max_bytes:
                 raise BodyTooLarge
@@ -153,7 +156,7 @@ async def inflated(request: Request, body: bytes, max_bytes: int) -> bytes:
 
 
 async def read_json(request: Request, max_bytes: int) -> bytes:
-    """A body for a strict JSON parser, cheap enough to be given to one.
+    """A body for pydantic's JSON parser, checked to be cheap to parse.
 
     Raises: InvalidBody, BodyTooLarge.
     """
@@ -169,17 +172,17 @@ def refuse_many_fields(query: bytes) -> None:
 
 
 def release_body(request: Request) -> None:
-    """Nothing of the body is held any longer, so that it takes no more of the room for bodies."""
+    """Report that the body is no longer in memory, so that its share of the limit is free again."""
     release = request.scope.get("extensions", {}).get(RELEASE)
     if release is not None:
         release["call"]()
 
 
 async def parsed(parse: Callable[[bytes], R], body: bytes) -> R:
-    """What a parser makes of a body, without keeping the event loop. Raises: as the parser."""
+    """Parse a body; a large one in a thread, off the event loop. Raises: as the parser."""
     if len(body) < LARGE_BYTES:
         return parse(body)
-    return await asyncio.get_running_loop().run_in_executor(_beside_the_loop, parse, body)
+    return await asyncio.get_running_loop().run_in_executor(_body_threads, parse, body)
 
 
 async def parse_body(body: bytes, content_type: str) -> Fields:
@@ -191,21 +194,23 @@ async def parse_body(body: bytes, content_type: str) -> Fields:
     if start == b"{":
         return await parsed(parse_json, body)
     if kind == "multipart/form-data":
-        # The parser is made for streams, but has nothing to wait for here.
-        return await parsed(lambda whole: at_once(parse_multipart(whole, content_type)), body)
+        # The parser is asynchronous, but the whole body is there, so it never waits.
+        return await parsed(
+            lambda whole: run_without_waiting(parse_multipart(whole, content_type)), body
+        )
     if kind == "application/x-www-form-urlencoded":
         return await parsed(parse_form, body)
     return await parsed(parse_json, body)
 
 
-def at_once(coroutine: Coroutine[Any, Any, R]) -> R:
-    """The result of a coroutine that never waits."""
+def run_without_waiting(coroutine: Coroutine[Any, Any, R]) -> R:
+    """The result of a coroutine that never waits, without an event loop."""
     try:
         coroutine.send(None)
     except StopIteration as end:
         result: R = end.value
         return result
-    raise RuntimeError("it waits")
+    raise RuntimeError("the coroutine waits")
 
 
 def parse_json(body: bytes) -> Fields:
@@ -221,26 +226,26 @@ def parse_json(body: bytes) -> Fields:
 
 
 def load_json(text: str) -> Any:
-    """A JSON value; a few commas before closing brackets are left out. Raises: ValueError."""
-    most = MAX_TRAILING_COMMAS if len(text) <= SMALL_CHARS else MAX_OF_LARGE
-    for _ in range(most):
+    """A JSON value; a few trailing commas are left out. Raises: ValueError."""
+    max_commas = MAX_TRAILING_COMMAS if len(text) <= SMALL_CHARS else MAX_OF_LARGE
+    for _ in range(max_commas):
         try:
             return load_strict(text)
         except json.JSONDecodeError as error:
-            place = trailing_comma(text, error.pos)
-            if place is None:
+            position = trailing_comma(text, error.pos)
+            if position is None:
                 raise
-            text = text[:place] + text[place + 1 :]
+            text = text[:position] + text[position + 1 :]
     return load_strict(text)
 
 
 def load_strict(text: str) -> Any:
-    """A JSON value; line breaks and tabs may stand in texts as they are. Raises: ValueError."""
+    """A JSON value; strings may hold raw line breaks and tabs. Raises: ValueError."""
     return json.loads(text, parse_constant=refuse_constant, parse_int=to_integer, strict=False)
 
 
 def to_integer(digits: str) -> int | float:
-    """A whole number; infinity where it has more digits than Python reads."""
+    """An integer; infinity where it has more digits than Python converts."""
     try:
         return int(digits)
     except ValueError:
@@ -248,10 +253,10 @@ def to_integer(digits: str) -> int | float:
 
 
 def trailing_comma(text: str, position: int) -> int | None:
-    """Where the comma stands that made a parser stop here; None where it is something else.
+    """Index of the trailing comma that stopped a parser; None where something else stopped it.
 
-    All before `position` was understood, so that the comma is none of a string. Parsers stop at it
-    or at the closing bracket.
+    The text before `position` was parsed, so the comma is not inside a string. Parsers stop at the
+    comma or at the closing bracket.
     """
     stop = position + text.startswith(",", position)
     before = text[:stop].rstrip(JSON_SPACE)
@@ -278,7 +283,7 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 
 def refuse_constant(name: str) -> None:
-    """NaN and Infinity are Python's own addition to JSON. Raises: ValueError."""
+    """Refuse NaN and Infinity, which Python adds to JSON. Raises: ValueError."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -295,9 +300,9 @@ def parse_form(body: bytes) -> Fields:
 
 
 def with_pluses(pair: bytes) -> bytes:
-    """A name and its value, with the `+` of base64 escaped, which a form reads as a blank.
+    """A name and its value, with the `+` of an image's base64 escaped.
 
-    Clients forget to escape it, and no blank belongs there.
+    Many clients forget to escape it, and the form parser would read it as a blank.
     """
     name, equals, value = pair.partition(b"=")
     head = BASE64_START.match(value)
@@ -309,9 +314,9 @@ def with_pluses(pair: bytes) -> bytes:
 async def parse_multipart(body: bytes, content_type: str) -> Fields:
     """A multipart form in UTF-8; files become bytes. Raises: InvalidForm.
 
-    The parser is given the boundary and nothing else of the client's content type: it would look up
-    a `charset` among all of Python's codecs, and decoding punycode takes quadratic time. Its own
-    charset is Latin-1, which keeps the bytes of every part.
+    The parser gets only the boundary of the client's content type. With the client's `charset` it
+    would use any of Python's codecs, and decoding punycode takes quadratic time. Latin-1 keeps the
+    bytes of every part.
     """
     boundary = BOUNDARY.search(content_type)
     if boundary is None:
@@ -332,7 +337,7 @@ async def parse_multipart(body: bytes, content_type: str) -> Fields:
         max_fields=MAX_FIELDS,
         max_part_size=MAX_PART_BYTES,
     )
-    parser.spool_max_size = 0  # no files on disk: all bodies in memory have a limit together
+    parser.spool_max_size = 0  # no files on disk: the limit of all bodies counts them
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
@@ -349,9 +354,9 @@ async def parse_multipart(body: bytes, content_type: str) -> Fields:
 
 
 def decode_part(latin: str, *, is_image: bool = False) -> str | bytes:
-    """A part's text, whose bytes were read as Latin-1.
+    """The value of a part that was read as Latin-1.
 
-    Other bytes than UTF-8 are a picture whose part has no file name, elsewhere the text they seem.
+    Bytes that are not UTF-8 are a picture sent without a file name. Other fields stay Latin-1.
     """
     content = latin.encode("latin-1")
     try:

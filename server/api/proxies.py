@@ -1,7 +1,7 @@
-"""What a trusted proxy says of the request it passes on: who asks, and by which address.
+"""`TrustedProxies`: client address, scheme and host of a request behind a trusted proxy.
 
-Read are `X-Forwarded-For`, `-Proto`, `-Host`, `-Port` and `-Prefix`; `Forwarded` (RFC 7239) where a
-proxy sends none of these. Headers of anybody else mean nothing.
+It reads `X-Forwarded-For`, `-Proto`, `-Host`, `-Port` and `-Prefix`; where a proxy sends none of
+these, `Forwarded` (RFC 7239). From other clients these headers are ignored: anybody can forge them.
 """
 
 import ipaddress
@@ -23,15 +23,15 @@ DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 ELEMENT = re.compile(r'(?:[^,"]|"[^"]*")+')
 
-# The name's length is bounded, as else a long word without "=" takes quadratic time.
+# The name's length is bounded, because a long word without "=" would take quadratic time.
 PAIR = re.compile(r'\b([A-Za-z]{1,20})\s?=\s?(?:"([^"]*)"|([^\s;,"]+))')
 
 
 class TrustedProxies:
-    """ASGI: sets client, scheme and base URL of requests that come from these proxies.
+    """ASGI middleware: sets client, scheme and base URL of requests from trusted proxies.
 
-    trusted: addresses, networks or `*`. allowed_hosts: as `Settings.allowed_hosts`; a forwarded
-    host that is none of them is ignored.
+    trusted: addresses, networks or `*`. allowed_hosts: as `Settings.allowed_hosts`; other
+    forwarded hosts are ignored.
     """
 
     def __init__(
@@ -47,67 +47,68 @@ class TrustedProxies:
         await self._app(scope, receive, send)
 
     def _read(self, scope: Scope) -> None:
-        told = forwarded_of(scope["headers"])
-        client = client_of(told.get("for", ""), self._trusted)
+        forwarded = forwarded_of(scope["headers"])
+        client = client_of(forwarded.get("for", ""), self._trusted)
         if client is not None:
             scope["client"] = client, 0
-        scheme = SCHEMES.get(first_of(told.get("proto", "")).lower())
+        scheme = SCHEMES.get(first_of(forwarded.get("proto", "")).lower())
         if scheme is not None:
             scope["scheme"] = scheme
-        if told.keys() & {"host", "port", "prefix"}:
+        if forwarded.keys() & {"host", "port", "prefix"}:
             own = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-            host = self._host_of(told, own[0] if own else "", scope["scheme"])
+            host = self._host_of(forwarded, own[0] if own else "", scope["scheme"])
             if host is not None:
-                prefix = first_of(told.get("prefix", ""))
+                prefix = first_of(forwarded.get("prefix", ""))
                 prefix = prefix.rstrip("/") if PREFIX.fullmatch(prefix) else ""
                 scope[BASE_URL] = f"{scope['scheme']}://{host}{prefix}"
 
-    def _host_of(self, told: Mapping[str, str], own: str, scheme: str) -> str | None:
-        """Name and port the client used; None where there is no well formed one."""
-        for each in (first_of(told.get("host", "")), own):
+    def _host_of(self, forwarded: Mapping[str, str], own: str, scheme: str) -> str | None:
+        """The host name and port that the client used; None where no valid one was forwarded."""
+        for each in (first_of(forwarded.get("host", "")), own):
             match = HOST.fullmatch(each.lower())
             if match is not None and is_allowed(each.encode(), self._allowed_hosts):
                 break
         else:
             return None
-        port = match["port"] or first_of(told.get("port", ""))
+        port = match["port"] or first_of(forwarded.get("port", ""))
         if not (port.isascii() and port.isdigit() and 0 < int(port[:9]) <= MAX_PORT):
             port = ""
         return match["name"] if port in ("", DEFAULT_PORTS[scheme]) else f"{match['name']}:{port}"
 
 
 def forwarded_of(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
-    """What the headers say, by `for`, `proto`, `host`, `port` and `prefix`; lists are kept."""
-    told: dict[str, str] = {}
+    """The forwarded values by `for`, `proto`, `host`, `port` and `prefix`; lists stay lists."""
+    forwarded: dict[str, str] = {}
     standard = ""
     for name, value in headers:
         if name.startswith(b"x-forwarded-"):
             kind, text = name[12:].decode("latin-1"), value.decode("latin-1").strip()
-            told[kind] = f"{told[kind]}, {text}" if kind in told else text
+            forwarded[kind] = f"{forwarded[kind]}, {text}" if kind in forwarded else text
         elif name == b"forwarded":
             standard += ("," if standard else "") + value.decode("latin-1")
-    if standard and not told.keys() & {"for", "proto", "host", "port", "prefix"}:
+    if standard and not forwarded.keys() & {"for", "proto", "host", "port", "prefix"}:
         for kind, value_of in elements_of(standard):
-            told[kind] = f"{told[kind]}, {value_of}" if kind in told else value_of
-    return told
+            forwarded[kind] = f"{forwarded[kind]}, {value_of}" if kind in forwarded else value_of
+    return forwarded
 
 
 def elements_of(forwarded: str) -> Iterator[tuple[str, str]]:
-    """The pairs of a `Forwarded` header, first hop to last."""
+    """The name-value pairs of a `Forwarded` header, from the first hop to the last."""
     for element in ELEMENT.findall(forwarded):
         for name, quoted, plain in PAIR.findall(element):
             yield name.lower(), quoted or plain
 
 
 def first_of(value: str) -> str:
-    """The first entry of a list: what the proxy nearest to the client saw."""
+    """The first entry of a list, which the proxy nearest to the client wrote."""
     return value.partition(",")[0].strip()
 
 
 def client_of(chain: str, trusted: Sequence[str]) -> str | None:
-    """The address of the client: the last of the chain that is no trusted proxy.
+    """The client's address: the last one of the chain that is not a trusted proxy's.
 
-    Entries before it are the client's own word. Where all are trusted it is the first one.
+    Entries before it were sent by the client and prove nothing. Where all are trusted, it is the
+    first one.
     """
     hops = [address for each in chain.split(",") if (address := plain_host(each.strip()))]
     if not hops:
@@ -125,7 +126,7 @@ def plain_host(text: str) -> str:
 
 
 def is_trusted(address: str, trusted: Sequence[str]) -> bool:
-    """Whether an address or network is one of the proxies, named by address, network or `*`."""
+    """Whether an address or network belongs to a trusted proxy. trusted: as `TrustedProxies`."""
     if "*" in trusted or address in trusted:
         return True
     try:

@@ -1,7 +1,7 @@
-"""Who calls, and what they may do: the keys of settings, key file and database as one table.
+"""`KeyRing`: authentication and rate limits, with the keys of settings, key file and database.
 
-The table stands in memory and is read again every few seconds, so that a request costs a hash and
-one comparison, and a key that is made or revoked counts soon.
+The keys are in memory and are read again every `REFRESH_S`. A request costs a hash and a
+constant-time comparison, and a new or revoked key takes effect within seconds.
 """
 
 import hmac
@@ -22,23 +22,23 @@ from server.core.settings import MIN_KEY_CHARS, AuthSettings
 from server.egress.policy import EgressGrant
 
 ANONYMOUS = "anonymous"
-"""Key id of every caller of a server without keys."""
+"""Key id of all callers of a server without keys."""
 
 REFRESH_S = 2.0
-"""Between two readings of the keys."""
+"""Seconds between two readings of the keys."""
 
 HEAD_CHARS = 8
-"""Of a digest, by which candidates are found. It says nothing of the key behind it."""
+"""Length of the head of a digest by which candidates are found; it reveals nothing of the key."""
 
 MAX_TRUSTED = 10_000
-"""Pairs of address and key remembered as having worked."""
+"""Most pairs of client network and key that are remembered as valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is.
+    """The authenticated sender of a request.
 
-    key_id: the owner of its jobs. key_digest: of the key that the request came with.
+    key_id: the owner of its jobs. key_digest: digest of the key in the request.
     """
 
     key_id: str
@@ -58,7 +58,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class KnownKey:
-    """A key as a request meets it. expires_at: seconds since the epoch."""
+    """A valid key in memory. expires_at: seconds since the epoch."""
 
     digest: str
     caller: Caller
@@ -66,11 +66,11 @@ class KnownKey:
 
 
 class KeyRing:
-    """All keys, with the counters of calls and of wrong keys.
+    """All valid keys, and the token buckets of calls and of wrong keys.
 
-    A server without any key is open; `is_open_allowed` says whether that may be, because a row
-    deleted from the database must not open a server that others can reach.
-    `refresh` may run in any thread, all else belongs to the event loop. clock: epoch seconds.
+    A server without any key is open, where `is_open_allowed` permits it: rows deleted from the
+    database must not open a server that other machines can reach.
+    `refresh` may run in any thread; the rest is for the event loop. clock: seconds since the epoch.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class KeyRing:
     def refresh(self) -> None:
         """Read the key file and the database again.
 
-        A key file that is gone has no keys. Raises: OSError, ValueError for one that cannot be
-        read; sqlalchemy.exc.SQLAlchemyError.
+        A missing key file counts as empty. Raises: OSError, ValueError for a key file that cannot
+        be used; sqlalchemy.exc.SQLAlchemyError.
         """
         plain = [key.get_secret_value() for key in self._settings.keys]
         with suppress(FileNotFoundError):
@@ -119,7 +119,8 @@ class KeyRing:
         by_head: dict[str, list[KnownKey]] = defaultdict(list)
         for each in known:
             by_head[each.digest[:HEAD_CHARS]].append(each)
-        # Two assignments, the closing one first: no request sees an open server in between.
+        # `_is_open` is assigned first, so that no request between the two finds an open server
+        # whose keys are known already.
         has_keys = bool(known or stored or self._settings.keys_file)
         self._is_open = self._is_open_allowed and not has_keys
         self._known = dict(by_head)
@@ -127,14 +128,15 @@ class KeyRing:
 
     @property
     def serves_loopback_only(self) -> bool:
-        """True while anybody on this machine may call, and nobody else is meant to."""
+        """Whether the server is open to its own machine, but to no other."""
         return self._is_open and not self._settings.allow_anonymous
 
     def admit(self, key: str | None, address: str) -> Caller:
-        """The caller behind a key, if they may call now. address: of the client.
+        """The caller behind a key, within its rate limits. address: of the client.
 
-        A wrong key costs its address a token; without tokens only keys that have worked from there
-        are looked at, so that nobody can try keys quickly and no neighbour is locked out.
+        A wrong key takes a token from the client's network. While the network has none left, only
+        keys that were valid from there before are checked. So keys cannot be guessed quickly, and
+        other clients of the network are not locked out.
 
         Raises: InvalidApiKey for unknown, expired and revoked keys alike; RateLimited.
         """
@@ -164,11 +166,11 @@ class KeyRing:
         return self._is_open or self._find(key_digest) is not None
 
     def caller_of(self, key_id: str) -> Caller:
-        """Whose jobs these are, with the limits of today: none are left of a key that has ended."""
+        """The holder of a key id with its present limits; the defaults once its keys have ended."""
         return self._callers.get(key_id, Caller(key_id))
 
     def _find(self, digest: str) -> Caller | None:
-        # All candidates are compared whole, so that the time taken says nothing about them.
+        # Constant-time compare of all candidates, so that the time reveals nothing of the digests.
         matches = [
             each
             for each in self._known.get(digest[:HEAD_CHARS], ())
@@ -186,7 +188,7 @@ class KeyRing:
 
 
 def network_of(address: str) -> str:
-    """The part of an address that stands for one client: all of IPv4, the first 64 bits of IPv6."""
+    """The network that counts as one client: an IPv4 address, the /64 of an IPv6 address."""
     address = plain_address(address)
     try:
         ip = ipaddress.ip_address(address)
@@ -196,7 +198,7 @@ def network_of(address: str) -> str:
 
 
 def plain_address(address: str) -> str:
-    """An IPv4 address as such, where a socket of both families writes `::ffff:1.2.3.4`."""
+    """An address without IPv6 mapping: `1.2.3.4` for `::ffff:1.2.3.4` of a dual-stack socket."""
     try:
         mapped = ipaddress.IPv6Address(address).ipv4_mapped
     except ValueError:
@@ -207,8 +209,8 @@ def plain_address(address: str) -> str:
 def read_keys_file(path: Path) -> list[str]:
     """Keys of a file, one a line; lines that start with # are comments.
 
-    Raises: OSError; ValueError when others than its owner and group may read or its group write it,
-        or a key is too short.
+    Raises: OSError; ValueError for a file that others may read or its group may write, and for a
+        key that is too short.
     """
     if path.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ValueError(f"{path} holds API keys and others may read or write it: chmod 600")

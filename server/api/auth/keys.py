@@ -1,10 +1,10 @@
 """`KeyStore`: API keys as rows, written by `inpaint-server keys` and read by running servers.
 
-A key is 32 random bytes, shown once when it is made. The row keeps its SHA-256: the key is long and
-random, so nothing slower is needed, and a slow hash would let strangers keep the server busy.
+A key is 32 random bytes, shown once when it is created. Its row holds the SHA-256 digest. A slow
+password hash is not needed for a long random key, and would let wrong keys keep the server busy.
 
-A row is one secret; rows of one `key_id` are one holder, whose jobs they all see. Rotation adds a
-row and ends the older ones after an overlap.
+A row is one secret. The rows of one `key_id` belong to one holder and share its jobs. Rotation adds
+a row and ends the older ones after an overlap.
 """
 
 import hashlib
@@ -26,22 +26,22 @@ IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 KEY_PREFIX = "sd_"
 LISTS_OF_NETWORKS = ("fetch_networks", "webhook_networks")
 LISTS_OF_HOSTS = ("fetch_hosts", "webhook_hosts")
-"""Limits that are lists. NULL is an empty one: an earlier release does not know the column."""
+"""Limits that are lists. NULL is an empty list, as an earlier release leaves the column."""
 
 PREFIX_CHARS = 9
-"""Of a key, shown in lists so that people can tell keys apart: 6 of its 43 random characters."""
+"""Length of the head of a key that lists show: `sd_` and 6 of its 43 random characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """What the holder of a key may do. None means the server's own limit, or no limit.
+    """Limits and grants of a key. None means the server's own limit, or no limit.
 
-    requests_per_minute: API calls, polls included.
+    requests_per_minute: rate limit of API calls, polls included.
     max_waiting: jobs of this key that may wait at a time.
     priority: of its jobs in the queue; higher goes first.
-    hold_s: how long its V3 calls are held before "processing".
-    fetch_networks, fetch_hosts: where its images may come from, besides what the settings allow.
-    webhook_networks, webhook_hosts: where its webhooks may go.
+    hold_s: how long its V3 calls wait before they are answered "processing".
+    fetch_networks, fetch_hosts: where its images may come from, in addition to the settings.
+    webhook_networks, webhook_hosts: where its webhooks may go, in addition to the settings.
     force_safety_checker: its pictures are always checked.
     """
 
@@ -68,7 +68,7 @@ class KeyLimits:
 class StoredKey:
     """A row. Times are seconds since the epoch.
 
-    digest: SHA-256 of the key in hexadecimal. prefix: the key's head, for people.
+    digest: SHA-256 of the key in hexadecimal. prefix: the head of the key, for lists.
     """
 
     digest: str
@@ -98,23 +98,23 @@ class KeyStore:
     def create(
         self, name: str, limits: KeyLimits | None = None, lifetime_s: float | None = None
     ) -> tuple[str, StoredKey]:
-        """A new holder; the key itself, which is kept nowhere, and its row."""
+        """Create a holder. Returns the key, which is stored nowhere, and its row."""
         now = self._clock()
         expires_at = None if lifetime_s is None else now + lifetime_s
         return self._insert(secrets.token_hex(6), name, expires_at, limits or KeyLimits())
 
     def rotate(self, key_id: str, overlap_s: float) -> tuple[str, StoredKey]:
-        """A further key for a holder, whose present ones end after the overlap.
+        """Create the next key of a holder, and let its present keys expire after the overlap.
 
-        The new key expires when the newest one was going to. Raises: LookupError where the holder
-        has no valid key.
+        The new key expires when the newest present key would have. Raises: LookupError where the
+        holder has no valid key.
         """
         now = self._clock()
         valid = [key for key in self.list_keys() if key.key_id == key_id and key.is_valid(now)]
         if not valid:
             raise LookupError(f"no valid key has the id {key_id}")
         newest = valid[-1]
-        made = self._insert(key_id, newest.name, newest.expires_at, newest.limits)
+        created = self._insert(key_id, newest.name, newest.expires_at, newest.limits)
         until = now + overlap_s
         with self._engine.begin() as connection:
             connection.execute(
@@ -125,10 +125,10 @@ class KeyStore:
                 )
                 .values(expires_at=until)
             )
-        return made
+        return created
 
     def revoke(self, key_id: str) -> int:
-        """End all keys of a holder, for good; how many that were."""
+        """Revoke all keys of a holder. Returns their number."""
         with self._engine.begin() as connection:
             return connection.execute(
                 update(api_keys)
@@ -137,13 +137,13 @@ class KeyStore:
             ).rowcount
 
     def list_keys(self) -> list[StoredKey]:
-        """All rows, ended ones too, oldest first."""
+        """All rows, oldest first, expired and revoked ones included."""
         query = select(api_keys).order_by(api_keys.c.created_at, api_keys.c.digest)
         with read_only(self._engine) as connection:
             return [to_stored_key(row) for row in connection.execute(query)]
 
     def has_keys(self) -> bool:
-        """Whether any key was ever made: revoking the last one must not open the server."""
+        """Whether any key was ever created: revoking the last one must not open the server."""
         with read_only(self._engine) as connection:
             return bool(connection.execute(select(func.count()).select_from(api_keys)).scalar_one())
 
@@ -168,12 +168,12 @@ class KeyStore:
 
 
 def digest_of(key: str) -> str:
-    """SHA-256 in hexadecimal. Half a surrogate pair, as JSON can spell it, counts as "?"."""
+    """SHA-256 in hexadecimal. A lone surrogate, which JSON can escape, counts as "?"."""
     return hashlib.sha256(key.encode(errors="replace")).hexdigest()
 
 
 def to_stored_key(row: Row[Any]) -> StoredKey:
-    """A row of `api_keys`, its limits gathered."""
+    """A row of `api_keys`, with its limits as `KeyLimits`."""
     values = dict(row._mapping)
     limits = {name: values.pop(name) for name in KeyLimits.__dataclass_fields__}
     for name in LISTS_OF_NETWORKS:
