@@ -1,4 +1,4 @@
-"""A job as server-sent events: what a client is told, and when the stream ends."""
+"""A job's progress as server-sent events, from its present state to its end."""
 
 import base64
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -12,17 +12,17 @@ from server.jobs.job import JobProgress, JobState
 from server.jobs.watcher import Subscription
 
 HEARTBEAT_S = 15.0
-"""Between two comments on a stream without news; proxies cut silent connections."""
+"""Seconds between two keep-alive comments; proxies close connections that stay silent."""
 
 
 class Queued(BaseModel):
-    """The job waits. position: 1 is next."""
+    """The job waits in the queue. position: 1 is next."""
 
     position: int | None
 
 
 class Started(BaseModel):
-    """A worker has the job. attempt: 1 unless earlier workers were lost."""
+    """A worker has claimed the job. attempt: 1 unless earlier workers were lost."""
 
     attempt: int
 
@@ -35,13 +35,13 @@ class Step(BaseModel):
 
 
 class Preview(Step):
-    """How the first picture looked after so many steps. image: a PNG as a data URI."""
+    """The first picture after so many steps. image: a PNG as a data URI."""
 
     image: str
 
 
 class Unauthorized(BaseModel):
-    """The key has been revoked or has expired. code: what a new connection would be refused by."""
+    """The key was revoked or has expired. code: as a new connection would be refused with."""
 
     code: str = "invalid_api_key"
 
@@ -52,9 +52,10 @@ async def write_events(
     read_preview: Callable[[], Awaitable[bytes | None]],
     heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[bytes]:
-    """The present state, then each change until the job or the key has ended, or the server stops.
+    """The present state, then each change until the job ends, the key ends or the server stops.
 
-    read_ended: in full, for the last event. read_preview: the newest one, None where it is gone.
+    read_ended: the job in full, for the last event. read_preview: the newest preview, None where
+    it has been removed.
     """
     last: JobProgress | None = None
     while not subscription.is_over:
@@ -76,42 +77,42 @@ async def write_events(
 
 
 def events_between(last: JobProgress | None, now: JobProgress) -> Iterator[tuple[str, BaseModel]]:
-    """The events that lead from what was told last to what is; none of a job that has ended."""
+    """The events for a change from the last progress sent; none for a job that has ended."""
     if now.state is JobState.QUEUED:
         yield "queued", Queued(position=now.position)
     if now.state is not JobState.RUNNING:
         return
-    is_told = last is not None and last.state is JobState.RUNNING and last.attempt == now.attempt
-    if not is_told:
+    was_running = last is not None and last.state is JobState.RUNNING
+    if last is None or not was_running or last.attempt != now.attempt:
         yield "started", Started(attempt=now.attempt)
     if now.total_steps:
         yield "step", Step(step=now.step, total_steps=now.total_steps)
 
 
 def new_preview_step(last: JobProgress | None, now: JobProgress) -> int | None:
-    """Of the preview that there is; None where it was told of last."""
-    is_told = last is not None and (
+    """The step of a preview that has not been sent yet; None where there is none."""
+    is_sent = last is not None and (
         (last.attempt, last.preview_step) == (now.attempt, now.preview_step)
     )
-    return now.preview_step if now.state is JobState.RUNNING and not is_told else None
+    return now.preview_step if now.state is JobState.RUNNING and not is_sent else None
 
 
 def data_uri(image: bytes) -> str:
-    """A PNG file as an address that holds it."""
+    """A PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def write_event(name: str, data: BaseModel, event_id: str) -> bytes:
-    """One event; its data is one line of JSON."""
+    """One event in wire form; its data is one line of JSON."""
     return format_sse_event(data_str=data.model_dump_json(), event=name, id=event_id)
 
 
 def describe_stream() -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's word of the stream."""
+    """OpenAPI's description of the stream."""
     text = (
         "Events queued, started and step, then one named after the final state, with the job; "
-        "where they were asked for also preview: after how many steps it was made, and the first "
-        "picture in small as a data URI, at most 128 pixels a side. "
+        "where they were asked for also preview: the number of steps, and the first picture as a "
+        "small data URI, at most 128 pixels a side. "
         "Where the API key ends before the job, the last event is unauthorized. "
         "A connection begins with the present state, and misses what comes too quickly for it."
     )

@@ -1,7 +1,7 @@
-"""stablediffusionapi.com V3: lenient reading, exact writing.
+"""stablediffusionapi.com V3, reading: fields become a `V3Request`, or the job id of a fetch.
 
-The vendor's spellings (`messege`, `meta.H`, "yes" and "no", errors under status 200) are known here
-and nowhere else. Bodies are written as plain dicts, because their order is part of the contract.
+Reading of single values is in `dialects/fields.py`; answers and errors are in `writing.py`. The
+OpenAPI description of the calls stands at the end, beside the names it describes.
 """
 
 import secrets
@@ -43,9 +43,9 @@ STRENGTH_RANGE = Range(0, 1)
 
 @dataclass(frozen=True, slots=True)
 class ReadingPolicy:
-    """What of the reading an operator can set.
+    """The operator's choices for reading.
 
-    models: those a request may ask for. https_webhooks: no others are taken.
+    models: those a request may name. https_webhooks: webhooks must have an https URL.
     """
 
     steps_policy: StepsPolicy
@@ -57,7 +57,7 @@ class ReadingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class V3Request:
-    """An inpaint call, understood. width, height: None where the init image decides."""
+    """An inpaint call as read; see `accept.JobRequest`."""
 
     prompt: str
     negative_prompt: str
@@ -113,9 +113,9 @@ class V3Request:
 
 @dataclass(frozen=True, slots=True)
 class V3Facts:
-    """What a V3 job's row keeps beside what all jobs' rows do.
+    """The facts in a job's row that only this dialect needs.
 
-    wants_base64: the answer holds the pictures as texts instead of URLs.
+    wants_base64: answers hold the pictures as base64 texts instead of URLs.
     """
 
     wants_base64: bool = False
@@ -126,12 +126,12 @@ class V3Facts:
 
     @classmethod
     def of(cls, job: Job) -> "V3Facts":
-        """A job's; the defaults for a job of another dialect."""
+        """The facts of a job; the defaults for a job of another dialect."""
         return cls(wants_base64=bool(job.request.own.get("wants_base64")))
 
 
 def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
-    """Understand an inpaint call. Raises: InvalidRequest, with every field at fault."""
+    """Read an inpaint call. Raises: InvalidRequest, with every field at fault."""
     reader = FieldReader(fields)
     prompt, negative_prompt = reader.required_text("prompt"), reader.text("negative_prompt")
     if reader.flag("enhance_prompt", default=True):
@@ -166,7 +166,7 @@ def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
 
 
 def read_model(reader: FieldReader, models: Sequence[str]) -> str | None:
-    """The model asked for; other names are ignored, as everything V3's page does not list."""
+    """The model of `model_id`; unknown names are ignored, since V3 does not document the field."""
     name = reader.value("model_id")
     return name if isinstance(name, str) and name in models else None
 
@@ -178,7 +178,7 @@ def read_strength(reader: FieldReader) -> float:
 
 
 def read_seed(reader: FieldReader) -> int:
-    """The seed modulo 2**32; a random one where it is absent or -1, as A1111's clients write it."""
+    """The seed modulo 2**32; a random seed where it is absent or -1, as clients of A1111 send."""
     seed = reader.integer("seed", RANDOM_SEED)
     return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
 
@@ -188,14 +188,16 @@ def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
     name = "num_inference_steps"
     if policy is StepsPolicy.EXACT:
         return reader.integer(name, DEFAULT_STEPS, RANGES[name])
-    asked = reader.integer(name, DEFAULT_STEPS)
+    requested = reader.integer(name, DEFAULT_STEPS)
     # The vendor runs one step less than the listed value: its example asks for 30, between
     # 21 and 31, and reports 20.
-    return max((listed for listed in VENDOR_STEPS if listed <= asked), default=DEFAULT_STEPS) - 1
+    return (
+        max((listed for listed in VENDOR_STEPS if listed <= requested), default=DEFAULT_STEPS) - 1
+    )
 
 
 def write_violation(violation: Violation) -> str:
-    """What a parameter's own check found, in the vendor's form of sentence."""
+    """A violation found by `InpaintParams`, in the vendor's form of sentence."""
     name = violation.field.replace("_", " ")
     if violation.reason:
         return f"The {name} {violation.reason}."
@@ -218,14 +220,14 @@ def read_job_id(fields: Mapping[str, Any]) -> int:
 
 
 def parse_job_id(text: str) -> int:
-    """A job id. Raises: JobNotFound for anything that was never one."""
+    """A job id. Raises: JobNotFound for any other text."""
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise JobNotFound
     return int(text)
 
 
 def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
-    """The API key, from wherever clients put it: body or query, `key` or `Authorization`."""
+    """The API key: field `key` of body or query, header `key`, or `Authorization: Bearer`."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     bearer = token if scheme.lower() == "bearer" else None
     value = FieldReader(fields).value("key")
@@ -239,7 +241,7 @@ KEY_FIELD: Body = {"type": "string", "description": "API key; also as header or 
 
 
 def describe_body(properties: Body, required: Sequence[str] = ()) -> Body:
-    """OpenAPI's description of a call whose fields are read leniently."""
+    """OpenAPI's description of a body whose fields are read leniently."""
     schema = {
         "type": "object",
         "properties": {"key": KEY_FIELD, **properties},
@@ -249,7 +251,7 @@ def describe_body(properties: Body, required: Sequence[str] = ()) -> Body:
 
 
 def describe_field(name: str, kind: str, text: str) -> Body:
-    """One parameter; its range comes from where it is checked."""
+    """OpenAPI's description of one parameter, with the range that reading checks."""
     allowed = STRENGTH_RANGE if name == "strength" else RANGES.get(name)
     limits: Body = {}
     if allowed and name not in ("width", "height", "seed"):

@@ -1,6 +1,7 @@
-"""The vendor's endpoints, the pictures and the probes.
+"""The V3 endpoints: inpaint, fetch and system_load.
 
-Each reads with the dialect, calls the services, and writes with the dialect.
+An endpoint reads with `reading`, calls `accept` or the stores, and writes with `writing`. Inpaint
+holds its call until the job ends, at most for the hold time.
 """
 
 import base64
@@ -37,7 +38,7 @@ router = APIRouter()
 
 
 async def get_fields(request: Request, services: ServicesOf) -> Fields:
-    """The request's parameters, wherever they stand. Raises: InvalidBody."""
+    """The parameters of body and query. Raises: InvalidBody."""
     return await read_fields(request, services.settings.max_body_bytes)
 
 
@@ -45,7 +46,7 @@ FieldsOf = Annotated[Fields, Depends(get_fields)]
 
 
 async def get_caller(request: Request, fields: FieldsOf) -> Caller:
-    """Who calls, and what they may do. Raises: InvalidApiKey, RateLimited."""
+    """The caller with its limits. Raises: InvalidApiKey, RateLimited."""
     return admit(request, reading.read_key(fields, request.headers))
 
 
@@ -53,7 +54,7 @@ CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 async def get_key_id(caller: CallerOf) -> str:
-    """Whose request it is."""
+    """The key id of the caller, which owns the jobs."""
     return caller.key_id
 
 
@@ -71,7 +72,8 @@ async def inpaint(
     if reading.is_fetch(fields):
         return await fetch(request, services, fields, caller.key_id)
     job_id = await submit(request, services, fields, caller)
-    # The framework keeps `fields` until the answer is there, and they may hold pictures.
+    # The call may wait long now. FastAPI keeps a reference to `fields`, which may hold megabytes
+    # of pictures, so their memory and their share of the body limit are released here.
     fields.clear()
     release_body(request)
     ended = await services.watcher.wait(job_id, max(0.0, hold_until - time.monotonic()))
@@ -110,19 +112,19 @@ async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
 
 
 async def submit(request: Request, services: Services, fields: Fields, caller: Caller) -> int:
-    """Make a job of an inpaint call; gives its id. Raises: as `reading.read_inpaint`, `accept`."""
-    asked = reading.read_inpaint(fields, reading_policy(services.settings, caller))
+    """Make a job of an inpaint call; its id. Raises: as `reading.read_inpaint`, `accept`."""
+    job_request = reading.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
-    submitted = await accept(services, asked, caller, base_url, called_url_of(request))
-    if asked.notices:
-        # By their codes: what a client wrote stays out of the log.
-        ignored = ", ".join(asked.notices)
+    submitted = await accept(services, job_request, caller, base_url, called_url_of(request))
+    if job_request.notices:
+        # Notices are codes, so that a client's own text stays out of the log.
+        ignored = ", ".join(job_request.notices)
         logger.info("parameters ignored", job_id=submitted.job.id, detail=ignored)
     return submitted.job.id
 
 
 async def fetch_job(request: Request, services: Services, job_id: int, key_id: str) -> JSONResponse:
-    """A job as fetch tells of it. Raises: JobNotFound, StorageUnavailable."""
+    """A job as a fetch call's answer. Raises: JobNotFound, StorageUnavailable."""
     job = await find_job(services, job_id, key_id)
     if job.has_pictures:
         output = await outputs(services, job, base_url_of(request, services.settings))
@@ -134,10 +136,9 @@ async def fetch_job(request: Request, services: Services, job_id: int, key_id: s
 
 
 async def outputs(services: Services, job: Job, base_url: str) -> list[str] | None:
-    """The finished pictures as the client asked for them: URLs, or base64 texts.
+    """The finished pictures in the form the client asked for: URLs, or base64 texts.
 
-    The row says whether there are any; the files of texts are read, and without one of them the
-    result is None. Raises: StorageUnavailable.
+    None when texts were asked for and a file has been removed. Raises: StorageUnavailable.
     """
     urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
     if not reading.V3Facts.of(job).wants_base64:
@@ -150,7 +151,7 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str] | No
 
 
 def reading_policy(settings: Settings, caller: Caller) -> reading.ReadingPolicy:
-    """What of the dialect's reading the operator decides, for this caller."""
+    """The operator's choices for reading this caller's requests."""
     return reading.ReadingPolicy(
         steps_policy=settings.steps_policy,
         force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
@@ -161,9 +162,10 @@ def reading_policy(settings: Settings, caller: Caller) -> reading.ReadingPolicy:
 
 
 def write_error(error: ApiError, request: Request) -> Response:
-    """An error in the vendor's form; with the status 200 under the vendor's own paths, by setting.
+    """An error in the vendor's form.
 
-    Probes, browsers and caches of other paths do not take a 200 for an error.
+    The setting `error_status` may turn its status into 200, under the vendor's own paths only:
+    probes, browsers and caches must not mistake other errors for a success.
     """
     is_own = writing.is_own(request.scope["path"])
     error_status = get_services(request).settings.error_status if is_own else ErrorStatus.HTTP
