@@ -321,23 +321,7 @@ async def parse_multipart(body: bytes, content_type: str) -> Fields:
     boundary = BOUNDARY.search(content_type)
     if boundary is None:
         raise InvalidForm
-
-    async def stream() -> AsyncIterator[bytes]:
-        yield body
-
-    parser = MultiPartParser(
-        headers=Headers(
-            {
-                "content-type": "multipart/form-data; charset=latin-1; "
-                f'boundary="{boundary[1] or boundary[2]}"'
-            }
-        ),
-        stream=stream(),  # type: ignore[arg-type]  # an async generator by another name
-        max_files=MAX_FIELDS,
-        max_fields=MAX_FIELDS,
-        max_part_size=MAX_PART_BYTES,
-    )
-    parser.spool_max_size = 0  # no files on disk: the limit of all bodies counts them
+    parser = multipart_parser(body, boundary[1] or boundary[2])
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
@@ -351,6 +335,25 @@ async def parse_multipart(body: bytes, content_type: str) -> Fields:
             fields[name] = decode_part(value, is_image=name.lower() in IMAGE_FIELDS)
     await form.close()
     return fields
+
+
+def multipart_parser(body: bytes, boundary: str) -> MultiPartParser:
+    """Starlette's parser for a whole body, with our limits."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = MultiPartParser(
+        headers=Headers(
+            {"content-type": f'multipart/form-data; charset=latin-1; boundary="{boundary}"'}
+        ),
+        stream=stream(),  # type: ignore[arg-type]  # an async generator by another name
+        max_files=MAX_FIELDS,
+        max_fields=MAX_FIELDS,
+        max_part_size=MAX_PART_BYTES,
+    )
+    parser.spool_max_size = 0  # no files on disk: the limit of all bodies counts them
+    return parser
 
 
 def decode_part(latin: str, *, is_image: bool = False) -> str | bytes:

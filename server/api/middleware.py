@@ -83,21 +83,22 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
-            duration_s = time.perf_counter() - started
-            route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
-            self._metrics.requests.labels(route, str(status or 0)).inc()
-            self._metrics.latency.labels(route).observe(duration_s)
-            # Probes come every few seconds and would fill the log.
-            log = logger.debug if scope["path"] in PROBES else logger.info
-            log(
-                "request",
-                method=scope["method"],
-                path=ascii(scope["path"])[
-                    1:-1
-                ],  # JSON writes six characters for one that is not ASCII
-                status=status,
-                duration_ms=round(duration_s * 1000, 1),
-            )
+            self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int | None, duration_s: float) -> None:
+        """Count and log a request. status: None where no answer was started."""
+        route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+        self._metrics.requests.labels(route, str(status or 0)).inc()
+        self._metrics.latency.labels(route).observe(duration_s)
+        # Probes come every few seconds and would fill the log.
+        log = logger.debug if scope["path"] in PROBES else logger.info
+        log(
+            "request",
+            method=scope["method"],
+            path=ascii(scope["path"])[1:-1],  # JSON writes six characters for one that is not ASCII
+            status=status,
+            duration_ms=round(duration_s * 1000, 1),
+        )
 
 
 class CrossOrigin(CORSMiddleware):

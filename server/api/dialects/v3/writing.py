@@ -174,8 +174,9 @@ REMOTE_TIPS = {
     RemoteOrigin.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
     RemoteOrigin.HOST: "The call has the Host of another machine: its operator names it in "
     "INPAINT_ALLOWED_HOSTS, or makes keys with `inpaint-server keys create`.",
-    RemoteOrigin.PAGE: "The call comes from a page of elsewhere, or from a file: its operator "
-    "names its Origin in INPAINT_CORS_ORIGINS, or makes keys with `inpaint-server keys create`.",
+    RemoteOrigin.PAGE: "The call comes from a web page of another origin, or from a file: "
+    "its operator names its Origin in INPAINT_CORS_ORIGINS, or makes keys with "
+    "`inpaint-server keys create`.",
 }
 
 HTTP_STATUS: dict[type[ApiError], int] = {
@@ -239,34 +240,32 @@ def write_error(error: ApiError, request_id: str) -> Body:
                     for name, problem in problems.items()
                 },
             }
-        case TooManyStreams(limit=limit, retry_after_s=seconds):
-            return {
-                "status": "error",
-                "message": f"Rate limit exceeded. Maximum {limit} event streams allowed.",
-                "tips": "Close streams that are no longer needed, then try again.",
-                "retry_after": seconds,
-            }
-        case QueueFull(limit=limit, retry_after_s=seconds):
-            return {
-                "status": "error",
-                "message": f"Rate limit exceeded. Maximum {limit} queued requests allowed.",
-                "tips": "Wait for earlier requests to finish, then try again.",
-                "retry_after": seconds,
-            }
-        case RateLimited(limit=limit, retry_after_s=seconds):
-            reason = (
-                "Too many wrong keys came from this address."
-                if limit is None
-                else f"Maximum {limit} requests per minute allowed."
-            )
+        case TooManyStreams() | QueueFull() | RateLimited():
+            reason, tips = write_limit(error)
             return {
                 "status": "error",
                 "message": f"Rate limit exceeded. {reason}",
-                "tips": "Wait for the seconds of retry_after, then try again.",
-                "retry_after": seconds,
+                "tips": tips,
+                "retry_after": error.retry_after_s,
             }
     message, tip = write_plain_error(error, request_id)
     return {"status": "error", "message": message, "tip": tip}
+
+
+def write_limit(error: TooManyStreams | QueueFull | RateLimited) -> tuple[str, str]:
+    """Reason and tip of an exceeded limit; the vendor calls each of them a rate limit."""
+    match error:
+        case TooManyStreams(limit=limit):
+            tips = "Close streams that are no longer needed, then try again."
+            return f"Maximum {limit} event streams allowed.", tips
+        case QueueFull(limit=limit):
+            tips = "Wait for earlier requests to finish, then try again."
+            return f"Maximum {limit} queued requests allowed.", tips
+        case RateLimited(limit=None):
+            reason = "Too many wrong keys came from this address."
+        case RateLimited(limit=limit):
+            reason = f"Maximum {limit} requests per minute allowed."
+    return reason, "Wait for the seconds of retry_after, then try again."
 
 
 def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
