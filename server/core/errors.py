@@ -1,4 +1,4 @@
-"""What a caller can be told. Facts only: wording and status codes belong to a dialect.
+"""Errors that end an API request. They carry facts; dialects choose wording and status codes.
 
 ApiError
 ├── InvalidBody         the body is in no format we read
@@ -8,17 +8,17 @@ ApiError
 │   └── TooManyFields   the query or the form has more parameters than we read
 ├── InvalidHost         the Host header is missing, repeated, malformed or not ours
 ├── InvalidRequest      parameters missing or out of range, each with its sentences
-├── ImageUnavailable    an init or mask image that cannot be had or read
-├── InvalidApiKey       no key, or one we do not know
-├── LoopbackOnly        from elsewhere, and there are no keys that could tell whose it is
+├── ImageUnavailable    an init or mask image that cannot be fetched or decoded
+├── InvalidApiKey       no key, or an unknown one
+├── LoopbackOnly        a call from another machine or page to a server without keys
 ├── RateLimited         this key, or this address, calls too often
-├── QueueFull           too much is waiting already
-├── TooManyStreams      this key follows too much already
+├── QueueFull           too many jobs are waiting
+├── TooManyStreams      this key has too many event streams open
 ├── ServerBusy          more connections than the server takes, or it is stopping
 ├── JobNotFound         unknown id, or a job of another key
-├── Conflict            the job, or an earlier request, stands in the way
+├── Conflict            the state of the job, or an earlier request, forbids it
 ├── RouteNotFound       no such path
-└── StorageUnavailable  database or file store do not answer
+└── StorageUnavailable  the database or the file store does not answer
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,20 +26,20 @@ from enum import StrEnum
 
 
 class ApiError(Exception):
-    """Base of everything a request can end with besides an answer.
+    """Base of all errors that end a request.
 
-    retry_after_s: when trying again makes sense; None where it never does.
+    retry_after_s: seconds after which a retry may succeed; None if it never will.
     """
 
     retry_after_s: int | None = None
 
 
 class InvalidBody(ApiError):
-    """The request cannot be read at all."""
+    """The request body cannot be parsed."""
 
 
 class BodyTooLarge(InvalidBody):
-    """More bytes than the server reads of one request."""
+    """The body exceeds the server's limit."""
 
 
 class InvalidForm(InvalidBody):
@@ -47,11 +47,11 @@ class InvalidForm(InvalidBody):
 
 
 class EncodedBody(InvalidBody):
-    """The request has another `Content-Encoding` than gzip and deflate."""
+    """The request's `Content-Encoding` is neither gzip nor deflate."""
 
 
 class TooManyFields(InvalidBody):
-    """A query string or a form with more parameters than any request has."""
+    """A query string or a form with more parameters than the limit."""
 
 
 class InvalidHost(ApiError):
@@ -59,7 +59,7 @@ class InvalidHost(ApiError):
 
 
 class InvalidRequest(ApiError):
-    """fields: for each parameter at fault why, in the words of the dialect that read it."""
+    """fields: for each invalid parameter the reasons, in the dialect's words."""
 
     def __init__(self, fields: Mapping[str, Sequence[str]]) -> None:
         self.fields = {name: list(sentences) for name, sentences in fields.items()}
@@ -67,10 +67,10 @@ class InvalidRequest(ApiError):
 
 
 class ImageProblem(StrEnum):
-    """Why an image cannot be used. One word per kind, so that nothing else can leak out."""
+    """Why an image cannot be used. A fixed code, so that no internal detail leaks to clients."""
 
     NOT_REACHABLE = "not_reachable"
-    """The one answer for all causes in the network, so that the answers draw no map of it."""
+    """One answer for all network errors, so that a client cannot scan the network (SSRF)."""
     NOT_FOUND = "not_found"
     """A public host answers 404 or 410."""
     FORBIDDEN = "forbidden"
@@ -78,16 +78,16 @@ class ImageProblem(StrEnum):
     HOST_FAILED = "host_failed"
     """A public host answers with another status than 200."""
     COMPRESSED = "compressed"
-    """The host's `Content-Encoding` is one we do not undo."""
+    """The host's `Content-Encoding` is not supported."""
     INVALID_URL = "invalid_url"
     URL_TOO_LONG = "url_too_long"
     PRIVATE_ADDRESS = "private_address"
-    """The URL alone shows it, and no setting opens the address."""
+    """The URL itself names a private address, and no setting allows it."""
     PORT_NOT_ALLOWED = "port_not_allowed"
-    """The same of the port."""
+    """The URL itself names a port that no setting allows."""
     TOO_LARGE = "too_large"
     NOT_A_SOURCE = "not_a_source"
-    """A path, a URL of another scheme or without one, plain words."""
+    """Not an image source: a path, a URL of another scheme, or plain text."""
     NOT_AN_IMAGE = "not_an_image"
     UNSUPPORTED = "unsupported"
     DAMAGED = "damaged"
@@ -95,7 +95,7 @@ class ImageProblem(StrEnum):
 
 
 class ImageUnavailable(ApiError):
-    """problems: what is wrong with which parameter."""
+    """problems: by parameter."""
 
     def __init__(self, problems: Mapping[str, ImageProblem]) -> None:
         self.problems = dict(problems)
@@ -107,18 +107,18 @@ class InvalidApiKey(ApiError):
 
 
 class RemoteOrigin(StrEnum):
-    """What shows that a request does not come from a program on the server's own machine."""
+    """What shows that a call does not come from a program on the server's machine."""
 
     ADDRESS = "address"
     """The client's address."""
     HOST = "host"
-    """The name in the `Host` header, which DNS rebinding may have led here."""
+    """The name in the `Host` header, which may be DNS rebinding."""
     PAGE = "page"
-    """The page in the `Origin` header; a file opened from disk is `null`."""
+    """The `Origin` header, which names another site; a file opened from disk sends `null`."""
 
 
 class LoopbackOnly(ApiError):
-    """A server without keys serves its own machine only. remote_origin: what shows another one."""
+    """A server without keys serves its own machine only. remote_origin: why it refused."""
 
     def __init__(self, remote_origin: RemoteOrigin = RemoteOrigin.ADDRESS) -> None:
         self.remote_origin = remote_origin
@@ -126,7 +126,7 @@ class LoopbackOnly(ApiError):
 
 
 class RateLimited(ApiError):
-    """limit: calls per minute of the key; None where an address sent too many wrong keys."""
+    """limit: the key's calls per minute; None if an address sent too many wrong keys."""
 
     def __init__(self, retry_after_s: int, limit: int | None = None) -> None:
         self.retry_after_s = retry_after_s
@@ -155,30 +155,30 @@ class TooManyStreams(ApiError):
 
 
 class ServerBusy(ApiError):
-    """There is no room for the request now; nothing was accepted."""
+    """The server is full or stopping; nothing was accepted."""
 
     retry_after_s = 5
 
 
 class JobNotFound(ApiError):
-    """Also the answer for a job of somebody else's key."""
+    """Also raised for a job of another key."""
 
 
 class ConflictKind(StrEnum):
-    """What stands in the way."""
+    """What the request conflicts with."""
 
     JOB_ENDED = "job_ended"
     """It cannot be cancelled any more."""
     NO_DELIVERY = "no_delivery"
-    """There is no webhook call to make again: the job has none, or has not ended."""
+    """Nothing to redeliver: the job has no webhook, or has not ended."""
     PICTURES_EXPIRED = "pictures_expired"
-    """Its webhook call cannot be made again: its pictures have been removed."""
+    """Its webhook cannot be redelivered: its pictures have been removed."""
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
-    """The key came before, with another body."""
+    """An earlier request had the same idempotency key and another body."""
 
 
 class Conflict(ApiError):
-    """kind: what stands in the way."""
+    """kind: what the request conflicts with."""
 
     def __init__(self, kind: ConflictKind) -> None:
         self.kind = kind
@@ -188,7 +188,7 @@ class Conflict(ApiError):
 class RouteNotFound(ApiError):
     """No such path, or not with this method.
 
-    allowed: the methods the path knows, as in the header `Allow`; empty for an unknown path.
+    allowed: the path's methods, as in the `Allow` header; empty for an unknown path.
     """
 
     def __init__(self, allowed: str = "") -> None:
@@ -197,7 +197,7 @@ class RouteNotFound(ApiError):
 
 
 class StorageUnavailable(ApiError):
-    """Try again later; nothing was accepted. is_logged: the log says why already."""
+    """Nothing was accepted. is_logged: the log has the reason already."""
 
     retry_after_s = 10
 

@@ -576,7 +576,7 @@ class TestPagesOfElsewhere:
         answer = client.request(method, path, headers=headers)
         assert "serves its own machine only" in answer.text
         is_page = {"origin", "sec-fetch-site"} & headers.keys() and "host" not in headers
-        shown = "page of elsewhere" if is_page else "Host" if "host" in headers else "address"
+        shown = "page of another origin" if is_page else "Host" if "host" in headers else "address"
         assert shown in answer.text or (shown == "address" and path.startswith("/api/v3"))
         assert answer.status_code == (200 if path.startswith("/api/v3/") else 403)
 

@@ -1,4 +1,4 @@
-"""`Dialect`: one wire language, which is all that the rest of the server knows of it."""
+"""`Dialect`: everything that the rest of the server knows of one wire language."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from server.jobs.job import Job
 
 
 def invalid_body(_error: RequestValidationError) -> ApiError:
-    """For a dialect whose endpoints read all of a call themselves."""
+    """The default `to_api_error`, for a dialect whose endpoints read the whole call themselves."""
     return InvalidBody()
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How clients of one kind speak.
+    """One wire language.
 
-    name: stands in the rows of the dialect's jobs.
+    name: stored in the rows of the dialect's jobs.
     router: its endpoints. They read a call into a `JobRequest`, hand it to `accept`, and write the
         answer. A fact of the call that only this dialect needs later goes into the job's row by a
         frozen type of its own (`RequestFacts.own`).
     owns: whether errors under a path are written in this dialect.
-    write_error: the answer for an error.
+    write_error: the response for an error.
     write_webhook: the body of the webhook call for a job that has ended.
-    to_api_error: what the framework found wrong with a call, in the server's terms.
+    to_api_error: FastAPI's validation error of path, query or headers as an `ApiError`.
     """
 
     name: str

@@ -26,21 +26,21 @@ FALSE_WORDS = ("no", "false", "0", "off")
 INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
 
 MAX_TEXT_CHARS = 8_000
-"""Of a prompt as sent; enhancement makes it longer."""
+"""Longest prompt as sent; enhancement makes it longer."""
 
 MAX_TRACK_ID_CHARS = 1_024
-"""Written out. It goes into the job's row and back in the webhook call."""
+"""Longest text of a `track_id`, which is stored in the job's row and sent in the webhook body."""
 
 MAX_SCHEDULER_CHARS = 100
 NOT_A_SOURCE = "must be a URL, base64 or a file."
-"""Of an image."""
+"""End of the sentence about a field that holds no image."""
 
 
 class FieldReader:
-    """Takes values out of a request's fields and notes what is wrong with them, or ignored.
+    """Reads values from a request's fields, and collects errors and notices.
 
-    `""`, null, the texts "null", "none" and "undefined" and absence mean the same, for every field:
-    a prompt "None" is nearly always Python's. Texts are trimmed.
+    For every field `""`, null and the texts "null", "none" and "undefined" count as absent: a
+    prompt "None" nearly always comes from a Python client. Texts are trimmed.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -49,18 +49,18 @@ class FieldReader:
         self.notices: list[Notice] = []
 
     def value(self, name: str) -> Any:
-        """The field, None where it says nothing."""
+        """The value of a field, None where it is absent."""
         value = self._fields.get(name)
         if isinstance(value, str):
-            # Inline pictures are megabytes of ASCII, of which no copy should be made.
+            # Inline pictures are megabytes of ASCII, so they are not copied here.
             if not value.isascii():
-                # Half a surrogate pair, as JSON can spell it, fits into no answer and no row.
+                # A lone surrogate, which JSON can escape, cannot be encoded in UTF-8.
                 value = value.encode(errors="replace").decode().strip().strip(ZERO_WIDTH)
             value = value.strip()
         return None if is_absent(value) else value
 
     def text(self, name: str, max_chars: int = MAX_TEXT_CHARS) -> str | None:
-        """A text; numbers are taken as they would be written."""
+        """A text; a number counts as its decimal text."""
         value = self.value(name)
         if value is None:
             return None
@@ -73,20 +73,20 @@ class FieldReader:
         return str(value)
 
     def required_text(self, name: str) -> str:
-        """A text that must be there; `""` stands in for it once noted as missing."""
+        """A required text; `""` where it is missing, with an error."""
         text = self.text(name)
         if text is None and name not in self.errors:
             self._refuse(name, "field is required.")
         return text or ""
 
     def check_prompt(self, name: str, prompt: str) -> None:
-        """Refuse a prompt that the worker would, as far as that is known here."""
+        """Refuse a prompt that is surely too long for the worker's tokenizer."""
         if is_surely_too_long(prompt):
             limit = f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens"
             self._refuse(name, f"may not need more than {limit}.")
 
     def image(self, name: str) -> ImageSource:
-        """A picture: URL, data URI, base64 text or uploaded file."""
+        """An image: URL, data URI, base64 text or uploaded file."""
         value = self.value(name)
         if isinstance(value, bytes) and value:
             return ImageSource(value)
@@ -110,7 +110,7 @@ class FieldReader:
         return number
 
     def integer(self, name: str, default: int, allowed: Range | None = None) -> int:
-        """A whole number within its range; "512" and 512.0 are fine."""
+        """An integer within its range; "512" and 512.0 are accepted."""
         value = self.value(name)
         if isinstance(value, str) and INTEGER.fullmatch(value):
             value = int(value)
@@ -136,18 +136,18 @@ class FieldReader:
         return False
 
     def size(self) -> tuple[int | None, int | None]:
-        """Width and height, made to fit the allowed sizes; None for a side that is left open."""
+        """Width and height, fitted to the allowed sizes; None for an absent side."""
         width, height = self._side("width"), self._side("height")
         if width is not None and height is not None:
             return allowed_size(width, height)
-        # The open side follows the init image's proportions, and both are made to fit then.
+        # The absent side follows the init image's proportions; both are fitted after decoding.
         return (
             None if width is None else fit_side("width", width),
             None if height is None else fit_side("height", height),
         )
 
     def _side(self, name: str) -> float | None:
-        """Pixels as sent, at least 1; a fraction will be rounded down with the rest."""
+        """Pixels as sent, at least 1; `fit_side` rounds fractions down."""
         if self.value(name) is None:
             return None
         pixels = self.number(name, RANGES[name].minimum)
@@ -157,7 +157,7 @@ class FieldReader:
         return pixels
 
     def scheduler(self) -> SchedulerName | None:
-        """A noise scheduler by any of its names; an unknown one is noted and ignored."""
+        """A noise scheduler by any of its names; an unknown name is ignored with a notice."""
         name = self.value("scheduler")
         if name is None:
             return None
@@ -169,7 +169,7 @@ class FieldReader:
         return scheduler
 
     def web_address(self, name: str, *, https_only: bool = False) -> str | None:
-        """An http or https URL, or the latter alone."""
+        """An http or https URL. https_only: http is refused."""
         url = self.text(name, max_chars=MAX_URL_CHARS)
         if url is not None and not is_web_address(url):
             self._refuse(name, "must be a valid URL.")
@@ -199,9 +199,9 @@ class FieldReader:
 
 
 def is_web_address(url: str) -> bool:
-    """Whether a webhook's sender would take the URL's form.
+    """Whether the URL has a form that the webhook sender accepts.
 
-    The form alone is judged, never the address: an answer says nothing of any network.
+    The address is not checked here, because the answer would reveal our network (SSRF).
     """
     try:
         checked_url(url)
@@ -211,7 +211,7 @@ def is_web_address(url: str) -> bool:
 
 
 def is_https(url: str) -> bool:
-    """Of what `is_web_address` holds for."""
+    """Whether a URL that passed `is_web_address` uses https."""
     return checked_url(url).scheme == "https"
 
 

@@ -8,7 +8,7 @@ from server.api.dialects.v3.routes import V3
 from server.jobs.job import Job
 
 DIALECTS = (NATIVE, V3)
-"""In the order in which they are asked whether they own a path; the first takes what none owns."""
+"""The first dialect that owns a path writes its errors; `NATIVE` writes those of other paths."""
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
 
@@ -19,5 +19,5 @@ def dialect_of(path: str) -> Dialect:
 
 
 def write_webhook(job: Job) -> dict[str, Any]:
-    """A webhook call speaks the language in which the job was asked for."""
+    """The webhook body of a job, in the dialect of its request."""
     return BY_NAME[job.dialect].write_webhook(job)

@@ -1,4 +1,4 @@
-"""The names under which clients ask for noise schedulers: diffusers', A1111's, k-diffusion's."""
+"""Client names of the noise schedulers, from diffusers, A1111 and k-diffusion."""
 
 import re
 
@@ -11,7 +11,7 @@ NAMES = {
     SchedulerName.DPM_MULTISTEP: ["dpm++ 2m", "dpmpp 2m", "dpm solver multistep", "dpm solver++"],
     SchedulerName.DPM_SINGLESTEP: [
         *("dpm++ 2s", "dpmpp 2s", "dpm solver singlestep"),
-        *("dpm++ sde", "dpmpp sde"),  # diffusers' own table of A1111's names says so
+        *("dpm++ sde", "dpmpp sde"),  # as in diffusers' table of A1111's names
     ],
     SchedulerName.EULER: ["euler", "k euler", "euler discrete"],
     SchedulerName.EULER_ANCESTRAL: [
@@ -33,11 +33,11 @@ are not listed have no equivalent here: LMS, DPM++ 2S a, 2M SDE and 3M SDE, DPM 
 IPNDM, inverse DDIM, Karras VE, Score SDE VE."""
 
 SPACING = re.compile(r"(karras|exponential|polyexponential|sgmuniform|simple|normal|automatic)$")
-"""Of the noise levels: A1111 writes it behind a sampler's name."""
+"""Spacing of the noise levels, which A1111 appends to a sampler's name."""
 
 
 def plain(name: str) -> str:
-    """What of a name counts."""
+    """A name without case, blanks, `_`, `-` and a last "Scheduler"."""
     return re.sub(r"[\s_-]", "", name.lower()).removesuffix("scheduler")
 
 
@@ -45,8 +45,8 @@ SCHEDULERS = {plain(name): scheduler for scheduler, names in NAMES.items() for n
 
 
 def find_scheduler(name: str) -> tuple[SchedulerName | None, bool]:
-    """The scheduler of a name, None for none of ours; and whether a spacing in it was left out."""
-    asked = plain(name)
-    if asked in SCHEDULERS:
-        return SCHEDULERS[asked], False
-    return SCHEDULERS.get(SPACING.sub("", asked)), SPACING.search(asked) is not None
+    """The scheduler of a name, None for an unknown one; and whether its spacing was ignored."""
+    key = plain(name)
+    if key in SCHEDULERS:
+        return SCHEDULERS[key], False
+    return SCHEDULERS.get(SPACING.sub("", key)), SPACING.search(key) is not None

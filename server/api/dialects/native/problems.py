@@ -93,8 +93,8 @@ PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
 
 REMOTE_SENTENCES = {
     RemoteOrigin.ADDRESS: "the call comes from another address",
-    RemoteOrigin.HOST: "the call has the Host of another one",
-    RemoteOrigin.PAGE: "the call comes from a page of elsewhere, or from a file",
+    RemoteOrigin.HOST: "the call has the Host of another machine",
+    RemoteOrigin.PAGE: "the call comes from a web page of another origin, or from a file",
 }
 
 METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not know the method")

@@ -1,6 +1,7 @@
-"""Our own API, reading: strict JSON with the names of diffusers, one error per field at fault.
+"""The native dialect, reading: strict JSON becomes a `NativeJob`, or one error per field at fault.
 
-What it writes is in `native_answers.py`, its errors in `native_problems.py`.
+Fields have the names of diffusers. Answers are in `writing.py`, errors in `problems.py`, and
+server-sent events in `events.py`.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ from server.jobs.idempotency import Idempotency
 DIALECT = "native"
 MAX_REPORTED_FIELDS = 50
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
-"""Visible ASCII, as in a header of one word."""
+"""1 to 255 visible ASCII characters."""
 
 DEFAULTS = {each.name: each.default for each in dataclasses.fields(InpaintParams)}
 
@@ -90,7 +91,7 @@ MAX_CHARS = {
     "url": MAX_URL_CHARS,
     "track_id": MAX_TRACK_ID_CHARS,
 }
-"""Of the texts, and of a track_id's JSON whatever it is."""
+"""Longest texts; of a `track_id` the length of its JSON."""
 
 PROBLEM_OF_ERROR = {
     "missing": FieldProblem.REQUIRED,
@@ -104,11 +105,11 @@ PROBLEM_OF_ERROR = {
     "enum": FieldProblem.NOT_A_CHOICE,
     "not_a_url": FieldProblem.NOT_A_URL,
 }
-"""By pydantic's names; all others are a matter of the JSON type."""
+"""By pydantic's type of error; every other one is `WRONG_TYPE`."""
 
 
 def write_field_problem(name: str, problem: FieldProblem) -> str:
-    """A sentence without anything of what the client sent."""
+    """The sentence for a problem. It never repeats what the client sent."""
     if problem is FieldProblem.OUT_OF_RANGE:
         allowed = RANGES.get(name)
         if allowed is None:
@@ -147,7 +148,7 @@ def track_id_within_limits(track_id: str | int | float | bool | None) -> Any:
 
 
 def ranged(name: str, text: str, **more: Any) -> Any:
-    """A number of `InpaintParams`: its range and default stand there alone."""
+    """A number of `InpaintParams`, with the range and the default defined there."""
     allowed = RANGES[name]
     default = DEFAULTS[name]
     kind = int if isinstance(default, int) else float
@@ -167,7 +168,7 @@ SIDE_TEXT = (
 
 
 def side(text: str) -> Any:
-    """Width or height."""
+    """The field of width or height."""
     allowed = RANGES["width"]
     return Field(
         default=None,
@@ -179,11 +180,11 @@ def side(text: str) -> Any:
 
 
 def plain(name: str, text: str, **more: Any) -> Any:
-    """Any other parameter of `InpaintParams`."""
+    """The field of any other parameter of `InpaintParams`."""
     return Field(default=DEFAULTS[name], description=text, **more)
 
 
-# In place, as a description of a body outside of FastAPI's own has nowhere to refer to.
+# The schema is inlined: FastAPI does not read this body, so it has no place for `$ref` to point to.
 Scheduler = Annotated[
     SchedulerName,
     Field(strict=False),
@@ -203,7 +204,7 @@ TrackId = Annotated[TrackText | int | float | bool | None, AfterValidator(track_
 
 
 class NativeRequest(BaseModel):
-    """Pictures to make. An unknown field is an error, and so is a value out of its range."""
+    """The JSON body of a new job. Unknown fields and values out of range are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -215,8 +216,8 @@ class NativeRequest(BaseModel):
 
     prompt: Prompt = Field(
         description="What to paint; emphasis, weights and BREAK as in A1111, up to "
-        f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens. What else of A1111's syntax is "
-        "written comes back in the job's warnings",
+        f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens. Other syntax of A1111 is "
+        "reported in the job's warnings",
     )
     init_image: str = Field(
         min_length=1, description="URL, data URI or base64 of a PNG, JPEG or WEBP picture"
@@ -227,10 +228,10 @@ class NativeRequest(BaseModel):
     height: int | None = side(SIDE_TEXT)
     samples: int = ranged("samples", "Number of pictures; picture i is made with seed + i")
     num_inference_steps: int = ranged("num_inference_steps", "Denoising steps, before strength")
-    strength: float = ranged("strength", "1 forgets the init image under the mask")
+    strength: float = ranged("strength", "1 ignores the init image under the mask")
     guidance_scale: float = ranged("guidance_scale", "Classifier-free guidance; 1 is none")
     seed: int | None = Field(
-        default=None, ge=0, le=SEED_MODULUS - 1, description="Random where null, and told"
+        default=None, ge=0, le=SEED_MODULUS - 1, description="Random where null; the job reports it"
     )
     scheduler: Scheduler | None = plain("scheduler", "Noise scheduler; the model's own where null")
     model: str | None = plain(
@@ -260,13 +261,13 @@ class NativeRequest(BaseModel):
 
     @property
     def body_sha256(self) -> str:
-        """Of what is asked for, however its JSON is spaced or ordered."""
-        asked = self.model_dump(mode="json", exclude_unset=True)
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        """Digest of the fields as sent, whatever the spacing and order of the JSON."""
+        sent = self.model_dump(mode="json", exclude_unset=True)
+        return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
 
 
 class PingRequest(BaseModel):
-    """A receiver to try."""
+    """The JSON body of a ping: the webhook receiver to test."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
@@ -274,12 +275,12 @@ class PingRequest(BaseModel):
 
 
 PARAMETERS = DEFAULTS.keys() & NativeRequest.model_fields.keys() - {"width", "height", "seed"}
-"""Fields that are `InpaintParams` as they stand."""
+"""Fields that go into `InpaintParams` unchanged."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NativeJob:
-    """A `NativeRequest` on its way to a job; see `intake.JobRequest`. seed: as asked, or drawn."""
+    """A `NativeRequest` as an `accept.JobRequest`. seed: as sent, or a random one."""
 
     request: NativeRequest
     seed: int
@@ -322,7 +323,8 @@ class NativeJob:
         try:
             return InpaintParams(**given, width=width, height=height, seed=self.seed)
         except InvalidInput as error:
-            # Ranges were checked when it was read; what is left are steps that depend on others.
+            # Ranges were checked when the body was read. Only the limit of steps is left, because
+            # it depends on the scheduler.
             raise InvalidRequest(
                 {each.field: [FieldProblem.TOO_MANY_STEPS] for each in error.violations}
             ) from error
@@ -347,9 +349,9 @@ def read_job(
     models: Sequence[str] = (),
     https_webhooks: bool = False,
 ) -> NativeJob:
-    """Understand a request for pictures. models: those it may ask for.
+    """Read the body of a new job. models: those a request may name.
 
-    Raises: InvalidBody; InvalidRequest, all fields named.
+    Raises: InvalidBody; InvalidRequest, with every field at fault.
     """
     try:
         request = NativeRequest.model_validate_json(body)
@@ -360,13 +362,14 @@ def read_job(
     if https_webhooks and request.webhook is not None and not is_https(request.webhook):
         raise InvalidRequest({"webhook": [FieldProblem.NOT_HTTPS]})
     seed = secrets.randbelow(SEED_MODULUS) if request.seed is None else request.seed
-    asked = NativeJob(request, seed, force_safety_check)
-    asked.params(request.width or 512, request.height or 512)  # refused before anything is fetched
-    return asked
+    job_request = NativeJob(request, seed, force_safety_check)
+    # Wrong combinations are refused before any image is fetched.
+    job_request.params(request.width or 512, request.height or 512)
+    return job_request
 
 
 def read_ping(body: bytes, *, https_only: bool = False) -> str:
-    """The URL to try. Raises: InvalidBody, InvalidRequest."""
+    """The URL to ping. Raises: InvalidBody, InvalidRequest."""
     try:
         url = PingRequest.model_validate_json(body).url
     except ValidationError as error:
@@ -377,15 +380,15 @@ def read_ping(body: bytes, *, https_only: bool = False) -> str:
 
 
 def to_api_error(error: ValidationError) -> InvalidBody | InvalidRequest:
-    """pydantic's findings in our own words."""
+    """pydantic's errors of a body as an `ApiError`."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     if not errors[0]["loc"]:
         return InvalidBody()  # no JSON, or no object
     return InvalidRequest(problems_of([(str(each["loc"][0]), each["type"]) for each in errors]))
 
 
-def refusal_of_call(error: RequestValidationError) -> JobNotFound | InvalidRequest:
-    """FastAPI's findings in the path, the query or a header."""
+def to_call_error(error: RequestValidationError) -> JobNotFound | InvalidRequest:
+    """FastAPI's errors of path, query or headers as an `ApiError`."""
     if any(each["loc"][0] == "path" for each in error.errors()):
         return JobNotFound()
     found = [(str(each["loc"][-1]), str(each["type"])) for each in error.errors()]
@@ -393,7 +396,7 @@ def refusal_of_call(error: RequestValidationError) -> JobNotFound | InvalidReque
 
 
 def problems_of(found: Sequence[tuple[str, str]]) -> dict[str, list[FieldProblem]]:
-    """The first problem of each field; found: fields and pydantic's types of error."""
+    """The first problem of each field. found: fields with pydantic's type of error."""
     problems: dict[str, list[FieldProblem]] = {}
     for name, kind in found[:MAX_REPORTED_FIELDS]:
         problems.setdefault(name, [PROBLEM_OF_ERROR.get(kind, FieldProblem.WRONG_TYPE)])
@@ -401,7 +404,7 @@ def problems_of(found: Sequence[tuple[str, str]]) -> dict[str, list[FieldProblem
 
 
 def read_idempotency(key: str | None, request: NativeRequest) -> Idempotency | None:
-    """The header's key with what it stands for. Raises: InvalidRequest."""
+    """The idempotency key of the header with the digest of the body. Raises: InvalidRequest."""
     if key is None:
         return None
     if not IDEMPOTENCY_KEY.fullmatch(key):

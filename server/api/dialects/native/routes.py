@@ -330,5 +330,5 @@ NATIVE = Dialect(
     owns=problems.is_native,
     write_error=write_error,
     write_webhook=writing.write_webhook,
-    to_api_error=reading.refusal_of_call,
+    to_api_error=reading.to_call_error,
 )

@@ -1,4 +1,8 @@
-"""Our own API, writing: a job, its webhook calls, and what the webhook itself says."""
+"""The native dialect, writing: jobs, lists, webhook calls and their attempts, and the webhook body.
+
+The pydantic models come first, as OpenAPI shows them; the functions that fill them follow. Errors
+are in `problems.py`, server-sent events in `events.py`.
+"""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -30,7 +34,7 @@ class JobError(BaseModel):
 
 
 class Output(BaseModel):
-    """A picture. All but the address is null where no receipt was kept."""
+    """A picture. All but `url` and `seed` are null where the job has no receipt."""
 
     url: str
     seed: int
@@ -45,7 +49,7 @@ class Output(BaseModel):
 
 
 class JobSummary(BaseModel):
-    """A job, as a list tells of it."""
+    """A job in a list."""
 
     id: int
     state: JobState
@@ -61,7 +65,7 @@ class JobSummary(BaseModel):
 
 
 class Mask(BaseModel):
-    """How the mask was understood, and what was repainted, the blur's reach included."""
+    """How the mask was read, and the repainted area, the blur's reach included."""
 
     read_as: MaskReading | None = Field(
         description="What was taken to mean: repaint this. `white`: the lighter, the more, as "
@@ -122,10 +126,12 @@ class ReceiptAnswer(BaseModel):
 
 
 class JobAnswer(JobSummary):
-    """A job with all that is known of it."""
+    """A job in full."""
 
     position: int | None = Field(description="1 is next; null for a job that does not wait")
-    eta_s: float | None = Field(description="Seconds until it probably ends; null once it has")
+    eta_s: float | None = Field(
+        description="Estimated seconds until it ends; null once it has ended"
+    )
     timings_ms: Timings
     mask: Mask | None
     warnings: list[WarningAnswer] = Field(
@@ -144,10 +150,10 @@ class JobList(BaseModel):
 
 
 class Outcome(StrEnum):
-    """Of a webhook call, as far as who named the address may know.
+    """The outcome of a webhook call, as far as a client may see it.
 
-    Whether it was denied, unknown, closed or silent would draw a map of our network, and how long
-    that took as well.
+    An answer that told a denied, unknown, closed or silent address apart would let clients map our
+    network (SSRF). Durations without an answer are left out for the same reason.
     """
 
     ANSWERED = "answered"
@@ -155,7 +161,7 @@ class Outcome(StrEnum):
 
 
 class AttemptAnswer(BaseModel):
-    """One try of a webhook call."""
+    """One attempt of a webhook call."""
 
     attempt: int
     started_at: datetime
@@ -165,16 +171,18 @@ class AttemptAnswer(BaseModel):
 
 
 class DeliveryAnswer(BaseModel):
-    """A webhook call and its tries."""
+    """A webhook call and its attempts."""
 
-    webhook_id: str = Field(description="The same on every try: header `webhook-id`")
+    webhook_id: str = Field(description="The same on every attempt: header `webhook-id`")
     job_id: int
     url: str
     state: DeliveryState
-    is_held: bool = Field(description="The receiver's host fails, and is tried less often")
+    is_held: bool = Field(
+        description="The receiver's circuit breaker is open, so it is called less often"
+    )
     next_attempt_at: datetime | None
-    attempts: list[AttemptAnswer] = Field(description=f"The last {LISTED_ATTEMPTS} tries")
-    attempts_total: int = Field(description="Tries so far, one that is under way included")
+    attempts: list[AttemptAnswer] = Field(description=f"The last {LISTED_ATTEMPTS} attempts")
+    attempts_total: int = Field(description="Attempts so far, one in progress included")
 
 
 class DeliveryList(BaseModel):
@@ -185,7 +193,7 @@ class DeliveryList(BaseModel):
 
 
 class PingAnswer(BaseModel):
-    """What came back from a receiver."""
+    """The answer of a receiver to a ping."""
 
     webhook_id: str
     is_received: bool = Field(description="The receiver answered 2xx")
@@ -195,12 +203,12 @@ class PingAnswer(BaseModel):
 
 
 def moment(seconds: float | None) -> datetime | None:
-    """Seconds since the epoch as an instant."""
+    """Seconds since the epoch as a time in UTC."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 def known_moment(seconds: float) -> datetime:
-    """The same of one that is there."""
+    """Seconds that are never None as a time in UTC."""
     return datetime.fromtimestamp(seconds, UTC)
 
 
@@ -236,7 +244,7 @@ def write_error(job: Job) -> JobError | None:
 def write_job(
     job: Job, receipt: Receipt | None, base_url: str, position: int | None, eta_s: float | None
 ) -> JobAnswer:
-    """A job in full. position, eta_s: None for one that does not wait, or has ended."""
+    """A job in full. position: None unless it waits. eta_s: None once it has ended."""
     intake = job.request.intake
     return JobAnswer(
         **summary_values(job),
@@ -255,7 +263,7 @@ def write_job(
 
 
 def write_mask(intake: Intake | None, receipt: Receipt | None) -> Mask | None:
-    """What is known of the mask so far."""
+    """The facts about the mask that are known so far."""
     if intake is None and receipt is None:
         return None
     return Mask(
@@ -294,12 +302,12 @@ def write_outputs(job: Job, receipt: Receipt | None, base_url: str) -> list[Outp
 
 
 def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> Timings:
-    """The stages that were measured."""
+    """The timings of the stages so far."""
     stages: dict[str, float | None] = {}
-    taken_in_ms = 0.0
+    intake_ms = 0.0
     if intake is not None:
         stages |= {"fetch": intake.fetch_ms, "decode_images": intake.decode_ms}
-        taken_in_ms = intake.fetch_ms + intake.decode_ms
+        intake_ms = intake.fetch_ms + intake.decode_ms
     if receipt is not None:
         times = receipt.times
         stages |= {
@@ -312,12 +320,12 @@ def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> T
     if job.queued_s is not None:
         stages["queued"] = round(job.queued_s * 1000, 1)
         if job.run_s is not None:
-            stages["total"] = round(taken_in_ms + (job.queued_s + job.run_s) * 1000, 1)
+            stages["total"] = round(intake_ms + (job.queued_s + job.run_s) * 1000, 1)
     return Timings(**stages)
 
 
 def write_webhook(job: Job) -> dict[str, Any]:
-    """The call that tells of a job's end; what else is known of it can be fetched."""
+    """The webhook body of a job that has ended: its summary and the URLs of its pictures."""
     base_url = job.request.base_url
     summary = write_summary(job).model_dump(mode="json")
     outputs = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
@@ -325,7 +333,7 @@ def write_webhook(job: Job) -> dict[str, Any]:
 
 
 def write_delivery(status: DeliveryStatus, open_hosts: Sequence[str]) -> DeliveryAnswer:
-    """A webhook call and its tries. open_hosts: those with an open circuit breaker."""
+    """A webhook call and its attempts. open_hosts: hosts whose circuit breaker is open."""
     is_pending = status.state is DeliveryState.PENDING
     return DeliveryAnswer(
         webhook_id=status.id,
@@ -340,7 +348,7 @@ def write_delivery(status: DeliveryStatus, open_hosts: Sequence[str]) -> Deliver
 
 
 def write_attempt(number: int, attempt: Attempt) -> AttemptAnswer:
-    """One try. number: from 1; some are missing where a sender died."""
+    """One attempt. number: from 1; attempts of a process that died are missing."""
     return AttemptAnswer(
         attempt=number,
         started_at=known_moment(attempt.started_at),
@@ -351,7 +359,7 @@ def write_attempt(number: int, attempt: Attempt) -> AttemptAnswer:
 
 
 def write_ping(webhook_id: str, attempt: Attempt) -> PingAnswer:
-    """What came back from a receiver."""
+    """The answer of a receiver to a ping."""
     return PingAnswer(
         webhook_id=webhook_id,
         is_received=attempt.is_success,
@@ -362,10 +370,10 @@ def write_ping(webhook_id: str, attempt: Attempt) -> PingAnswer:
 
 
 def outcome_of(attempt: Attempt) -> Outcome:
-    """Whether there was an answer."""
+    """Whether the receiver answered."""
     return Outcome.NO_ANSWER if attempt.status is None else Outcome.ANSWERED
 
 
 def duration_ms_of(attempt: Attempt) -> int | None:
-    """How long an answer took; None where there was none."""
+    """Milliseconds until the answer; None without an answer."""
     return None if attempt.status is None else round(attempt.duration_s * 1000)

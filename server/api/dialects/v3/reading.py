@@ -277,11 +277,11 @@ INPAINT_FIELDS = {
     "safety_checker": ("string", "yes: a flagged picture is replaced by a blank one"),
     "enhance_prompt": ("string", "yes: words for better results are added to both prompts"),
     "guidance_scale": ("number", "Scale of classifier-free guidance"),
-    "strength": ("number", "1 forgets the init image under the mask"),
+    "strength": ("number", "1 ignores the init image under the mask"),
     "base64": ("string", "yes: pictures as base64 text instead of URLs"),
     "seed": ("integer", "Sample i is made with seed + i, modulo 2^32; random where absent or -1"),
     "webhook": ("string", "URL that is called when the job has ended"),
-    "track_id": ("string", "Given back in the webhook call"),
+    "track_id": ("string", "Returned in the webhook body"),
     "scheduler": (
         "string",
         "Noise scheduler, by its name in diffusers or A1111; an unknown one is ignored",
