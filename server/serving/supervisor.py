@@ -1,6 +1,6 @@
-"""Keeps the worker processes alive, one per device.
+"""`Supervisor`: starts a worker process per device, and restarts those that end or hang.
 
-A worker that ends is started again, and its jobs are handed back at once.
+When a worker ends, its jobs are queued again at once, before their leases expire.
 """
 
 import os
@@ -25,46 +25,47 @@ logger = get_logger(__name__)
 
 POLL_S = 0.05
 DELAYS_S = (1.0, 30.0)
-"""Before a worker is started again: the first time, and the longest."""
+"""Back-off before a worker is restarted: the first delay, and the longest."""
 
 UNUSABLE = 78
-"""Exit status of a worker whose model or device cannot be used: only somebody else can mend that.
-That of `sysexits.h` for a wrong configuration."""
+"""Exit status of a worker whose model or device cannot be used, so that a restart will not help:
+EX_CONFIG of `sysexits.h`."""
 
 UNUSABLE_DELAY_S = 300.0
-"""Before such a worker is started again: the hub may be back, or a file."""
+"""Delay before such a worker is restarted: the hub or a missing file may be back by then."""
 
 STEADY_S = 60.0
-"""A worker that lived so long starts again with the first delay."""
+"""After a run of this length the back-off starts at the first delay again."""
 
 GRACE_S = 25.0
-"""From SIGTERM to SIGKILL; the rest of the half minute that a stop may take is the server's own."""
+"""Seconds from SIGTERM to SIGKILL. A shutdown may take 30 s, and the server needs the rest."""
 
 STALL_S = 120.0
-"""A ready worker that says nothing for so long hangs: it speaks between two steps."""
+"""A ready worker without a report for so long hangs: it reports between two steps."""
 
 LOAD_STALL_S = 1_800.0
-"""The same for one that starts or loads: it speaks after each part of the model, but a download
-of one says nothing."""
+"""The same limit while a worker starts or loads. It reports after each part of the model, but not
+during a download."""
 
-WATCHES_PER_STALL = 20
-"""How often a worker's last word is read, in the shorter of the two times."""
+POLLS_PER_STALL = 20
+"""How often a worker's status is read within the shorter of the two limits."""
 
-# -P: not from the folder where the server was called, which anybody may be able to write to.
+# -P: import nothing from the working folder, which other users may be able to write to.
 PROGRAM = (sys.executable, "-P", "-m", "server.cli.main")
 WORKER_COMMAND = (*PROGRAM, "worker")
 
 
 def new_worker_id() -> str:
-    """A name that no other worker has, on any machine."""
+    """A worker id that is unique across machines."""
     return f"{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
-class Watch:
-    """Tells whether a worker has fallen silent. stall_s, load_stall_s: see the constants.
+class StallDetector:
+    """Detects a worker that hangs, by its status in the database.
 
-    Compares the worker's word with its earlier one, by this process's own steady clock: a clock
-    that jumps cannot make a worker look dead, nor can a database that is away.
+    It measures on its own steady clock how long the status has not changed, so that neither a
+    clock that jumps nor a failing database makes a worker look dead.
+    stall_s, load_stall_s: as `STALL_S` and `LOAD_STALL_S`.
     """
 
     def __init__(
@@ -80,39 +81,39 @@ class Watch:
         self._stall_s = stall_s
         self._load_stall_s = load_stall_s
         self._clock = clock
-        self._word: WorkerStatus | None = None
-        self._has_looked = self._has_spoken = False
-        self._look_again_at = self._heard_at = clock()
+        self._last: WorkerStatus | None = None
+        self._has_polled = self._has_reported = False
+        self._next_poll_at = self._reported_at = clock()
         self.has_been_ready = False
-        """Whether the worker has ever said so."""
+        """Whether the worker has ever reported that it is ready."""
 
     def has_stalled(self) -> bool:
-        """Whether it hangs. Costs a query from time to time."""
+        """Whether the worker hangs. Most calls make no query."""
         now = self._clock()
-        if now < self._look_again_at:
+        if now < self._next_poll_at:
             return False
-        self._look_again_at = now + min(self._stall_s, self._load_stall_s) / WATCHES_PER_STALL
+        self._next_poll_at = now + min(self._stall_s, self._load_stall_s) / POLLS_PER_STALL
         try:
-            word = self._store.workers.get(self._worker_id)
+            status = self._store.workers.get(self._worker_id)
         except SQLAlchemyError:
-            self._heard_at = now  # the worker could not have spoken
+            self._reported_at = now  # without a database the worker could not report
             return False
-        if not self._has_looked:
-            # May be the word of an earlier life.
-            self._has_looked, self._word = True, word
-            self._note(word)
-        elif word != self._word:
-            self._word, self._heard_at, self._has_spoken = word, now, True
-            self._note(word)
-        is_ready = self._has_spoken and word is not None and word.state == "ready"
-        return now - self._heard_at > (self._stall_s if is_ready else self._load_stall_s)
-
-    def _note(self, word: WorkerStatus | None) -> None:
-        self.has_been_ready |= word is not None and word.state == "ready"
+        is_ready = status is not None and status.state == "ready"
+        self.has_been_ready |= is_ready
+        if not self._has_polled:
+            # The first status may be that of an earlier run, so it is no report.
+            self._has_polled, self._last = True, status
+        elif status != self._last:
+            self._last, self._reported_at, self._has_reported = status, now, True
+        limit_s = self._stall_s if is_ready and self._has_reported else self._load_stall_s
+        return now - self._reported_at > limit_s
 
 
 class WorkerChild:
-    """A worker, and what the database knows of it. stalls_s: see `STALL_S` and `LOAD_STALL_S`."""
+    """A worker's command, and its row in the database.
+
+    stalls_s: as `STALL_S` and `LOAD_STALL_S`.
+    """
 
     def __init__(
         self, device: str, command: Sequence[str], store: JobStore, stalls_s: tuple[float, float]
@@ -120,45 +121,46 @@ class WorkerChild:
         self._id = new_worker_id()
         self._store = store
         self._stalls_s = stalls_s
-        self._watch: Watch | None = None
+        self._detector: StallDetector | None = None
         self._has_been_ready = False
         self.label = {"worker_id": self._id, "device": device}
         self.command = [*command, "--worker-id", self._id, "--device", device]
 
-    def new_watch(self) -> Callable[[], bool]:
-        """For one life: whether the worker hangs."""
-        self._watch = Watch(self._store, self._id, *self._stalls_s)
-        return self._watch.has_stalled
+    def new_stall_detector(self) -> StallDetector:
+        """A detector for the run that begins now."""
+        self._detector = StallDetector(self._store, self._id, *self._stalls_s)
+        return self._detector
 
-    def take_back(self) -> None:
-        """Queue the jobs of a worker that has ended; where that fails, their leases run out.
+    def requeue_jobs(self) -> None:
+        """Queue the jobs of a worker that has ended; where that fails, their leases expire.
 
-        Never raises. The worker is not ready any more, whatever its row says; the row is kept only
-        where it tells why the worker failed.
+        Never raises. The row is removed too, because it may say that the worker is ready. It stays
+        only where it says why the worker failed.
         """
-        self._has_been_ready |= self._watch is not None and self._watch.has_been_ready
+        if self._detector is not None:
+            self._has_been_ready |= self._detector.has_been_ready
         try:
             self._store.requeue_of(self._id)
-            word = self._store.workers.get(self._id)
-            if word is None or word.state != "failed":
+            status = self._store.workers.get(self._id)
+            if status is None or status.state != "failed":
                 self._store.workers.remove(self._id)
         except SQLAlchemyError:
-            logger.exception("jobs not taken back", **self.label)
+            logger.exception("jobs not requeued", **self.label)
 
-    def forget(self) -> None:
-        """Remove the row of a worker that will not be started again. Never raises."""
+    def remove_row(self) -> None:
+        """Remove the row of a worker that will not be restarted. Never raises."""
         with suppress(SQLAlchemyError):
             self._store.workers.remove(self._id)
 
-    def complaint(self) -> str:
-        """After `UNUSABLE`: the reason, in the worker's words. Never raises."""
+    def failure_reason(self) -> str:
+        """After `UNUSABLE`: the reason that the worker has reported. Never raises."""
         with suppress(SQLAlchemyError):
-            word = self._store.workers.get(self._id)
-            return word.detail if word is not None else ""
+            status = self._store.workers.get(self._id)
+            return status.detail if status is not None else ""
         return ""
 
-    def is_missed(self) -> bool:
-        """After `UNUSABLE`: whether this worker was never ready and no other is. Never raises."""
+    def leaves_no_worker(self) -> bool:
+        """After `UNUSABLE`: whether this worker was never ready, and no other is. Never raises."""
         with suppress(SQLAlchemyError):
             seen = self._store.workers.alive()
             return not (self._has_been_ready or any(each.state == "ready" for each in seen))
@@ -174,10 +176,11 @@ def worker_children(
 ) -> list[WorkerChild]:
     """A worker for each device.
 
-    flags: for the worker command, besides its id and device. stalls_s: see the constants.
-    command: what starts a worker; gets the flags, `--parent`, `--worker-id` and `--device`.
+    flags: further flags of the worker command. stalls_s: as `STALL_S` and `LOAD_STALL_S`.
+    command: starts a worker; gets the flags, `--parent`, `--worker-id` and `--device`.
     """
-    # Told and not asked for: a worker takes seconds to start, and we may be gone by then.
+    # The parent's pid is passed, because this process may have ended by the time that the worker
+    # has started and could ask for it.
     whole = [*command, *flags, "--parent", str(os.getpid())]
     return [WorkerChild(device, whole, store, stalls_s) for device in devices]
 
@@ -185,8 +188,7 @@ def worker_children(
 class Supervisor:
     """Use as a context manager: entering starts the workers, leaving stops them and waits.
 
-    delays_s: before a worker is started again, the first and the longest. unusable_delay_s: the
-    same after `UNUSABLE`.
+    delays_s: as `DELAYS_S`. unusable_delay_s: delay before a restart after `UNUSABLE`.
     """
 
     def __init__(
@@ -200,17 +202,19 @@ class Supervisor:
         self._children = frozenset(children)
         self._unusable: set[WorkerChild] = set()
         self.failure: str | None = None
-        """Why no worker can be used, once all have tried and none ever could."""
-        self._is_told = False
+        """Why no worker can be used, once all were `UNUSABLE` and none was ever ready."""
+        self._is_stop_requested = False
         self._is_stopping = threading.Event()
-        self._keepers = [
-            threading.Thread(target=self._keep, args=(child,), name=f"keeper-{index}")
+        self._threads = [
+            threading.Thread(
+                target=self._restart_until_stopped, args=(child,), name=f"supervisor-{index}"
+            )
             for index, child in enumerate(children)
         ]
 
     def __enter__(self) -> "Supervisor":
-        for keeper in self._keepers:
-            keeper.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -220,79 +224,81 @@ class Supervisor:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
-        for keeper in self._keepers:
-            keeper.join()
+        for thread in self._threads:
+            thread.join()
 
     def stop(self) -> None:
-        """Tell the workers to end, and do not wait. May be called by a signal's handler."""
-        # Not set twice: a second signal could come while the event's own lock is taken.
-        if not self._is_told:
-            self._is_told = True
+        """Begin to stop the workers, without waiting. Safe to call in a signal handler."""
+        # The event is set only once: a second signal could arrive while the first handler holds the
+        # event's lock, and would deadlock.
+        if not self._is_stop_requested:
+            self._is_stop_requested = True
             self._is_stopping.set()
 
     @property
     def has_ended(self) -> bool:
-        """Whether all workers are gone for good."""
-        return not any(keeper.is_alive() for keeper in self._keepers)
+        """Whether all workers have ended and none will be restarted."""
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _keep(self, child: WorkerChild) -> None:
-        """Start the worker again and again, until the server stops."""
+    def _restart_until_stopped(self, child: WorkerChild) -> None:
+        """Run the worker, and run it again after a back-off, until the server stops."""
         delay_s = self._first_delay_s
         while not self._is_stopping.is_set():
             started = time.monotonic()
             self._unusable.discard(child)
-            exit_code = self._live(child)
+            exit_code = self._run_once(child)
             if self._is_stopping.is_set():
                 break
             if exit_code == UNUSABLE:
-                self._put_off(child)
+                self._back_off(child)
                 continue
             if time.monotonic() - started > STEADY_S:
                 delay_s = self._first_delay_s
             logger.error("worker ended", **child.label, exit_code=exit_code, delay_s=delay_s)
             self._is_stopping.wait(delay_s)
             delay_s = min(delay_s * 2, self._last_delay_s)
-        child.forget()
+        child.remove_row()
 
-    def _put_off(self, child: WorkerChild) -> None:
-        """Wait long, or say that there is no use in waiting."""
+    def _back_off(self, child: WorkerChild) -> None:
+        """Wait before the restart of an unusable worker; record the failure if all are unusable."""
         self._unusable.add(child)
-        complaint = child.complaint()
-        if self._children <= self._unusable and child.is_missed():
-            self.failure = complaint or "no worker can be started"
+        failure_reason = child.failure_reason()
+        if self._children <= self._unusable and child.leaves_no_worker():
+            self.failure = failure_reason or "no worker can be started"
         else:
             logger.error(
                 "worker cannot be used",
                 **child.label,
-                detail=complaint,
+                detail=failure_reason,
                 delay_s=self._unusable_delay_s,
             )
         self._is_stopping.wait(self._unusable_delay_s)
 
-    def _live(self, child: WorkerChild) -> int | None:
-        """One life, from start to exit status; None where there was no room for a process."""
+    def _run_once(self, child: WorkerChild) -> int | None:
+        """Start the worker and wait for its exit status; None where it could not be started."""
         try:
-            # A group of its own: Ctrl-C is for us, and we tell our children in our own time.
+            # A process group of its own, so that Ctrl-C reaches this process only, which then stops
+            # its workers in order.
             process = subprocess.Popen(child.command, process_group=0)
         except OSError as error:
             logger.error("worker cannot be started", **child.label, detail=str(error))
-            child.take_back()
+            child.requeue_jobs()
             return None
         logger.info("worker started", **child.label, pid=process.pid)
         try:
             return self._wait(process, child)
         finally:
-            child.take_back()
+            child.requeue_jobs()
 
     def _wait(self, process: subprocess.Popen[bytes], child: WorkerChild) -> int:
-        """Until the process ends: by itself, because it hangs, or because we are stopping."""
-        has_stalled = child.new_watch()
+        """Wait until the process ends; kill it when it hangs, stop it when the server stops."""
+        detector = child.new_stall_detector()
         while not self._is_stopping.wait(POLL_S):
             if process.poll() is not None:
                 return process.returncode
-            if has_stalled():
+            if detector.has_stalled():
                 logger.error("worker hangs", **child.label, pid=process.pid)
-                process.kill()  # it would not hear anything gentler
+                process.kill()  # SIGTERM is handled between two steps, which never come
                 return process.wait()
         process.send_signal(signal.SIGTERM)
         try:

@@ -1,6 +1,7 @@
 """`Watchdog`: ends a process whose event loop has stopped, so that it can be started again.
 
-Such a process accepts connections and answers none, and no signal handler of asyncio runs in it.
+The kernel still accepts connections for such a process, but nothing answers them, and asyncio runs
+no signal handler.
 """
 
 import os
@@ -14,41 +15,43 @@ from server.core.logs import get_logger
 
 logger = get_logger(__name__)
 
-LOOK_S = 1.0
+CHECK_S = 1.0
+"""Seconds between two checks."""
+
 STALL_S = 30.0
-"""A loop that has not run for so long is taken for dead."""
+"""A loop without a tick for so long has stopped."""
 
 STOPPING_STALL_S = 10.0
-"""The same once the process was told to end."""
+"""The same limit during shutdown."""
 
 EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""
 
 
 class Watchdog:
-    """Use as a context manager: a thread looks on until it is left.
+    """Use as a context manager: a thread checks the ticks until the block ends.
 
-    Looks without a tick are counted, and not the seconds since the last one: a process that was
-    paused (Ctrl-Z, a suspended machine) gets its time after it.
+    It counts checks without a tick and not the seconds since the last tick, so that a process that
+    was paused (Ctrl-Z, a suspended machine) gets the full time after it resumes.
 
-    end: called once, in the thread; does not return in a real process.
+    end: called once, in the thread; in a real process it does not return.
     """
 
     def __init__(
         self,
         end: Callable[[], None] | None = None,
         *,
-        look_s: float = LOOK_S,
+        check_s: float = CHECK_S,
         stall_s: float = STALL_S,
         stopping_stall_s: float = STOPPING_STALL_S,
     ) -> None:
         self._end = end or end_process
-        self._look_s = look_s
-        self._looks = round(stall_s / look_s)
-        self._stopping_looks = round(stopping_stall_s / look_s)
+        self._look_s = check_s
+        self._max_missed = round(stall_s / check_s)
+        self._max_missed_stopping = round(stopping_stall_s / check_s)
         self._ticks = 0
         self._is_stopping = False
-        self._is_left = threading.Event()
+        self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -61,29 +64,29 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._is_left.set()
+        self._is_over.set()
         self._thread.join()
 
     def tick(self) -> None:
-        """The event loop runs; to be called by it, more often than once a look."""
+        """Report that the event loop runs. Call it on the loop, more often than every `CHECK_S`."""
         self._ticks += 1
 
     def expect_end(self) -> None:
-        """The process was told to end. May be called by a signal's handler."""
+        """Use the shorter limit from now on. Safe to call in a signal handler."""
         self._is_stopping = True
 
     def _watch(self) -> None:
-        ticks, silent_looks = self._ticks, 0
-        while not self._is_left.wait(self._look_s):
-            silent_looks = silent_looks + 1 if self._ticks == ticks else 0
+        ticks, missed = self._ticks, 0
+        while not self._is_over.wait(self._look_s):
+            missed = missed + 1 if self._ticks == ticks else 0
             ticks = self._ticks
-            if silent_looks >= (self._stopping_looks if self._is_stopping else self._looks):
+            if missed >= (self._max_missed_stopping if self._is_stopping else self._max_missed):
                 self._end()
                 return
 
 
 def end_process() -> None:
-    """Say where the main thread stands, and end without any of its code."""
+    """Log the main thread's stack, and exit without running any more of its code."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = "".join(traceback.format_stack(frame)) if frame else ""
     logger.error("the event loop has stopped, ending", exception=stack)

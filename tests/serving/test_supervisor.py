@@ -1,4 +1,4 @@
-"""Workers are started, started again, and their jobs taken back, whatever the database says."""
+"""Workers are started and restarted, and their jobs queued again, even if the database fails."""
 
 import asyncio
 import sys
@@ -19,8 +19,8 @@ from server.jobs.workers import WorkerRegistry, WorkerStatus
 from server.serving.supervisor import (
     LOAD_STALL_S,
     STALL_S,
+    StallDetector,
     Supervisor,
-    Watch,
     worker_children,
 )
 from tests.conftest import migrated_sqlite
@@ -41,7 +41,7 @@ def url(tmp_path: Path) -> str:
 
 
 class CountingRegistry(WorkerRegistry):
-    """Notes what was asked of it. removed: a worker's row was removed."""
+    """Records calls. forgotten: a worker's row was removed. others_sought: `alive` was called."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -60,7 +60,7 @@ class CountingRegistry(WorkerRegistry):
 
 
 class CountingStore(JobStore):
-    """A store that counts how often jobs were taken back, and fails as often as told.
+    """A store that counts calls of `requeue_of`, and fails the first ones.
 
     workers: how many different ones must have ended besides.
     """
@@ -87,7 +87,7 @@ class CountingStore(JobStore):
 def test_worker_that_ends_is_started_again(engine: Engine, failures: int) -> None:
     store = CountingStore(engine, failures, enough=3)
     with Supervisor(worker_children(["cpu"], BROKEN, store), AT_ONCE):
-        assert store.is_enough.wait(WAIT_S), "a failing database must not end the keeper"
+        assert store.is_enough.wait(WAIT_S), "a failing database must not end the thread"
 
 
 def test_each_device_has_a_worker_of_its_own(engine: Engine) -> None:
@@ -142,12 +142,12 @@ def test_server_goes_on_when_its_worker_was_ready_before(engine: Engine) -> None
     store = JobStore(engine)
     (worker,) = worker_children(["cpu"], [], store)
     worker_id = worker.label["worker_id"]
-    assert worker.is_missed()
+    assert worker.leaves_no_worker()
     store.workers.report(status(worker_id, time.time(), "ready"))
-    assert not worker.new_watch()()
-    worker.take_back()
+    assert not worker.new_stall_detector().has_stalled()
+    worker.requeue_jobs()
     assert store.workers.alive() == []
-    assert not worker.is_missed()
+    assert not worker.leaves_no_worker()
 
 
 def test_unusable_worker_is_started_again_seldom(engine: Engine, url: str) -> None:
@@ -221,7 +221,7 @@ def test_worker_that_cannot_be_started_is_tried_again(engine: Engine) -> None:
         assert store.is_enough.wait(WAIT_S)
 
 
-class TestWatch:
+class TestStallDetector:
     @pytest.fixture
     def clock(self) -> Clock:
         return Clock()
@@ -231,71 +231,75 @@ class TestWatch:
         return JobStore(engine)
 
     @pytest.fixture
-    def watch(self, store: JobStore, clock: Clock) -> Watch:
-        watch = Watch(store, "w", 10, 1_000, clock)
-        assert not watch.has_stalled()
-        return watch
+    def detector(self, store: JobStore, clock: Clock) -> StallDetector:
+        detector = StallDetector(store, "w", 10, 1_000, clock)
+        assert not detector.has_stalled()
+        return detector
 
     def say(self, store: JobStore, state: str, seen_at: float) -> None:
         store.workers.report(status("w", seen_at, state))
 
-    def test_silent_worker_has_stalled(self, store: JobStore, clock: Clock, watch: Watch) -> None:
+    def test_silent_worker_has_stalled(
+        self, store: JobStore, clock: Clock, detector: StallDetector
+    ) -> None:
         for second in range(3):
             clock.now += 9
             self.say(store, "ready", second)
-            assert not watch.has_stalled(), "it speaks"
+            assert not detector.has_stalled(), "it speaks"
         clock.now += 9
-        assert not watch.has_stalled()
+        assert not detector.has_stalled()
         clock.now += 2
-        assert watch.has_stalled()
+        assert detector.has_stalled()
 
     def test_loading_may_take_long_while_it_gets_on(
-        self, store: JobStore, clock: Clock, watch: Watch
+        self, store: JobStore, clock: Clock, detector: StallDetector
     ) -> None:
         for second in range(3):
             self.say(store, "loading", second)
             clock.now += 1
-            assert not watch.has_stalled()
+            assert not detector.has_stalled()
             clock.now += 990
-            assert not watch.has_stalled()
+            assert not detector.has_stalled()
         clock.now += 20
-        assert watch.has_stalled()
+        assert detector.has_stalled()
 
-    def test_worker_that_never_says_a_word_has_stalled(self, clock: Clock, watch: Watch) -> None:
+    def test_worker_that_never_says_a_word_has_stalled(
+        self, clock: Clock, detector: StallDetector
+    ) -> None:
         clock.now += 990
-        assert not watch.has_stalled()
+        assert not detector.has_stalled()
         clock.now += 20
-        assert watch.has_stalled()
+        assert detector.has_stalled()
 
     def test_word_of_an_earlier_life_does_not_count(self, store: JobStore, clock: Clock) -> None:
         self.say(store, "ready", 0)
-        watch = Watch(store, "w", 10, 1_000, clock)
+        detector = StallDetector(store, "w", 10, 1_000, clock)
         for _ in range(3):
-            assert not watch.has_stalled()
+            assert not detector.has_stalled()
             clock.now += 300
 
     def test_jump_of_the_workers_clock_is_a_word_like_any(
-        self, store: JobStore, clock: Clock, watch: Watch
+        self, store: JobStore, clock: Clock, detector: StallDetector
     ) -> None:
         for seen_at in (1e9, 1.0, 1e9):
             clock.now += 9
             self.say(store, "ready", seen_at)
-            assert not watch.has_stalled()
+            assert not detector.has_stalled()
 
     def test_time_without_a_database_does_not_count(
-        self, store: JobStore, engine: Engine, clock: Clock, watch: Watch
+        self, store: JobStore, engine: Engine, clock: Clock, detector: StallDetector
     ) -> None:
         clock.now += 1
         self.say(store, "ready", 0)
-        assert not watch.has_stalled()
+        assert not detector.has_stalled()
         rename(engine, "workers", "gone")
         clock.now += 1_000
-        assert not watch.has_stalled()
+        assert not detector.has_stalled()
         rename(engine, "gone", "workers")
         clock.now += 9
-        assert not watch.has_stalled()
+        assert not detector.has_stalled()
         clock.now += 2
-        assert watch.has_stalled()
+        assert detector.has_stalled()
 
 
 def rename(engine: Engine, old: str, new: str) -> None:

@@ -9,7 +9,7 @@ from server.serving.watchdog import EXIT_CODE, Watchdog
 from tests.support.processes import ServerProcess
 
 WAIT_S = 60.0
-LOOK_S = 0.01
+CHECK_S = 0.01
 LONG_S = 3_600.0
 
 
@@ -22,15 +22,15 @@ class Ended(threading.Event):
 
 def test_a_loop_that_has_stopped_ends_the_process() -> None:
     ended = Ended()
-    with Watchdog(ended, look_s=LOOK_S, stall_s=5 * LOOK_S, stopping_stall_s=LONG_S) as watchdog:
+    with Watchdog(ended, check_s=CHECK_S, stall_s=5 * CHECK_S, stopping_stall_s=LONG_S) as watchdog:
         watchdog.tick()
         assert ended.wait(WAIT_S)
 
 
 def test_a_process_that_is_told_to_end_has_less_time() -> None:
     ended = Ended()
-    with Watchdog(ended, look_s=LOOK_S, stall_s=LONG_S, stopping_stall_s=5 * LOOK_S) as watchdog:
-        assert not ended.wait(20 * LOOK_S)
+    with Watchdog(ended, check_s=CHECK_S, stall_s=LONG_S, stopping_stall_s=5 * CHECK_S) as watchdog:
+        assert not ended.wait(20 * CHECK_S)
         watchdog.expect_end()
         assert ended.wait(WAIT_S)
 
@@ -38,10 +38,12 @@ def test_a_process_that_is_told_to_end_has_less_time() -> None:
 def test_a_loop_that_runs_goes_on() -> None:
     ended = Ended()
     stop = threading.Event()
-    with Watchdog(ended, look_s=LOOK_S, stall_s=100 * LOOK_S, stopping_stall_s=LOOK_S) as watchdog:
+    with Watchdog(
+        ended, check_s=CHECK_S, stall_s=100 * CHECK_S, stopping_stall_s=CHECK_S
+    ) as watchdog:
         for _ in range(200):
             watchdog.tick()
-            stop.wait(LOOK_S)
+            stop.wait(CHECK_S)
     assert not ended.is_set()
 
 
