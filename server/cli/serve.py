@@ -1,62 +1,51 @@
-"""The commands that run for long: `serve` and `worker`."""
+"""The commands `serve` and `worker`, which run until they are stopped."""
 
 import argparse
 import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from server.cli.options import Refusal, refusing, settings_of, shared_flags
 from server.core.settings import Settings
+
+if TYPE_CHECKING:
+    from server.jobs.store import JobStore
+    from server.serving.supervisor import WorkerChild
 
 
 def run_server(options: argparse.Namespace) -> int:
     """Listen, migrate, start workers, answer until SIGTERM or SIGINT."""
     from server.api.app import create_app
-    from server.api.auth.keyring import read_keys_file
     from server.api.auth.keys import KeyStore
-    from server.core.logs import configure_logging, redact_secrets
     from server.jobs.store import JobStore
-    from server.serving.preflight import check_workers
-    from server.serving.server import ADMIN_LISTENING, Server, listen, raise_open_file_limit, url_of
-    from server.serving.supervisor import WORKER_COMMAND, Supervisor, worker_children
+    from server.serving.server import (
+        LISTENING,
+        Server,
+        listen,
+        raise_open_file_limit,
+        url_of,
+        with_bound_ports,
+    )
+    from server.serving.supervisor import Supervisor
     from server.storage.database import open_migrated
-    from server.worker.announcements import STARTING, announce, ready_announced
+    from server.worker.announcements import announce, ready_announced
 
     with refusing():
-        settings = settings_of(options, "host", "port", "devices", "workers")
-        settings.make_data_dir()
-        configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
-        warn_of(settings)
-        command = shlex.split(options.worker_command or "")
-        if settings.auth.keys_file is not None:
-            redact_secrets(read_keys_file(settings.auth.keys_file))  # it must be there at the start
-        settings = check_workers(settings, command)
+        settings, command = prepare(options)
         raise_open_file_limit()
         engine = open_migrated(settings.sqlalchemy_url)
         has_keys = KeyStore(engine).has_keys()
         settings.refuse_open_server(has_keys)
         listeners = listen(settings)
-        admin = listeners.get(ADMIN_LISTENING)
-        admin_port = None if admin is None else admin.getsockname()[1]
-        # The ports taken for 0: the server must know where it listens, to stay out of there.
-        settings = settings.model_copy(
-            update={
-                "port": listeners["listening"].getsockname()[1],
-                "admin": settings.admin.model_copy(update={"port": admin_port}),
-            }
-        )
+        settings = with_bound_ports(settings, listeners)
         app = create_app(settings)
         store = JobStore(engine)
-        workers = worker_children(
-            settings.worker_devices,
-            shared_flags(options),
-            store,
-            (settings.worker_stall_s, settings.worker_load_stall_s),
-            command or WORKER_COMMAND,
-        )
+        workers = make_workers(options, settings, store, command)
     supervisor = Supervisor(workers)
-    server = Server(app, settings, admin_port, supervisor)
-    urls = {event: url_of(each) for event, each in listeners.items()}
-    url = urls.pop("listening")
-    worker_ids = [each.label["worker_id"] for each in workers]
+    server = Server(app, settings, settings.admin.port, supervisor)
+    urls = {event: url_of(listener) for event, listener in listeners.items()}
+    url = urls.pop(LISTENING)
+    worker_ids = [worker.label["worker_id"] for worker in workers]
     with supervisor, ready_announced(store, worker_ids, url):
         announce(settings, url, settings.access(has_keys), urls)
         server.run_until_stopped(*listeners.values())
@@ -65,8 +54,44 @@ def run_server(options: argparse.Namespace) -> int:
     return 0
 
 
-def warn_of(settings: Settings) -> None:
-    """Log what an operator should change, though the server starts all the same."""
+def prepare(options: argparse.Namespace) -> tuple[Settings, Sequence[str]]:
+    """The checked settings, and the operator's own worker command. Starts the log.
+
+    Raises: ValueError, OSError.
+    """
+    from server.api.auth.keyring import read_keys_file
+    from server.core.logs import configure_logging, redact_secrets
+    from server.serving.preflight import check_workers
+    from server.worker.announcements import STARTING
+
+    settings = settings_of(options, "host", "port", "devices", "workers")
+    settings.make_data_dir()
+    configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
+    warn_operator(settings)
+    if settings.auth.keys_file is not None:
+        # A missing key file refuses the start; later it would count as empty.
+        redact_secrets(read_keys_file(settings.auth.keys_file))
+    command = shlex.split(options.worker_command or "")
+    return check_workers(settings, command), command
+
+
+def make_workers(
+    options: argparse.Namespace, settings: Settings, store: "JobStore", command: Sequence[str]
+) -> "list[WorkerChild]":
+    """A worker for each device; none is started. command: as from `prepare`."""
+    from server.serving.supervisor import WORKER_COMMAND, worker_children
+
+    return worker_children(
+        settings.worker_devices,
+        shared_flags(options),
+        store,
+        (settings.worker_stall_s, settings.worker_load_stall_s),
+        command or WORKER_COMMAND,
+    )
+
+
+def warn_operator(settings: Settings) -> None:
+    """Log settings that an operator should change, though the server starts."""
     from server.core.logs import get_logger
 
     logger = get_logger(__name__)
@@ -84,7 +109,8 @@ def run_worker(options: argparse.Namespace) -> int:
     from server.serving.devices import expand_devices, open_device
     from server.serving.supervisor import UNUSABLE, new_worker_id
 
-    # Before torch is imported, which takes seconds, and looks for devices once.
+    # The device must be chosen before torch is imported, because CUDA reads the environment once.
+    # A refusal also comes seconds earlier so.
     with refusing():
         settings = settings_of(options)
         settings.make_data_dir()
@@ -97,9 +123,9 @@ def run_worker(options: argparse.Namespace) -> int:
     from server.worker import loop
     from server.worker.announcements import STARTING
 
-    # A server tells a person of its workers.
-    said = STARTING if options.parent is not None else ()
-    configure_logging(secrets=settings.secrets, shown_on_terminal=said)
+    # On a terminal the server that started this worker announces these events.
+    announced = STARTING if options.parent is not None else ()
+    configure_logging(secrets=settings.secrets, shown_on_terminal=announced)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -107,7 +133,7 @@ def run_worker(options: argparse.Namespace) -> int:
         worker_id = options.worker_id or new_worker_id()
         loop.run(settings, worker_id, device, stopping, options.parent)
     except (DeviceUnavailable, ModelUnavailable) as error:
-        if options.parent is None:  # else the server says it
+        if options.parent is None:  # else the supervisor logs the reason
             get_logger(__name__).error("worker cannot go on", detail=str(error))
         return UNUSABLE
     except (EngineError, DatabaseFileGone) as error:

@@ -5,7 +5,7 @@ import errno
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,23 +18,24 @@ from server.serving.admin import ByPort, create_admin_app
 from server.serving.connections import ConnectionLimiter
 from server.serving.protocol import GuardedConfig
 from server.serving.supervisor import Supervisor
-from server.serving.watchdog import LOOK_S, Watchdog
+from server.serving.watchdog import CHECK_S, Watchdog
 
 BACKLOG = 2_048
 GRACE_S = 4
-"""From the end of the last worker until connections that are still open are cut."""
+"""Seconds from the end of the last worker until the remaining connections are cut."""
 
-ADMIN_LISTENING = "admin listening"
+LISTENING, ADMIN_LISTENING = "listening", "admin listening"
+"""Log events of the two sockets, by which `listen` names them."""
 
-OWN_FILES = 256
-"""File descriptors kept for the database, pictures, downloads and webhooks."""
+RESERVED_FILES = 256
+"""File descriptors reserved for the database, pictures, downloads and webhooks."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn, made to close on silent clients and to let waiting ones go when it has to stop.
+    """uvicorn with connection limits, a watchdog, and a shutdown that drains.
 
-    Told to stop, the server goes on answering until its workers have ended: new jobs are refused,
-    earlier ones can be fetched.
+    After SIGTERM the server goes on answering until its workers have ended: new jobs are refused,
+    earlier jobs can be fetched.
 
     admin_port: connections to it get the admin application.
     """
@@ -52,7 +53,7 @@ class Server(uvicorn.Server):
         limits = settings.http
         self.limiter = ConnectionLimiter(
             limits,
-            min(limits.max_connections, max(open_file_limit() - OWN_FILES, OWN_FILES)),
+            min(limits.max_connections, max(open_file_limit() - RESERVED_FILES, RESERVED_FILES)),
             settings.forwarded_allow_ips,
         )
         served: ASGIApp = app
@@ -77,8 +78,8 @@ class Server(uvicorn.Server):
 
     def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
-        # uvicorn raises the signal again once it is done, for handlers that stood before its own;
-        # with the default ones the process would die here, before its workers are stopped.
+        # After serving, uvicorn raises the signal again for the handlers installed before its own.
+        # With the default handlers the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         with Watchdog() as self._watchdog:
@@ -91,12 +92,12 @@ class Server(uvicorn.Server):
             self._tick(self._watchdog, asyncio.get_running_loop())
 
     def _tick(self, watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
-        """Tell the watchdog that the loop runs, and again before its next look."""
+        """Report to the watchdog that the loop runs, twice for each of its checks."""
         watchdog.tick()
-        loop.call_later(LOOK_S / 2, self._tick, watchdog, loop)
+        loop.call_later(CHECK_S / 2, self._tick, watchdog, loop)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Workers end, and held requests get their "processing" answer now."""
+        """Begin the shutdown: stop the workers, and answer held V3 calls "processing" now."""
         if self._watchdog is not None:
             self._watchdog.expect_end()
         if self._workers is not None:
@@ -110,29 +111,44 @@ class Server(uvicorn.Server):
         """Ten times a second: whether to close the listening sockets and end."""
         if self._workers is not None and self._workers.failure and not self.should_exit:
             self.handle_exit(signal.SIGTERM, None)
-        is_told = await super().on_tick(counter)
-        are_workers_gone = self._workers is None or self._workers.has_ended
-        return is_told and (are_workers_gone or self.force_exit)
+        must_exit = await super().on_tick(counter)
+        have_workers_ended = self._workers is None or self._workers.has_ended
+        return must_exit and (have_workers_ended or self.force_exit)
 
 
 def listen(settings: Settings) -> dict[str, socket.socket]:
-    """The listening sockets, by what the log says of them. Raises: ValueError."""
+    """The listening sockets by their log event. Raises: ValueError."""
     host, port, admin = settings.host, settings.port, settings.admin
     with explained(host, port, "--port"):
-        listeners = {"listening": bind(host, port)}
+        listeners = {LISTENING: bind(host, port)}
     if admin.port is not None:
         try:
             with explained(admin.host, admin.port, "INPAINT_ADMIN__PORT"):
                 listeners[ADMIN_LISTENING] = bind(admin.host, admin.port)
         except ValueError:
-            listeners["listening"].close()
+            listeners[LISTENING].close()
             raise
     return listeners
 
 
+def with_bound_ports(settings: Settings, listeners: Mapping[str, socket.socket]) -> Settings:
+    """The settings with the ports that were taken for 0.
+
+    Egress needs the real ports, because it refuses URLs that lead to the server itself (SSRF).
+    """
+    admin_port = port_of(listeners.get(ADMIN_LISTENING))
+    admin = settings.admin.model_copy(update={"port": admin_port})
+    return settings.model_copy(update={"port": port_of(listeners[LISTENING]), "admin": admin})
+
+
+def port_of(listener: socket.socket | None) -> int | None:
+    """The port of a listening socket, None where there is none."""
+    return None if listener is None else int(listener.getsockname()[1])
+
+
 @contextmanager
 def explained(host: str, port: int, setting: str) -> Iterator[None]:
-    """Raises: ValueError for an OSError, which says where it was and which setting helps."""
+    """Raises: ValueError for an OSError, with the address and the setting that changes it."""
     try:
         yield
     except OSError as error:
@@ -142,20 +158,20 @@ def explained(host: str, port: int, setting: str) -> Iterator[None]:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where it answers."""
+    """The base URL of a listening socket."""
     return f"http://{address_of(*listener.getsockname()[:2])}"
 
 
 def address_of(host: str, port: int) -> str:
-    """Of a listening socket, as a URL holds it."""
+    """Host and port as in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises: OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio switches Nagle's algorithm off only where it is: the
-    # second half of an answer would wait for the client's delayed acknowledgement, 40 ms.
+    # asyncio disables Nagle's algorithm only where the protocol is explicit. With Nagle the second
+    # half of an answer would wait 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -168,11 +184,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def open_file_limit() -> int:
-    """Files and sockets this process may have open."""
+    """The number of files and sockets that this process may open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def raise_open_file_limit() -> None:
-    """As far as the system lets us: shells allow 1,024, and a waiting client is one each."""
+    """Raise the limit to the hard limit: shells allow 1,024 files, and each connection is one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

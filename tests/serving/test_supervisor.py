@@ -41,7 +41,7 @@ def url(tmp_path: Path) -> str:
 
 
 class CountingRegistry(WorkerRegistry):
-    """Records calls. forgotten: a worker's row was removed. others_sought: `alive` was called."""
+    """Records calls. removed: a worker's row was removed. others_sought: `alive` was called."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
