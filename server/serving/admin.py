@@ -1,7 +1,8 @@
-"""The second port: figures for Prometheus and the state of things for an operator.
+"""The admin port: metrics for Prometheus, and readiness with details for an operator.
 
-It asks for no key, so it listens on loopback unless told otherwise, and tells nothing of any
-client. One process serves both ports; a connection's own port decides, which nobody can forge.
+It needs no key, so it listens on loopback by default and reports nothing about clients. One process
+serves both ports. The local port of the connection decides which application answers, because a
+client cannot forge it.
 """
 
 import ipaddress
@@ -28,7 +29,7 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class ByPort:
-    """ASGI: the admin application for connections to its port, the main one for all else."""
+    """ASGI: the admin application for connections to its port, else the main application."""
 
     def __init__(self, app: ASGIApp, admin_app: ASGIApp, admin_port: int) -> None:
         self._app = app
@@ -41,10 +42,10 @@ class ByPort:
 
 
 class KnownHosts:
-    """ASGI: refuses names that nobody gave to this port.
+    """ASGI: the Host check of the admin port, against DNS rebinding.
 
-    A page in a browser nearby can lead its own name to us; an address, or localhost, it cannot.
-    names: as `Settings.allowed_hosts`.
+    A web page can make its own name resolve to this machine and then read the answers. It cannot
+    do so for an IP address or `localhost`. names: further ones, as `Settings.allowed_hosts`.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
@@ -61,7 +62,7 @@ class KnownHosts:
 
 
 def names_address(host: bytes) -> bool:
-    """Whether a Host header is an address, with a port or without."""
+    """Whether a Host header holds an IP address, with or without a port."""
     match = HOST.fullmatch(host.decode("latin-1").lower())
     try:
         ipaddress.ip_address(match["name"].strip("[]") if match else "")
@@ -73,58 +74,65 @@ def names_address(host: bytes) -> bool:
 def create_admin_app(
     main: Starlette, limiter: ConnectionLimiter, names: Sequence[str] = ()
 ) -> Starlette:
-    """The application of the second port.
+    """The application of the admin port. main: as `AdminEndpoints`. names: as `KnownHosts`."""
+    endpoints = AdminEndpoints(main, limiter)
+    return Starlette(
+        routes=[
+            Route("/metrics", endpoints.metrics),
+            Route("/healthz", endpoints.healthz),
+            Route("/readyz", endpoints.readyz),
+            Route("/readyz/workers", endpoints.readyz),
+        ],
+        middleware=[Middleware(KnownHosts, names)],
+    )
 
-    main: whose services it tells of, once it has started. names: it may be asked by.
-    """
 
-    def services() -> Services:
-        found: Services = main.state.services
-        return found
+class AdminEndpoints:
+    """main: the application whose services are reported, once it has started."""
 
-    async def metrics(_request: Request) -> Response:
-        found = services().metrics
-        found.connections.set(limiter.open_count)
-        found.connections_cut.set(limiter.cut_count)
-        content = await services().in_store_thread(found.text)
+    def __init__(self, main: Starlette, limiter: ConnectionLimiter) -> None:
+        self._main = main
+        self._limiter = limiter
+
+    async def metrics(self, _request: Request) -> Response:
+        services = self._services
+        services.metrics.connections.set(self._limiter.open_count)
+        services.metrics.connections_cut.set(self._limiter.cut_count)
+        content = await services.in_store_thread(services.metrics.text)
         return Response(content, headers={**HEADERS, "Content-Type": CONTENT_TYPE})
 
-    async def healthz(_request: Request) -> Response:
+    async def healthz(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"}, headers=HEADERS)
 
-    async def readyz(request: Request) -> Response:
-        found = await readiness(services())
+    async def readyz(self, request: Request) -> Response:
+        found = await readiness(self._services)
         is_ready = found.is_ready(needs_worker=request.url.path.endswith("/workers"))
         details = {
             "status": "ok" if is_ready else "unavailable",
             "reason": found.reason,
             "version": version("inpaint-server"),
             "workers": [asdict(worker) for worker in found.workers],
-            "queue": await queue(),
-            "connections": {"open": limiter.open_count, "cut": limiter.cut_count},
+            "queue": await describe_queue(self._services),
+            "connections": {"open": self._limiter.open_count, "cut": self._limiter.cut_count},
         }
         return JSONResponse(details, 200 if is_ready else 503, HEADERS)
 
-    async def queue() -> dict[str, float] | None:
-        """None where the database does not answer."""
-        if Store.DATABASE in services().health.failing:
-            return None  # it would be waited for in vain
-        try:
-            forecast = await services().in_store_thread(services().estimator.forecast)
-        except SQLAlchemyError:
-            return None
-        return {
-            "waiting": forecast.waiting,
-            "running": forecast.running,
-            "wait_s": round(forecast.wait_s, 1),
-        }
+    @property
+    def _services(self) -> Services:
+        services: Services = self._main.state.services
+        return services
 
-    return Starlette(
-        routes=[
-            Route("/metrics", metrics),
-            Route("/healthz", healthz),
-            Route("/readyz", readyz),
-            Route("/readyz/workers", readyz),
-        ],
-        middleware=[Middleware(KnownHosts, names)],
-    )
+
+async def describe_queue(services: Services) -> dict[str, float] | None:
+    """Waiting and running jobs, and the estimated wait; None while the database does not answer."""
+    if Store.DATABASE in services.health.failing:
+        return None
+    try:
+        forecast = await services.in_store_thread(services.estimator.forecast)
+    except SQLAlchemyError:
+        return None
+    return {
+        "waiting": forecast.waiting,
+        "running": forecast.running,
+        "wait_s": round(forecast.wait_s, 1),
+    }
