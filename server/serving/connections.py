@@ -1,9 +1,8 @@
-"""`ConnectionLimiter`: how many connections may be open, whose, and which one goes for another.
+"""`ConnectionLimiter`: limits of connections and of buffered bytes, against slow loris.
 
-uvicorn waits for ever for the end of a head or a body, so slow loris clients could take all
-connections. `protocol.py` sets deadlines; this room makes space for others: the oldest connection
-that has sent no whole request is closed. A request that has come in whole is never cut, but for
-shutdown.
+Slow loris clients open connections and never complete a request. `protocol.py` sets deadlines for
+them. When the server is full before these pass, the oldest connection without a complete request
+is closed for a new one. A complete request is only cut at shutdown.
 """
 
 from collections import Counter, OrderedDict, defaultdict
@@ -14,17 +13,17 @@ from server.api.proxies import is_trusted
 from server.core.settings import HttpSettings
 
 RESERVE = 64
-"""Connections beyond the limit, taken only to answer probes and to say that the server is busy."""
+"""Connections beyond the limit, which get answers to probes and otherwise 503."""
 
 SHARES = 4
-"""One address may fill one of so many equal parts of the room for bodies and answers."""
+"""One address may use this fraction, a quarter, of the bytes for bodies and answers."""
 
 
 class Connection(Protocol):
-    """What the limiter knows of a connection.
+    """A connection as the limiter needs it.
 
-    address: of the client, or of its network. body_bytes: received of its request, until nobody
-    holds them. unsent_bytes: of its answers, written and not taken by the client.
+    address: of the client, or its IPv6 network. body_bytes: of its request, still in memory.
+    unsent_bytes: of its answers, written but not read by the client.
     """
 
     address: str
@@ -39,10 +38,10 @@ Waiting = OrderedDict[Connection, None]
 
 
 class ConnectionLimiter:
-    """The open connections of a server: how many, whose, and which one goes when room is needed.
+    """Counts connections and their bytes, and closes some of them to make room.
 
-    max_connections: at a time, all together. trusted: proxies, behind which there are many clients.
-    Belongs to the event loop.
+    max_connections: open at a time. trusted: proxies, which stand for many clients and have no
+    limit per address. Used on the event loop only.
     """
 
     def __init__(
@@ -56,34 +55,34 @@ class ConnectionLimiter:
         self._open: set[Connection] = set()
         self._waiting: Waiting = OrderedDict()
         self._waiting_of: defaultdict[str, Waiting] = defaultdict(OrderedDict)
-        self._owing: Waiting = OrderedDict()
+        self._unsent: Waiting = OrderedDict()
         self._buffered_bytes = 0
         self._buffered_of: Counter[str] = Counter()
         self.cut_count = 0
-        """Connections closed to make room, or refused for want of it."""
+        """Connections closed to make room, or refused because there was none."""
 
     @property
     def open_count(self) -> int:
-        """Connections."""
+        """Open connections."""
         return len(self._open)
 
     @property
     def is_busy(self) -> bool:
-        """True where no further request can be taken up, because all room is used by requests."""
+        """Whether complete requests use up the connections or the bytes."""
         working = len(self._open) - len(self._waiting)
         return working >= self._max_connections or self._buffered_bytes >= self._max_buffered_bytes
 
     def is_busy_for(self, connection: Connection) -> bool:
-        """The same, also where only the address has filled its share."""
+        """Whether the server is busy, or the connection's address has used up its share."""
         return self.is_busy or self._excess_of(connection.address) >= 0
 
     def has_room_for_body(self, connection: Connection) -> bool:
-        """Whether the bodies in memory are within the limits, all and those of its address."""
+        """Whether the bytes in memory are within both limits, of all and of the address."""
         is_full = self._buffered_bytes >= self._max_buffered_bytes
         return not is_full and self._excess_of(connection.address) < 0
 
     def opened(self, connection: Connection) -> bool:
-        """A new connection; False when there is no room even for a refusal."""
+        """Count a new connection; False when there is no room even to answer 503."""
         address = connection.address
         if self._counts[address] >= self._max_per_address and not is_trusted(
             address, self._trusted
@@ -102,13 +101,13 @@ class ConnectionLimiter:
         return True
 
     def idle(self, connection: Connection) -> None:
-        """The connection has no whole request: it may be closed, from now on the youngest."""
+        """The connection waits for a complete request, so it may be closed, as the newest one."""
         if connection in self._open:
             self.release(connection)
             self._waiting[connection] = self._waiting_of[connection.address][connection] = None
 
     def request_started(self, connection: Connection) -> None:
-        """The connection has sent a whole request."""
+        """The connection has sent a complete request, so it is not closed to make room."""
         self._waiting.pop(connection, None)
         of_address = self._waiting_of.get(connection.address)
         if of_address is not None:
@@ -117,29 +116,29 @@ class ConnectionLimiter:
                 del self._waiting_of[connection.address]
 
     def received(self, connection: Connection, size: int) -> None:
-        """Bytes of a body came in."""
+        """Count received bytes of a body."""
         if connection in self._open:
             connection.body_bytes += size
             self._buffer(connection, size)
 
     def release(self, connection: Connection) -> None:
-        """Nobody holds the body of the connection's request any longer."""
+        """The body of the connection's request is no longer in memory."""
         self._buffer(connection, -connection.body_bytes)
         connection.body_bytes = 0
 
     def unsent(self, connection: Connection, size: int) -> None:
-        """So many bytes of answers are written now, and not taken by the client."""
+        """Set the bytes of answers that are written but not read by the client."""
         if connection not in self._open or size == connection.unsent_bytes:
             return
         change, connection.unsent_bytes = size - connection.unsent_bytes, size
         if size:
-            self._owing.setdefault(connection)
+            self._unsent.setdefault(connection)
         else:
-            self._owing.pop(connection, None)
+            self._unsent.pop(connection, None)
         self._buffer(connection, change)
 
     def closed(self, connection: Connection) -> None:
-        """A connection has ended; does nothing the second time."""
+        """Remove a connection; does nothing the second time."""
         if connection not in self._open:
             return
         self.release(connection)
@@ -151,10 +150,10 @@ class ConnectionLimiter:
             del self._counts[connection.address]
 
     def _buffer(self, connection: Connection, change: int) -> None:
-        """More, or fewer, bytes are in memory. Where they are too many, somebody has to go.
+        """Change the bytes in memory, and close connections while they exceed a limit.
 
-        The oldest body that is coming in, then the answer that has been waited with the longest.
-        A whole request that is worked on stays, and the server is busy.
+        First goes the oldest incomplete body, then the answer that is unsent for longest. Complete
+        requests stay, and the server is busy.
         """
         address = connection.address
         self._buffered_bytes += change
@@ -166,16 +165,16 @@ class ConnectionLimiter:
         while self._excess_of(address) > 0 and self._cut_unfinished(address):
             pass
         while self._buffered_bytes > self._max_buffered_bytes:
-            if not (self._cut_unfinished() or self._cut_oldest(self._owing)):
+            if not (self._cut_unfinished() or self._cut_oldest(self._unsent)):
                 return
 
     def _excess_of(self, address: str) -> int:
-        """Bytes an address holds beyond its share; negative where there is room left."""
+        """Bytes of an address beyond its share; negative where it has room left."""
         excess = self._buffered_of[address] - self._max_buffered_bytes // SHARES
         return -1 if excess >= 0 and is_trusted(address, self._trusted) else excess
 
     def _cut_unfinished(self, address: str | None = None) -> bool:
-        """Cut the oldest body that is coming in, of an address or of all."""
+        """Cut the connection with the oldest incomplete body, of an address or of all."""
         waiting = self._waiting if address is None else self._waiting_of.get(address, OrderedDict())
         found = next((each for each in waiting if each.body_bytes), None)
         if found is None:
@@ -190,7 +189,7 @@ class ConnectionLimiter:
         return True
 
     def _cut(self, connection: Connection) -> None:
-        # The transport tells of its end later only; its place is free now.
+        # The transport reports its end later, but its slot must be free now.
         self.closed(connection)
         self.cut_count += 1
         connection.cut()

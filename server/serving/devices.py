@@ -1,4 +1,4 @@
-"""Which devices workers get, found without torch: the API process has none.
+"""Finds the devices for workers without torch, which the API process does not load.
 
 auto          one worker, on the first GPU, or on the CPU where none is listed
 all           a worker on every GPU, and on every instance of one that MIG divides; else the CPU
@@ -19,24 +19,24 @@ logger = get_logger(__name__)
 ALL, AUTO, CPU = "all", "auto", "cpu"
 NAME = re.compile(r"auto|all|cpu|cuda(:\d+)?|(GPU|MIG)-[A-Za-z0-9/-]+")
 Gpu: TypeAlias = tuple[str, list[str]]
-"""The id of a GPU, and those of its MIG instances."""
+"""The id of a GPU, and the ids of its MIG instances."""
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 QUERY = ("nvidia-smi", "-L")
 QUERY_S = 60.0
-"""A driver that was not in use takes seconds to answer."""
+"""Timeout of `nvidia-smi`; a driver that was not in use takes seconds to answer."""
 
 DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""With one of them there may be a GPU without `nvidia-smi`: a container's, Windows', AMD's."""
+"""Where one exists, there may be a GPU without `nvidia-smi`: in a container, in WSL, from AMD."""
 
 LISTED = re.compile(r"^(?P<indent> *)(?:GPU|MIG) .*\(UUID: (?P<id>[A-Za-z0-9/-]+)\)", re.MULTILINE)
 
 
 def expand_devices(names: Sequence[str]) -> tuple[str, ...]:
-    """The same with "all" and "auto" replaced by devices of this machine.
+    """The names with "all" and "auto" replaced by devices of this machine.
 
-    "auto" stays where GPUs cannot be listed: a worker asks torch. Raises: ValueError for a device
-    that there cannot be.
+    Where GPUs cannot be listed, "auto" stays and the worker asks torch. Raises: ValueError for an
+    unknown name, and for a device that this machine does not have.
     """
     for name in names:
         if not NAME.fullmatch(name):
@@ -51,29 +51,29 @@ def expand_devices(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in (ALL, AUTO, CPU):
             refuse_absent(name, gpus, found, visible)
-    these = {ALL: found or [CPU], AUTO: found[:1] or [CPU]}
-    return tuple(each for name in names for each in these.get(name, [name]))
+    devices = {ALL: found or [CPU], AUTO: found[:1] or [CPU]}
+    return tuple(each for name in names for each in devices.get(name, [name]))
 
 
 def refuse_absent(
     name: str, gpus: Sequence[Gpu], found: Sequence[str], visible: str | None
 ) -> None:
-    """Raises: ValueError where a device cannot be there. found: the visible ones of the GPUs."""
+    """Raises: ValueError for a device that is not here. found: names of the visible GPUs."""
     if not found:
         hidden = f", as {VISIBLE} is {visible!r}" if gpus else ""
         raise ValueError(f"device {name}: no GPU is visible here{hidden}")
     known = [each for gpu, instances in gpus for each in (gpu, *instances)]
-    is_there = any(each.startswith(name) for each in known)
+    is_present = any(each.startswith(name) for each in known)
     if name.startswith("cuda"):
-        # Numbers count what is visible; with MIG torch decides.
+        # CUDA numbers the visible devices. With MIG a number may mean an instance: torch decides.
         number = int(name.partition(":")[2] or 0)
-        is_there = number < len(found) or any(each.startswith("MIG-") for each in found)
-    if not is_there:
+        is_present = number < len(found) or any(each.startswith("MIG-") for each in found)
+    if not is_present:
         raise ValueError(f"device {name} is not there: this machine has {', '.join(found)}")
 
 
 def list_gpus() -> list[Gpu] | None:
-    """What `nvidia-smi -L` lists; None where there may be GPUs that it does not list."""
+    """The GPUs that `nvidia-smi -L` lists; None where there may be others that it does not list."""
     try:
         answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=QUERY_S, check=True)
     except FileNotFoundError:
@@ -87,16 +87,16 @@ def list_gpus() -> list[Gpu] | None:
 def name_gpus(gpus: Sequence[Gpu], visible: str | None) -> list[str]:
     """Names of all GPUs and MIG instances; visible: the value of `CUDA_VISIBLE_DEVICES`."""
     if visible is None:
-        # A process sees whole GPUs under numbers, but one MIG instance only.
+        # A process sees all whole GPUs under numbers, but only one MIG instance.
         if any(instances for _, instances in gpus):
             return [each for gpu, instances in gpus for each in (instances or [gpu])]
         return [f"cuda:{index}" for index in range(len(gpus))]
     known = [each for gpu, instances in gpus for each in (gpu, *instances)]
-    return _seen(visible.split(","), len(gpus), known)
+    return _visible_names(visible.split(","), len(gpus), known)
 
 
 def read_list(text: str) -> list[Gpu]:
-    """Of each GPU that `nvidia-smi -L` lists its id, and those of its MIG instances."""
+    """The GPUs in the output of `nvidia-smi -L`."""
     gpus: list[Gpu] = []
     for match in LISTED.finditer(text):
         if match["indent"] and gpus:
@@ -106,22 +106,21 @@ def read_list(text: str) -> list[Gpu]:
     return gpus
 
 
-def _seen(words: Sequence[str], gpu_count: int, known: Sequence[str]) -> list[str]:
-    """What `CUDA_VISIBLE_DEVICES` leaves: the words up to the first that names nothing, as CUDA
-    reads them."""
-    seen = []
+def _visible_names(words: Sequence[str], gpu_count: int, known: Sequence[str]) -> list[str]:
+    """The devices in `CUDA_VISIBLE_DEVICES` up to the first unknown one, as CUDA reads it."""
+    names = []
     for index, word in enumerate(each.strip() for each in words):
         is_number = word.isdecimal() and int(word) < gpu_count
         if not is_number and not (word and any(each.startswith(word) for each in known)):
             break
-        seen.append(word if word.startswith("MIG-") else f"cuda:{index}")
-    return seen
+        names.append(word if word.startswith("MIG-") else f"cuda:{index}")
+    return names
 
 
 def open_device(name: str) -> str:
-    """torch's name of a device; one that is named by its id becomes all that this process sees.
+    """torch's name of a device. A device named by its id becomes the only one of this process.
 
-    To be called before torch is imported.
+    Must be called before torch is imported, because CUDA reads the environment once.
     """
     if not name.startswith(("GPU-", "MIG-")):
         return name

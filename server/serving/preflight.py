@@ -1,4 +1,4 @@
-"""What is refused before the server listens, found without torch: the API process has none."""
+"""Checks before the server listens: the worker command, the models' files and the devices."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from server.serving.devices import expand_devices
 
 
 def check_workers(settings: Settings, command: Sequence[str]) -> Settings:
-    """The same with the devices found, once workers can be started with them.
+    """The settings with "auto" and "all" replaced by devices.
 
-    command: the operator's own that starts a worker; what it needs is its own affair.
+    command: the operator's own worker command; its models and devices are not checked.
     Raises: ValueError.
     """
     if not settings.worker_devices:

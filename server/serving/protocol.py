@@ -1,4 +1,8 @@
-"""uvicorn's HTTP/1.1 protocol with deadlines and bounds, against slow loris and large heads."""
+"""uvicorn's HTTP/1.1 protocol with deadlines and limits, against slow loris and large heads.
+
+uvicorn waits without limit for a head, a body and a slow reader; each gets a deadline here.
+`connections.py` decides which connection is closed when the server is full.
+"""
 
 import asyncio
 import socket
@@ -18,26 +22,27 @@ from server.serving.connections import ConnectionLimiter
 MAX_HEADERS = 100
 
 MAX_HEAD_BYTES = 65_536
-"""Request line and headers. A query string may hold two prompts, but no picture."""
+"""Most bytes of request line and headers. A query string may hold two prompts, but no picture."""
 
 MAX_HEADER_BYTES = 8_192
-"""Name and value of one header, as proxies have it."""
+"""Most bytes of one header, name and value, as in common proxies."""
 
 INVALID_REQUEST = "Invalid HTTP request received."
 
 MAX_PIPELINED = 16
-"""Requests sent ahead on one connection."""
+"""Most pipelined requests of one connection."""
 
 MIN_SEND_RATE = 8_192
-"""Bytes per second a client must take of its answer, over each `send_timeout_s`."""
+"""Bytes per second that a client must read of its answer, measured over each `send_timeout_s`:
+a limit against slow read attacks."""
 
 MAX_UNSENT_IN_KERNEL = 131_072
-"""Bytes of an answer that the kernel takes before the network does. By itself it takes megabytes,
-and asks for more when a third is gone: nobody would see for long whether a slow client reads."""
+"""Most unsent bytes of an answer in the kernel. By default the kernel buffers megabytes, and the
+server would notice a slow reader late."""
 
 
 class GuardedConfig(uvicorn.Config):
-    """uvicorn's configuration with what `GuardedProtocol` needs besides."""
+    """uvicorn's configuration, with the limiter and the limits of `GuardedProtocol`."""
 
     def __init__(
         self,
@@ -56,10 +61,10 @@ class GuardedConfig(uvicorn.Config):
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection, with a deadline for whatever the client has to do next.
+    """One connection, with a deadline for the client's next step.
 
     new, or bytes after a pause ──head_timeout_s──> head ──body_timeout_s──> whole request
-    answer written ──keep_alive_s──> closed;  answer not taken ──send_timeout_s──> closed
+    answer written ──keep_alive_s──> closed;  answer not read ──send_timeout_s──> closed
     """
 
     def __init__(self, config: GuardedConfig, *args: Any, **kwargs: Any) -> None:
@@ -69,24 +74,24 @@ class GuardedProtocol(HttpToolsProtocol):
         self.unsent_bytes = 0
         self._limiter = config.limiter
         self._limits = config.limits
-        # Twice: a chunked body has a few bytes around each chunk.
+        # Twice the limit, because chunked encoding adds bytes to each chunk.
         self._max_wire_bytes = 2 * config.max_body_bytes + MAX_HEAD_BYTES
         self._deadline: asyncio.TimerHandle | None = None
         self._send_deadline: asyncio.TimerHandle | None = None
-        self._taken = 0
-        """Bytes of answers, at least, since the last look."""
+        self._sent_bytes = 0
+        """Bytes of answers that the client has read since the last check, at least."""
         self._is_in_head = True
         self._head_bytes = 0
         self._plain_head = b""
-        """Of a request to upgrade: its head without that wish, while the parser reads it."""
+        """Head of an upgrade request without its `Upgrade` header, for the second parse."""
         self._received = 0
-        """Whole requests so far."""
+        """Complete requests so far."""
         self._answered = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self.client:
-            # As the names of proxies, and all who read the scope, know it.
+            # The scope holds an IPv4 address unmapped, as settings name trusted proxies.
             self.client = plain_address(self.client[0]), self.client[1]
             self.address = network_of(self.client[0])
             connection = transport.get_extra_info("socket")
@@ -105,9 +110,9 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def cut(self) -> None:
-        """Close at once, with whatever was not sent."""
+        """Close at once; unsent bytes are dropped."""
         self._clear_deadline()
-        # With a reset: else the kernel would go on offering what it holds of the answer.
+        # SO_LINGER 0 sends a reset. Otherwise the kernel would go on sending what it has buffered.
         connection = self.transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
@@ -115,7 +120,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        self._note_taken()
+        self._count_sent()
         self._unset_keepalive_if_required()
         was_in_head, received = self._is_in_head, self._received
         if not was_in_head:
@@ -124,7 +129,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._expect_within(self._limits.head_timeout_s)
         self._feed(data)
         if was_in_head and self._is_in_head and received == self._received:
-            # The parser keeps a header to itself until it is whole.
+            # The parser reports a header only once it is complete, so the bytes are counted here.
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response(INVALID_REQUEST)
@@ -132,10 +137,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cut()
 
     def _feed(self, data: bytes) -> None:
-        """Parse; a request to upgrade is served as it would be without, which HTTP allows.
+        """Parse bytes. An upgrade request is served without the upgrade, as HTTP allows.
 
-        The parser stops at the head of such a request and takes what follows for the other
-        protocol. A new one gets the head again without the header, and then what follows.
+        The parser stops after the head of such a request, since another protocol would follow.
+        A new parser gets the head again without the `Upgrade` header, then the bytes that follow.
         """
         try:
             try:
@@ -154,12 +159,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
-            raise ValueError("too much")  # the parser stops, and uvicorn answers 400
+            raise ValueError("headers too large")  # the parser stops, and uvicorn answers 400
 
     def on_headers_complete(self) -> None:
         head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head > MAX_HEAD_BYTES or len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too much")
+            raise ValueError("head too large, or too many pipelined requests")
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._plain_head = plain_head(self.parser, self.url, self.headers)
             return
@@ -176,7 +181,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if self._plain_head:
-            return  # its head only, which is read again
+            return  # the head of an upgrade request, which is parsed again
         super().on_message_complete()
         self._is_in_head = True
         self._head_bytes = 0
@@ -184,11 +189,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._clear_deadline()
         if self._received > self._answered:
             self._limiter.request_started(self)
-        else:  # answered before it was whole; uvicorn has no timer now
+        else:  # answered before it was complete; uvicorn has no timer now
             self._expect_within(self._limits.head_timeout_s)
 
     def _reserve(self, size: int) -> bool:
-        """Count so many bytes more as the body's; False where they are too many."""
+        """Count more bytes of the body; False where the limiter has no room for them."""
         self._limiter.received(self, size)
         return self._limiter.has_room_for_body(self)
 
@@ -200,23 +205,23 @@ class GuardedProtocol(HttpToolsProtocol):
             self._expect_within(self._limits.body_timeout_s)
         super().on_response_complete()
         if self.transport.get_write_buffer_size():
-            self._watch_sending()
+            self._start_send_deadline()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_sending()
+        self._start_send_deadline()
 
     def resume_writing(self) -> None:
-        self._note_taken()
+        self._count_sent()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         super().send_400_response(msg)
-        self._watch_sending()
+        self._start_send_deadline()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._watch_sending()
+        self._start_send_deadline()
 
     def _expect_within(self, seconds: float) -> None:
         self._clear_deadline()
@@ -227,33 +232,33 @@ class GuardedProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
-    def _note_taken(self) -> None:
-        """What was written and is gone from memory has been taken by the client.
+    def _count_sent(self) -> None:
+        """Count bytes that have left the write buffer since the last call as read by the client.
 
-        Called whenever something may be written next, as that hides what was taken before.
+        Must be called before each write, because new bytes in the buffer hide those that left it.
         """
         unsent = self.transport.get_write_buffer_size()
-        self._taken += max(0, self.unsent_bytes - unsent)
+        self._sent_bytes += max(0, self.unsent_bytes - unsent)
         self._limiter.unsent(self, unsent)
 
-    def _watch_sending(self) -> None:
-        self._note_taken()
+    def _start_send_deadline(self) -> None:
+        self._count_sent()
         if self._send_deadline is None:
-            self._taken = 0
+            self._sent_bytes = 0
             self._send_deadline = self.loop.call_later(
-                self._limits.send_timeout_s, self._judge_sending
+                self._limits.send_timeout_s, self._check_send_rate
             )
 
-    def _judge_sending(self) -> None:
-        """Cut a client that took too little of its answer since the last look."""
+    def _check_send_rate(self) -> None:
+        """Cut a client that has read too little of its answer since the last check."""
         self._send_deadline = None
-        self._note_taken()
+        self._count_sent()
         if not self.unsent_bytes:
             return
-        if self._taken < MIN_SEND_RATE * self._limits.send_timeout_s:
+        if self._sent_bytes < MIN_SEND_RATE * self._limits.send_timeout_s:
             self.cut()
         else:
-            self._watch_sending()
+            self._start_send_deadline()
 
     def _clear_send_deadline(self) -> None:
         if self._send_deadline is not None:
@@ -264,7 +269,7 @@ class GuardedProtocol(HttpToolsProtocol):
 def plain_head(
     parser: httptools.HttpRequestParser, url: bytes, headers: Sequence[tuple[bytes, bytes]]
 ) -> bytes:
-    """The head of a request without its wish to upgrade."""
+    """The head of a request without its `Upgrade` header."""
     version = parser.get_http_version().encode()
     lines = [b"%s %s HTTP/%s" % (parser.get_method(), url, version)]
     lines += [b"%s: %s" % header for header in headers if header[0] != b"upgrade"]
