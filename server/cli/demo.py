@@ -1,7 +1,7 @@
-"""`inpaint-server demo`: a server of its own, one request through the API, one picture saved.
+"""`inpaint-server demo`: starts a temporary server, sends one request, saves the picture.
 
-Sends the body of the vendor's published example, with a prompt and images of the built-in model's
-world, served over local HTTP as a client's would be.
+The request has the body of the vendor's published example, with a prompt and images that suit the
+built-in model. The server downloads the images over local HTTP, as it would a client's.
 """
 
 import functools
@@ -34,7 +34,7 @@ DEFAULT_OUT = Path("out/demo.png")
 START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 120.0
 
-# The example of the vendor's page: numbers as texts, most values left open.
+# The vendor's published example: numbers as texts, most values null, a trailing comma.
 BODY = """{
 "key": "",
 "prompt": %(prompt)s,
@@ -60,9 +60,9 @@ BODY = """{
 def run_demo(
     prompt: str | None, init_image: Path | None, mask_image: Path | None, out: Path | None
 ) -> int:
-    """Make one picture and say where it lies; the exit status.
+    """Make one picture and print its path. Returns the exit status.
 
-    Raises: OSError when an image cannot be read or the result not be written.
+    Raises: OSError when an image cannot be read or the result cannot be written.
     """
     init_image = init_image or EXAMPLES / "clouds.png"
     mask_image = mask_image or EXAMPLES / "clouds_mask.png"
@@ -72,7 +72,7 @@ def run_demo(
         pictures.mkdir()
         for source, name in ((init_image, "init.png"), (mask_image, "mask.png")):
             Image.open(source).convert("RGB").resize((512, 512)).save(pictures / name)
-        with served(pictures) as base, running_server(Path(folder)) as server:
+        with served_over_http(pictures) as base, running_server(Path(folder)) as server:
             body = BODY % {"prompt": json.dumps(prompt or DEFAULT_PROMPT), "base": base}
             with step_bar(Path(folder)):
                 answer = httpx2.post(
@@ -89,12 +89,12 @@ def run_demo(
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """A folder over HTTP on loopback; gives its base URL."""
+def served_over_http(folder: Path) -> Iterator[str]:
+    """Serve a folder over HTTP on loopback; gives its base URL."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_arguments: Any) -> None:
-            """Quiet: the server logs its own requests."""
+            """Log nothing: the server logs its own requests."""
 
     server = ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
@@ -109,13 +109,13 @@ def served(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def running_server(folder: Path) -> Iterator[str]:
-    """`inpaint-server serve` with the built-in model on a free port; gives its base URL.
+    """Run `inpaint-server serve` with the built-in model on a free port; gives its base URL.
 
-    Its log goes to a file in `folder`. Raises: RuntimeError with the log's end when it does not
-    become ready.
+    Its log goes to a file in `folder`. Raises: RuntimeError with the end of the log when the server
+    does not become ready.
     """
     log = folder / "server.log"
-    # The demo's own server, whatever is set for a real one.
+    # Settings of a real server in the environment must not change the temporary one.
     environment = {name: value for name, value in os.environ.items() if ENV_PREFIX not in name}
     environment["INPAINT_FETCH__ALLOW_CIDRS"] = "127.0.0.0/8"
     command = [*PROGRAM, "serve", "--port", "0", "--model", "builtin"]
@@ -133,7 +133,7 @@ def running_server(folder: Path) -> Iterator[str]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Follow the start-up with a progress bar; the server's base URL once a worker is ready."""
+    """Show the start as a progress bar. Returns the server's base URL once a worker is ready."""
     url = None
     deadline = time.monotonic() + START_TIMEOUT_S
     with tqdm(total=100, desc="loading the model", unit="%", disable=None) as bar:
@@ -151,12 +151,12 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
 
 @contextmanager
 def step_bar(folder: Path) -> Iterator[None]:
-    """A progress bar of the denoising steps of the first job, read from its row."""
+    """Show the first job's denoising steps, read from its row, as a progress bar."""
     settings = Settings(data_dir=folder / "data")
     store = JobStore(open_engine(settings.sqlalchemy_url))
     is_done = threading.Event()
 
-    def follow() -> None:
+    def show_steps() -> None:
         with tqdm(desc="denoising", unit="step", disable=None) as bar:
             has_ended = False
             while not has_ended:
@@ -166,17 +166,17 @@ def step_bar(folder: Path) -> Iterator[None]:
                     bar.total = job.total_steps
                     bar.update(job.step - bar.n)
 
-    follower = threading.Thread(target=follow)
-    follower.start()
+    thread = threading.Thread(target=show_steps)
+    thread.start()
     try:
         yield
     finally:
         is_done.set()
-        follower.join()
+        thread.join()
 
 
 def save_side_by_side(pictures: list[Path], out: Path) -> None:
-    """Join pictures of one size from left to right."""
+    """Save pictures of one size as one, from left to right."""
     opened = [Image.open(picture).convert("RGB") for picture in pictures]
     width, height = opened[0].size
     sheet = Image.new("RGB", (width * len(opened), height))

@@ -1,6 +1,6 @@
-"""`inpaint-server keys create | list | revoke | rotate`: what the commands do and print.
+"""The commands `inpaint-server keys create | list | revoke | rotate`.
 
-A new key alone goes to standard output, for scripts; words for people go to standard error.
+Only a new key goes to standard output, for scripts; sentences for people go to standard error.
 """
 
 import argparse
@@ -18,7 +18,7 @@ COLUMNS = ("id", "name", "key", "state", "created", "expires", "limits")
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    """One command; the exit status. Raises: ValueError."""
+    """Run one of the commands. Returns the exit status. Raises: ValueError."""
     engine = open_migrated(settings.sqlalchemy_url)
     commands = {"create": create, "list": list_keys, "revoke": revoke, "rotate": rotate}
     try:
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def create(store: KeyStore, options: argparse.Namespace) -> int:
-    """Make a holder's first key."""
+    """Create a holder with its first key."""
     limits = KeyLimits(
         requests_per_minute=options.requests_per_minute,
         max_waiting=options.max_waiting,
@@ -40,22 +40,22 @@ def create(store: KeyStore, options: argparse.Namespace) -> int:
         webhook_hosts=tuple(options.webhook_host),
         force_safety_checker=options.force_safety_checker,
     )
-    show(*store.create(options.name, limits, options.expires_in))
+    print_key(*store.create(options.name, limits, options.expires_in))
     return 0
 
 
 def rotate(store: KeyStore, options: argparse.Namespace) -> int:
-    """Make a holder's next key; the present ones end after the overlap. Raises: ValueError."""
+    """Create a holder's next key; the present ones expire after the overlap. Raises: ValueError."""
     try:
-        made = store.rotate(options.key_id, options.overlap)
+        created = store.rotate(options.key_id, options.overlap)
     except LookupError as error:
         raise ValueError(error.args[0]) from error
-    show(*made)
+    print_key(*created)
     return 0
 
 
 def revoke(store: KeyStore, options: argparse.Namespace) -> int:
-    """End a holder's keys; running servers refuse them within seconds."""
+    """Revoke a holder's keys; running servers refuse them within seconds."""
     count = store.revoke(options.key_id)
     if count:
         print(f"{count} revoked")  # noqa: T201 - the command's output
@@ -67,22 +67,22 @@ def revoke(store: KeyStore, options: argparse.Namespace) -> int:
 
 
 def list_keys(store: KeyStore, _options: argparse.Namespace) -> int:
-    """A line a key."""
+    """Print a line for each key."""
     now = time.time()
     rows = [row_of(key, now) for key in store.list_keys()]
     print_table(COLUMNS, rows, empty="no keys yet: `inpaint-server keys create NAME` makes one")
     return 0
 
 
-def show(key: str, stored: StoredKey) -> None:
-    """The one time a key is seen."""
+def print_key(key: str, stored: StoredKey) -> None:
+    """Print a new key, which cannot be shown again."""
     name = printable(stored.name)
     print(f"{name}, id {stored.key_id}; it is not shown again:", file=sys.stderr)  # noqa: T201
     print(key)  # noqa: T201 - the command's output
 
 
 def row_of(key: StoredKey, now: float) -> tuple[str, ...]:
-    """A key's columns."""
+    """The columns of a key in the list."""
     state = "revoked" if key.revoked_at else "valid" if key.is_valid(now) else "expired"
     limits = " ".join(
         f"{each.name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -94,5 +94,5 @@ def row_of(key: StoredKey, now: float) -> tuple[str, ...]:
 
 
 def to_minute(time_s: float | None) -> str:
-    """Seconds since the epoch as a date and time in UTC."""
+    """Seconds since the epoch as date and time in UTC; "-" for None."""
     return "-" if time_s is None else datetime.fromtimestamp(time_s, UTC).isoformat("T", "minutes")

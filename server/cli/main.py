@@ -1,6 +1,7 @@
 """The command line, `inpaint-server`: serve, worker, health, demo, migrate, models, webhooks, keys.
 
-Imports stand inside each command, so that `--help` is quick and the API process has no torch.
+Heavy imports stand inside the commands, so that `--help` is quick and the API process loads no
+torch.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from server.core.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
+    """Run a command. Returns the exit status."""
     options = parse(arguments)
-    # What a command writes is for this user alone, but for the demo's picture.
+    # Other users may not read what a command writes, except the picture of `demo`.
     umask = os.umask(0o077)
     if options.run is demo:
         os.umask(umask)
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command's function; what nobody foresaw in a long one goes to the log."""
+    """Call the command's function. Unexpected errors of `serve` and `worker` go to the log."""
     if options.run not in (run_server, run_worker):
         with refusing(), database_refusing():
             return int(options.run(options))
@@ -72,7 +73,7 @@ Settings and their environment variables: docs/settings.md, configs/example.toml
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line as options; `run` is the command's function."""
+    """The options of a command line; `run` is the command's function."""
     options, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         options.parser.refuse(unknown[0])
@@ -100,7 +101,7 @@ def make_parser() -> Parser:
     for add in (add_serve, add_worker, add_health, add_demo, add_migrate, add_models):
         add(commands, shared)
     add_webhooks(commands, shared)
-    each = commands.add_parser("keys", help="make, list and end API keys")
+    each = commands.add_parser("keys", help="create, list, revoke and rotate API keys")
     add_keys_commands(each.add_subparsers(required=True, metavar="COMMAND"), shared)
     return parser
 
@@ -122,8 +123,8 @@ def add_serve(commands: Commands, shared: Parser) -> None:
 
 
 def add_worker(commands: Commands, shared: Parser) -> None:
-    each = commands.add_parser("worker", parents=[shared], help="make pictures for a server")
-    each.add_argument("--worker-id", metavar="NAME", help="that no other has (made up)")
+    each = commands.add_parser("worker", parents=[shared], help="run jobs from the database")
+    each.add_argument("--worker-id", metavar="NAME", help="a unique name; default: made up")
     each.add_argument(
         "--device", default="auto", help="cuda:0, MIG-…, cpu; auto: the first GPU, or the CPU"
     )
@@ -134,7 +135,7 @@ def add_worker(commands: Commands, shared: Parser) -> None:
 
 
 def add_health(commands: Commands, shared: Parser) -> None:
-    each = commands.add_parser("health", parents=[shared], help="ask whether a server answers")
+    each = commands.add_parser("health", parents=[shared], help="check whether a server answers")
     each.add_argument("--url", help="its address; default: this machine's, from the settings")
     each.set_defaults(run=health)
 
@@ -154,16 +155,16 @@ def add_migrate(commands: Commands, shared: Parser) -> None:
 
 
 def add_models(commands: Commands, shared: Parser) -> None:
-    each = commands.add_parser("models", parents=[shared], help="list and look after models")
+    each = commands.add_parser("models", parents=[shared], help="list, download and verify models")
     each.set_defaults(run=models, verb="list")
     actions = each.add_subparsers(metavar="ACTION")
-    actions.add_parser("list", parents=[shared], help="those of models.toml").set_defaults(
-        verb="list"
-    )
+    actions.add_parser(
+        "list", parents=[shared], help="list the models of models.toml"
+    ).set_defaults(verb="list")
     for verb, text in (
         ("download", "get a model as the hub has it now"),
         ("verify", "compare a model's files with those it was first used with"),
-        ("trust", "take a model's present files for the right ones"),
+        ("trust", "accept a model's present files as the right ones"),
     ):
         each = actions.add_parser(verb, parents=[shared], help=text)
         each.add_argument("model_id", metavar="ID", help="id of models.toml, folder or hub id")
@@ -171,16 +172,18 @@ def add_models(commands: Commands, shared: Parser) -> None:
 
 
 def add_webhooks(commands: Commands, shared: Parser) -> None:
-    actions = commands.add_parser("webhooks", help="look after webhook calls").add_subparsers(
-        required=True, metavar="ACTION"
+    actions = commands.add_parser(
+        "webhooks", help="list, repeat and test webhook calls"
+    ).add_subparsers(required=True, metavar="ACTION")
+    each = actions.add_parser(
+        "list", parents=[shared], help="list webhook calls, dead ones by default"
     )
-    each = actions.add_parser("list", parents=[shared], help="list calls, dead ones by default")
     each.add_argument(
         "--state", choices=("pending", "delivered", "dead", "all"), default="dead", help="(dead)"
     )
     each.add_argument("--limit", type=int, default=100, metavar="N", help="newest N (100)")
     each.set_defaults(run=list_webhooks)
-    each = actions.add_parser("redeliver", parents=[shared], help="make calls again, same ids")
+    each = actions.add_parser("redeliver", parents=[shared], help="repeat calls with the same ids")
     each.add_argument("job_ids", type=int, nargs="+", metavar="JOB", help="ids of their jobs")
     each.set_defaults(run=redeliver_webhooks)
     each = actions.add_parser("ping", parents=[shared], help="send a signed test event")
@@ -190,7 +193,29 @@ def add_webhooks(commands: Commands, shared: Parser) -> None:
 
 def add_keys_commands(commands: Commands, shared: Parser) -> None:
     """The commands below `keys`."""
-    each = commands.add_parser("create", parents=[shared], help="make a key and show it once")
+    add_keys_create(commands, shared)
+
+    each = commands.add_parser("list", parents=[shared], help="all keys, without the keys")
+    each.set_defaults(run=keys, verb="list")
+
+    each = commands.add_parser("revoke", parents=[shared], help="revoke a holder's keys at once")
+    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
+    each.set_defaults(run=keys, verb="revoke")
+
+    each = commands.add_parser("rotate", parents=[shared], help="create a holder's next key")
+    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
+    each.add_argument(
+        "--overlap",
+        type=seconds_of,
+        default=86_400.0,
+        metavar="TIME",
+        help="how long the present key stays valid (24h)",
+    )
+    each.set_defaults(run=keys, verb="rotate")
+
+
+def add_keys_create(commands: Commands, shared: Parser) -> None:
+    each = commands.add_parser("create", parents=[shared], help="create a key and show it once")
     each.add_argument("name", help="who or what holds it")
     each.add_argument("--expires-in", type=seconds_of, metavar="TIME", help="such as 90d or 12h")
     each.add_argument("--requests-per-minute", type=int, metavar="N", help="API calls it may make")
@@ -223,34 +248,16 @@ def add_keys_commands(commands: Commands, shared: Parser) -> None:
     )
     each.set_defaults(run=keys, verb="create")
 
-    each = commands.add_parser("list", parents=[shared], help="all keys, without the keys")
-    each.set_defaults(run=keys, verb="list")
-
-    each = commands.add_parser("revoke", parents=[shared], help="end a holder's keys at once")
-    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
-    each.set_defaults(run=keys, verb="revoke")
-
-    each = commands.add_parser("rotate", parents=[shared], help="make a holder's next key")
-    each.add_argument("key_id", metavar="ID", help="as `keys list` shows it")
-    each.add_argument(
-        "--overlap",
-        type=seconds_of,
-        default=86_400.0,
-        metavar="TIME",
-        help="how long the present key goes on (24h)",
-    )
-    each.set_defaults(run=keys, verb="rotate")
-
 
 def health(options: argparse.Namespace) -> int:
-    """0 where the server answers `/healthz`."""
+    """Exit status 0 where a server answers `/healthz`."""
     from server.cli.health import check, local_url
 
     return check(options.url or local_url(settings_of(options)))
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Start a server of its own, send it the vendor's example request, save the result."""
+    """Start a temporary server, send it the vendor's example request, save the picture."""
     from server.cli.demo import run_demo
 
     given = vars(options)
@@ -258,7 +265,7 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def migrate(options: argparse.Namespace) -> int:
-    """Create or update the tables; `serve` does it too."""
+    """Create or migrate the tables, as `serve` does."""
     from server.storage.database import open_migrated
 
     open_migrated(settings_of(options).sqlalchemy_url)
@@ -266,7 +273,7 @@ def migrate(options: argparse.Namespace) -> int:
 
 
 def keys(options: argparse.Namespace) -> int:
-    """Make, list or end API keys in the database."""
+    """Create, list, revoke or rotate API keys."""
     from server.cli.keys import run
 
     return run(options, settings_of(options))

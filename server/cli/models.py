@@ -1,4 +1,4 @@
-"""`inpaint-server models list | download | verify | trust`: what the commands do and print."""
+"""The commands `inpaint-server models list | download | verify | trust`."""
 
 import argparse
 import sys
@@ -23,13 +23,13 @@ from server.core.terminal import print_table, printable, size_text
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    """One command; the exit status."""
+    """Run one of the commands. Returns the exit status."""
     try:
         catalog = read_catalog(settings.models_file)
         if options.verb == "list":
             return list_models(catalog, settings)
         spec = find_model(options.model_id, catalog)
-        commands = {"download": get, "verify": verify, "trust": trust}
+        commands = {"download": download_model, "verify": verify, "trust": trust}
         return commands[options.verb](spec, settings)
     except ModelUnavailable as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201
@@ -37,13 +37,13 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def list_models(catalog: dict[str, ModelSpec], settings: Settings) -> int:
-    """Print each model: what it is used for, its bytes on this machine, where it comes from."""
-    asked = dict.fromkeys(settings.models, "offered") | {settings.model: "default"}
+    """Print each model: its use in the settings, its bytes on this machine, its source."""
+    uses = dict.fromkeys(settings.models, "offered") | {settings.model: "default"}
     print_table(
         ("id", "use", "here", "source"),
         [
-            (each, asked.get(each, "-"), size_text(local_size(spec)), spec.source)
-            for each in dict.fromkeys([*catalog, *asked])
+            (each, uses.get(each, "-"), size_text(local_size(spec)), spec.source)
+            for each in dict.fromkeys([*catalog, *uses])
             for spec in [find_model(each, catalog)]
         ],
         empty=f"no models in {settings.models_file}",
@@ -51,23 +51,23 @@ def list_models(catalog: dict[str, ModelSpec], settings: Settings) -> int:
     return 0
 
 
-def get(spec: ModelSpec, settings: Settings) -> int:
-    """Get a model as the hub has it now, and take it for the right one."""
+def download_model(spec: ModelSpec, settings: Settings) -> int:
+    """Download a model as the hub has it now, and accept it as the right one."""
     for source in download(spec):
         print(f"{printable(source)} is here", file=sys.stderr)  # noqa: T201
     return trust(spec, settings)
 
 
 def trust(spec: ModelSpec, settings: Settings) -> int:
-    """Take a model's present files for the right ones."""
+    """Accept a model's present files as the right ones."""
     manifest_path(settings.data_dir, spec.id).unlink(missing_ok=True)
     return verify(spec, settings)
 
 
 def verify(spec: ModelSpec, settings: Settings) -> int:
-    """Read all of a model's files and compare them with those it was first used with.
+    """Compare the digests of a model's files with those of its first use, and print them.
 
-    Each file's digest is printed. Raises: ModelUnavailable, also for weights that are damaged.
+    Raises: ModelUnavailable, also for weights that are damaged.
     """
     settings.make_data_dir()
     files = model_files(spec)

@@ -1,4 +1,4 @@
-"""What all commands share: the parser, the settings behind the flags, and how a command refuses."""
+"""Shared by all commands: the parser, types of flags, the settings, and refusals."""
 
 import argparse
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from server.core.settings import IpNetwork, Settings, load_settings, network_of
 from server.core.settings_errors import InvalidSettings
 
 SHARED_FLAGS = ("config", "data_dir", "model")
-"""Flags that `serve` passes on to its workers."""
+"""Flags of all commands, which `serve` passes on to its workers."""
 
 
 class Refusal(Exception):
-    """Why a command cannot do its work, in the operator's words; a line for each reason."""
+    """Ends a command with exit status 2 and a line for each reason; the operator can fix them."""
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """While settings are read and things are opened: what fails then is the operator's to mend."""
+    """Turn a ValueError or an OSError of the block into a `Refusal`."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -28,11 +28,11 @@ def refusing() -> Iterator[None]:
 
 @contextmanager
 def database_refusing() -> Iterator[None]:
-    """For commands that end: a database that goes away, or stays locked, is a refusal as well."""
+    """Turn an error of the database into a `Refusal`, for commands that do not run on."""
     try:
         yield
     except Exception as error:
-        from sqlalchemy.exc import SQLAlchemyError  # not at the top: `--help` needs none
+        from sqlalchemy.exc import SQLAlchemyError  # not at the top, to keep `--help` quick
 
         if not isinstance(error, SQLAlchemyError):
             raise
@@ -41,14 +41,14 @@ def database_refusing() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of one command; its options name it, so that its own usage is shown for what is wrong."""
+    """The parser of one command. It stores itself in the options, so that errors show its usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.set_defaults(parser=self)
 
     def refuse(self, word: str) -> NoReturn:
-        """End with the usage and the nearest flag."""
+        """Exit with the usage and the most similar flag."""
         from models.spelling import did_you_mean
 
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def seconds_of(text: str) -> float:
-    """90d, 12h, 30m or 45s. Raises: ArgumentTypeError."""
+    """Seconds in a text such as 90d, 12h, 30m or 45s. Raises: ArgumentTypeError."""
     units = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
     number, unit = text[:-1], text[-1:]
     if text.isdecimal():
@@ -67,7 +67,7 @@ def seconds_of(text: str) -> float:
 
 
 def network(text: str) -> IpNetwork:
-    """Raises: ArgumentTypeError."""
+    """An IP network. Raises: ArgumentTypeError."""
     try:
         found: IpNetwork = network_of(text)
     except ValueError as error:
@@ -76,13 +76,13 @@ def network(text: str) -> IpNetwork:
 
 
 def settings_of(options: argparse.Namespace, *names: str) -> Settings:
-    """Settings from the flags of these names, environment and file."""
+    """Settings from these flags, the environment and the file."""
     given = {name: getattr(options, name) for name in (*SHARED_FLAGS, *names)}
     return load_settings(**given)
 
 
 def shared_flags(options: argparse.Namespace) -> list[str]:
-    """Those of `SHARED_FLAGS` that were given, as they are written."""
+    """The given ones of `SHARED_FLAGS`, as words of a command line."""
     return [
         word
         for name in SHARED_FLAGS

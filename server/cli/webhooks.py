@@ -1,4 +1,4 @@
-"""The commands below `webhooks`."""
+"""The commands `inpaint-server webhooks list | redeliver | ping`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from server.cli.options import settings_of
 
 
 def list_webhooks(options: argparse.Namespace) -> int:
-    """Print a line per call: job, state, tries, last outcome, address."""
+    """Print a line for each webhook call: job, state, attempts, last outcome, address."""
     from server.core.terminal import print_table
     from server.jobs.outbox import DeliveryState
     from server.storage.database import open_migrated
@@ -30,7 +30,10 @@ def list_webhooks(options: argparse.Namespace) -> int:
 
 
 def redeliver_webhooks(options: argparse.Namespace) -> int:
-    """Mark calls as due; a running server makes them within a second. 1 where one cannot be."""
+    """Make calls due again, so that a running server repeats them within a second.
+
+    Returns 1 where one of them cannot be repeated.
+    """
     from server.api.dialects.native.problems import CONFLICTS
     from server.core.errors import Conflict
     from server.storage.database import open_migrated
@@ -49,7 +52,7 @@ def redeliver_webhooks(options: argparse.Namespace) -> int:
 
 
 def ping_webhook(options: argparse.Namespace) -> int:
-    """Send a test event under the server's own settings; 0 where the receiver took it."""
+    """Send a test event with the server's settings. Returns 0 where the receiver answers 2xx."""
     import asyncio
 
     from server.egress.client import EgressClient, listeners_of
