@@ -31,7 +31,7 @@ def run_server(options: argparse.Namespace) -> int:
     from server.worker.announcements import announce, ready_announced
 
     with refusing():
-        settings, command = prepare(options)
+        settings, command = prepare_server(options)
         raise_open_file_limit()
         engine = open_migrated(settings.sqlalchemy_url)
         has_keys = KeyStore(engine).has_keys()
@@ -54,7 +54,7 @@ def run_server(options: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(options: argparse.Namespace) -> tuple[Settings, Sequence[str]]:
+def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]]:
     """The checked settings, and the operator's own worker command. Starts the log.
 
     Raises: ValueError, OSError.
@@ -78,7 +78,7 @@ def prepare(options: argparse.Namespace) -> tuple[Settings, Sequence[str]]:
 def make_workers(
     options: argparse.Namespace, settings: Settings, store: "JobStore", command: Sequence[str]
 ) -> "list[WorkerChild]":
-    """A worker for each device; none is started. command: as from `prepare`."""
+    """A worker for each device; none is started. command: as from `prepare_server`."""
     from server.serving.supervisor import WORKER_COMMAND, worker_children
 
     return worker_children(
@@ -102,41 +102,48 @@ def warn_operator(settings: Settings) -> None:
 
 
 def run_worker(options: argparse.Namespace) -> int:
-    """Run one worker until SIGTERM, or until the server that started it is gone."""
+    """Run one worker until SIGTERM, or until the server that started it has ended."""
     import signal
     import threading
 
-    from server.serving.devices import expand_devices, open_device
-    from server.serving.supervisor import UNUSABLE, new_worker_id
-
-    # The device must be chosen before torch is imported, because CUDA reads the environment once.
-    # A refusal also comes seconds earlier so.
+    # The device is chosen before torch is imported, because CUDA reads the environment once, and
+    # because a refusal need not wait seconds for the import.
     with refusing():
-        settings = settings_of(options)
-        settings.make_data_dir()
-        (device, *_) = expand_devices([options.device])
-        device = open_device(device)
+        settings, device = prepare_worker(options)
 
     from models.errors import DeviceUnavailable, EngineError, ModelUnavailable
-    from server.core.logs import configure_logging, get_logger
+    from server.core.logs import get_logger
+    from server.serving.supervisor import UNUSABLE, new_worker_id
     from server.storage.database import DatabaseFileGone
     from server.worker import loop
-    from server.worker.announcements import STARTING
 
-    # On a terminal the server that started this worker announces these events.
-    announced = STARTING if options.parent is not None else ()
-    configure_logging(secrets=settings.secrets, shown_on_terminal=announced)
+    logger = get_logger(__name__)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    worker_id = options.worker_id or new_worker_id()
     try:
-        worker_id = options.worker_id or new_worker_id()
         loop.run(settings, worker_id, device, stopping, options.parent)
     except (DeviceUnavailable, ModelUnavailable) as error:
         if options.parent is None:  # else the supervisor logs the reason
-            get_logger(__name__).error("worker cannot go on", detail=str(error))
+            logger.error("worker cannot go on", detail=str(error))
         return UNUSABLE
     except (EngineError, DatabaseFileGone) as error:
-        get_logger(__name__).error("worker cannot go on", detail=str(error))
+        logger.error("worker cannot go on", detail=str(error))
         return 1
     return 0
+
+
+def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
+    """The settings, and torch's name of the device. Starts the log. Raises: ValueError, OSError."""
+    from server.core.logs import configure_logging
+    from server.serving.devices import expand_devices, open_device
+    from server.worker.announcements import STARTING
+
+    settings = settings_of(options)
+    settings.make_data_dir()
+    (device, *_) = expand_devices([options.device])
+    # On a terminal the server that started this worker announces these events.
+    announced = STARTING if options.parent is not None else ()
+    configure_logging(secrets=settings.secrets, shown_on_terminal=announced)
+    return settings, open_device(device)
