@@ -119,11 +119,11 @@ class Server(uvicorn.Server):
 def listen(settings: Settings) -> dict[str, socket.socket]:
     """The listening sockets by their log event. Raises: ValueError."""
     host, port, admin = settings.host, settings.port, settings.admin
-    with explained(host, port, "--port"):
+    with listen_errors(host, port, "--port"):
         listeners = {LISTENING: bind(host, port)}
     if admin.port is not None:
         try:
-            with explained(admin.host, admin.port, "INPAINT_ADMIN__PORT"):
+            with listen_errors(admin.host, admin.port, "INPAINT_ADMIN__PORT"):
                 listeners[ADMIN_LISTENING] = bind(admin.host, admin.port)
         except ValueError:
             listeners[LISTENING].close()
@@ -147,8 +147,8 @@ def port_of(listener: socket.socket | None) -> int | None:
 
 
 @contextmanager
-def explained(host: str, port: int, setting: str) -> Iterator[None]:
-    """Raises: ValueError for an OSError, with the address and the setting that changes it."""
+def listen_errors(host: str, port: int, setting: str) -> Iterator[None]:
+    """Turn an OSError of the block into a ValueError that names the address and the setting."""
     try:
         yield
     except OSError as error:

@@ -61,7 +61,7 @@ def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
     assert asyncio.run(no_delay_of_accepted())
 
 
-class TestGate:
+class TestConnectionLimiter:
     def limiter(self, max_connections: int = 3, **limits: int) -> ConnectionLimiter:
         return ConnectionLimiter(
             HttpSettings.model_validate(limits), max_connections, ["127.0.0.1"]
@@ -196,7 +196,7 @@ class TestGate:
             limiter._waiting,
             limiter._waiting_of,
             limiter._counts,
-            limiter._owing,
+            limiter._unsent,
         )
         assert not any((*left, limiter._buffered_bytes, limiter._buffered_of))
 
@@ -300,8 +300,8 @@ class TestDeadlines:
             readers = [stack.enter_context(slow_reader(app.port)) for _ in range(20)]
             for reader in readers:
                 reader.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            wait_until(lambda: len(limiter._owing) == len(readers))
-            held = [each.unsent_bytes for each in limiter._owing]
+            wait_until(lambda: len(limiter._unsent) == len(readers))
+            held = [each.unsent_bytes for each in limiter._unsent]
             assert max(held) <= 2 * CHUNK_BYTES
             head, _, start = readers[0].recv(65_536).partition(b"\r\n\r\n")
             assert b"content-length: %d" % len(picture) in head.lower()
@@ -319,8 +319,8 @@ class TestDeadlines:
         with running_app(settings) as app, slow_reader(app.port) as client:
             client.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             limiter = app.server.limiter
-            wait_until(lambda: bool(limiter._owing))
-            connection: Any = next(iter(limiter._owing))
+            wait_until(lambda: bool(limiter._unsent))
+            connection: Any = next(iter(limiter._unsent))
             looks = [connection._send_deadline]
             for _ in range(2):
                 left = 400_000
