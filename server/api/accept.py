@@ -88,15 +88,16 @@ async def accept(
     """Make a job of a request, or find the job of an earlier request with its idempotency key.
 
     base_url: the server's address in the URLs of answers. called_url: the address that the client
-    used. An image at either address is one of our own outputs.
+    used. The URL of an output under either address is read from the file store.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
     if services.watcher.is_released:  # the server is stopping
         raise ServerBusy
     services.health.refuse_writes()
     if idempotency is not None:
-        find = services.store.replayed
-        earlier = await services.in_store_thread(find, caller.key_id, idempotency)
+        earlier = await services.in_store_thread(
+            services.store.replayed, caller.key_id, idempotency
+        )
         if earlier is not None:
             return Submitted(earlier, is_new=False)
     # Back-pressure: a full queue refuses before any work is done for the request.
@@ -108,8 +109,9 @@ async def accept(
             new_job = make_new_job(request, caller, base_url, pair, intake)
             # The input is durable before its row exists, so a claimed job always has its input.
             await services.in_file_thread(put_input, services.storage, new_job, pair)
-        store, storage = services.store, services.storage
-        return await services.in_submit_thread(submit, store, storage, new_job, idempotency)
+        return await services.in_submit_thread(
+            submit, services.store, services.storage, new_job, idempotency
+        )
 
 
 def queue_share_of(caller: Caller) -> QueueShare:

@@ -152,7 +152,7 @@ class JobList(BaseModel):
 class Outcome(StrEnum):
     """The outcome of a webhook call, as far as a client may see it.
 
-    An answer that told a denied, unknown, closed or silent address apart would let clients map our
+    If answers distinguished denied, unknown, closed and silent addresses, clients could map our
     network (SSRF). Durations without an answer are left out for the same reason.
     """
 
