@@ -46,7 +46,7 @@ FILE_THREADS = 32
 caller's timeout. A file store that hangs therefore takes these threads and no others."""
 
 FILE_TIMEOUT_S = 10.0
-"""For a file call, including the time until a thread is free."""
+"""Timeout of a file call, including the time until a thread is free."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ STALL_S = 30.0
 """A loop without a tick for so long has stopped."""
 
 STOPPING_STALL_S = 10.0
-"""The same limit during shutdown."""
+"""The limit of `STALL_S` during shutdown."""
 
 EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""

@@ -47,12 +47,12 @@ class Caller:
 
     @property
     def fetch_grant(self) -> EgressGrant:
-        """Where this caller's images may come from."""
+        """The addresses that this caller's images may come from."""
         return EgressGrant(self.key_id, self.limits.fetch_networks, self.limits.fetch_hosts)
 
     @property
     def webhook_grant(self) -> EgressGrant:
-        """Where this caller's webhooks may go."""
+        """The addresses that this caller's webhooks may go to."""
         return EgressGrant(self.key_id, self.limits.webhook_networks, self.limits.webhook_hosts)
 
 

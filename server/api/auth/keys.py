@@ -81,7 +81,7 @@ class StoredKey:
     limits: KeyLimits
 
     def is_valid(self, now: float) -> bool:
-        """Neither revoked nor expired."""
+        """Whether the key is neither revoked nor expired."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 

@@ -107,7 +107,7 @@ class V3Request:
 
     @property
     def own_facts(self) -> dict[str, Any]:
-        """See `V3Facts`."""
+        """`V3Facts` as JSON values."""
         return V3Facts(wants_base64=self.wants_base64).to_json()
 
 
