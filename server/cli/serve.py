@@ -3,14 +3,9 @@
 import argparse
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from server.cli.options import Refusal, refusing, settings_of, shared_flags
 from server.core.settings import Settings
-
-if TYPE_CHECKING:
-    from server.jobs.store import JobStore
-    from server.serving.supervisor import WorkerChild
 
 
 def run_server(options: argparse.Namespace) -> int:
@@ -26,7 +21,7 @@ def run_server(options: argparse.Namespace) -> int:
         url_of,
         with_bound_ports,
     )
-    from server.serving.supervisor import Supervisor
+    from server.serving.supervisor import Supervisor, configured_workers
     from server.storage.database import open_migrated
     from server.worker.announcements import announce, ready_announced
 
@@ -40,7 +35,7 @@ def run_server(options: argparse.Namespace) -> int:
         settings = with_bound_ports(settings, listeners)
         app = create_app(settings)
         store = JobStore(engine)
-        workers = make_workers(options, settings, store, command)
+        workers = configured_workers(settings, shared_flags(options), store, command)
     supervisor = Supervisor(workers)
     server = Server(app, settings, settings.admin.port, supervisor)
     urls = {event: url_of(listener) for event, listener in listeners.items()}
@@ -73,21 +68,6 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
         redact_secrets(read_keys_file(settings.auth.keys_file))
     command = shlex.split(options.worker_command or "")
     return check_workers(settings, command), command
-
-
-def make_workers(
-    options: argparse.Namespace, settings: Settings, store: "JobStore", command: Sequence[str]
-) -> "list[WorkerChild]":
-    """A worker for each device; none is started. command: as from `prepare_server`."""
-    from server.serving.supervisor import WORKER_COMMAND, worker_children
-
-    return worker_children(
-        settings.worker_devices,
-        shared_flags(options),
-        store,
-        (settings.worker_stall_s, settings.worker_load_stall_s),
-        command or WORKER_COMMAND,
-    )
 
 
 def warn_operator(settings: Settings) -> None:

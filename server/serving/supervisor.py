@@ -18,6 +18,7 @@ from types import TracebackType
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.core.logs import get_logger
+from server.core.settings import Settings
 from server.jobs.store import JobStore
 from server.jobs.workers import WorkerStatus
 
@@ -183,6 +184,15 @@ def worker_children(
     # has started and could ask for it.
     whole = [*command, *flags, "--parent", str(os.getpid())]
     return [WorkerChild(device, whole, store, stalls_s) for device in devices]
+
+
+def configured_workers(
+    settings: Settings, flags: Sequence[str], store: JobStore, command: Sequence[str]
+) -> list[WorkerChild]:
+    """A worker for each device of the settings. command: empty for `WORKER_COMMAND`."""
+    stalls_s = settings.worker_stall_s, settings.worker_load_stall_s
+    command = command or WORKER_COMMAND
+    return worker_children(settings.worker_devices, flags, store, stalls_s, command)
 
 
 class Supervisor:
