@@ -22,7 +22,8 @@ from models.checkpoints.registry import Components, ModelSpec, load_components
 from models.diffusion.pipeline import InpaintPipeline
 from server.core.settings import ENV_PREFIX
 from server.egress.resolver import numeric_addresses
-from server.storage.database import migrate, open_engine
+from server.storage.database import open_engine
+from tests.support.databases import migrated_sqlite
 from tests.support.postgres import PostgresServer, find_binaries, running_postgres
 from tests.support.tiny import save_tiny_checkpoint
 
@@ -124,15 +125,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     name = server.create_migrated()
     yield str(server.url(name))
     server.drop(name)
-
-
-def migrated_sqlite(folder: Path) -> str:
-    """The URL of a new SQLite file with our tables."""
-    url = f"sqlite:///{folder}/inpaint.db"
-    engine = open_engine(url)
-    migrate(engine)
-    engine.dispose()
-    return url
 
 
 @pytest.fixture

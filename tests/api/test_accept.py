@@ -13,8 +13,8 @@ from server.jobs.job import JobState
 from server.jobs.store import JobStore
 from server.sandbox.decoded import DecodedPair
 from server.storage.files import Storage
-from tests.jobs.test_faults import Fault, answer_is_lost, commit_fails, keep
-from tests.jobs.test_store import new_job, waiting_in
+from tests.support.faults import Fault, answer_is_lost, commit_fails
+from tests.support.jobs import new_job, submit_pair, waiting_in
 
 PAIR = DecodedPair(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8))
 ONCE = Idempotency("key", "digest")
@@ -34,7 +34,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def test_job_is_durable_with_its_input(engine: Engine, storage: Storage) -> None:
-    job = keep(JobStore(engine), storage, new_job(), PAIR, None)
+    job = submit_pair(JobStore(engine), storage, new_job(), PAIR, None)
     assert storage.has(job.input_key)
 
 
@@ -44,9 +44,9 @@ def test_input_stays_when_the_answer_of_the_commit_is_lost(
     """The client asks again, and the job that there is needs it."""
     store, new = JobStore(engine), new_job()
     with answer_is_lost(engine, Fault(1)), pytest.raises(OperationalError):
-        keep(store, storage, new, PAIR, ONCE)
+        submit_pair(store, storage, new, PAIR, ONCE)
     again = new_job()
-    job = keep(store, storage, again, PAIR, ONCE)
+    job = submit_pair(store, storage, again, PAIR, ONCE)
     assert job.file_prefix == new.file_prefix
     assert (storage.has(new.input_key), storage.has(again.input_key)) == (True, False)
 
@@ -56,7 +56,7 @@ def test_input_of_a_commit_that_failed_is_left_to_the_janitor(
 ) -> None:
     new = new_job()
     with commit_fails(engine, Fault(1)), pytest.raises(OperationalError):
-        keep(JobStore(engine), storage, new, PAIR, None)
+        submit_pair(JobStore(engine), storage, new, PAIR, None)
     assert storage.has(new.input_key)
 
 
@@ -66,17 +66,17 @@ def test_no_row_without_a_durable_input(
 ) -> None:
     store = JobStore(engine)
     with pytest.raises(StorageUnavailable):
-        keep(store, FullDisk(tmp_path.as_uri()), new_job(), PAIR, once)
+        submit_pair(store, FullDisk(tmp_path.as_uri()), new_job(), PAIR, once)
     assert waiting_in(store) == 0
-    job = keep(store, Storage(tmp_path.as_uri()), new_job(), PAIR, once)
+    job = submit_pair(store, Storage(tmp_path.as_uri()), new_job(), PAIR, once)
     assert job.state is JobState.QUEUED, "the idempotency key is still free"
 
 
 def test_input_of_a_refused_job_is_removed(engine: Engine, storage: Storage) -> None:
     full, new = JobStore(engine, max_waiting=1), new_job()
-    keep(full, storage, new_job(), PAIR, ONCE)
+    submit_pair(full, storage, new_job(), PAIR, ONCE)
     with pytest.raises(QueueFull):
-        keep(full, storage, new, PAIR, None)
+        submit_pair(full, storage, new, PAIR, None)
     with pytest.raises(Conflict):
-        keep(full, storage, new, PAIR, Idempotency("key", "another digest"))
+        submit_pair(full, storage, new, PAIR, Idempotency("key", "another digest"))
     assert not storage.has(new.input_key)

@@ -12,8 +12,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,8 @@ import pytest
 from sqlalchemy import text
 
 from server.api.auth.keys import KeyLimits, KeyStore
-from server.core.settings import Settings, load_settings
+from server.core.settings import Settings
 from server.jobs.estimates import START_S
-from server.jobs.job import Job
 from server.jobs.retention import HOUR_S, Janitor
 from server.jobs.store import JobStore
 from server.jobs.workers import WorkerStatus
@@ -32,21 +29,13 @@ from server.storage.database import migrate, open_engine
 from server.storage.files import Storage
 from tests.chaos.site import until
 from tests.corpora.hostile_pictures import noise, saved
-from tests.jobs.test_store import new_job, status, waiting_in
+from tests.support.apps import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.support.http_stub import ANSWER_S, LiveApp, png_bytes, running_app
+from tests.support.jobs import new_job, seen_now, waiting_in, worker_status
+from tests.support.v3_calls import BODY, IMAGE, PICTURE, finish, post, submit
 
-IMAGE = base64.b64encode(png_bytes()).decode()
-BODY: dict[str, Any] = {
-    "prompt": "a cat",
-    "init_image": IMAGE,
-    "mask_image": f"data:image/png;base64,{IMAGE}",
-    "seed": 5,
-    "samples": "2",
-}
-PICTURE = png_bytes(shade=200)
 TALL = base64.b64encode(png_bytes(64, 92)).decode()
 NOISE = saved(noise(), "PNG")
-FIRST, SECOND = KEYS = ("key-of-the-first", "key-of-the-second")
 needs_both_families = pytest.mark.skipif(
     not socket.has_dualstack_ipv6(), reason="this machine has no IPv6"
 )
@@ -57,19 +46,6 @@ NOT_FOUND = {
     "messege": "Request not found",
     "output": "",
 }
-
-
-def settings_in(folder: Path, **changes: Any) -> Settings:
-    given: dict[str, Any] = {"data_dir": folder, "workers": 0, "hold_s": 0} | changes
-    return load_settings(**given)
-
-
-@contextmanager
-def store_of(settings: Settings) -> Iterator[JobStore]:
-    """The job table, as another process sees it."""
-    engine = open_engine(settings.sqlalchemy_url)
-    yield JobStore(engine)
-    engine.dispose()
 
 
 @pytest.fixture(scope="module")
@@ -103,34 +79,6 @@ def url(app: LiveApp, settings: Settings) -> str:
 @pytest.fixture
 def client(app: LiveApp) -> httpx2.Client:
     return app.client
-
-
-def post(client: httpx2.Client, path: str, **fields: Any) -> Any:
-    """A JSON call under the vendor's rule that everything answers 200."""
-    answer = client.post(f"/api/v3/{path}", json=fields)
-    assert answer.status_code == 200
-    return answer.json()
-
-
-def submit(client: httpx2.Client, **changes: Any) -> int:
-    answer = post(client, "inpaint", **(BODY | changes))
-    assert answer["status"] == "processing", answer
-    return int(answer["id"])
-
-
-def finish(settings: Settings, job_id: int) -> Job:
-    """What a worker does: claim, store the pictures, finish."""
-    storage = Storage(settings.storage_url)
-    limit = time.monotonic() + ANSWER_S
-    with store_of(settings) as store:
-        while time.monotonic() < limit:
-            for job in store.claim("test", 10):
-                for key in job.output_keys:
-                    storage.put(key, PICTURE)
-                assert store.finish(job, [False] * len(job.output_keys))
-                if job.id == job_id:
-                    return job
-    raise AssertionError(f"no job {job_id} waits")
 
 
 def expire(settings: Settings, now: float) -> None:
@@ -531,7 +479,10 @@ class TestBrowsers:
     ) -> None:
         preflight = client.options("/api/v3/inpaint", headers={**self.PREFLIGHT, "origin": origin})
         call = client.post("/api/jobs", headers={"origin": origin})
-        assert (preflight.status_code, call.status_code == 403) == (status, status == 400)
+        assert (preflight.status_code, call.status_code == 403) == (
+            status,
+            status == 400,
+        )
 
     def test_origins_can_be_restricted(self, tmp_path: Path) -> None:
         with running_app(settings_in(tmp_path, cors_origins=["https://ours.example"])) as app:
@@ -950,7 +901,7 @@ class TestHealth:
             for worker, code, reason in [
                 (None, 503, "0/1 workers ready"),
                 (loading, 503, "0/1 workers ready; loading model 40%"),
-                (status("w", 0), 200, "1/1 workers ready"),
+                (worker_status("w", 0), 200, "1/1 workers ready"),
                 (failed, 200, "1/2 workers ready; 1 failed"),
             ]:
                 if worker is not None:
@@ -968,7 +919,7 @@ class TestHealth:
             load = post(app.client, "system_load")
             assert load == {**nothing, "queue_time": START_S}, "nobody works yet"
             assert isinstance(load["queue_time"], int)
-            store.workers.report(seen_now(status("w", 0)))
+            store.workers.report(seen_now(worker_status("w", 0)))
 
             def is_told(**load: int) -> bool:
                 return bool(post(app.client, "system_load") == {**nothing, **load})
@@ -981,11 +932,6 @@ class TestHealth:
             load = post(app.client, "system_load")
         assert isinstance(load["queue_time"], int)
         assert load["queue_time"] > 0
-
-
-def seen_now(worker: WorkerStatus) -> WorkerStatus:
-    """Heard of lately at whatever time the test runs."""
-    return replace(worker, seen_at=time.time())
 
 
 def test_serve_without_workers_starts_and_stops_and_logs_no_secrets(

@@ -13,9 +13,10 @@ import pytest
 from server.api.auth.keys import KeyLimits, KeyStore
 from server.jobs.job import Job
 from server.storage.database import migrate, open_engine
-from tests.api.test_app import BODY, settings_in, store_of
+from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import png_bytes, running_app
 from tests.support.processes import image_host
+from tests.support.v3_calls import BODY
 
 ALL = KeyLimits(
     requests_per_minute=3,

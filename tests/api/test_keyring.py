@@ -10,7 +10,7 @@ from server.api.auth.keyring import ANONYMOUS, KeyRing, network_of, read_keys_fi
 from server.api.auth.keys import KeyLimits, KeyStore
 from server.core.errors import InvalidApiKey, RateLimited
 from server.core.settings import AuthSettings
-from tests.core.test_rate_limits import Clock
+from tests.support.clocks import Clock
 
 FIRST, SECOND = KEYS = ("sd_of-the-first-1", "sd_of-the-schlüssel")
 HOME = "192.0.2.1"

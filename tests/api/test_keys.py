@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 from server.api.auth.keys import KeyLimits, KeyStore, digest_of
 from server.cli.main import main
 from server.storage.database import read_only
-from tests.core.test_rate_limits import Clock
+from tests.support.clocks import Clock
 
 DAY_S = 86_400.0
 LIMITS = KeyLimits(

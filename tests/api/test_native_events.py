@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -20,16 +19,12 @@ from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
 from server.storage.database import open_engine
 from server.storage.files import Storage
-from tests.api.test_app import FIRST, KEYS, SECOND, settings_in, store_of
-from tests.api.test_native_routes import BODY, claim, client_of
 from tests.chaos.site import until
-from tests.conftest import migrated_sqlite
-from tests.jobs.test_store import new_job
-from tests.jobs.test_watcher import run_with
+from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in, store_of
+from tests.support.databases import migrated_sqlite
 from tests.support.http_stub import LiveApp, running_app
-
-LONG_S = 60
-Event = tuple[str, dict[str, Any]]
+from tests.support.jobs import LONG_S, claim_job, new_job, run_with
+from tests.support.native_calls import BODY, Event, events_of
 
 
 @pytest.fixture
@@ -111,16 +106,6 @@ def following(
         yield events_of(answer.iter_lines())
 
 
-def events_of(lines: Iterator[str]) -> Iterator[Event]:
-    name = ""
-    for line in lines:
-        key, _, value = line.partition(": ")
-        if key == "event":
-            name = value
-        elif key == "data":
-            yield name, json.loads(value)
-
-
 def create(app: LiveApp) -> int:
     return int(app.client.post("/api/jobs", json=BODY).json()["id"])
 
@@ -130,7 +115,7 @@ class TestStream:
         job_id = create(app)
         with following(app, job_id) as events:
             assert next(events) == ("queued", {"position": 1})
-            job = claim(live_store, job_id)
+            job = claim_job(live_store, job_id)
             assert next(events) == ("started", {"attempt": 1})
             live_store.heartbeat(job, 7, 14)
             assert next(events) == ("step", {"step": 7, "total_steps": 14})
@@ -164,7 +149,7 @@ class TestStream:
     def test_preview_comes_with_its_step(
         self, app: LiveApp, live_store: JobStore, tmp_path: Path
     ) -> None:
-        job = claim(live_store, create(app))
+        job = claim_job(live_store, create(app))
         storage = Storage(settings_in(tmp_path).storage_url)
         with following(app, job.id) as events:
             assert next(events)[0] == "started"
@@ -183,7 +168,7 @@ class TestStream:
             assert next(events)[0] == "step"
             live_store.cancel(job.id)
             assert [name for name, _ in events] == ["cancelled"]
-        late = claim(live_store, create(app))
+        late = claim_job(live_store, create(app))
         live_store.heartbeat_all([Heartbeat(late, 3, 14, preview_step=2)])
         storage.put(late.preview_key, b"\x89PNG")
         with following(app, late.id) as events:
@@ -191,7 +176,7 @@ class TestStream:
 
     @pytest.mark.parametrize("state", ["failed", "cancelled"])
     def test_other_ends(self, state: str, app: LiveApp, live_store: JobStore) -> None:
-        job = claim(live_store, create(app))
+        job = claim_job(live_store, create(app))
         with following(app, job.id) as events:
             assert next(events) == ("started", {"attempt": 1})
             if state == "failed":
@@ -201,7 +186,7 @@ class TestStream:
             assert [name for name, _ in events] == [state]
 
     def test_coming_back(self, app: LiveApp, live_store: JobStore) -> None:
-        job = claim(live_store, create(app))
+        job = claim_job(live_store, create(app))
         live_store.heartbeat(job, 7, 14)
         with following(app, job.id) as events:
             assert next(events)[0] == "started"

@@ -18,26 +18,19 @@ from sqlalchemy import select, update
 from models.imaging.mask_reading import MaskReading
 from server.core.notices import Notice
 from server.core.settings import Settings
-from server.jobs.job import Failure, Heartbeat, Job
+from server.jobs.job import Failure, Heartbeat
 from server.jobs.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.jobs.store import MAX_ATTEMPTS, JobStore
 from server.storage.database import open_engine
 from server.storage.files import Storage
 from server.storage.tables import idempotency_keys, jobs
-from tests.api.test_app import FIRST, KEYS, SECOND, post, settings_in, store_of
-from tests.jobs.test_store import Clock
+from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in, store_of
+from tests.support.clocks import Clock
 from tests.support.http_stub import LiveApp, png_bytes, running_app
+from tests.support.jobs import claim_job
+from tests.support.native_calls import BODY, PICTURE, create, problem_of
+from tests.support.v3_calls import post
 
-PICTURE = png_bytes()
-IMAGE = base64.b64encode(PICTURE).decode()
-BODY: dict[str, Any] = {
-    "prompt": "a cat",
-    "init_image": IMAGE,
-    "mask_image": IMAGE,
-    "seed": 5,
-    "samples": 2,
-    "track_id": 7,
-}
 OUTPUT = png_bytes(shade=200)
 RECEIPT = Receipt(
     model=Model("builtin", "ab" * 32, "cpu", "float32"),
@@ -77,29 +70,8 @@ def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
         yield store
 
 
-def client_of(app: LiveApp, key: str) -> httpx2.Client:
-    headers = {"Authorization": f"Bearer {key}"}
-    return httpx2.Client(base_url=app.client.base_url, headers=headers, trust_env=False, timeout=60)
-
-
 def inline(picture: bytes) -> str:
     return base64.b64encode(picture).decode()
-
-
-def create(client: httpx2.Client, **changes: Any) -> dict[str, Any]:
-    answer = client.post("/api/jobs", json=BODY | changes)
-    assert answer.status_code == 202, answer.text
-    job: dict[str, Any] = answer.json()
-    return job
-
-
-def claim(store: JobStore, job_id: int) -> Job:
-    """The job, held by a worker; those before it are held too."""
-    while claimed := store.claim("test", 10):
-        for job in claimed:
-            if job.id == job_id:
-                return job
-    raise AssertionError(f"no job {job_id} waits")
 
 
 def read(client: httpx2.Client, job_id: int) -> dict[str, Any]:
@@ -107,15 +79,6 @@ def read(client: httpx2.Client, job_id: int) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     job: dict[str, Any] = answer.json()
     return job
-
-
-def problem_of(answer: httpx2.Response) -> tuple[int, str]:
-    """Status and code, after a look at the form."""
-    assert answer.headers["content-type"] == "application/problem+json"
-    problem = answer.json()
-    assert problem["status"] == answer.status_code
-    assert problem["request_id"] == answer.headers["x-request-id"]
-    return answer.status_code, problem["code"]
 
 
 class TestLifeOfAJob:
@@ -167,7 +130,7 @@ class TestLifeOfAJob:
         assert read(client, job_id)["warnings"] == []
 
     def test_running_with_progress(self, client: httpx2.Client, store: JobStore) -> None:
-        job = claim(store, create(client)["id"])
+        job = claim_job(store, create(client)["id"])
         store.heartbeat(job, 3, 14)
         told = read(client, job.id)
         assert (told["state"], told["position"], told["attempts"]) == ("running", None, 1)
@@ -178,7 +141,7 @@ class TestLifeOfAJob:
     def test_finished_with_receipt(
         self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
-        job = claim(store, create(client)["id"])
+        job = claim_job(store, create(client)["id"])
         for key in job.output_keys:
             Storage(settings.storage_url).put(key, OUTPUT)
         store.finish(job, [False, True], RECEIPT)
@@ -223,7 +186,7 @@ class TestLifeOfAJob:
     def test_mask_that_shrank_to_nothing_is_told_at_the_end(
         self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
-        job = claim(store, create(client, mask_grow=-64)["id"])
+        job = claim_job(store, create(client, mask_grow=-64)["id"])
         assert read(client, job.id)["warnings"] == []
         for key in job.output_keys:
             Storage(settings.storage_url).put(key, OUTPUT)
@@ -272,12 +235,12 @@ class TestLifeOfAJob:
         assert told["mask"] == {"read_as": None, "coverage": None, "box": None}
 
     def test_failed_and_lost_are_told_apart(self, client: httpx2.Client, store: JobStore) -> None:
-        failed = claim(store, create(client)["id"])
+        failed = claim_job(store, create(client)["id"])
         store.fail(failed, Failure.OUT_OF_MEMORY.sentence)
         assert read(client, failed.id)["error"]["code"] == "out_of_memory"
         lost = create(client)["id"]
         for _ in range(MAX_ATTEMPTS):
-            claim(store, lost)
+            claim_job(store, lost)
             store.requeue_of("test")
         told = read(client, lost)
         assert (told["state"], told["attempts"]) == ("failed", MAX_ATTEMPTS)
@@ -291,7 +254,7 @@ class TestLifeOfAJob:
     ) -> None:
         fields = {key: BODY[key] for key in ("prompt", "init_image", "mask_image")}
         job_id = post(client, "inpaint", **fields)["id"]
-        job = claim(store, job_id)
+        job = claim_job(store, job_id)
         Storage(settings.storage_url).put(job.output_keys[0], OUTPUT)
         store.finish(job, [False])
         told = read(client, job_id)
@@ -300,7 +263,7 @@ class TestLifeOfAJob:
     def test_finished_job_is_told_on_the_vendors_path_too(
         self, client: httpx2.Client, store: JobStore, settings: Settings
     ) -> None:
-        job = claim(store, create(client)["id"])
+        job = claim_job(store, create(client)["id"])
         for key in job.output_keys:
             Storage(settings.storage_url).put(key, OUTPUT)
         assert store.finish(job, [None, None])
@@ -314,7 +277,7 @@ class TestLifeOfAJob:
         wall, engine = Clock(), open_engine(settings.sqlalchemy_url)
         wall.now = time.time()
         worker = JobStore(engine, clock=wall)
-        job = claim(worker, create(client)["id"])
+        job = claim_job(worker, create(client)["id"])
         for key in job.output_keys:
             Storage(settings.storage_url).put(key, OUTPUT)
         wall.now += shift_s
@@ -545,7 +508,7 @@ class TestIdempotency:
 class TestCancel:
     def test_queued_and_running_and_again(self, client: httpx2.Client, store: JobStore) -> None:
         queued = create(client)["id"]
-        running = claim(store, create(client)["id"])
+        running = claim_job(store, create(client)["id"])
         for job_id in (queued, running.id):
             for _ in range(2):
                 answer = client.post(f"/api/jobs/{job_id}/cancel")
@@ -562,7 +525,7 @@ class TestCancel:
         assert Storage(settings.storage_url).get(job.input_key) is None
 
     def test_ended_job(self, client: httpx2.Client, store: JobStore) -> None:
-        job = claim(store, create(client)["id"])
+        job = claim_job(store, create(client)["id"])
         store.finish(job, [False, False])
         assert problem_of(client.post(f"/api/jobs/{job.id}/cancel")) == (409, "job_ended")
         assert read(client, job.id)["state"] == "finished"

@@ -1,7 +1,6 @@
 """Webhook calls as their owner and the operator meet them: over HTTP and on the command line."""
 
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,11 @@ from tests.api.test_app import BODY as V3_BODY
 from tests.api.test_app import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.api.test_native_routes import BODY, claim, client_of, create, problem_of
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
+from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in, store_of
 from tests.support.http_stub import LiveApp, running_app
-from tests.webhooks.test_sender import WAIT_S, answer, receiver
+from tests.support.native_calls import BODY, create, problem_of
+from tests.support.v3_calls import BODY as V3_BODY
+from tests.support.webhooks import WAIT_S, attempt, deliveries_of, finished_job, receiver
 
 SECRET = "whsec_" + "A" * 32
 
@@ -53,23 +55,6 @@ def client(app: LiveApp) -> Iterator[httpx2.Client]:
 def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
     with store_of(settings) as store:
         yield store
-
-
-def finished_job(client: httpx2.Client, store: JobStore, webhook: str | None) -> int:
-    job = claim(store, create(client, webhook=webhook)["id"])
-    store.finish(job, [False, False])
-    return job.id
-
-
-def deliveries_of(client: httpx2.Client, job_id: int, attempts: int) -> dict[str, Any]:
-    """The job's call, once it was tried so often."""
-    limit = time.monotonic() + 3 * WAIT_S
-    while time.monotonic() < limit:  # each a round trip; the row is all there is to see
-        listed = client.get(f"/api/jobs/{job_id}/deliveries").json()["deliveries"]
-        if listed and len(listed[0]["attempts"]) == attempts:
-            call: dict[str, Any] = listed[0]
-            return call
-    raise AssertionError(listed)
 
 
 def test_call_is_told_of_and_made_again(client: httpx2.Client, store: JobStore) -> None:
@@ -268,7 +253,7 @@ class TestCommandLine:
         engine = open_engine(settings.sqlalchemy_url)
         deliveries = DeliveryStore(engine)
         (due,) = deliveries.claim_due(1)
-        deliveries.record(due, answer(410))
+        deliveries.record(due, attempt(410))
         assert main(["webhooks", "list"]) == 0
         line = f"{job_id}\tdead\t1\t410 answered\thttp://127.0.0.1:1/hook\n"
         header = "job\tstate\ttries\tlast outcome\taddress\n"

@@ -31,7 +31,7 @@ from tests.chaos.site import (
     signal_process,
     until,
 )
-from tests.serving.test_supervisor import rename
+from tests.support.databases import rename_table
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def waits(site: Site, job_id: int) -> bool:
 def rename_jobs(site: Site, old: str, new: str) -> None:
     """Without their table nobody can do anything with jobs."""
     engine = open_engine(site.database_url)
-    rename(engine, old, new)
+    rename_table(engine, old, new)
     engine.dispose()
 
 

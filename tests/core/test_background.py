@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from server.core.background import STEADY_S, Background
-from tests.jobs.test_store import Clock
+from tests.support.clocks import Clock
 
 WAIT_S = 20
 AT_ONCE = (0.0, 0.0)

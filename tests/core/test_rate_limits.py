@@ -1,16 +1,7 @@
 """Token buckets, on a clock of the test's own."""
 
 from server.core.rate_limits import TokenBuckets
-
-
-class Clock:
-    """Stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clocks import Clock
 
 
 def test_a_minutes_worth_then_a_steady_trickle() -> None:

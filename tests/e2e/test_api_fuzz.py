@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 from schemathesis.core.result import Ok
 
-from tests.api.test_app import settings_in
+from tests.support.apps import settings_in
 from tests.support.http_stub import LiveApp, running_app
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))

@@ -15,7 +15,7 @@ from server.egress.client import EgressClient, Listener
 from server.egress.downloads import FetchFailed, ImageDownloader
 from server.egress.policy import AddressDenied
 from server.storage.files import Storage
-from tests.api.test_app import BODY, post, settings_in
+from tests.support.apps import settings_in
 from tests.support.http_stub import (
     LiveApp,
     answering,
@@ -25,6 +25,7 @@ from tests.support.http_stub import (
     running_stub,
 )
 from tests.support.network_of_its_own import ELSEWHERE, NEIGHBOURS, OWN
+from tests.support.v3_calls import BODY, post
 
 REPOSITORY = Path(__file__).parents[2]
 NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"

@@ -11,13 +11,12 @@ import pytest
 from server.api.auth.keys import KeyLimits, KeyStore
 from server.core.settings import Settings
 from server.storage.database import open_engine
-from tests.api.test_app import settings_in, store_of
-from tests.api.test_native_routes import BODY, client_of
-from tests.api.test_webhook_routes import deliveries_of, finished_job
-from tests.conftest import migrated_sqlite
+from tests.support.apps import client_of, settings_in, store_of
+from tests.support.databases import migrated_sqlite
 from tests.support.http_stub import LiveApp, png_bytes, running_app
+from tests.support.native_calls import BODY
 from tests.support.processes import image_host
-from tests.webhooks.test_sender import WAIT_S, receiver
+from tests.support.webhooks import WAIT_S, deliveries_of, finished_job, receiver
 
 LOOPBACK = (ip_network("127.0.0.0/8"),)
 REACH = {

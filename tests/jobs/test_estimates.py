@@ -20,7 +20,7 @@ from server.jobs.estimates import (
     measure_throughput,
     simulate,
 )
-from tests.jobs.test_store import Clock
+from tests.support.clocks import Clock
 from tests.support.queue_simulation import CPU, GPU, Device, Simulation, share_in_time
 
 SPEED = 1_000.0

@@ -14,8 +14,8 @@ from server.jobs.job import QueueShare
 from server.jobs.store import JobStore
 from server.storage.database import open_engine
 from server.storage.tables import jobs
-from tests.conftest import migrated_sqlite
-from tests.jobs.test_store import PARAMS, new_job
+from tests.support.databases import migrated_sqlite
+from tests.support.jobs import PARAMS, new_job
 
 MANY = 10_000
 

@@ -24,13 +24,11 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from models.model_pool import ModelPool
 from models.params import InpaintParams
-from server.api.accept import put_input, submit
 from server.api.dialects.registry import write_webhook
 from server.core.errors import StorageUnavailable
 from server.core.settings import RetentionSettings, Settings, WebhookSettings
 from server.egress.client import EgressClient
-from server.jobs.idempotency import Idempotency
-from server.jobs.job import Job, JobState, NewJob
+from server.jobs.job import Job, JobState
 from server.jobs.outbox import DeliveryState
 from server.jobs.receipts import Model
 from server.jobs.retention import ORPHAN_S, Janitor
@@ -43,9 +41,11 @@ from server.webhooks.deliveries import Attempt, DeliveryStore
 from server.webhooks.sender import WebhookSender
 from server.worker.loop import Worker
 from tests.chaos.pipeline import ScriptedPipeline
-from tests.conftest import migrated_sqlite
-from tests.jobs.test_store import Clock, new_job
+from tests.support.clocks import Clock
+from tests.support.databases import migrated_sqlite
+from tests.support.faults import Fault, answer_is_lost, commit_fails
 from tests.support.http_stub import Behaviour, answering, response, running_stub
+from tests.support.jobs import new_job, submit_pair
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,27 +56,6 @@ DELIVERED = Attempt(0.0, 0.1, 200, "answered")
 LIVE = (JobState.QUEUED, JobState.RUNNING)
 
 
-@dataclass
-class Fault:
-    """Strikes once, at the n-th call of a kind."""
-
-    at: int
-    calls: int = 0
-    has_struck: bool = False
-
-    @property
-    def strikes(self) -> bool:
-        """Counts a call; whether it is the n-th."""
-        self.calls += 1
-        self.has_struck = self.has_struck or self.calls == self.at
-        return self.calls == self.at
-
-    def count(self, *_arguments: Any) -> None:
-        """Raises: OperationalError at the n-th call."""
-        if self.strikes:
-            raise OperationalError("a call", None, Exception("the disk is gone"))
-
-
 @contextmanager
 def statement_fails(engine: Engine, fault: Fault) -> Iterator[None]:
     """Nothing of it takes effect; to begin a transaction is one too."""
@@ -85,29 +64,6 @@ def statement_fails(engine: Engine, fault: Fault) -> Iterator[None]:
     yield
     event.remove(engine, "begin", fault.count)
     event.remove(engine, "before_cursor_execute", fault.count)
-
-
-@contextmanager
-def commit_fails(engine: Engine, fault: Fault) -> Iterator[None]:
-    """The transaction is undone."""
-    event.listen(engine, "commit", fault.count)
-    yield
-    event.remove(engine, "commit", fault.count)
-
-
-@contextmanager
-def answer_is_lost(engine: Engine, fault: Fault) -> Iterator[None]:
-    """The commit takes effect, and its caller does not learn of it."""
-    dialect: Any = engine.dialect
-    do_commit = dialect.do_commit
-
-    def commit(connection: Any) -> None:
-        do_commit(connection)
-        fault.count()
-
-    dialect.do_commit = commit
-    yield
-    del dialect.do_commit  # the class's own is there again
 
 
 @dataclass
@@ -352,14 +308,6 @@ def test_promises_hold_wherever_the_file_store_fails(is_lost: bool, tmp_path: Pa
     engine.dispose()
 
 
-def keep(
-    store: JobStore, storage: Storage, new: NewJob, pair: DecodedPair, once: Idempotency | None
-) -> Job:
-    """As `accept` does with a decoded pair."""
-    put_input(storage, new, pair)
-    return submit(store, storage, new, once).job
-
-
 def run_with_files(engine: Engine, storage: Storage, data_dir: Path) -> list[int]:
     """Submit jobs, as the intake does, and have a worker make them; the ids."""
     stopping = threading.Event()
@@ -368,7 +316,7 @@ def run_with_files(engine: Engine, storage: Storage, data_dir: Path) -> list[int
     def accept() -> Job:
         params = InpaintParams(prompt="", seed=7, width=64, height=64, num_inference_steps=2)
         new = new_job(file_prefix=str(uuid.uuid4()), params=params)
-        return keep(store, storage, new, PAIR, None)
+        return submit_pair(store, storage, new, PAIR, None)
 
     accepted = [insist_on_files(accept).id for _ in range(STORED_JOBS)]
     PlainWorker("w", "cpu", Settings(data_dir=data_dir), store, storage, stopping).run()

@@ -17,7 +17,8 @@ from server.jobs.leases import CHECK_INTERVAL_S, LEASE_S
 from server.jobs.store import MAX_ATTEMPTS, JobStore
 from server.storage.tables import deliveries, delivery_attempts, jobs
 from server.webhooks.deliveries import Attempt, Delivery, DeliveryStore
-from tests.jobs.test_store import Clock, new_job
+from tests.support.clocks import Clock
+from tests.support.jobs import new_job
 
 CALL_LEASE_S = 60.0
 MAX_WAITING = 6

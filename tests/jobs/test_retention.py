@@ -23,8 +23,9 @@ from server.storage.database import open_engine
 from server.storage.files import Storage
 from server.storage.tables import deliveries, jobs
 from server.webhooks.deliveries import Attempt, DeliveryStore
-from tests.conftest import migrated_sqlite
-from tests.jobs.test_store import ROW, Clock, claim_one, get, new_job, state_of
+from tests.support.clocks import Clock
+from tests.support.databases import migrated_sqlite
+from tests.support.jobs import ROW, claim_one, get, new_job, state_of
 
 SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, rows_h=100)
 DELIVERED = Attempt(0.0, 0.1, 200, "answered")

@@ -6,7 +6,6 @@ import multiprocessing
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -17,7 +16,6 @@ import pytest
 from sqlalchemy import Engine, delete, event, insert, text, update
 from sqlalchemy.exc import IntegrityError
 
-from models.params import InpaintParams, SchedulerName
 from server.core.errors import QueueFull
 from server.jobs.estimates import GUESSED_SPEED, RECENT_JOBS, START_S
 from server.jobs.job import Heartbeat, Job, JobState, NewJob, RequestFacts
@@ -31,33 +29,21 @@ from server.jobs.store import (
 from server.jobs.workers import ALIVE_S, ROW_KEPT_S, WorkerStatus
 from server.storage.database import Topic, open_engine
 from server.storage.tables import jobs, workers
+from tests.support.clocks import Clock
+from tests.support.jobs import (
+    PARAMS,
+    ROW,
+    claim_one,
+    get,
+    new_job,
+    state_of,
+    waiting_in,
+    worker_status,
+)
 from tests.support.postgres import PostgresServer
 
 PLACES, LARGE = 3, 10_000_000.0
 HOUR_S = 3_600.0
-PARAMS = InpaintParams(prompt="a cat", seed=7, samples=2, scheduler=SchedulerName.DDIM)
-
-
-class Clock:
-    """Time that passes when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def new_job(**changes: Any) -> NewJob:
-    plain = NewJob(
-        dialect="v3",
-        request=RequestFacts(init_image="http://x/a.png"),
-        params=PARAMS,
-        key_id="somebody",
-        file_prefix=str(uuid.uuid4()),
-        work=1_000.0,
-    )
-    return replace(plain, **changes)
 
 
 @pytest.fixture
@@ -78,21 +64,6 @@ def pass_time(store: JobStore, clock: Clock, seconds: float) -> int:
         seconds -= CHECK_INTERVAL_S
         lost += store.requeue_expired()
     return lost
-
-
-def claim_one(store: JobStore, worker_id: str = "w") -> Job:
-    (job,) = store.claim(worker_id, 1)
-    return job
-
-
-def get(store: JobStore, job_id: int) -> Job:
-    job = store.get(job_id)
-    assert job is not None
-    return job
-
-
-def state_of(store: JobStore, job_id: int) -> JobState:
-    return get(store, job_id).state
 
 
 def test_submitted_job_comes_back_as_it_went_in(store: JobStore) -> None:
@@ -401,16 +372,6 @@ def test_ids_are_not_given_twice(store: JobStore, engine: Engine) -> None:
     assert store.submit(new_job()).id > max(ids)
 
 
-ROW = {
-    "state": "queued",
-    "key_id": "k",
-    "dialect": "v3",
-    "request": {},
-    "params": {},
-    "file_prefix": "p",
-    "work": 1.0,
-    "created_at": 0.0,
-}
 RUNNING = {"state": "running", "worker_id": "w", "heartbeat_at": 1.0}
 
 
@@ -452,7 +413,7 @@ class TestForecast:
 
     @pytest.fixture(autouse=True)
     def worker(self, store: JobStore, clock: Clock) -> None:
-        store.workers.report(status("a", clock()))
+        store.workers.report(worker_status("a", clock()))
 
     @pytest.fixture
     def make_together(self, store: JobStore, clock: Clock) -> Callable[..., list[Job]]:
@@ -479,7 +440,7 @@ class TestForecast:
         self, state: str | None, store: JobStore, clock: Clock
     ) -> None:
         if state:
-            store.workers.report(status("a", clock(), state))
+            store.workers.report(worker_status("a", clock(), state))
         else:
             store.workers.remove("a")
         job = store.submit(new_job(work=2 * GUESSED_SPEED))
@@ -517,18 +478,18 @@ class TestForecast:
         assert store.forecast(places).ends_s[job.id] > 10 * quick
 
     def test_workers_add_up_while_they_are_seen(self, store: JobStore, clock: Clock) -> None:
-        store.workers.report(status("b", clock()))
+        store.workers.report(worker_status("b", clock()))
         job = store.submit(new_job(work=LARGE))
         of_two = store.forecast(places).ends_s[job.id]
         hear_nothing(store, clock, ALIVE_S)
-        store.workers.report(status("a", clock()))
+        store.workers.report(worker_status("a", clock()))
         assert store.forecast(places).ends_s[job.id] == pytest.approx(2 * of_two)
 
     @pytest.mark.parametrize("jump_s", [30 * HOUR_S, -24 * HOUR_S])
     def test_jump_of_the_clock_changes_no_estimate(self, jump_s: float, engine: Engine) -> None:
         wall, steady = Clock(), Clock()
         store = JobStore(engine, clock=wall, steady_clock=steady)
-        store.workers.report(status("a", wall()))
+        store.workers.report(worker_status("a", wall()))
 
         def make_together(count: int, jump_s: float = 0.0) -> list[Job]:
             for _ in range(count):
@@ -572,10 +533,6 @@ class TestForecast:
         assert store.forecast(places).ends_s[job.id] == guess
 
 
-def status(worker_id: str, seen_at: float, state: str = "ready") -> WorkerStatus:
-    return WorkerStatus(worker_id, "cpu", "builtin", state, state, seen_at)
-
-
 def hear_nothing(store: JobStore, clock: Clock, seconds: float) -> None:
     """Let the time pass, while the workers are looked at as always."""
     for _ in range(math.ceil(seconds / CHECK_INTERVAL_S)):
@@ -589,7 +546,7 @@ def test_worker_is_seen_while_it_speaks_whatever_its_clock(
 ) -> None:
     for _ in range(3):
         clock.now += CHECK_INTERVAL_S
-        store.workers.report(status("a", clock() + shift_s))
+        store.workers.report(worker_status("a", clock() + shift_s))
         seen = store.workers.alive()
     assert [worker.id for worker in seen] == ["a"]
     hear_nothing(store, clock, ALIVE_S)
@@ -597,36 +554,36 @@ def test_worker_is_seen_while_it_speaks_whatever_its_clock(
 
 
 def test_first_look_takes_no_old_word_for_a_living_worker(engine: Engine, clock: Clock) -> None:
-    JobStore(engine).workers.report(status("dead", clock() - ALIVE_S))
-    JobStore(engine).workers.report(status("alive", clock() - ALIVE_S + 1))
+    JobStore(engine).workers.report(worker_status("dead", clock() - ALIVE_S))
+    JobStore(engine).workers.report(worker_status("alive", clock() - ALIVE_S + 1))
     begun = JobStore(engine, clock=clock, steady_clock=clock)
     assert [worker.id for worker in begun.workers.alive()] == ["alive"]
 
 
 def test_row_of_a_dead_worker_is_removed(store: JobStore, clock: Clock) -> None:
-    store.workers.report(status("dead", clock()))
+    store.workers.report(worker_status("dead", clock()))
     hear_nothing(store, clock, ROW_KEPT_S)
-    store.workers.report(status("alive", clock()))
+    store.workers.report(worker_status("alive", clock()))
     assert store.workers.get("dead")
     hear_nothing(store, clock, CHECK_INTERVAL_S)
     assert (store.workers.get("dead"), store.workers.get("alive")) == (
         None,
-        status("alive", clock() - CHECK_INTERVAL_S),
+        worker_status("alive", clock() - CHECK_INTERVAL_S),
     )
 
 
 def test_workers_last_word_counts(store: JobStore, clock: Clock) -> None:
-    store.workers.report(status("a", clock(), "loading"))
-    store.workers.report(status("a", clock(), "ready"))
-    store.workers.report(status("b", clock() - ALIVE_S))
-    assert store.workers.alive() == [status("a", clock())]
+    store.workers.report(worker_status("a", clock(), "loading"))
+    store.workers.report(worker_status("a", clock(), "ready"))
+    store.workers.report(worker_status("b", clock() - ALIVE_S))
+    assert store.workers.alive() == [worker_status("a", clock())]
     store.workers.remove("a")
     assert store.workers.alive() == []
 
 
 def test_worker_states_are_a_closed_list(engine: Engine) -> None:
     with engine.connect() as connection, pytest.raises(IntegrityError):
-        connection.execute(insert(workers).values(asdict(status("a", 0, "tired"))))
+        connection.execute(insert(workers).values(asdict(worker_status("a", 0, "tired"))))
 
 
 def insert_jobs(engine: Engine, count: int) -> None:
@@ -758,7 +715,7 @@ class TestShares:
         """Of three workers, which say that they are ready."""
         stores = [JobStore(engine, clock=clock, steady_clock=clock) for _ in "abc"]
         for name, store in zip("abc", stores, strict=True):
-            store.workers.report(status(name, clock.now))
+            store.workers.report(worker_status(name, clock.now))
         return stores
 
     def claims(self, stores: list[JobStore]) -> list[int]:
@@ -796,7 +753,7 @@ class TestShares:
         assert len(first.workers.alive()) == 3
         for _ in range(int(ALIVE_S / CHECK_INTERVAL_S) + 1):
             clock.now += CHECK_INTERVAL_S
-            first.workers.report(status("a", clock.now))
+            first.workers.report(worker_status("a", clock.now))
             first.workers.alive()
         for _ in range(8):
             first.submit(new_job())
@@ -804,7 +761,7 @@ class TestShares:
 
     def test_worker_that_loads_has_no_share(self, stores: list[JobStore], clock: Clock) -> None:
         first, *_ = stores
-        first.workers.report(replace(status("b", clock.now), state="loading"))
+        first.workers.report(replace(worker_status("b", clock.now), state="loading"))
         for _ in range(8):
             first.submit(new_job())
         assert len(first.claim("a", 16)) == 4
@@ -827,7 +784,7 @@ class TestTopics:
         ),
         "late finish": (lambda store, job: store.finish(replace(job, fencing_token=0), []), set()),
         "empty claim": (lambda store, _: store.claim("w", 5), set()),
-        "report": (lambda store, _: store.workers.report(status("w", 0)), set()),
+        "report": (lambda store, _: store.workers.report(worker_status("w", 0)), set()),
         "nothing expired": (lambda store, _: store.requeue_expired(), set()),
     }
 
@@ -884,8 +841,3 @@ def told_of(engine: Engine, act: Callable[[], object]) -> set[Topic]:
 def places(_device: str) -> int:
     """Jobs side by side in a worker."""
     return PLACES
-
-
-def waiting_in(store: JobStore) -> int:
-    """How many jobs wait."""
-    return store.forecast(places).waiting

@@ -17,8 +17,9 @@ from server.jobs.job import Job, NewJob
 from server.jobs.store import JobStore
 from server.jobs.submissions import QueueLimits, Submissions
 from server.storage.database import open_engine
-from tests.conftest import migrated_sqlite
-from tests.jobs.test_store import Clock, new_job, waiting_in
+from tests.support.clocks import Clock
+from tests.support.databases import migrated_sqlite
+from tests.support.jobs import new_job, waiting_in
 
 LIMITS = QueueLimits(max_waiting=12, max_waiting_per_key=5)
 NOW = 1_000.0

@@ -2,10 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, text
@@ -15,29 +15,14 @@ from server.jobs.job import Job, JobProgress, JobState
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
 from server.storage.database import open_engine
-from tests.jobs.test_store import claim_one, new_job
-
-LONG_S = 60
-"""Longer than any test: who waits so long was not woken."""
+from tests.support.jobs import LONG_S, claim_one, new_job, run_with
 
 KEY = "a holder"
-R = TypeVar("R")
 
 
 @pytest.fixture
 def store(engine: Engine) -> JobStore:
     return JobStore(engine)
-
-
-def run_with(store: JobStore, body: Callable[[JobWatcher], Awaitable[R]]) -> R:
-    """Run `body` on an event loop beside a watcher; it must end well before `LONG_S`."""
-
-    async def run() -> R:
-        async with JobWatcher(store, max_streams_per_key=100) as watcher:
-            async with asyncio.timeout(LONG_S / 2):
-                return await body(watcher)
-
-    return asyncio.run(run())
 
 
 async def wait_while(

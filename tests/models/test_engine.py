@@ -21,9 +21,10 @@ from models.engine import EngineLimits, Event, Failed, Finished, Generation, Inp
 from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture, Violation
 from models.model_pool import ModelPool
 from models.params import InpaintParams, SchedulerName
-from tests.models.diffusion.test_pipeline import (
+from tests.support.engines import MODEL, drain, error_of, make_generation, pictures_of, run_all
+from tests.support.pipelines import (
     SOURCE,
-    Answer,
+    UNetAnswer,
     difference,
     generated,
     make_params,
@@ -136,7 +137,6 @@ class ToyPipeline:
             raise self.faults[verb, seed]
 
 
-MODEL = "tiny"
 FAULTS: list[Callable[[], Exception]] = [
     lambda: InvalidInput([Violation("prompt", reason="is too long")]),
     lambda: OutOfMemory("full"),
@@ -157,41 +157,6 @@ def make_engine(
         is_reproducible=samples_per_call == 1,
     )
     return InpaintEngine(ModelPool.of(MODEL, cast(InpaintPipeline, pipeline)), limits)
-
-
-def make_generation(generation_id: int, model: str = MODEL, **changes: Any) -> Generation:
-    """Of its own seeds."""
-    params = make_params(seed=10 * generation_id, **changes)
-    return Generation(generation_id, model, params, SOURCE)
-
-
-def drain(engine: InpaintEngine) -> list[Event]:
-    """Every event until the engine is idle."""
-    events: list[Event] = []
-    for _ in range(10_000):
-        if engine.is_idle:
-            return events
-        events += engine.step()
-    raise AssertionError("the engine never becomes idle")
-
-
-def run_all(engine: InpaintEngine, *generations: Generation) -> dict[int, Finished | Failed]:
-    """The end of each generation."""
-    for generation in generations:
-        engine.add(generation)
-    return {
-        event.generation_id: event for event in drain(engine) if not isinstance(event, Progress)
-    }
-
-
-def pictures_of(end: Finished | Failed) -> tuple[Picture, ...]:
-    assert isinstance(end, Finished), end
-    return end.pictures
-
-
-def error_of(end: Finished | Failed) -> Exception:
-    assert isinstance(end, Failed), end
-    return end.error
 
 
 # --- with the real pipeline ---------------------------------------------------------------------
@@ -277,7 +242,7 @@ def test_previews_change_no_picture(tiny_pipeline: InpaintPipeline) -> None:
 CULPRIT_PROMPT = "poison"
 
 
-def spoiled_by(culprit: torch.Tensor, error: Exception | None) -> Answer:
+def spoiled_by(culprit: torch.Tensor, error: Exception | None) -> UNetAnswer:
     """Raises when a call has a row of this conditioning; without an error such rows become NaN."""
 
     def answer(real: Callable[[], torch.Tensor], conditioning: torch.Tensor) -> torch.Tensor:

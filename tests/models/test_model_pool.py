@@ -16,8 +16,8 @@ from models.diffusion.pipeline import InpaintPipeline
 from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine
 from models.errors import ModelUnavailable
 from models.model_pool import ModelPool, Readiness
-from tests.models.diffusion.test_pipeline import generated, make_params
-from tests.models.test_engine import drain, error_of, make_generation, pictures_of, run_all
+from tests.support.engines import drain, error_of, make_generation, pictures_of, run_all
+from tests.support.pipelines import generated, make_params
 from tests.support.tiny import save_tiny_checkpoint
 
 CPU = torch.device("cpu")

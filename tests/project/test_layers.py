@@ -7,14 +7,13 @@ without torch.
 
 import ast
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support.imports import loaded_by
 from tests.support.repository import REPOSITORY
 
 WINGS = {
@@ -281,25 +280,6 @@ def test_tests_share_helpers_by_support_alone() -> None:
         if module.startswith("tests.") and module.split(".")[-1].startswith("test_")
     }
     assert guilty == set()
-
-
-def loaded_by(statement: str) -> set[str]:
-    """Top-level names of the modules a statement adds to a fresh interpreter."""
-    program = f"""
-import sys
-before = set(sys.modules)
-{statement}
-print(*sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
-"""
-    answer = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return set(answer.stdout.split())
 
 
 def test_importing_the_packages_costs_nothing() -> None:

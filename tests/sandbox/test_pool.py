@@ -29,9 +29,9 @@ from server.sandbox.pool import DecoderPool
 from server.sandbox.process import OWN_SIZE, PROBLEM_OF_FAULT, DecoderProcess
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
-from tests.project.test_layers import loaded_by
 from tests.support.blocking_decoder import BlockingDecoder
 from tests.support.http_stub import png_bytes
+from tests.support.imports import loaded_by
 from tests.support.repository import REPOSITORY
 
 LIMITS = ImageLimits(max_bytes=100_000, max_pixels=2_000_000, max_side=2_000)

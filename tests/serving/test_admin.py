@@ -12,9 +12,10 @@ from server.core.settings import Settings
 from server.jobs.job import Failure
 from server.jobs.workers import WorkerStatus
 from server.storage.database import open_engine
-from tests.api.test_app import BODY, finish, post, seen_now, settings_in, store_of, submit
-from tests.jobs.test_store import status
+from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
+from tests.support.jobs import seen_now, worker_status
+from tests.support.v3_calls import BODY, finish, post, submit
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_figures_follow_what_happens(
         store.cancel(2)
         (job,) = store.claim("w", 1)
         store.fail(job, Failure.OUT_OF_MEMORY.sentence)
-        store.workers.report(seen_now(status("w", 0)))
+        store.workers.report(seen_now(worker_status("w", 0)))
 
     figures = figures_of(admin)
 
@@ -109,7 +110,7 @@ def test_readiness_with_details(app: LiveApp, admin: httpx2.Client, settings: Se
         answer = admin.get(path)
         assert (answer.status_code, answer.json()["reason"]) == (code, "0/1 workers ready")
     with store_of(settings) as store:
-        store.workers.report(seen_now(status("w", 0)))
+        store.workers.report(seen_now(worker_status("w", 0)))
         failed = WorkerStatus("x", "cpu", "builtin", "failed", "/srv/model: no such file", 0)
         store.workers.report(seen_now(failed))
     submit(app.client)

@@ -21,7 +21,10 @@ from server.serving.server import bind
 from server.storage.files import CHUNK_BYTES, Storage
 from tests.api.test_app import BODY, settings_in, store_of
 from tests.jobs.test_store import waiting_in
+from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import LiveApp, running_app
+from tests.support.jobs import waiting_in
+from tests.support.v3_calls import BODY
 
 SHORT = {"head_timeout_s": 0.5, "body_timeout_s": 0.5, "keep_alive_s": 1, "send_timeout_s": 0.5}
 POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: localhost\r\n"

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.api.test_app import KEYS, settings_in
+from tests.support.apps import KEYS, settings_in
 from tests.support.http_stub import LiveApp, running_app
 from tests.support.processes import ServerProcess
 

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import httpx2
 import pytest
 
-from tests.api.test_app import BODY, settings_in, store_of
-from tests.jobs.test_store import waiting_in
+from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import LiveApp, running_app
+from tests.support.jobs import waiting_in
 from tests.support.processes import ServerProcess
+from tests.support.v3_calls import BODY
 
 T = TypeVar("T")
 

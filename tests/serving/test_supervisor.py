@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
 from server.jobs.job import Job, JobState
@@ -23,8 +23,9 @@ from server.serving.supervisor import (
     Supervisor,
     worker_children,
 )
-from tests.conftest import migrated_sqlite
-from tests.jobs.test_store import Clock, new_job, status
+from tests.support.clocks import Clock
+from tests.support.databases import migrated_sqlite, rename_table
+from tests.support.jobs import new_job, worker_status
 from tests.support.odd_worker import BAD_PREFIX
 
 WAIT_S = 60
@@ -131,7 +132,7 @@ def test_server_ends_when_no_worker_can_be_used(engine: Engine, url: str) -> Non
 
 def test_server_goes_on_while_another_worker_is_ready(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=3)
-    store.workers.report(status("elsewhere", time.time(), "ready"))
+    store.workers.report(worker_status("elsewhere", time.time(), "ready"))
     workers = worker_children(["cpu"], [], store, command=odd_worker(url, "unusable"))
     with Supervisor(workers, NEVER, unusable_delay_s=0.01) as running:
         assert store.is_enough.wait(WAIT_S)
@@ -143,7 +144,7 @@ def test_server_goes_on_when_its_worker_was_ready_before(engine: Engine) -> None
     (worker,) = worker_children(["cpu"], [], store)
     worker_id = worker.label["worker_id"]
     assert worker.leaves_no_worker()
-    store.workers.report(status(worker_id, time.time(), "ready"))
+    store.workers.report(worker_status(worker_id, time.time(), "ready"))
     assert not worker.new_stall_detector().has_stalled()
     worker.requeue_jobs()
     assert store.workers.alive() == []
@@ -237,7 +238,7 @@ class TestStallDetector:
         return detector
 
     def say(self, store: JobStore, state: str, seen_at: float) -> None:
-        store.workers.report(status("w", seen_at, state))
+        store.workers.report(worker_status("w", seen_at, state))
 
     def test_silent_worker_has_stalled(
         self, store: JobStore, clock: Clock, detector: StallDetector
@@ -292,16 +293,16 @@ class TestStallDetector:
         clock.now += 1
         self.say(store, "ready", 0)
         assert not detector.has_stalled()
-        rename(engine, "workers", "gone")
+        rename_table(engine, "workers", "gone")
         clock.now += 1_000
         assert not detector.has_stalled()
-        rename(engine, "gone", "workers")
+        rename_table(engine, "gone", "workers")
         clock.now += 9
         assert not detector.has_stalled()
         clock.now += 2
         assert detector.has_stalled()
 
 
-def rename(engine: Engine, old: str, new: str) -> None:
+def rename_table(engine: Engine, old: str, new: str) -> None:
     with engine.begin() as connection:
         connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from server.core.codings import inflate
-from tests.api.test_app import BODY, settings_in
+from tests.support.apps import settings_in
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
+from tests.support.v3_calls import BODY
 
 CLIENTS = Path(__file__).parents[1] / "support" / "clients"
 JSON_BODY = json.dumps(BODY).encode()

@@ -44,7 +44,7 @@ from server.storage.notify import ChangeSignal
 from server.storage.tables import metadata
 from server.webhooks.sender import DATABASE_THREADS
 from tests.chaos.hosts import LoopThread, running_proxy
-from tests.jobs.test_store import new_job
+from tests.support.jobs import new_job
 from tests.support.postgres import PostgresServer
 
 REPORT = text(

@@ -3,18 +3,9 @@
 import pytest
 
 from server.webhooks.circuit_breaker import MAX_HOSTS, MAX_OPEN_S, CircuitBreakers
+from tests.support.clocks import Clock
 
 HOST = "receiver.example"
-
-
-class Clock:
-    """Stands still until told."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
@@ -43,7 +34,7 @@ def test_calls_from_before_the_hold_do_not_lengthen_it(
 ) -> None:
     fail(circuits, 3)
     assert fail(circuits, 4) == [False] * 4
-    clock.now_s += 30
+    clock.now += 30
     assert circuits.due_for_probe == [HOST]
 
 
@@ -53,10 +44,10 @@ def test_one_probe_at_a_time_each_failure_doubling_the_hold(
     fail(circuits, 3)
     holds = []
     for _ in range(7):
-        asleep_since = clock.now_s
+        asleep_since = clock.now
         while not circuits.due_for_probe:
-            clock.now_s += 1
-        holds.append(clock.now_s - asleep_since)
+            clock.now += 1
+        holds.append(clock.now - asleep_since)
         circuits.begin_probe(HOST)
         assert (circuits.open_hosts, circuits.due_for_probe) == ([HOST], [])
         assert circuits.record_failure(HOST)
@@ -65,7 +56,7 @@ def test_one_probe_at_a_time_each_failure_doubling_the_hold(
 
 def test_probe_that_is_answered_lets_the_host_go(circuits: CircuitBreakers, clock: Clock) -> None:
     fail(circuits, 3)
-    clock.now_s += 30
+    clock.now += 30
     circuits.begin_probe(HOST)
     circuits.record_success(HOST)
     circuits.end_probe(HOST)
@@ -75,7 +66,7 @@ def test_probe_that_is_answered_lets_the_host_go(circuits: CircuitBreakers, cloc
 
 def test_probe_that_was_never_made_is_made_again(circuits: CircuitBreakers, clock: Clock) -> None:
     fail(circuits, 3)
-    clock.now_s += 30
+    clock.now += 30
     circuits.begin_probe(HOST)
     circuits.end_probe(HOST)
     assert circuits.due_for_probe == [HOST]

@@ -5,14 +5,11 @@ import json
 import queue
 import random
 import socket
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +46,13 @@ from server.webhooks.sender import (
     to_seconds,
 )
 from server.webhooks.signing import sign
-from tests.conftest import migrated_sqlite
+from tests.support.clocks import Clock
+from tests.support.databases import migrated_sqlite
 from tests.support.http_stub import answering, response, running_stub
 from tests.support.postgres import PostgresServer
+from tests.support.webhooks import WAIT_S, attempt, receiver
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
-WAIT_S = 20
-
-
-class Clock:
-    """Stands still until told."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
@@ -120,10 +108,6 @@ def host_of_somebody(netloc: str) -> str:
     return f"somebody http://{netloc}"
 
 
-def answer(status: int | None, **changes: Any) -> Attempt:
-    return Attempt(started_at=0, duration_s=0.1, status=status, outcome="answered", **changes)
-
-
 def test_call_is_written_with_the_end_of_the_job(jobs: JobStore, deliveries: DeliveryStore) -> None:
     job = submit(jobs, "http://receiver.example/hook")
     assert deliveries.claim_due(10) == []
@@ -158,13 +142,13 @@ def test_retries_follow_the_schedule_until_it_is_used_up(
     for delay_s in RETRY_DELAYS_S:
         (due,) = deliveries.claim_due(10)
         ids.add(due.id)
-        assert deliveries.record(due, answer(500)) is DeliveryState.PENDING
-        clock.now_s += 0.79 * delay_s
+        assert deliveries.record(due, attempt(500)) is DeliveryState.PENDING
+        clock.now += 0.79 * delay_s
         assert deliveries.claim_due(10) == []
-        clock.now_s += 0.42 * delay_s
+        clock.now += 0.42 * delay_s
     (last,) = deliveries.claim_due(10)
-    assert deliveries.record(last, answer(None)) is DeliveryState.DEAD
-    clock.now_s += 1_000_000
+    assert deliveries.record(last, attempt(None)) is DeliveryState.DEAD
+    clock.now += 1_000_000
     assert deliveries.claim_due(10) == []
     assert len(tries_of(deliveries, job)) == len(RETRY_DELAYS_S) + 1
     assert ids == {last.id}, "receivers know repeats by their id"
@@ -187,16 +171,16 @@ def test_only_2xx_counts_as_received(
 ) -> None:
     jobs.finish(submit(jobs, "http://receiver.example"), [])
     (due,) = deliveries.claim_due(1)
-    assert deliveries.record(due, answer(status)) is state
+    assert deliveries.record(due, attempt(status)) is state
 
 
 def test_retry_after_is_obeyed(jobs: JobStore, deliveries: DeliveryStore, clock: Clock) -> None:
     jobs.finish(submit(jobs, "http://receiver.example"), [])
     (due,) = deliveries.claim_due(1)
-    deliveries.record(due, answer(429, retry_after_s=600))
-    clock.now_s += 599
+    deliveries.record(due, attempt(429, retry_after_s=600))
+    clock.now += 599
     assert deliveries.claim_due(1) == []
-    clock.now_s += 2
+    clock.now += 2
     assert len(deliveries.claim_due(1)) == 1
 
 
@@ -205,11 +189,11 @@ def test_call_of_a_dead_sender_is_made_by_another(
 ) -> None:
     jobs.finish(submit(jobs, "http://receiver.example"), [])
     (first,) = deliveries.claim_due(1)
-    clock.now_s += 61
+    clock.now += 61
     (second,) = deliveries.claim_due(1)
     assert (first.id, second.attempt) == (second.id, 2)
-    deliveries.record(first, answer(500))
-    assert deliveries.record(second, answer(200)) is DeliveryState.DELIVERED
+    deliveries.record(first, attempt(500))
+    assert deliveries.record(second, attempt(200)) is DeliveryState.DELIVERED
 
 
 def test_busy_host_is_passed_over(jobs: JobStore, deliveries: DeliveryStore) -> None:
@@ -289,38 +273,6 @@ def test_signature_verifies_with_both_secrets_of_a_rotation() -> None:
     with pytest.raises(WebhookVerificationError):
         SvixWebhook(secrets[0]).verify(body + " ", headers)
     assert "webhook-signature" not in sign("msg_1", now, body, [])
-
-
-Call = tuple[dict[str, str], dict[str, Any]]
-
-
-@contextmanager
-def receiver(*statuses: int) -> Iterator[tuple[str, "queue.Queue[Call]"]]:
-    """A webhook receiver that answers with these statuses in turn; its URL and what it got."""
-    calls: queue.Queue[Call] = queue.Queue()
-    left = list(statuses)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            calls.put(({k.lower(): v for k, v in self.headers.items()}, json.loads(body)))
-            self.send_response(left.pop(0) if left else 200)
-            self.send_header("Location", "/elsewhere")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_arguments: Any) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/hook", calls
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 async def send_until(
@@ -513,7 +465,7 @@ class TestRedelivery:
     def test_dead_letter_gets_one_more_try(self, jobs: JobStore, deliveries: DeliveryStore) -> None:
         jobs.finish(job := submit(jobs, "http://receiver.example"), [])
         (due,) = deliveries.claim_due(1)
-        deliveries.record(due, answer(410))
+        deliveries.record(due, attempt(410))
         dead = deliveries.list_of("somebody", state=DeliveryState.DEAD, limit=10)
         assert [each.job_id for each in dead] == [job.id]
         deliveries.redeliver(job.id)
@@ -528,11 +480,11 @@ class TestRedelivery:
         (first,) = deliveries.claim_due(1)
         deliveries.redeliver(job.id)
         assert deliveries.claim_due(1) == []
-        assert deliveries.record(first, answer(500)) is DeliveryState.PENDING
+        assert deliveries.record(first, attempt(500)) is DeliveryState.PENDING
         deliveries.redeliver(job.id)
         (second,) = deliveries.claim_due(1)
         assert (second.id, second.attempt) == (first.id, 2)
-        clock.now_s += 61
+        clock.now += 61
         deliveries.redeliver(job.id)  # its sender has died
         assert [each.attempt for each in deliveries.claim_due(1)] == [3]
 
@@ -549,7 +501,7 @@ class TestRedelivery:
     ) -> None:
         jobs.finish(job := submit(jobs, "http://receiver.example"), [False, False])
         (due,) = deliveries.claim_due(1)
-        deliveries.record(due, answer(200))
+        deliveries.record(due, attempt(200))
         with engine.begin() as connection:
             connection.execute(update(job_rows).values(expired_at=1.0))
         with pytest.raises(Conflict) as refused:
@@ -563,10 +515,10 @@ class TestRedelivery:
     ) -> None:
         jobs.finish(submit(jobs, "http://receiver.example"), [])
         (due,) = deliveries.claim_due(1)
-        clock.now_s += MAX_AGE_S - 1
+        clock.now += MAX_AGE_S - 1
         deliveries.redeliver(due.job_id)
         assert deliveries.mark_old_dead(due.host) == 0
-        clock.now_s += 2
+        clock.now += 2
         assert deliveries.mark_old_dead(due.host) == 1
 
     def test_history_is_bounded(
@@ -579,7 +531,7 @@ class TestRedelivery:
         for _ in range(count):
             due, other = deliveries.claim_due(2)
             for each in (due, other):
-                deliveries.record(each, answer(200 if each is due else 204))
+                deliveries.record(each, attempt(200 if each is due else 204))
                 deliveries.redeliver(each.job_id)
         latest, second, first = deliveries.list_of(None, state=None, limit=9)
         assert (latest.job_id, latest.attempts, latest.attempts_total) == (untried.id, (), 0)
@@ -701,7 +653,7 @@ class TestHeldHost:
     ) -> None:
         jobs.finish(old := submit(jobs, "http://receiver.example"), [])
         jobs.finish(other := submit(jobs, "http://other.example"), [])
-        clock.now_s += MAX_AGE_S + 1
+        clock.now += MAX_AGE_S + 1
         jobs.finish(young := submit(jobs, "http://receiver.example"), [])
         assert deliveries.mark_old_dead(host_of("somebody", "http://receiver.example")) == 1
         states = {each.job_id: each.state for each in deliveries.list_of(None, state=None, limit=9)}
@@ -723,10 +675,10 @@ class TestHeldHost:
         clock: Clock,
     ) -> None:
         jobs.finish(job := submit(jobs, "http://receiver.example"), [])
-        clock.now_s += MAX_AGE_S + 1
+        clock.now += MAX_AGE_S + 1
         (due,) = deliveries.claim_due(1)
         assert deliveries.mark_old_dead(due.host) == 1
-        deliveries.record(due, answer(status))
+        deliveries.record(due, attempt(status))
         (found,) = deliveries.of_job(job.id)
         assert found.state is state
 
@@ -738,7 +690,7 @@ class TestClocks:
         self, engine: Engine, deliveries: DeliveryStore, clock: Clock
     ) -> None:
         for days in (3, -3):
-            ahead = JobStore(engine, clock=lambda: clock.now_s + days * 86_400)  # noqa: B023
+            ahead = JobStore(engine, clock=lambda: clock.now + days * 86_400)  # noqa: B023
             ahead.finish(submit(ahead, "http://receiver.example"), [])
             assert len(deliveries.claim_due(9)) == 1
 
@@ -750,10 +702,10 @@ class TestClocks:
         sender = DeliveryStore(engine, clock=DatabaseClock(engine, wall, steady), lease_s=60)
         jobs.finish(submit(jobs, "http://receiver.example"), [])
         (due,) = sender.claim_due(1)
-        sender.record(due, answer(429, retry_after_s=3_600))
-        wall.now_s += days * 86_400
+        sender.record(due, attempt(429, retry_after_s=3_600))
+        wall.now += days * 86_400
         assert sender.claim_due(1) == []
-        steady.now_s += 3_601
+        steady.now += 3_601
         assert len(sender.claim_due(1)) == 1
         engine.dispose()
 
@@ -761,11 +713,11 @@ class TestClocks:
         self, jobs: JobStore, engine: Engine, clock: Clock
     ) -> None:
         ahead = Clock()
-        ahead.now_s = clock.now_s + LONGEST_DELAY_S + 10
+        ahead.now = clock.now + LONGEST_DELAY_S + 10
         jobs.finish(submit(jobs, "http://receiver.example"), [])
         earlier = DeliveryStore(engine, clock=ahead)
         (due,) = earlier.claim_due(1)
-        earlier.record(due, answer(500))
+        earlier.record(due, attempt(500))
         assert len(DeliveryStore(engine, clock=clock).claim_due(1)) == 1
 
     @pytest.mark.postgres
@@ -775,13 +727,13 @@ class TestClocks:
         wall, steady = Clock(), Clock()
         there = DatabaseClock(engine, wall, steady)
         assert abs(there() - time.time()) < WAIT_S
-        wall.now_s, steady.now_s = 0, steady.now_s + MEASURE_S / 2
+        wall.now, steady.now = 0, steady.now + MEASURE_S / 2
         assert abs(there() - time.time() - MEASURE_S / 2) < WAIT_S, "between two looks by its own"
-        steady.now_s += MEASURE_S / 2
+        steady.now += MEASURE_S / 2
         assert abs(there() - time.time()) < WAIT_S
         engine.dispose()
         postgres_server.drop(name)
-        steady.now_s += MEASURE_S
+        steady.now += MEASURE_S
         assert abs(there() - time.time() - MEASURE_S) < WAIT_S, "no answer: it goes on"
 
 

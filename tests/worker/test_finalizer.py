@@ -20,6 +20,9 @@ from server.worker.finalizer import STORAGE_TIMEOUT_S, Finalizer, is_outage
 from server.worker.results import Result, Stages, Stores
 from tests.jobs.test_store import Clock, claim_one, get, new_job
 from tests.serving.test_supervisor import rename
+from tests.support.clocks import Clock
+from tests.support.databases import rename_table
+from tests.support.jobs import claim_one, get, new_job
 
 WAIT_S = 60.0
 BLANK = np.zeros((64, 64, 3), np.uint8)
@@ -138,11 +141,11 @@ def test_commit_waits_for_the_database_and_nothing_is_done_twice(house: House) -
         captions.append(picture.seed)
         return {}
 
-    rename(house.engine, "jobs", "gone")
+    rename_table(house.engine, "jobs", "gone")
     house.finish(caption)
     for _ in range(3):
         house.pass_time(3 * STORAGE_TIMEOUT_S)
-    rename(house.engine, "gone", "jobs")
+    rename_table(house.engine, "gone", "jobs")
     house.pass_time(2)
     assert house.end() == (JobState.FINISHED, None)
     assert captions == [0, 1]

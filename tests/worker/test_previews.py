@@ -14,7 +14,7 @@ from server.jobs.job import Job, RequestFacts
 from server.jobs.store import JobStore
 from server.storage.files import Storage
 from server.worker.previews import PreviewFiles
-from tests.jobs.test_store import claim_one, new_job
+from tests.support.jobs import claim_one, new_job
 
 PICTURE = np.zeros((2, 3, 3), np.uint8)
 

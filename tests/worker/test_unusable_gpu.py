@@ -10,7 +10,7 @@ from models.errors import DeviceUnavailable
 from server.serving.supervisor import UNUSABLE
 from server.storage.database import open_migrated
 from server.worker.checkpoints import pick_device
-from tests.serving.test_devices import TWO, install
+from tests.support.devices import TWO_GPUS, install_nvidia_smi
 from tests.support.processes import COMMAND, START_TIMEOUT_S, serving
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 @pytest.fixture(autouse=True)
 def _listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`nvidia-smi` lists two that are not there."""
-    install(tmp_path, monkeypatch, TWO)
+    install_nvidia_smi(tmp_path, monkeypatch, TWO_GPUS)
 
 
 def ended(*words: str) -> tuple[int, str]:

@@ -17,8 +17,8 @@ from models.acceleration.attention import (
 )
 from models.acceleration.unet import EagerUNet, UNetCall, UNetInputs
 from models.checkpoints.registry import ModelSpec, load_components
-from tests.models.acceleration.test_graphs import make_shares
 from tests.support.tiny import save_tiny_checkpoint
+from tests.support.unet_calls import make_shares
 
 CUDNN, FLASH, EFFICIENT = KERNELS
 SELF = AttentionShape(2, 8, 4096, 4096, 40, torch.float16)

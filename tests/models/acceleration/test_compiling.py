@@ -15,8 +15,8 @@ from models.acceleration.stack import Acceleration
 from models.acceleration.unet import EagerUNet, UNetInputs
 from models.checkpoints.families import Family
 from models.checkpoints.registry import Components, ModelSpec, load_components
-from tests.models.acceleration.test_graphs import HostRecorder, make_shares
 from tests.support.tiny import save_tiny_checkpoint
+from tests.support.unet_calls import HostRecorder, make_shares
 
 WAIT_S = 600
 

@@ -29,7 +29,7 @@ from models.diffusion.pipeline import InpaintPipeline, Sample, Source
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.model_pool import ModelPool
 from models.params import InpaintParams, SchedulerName
-from tests.models.diffusion.test_pipeline import MIXED_BATCH, SOURCE, denoise, make_params
+from tests.support.pipelines import MIXED_BATCH, SOURCE, denoise, make_params
 from tests.support.tiny import save_tiny_checkpoint
 
 pytestmark = [

@@ -6,9 +6,8 @@ The recorder here makes the call again instead of replaying kernels; all else is
 import dataclasses
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +27,9 @@ from models.checkpoints.families import Family
 from models.checkpoints.registry import Components, ModelSpec, load_components
 from models.diffusion.pipeline import InpaintPipeline, Sample, Source
 from models.params import SchedulerName
-from tests.models.diffusion.test_pipeline import MIXED_BATCH, SOURCE, denoise, make_params
+from tests.support.pipelines import MIXED_BATCH, SOURCE, denoise, make_params
 from tests.support.tiny import save_tiny_checkpoint
+from tests.support.unet_calls import HostRecorder, make_shares
 
 CPU = torch.device("cpu")
 
@@ -39,54 +39,6 @@ def _inference() -> Iterator[None]:
     """As in the pipeline's verbs."""
     with torch.inference_mode():
         yield
-
-
-@dataclass(slots=True)
-class HostRecording:
-    """Makes the call again, from the inputs it was recorded with into the result's memory."""
-
-    call: UNetCall
-    inputs: UNetInputs
-    output: Tensor
-    held_bytes: int
-    replays: int = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.output.copy_(self.call(self.inputs))
-
-
-@dataclass(slots=True)
-class HostRecorder:
-    """faults: what recording a call of so many rows raises. bytes_per_row: what it then holds."""
-
-    faults: dict[int, Exception] = field(default_factory=dict)
-    bytes_per_row: int = 1
-    recordings: list[HostRecording] = field(default_factory=list)
-    pools: list[Any] = field(default_factory=list)
-    attempts: int = 0
-
-    def new_pool(self) -> object:
-        return object()
-
-    def warm_up(self, call: UNetCall, inputs: UNetInputs) -> None:
-        call(inputs)
-
-    def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> HostRecording:
-        self.attempts += 1
-        if inputs.rows in self.faults:
-            raise self.faults[inputs.rows]
-        output = call(inputs)
-        self.pools.append(pool)
-        self.recordings.append(
-            HostRecording(call, inputs, output, self.bytes_per_row * inputs.rows)
-        )
-        return self.recordings[-1]
-
-    @property
-    def rows(self) -> list[int]:
-        """Of all recordings that were ever made, in order."""
-        return [recording.inputs.rows for recording in self.recordings]
 
 
 @pytest.fixture
@@ -111,28 +63,6 @@ def graphed(
     unet = components.unet
     limits = GraphLimits(max_bytes, is_padded, in_use_calls)
     return GraphedUNet(EagerUNet(unet), [*unet.parameters()], recorder, limits)
-
-
-def make_shares(
-    components: Components, row_counts: list[int], height: int = 8, seed: int = 0
-) -> list[UNetRows]:
-    """Random rows of a picture of this latent height; every sample has a timestep of its own."""
-    config = components.unet.config
-    generator = torch.Generator().manual_seed(seed)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    is_sdxl = components.text_encoder_2 is not None
-    return [
-        UNetRows(
-            numbers(rows, 9, height, 8),
-            999.0 - 7 * place,
-            numbers(rows, 77, config.cross_attention_dim),
-            {"text_embeds": numbers(rows, 20), "time_ids": numbers(rows, 6)} if is_sdxl else {},
-        )
-        for place, rows in enumerate(row_counts)
-    ]
 
 
 def eager(components: Components, shares: list[UNetRows]) -> Tensor:

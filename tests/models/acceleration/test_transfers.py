@@ -16,9 +16,8 @@ from models.checkpoints.registry import Components, ModelSpec, load_components
 from models.diffusion.pipeline import InpaintPipeline, Sample, step_arguments
 from models.diffusion.schedulers import create_scheduler, noised, run_timesteps
 from models.params import SchedulerName
-from tests.models.diffusion.test_pipeline import SOURCE, make_params
-from tests.models.diffusion.test_schedulers import CONFIG
 from tests.support.paper_device import PAPER, PaperDevice, PaperTensor, move_to_paper, on_paper
+from tests.support.pipelines import SCHEDULER_CONFIG, SOURCE, make_params
 from tests.support.tiny import save_tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -100,7 +99,7 @@ def test_soft_mask_does_not_wait_either(tiny_components: Components) -> None:
 )
 def test_plain_scheduler_would_wait(name: SchedulerName, paper: PaperDevice) -> None:
     """What the other tests here would see without `HostTables`."""
-    scheduler = create_scheduler(name, CONFIG)
+    scheduler = create_scheduler(name, SCHEDULER_CONFIG)
     timesteps = run_timesteps(scheduler, 4, 1.0)
     latents = PaperTensor(torch.ones(1, 4, 8, 8))
     arguments = step_arguments(scheduler, torch.Generator())
@@ -164,7 +163,7 @@ def test_noised_is_the_schedulers_own_add_noise(name: SchedulerName, dtype: torc
     latents, noise = torch.randn(
         2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     ).to(dtype)
-    scheduler = create_scheduler(name, CONFIG)
+    scheduler = create_scheduler(name, SCHEDULER_CONFIG)
     timesteps = run_timesteps(scheduler, 5, 0.8)
 
     ours = noised(scheduler, latents, noise, timesteps[0])

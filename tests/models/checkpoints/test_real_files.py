@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw
 
 from server.sandbox.decoded import FORMAT_VERSION, DecodedPair
-from tests.api.test_native_events import events_of
 from tests.corpora import profiles
+from tests.support.native_calls import events_of
 from tests.support.processes import ServerProcess, serving
 
 SIZE = WIDTH, HEIGHT = (128, 96)

@@ -3,109 +3,37 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
-from PIL import Image
 
 from models.builtin.training.scenes import make_scene
 from models.checkpoints.registry import Components, ModelSpec, load_components
-from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
-from models.diffusion.schedulers import create_scheduler
+from models.diffusion.pipeline import InpaintPipeline, Source
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.imaging.masks import binarise
-from models.params import SEED_MODULUS, InpaintParams, SchedulerName
+from models.params import SEED_MODULUS, SchedulerName
+from tests.support.pipelines import (
+    MIXED_BATCH,
+    SOURCE,
+    UNetAnswer,
+    denoise,
+    difference,
+    generated,
+    make_params,
+    make_source,
+    reference,
+    run,
+    with_fault,
+)
 
-WIDTH, HEIGHT = 72, 64
 QUICK_SCHEDULERS = [name for name in SchedulerName if "KDPM2" not in name]
 """Without two whose making alone takes a third of a second."""
-
-
-def make_params(**changes: Any) -> InpaintParams:
-    defaults = {
-        "prompt": "a red circle",
-        "negative_prompt": "blue",
-        "seed": 7,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "num_inference_steps": 4,
-        "guidance_scale": 5.0,
-        "strength": 1.0,
-        "scheduler": SchedulerName.DDIM,
-    }
-    return InpaintParams(**{**defaults, **changes})
-
-
-def make_source(width: int = WIDTH, height: int = HEIGHT) -> Source:
-    """Noise, and a rectangle to repaint that no block of latents is aligned with."""
-    rng = np.random.default_rng(0)
-    mask = np.zeros((height, width), np.uint8)
-    mask[height // 4 + 3 : -height // 4, width // 8 + 1 : -width // 3] = 255
-    return Source(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), mask)
-
-
-SOURCE = make_source()
-
-
-def run(pipeline: InpaintPipeline, params: InpaintParams, source: Source = SOURCE) -> list[Picture]:
-    """All pictures of a job, each sample on its own."""
-    samples = pipeline.prepare(params, source)
-    for sample in samples:
-        denoise(pipeline, [sample])
-    return [pipeline.decode([sample])[0] for sample in samples]
-
-
-def denoise(pipeline: InpaintPipeline, samples: Sequence[Sample]) -> None:
-    """All samples to their last step, together as long as they have steps left."""
-    while rest := [sample for sample in samples if not sample.is_denoised]:
-        for sample, prediction in zip(rest, pipeline.denoise_step(rest), strict=True):
-            pipeline.advance(sample, prediction)
-
-
-def generated(
-    pipeline: InpaintPipeline, params: InpaintParams, source: Source = SOURCE
-) -> NDArray[np.uint8]:
-    (picture,) = run(pipeline, params, source)
-    return picture.generated
-
-
-def reference(
-    components: Components, params: InpaintParams, source: Source = SOURCE
-) -> NDArray[np.uint8]:
-    """The picture of diffusers' own pipeline from the same weights."""
-    original = StableDiffusionInpaintPipeline(
-        vae=components.vae,
-        text_encoder=components.text_encoder,
-        tokenizer=components.tokenizer,
-        unet=components.unet,
-        scheduler=create_scheduler(params.scheduler, components.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    original.set_progress_bar_config(disable=True)
-    answer = original(
-        prompt=params.prompt,
-        negative_prompt=params.negative_prompt,
-        image=Image.fromarray(source.init_image),
-        mask_image=Image.fromarray(source.mask),
-        width=params.width,
-        height=params.height,
-        num_inference_steps=params.num_inference_steps,
-        strength=params.strength,
-        guidance_scale=params.guidance_scale,
-        generator=torch.Generator().manual_seed(params.seed),
-    )
-    return np.asarray(answer.images[0])
-
-
-def difference(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.int16]:
-    return np.abs(first.astype(np.int16) - second.astype(np.int16))
 
 
 def assert_same_picture(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
@@ -253,18 +181,6 @@ def test_source_is_left_as_it_was(tiny_pipeline: InpaintPipeline) -> None:
     np.testing.assert_array_equal(source.mask, SOURCE.mask)
 
 
-MIXED_BATCH = [
-    make_params(),
-    make_params(seed=8, num_inference_steps=6, scheduler=SchedulerName.EULER),
-    make_params(prompt="a green star", scheduler=SchedulerName.EULER_ANCESTRAL),
-    make_params(strength=0.6, num_inference_steps=5, scheduler=SchedulerName.PNDM),
-    make_params(guidance_scale=1.0, scheduler=SchedulerName.LCM),
-    make_params(guidance_scale=9.0, strength=0.5, scheduler=SchedulerName.DPM_MULTISTEP),
-    make_params(negative_prompt="", scheduler=SchedulerName.HEUN),
-    make_params(clip_skip=1, scheduler=SchedulerName.UNIPC, seed=9),
-]
-
-
 def test_sample_alone_equals_sample_in_batch(tiny_pipeline: InpaintPipeline) -> None:
     alone = [generated(tiny_pipeline, params) for params in MIXED_BATCH]
     samples = [tiny_pipeline.prepare(params, SOURCE)[0] for params in MIXED_BATCH]
@@ -403,44 +319,7 @@ def half(components: Components) -> Components:
     return dataclasses.replace(components, **halved)
 
 
-Answer: TypeAlias = Callable[[Callable[[], torch.Tensor], torch.Tensor], torch.Tensor]
-"""Of a UNet: from the real one, ready to be called, and the conditioning `(rows, tokens, d)`."""
-
-
-class FaultyUNet(torch.nn.Module):
-    """The real UNet, but some of its answers are replaced or do not come."""
-
-    def __init__(self, unet: Any, answer: Answer) -> None:
-        super().__init__()
-        self.unet = unet
-        self.answer = answer
-        self.config = unet.config
-        self.device = unet.device
-        self.dtype = unet.dtype
-
-    def forward(
-        self,
-        rows: torch.Tensor,
-        timesteps: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        return_dict: bool,
-    ) -> tuple[torch.Tensor]:
-        def real() -> torch.Tensor:
-            answer: torch.Tensor = self.unet(
-                rows, timesteps, encoder_hidden_states=encoder_hidden_states, return_dict=False
-            )[0]
-            return answer
-
-        return (self.answer(real, encoder_hidden_states),)
-
-
-def with_fault(components: Components, answer: Answer) -> InpaintPipeline:
-    return InpaintPipeline(
-        dataclasses.replace(components, unet=FaultyUNet(components.unet, answer))
-    )
-
-
-def fails_once(error: Exception, call: int) -> Answer:
+def fails_once(error: Exception, call: int) -> UNetAnswer:
     """Raises on one call, counted from 1."""
     calls = itertools.count(1)
 

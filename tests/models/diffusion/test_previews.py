@@ -17,14 +17,7 @@ from models.diffusion.previews import estimate_clean, fit_colours, paint, signal
 from models.diffusion.vae import LatentCodec
 from models.imaging.images import resize
 from models.params import SchedulerName
-from tests.models.diffusion.test_pipeline import (
-    HEIGHT,
-    SOURCE,
-    WIDTH,
-    make_params,
-    make_source,
-    run,
-)
+from tests.support.pipelines import HEIGHT, SOURCE, WIDTH, make_params, make_source, run
 
 SIDE = 256
 SCENES = [make_scene(np.random.default_rng(seed), SIDE) for seed in range(4)]

@@ -1,9 +1,7 @@
 """Which steps a run has, and that no two runs share a scheduler."""
 
 from collections.abc import Iterator
-from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -12,18 +10,8 @@ from models.diffusion.pipeline import step_arguments
 from models.diffusion.schedulers import SchedulerSource, create_scheduler, run_timesteps
 from models.errors import ModelUnavailable
 from models.params import SchedulerName
+from tests.support.pipelines import SCHEDULER_CONFIG
 
-CONFIG: dict[str, Any] = {
-    "_class_name": "DDIMScheduler",
-    "_diffusers_version": diffusers.__version__,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 QUICK_SCHEDULERS = [name for name in SchedulerName if "KDPM2" not in name]
 """Without two whose making alone takes a third of a second."""
 
@@ -60,7 +48,7 @@ def test_every_scheduler_has_its_step_counts_here() -> None:
 def test_strength_decides_the_number_of_steps(
     name: SchedulerName, strength: float, total: int
 ) -> None:
-    timesteps = run_timesteps(create_scheduler(name, CONFIG), 20, strength)
+    timesteps = run_timesteps(create_scheduler(name, SCHEDULER_CONFIG), 20, strength)
 
     assert len(timesteps) == total
     assert timesteps == sorted(timesteps, reverse=True)
@@ -69,12 +57,12 @@ def test_strength_decides_the_number_of_steps(
 
 @pytest.mark.parametrize("name", QUICK_SCHEDULERS)
 def test_at_least_one_step_is_left(name: SchedulerName) -> None:
-    assert run_timesteps(create_scheduler(name, CONFIG), 20, 0.001)
+    assert run_timesteps(create_scheduler(name, SCHEDULER_CONFIG), 20, 0.001)
 
 
 @pytest.mark.parametrize("name", QUICK_SCHEDULERS)
 def test_every_call_gives_a_fresh_scheduler(name: SchedulerName) -> None:
-    first, second = create_scheduler(name, CONFIG), create_scheduler(name, CONFIG)
+    first, second = (create_scheduler(name, SCHEDULER_CONFIG) for _ in range(2))
     run_timesteps(first, 20, 1.0)
     run_timesteps(second, 5, 1.0)
 
@@ -85,7 +73,7 @@ def test_every_call_gives_a_fresh_scheduler(name: SchedulerName) -> None:
 
 @pytest.mark.parametrize("name", QUICK_SCHEDULERS)
 def test_scheduler_keeps_the_checkpoints_noise_schedule(name: SchedulerName) -> None:
-    scheduler = create_scheduler(name, CONFIG | {"prediction_type": "v_prediction"})
+    scheduler = create_scheduler(name, SCHEDULER_CONFIG | {"prediction_type": "v_prediction"})
 
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     torch.testing.assert_close(scheduler.alphas_cumprod, (1 - betas).cumprod(0))
@@ -94,25 +82,25 @@ def test_scheduler_keeps_the_checkpoints_noise_schedule(name: SchedulerName) -> 
 
 def test_no_name_takes_the_checkpoints_own_class() -> None:
     for name in (SchedulerName.DDIM, SchedulerName.PNDM, SchedulerName.EULER):
-        scheduler = create_scheduler(None, CONFIG | {"_class_name": name.value})
+        scheduler = create_scheduler(None, SCHEDULER_CONFIG | {"_class_name": name.value})
         assert type(scheduler).__name__ == name
 
 
 def test_pndm_skips_its_warm_up() -> None:
-    assert create_scheduler(SchedulerName.PNDM, CONFIG).config.skip_prk_steps
+    assert create_scheduler(SchedulerName.PNDM, SCHEDULER_CONFIG).config.skip_prk_steps
 
 
 def test_config_is_left_as_it_was() -> None:
-    config = dict(CONFIG)
+    config = dict(SCHEDULER_CONFIG)
     run_timesteps(create_scheduler(SchedulerName.PNDM, config), 20, 0.5)
 
-    assert config == CONFIG
+    assert config == SCHEDULER_CONFIG
 
 
 @pytest.mark.parametrize("class_name", ["FlowMatchEulerDiscreteScheduler", "UNet2DModel", "os"])
 def test_unknown_class_in_a_checkpoint_is_refused(class_name: str) -> None:
     with pytest.raises(ModelUnavailable, match=class_name):
-        create_scheduler(None, CONFIG | {"_class_name": class_name})
+        create_scheduler(None, SCHEDULER_CONFIG | {"_class_name": class_name})
 
 
 def test_config_without_a_class_is_refused() -> None:
@@ -122,7 +110,7 @@ def test_config_without_a_class_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [None, *QUICK_SCHEDULERS])
 def test_copies_begin_where_the_original_began(name: SchedulerName | None) -> None:
-    config = CONFIG | {"_class_name": SchedulerName.EULER.value}
+    config = SCHEDULER_CONFIG | {"_class_name": SchedulerName.EULER.value}
     source = SchedulerSource(config)
     expected = denoised_with(create_scheduler(name, config))
 

@@ -8,7 +8,7 @@ import pytest
 from models.imaging.captions import SAMPLERS, write_caption
 from models.imaging.images import encode_png
 from models.params import InpaintParams, SchedulerName
-from tests.models.imaging.test_images import COLOURS, read_text
+from tests.support.png_text import COLOURS, read_text
 
 PARAMS = InpaintParams(
     prompt="a red circle,\n(shiny:1.2) 猫",

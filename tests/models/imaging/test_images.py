@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from models.imaging.images import encode_png, resize
 from tests.corpora import profiles
+from tests.support.png_text import COLOURS, HEIGHT, WIDTH, read_text
 
-HEIGHT, WIDTH = 12, 17
-
-rng = np.random.default_rng(0)
-COLOURS = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+rng = np.random.default_rng(1)
 
 
 def test_resize_leaves_fitting_pictures_alone() -> None:
@@ -37,14 +35,6 @@ def test_encode_of_a_view() -> None:
 def test_encode_is_deterministic() -> None:
     text = {"parameters": "x", "Comment": "Grüße 🐈"}
     assert encode_png(COLOURS, text) == encode_png(COLOURS.copy(), dict(text))
-
-
-def read_text(data: bytes) -> dict[str, str]:
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    assert isinstance(image, PngImagePlugin.PngImageFile)
-    assert np.array_equal(np.asarray(image), COLOURS)
-    return {keyword: str(value) for keyword, value in image.text.items()}
 
 
 def test_encode_stores_text() -> None:
