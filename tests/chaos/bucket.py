@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-from tests.chaos.hosts import LoopThread, close_server, reset_connection
 from tests.support.http_stub import response
+from tests.support.proxies import LoopThread, close_server, reset_connection
 
 NAME = "pictures"
 HANG_LOOK_S = 0.05

@@ -26,7 +26,7 @@ from server.storage.notify import REFRESH_S
 from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
 from tests.chaos.faults_storage import refused
-from tests.chaos.hosts import Host, LoopThread, TcpProxy, running_host, running_proxy
+from tests.chaos.hosts import Host, running_host
 from tests.chaos.matrix import Found, NotCovered, fault
 from tests.chaos.oracle import Oracle
 from tests.chaos.relay import FAR, PORT, Line, running_relay
@@ -34,13 +34,14 @@ from tests.chaos.scripts import FOLDER_VARIABLE, Script
 from tests.chaos.site import (
     INLINE_IMAGE,
     INLINE_MASK,
-    REPOSITORY,
     Site,
     expect,
     outside_world,
     running_site,
-    until,
 )
+from tests.support.proxies import LoopThread, TcpProxy, running_proxy
+from tests.support.repository import REPOSITORY
+from tests.support.waiting import until
 
 AWAY_S = (1, 10, 60)
 REFUSED_S = 45.0

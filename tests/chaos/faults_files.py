@@ -12,7 +12,9 @@ from tests.chaos.hosts import Host
 from tests.chaos.matrix import Found, fault
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import Script
-from tests.chaos.site import REPOSITORY, Site, expect, outside_world, running_site, until
+from tests.chaos.site import Site, expect, outside_world, running_site
+from tests.support.repository import REPOSITORY
+from tests.support.waiting import until
 
 BUILTIN = REPOSITORY / "models" / "builtin" / "weights"
 LOADED_S = 120.0

@@ -20,19 +20,13 @@ from server.storage.database import open_engine
 from server.webhooks.sender import CALLS_PER_HOST
 from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
-from tests.chaos.hosts import Host, LoopThread, running_host
+from tests.chaos.hosts import Host, running_host
 from tests.chaos.matrix import Found, NotCovered, fault
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import FaultKind, Script, Stage
-from tests.chaos.site import (
-    INLINE_IMAGE,
-    INLINE_MASK,
-    Site,
-    expect,
-    outside_world,
-    running_site,
-    until,
-)
+from tests.chaos.site import INLINE_IMAGE, INLINE_MASK, Site, expect, outside_world, running_site
+from tests.support.proxies import LoopThread
+from tests.support.waiting import until
 
 FETCH_S = 5.0
 RETRIED_MODES = ("500", "301", "404", "silent", "drip", "half", "reset", "429")

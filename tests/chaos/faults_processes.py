@@ -25,8 +25,8 @@ from tests.chaos.site import (
     expect,
     running_site,
     signal_process,
-    until,
 )
+from tests.support.waiting import until
 
 KILLS = 3
 STALL_S = 10

@@ -22,8 +22,8 @@ from tests.chaos.site import (
     launch_program,
     outside_world,
     running_site,
-    until,
 )
+from tests.support.waiting import until
 
 TMPFS_BYTES = 4_000_000
 TOLD_S = 2.0

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from tests.chaos.site import REPOSITORY
+from tests.support.repository import REPOSITORY
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from tests.chaos.hosts import TcpProxy
 from tests.chaos.matrix import NotCovered
-from tests.chaos.site import REPOSITORY
+from tests.support.proxies import TcpProxy
+from tests.support.repository import REPOSITORY
 
 PORT = 5432
 NEAR, FAR = "10.213.77.1", "10.213.77.2"

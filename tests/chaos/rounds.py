@@ -12,7 +12,8 @@ from tests.chaos.faults_processes import drain
 from tests.chaos.matrix import Found
 from tests.chaos.nursery import Nursery
 from tests.chaos.oracle import Oracle
-from tests.chaos.site import Site, outside_world, signal_process, until
+from tests.chaos.site import Site, outside_world, signal_process
+from tests.support.waiting import until
 
 API, WORKER, ALL = "API", "worker", "all"
 VICTIMS = [API] * 9 + [WORKER] * 9 + [ALL]

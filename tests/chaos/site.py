@@ -20,14 +20,15 @@ from typing import Any, Protocol
 
 import httpx2
 
-from tests.chaos.hosts import IMAGE, Host, LoopThread, running_host
+from tests.chaos.hosts import IMAGE, Host, running_host
 from tests.chaos.scripts import FOLDER_VARIABLE, Script
 from tests.chaos.shifted_clock import FILE_VARIABLE, shift
 from tests.support.http_stub import png_bytes
+from tests.support.proxies import LoopThread
+from tests.support.repository import REPOSITORY
+from tests.support.waiting import until
 
-REPOSITORY = Path(__file__).parents[2]
 START_S = 120.0
-POLL_S = 0.05
 
 BACKEND = (sys.executable, "-m", "tests.chaos.backend")
 INLINE_IMAGE = base64.b64encode(IMAGE).decode()
@@ -42,16 +43,6 @@ def expect(condition: object, message: str) -> None:
     """Raises: Broken."""
     if not condition:
         raise Broken(message)
-
-
-def until(condition: Callable[[], bool], within_s: float, what: str) -> float:
-    """Look again and again; seconds it took. Raises: Broken when it is not so in time."""
-    started = time.monotonic()
-    while not condition():
-        if time.monotonic() - started > within_s:
-            raise Broken(f"not within {within_s:g} s: {what}")
-        time.sleep(POLL_S)
-    return time.monotonic() - started
 
 
 class ServerProcess(Protocol):

@@ -29,9 +29,9 @@ from tests.chaos.site import (
     outside_world,
     running_site,
     signal_process,
-    until,
 )
 from tests.support.databases import rename_table
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from server.cli.main import main
 from server.jobs.job import JobState
 from server.jobs.store import JobStore
 from server.storage.database import open_engine
-from tests.chaos.site import until
 from tests.support.databases import migrated_sqlite
 from tests.support.jobs import state_of
 from tests.support.native_calls import events_of
 from tests.support.processes import START_TIMEOUT_S, ServerProcess, serving
 from tests.support.tiny import save_tiny_checkpoint
+from tests.support.waiting import until
 
 SIDE = 256
 INIT = Image.effect_noise((SIDE, SIDE), 60).convert("RGB")

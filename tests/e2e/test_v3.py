@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from server.cli.demo import BODY, EXAMPLES
-from tests.chaos.site import until
 from tests.support.processes import (
     START_TIMEOUT_S,
     ServerProcess,
@@ -27,6 +26,7 @@ from tests.support.processes import (
     image_host,
     serving,
 )
+from tests.support.waiting import until
 
 SIDE = 256
 Pixels = NDArray[np.int16]

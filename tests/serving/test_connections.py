@@ -4,9 +4,8 @@ import asyncio
 import json
 import select
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import LiveApp, running_app
 from tests.support.jobs import waiting_in
 from tests.support.v3_calls import BODY
+from tests.support.waiting import until
 
 SHORT = {"head_timeout_s": 0.5, "body_timeout_s": 0.5, "keep_alive_s": 1, "send_timeout_s": 0.5}
 POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: localhost\r\n"
@@ -329,7 +329,9 @@ class TestDeadlines:
                 left = 400_000
                 while left > 0:
                     left -= len(client.recv(left))
-                wait_until(lambda: connection._send_deadline is not looks[-1])
+                until(
+                    lambda: connection._send_deadline is not looks[-1], LIMIT_S, "another deadline"
+                )
                 looks.append(connection._send_deadline)
             assert connection._send_deadline is not None, "it was cut"
 
@@ -341,14 +343,6 @@ def slow_reader(port: int) -> socket.socket:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
     client.connect(("127.0.0.1", port))
     return client
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Look now and then, leaving the interpreter to the server."""
-    limit, never = time.monotonic() + LIMIT_S, threading.Event()
-    while not is_so():
-        assert time.monotonic() < limit
-        never.wait(0.05)
 
 
 def end_of(client: socket.socket) -> bytes:
@@ -513,7 +507,7 @@ class TestAnswers:
             with store_of(settings) as store, holding(holder):
                 while not waiting_in(store):
                     assert time.monotonic() < limit
-                wait_until(lambda: not app.server.limiter.is_busy)
+                until(lambda: not app.server.limiter.is_busy, LIMIT_S, "a free place")
                 assert app.client.post("/api/v3/system_load").json()["queue_num"] == 1
                 store.cancel(1)
 

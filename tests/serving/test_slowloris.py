@@ -4,13 +4,12 @@ import json
 import os
 import resource
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2
 import pytest
@@ -20,8 +19,7 @@ from tests.support.http_stub import LiveApp, running_app
 from tests.support.jobs import waiting_in
 from tests.support.processes import ServerProcess
 from tests.support.v3_calls import BODY
-
-T = TypeVar("T")
+from tests.support.waiting import until
 
 SOCKETS = 2_000
 CALLS = 11
@@ -114,14 +112,14 @@ def test_clients_that_walk_away_leave_nothing(tmp_path: Path) -> None:
     )
     with running_app(settings) as app, store_of(settings) as store:
         app.client.get("/healthz", headers={"connection": "close"})
-        wait_until(lambda: sum(left_in(app)[:3]), 0)
+        until(lambda: sum(left_in(app)[:3]) == 0, LIMIT_S, "no request is left")
         before = left_in(app)
         with ExitStack() as stack:
             for _ in range(CLIENTS):
                 each = stack.enter_context(socket.create_connection(("127.0.0.1", app.port)))
                 each.sendall(request + body)
-            wait_until(lambda: waiting_in(store), CLIENTS)
-        wait_until(lambda: left_in(app), before)
+            until(lambda: waiting_in(store) == CLIENTS, LIMIT_S, "every client has a job")
+        until(lambda: left_in(app) == before, LIMIT_S, "nothing is left behind")
         assert app.client.post("/api/v3/fetch/1").json()["status"] == "processing"
         assert waiting_in(store) == CLIENTS
 
@@ -136,10 +134,10 @@ def test_waiting_clients_keep_none_of_their_bodies_in_memory(tmp_path: Path) -> 
         with ExitStack() as stack, server.client:
             store = stack.enter_context(store_of(settings_in(tmp_path)))
             sizes = []
-            for count in range(1, BODIES + 1):
+            for _ in range(BODIES):
                 client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 client.sendall(head.encode() + b"\r\n" + body)
-                wait_until(lambda: waiting_in(store), count)
+                until(lambda: waiting_in(store) == len(sizes) + 1, LIMIT_S, "the job waits")
                 sizes.append(memory_of(server.pid))
             assert sizes[-1] - sizes[0] < BODIES * BODY_BYTES / 2
     finally:
@@ -166,11 +164,3 @@ def link_of(number: str) -> str:
         return os.readlink(f"/proc/self/fd/{number}")
     except FileNotFoundError:
         return ""
-
-
-def wait_until(look: Callable[[], T], wanted: T) -> None:
-    """Look now and then, leaving the interpreter to the server; fails after two minutes."""
-    limit, never = time.monotonic() + LIMIT_S, threading.Event()
-    while (seen := look()) != wanted and time.monotonic() < limit:
-        never.wait(0.1)
-    assert seen == wanted

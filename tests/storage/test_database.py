@@ -43,9 +43,9 @@ from server.storage.database import (
 from server.storage.notify import ChangeSignal
 from server.storage.tables import metadata
 from server.webhooks.sender import DATABASE_THREADS
-from tests.chaos.hosts import LoopThread, running_proxy
 from tests.support.jobs import new_job
 from tests.support.postgres import PostgresServer
+from tests.support.proxies import LoopThread, running_proxy
 
 REPORT = text(
     "INSERT INTO workers VALUES (:id, 'cpu', 'builtin', 'ready', 'ready', 0)"

@@ -17,11 +17,13 @@ import pytest
 from tests.chaos.bucket import Bucket, running_bucket
 from tests.chaos.faults_database import NATIVE_JOB
 from tests.chaos.faults_storage import fill, small_disk
-from tests.chaos.hosts import Host, LoopThread
+from tests.chaos.hosts import Host
 from tests.chaos.matrix import NotCovered
 from tests.chaos.scripts import Script
-from tests.chaos.site import Site, outside_world, signal_process, until
+from tests.chaos.site import Site, outside_world, signal_process
 from tests.support.postgres import find_binaries, running_postgres
+from tests.support.proxies import LoopThread
+from tests.support.waiting import until
 
 
 @dataclass(frozen=True, slots=True)
