@@ -19,12 +19,12 @@ from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
 from server.storage.database import open_engine
 from server.storage.files import Storage
-from tests.chaos.site import until
 from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in, store_of
 from tests.support.databases import migrated_sqlite
 from tests.support.http_stub import LiveApp, running_app
 from tests.support.jobs import LONG_S, claim_job, new_job, run_with
 from tests.support.native_calls import BODY, Event, events_of
+from tests.support.waiting import until
 
 
 @pytest.fixture
