@@ -23,6 +23,7 @@ from models.diffusion.pipeline import InpaintPipeline
 from server.core.settings import ENV_PREFIX
 from server.egress.resolver import numeric_addresses
 from server.storage.database import open_engine
+from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
 from tests.support.postgres import PostgresServer, find_binaries, running_postgres
 from tests.support.tiny import save_tiny_checkpoint
@@ -133,3 +134,8 @@ def engine(url: str) -> Iterator[Engine]:
     engine = open_engine(url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

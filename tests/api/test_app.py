@@ -27,9 +27,10 @@ from server.jobs.store import JobStore
 from server.jobs.workers import WorkerStatus
 from server.storage.database import migrate, open_engine
 from server.storage.files import Storage
-from tests.corpora.hostile_pictures import noise, saved
+from tests.corpora.hostile_pictures import noise
 from tests.support.apps import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.support.http_stub import ANSWER_S, LiveApp, png_bytes, running_app
+from tests.support.image_files import saved
 from tests.support.jobs import new_job, seen_now, waiting_in, worker_status
 from tests.support.v3_calls import BODY, IMAGE, PICTURE, finish, post, submit
 from tests.support.waiting import until

@@ -19,6 +19,7 @@ from server.sandbox.child import Kind
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
 from tests.support.blocking_decoder import BlockingDecoder
+from tests.support.image_files import PNG_SIGNATURE, png_chunk, saved
 
 LIMITS = ImageLimits(max_bytes=1_000_000)
 """Pixels as in the server, so that a mutated header may ask for much."""
@@ -72,7 +73,7 @@ def mutations(seed: int) -> Iterator[bytes]:
         for _ in range(generator.randint(1, 8)):
             mutate(content, generator, sources)
         # Half of the PNGs with true checksums, or damage would never get beyond those.
-        if content.startswith(hostile.PNG_SIGNATURE) and generator.random() < 0.5:
+        if content.startswith(PNG_SIGNATURE) and generator.random() < 0.5:
             yield with_true_checksums(bytes(content))
         else:
             yield bytes(content)
@@ -111,7 +112,7 @@ def with_true_checksums(content: bytes) -> bytes:
         end = at + 8 + int.from_bytes(content[at : at + 4], "big")
         if end + 4 > len(content):
             break
-        parts.append(hostile.chunk(content[at + 4 : at + 8], content[at + 8 : end]))
+        parts.append(png_chunk(content[at + 4 : at + 8], content[at + 8 : end]))
         at = end + 4
     return b"".join([*parts, content[at:]])
 
@@ -120,21 +121,21 @@ def valid_pictures() -> Iterator[bytes]:
     """Small, of all formats, and of the kinds that are read by code of their own."""
     colours, alpha = hostile.noise("RGB", 24), hostile.noise("RGBA", 24)
     yield from (make() for make in hostile.MODES.values())
-    yield from (hostile.saved(each) for each in (colours, alpha, colours.quantize(16)))
-    yield hostile.saved(colours.quantize(16), transparency=3)
-    yield hostile.saved(colours, icc_profile=profiles.display_p3())
+    yield from (saved(each) for each in (colours, alpha, colours.quantize(16)))
+    yield saved(colours.quantize(16), transparency=3)
+    yield saved(colours, icc_profile=profiles.display_p3())
     yield from (hostile.with_profile(profiles.ink(), "CMYK") for _ in range(2))
     yield from (hostile.with_profile(profiles.grey(1.8), "L") for _ in range(2))
     yield from (hostile.png(hostile.SMALL, interlace=1) for _ in range(2))
     yield hostile.frames(3, "PNG")
     for options in ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}):
-        yield hostile.saved(colours, "JPEG", **options)
+        yield saved(colours, "JPEG", **options)
     yield hostile.frames(2, "MPO")
     for picture in (colours, alpha):
-        yield hostile.saved(picture, "WEBP", quality=50)
-        yield hostile.saved(picture, "WEBP", lossless=True)
+        yield saved(picture, "WEBP", quality=50)
+        yield saved(picture, "WEBP", lossless=True)
     yield hostile.frames(3, "WEBP")
-    yield hostile.saved(Image.new("RGB", (3_000, 2_000)), "JPEG")
+    yield saved(Image.new("RGB", (3_000, 2_000)), "JPEG")
 
 
 def main() -> None:

@@ -4,7 +4,6 @@
 """
 
 import functools
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -15,6 +14,16 @@ from PIL import ExifTags, Image
 
 from server.core.errors import ImageProblem
 from tests.corpora import profiles
+from tests.support.image_files import (
+    PNG_SIGNATURE,
+    jpeg_declaring,
+    saved,
+    webp,
+    webp_chunk,
+)
+from tests.support.image_files import (
+    png_chunk as chunk,
+)
 
 OK = None
 NOT_AN_IMAGE, UNSUPPORTED = ImageProblem.NOT_AN_IMAGE, ImageProblem.UNSUPPORTED
@@ -23,7 +32,6 @@ TOO_LARGE, DAMAGED = ImageProblem.TOO_LARGE, ImageProblem.DAMAGED
 LARGEST = (8192, 4028)
 """The most pixels that are legal, of the longest legal side."""
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
 CHANNELS = {GREY: 1, COLOUR: 3, PALETTE: 1, GREY_ALPHA: 2, COLOUR_ALPHA: 4}
 
@@ -34,18 +42,6 @@ class HostilePicture:
 
     make: Callable[[], bytes]
     problem: ImageProblem | None
-
-
-def saved(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    """A picture in a file, as Pillow writes it."""
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    """A PNG chunk with a true checksum."""
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def header(width: int, height: int, depth: int, colour_type: int, *rest: int) -> bytes:
@@ -101,25 +97,6 @@ def flat_webp(size: tuple[int, int]) -> bytes:
         packed |= value << at
         at += bits
     return webp(webp_chunk(b"VP8L", packed.to_bytes(-(-at // 8) + 8, "little")))
-
-
-def webp_chunk(name: bytes, body: bytes) -> bytes:
-    """Padded to an even length, as RIFF wants it."""
-    return name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
-
-
-def webp(*chunks: bytes) -> bytes:
-    """A WebP file of these chunks."""
-    content = b"WEBP" + b"".join(chunks)
-    return b"RIFF" + struct.pack("<I", len(content)) + content
-
-
-def jpeg_declaring(width: int, height: int, precision: int = 8) -> bytes:
-    """A small JPEG that claims another size."""
-    content = bytearray(saved(Image.new("RGB", (16, 16)), "JPEG"))
-    at = content.index(b"\xff\xc0")
-    content[at + 4 : at + 9] = struct.pack(">BHH", precision, height, width)
-    return bytes(content)
 
 
 def scans(size: tuple[int, int], count: int) -> bytes:

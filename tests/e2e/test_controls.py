@@ -1,6 +1,7 @@
 """The inpainting controls of `InpaintParams`, through the whole pipeline."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,31 +25,11 @@ from models.imaging.masks import (
     paste_back,
     seam_weights,
 )
-from models.params import InpaintParams, SchedulerName
+from models.params import SchedulerName
+from tests.support import pipelines
+from tests.support.pipelines import HEIGHT, SOURCE, WIDTH, make_source
 
-WIDTH, HEIGHT = 72, 64
-
-
-def make_params(**changes: Any) -> InpaintParams:
-    defaults = {
-        "prompt": "a red circle",
-        "seed": 7,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "num_inference_steps": 4,
-        "guidance_scale": 5.0,
-        "strength": 1.0,
-        "scheduler": SchedulerName.DDIM,
-    }
-    return InpaintParams(**{**defaults, **changes})
-
-
-def make_source(width: int = WIDTH, height: int = HEIGHT) -> Source:
-    """Noise, and a rectangle to repaint that no block of latents is aligned with."""
-    rng = np.random.default_rng(0)
-    mask = np.zeros((height, width), np.uint8)
-    mask[height // 4 + 3 : -height // 4, width // 8 + 1 : -width // 3] = 255
-    return Source(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), mask)
+make_params = functools.partial(pipelines.make_params, negative_prompt="")
 
 
 def with_ramp(source: Source) -> Source:
@@ -57,7 +38,6 @@ def with_ramp(source: Source) -> Source:
     return dataclasses.replace(source, mask=np.tile(greys, (source.mask.shape[0], 1)))
 
 
-SOURCE = make_source()
 RAMP = with_ramp(SOURCE)
 
 

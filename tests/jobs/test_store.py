@@ -47,11 +47,6 @@ HOUR_S = 3_600.0
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def store(engine: Engine, clock: Clock) -> JobStore:
     return JobStore(engine, clock=clock, steady_clock=clock)
 

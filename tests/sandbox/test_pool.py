@@ -31,6 +31,7 @@ from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
 from tests.support.blocking_decoder import BlockingDecoder
 from tests.support.http_stub import png_bytes
+from tests.support.image_files import saved
 from tests.support.imports import loaded_by
 from tests.support.repository import REPOSITORY
 
@@ -127,7 +128,7 @@ child.main(*map(int, sys.argv[1:4]))
 
 def test_pixels_cross_unchanged(decoder: BlockingDecoder) -> None:
     image, mask = hostile.noise("RGB", 128), hostile.noise("L", 128)
-    images = {"init_image": hostile.saved(image), "mask_image": hostile.saved(mask)}
+    images = {"init_image": saved(image), "mask_image": saved(mask)}
     pair = decoder.decode_pair(images)
     np.testing.assert_array_equal(pair.init_image, np.asarray(image))
     np.testing.assert_array_equal(pair.mask, np.asarray(mask))
@@ -177,8 +178,8 @@ def test_profile_and_orientation_cross_the_pipe(decoder: BlockingDecoder) -> Non
     mask.paste(255, (0, 0, 32, 32))  # the upper left as stored is the upper right as shown
     profile = profiles.display_p3()
     for file_format in ("PNG", "JPEG", "WEBP"):
-        init_image = hostile.saved(stored, file_format, exif=exif, icc_profile=profile)
-        images = {"init_image": init_image, "mask_image": hostile.saved(mask)}
+        init_image = saved(stored, file_format, exif=exif, icc_profile=profile)
+        images = {"init_image": init_image, "mask_image": saved(mask)}
         pair = decoder.decode_pair(images)
         assert pair.icc_profile == profile
         assert pair.notices == ()
@@ -194,7 +195,7 @@ def test_confined_child_converts_by_profile(decoder: BlockingDecoder) -> None:
         ("L", profiles.grey(1.8), [64] * 3),
     ]:
         flat = Image.new(mode, (64, 64), (255, 0, 0, 0) if mode == "CMYK" else 64)
-        content = hostile.saved(flat, "JPEG", icc_profile=profile, quality=100)
+        content = saved(flat, "JPEG", icc_profile=profile, quality=100)
         decoded = decoder.decode(Kind.INIT_IMAGE, content)
         assert isinstance(decoded, DecodedImage)
         assert not decoded.is_profile_lost
@@ -205,11 +206,11 @@ def test_confined_child_converts_by_profile(decoder: BlockingDecoder) -> None:
 
 
 def test_notices_of_a_pair(decoder: BlockingDecoder) -> None:
-    broken = hostile.saved(hostile.noise(), icc_profile=b"no profile")
+    broken = saved(hostile.noise(), icc_profile=b"no profile")
     images = {"init_image": broken, "mask_image": png_bytes(64, 128)}
     pair = decoder.decode_pair(images)
     assert pair.notices == (Notice.MASK_PROPORTIONS_DIFFER, Notice.PROFILE_NOT_KEPT)
-    ones = hostile.saved(Image.new("L", (64, 64)).point([1] * 256))
+    ones = saved(Image.new("L", (64, 64)).point([1] * 256))
     assert decoder.decode_pair(images | {"mask_image": ones}).notices == (Notice.PROFILE_NOT_KEPT,)
 
 
@@ -224,7 +225,7 @@ def test_lost_transparency_is_noticed(decoder: BlockingDecoder) -> None:
         (holed.convert("LA"), None, both[1:]),
         (holed, b"no profile", both),
     ]:
-        init_image = hostile.saved(image, icc_profile=profile)
+        init_image = saved(image, icc_profile=profile)
         images = {"init_image": init_image, "mask_image": png_bytes()}
         assert decoder.decode_pair(images).notices == notices
 
@@ -232,7 +233,7 @@ def test_lost_transparency_is_noticed(decoder: BlockingDecoder) -> None:
 def test_reading_of_a_mask_crosses_the_pipe(decoder: BlockingDecoder) -> None:
     strokes = Image.new("RGBA", (64, 64))
     strokes.paste("red", (8, 8, 20, 20))
-    images = {"init_image": png_bytes(), "mask_image": hostile.saved(strokes)}
+    images = {"init_image": png_bytes(), "mask_image": saved(strokes)}
     pair = decoder.decode_pair(images)
     assert pair.read_as is MaskReading.OPAQUE
     assert (pair.mask > 0).sum() == 144

@@ -133,7 +133,7 @@ def test_waiting_clients_keep_none_of_their_bodies_in_memory(tmp_path: Path) -> 
     try:
         with ExitStack() as stack, server.client:
             store = stack.enter_context(store_of(settings_in(tmp_path)))
-            sizes = []
+            sizes: list[int] = []
             for _ in range(BODIES):
                 client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 client.sendall(head.encode() + b"\r\n" + body)

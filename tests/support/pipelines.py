@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionInpaintPipeline
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -82,30 +82,50 @@ def reference(
     components: Components, params: InpaintParams, source: Source = SOURCE
 ) -> NDArray[np.uint8]:
     """The picture of diffusers' own pipeline from the same weights."""
-    original = StableDiffusionInpaintPipeline(
-        vae=components.vae,
-        text_encoder=components.text_encoder,
-        tokenizer=components.tokenizer,
-        unet=components.unet,
-        scheduler=create_scheduler(params.scheduler, components.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return picture_of(original_pipeline(components, params.scheduler), params, source)
+
+
+def original_pipeline(components: Components, name: SchedulerName | None) -> Any:
+    """diffusers' own pipeline around the same weights."""
+    shared = {
+        "vae": components.vae,
+        "text_encoder": components.text_encoder,
+        "tokenizer": components.tokenizer,
+        "unet": components.unet,
+        "scheduler": create_scheduler(name, components.scheduler_config),
+    }
+    if components.text_encoder_2 is None:
+        return StableDiffusionInpaintPipeline(
+            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    return StableDiffusionXLInpaintPipeline(
+        **shared,
+        text_encoder_2=components.text_encoder_2,
+        tokenizer_2=components.tokenizer_2,
+        add_watermarker=False,
+        **components.switches,
     )
+
+
+def picture_of(original: Any, params: InpaintParams, source: Source = SOURCE) -> NDArray[np.uint8]:
+    """A picture of diffusers' own pipeline."""
     original.set_progress_bar_config(disable=True)
     answer = original(
         prompt=params.prompt,
-        negative_prompt=params.negative_prompt,
+        negative_prompt=params.negative_prompt or None,
         image=Image.fromarray(source.init_image),
         mask_image=Image.fromarray(source.mask),
         width=params.width,
         height=params.height,
-        num_inference_steps=params.num_inference_steps,
         strength=params.strength,
+        num_inference_steps=params.num_inference_steps,
         guidance_scale=params.guidance_scale,
-        generator=torch.Generator().manual_seed(params.seed),
+        generator=torch.Generator("cpu").manual_seed(params.seed),
+        clip_skip=params.clip_skip or None,
+        output_type="np",
     )
-    return np.asarray(answer.images[0])
+    picture: NDArray[np.uint8] = (answer.images[0] * 255).round().astype(np.uint8)
+    return picture
 
 
 def difference(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.int16]:

@@ -9,11 +9,6 @@ HOST = "receiver.example"
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def circuits(clock: Clock) -> CircuitBreakers:
     return CircuitBreakers(3, 30.0, clock)
 

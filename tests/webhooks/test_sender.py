@@ -56,11 +56,6 @@ LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def jobs(engine: Engine, clock: Clock) -> JobStore:
     return JobStore(engine, clock=clock, shared_clock=clock)
 

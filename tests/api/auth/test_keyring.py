@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
 
 from server.api.auth.keyring import ANONYMOUS, KeyRing, network_of, read_keys_file
 from server.api.auth.keys import KeyLimits, KeyStore
@@ -14,16 +13,6 @@ from tests.support.clocks import Clock
 
 FIRST, SECOND = KEYS = ("sd_of-the-first-1", "sd_of-the-schlüssel")
 HOME = "192.0.2.1"
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(engine: Engine, clock: Clock) -> KeyStore:
-    return KeyStore(engine, clock)
 
 
 def ring_of(store: KeyStore, clock: Clock, open_to_all: bool = True, **settings: Any) -> KeyRing:

@@ -25,16 +25,6 @@ LIMITS = KeyLimits(
 )
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(engine: Engine, clock: Clock) -> KeyStore:
-    return KeyStore(engine, clock)
-
-
 def test_a_key_is_32_random_bytes(store: KeyStore) -> None:
     made = [store.create("team")[0] for _ in range(20)]
     assert len(set(made)) == 20

@@ -1,7 +1,6 @@
 """The native dialect by itself: what is read strictly, and how errors are written."""
 
 import json
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from server.core.errors import (
     TooManyStreams,
 )
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
+from tests.support.api_errors import error_classes
 
 LEAST = {"prompt": "a cat", "init_image": "http://x/a.png", "mask_image": "http://x/b.png"}
 
@@ -242,11 +242,6 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(9),
 }
-
-
-def error_classes(base: type[ApiError] = ApiError) -> list[type[ApiError]]:
-    """Every class of our tree, the base too."""
-    return [base, *chain.from_iterable(map(error_classes, base.__subclasses__()))]
 
 
 @pytest.mark.parametrize("kind", error_classes())

@@ -24,7 +24,7 @@ from server.jobs.store import MAX_ATTEMPTS, JobStore
 from server.storage.database import open_engine
 from server.storage.files import Storage
 from server.storage.tables import idempotency_keys, jobs
-from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in, store_of
+from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in
 from tests.support.clocks import Clock
 from tests.support.http_stub import LiveApp, png_bytes, running_app
 from tests.support.jobs import claim_job
@@ -55,19 +55,6 @@ def app(settings: Settings) -> Iterator[LiveApp]:
     """A server with two keys."""
     with running_app(settings) as app:
         yield app
-
-
-@pytest.fixture
-def client(app: LiveApp) -> Iterator[httpx2.Client]:
-    """Of the first key."""
-    with client_of(app, FIRST) as client:
-        yield client
-
-
-@pytest.fixture
-def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
-    with store_of(settings) as store:
-        yield store
 
 
 def inline(picture: bytes) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -37,6 +36,7 @@ from server.core.settings import ErrorStatus, StepsPolicy
 from server.egress.sources import ImageSource
 from server.jobs.job import Job, JobState, RequestFacts
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
+from tests.support.api_errors import error_classes
 
 POLICY = v3.ReadingPolicy(StepsPolicy.VENDOR, False, Enhancement("and more", "and less"))
 INIT = "https://x.example/init.png"
@@ -569,11 +569,6 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(30, 60),
 }
-
-
-def error_classes(base: type[ApiError] = ApiError) -> list[type[ApiError]]:
-    """Every class of our tree, the base too."""
-    return [base, *chain.from_iterable(map(error_classes, base.__subclasses__()))]
 
 
 def sample_of(kind: type[ApiError]) -> ApiError:

@@ -45,18 +45,6 @@ def app(settings: Settings) -> Iterator[LiveApp]:
         yield app
 
 
-@pytest.fixture
-def client(app: LiveApp) -> Iterator[httpx2.Client]:
-    with client_of(app, FIRST) as client:
-        yield client
-
-
-@pytest.fixture
-def store(settings: Settings, app: LiveApp) -> Iterator[JobStore]:
-    with store_of(settings) as store:
-        yield store
-
-
 def test_call_is_told_of_and_made_again(client: httpx2.Client, store: JobStore) -> None:
     with receiver(500) as (url, calls):
         job_id = finished_job(client, store, url)

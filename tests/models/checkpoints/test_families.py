@@ -1,9 +1,9 @@
 """Every family's pictures are those of diffusers' own pipelines; rows do not notice each other."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,50 +11,34 @@ import torch
 from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
-    StableDiffusionXLInpaintPipeline,
 )
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import save_file
 
 from models.checkpoints.families import Family
 from models.checkpoints.registry import Components, ModelSpec, load_components
 from models.diffusion.conditioning import DualClipConditioner, create_conditioner
-from models.diffusion.pipeline import InpaintPipeline, Sample, Source
+from models.diffusion.pipeline import InpaintPipeline
 from models.diffusion.prompts import Layer, PromptEncoder
-from models.diffusion.schedulers import create_scheduler
 from models.errors import InvalidInput, ModelUnavailable
 from models.params import InpaintParams, SchedulerName
+from tests.support import pipelines
 from tests.support.ldm_layout import in_sgm_layout, ldm_tensors, read_tensors
+from tests.support.pipelines import (
+    HEIGHT,
+    SOURCE,
+    WIDTH,
+    denoise,
+    difference,
+    generated,
+    picture_of,
+    reference,
+)
 from tests.support.tiny import PROJECTION_WIDTH, SECOND_WIDTH, TEXT_WIDTH, save_tiny_checkpoint
 
-WIDTH, HEIGHT = 72, 64
 CPU = torch.device("cpu")
+make_params = functools.partial(pipelines.make_params, guidance_scale=7.5, scheduler=None)
 KINDS = [(family, channels) for family in Family for channels in (9, 4)]
-
-
-def make_params(**changes: Any) -> InpaintParams:
-    defaults = {
-        "prompt": "a red circle",
-        "negative_prompt": "blue",
-        "seed": 7,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "num_inference_steps": 4,
-        "guidance_scale": 7.5,
-        "strength": 1.0,
-    }
-    return InpaintParams(**{**defaults, **changes})
-
-
-def make_source() -> Source:
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[19:-16, 10:-24] = 255
-    rng = np.random.default_rng(0)
-    return Source(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8), mask)
-
-
-SOURCE = make_source()
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
@@ -75,73 +59,12 @@ def load_tiny(folder: Path, channels: int, family: Family) -> Components:
     return load_components(ModelSpec("tiny", str(folder)), CPU, torch.float32)
 
 
-def denoise(pipeline: InpaintPipeline, samples: list[Sample]) -> None:
-    while rest := [sample for sample in samples if not sample.is_denoised]:
-        for sample, prediction in zip(rest, pipeline.denoise_step(rest), strict=True):
-            pipeline.advance(sample, prediction)
-
-
-def generated(components: Components, params: InpaintParams) -> NDArray[np.uint8]:
-    pipeline = InpaintPipeline(components)
-    samples = pipeline.prepare(params, SOURCE)
-    denoise(pipeline, samples)
-    (picture,) = pipeline.decode(samples)
-    return picture.generated
-
-
-def original_pipeline(components: Components, name: SchedulerName | None) -> Any:
-    """diffusers' own pipeline around the same weights."""
-    shared = {
-        "vae": components.vae,
-        "text_encoder": components.text_encoder,
-        "tokenizer": components.tokenizer,
-        "unet": components.unet,
-        "scheduler": create_scheduler(name, components.scheduler_config),
-    }
-    if components.text_encoder_2 is None:
-        return StableDiffusionInpaintPipeline(
-            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    return StableDiffusionXLInpaintPipeline(
-        **shared,
-        text_encoder_2=components.text_encoder_2,
-        tokenizer_2=components.tokenizer_2,
-        add_watermarker=False,
-        **components.switches,
-    )
-
-
-def reference(components: Components, params: InpaintParams) -> NDArray[np.uint8]:
-    return picture_of(original_pipeline(components, params.scheduler), params)
-
-
-def picture_of(original: Any, params: InpaintParams) -> NDArray[np.uint8]:
-    """A picture of diffusers' own pipeline."""
-    original.set_progress_bar_config(disable=True)
-    answer = original(
-        prompt=params.prompt,
-        negative_prompt=params.negative_prompt or None,
-        image=Image.fromarray(SOURCE.init_image),
-        mask_image=Image.fromarray(SOURCE.mask),
-        width=params.width,
-        height=params.height,
-        strength=params.strength,
-        num_inference_steps=params.num_inference_steps,
-        guidance_scale=params.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(params.seed),
-        clip_skip=params.clip_skip or None,
-        output_type="np",
-    )
-    picture: NDArray[np.uint8] = (answer.images[0] * 255).round().astype(np.uint8)
-    return picture
-
-
-def difference(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.int16]:
-    return np.abs(left.astype(np.int16) - right.astype(np.int16))
+def painted(components: Components, params: InpaintParams) -> NDArray[np.uint8]:
+    return generated(InpaintPipeline(components), params)
 
 
 def assert_equals_diffusers(components: Components, params: InpaintParams) -> None:
-    ours, theirs = generated(components, params), reference(components, params)
+    ours, theirs = painted(components, params), reference(components, params)
     assert difference(ours, theirs).max() <= 1
     assert theirs.std() > 1
 
@@ -166,7 +89,7 @@ def test_picture_of_a_file_with_what_the_operator_adds_equals_diffusers(
         scheduler=SchedulerName.EULER,
     )
 
-    ours = generated(load_components(spec, CPU, torch.float32), make_params())
+    ours = painted(load_components(spec, CPU, torch.float32), make_params())
 
     theirs = StableDiffusionInpaintPipeline.from_pretrained(
         config,
@@ -211,7 +134,10 @@ def test_sdxl_without_forced_zeros_encodes_the_empty_text(xl_components: Compone
     params = make_params(negative_prompt="")
 
     assert_equals_diffusers(changed, params)
-    apart = difference(generated(changed, params), generated(xl_components, params))
+    apart = difference(
+        painted(changed, params),
+        painted(xl_components, params),
+    )
     assert apart.any()
 
 
@@ -227,7 +153,7 @@ def test_rows_of_a_mixed_batch_equal_each_alone(components: Components) -> None:
     denoise(pipeline, samples)
 
     for params, picture in zip(jobs, pipeline.decode(samples), strict=True):
-        assert difference(picture.generated, generated(components, params)).max() <= 2
+        assert difference(picture.generated, painted(components, params)).max() <= 2
 
 
 def encoders(components: Components) -> list[PromptEncoder]:
@@ -331,7 +257,10 @@ def test_velocity_prediction_follows_the_scheduler_config(tmp_path: Path) -> Non
     other = dataclasses.replace(components, scheduler_config=config)
 
     assert components.scheduler_config["prediction_type"] == "v_prediction"
-    apart = difference(generated(components, make_params()), generated(other, make_params()))
+    apart = difference(
+        painted(components, make_params()),
+        painted(other, make_params()),
+    )
     assert apart.any()
 
 
@@ -342,7 +271,7 @@ def test_half_precision_sdxl_keeps_its_vae_in_float32(tmp_path: Path) -> None:
     params = make_params(scheduler=SchedulerName.DDIM)
 
     assert (half.vae.dtype, half.unet.dtype) == (torch.float32, torch.float16)
-    assert difference(generated(half, params), generated(exact, params)).mean() < 2
+    assert difference(painted(half, params), painted(exact, params)).mean() < 2
     assert half.vae.dtype == torch.float32
     brain = load_components(ModelSpec("tiny", str(tmp_path)), CPU, torch.bfloat16)
     assert brain.vae.dtype == torch.bfloat16

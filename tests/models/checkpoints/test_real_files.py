@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from server.sandbox.decoded import FORMAT_VERSION, DecodedPair
 from tests.corpora import profiles
+from tests.support.image_files import saved, with_alpha
 from tests.support.native_calls import events_of
 from tests.support.processes import ServerProcess, serving
 
@@ -24,18 +25,6 @@ ImageDraw.Draw(DISC).ellipse((72, 8, 111, 47), fill=255)
 INSIDE = np.asarray(DISC) > 0
 CLEAR = Image.new("L", SIZE, 255)
 CLEAR.paste(0, mask=DISC)
-
-
-def saved(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def with_alpha(image: Image.Image, alpha: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.putalpha(alpha)
-    return image
 
 
 def labels() -> Image.Image:

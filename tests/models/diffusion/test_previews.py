@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.builtin.training.scenes import Thing, make_scene
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components
 from models.diffusion.pipeline import PREVIEW_SIDE_PX, InpaintPipeline, Picture, Sample, Source
 from models.diffusion.previews import estimate_clean, fit_colours, paint, signal_share
 from models.diffusion.vae import LatentCodec
@@ -22,11 +22,6 @@ from tests.support.pipelines import HEIGHT, SOURCE, WIDTH, make_params, make_sou
 SIDE = 256
 SCENES = [make_scene(np.random.default_rng(seed), SIDE) for seed in range(4)]
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def builtin() -> Components:
-    return load_components(ModelSpec("builtin", "builtin"), torch.device("cpu"), torch.float32)
 
 
 def shrunk(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from models.builtin.training.scenes import COLOURS, SHAPES, Anchor, coverage
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components
 from models.diffusion.pipeline import InpaintPipeline, Picture, Source
 from models.diffusion.safety import SafetyChecker, blank_like
 from models.errors import NoSafetyChecker
@@ -18,11 +18,6 @@ from models.params import InpaintParams
 
 SIDE = 32
 PICTURES = 64
-
-
-@pytest.fixture(scope="module")
-def builtin() -> Components:
-    return load_components(ModelSpec("builtin", "builtin"), torch.device("cpu"), torch.float32)
 
 
 def tiny_checker(seed: int) -> StableDiffusionSafetyChecker:

@@ -18,6 +18,14 @@ from models.errors import ImageFault, InvalidInput, UnreadableImage
 from models.imaging import decoding
 from models.imaging.decoding import Fit, ImageLimits
 from tests.corpora import profiles
+from tests.support.image_files import (
+    PNG_SIGNATURE,
+    jpeg_declaring,
+    png_chunk,
+    saved,
+    webp,
+    webp_chunk,
+)
 
 LIMITS = ImageLimits()
 HEIGHT, WIDTH = 12, 17
@@ -39,16 +47,6 @@ def decode_mask(
     return decoding.decode_mask(data, limits, fit).pixels
 
 
-def saved(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def png_chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
 def png(
     width: int,
     height: int,
@@ -60,12 +58,7 @@ def png(
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts)
-
-
-def webp(chunk: bytes, body: bytes) -> bytes:
-    content = b"WEBP" + chunk + struct.pack("<I", len(body)) + body
-    return b"RIFF" + struct.pack("<I", len(content)) + content
+    return PNG_SIGNATURE + b"".join(png_chunk(*part) for part in parts)
 
 
 def fault(data: bytes, limits: ImageLimits = LIMITS) -> ImageFault:
@@ -667,13 +660,6 @@ def test_pictures_without_pixels(size: tuple[int, int]) -> None:
     assert fault(png(*size, 8, 2, [])) == ImageFault.DAMAGED
 
 
-def jpeg_declaring(width: int, height: int) -> bytes:
-    data = bytearray(saved(Image.new("RGB", (8, 8)), "JPEG"))
-    at = data.index(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
 BOMBS = {
     "png 1 bit": png(30_000, 30_000, 1, 0, []),
     "png below Pillow's own limit": png(8_000, 5_000, 8, 6, []),
@@ -681,11 +667,13 @@ BOMBS = {
     "png 2**31": png(2**31 - 1, 2**31 - 1, 8, 2, []),
     "jpeg": jpeg_declaring(65_500, 65_500),
     "jpeg long side": jpeg_declaring(65_500, 1),
-    "webp lossy": webp(b"VP8 ", b"\x30\x01\0\x9d\x01\x2a\xff\x3f\xff\x3f" + bytes(40)),
-    "webp lossless": webp(b"VP8L", b"\x2f\xff\xff\xff\x0f" + bytes(40)),
-    "webp short": webp(b"VP8L", b"\x2f\xff\xff\xff\x0f"),
-    "webp extended": webp(b"VP8X", b"\x02\0\0\0" + b"\xff\x3f\0" * 2 + bytes(40)),
-    "webp extended, 2**24": webp(b"VP8X", b"\x02\0\0\0" + b"\xff\xff\xff" * 2 + bytes(40)),
+    "webp lossy": webp(webp_chunk(b"VP8 ", b"\x30\x01\0\x9d\x01\x2a\xff\x3f\xff\x3f" + bytes(40))),
+    "webp lossless": webp(webp_chunk(b"VP8L", b"\x2f\xff\xff\xff\x0f" + bytes(40))),
+    "webp short": webp(webp_chunk(b"VP8L", b"\x2f\xff\xff\xff\x0f")),
+    "webp extended": webp(webp_chunk(b"VP8X", b"\x02\0\0\0" + b"\xff\x3f\0" * 2 + bytes(40))),
+    "webp extended, 2**24": webp(
+        webp_chunk(b"VP8X", b"\x02\0\0\0" + b"\xff\xff\xff" * 2 + bytes(40))
+    ),
 }
 
 

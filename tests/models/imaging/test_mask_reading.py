@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from models.imaging.decoding import DecodedMask, ImageLimits, decode_mask
 from models.imaging.mask_reading import MaskReading, marks_nothing
+from tests.support.image_files import saved, with_alpha
 
 SIDE = 64
 DISC = Image.new("L", (SIDE, SIDE))
@@ -34,20 +35,8 @@ for place, colour in {(0, 32): "blue", (32, 0): "lime", (32, 32): "yellow"}.item
     QUADRANTS.paste(colour, (*place, place[0] + 32, place[1] + 32))
 
 
-def saved(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def read(data: bytes) -> DecodedMask:
     return decode_mask(data, ImageLimits())
-
-
-def with_alpha(image: Image.Image, alpha: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.putalpha(alpha)
-    return image
 
 
 def flat(colour: object, mode: str = "RGB") -> Image.Image:
