@@ -79,6 +79,12 @@ def _nothing_leaves_this_machine() -> Iterator[None]:
     assert found == []
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The event loop of tests that are coroutines: the server's own."""
+    return "asyncio"
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the developer's shell reaches a test."""

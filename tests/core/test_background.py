@@ -82,23 +82,19 @@ def test_leaving_cancels_and_waits() -> None:
     assert has_cleaned_up
 
 
-def test_pauses_grow_up_to_the_longest() -> None:
+async def test_pauses_grow_up_to_the_longest() -> None:
     """Ten failures with pauses of 0.01, 0.02 and then 0.02 s take at least their sum."""
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
+    is_done = asyncio.Event()
 
-    async def body() -> float:
-        loop = asyncio.get_running_loop()
-        times: list[float] = []
-        is_done = asyncio.Event()
+    async def task() -> None:
+        times.append(loop.time())
+        if len(times) == 10:
+            is_done.set()
+            await asyncio.Event().wait()
 
-        async def task() -> None:
-            times.append(loop.time())
-            if len(times) == 10:
-                is_done.set()
-                await asyncio.Event().wait()
-
-        async with asyncio.timeout(WAIT_S), Background((0.01, 0.02)) as background:
-            background.start("sender", task)
-            await is_done.wait()
-        return times[-1] - times[0]
-
-    assert asyncio.run(body()) >= 0.01 + 8 * 0.02 - 0.01
+    async with asyncio.timeout(WAIT_S), Background((0.01, 0.02)) as background:
+        background.start("sender", task)
+        await is_done.wait()
+    assert (times[-1] - times[0]) >= 0.01 + 8 * 0.02 - 0.01

@@ -41,164 +41,133 @@ class Crowd:
         await settle()
 
 
-def test_one_owner_cannot_take_all_slots() -> None:
-    async def run() -> None:
-        crowd = Crowd(FairSemaphore(4, 3))
-        for owner in ["greedy"] * 10 + ["modest"]:
-            crowd.join(owner)
-        await settle()
-        assert Counter(crowd.held) == {"greedy": 3, "modest": 1}
-        await crowd.let_go(11)
-        assert Counter(crowd.held) == {"greedy": 10, "modest": 1}
-
-    asyncio.run(run())
+async def test_one_owner_cannot_take_all_slots() -> None:
+    crowd = Crowd(FairSemaphore(4, 3))
+    for owner in ["greedy"] * 10 + ["modest"]:
+        crowd.join(owner)
+    await settle()
+    assert Counter(crowd.held) == {"greedy": 3, "modest": 1}
+    await crowd.let_go(11)
+    assert Counter(crowd.held) == {"greedy": 10, "modest": 1}
 
 
-def test_nobody_overtakes_those_who_wait() -> None:
-    async def run() -> list[str]:
-        crowd = Crowd(FairSemaphore(2, 1))
-        for owner in "abc":
-            crowd.join(owner)
-        await settle()
-        crowd.tasks[0].cancel()
-        await asyncio.sleep(0)  # a's slot is c's now, and c has not run yet
-        crowd.join("d")
-        await settle()
-        assert crowd.held == ["a", "b", "c"]
-        await crowd.let_go()
-        return crowd.held
-
-    assert asyncio.run(run()) == ["a", "b", "c", "d"]
+async def test_nobody_overtakes_those_who_wait() -> None:
+    crowd = Crowd(FairSemaphore(2, 1))
+    for owner in "abc":
+        crowd.join(owner)
+    await settle()
+    crowd.tasks[0].cancel()
+    await asyncio.sleep(0)  # a's slot is c's now, and c has not run yet
+    crowd.join("d")
+    await settle()
+    assert crowd.held == ["a", "b", "c"]
+    await crowd.let_go()
+    assert crowd.held == ["a", "b", "c", "d"]
 
 
-def test_released_slots_go_round() -> None:
-    async def run() -> list[str]:
-        crowd = Crowd(FairSemaphore(1, 1))
-        for owner in "aaaabbc":
-            crowd.join(owner)
-        await settle()
-        await crowd.let_go(7)
-        return crowd.held
-
+async def test_released_slots_go_round() -> None:
+    crowd = Crowd(FairSemaphore(1, 1))
+    for owner in "aaaabbc":
+        crowd.join(owner)
+    await settle()
+    await crowd.let_go(7)
     # The first takes the free slot; then a is first in line, and from there on they take turns.
-    assert asyncio.run(run()) == list("aabcaba")
+    assert crowd.held == list("aabcaba")
 
 
-def test_slots_of_who_gives_up_are_free_again() -> None:
-    async def run() -> list[str]:
-        crowd = Crowd(FairSemaphore(1, 1))
-        holder, waiting = crowd.join("a"), crowd.join("a")
-        await settle()
-        waiting.cancel()
-        holder.cancel()
-        await settle()
-        crowd.join("b")
-        await settle()
-        assert [task.cancelled() for task in (holder, waiting)] == [True, True]
-        await crowd.let_go()
-        return crowd.held
-
-    assert asyncio.run(run()) == ["a", "b"]
+async def test_slots_of_who_gives_up_are_free_again() -> None:
+    crowd = Crowd(FairSemaphore(1, 1))
+    holder, waiting = crowd.join("a"), crowd.join("a")
+    await settle()
+    waiting.cancel()
+    holder.cancel()
+    await settle()
+    crowd.join("b")
+    await settle()
+    assert [task.cancelled() for task in (holder, waiting)] == [True, True]
+    await crowd.let_go()
+    assert crowd.held == ["a", "b"]
 
 
-def test_slot_handed_to_who_is_just_cancelled_is_not_lost() -> None:
-    async def run() -> list[str]:
-        crowd = Crowd(FairSemaphore(1, 1))
-        crowd.join("a")
-        unlucky = crowd.join("b")
-        await settle()
-        crowd.tasks[0].cancel()
-        await asyncio.sleep(0)  # a's slot is b's now, and b has not run yet
-        unlucky.cancel()
-        await settle()
-        crowd.join("c")
-        await settle()
-        await crowd.let_go()
-        return crowd.held
-
-    assert asyncio.run(run())[-1] == "c"
+async def test_slot_handed_to_who_is_just_cancelled_is_not_lost() -> None:
+    crowd = Crowd(FairSemaphore(1, 1))
+    crowd.join("a")
+    unlucky = crowd.join("b")
+    await settle()
+    crowd.tasks[0].cancel()
+    await asyncio.sleep(0)  # a's slot is b's now, and b has not run yet
+    unlucky.cancel()
+    await settle()
+    crowd.join("c")
+    await settle()
+    await crowd.let_go()
+    assert crowd.held[-1] == "c"
 
 
-def test_timeout_ends_and_the_slot_goes_to_the_next() -> None:
-    async def run() -> None:
-        slots = FairSemaphore(1, 1)
-        await slots.acquire("a", timeout_s=60)
-        with pytest.raises(NoSlot):
-            await slots.acquire("b", timeout_s=0)
-        waiting = asyncio.create_task(slots.acquire("c", timeout_s=60))
-        await settle()
-        assert not waiting.done()
-        slots.release("a")
-        await waiting
-        with pytest.raises(NoSlot):
-            await slots.acquire("b", timeout_s=0)
-        slots.release("c")
+async def test_timeout_ends_and_the_slot_goes_to_the_next() -> None:
+    slots = FairSemaphore(1, 1)
+    await slots.acquire("a", timeout_s=60)
+    with pytest.raises(NoSlot):
         await slots.acquire("b", timeout_s=0)
+    waiting = asyncio.create_task(slots.acquire("c", timeout_s=60))
+    await settle()
+    assert not waiting.done()
+    slots.release("a")
+    await waiting
+    with pytest.raises(NoSlot):
+        await slots.acquire("b", timeout_s=0)
+    slots.release("c")
+    await slots.acquire("b", timeout_s=0)
 
-    asyncio.run(run())
 
-
-def test_slot_is_not_handed_to_who_gives_up_at_the_same_moment() -> None:
-    async def run() -> list[str]:
-        crowd = Crowd(FairSemaphore(1, 1))
-        holder, waiting = crowd.join("a"), crowd.join("b")
-        crowd.join("c")
-        await settle()
-        holder.cancel()
-        waiting.cancel()
-        await settle()
-        await crowd.let_go()
-        assert [task.cancelled() for task in crowd.tasks] == [True, True, False]
-        return crowd.held
-
-    assert asyncio.run(run()) == ["a", "c"]
+async def test_slot_is_not_handed_to_who_gives_up_at_the_same_moment() -> None:
+    crowd = Crowd(FairSemaphore(1, 1))
+    holder, waiting = crowd.join("a"), crowd.join("b")
+    crowd.join("c")
+    await settle()
+    holder.cancel()
+    waiting.cancel()
+    await settle()
+    await crowd.let_go()
+    assert [task.cancelled() for task in crowd.tasks] == [True, True, False]
+    assert crowd.held == ["a", "c"]
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_failing_holder_releases_its_slot(count: int) -> None:
-    async def run() -> None:
-        slots = FairSemaphore(count, count)
-        for _ in range(10):
-            with pytest.raises(ValueError, match="x"):
-                async with asyncio.timeout(60), slots.held_by("a"):
-                    raise ValueError("x")
-
-    asyncio.run(run())
+async def test_failing_holder_releases_its_slot(count: int) -> None:
+    slots = FairSemaphore(count, count)
+    for _ in range(10):
+        with pytest.raises(ValueError, match="x"):
+            async with asyncio.timeout(60), slots.held_by("a"):
+                raise ValueError("x")
 
 
-def test_slot_of_a_thread_is_held_until_the_thread_is_free() -> None:
+async def test_slot_of_a_thread_is_held_until_the_thread_is_free() -> None:
     is_over = threading.Event()
-
-    async def run() -> None:
-        slots = FairSemaphore(1, 1)
-        await slots.acquire("a")
-        lost = asyncio.create_task(slots.use_in_thread("a", partial(is_over.wait, 60)))
-        await settle()
-        lost.cancel()
-        taking = asyncio.create_task(slots.acquire("b"))
-        await settle()
-        assert lost.cancelled()
-        assert not taking.done()
-        is_over.set()
-        async with asyncio.timeout(60):
-            await taking
-
-    asyncio.run(run())
+    slots = FairSemaphore(1, 1)
+    await slots.acquire("a")
+    lost = asyncio.create_task(slots.use_in_thread("a", partial(is_over.wait, 60)))
+    await settle()
+    lost.cancel()
+    taking = asyncio.create_task(slots.acquire("b"))
+    await settle()
+    assert lost.cancelled()
+    assert not taking.done()
+    is_over.set()
+    async with asyncio.timeout(60):
+        await taking
 
 
-def test_slot_of_a_thread_is_released_once() -> None:
-    async def run() -> int:
-        slots = FairSemaphore(1, 1)
-        await slots.acquire("a")
-        result = await slots.use_in_thread("a", lambda: 2)
-        await slots.acquire("a")
-        another = asyncio.create_task(slots.acquire("b"))
-        await settle()
-        assert not another.done()
-        another.cancel()
-        return result
-
-    assert asyncio.run(run()) == 2
+async def test_slot_of_a_thread_is_released_once() -> None:
+    slots = FairSemaphore(1, 1)
+    await slots.acquire("a")
+    result = await slots.use_in_thread("a", lambda: 2)
+    await slots.acquire("a")
+    another = asyncio.create_task(slots.acquire("b"))
+    await settle()
+    assert not another.done()
+    another.cancel()
+    assert result == 2
 
 
 def test_count_of_each_owner_is_limited() -> None:

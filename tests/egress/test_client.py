@@ -166,13 +166,10 @@ class TestDialling:
     def found(_host: str, _port: int) -> Sequence[str]:
         return ["127.0.0.2", "127.0.0.1", "127.0.0.3"]
 
-    def test_second_address_is_tried(self) -> None:
-        async def run() -> bytes:
-            async with running_stub(answering(OK)) as stub:
-                client = EgressClient(resolver=self.found, dialler=CountingDialler("127.0.0.2"))
-                return await ask(client, stub.url.replace("127.0.0.1", "a.example"))
-
-        assert asyncio.run(run()) == b"picture"
+    async def test_second_address_is_tried(self) -> None:
+        async with running_stub(answering(OK)) as stub:
+            client = EgressClient(resolver=self.found, dialler=CountingDialler("127.0.0.2"))
+            assert await ask(client, stub.url.replace("127.0.0.1", "a.example")) == b"picture"
 
     def test_third_address_is_not(self) -> None:
         dialler = CountingDialler(*self.found("", 0))
@@ -287,17 +284,13 @@ class TestTls:
 
         assert len(asyncio.run(run())) == (name == "pictures.example")
 
-    def test_name_is_sent_as_sni(self, certificate: Path) -> None:
+    async def test_name_is_sent_as_sni(self, certificate: Path) -> None:
         names: list[str | None] = []
         tls = server_tls(certificate)
         tls.sni_callback = lambda _socket, name, _context: names.append(name)
-
-        async def run() -> None:
-            async with encrypted_host(tls) as host:
-                client = EgressClient(EgressSettings(ca_file=certificate), resolver=on_loopback)
-                await ask(client, f"https://pictures.example:{host.port}/")
-
-        asyncio.run(run())
+        async with encrypted_host(tls) as host:
+            client = EgressClient(EgressSettings(ca_file=certificate), resolver=on_loopback)
+            await ask(client, f"https://pictures.example:{host.port}/")
         assert names == ["pictures.example"]
 
     def test_unknown_signer_is_refused(self, certificate: Path) -> None:
@@ -325,14 +318,13 @@ class TestProxy:
             ("[::1]", AddressPolicy([ip_network("::1")])),
         ],
     )
-    def test_plain_requests_name_the_whole_address(self, host: str, policy: AddressPolicy) -> None:
-        async def run() -> list[str]:
-            async with running_stub(answering(OK)) as proxy:
-                client = EgressClient(self.settings(proxy.port, "me:p%C3%A4ss%20word@"))
-                assert await ask(client, f"http://{host}/a?b", policy) == b"picture"
-                return proxy.heads
-
-        (head,) = asyncio.run(run())
+    async def test_plain_requests_name_the_whole_address(
+        self, host: str, policy: AddressPolicy
+    ) -> None:
+        async with running_stub(answering(OK)) as proxy:
+            client = EgressClient(self.settings(proxy.port, "me:p%C3%A4ss%20word@"))
+            assert await ask(client, f"http://{host}/a?b", policy) == b"picture"
+            (head,) = proxy.heads
         assert head.startswith(f"GET http://{host}/a?b HTTP/1.1\r\n")
         assert f"\r\nHost: {host}\r\n" in head
         user = base64.b64encode("me:päss word".encode()).decode()
@@ -370,13 +362,10 @@ class TestProxy:
         assert orders[0].startswith(b"CONNECT pictures.example:443 HTTP/1.1\r\n")
         assert b"Proxy-Authorization: Basic" in orders[0]
 
-    def test_refusal_of_the_proxy_is_a_failure(self) -> None:
-        async def run() -> None:
-            async with running_stub(answering(response("403 Forbidden"))) as proxy:
-                with pytest.raises(EgressFailed, match="403"):
-                    await ask(EgressClient(self.settings(proxy.port)), "https://pictures.invalid/")
-
-        asyncio.run(run())
+    async def test_refusal_of_the_proxy_is_a_failure(self) -> None:
+        async with running_stub(answering(response("403 Forbidden"))) as proxy:
+            with pytest.raises(EgressFailed, match="403"):
+                await ask(EgressClient(self.settings(proxy.port)), "https://pictures.invalid/")
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -27,7 +27,7 @@ from server.egress.downloads import (
 )
 from server.egress.policy import EgressGrant
 from tests.corpora.hostile_urls import resolve_by_table
-from tests.support.http_stub import Behaviour, Stub, StubDialler, answering, response, running_stub
+from tests.support.http_stub import Behaviour, StubDialler, answering, response, running_stub
 
 LOOPBACK = ip_network("127.0.0.0/8")
 LIMITS: dict[str, Any] = {
@@ -201,12 +201,12 @@ class TestHosts:
             url = "http://{}:{}/".format(*unused.getsockname())
             assert asyncio.run(get(url)) is ImageProblem.NOT_REACHABLE
 
-    def test_plain_host_behind_https(self) -> None:
-        async def run() -> bytes | ImageProblem:
-            async with running_stub(answering(OK)) as stub:
-                return await get(stub.url.replace("http:", "https:"), **IMPATIENT)
-
-        assert asyncio.run(run()) is ImageProblem.NOT_REACHABLE
+    async def test_plain_host_behind_https(self) -> None:
+        async with running_stub(answering(OK)) as stub:
+            assert (
+                await get(stub.url.replace("http:", "https:"), **IMPATIENT)
+                is ImageProblem.NOT_REACHABLE
+            )
 
     def test_name_that_cannot_be_looked_up(self) -> None:
         assert asyncio.run(get(f"http://{'a' * 64}.invalid/")) is ImageProblem.NOT_REACHABLE
@@ -282,22 +282,18 @@ class TestContentEncodings:
         finally:
             tracemalloc.stop()
 
-    def test_unchanged_picture_is_kept_inflated(self) -> None:
-        async def run() -> list[bytes]:
-            body = response(
-                *("200 OK", "Content-Encoding: gzip", 'ETag: "1"'), body=gzip.compress(CONTENT)
-            )
-            answers = iter([body, response("304 Not Modified", 'ETag: "1"')])
+    async def test_unchanged_picture_is_kept_inflated(self) -> None:
+        body = response(
+            *("200 OK", "Content-Encoding: gzip", 'ETag: "1"'), body=gzip.compress(CONTENT)
+        )
+        answers = iter([body, response("304 Not Modified", 'ETag: "1"')])
 
-            async def behave(_path: str, writer: asyncio.StreamWriter) -> None:
-                writer.write(next(answers))
+        async def behave(_path: str, writer: asyncio.StreamWriter) -> None:
+            writer.write(next(answers))
 
-            async with running_stub(behave) as stub:
-                fetcher = ImageDownloader(FetchSettings(**LIMITS))
-                bodies = [await fetcher.get(stub.url) for _ in range(2)]
-                return bodies
-
-        assert asyncio.run(run()) == [CONTENT] * 2
+        async with running_stub(behave) as stub:
+            fetcher = ImageDownloader(FetchSettings(**LIMITS))
+            assert [await fetcher.get(stub.url) for _ in range(2)] == [CONTENT] * 2
 
 
 class WarpedLoop(asyncio.SelectorEventLoop):
@@ -428,30 +424,24 @@ class TestRedirects:
             (b"/caf\xe9 1.png", "/caf%E9%201.png"),
         ],
     )
-    def test_location_that_is_not_escaped(self, location: bytes, path: str) -> None:
+    async def test_location_that_is_not_escaped(self, location: bytes, path: str) -> None:
         async def behave(asked: str, writer: asyncio.StreamWriter) -> None:
             head = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: "
             is_first = asked == "/from/here"
             writer.write(head + location + b"\r\n\r\n" if is_first else OK)
 
-        async def run() -> tuple[object, list[str]]:
-            async with running_stub(behave) as stub:
-                return await get(f"{stub.url}/from/here"), stub.heads
-
-        body, heads = asyncio.run(run())
+        async with running_stub(behave) as stub:
+            body, heads = await get(f"{stub.url}/from/here"), stub.heads
         assert body == b"picture"
         assert [head.split(" ")[1] for head in heads] == ["/from/here", path]
 
-    def test_denied_target_is_not_dialled(self) -> None:
-        async def run() -> tuple[object, int]:
-            async with (
-                running_stub(answering(OK), "127.0.0.2") as inner,
-                running_stub(redirecting(inner.url)) as outer,
-            ):
-                problem = await get(outer.url, allow_cidrs=(ip_network("127.0.0.1"),))
-                return problem, inner.connections
-
-        assert asyncio.run(run()) == (ImageProblem.NOT_REACHABLE, 0)
+    async def test_denied_target_is_not_dialled(self) -> None:
+        async with (
+            running_stub(answering(OK), "127.0.0.2") as inner,
+            running_stub(redirecting(inner.url)) as outer,
+        ):
+            problem = await get(outer.url, allow_cidrs=(ip_network("127.0.0.1"),))
+            assert (problem, inner.connections) == (ImageProblem.NOT_REACHABLE, 0)
 
 
 PUBLIC = "93.184.215.14"
@@ -489,12 +479,11 @@ async def get_by_name(url: str, behaviour: Behaviour, **settings: Any) -> bytes 
 class TestRefusals:
     """Of one URL a caller is told the same, whatever is behind its address, and whether or not."""
 
-    def test_denied_and_unreachable_look_the_same(self) -> None:
-        async def run() -> set[object]:
-            names = ("listening.example", "closed.example", "unknown.example")
-            return {await get_by_name(f"http://{name}/", answering(OK)) for name in names}
-
-        assert asyncio.run(run()) == {ImageProblem.NOT_REACHABLE}
+    async def test_denied_and_unreachable_look_the_same(self) -> None:
+        names = ("listening.example", "closed.example", "unknown.example")
+        assert {await get_by_name(f"http://{name}/", answering(OK)) for name in names} == {
+            ImageProblem.NOT_REACHABLE
+        }
 
     @pytest.mark.parametrize(
         "host",
@@ -640,25 +629,17 @@ asyncio.run(run())
         assert "10.1.2.3: AddressDenied: address 10.1.2.3 port 80" in line
         assert "secret" not in line
 
-    def test_strange_forms_of_an_allowed_address_are_judged_by_address(self) -> None:
-        async def run() -> object:
-            async with running_stub(answering(OK)) as stub:
-                return await get(f"http://0x7f.1:{stub.port}/")
-
-        assert asyncio.run(run()) == b"picture"
+    async def test_strange_forms_of_an_allowed_address_are_judged_by_address(self) -> None:
+        async with running_stub(answering(OK)) as stub:
+            assert await get(f"http://0x7f.1:{stub.port}/") == b"picture"
 
 
 class TestRequests:
-    def test_request_says_little(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_request_says_little(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for variable in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(variable, "http://127.0.0.1:9")
-
-        async def run() -> Stub:
-            async with running_stub(answering(OK)) as stub:
-                assert await get(f"{stub.url}/a%20b c?d=e%2Ff g#h i") == b"picture"
-                return stub
-
-        stub = asyncio.run(run())
+        async with running_stub(answering(OK)) as stub:
+            assert await get(f"{stub.url}/a%20b c?d=e%2Ff g#h i") == b"picture"
         request, *headers = stub.heads[0].strip().split("\r\n")
         assert request == "GET /a%20b%20c?d=e%2Ff%20g HTTP/1.1"
         assert {header.partition(":")[0].lower() for header in headers} == {
@@ -666,21 +647,17 @@ class TestRequests:
         }
         assert "accept-encoding: identity" in stub.heads[0].lower()
 
-    def test_cookies_are_not_kept(self) -> None:
+    async def test_cookies_are_not_kept(self) -> None:
         cookie = response("200 OK", "Set-Cookie: session=secret; Path=/", body=b"picture")
-
-        async def run() -> list[str]:
-            async with running_stub(answering(cookie)) as stub:
-                fetcher = ImageDownloader(FetchSettings(**LIMITS))
-                await fetcher.get(stub.url)
-                await fetcher.get(stub.url)
-                return stub.heads
-
-        heads = asyncio.run(run())
+        async with running_stub(answering(cookie)) as stub:
+            fetcher = ImageDownloader(FetchSettings(**LIMITS))
+            await fetcher.get(stub.url)
+            await fetcher.get(stub.url)
+            heads = stub.heads
         assert len(heads) == 2
         assert "cookie" not in heads[1].lower()
 
-    def test_places_are_limited_and_given_back(self) -> None:
+    async def test_places_are_limited_and_given_back(self) -> None:
         active, peak = 0, 0
 
         async def behave(path: str, writer: asyncio.StreamWriter) -> None:
@@ -691,16 +668,12 @@ class TestRequests:
             active -= 1
             writer.write(OK if path == "/good" else response("404 Not Found"))
 
-        async def run() -> list[bytes | BaseException]:
-            async with running_stub(behave) as stub:
-                fetcher = ImageDownloader(FetchSettings(**LIMITS, max_concurrent=2))
-                paths = ["/bad"] * 4 + ["/good"] * 4
-                answers = await asyncio.gather(
-                    *(fetcher.get(stub.url + path) for path in paths), return_exceptions=True
-                )
-                return answers
-
-        answers = asyncio.run(run())
+        async with running_stub(behave) as stub:
+            fetcher = ImageDownloader(FetchSettings(**LIMITS, max_concurrent=2))
+            paths = ["/bad"] * 4 + ["/good"] * 4
+            answers = await asyncio.gather(
+                *(fetcher.get(stub.url + path) for path in paths), return_exceptions=True
+            )
         assert answers[4:] == [b"picture"] * 4
         assert peak <= 2
 

@@ -190,7 +190,7 @@ def test_named_private_host_works(name: str) -> None:
     assert got == [b"picture" if is_here else ImageProblem.NOT_REACHABLE] * 2
 
 
-def test_name_that_flips_between_judging_and_dialling() -> None:
+async def test_name_that_flips_between_judging_and_dialling() -> None:
     """The second answer leads to the denied listener; it is asked for only by a second fetch."""
     answers = [["127.0.0.2"], ["127.0.0.1"], ["127.0.0.2", "127.0.0.1"]]
     lookups = iter(answers)
@@ -198,26 +198,27 @@ def test_name_that_flips_between_judging_and_dialling() -> None:
     def flip(_host: str, _port: int) -> list[str]:
         return next(lookups)
 
-    async def run() -> tuple[list[object], int, list[str]]:
-        # In this order: a port that is free on 127.0.0.1 hardly ever is not on 127.0.0.2.
-        denied = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-        port = denied.sockets[0].getsockname()[1]
-        async with running_stub(answering(OK), "127.0.0.2", port) as good:
-            recorder = Recorder()
-            client = EgressClient(resolver=flip, dialler=recorder)
-            settings = FetchSettings.model_validate({"allow_cidrs": "127.0.0.2"})
-            fetcher = ImageDownloader(settings, client)
-            url = f"http://flips.example:{good.port}/"
-            seen: list[object] = []
-            for _ in answers:
-                try:
-                    seen.append(await fetcher.get(url))
-                except FetchFailed as failed:
-                    seen.append(type(failed.__cause__))
-            denied.close()
-            return seen, good.connections, recorder.dialled
-
-    assert asyncio.run(run()) == ([b"picture", AddressDenied, AddressDenied], 1, ["127.0.0.2"])
+    # In this order: a port that is free on 127.0.0.1 hardly ever is not on 127.0.0.2.
+    denied = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = denied.sockets[0].getsockname()[1]
+    async with running_stub(answering(OK), "127.0.0.2", port) as good:
+        recorder = Recorder()
+        client = EgressClient(resolver=flip, dialler=recorder)
+        settings = FetchSettings.model_validate({"allow_cidrs": "127.0.0.2"})
+        fetcher = ImageDownloader(settings, client)
+        url = f"http://flips.example:{good.port}/"
+        seen: list[object] = []
+        for _ in answers:
+            try:
+                seen.append(await fetcher.get(url))
+            except FetchFailed as failed:
+                seen.append(type(failed.__cause__))
+        denied.close()
+        assert (seen, good.connections, recorder.dialled) == (
+            [b"picture", AddressDenied, AddressDenied],
+            1,
+            ["127.0.0.2"],
+        )
 
 
 class TestBehindAProxy:

@@ -67,7 +67,7 @@ def test_slow_names_of_one_owner_hold_up_no_other() -> None:
     asyncio.run(run())
 
 
-def test_place_is_held_until_its_thread_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_place_is_held_until_its_thread_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.egress.resolver.TIMEOUT_S", 0.05)
 
     async def run() -> None:
@@ -83,7 +83,7 @@ def test_place_is_held_until_its_thread_is_free(monkeypatch: pytest.MonkeyPatch)
     asyncio.run(run())
 
 
-def test_slow_name_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_name_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.egress.resolver.TIMEOUT_S", 0.05)
 
     async def run() -> None:
@@ -94,7 +94,7 @@ def test_slow_name_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError, UnicodeError])
-def test_failure_is_told(error: type[Exception]) -> None:
+async def test_failure_is_told(error: type[Exception]) -> None:
     def fail(_host: str, _port: int) -> Sequence[str]:
         raise error
 
@@ -108,7 +108,7 @@ def test_failure_is_told(error: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0x7f000001", "::1", "::ffff:1.2.3.4"])
-def test_numbers_are_read_without_a_lookup(host: str) -> None:
+async def test_numbers_are_read_without_a_lookup(host: str) -> None:
     assert len(numeric_addresses(host, 80)) == 1
 
     async def run() -> None:

@@ -212,19 +212,15 @@ def test_text_of_many_words_takes_no_more_room_than_others() -> None:
         tracemalloc.stop()
 
 
-def test_loop_goes_on_while_a_long_text_is_decoded() -> None:
+async def test_loop_goes_on_while_a_long_text_is_decoded() -> None:
     text = "AAAA" * 1_000_000
-
-    async def run() -> None:
-        decoding = asyncio.create_task(load_inline(text, len(text)))
-        turns = 0
-        while not decoding.done():
-            turns += 1
-            await asyncio.sleep(0)
-        assert turns > 5
-        assert await decoding == bytes(3_000_000)
-
-    asyncio.run(run())
+    decoding = asyncio.create_task(load_inline(text, len(text)))
+    turns = 0
+    while not decoding.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 5
+    assert await decoding == bytes(3_000_000)
 
 
 @pytest.mark.parametrize("padding", ["", "=", "=="])

@@ -332,22 +332,19 @@ def test_webhook_is_not_made_again_during_expiry(house: House, engine: Engine) -
     assert house.files() == set()
 
 
-def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -> None:
+async def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -> None:
     house.finish()
     house.put(f"generations/{uuid.uuid4()}-0.png")
     house.pass_hours(25)
     storage = BrokenStorage(house.folder.as_uri())
     task_janitor = Janitor(engine, storage, SETTINGS, house.clock)
-
-    async def run() -> bool:
-        task = asyncio.create_task(task_janitor.run())
-        # The look at the rows is refused, and the one at the files is made all the same.
-        tries = [await asyncio.to_thread(storage.refused.acquire, timeout=20) for _ in range(2)]
-        task.cancel()
-        await asyncio.wait([task])
-        return task.cancelled() and all(tries)
-
-    assert asyncio.run(run())
+    task = asyncio.create_task(task_janitor.run())
+    # The look at the rows is refused, and the one at the files is made all the same.
+    tries = [await asyncio.to_thread(storage.refused.acquire, timeout=20) for _ in range(2)]
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert all(tries)
     assert len(house.files()) == 3
 
 

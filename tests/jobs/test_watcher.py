@@ -108,16 +108,12 @@ def test_who_comes_after_the_release_does_not_wait(store: JobStore) -> None:
     assert run_with(store, body) is None
 
 
-def test_leaving_lets_everybody_go(store: JobStore) -> None:
+async def test_leaving_lets_everybody_go(store: JobStore) -> None:
     job_id = store.submit(new_job()).id
-
-    async def run() -> Job | None:
-        async with JobWatcher(store, max_streams_per_key=100) as watcher:
-            task = asyncio.create_task(watcher.wait(job_id, LONG_S))
-            await asyncio.sleep(0)
-        return await task
-
-    assert asyncio.run(run()) is None
+    async with JobWatcher(store, max_streams_per_key=100) as watcher:
+        task = asyncio.create_task(watcher.wait(job_id, LONG_S))
+        await asyncio.sleep(0)
+    assert await task is None
 
 
 def test_client_that_has_gone_leaves_the_others_waiting(store: JobStore) -> None:

@@ -669,125 +669,99 @@ async def decode(
         return pair
 
 
-def test_requests_share_the_children() -> None:
-    async def run() -> None:
-        async with DecoderPool(LIMITS) as sandbox:
-            calls = [decode(sandbox, images_of((side, side))) for side in SIDES]
-            pairs = await asyncio.gather(*calls)
-        assert [pair.mask.shape for pair in pairs] == [(side, side) for side in SIDES]
-
-    asyncio.run(run())
+async def test_requests_share_the_children() -> None:
+    async with DecoderPool(LIMITS) as sandbox:
+        calls = [decode(sandbox, images_of((side, side))) for side in SIDES]
+        pairs = await asyncio.gather(*calls)
+    assert [pair.mask.shape for pair in pairs] == [(side, side) for side in SIDES]
 
 
 SIDES = range(64, 1024, 16)
 
 
-def test_loop_goes_on_while_a_child_works() -> None:
-    async def run() -> None:
-        async with DecoderPool(LIMITS, wall_s=30) as sandbox:
-            task = asyncio.create_task(decode(sandbox, images_of((900, 900))))
-            turns = 0
-            while not task.done():
-                turns += 1
-                await asyncio.sleep(0)
-        assert turns > 20
-
-    asyncio.run(run())
+async def test_loop_goes_on_while_a_child_works() -> None:
+    async with DecoderPool(LIMITS, wall_s=30) as sandbox:
+        task = asyncio.create_task(decode(sandbox, images_of((900, 900))))
+        turns = 0
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+    assert turns > 20
 
 
-def test_cancelled_request_leaves_its_child_in_order() -> None:
-    async def run() -> None:
-        async with DecoderPool(LIMITS, children=1) as sandbox:
-            await decode(sandbox, images_of((64, 64)))
-            for side in (512, 1000, 72):
-                lost = asyncio.create_task(decode(sandbox, images_of((800, 800))))
-                queued = asyncio.create_task(decode(sandbox, images_of((64, 64))))
-                await asyncio.sleep(0)
-                lost.cancel()
-                queued.cancel()
-                pair = await decode(sandbox, images_of((side, side)))
-                assert pair.mask.shape == (side - side % 8, side - side % 8)
-                assert lost.cancelled()
-
-    asyncio.run(run())
+async def test_cancelled_request_leaves_its_child_in_order() -> None:
+    async with DecoderPool(LIMITS, children=1) as sandbox:
+        await decode(sandbox, images_of((64, 64)))
+        for side in (512, 1000, 72):
+            lost = asyncio.create_task(decode(sandbox, images_of((800, 800))))
+            queued = asyncio.create_task(decode(sandbox, images_of((64, 64))))
+            await asyncio.sleep(0)
+            lost.cancel()
+            queued.cancel()
+            pair = await decode(sandbox, images_of((side, side)))
+            assert pair.mask.shape == (side - side % 8, side - side % 8)
+            assert lost.cancelled()
 
 
-def test_storm_is_refused_beyond_what_may_wait() -> None:
+async def test_storm_is_refused_beyond_what_may_wait() -> None:
     images = images_of((64, 64))
     size = sum(map(len, images.values()))
-
-    async def run() -> None:
-        async with DecoderPool(LIMITS, max_waiting_bytes=10 * size) as sandbox:
-            calls = [decode(sandbox, images) for _ in range(100)]
-            answers = await asyncio.gather(*calls, return_exceptions=True)
-            assert sum(isinstance(each, DecodedPair) for each in answers) == 10
-            refused = [each for each in answers if isinstance(each, QueueFull)]
-            assert len(refused) == 90
-            assert isinstance(await decode(sandbox, images), DecodedPair)
-
-    asyncio.run(run())
+    async with DecoderPool(LIMITS, max_waiting_bytes=10 * size) as sandbox:
+        calls = [decode(sandbox, images) for _ in range(100)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(each, DecodedPair) for each in answers) == 10
+        refused = [each for each in answers if isinstance(each, QueueFull)]
+        assert len(refused) == 90
+        assert isinstance(await decode(sandbox, images), DecodedPair)
 
 
 @pytest.mark.parametrize(("room", "is_let_in"), [(2**20, True), (0, False)])
-def test_pixels_that_are_held_take_room(room: int, is_let_in: bool) -> None:
+async def test_pixels_that_are_held_take_room(room: int, is_let_in: bool) -> None:
     """The next request gets the child at once, or when the pixels are needed no longer."""
-
-    async def run() -> None:
-        async with DecoderPool(LIMITS, children=1, max_decoded_bytes=room) as sandbox:
-            async with sandbox.decoded(images_of((64, 64))) as pair:
-                assert pair.mask.shape == (64, 64)
-                next_one = asyncio.create_task(decode(sandbox, images_of((72, 72))))
-                if is_let_in:
-                    await next_one
-                else:
-                    await asyncio.wait([next_one], timeout=0.2)
-                assert next_one.done() == is_let_in
-            assert (await next_one).mask.shape == (72, 72)
-            with pytest.raises(KeyError):
-                async with sandbox.decoded(images_of((64, 64))):
-                    raise KeyError
-            assert (await decode(sandbox, images_of((64, 64)))).mask.shape == (64, 64)
-
-    asyncio.run(run())
+    async with DecoderPool(LIMITS, children=1, max_decoded_bytes=room) as sandbox:
+        async with sandbox.decoded(images_of((64, 64))) as pair:
+            assert pair.mask.shape == (64, 64)
+            next_one = asyncio.create_task(decode(sandbox, images_of((72, 72))))
+            if is_let_in:
+                await next_one
+            else:
+                await asyncio.wait([next_one], timeout=0.2)
+            assert next_one.done() == is_let_in
+        assert (await next_one).mask.shape == (72, 72)
+        with pytest.raises(KeyError):
+            async with sandbox.decoded(images_of((64, 64))):
+                raise KeyError
+        assert (await decode(sandbox, images_of((64, 64)))).mask.shape == (64, 64)
 
 
-def test_refused_pictures_give_their_places_back() -> None:
-    async def run() -> None:
-        async with DecoderPool(LIMITS, children=2, children_per_key=1) as sandbox:
-            too_large = dict.fromkeys(["init_image", "mask_image"], bytes(LIMITS.max_bytes + 1))
-            for images in (dict.fromkeys(too_large, b"GIF89a"), too_large) * 3:
-                with pytest.raises(ImageUnavailable):
-                    await decode(sandbox, images)
-            assert (await decode(sandbox, images_of((64, 64)))).mask.shape == (64, 64)
-
-    asyncio.run(run())
+async def test_refused_pictures_give_their_places_back() -> None:
+    async with DecoderPool(LIMITS, children=2, children_per_key=1) as sandbox:
+        too_large = dict.fromkeys(["init_image", "mask_image"], bytes(LIMITS.max_bytes + 1))
+        for images in (dict.fromkeys(too_large, b"GIF89a"), too_large) * 3:
+            with pytest.raises(ImageUnavailable):
+                await decode(sandbox, images)
+        assert (await decode(sandbox, images_of((64, 64)))).mask.shape == (64, 64)
 
 
-def test_first_request_finds_a_child_that_is_ready() -> None:
-    async def run() -> None:
-        async with DecoderPool(LIMITS) as sandbox:
-            sandbox.warm()
-            async with asyncio.timeout(60):
-                await sandbox._warming
-            for _ in range(3):
-                await decode(sandbox, images_of((64, 64)))
-            assert [decoder.starts for decoder in sandbox._decoders] == [0, 0, 1]
-
-    asyncio.run(run())
+async def test_first_request_finds_a_child_that_is_ready() -> None:
+    async with DecoderPool(LIMITS) as sandbox:
+        sandbox.warm()
+        async with asyncio.timeout(60):
+            await sandbox._warming
+        for _ in range(3):
+            await decode(sandbox, images_of((64, 64)))
+        assert [decoder.starts for decoder in sandbox._decoders] == [0, 0, 1]
 
 
-def test_leaving_while_a_child_starts_is_no_fault() -> None:
-    async def run() -> list[dict[str, object]]:
-        faults: list[dict[str, object]] = []
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _loop, context: faults.append(context))
-        async with DecoderPool(LIMITS) as sandbox:
-            sandbox.warm()
-        for _ in range(10):
-            await asyncio.sleep(0)
-        return faults
-
-    assert asyncio.run(run()) == []
+async def test_leaving_while_a_child_starts_is_no_fault() -> None:
+    faults: list[dict[str, object]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, context: faults.append(context))
+    async with DecoderPool(LIMITS) as sandbox:
+        sandbox.warm()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert faults == []
 
 
 def slow_pair() -> dict[str, bytes]:
@@ -796,22 +770,21 @@ def slow_pair() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("children", "children_per_key"), [(2, 1), (1, 1)])
-def test_slow_pictures_of_one_key_hold_up_no_other(children: int, children_per_key: int) -> None:
-    async def run() -> None:
-        limits = ImageLimits()
-        shares = {"children": children, "children_per_key": children_per_key}
-        async with DecoderPool(limits, wall_s=120, **shares) as sandbox:
-            greedy = [
-                asyncio.create_task(decode(sandbox, slow_pair(), key_id="greedy")) for _ in range(4)
-            ]
-            await asyncio.sleep(0)
-            await decode(sandbox, images_of((64, 64)), key_id="modest")
-            assert not all(each.done() for each in greedy)
-            for each in greedy:
-                each.cancel()
-            await asyncio.gather(*greedy, return_exceptions=True)
-
-    asyncio.run(run())
+async def test_slow_pictures_of_one_key_hold_up_no_other(
+    children: int, children_per_key: int
+) -> None:
+    limits = ImageLimits()
+    shares = {"children": children, "children_per_key": children_per_key}
+    async with DecoderPool(limits, wall_s=120, **shares) as sandbox:
+        greedy = [
+            asyncio.create_task(decode(sandbox, slow_pair(), key_id="greedy")) for _ in range(4)
+        ]
+        await asyncio.sleep(0)
+        await decode(sandbox, images_of((64, 64)), key_id="modest")
+        assert not all(each.done() for each in greedy)
+        for each in greedy:
+            each.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
 
 
 def test_request_that_finds_no_child_is_refused_in_time() -> None:
@@ -830,19 +803,15 @@ def test_request_that_finds_no_child_is_refused_in_time() -> None:
     asyncio.run(run())
 
 
-def test_files_of_one_key_do_not_take_all_room() -> None:
+async def test_files_of_one_key_do_not_take_all_room() -> None:
     images = images_of((64, 64))
     size = sum(map(len, images.values()))
-
-    async def run() -> None:
-        async with DecoderPool(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
-            calls = [decode(sandbox, images, key_id="greedy") for _ in range(20)]
-            modest = decode(sandbox, images, key_id="modest")
-            *greedy, pair = await asyncio.gather(*calls, modest, return_exceptions=True)
-            assert sum(isinstance(each, QueueFull) for each in greedy) == 10
-            assert isinstance(pair, DecodedPair)
-
-    asyncio.run(run())
+    async with DecoderPool(LIMITS, max_waiting_bytes_per_key=10 * size) as sandbox:
+        calls = [decode(sandbox, images, key_id="greedy") for _ in range(20)]
+        modest = decode(sandbox, images, key_id="modest")
+        *greedy, pair = await asyncio.gather(*calls, modest, return_exceptions=True)
+        assert sum(isinstance(each, QueueFull) for each in greedy) == 10
+        assert isinstance(pair, DecodedPair)
 
 
 def test_leaving_ends_the_children() -> None:
@@ -890,18 +859,15 @@ def test_closing_does_not_wait_for_a_child_that_hangs() -> None:
         os.kill(asyncio.run(run()), 0)
 
 
-def test_child_of_a_cancelled_caller_is_killed() -> None:
-    async def run() -> None:
-        decoder = hanging()
-        for _ in range(2):
-            decoding = asyncio.create_task(decoder.decode(Kind.INIT_IMAGE, png_bytes()))
-            pid = await pid_of(decoder)
-            decoding.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await decoding
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
-            assert decoder.pid is None
-        await decoder.close()
-
-    asyncio.run(run())
+async def test_child_of_a_cancelled_caller_is_killed() -> None:
+    decoder = hanging()
+    for _ in range(2):
+        decoding = asyncio.create_task(decoder.decode(Kind.INIT_IMAGE, png_bytes()))
+        pid = await pid_of(decoder)
+        decoding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await decoding
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        assert decoder.pid is None
+    await decoder.close()

@@ -44,24 +44,20 @@ class Line:
         self.is_cut = True
 
 
-def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
+async def test_answers_are_sent_without_waiting_for_acknowledgements() -> None:
     """Nagle's algorithm would hold back an answer's body for 40 ms."""
+    accepted = asyncio.get_running_loop().create_future()
 
-    async def no_delay_of_accepted() -> int:
-        accepted = asyncio.get_running_loop().create_future()
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            accepted.set_result(transport.get_extra_info("socket"))
 
-        class Server(asyncio.Protocol):
-            def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                accepted.set_result(transport.get_extra_info("socket"))
-
-        listener = bind("127.0.0.1", 0)
-        server = await asyncio.get_running_loop().create_server(Server, sock=listener)
-        async with server:
-            with socket.create_connection(listener.getsockname()):
-                connection = await accepted
-                return int(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-
-    assert asyncio.run(no_delay_of_accepted())
+    listener = bind("127.0.0.1", 0)
+    server = await asyncio.get_running_loop().create_server(Server, sock=listener)
+    async with server:
+        with socket.create_connection(listener.getsockname()):
+            connection = await accepted
+            assert int(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
 
 class TestConnectionLimiter:
