@@ -8,8 +8,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from server.api.accept import MIN_ADMITTED
-from tests.api.test_app import FIRST, KEYS, SECOND, settings_in
-from tests.api.test_native_routes import BODY, client_of, create, problem_of
 from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in
 from tests.support.http_stub import running_app
 from tests.support.native_calls import BODY, create, problem_of

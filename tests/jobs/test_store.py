@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from server.core.errors import QueueFull
 from server.jobs.estimates import GUESSED_SPEED, RECENT_JOBS, START_S
-from server.jobs.job import Heartbeat, Job, JobState, NewJob, RequestFacts
+from server.jobs.job import Heartbeat, Job, JobState
 from server.jobs.leases import CHECK_INTERVAL_S, LEASE_S
 from server.jobs.store import (
     FAIR_SHARE_S,
@@ -26,7 +26,7 @@ from server.jobs.store import (
     WORKER_LOST,
     JobStore,
 )
-from server.jobs.workers import ALIVE_S, ROW_KEPT_S, WorkerStatus
+from server.jobs.workers import ALIVE_S, ROW_KEPT_S
 from server.storage.database import Topic, open_engine
 from server.storage.tables import jobs, workers
 from tests.support.clocks import Clock

@@ -85,7 +85,7 @@ def test_pair_has_the_size_asked_for_or_its_own(
 
 def test_pair_is_the_same_as_its_pictures_alone(decoder: BlockingDecoder) -> None:
     asked = [((96, 64), OWN_SIZE), ((1500, 750), OWN_SIZE), ((64, 64), TargetSize(128, 192))]
-    broken = {"init_image": b"x", "mask_image": hostile.saved(hostile.noise("L", 80))}
+    broken = {"init_image": b"x", "mask_image": saved(hostile.noise("L", 80))}
     for own, wanted in asked:
         images = images_of(own)
         alone = decoder.decode(Kind.INIT_IMAGE, images["init_image"], wanted)

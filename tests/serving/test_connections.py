@@ -18,8 +18,6 @@ from server.core.settings import HttpSettings
 from server.serving.connections import RESERVE, ConnectionLimiter
 from server.serving.server import bind
 from server.storage.files import CHUNK_BYTES, Storage
-from tests.api.test_app import BODY, settings_in, store_of
-from tests.jobs.test_store import waiting_in
 from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import LiveApp, running_app
 from tests.support.jobs import waiting_in
@@ -299,7 +297,7 @@ class TestDeadlines:
             readers = [stack.enter_context(slow_reader(app.port)) for _ in range(20)]
             for reader in readers:
                 reader.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            wait_until(lambda: len(limiter._unsent) == len(readers))
+            until(lambda: len(limiter._unsent) == len(readers), LIMIT_S, "unsent answers")
             held = [each.unsent_bytes for each in limiter._unsent]
             assert max(held) <= 2 * CHUNK_BYTES
             head, _, start = readers[0].recv(65_536).partition(b"\r\n\r\n")
@@ -318,7 +316,7 @@ class TestDeadlines:
         with running_app(settings) as app, slow_reader(app.port) as client:
             client.sendall(f"GET /{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             limiter = app.server.limiter
-            wait_until(lambda: bool(limiter._unsent))
+            until(lambda: bool(limiter._unsent), LIMIT_S, "an unsent answer")
             connection: Any = next(iter(limiter._unsent))
             looks = [connection._send_deadline]
             for _ in range(2):

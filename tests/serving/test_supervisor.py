@@ -301,8 +301,3 @@ class TestStallDetector:
         assert not detector.has_stalled()
         clock.now += 2
         assert detector.has_stalled()
-
-
-def rename_table(engine: Engine, old: str, new: str) -> None:
-    with engine.begin() as connection:
-        connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))

@@ -69,7 +69,7 @@ def test_probe_that_was_never_made_is_made_again(circuits: CircuitBreakers, cloc
 
 def test_probe_may_begin_after_a_late_success(circuits: CircuitBreakers, clock: Clock) -> None:
     fail(circuits, 3)
-    clock.now_s += 30
+    clock.now += 30
     assert circuits.due_for_probe == [HOST]
     circuits.record_success(HOST)
     circuits.begin_probe(HOST)

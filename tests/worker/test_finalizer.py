@@ -18,8 +18,6 @@ from server.jobs.store import JobStore
 from server.storage.files import Storage
 from server.worker.finalizer import STORAGE_TIMEOUT_S, Finalizer, is_outage
 from server.worker.results import Result, Stages, Stores
-from tests.jobs.test_store import Clock, claim_one, get, new_job
-from tests.serving.test_supervisor import rename
 from tests.support.clocks import Clock
 from tests.support.databases import rename_table
 from tests.support.jobs import claim_one, get, new_job

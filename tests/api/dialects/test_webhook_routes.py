@@ -20,9 +20,6 @@ from server.storage.files import Storage
 from server.storage.tables import jobs
 from server.webhooks.deliveries import DeliveryStore
 from server.webhooks.sender import MANUAL_CALLS_PER_MINUTE
-from tests.api.test_app import BODY as V3_BODY
-from tests.api.test_app import FIRST, KEYS, SECOND, settings_in, store_of
-from tests.api.test_native_routes import BODY, claim, client_of, create, problem_of
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
 from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in, store_of
 from tests.support.http_stub import LiveApp, running_app
