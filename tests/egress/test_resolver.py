@@ -53,44 +53,33 @@ async def give_up_on(lookups: NameResolver, owner: str, count: int) -> None:
     await asyncio.gather(*finds, return_exceptions=True)
 
 
-def test_slow_names_of_one_owner_hold_up_no_other() -> None:
-    async def run() -> None:
-        with slow_names() as (resolver, lookups):
-            await give_up_on(lookups, "greedy", 4 * THREADS)
-            async with asyncio.timeout(BOUND_S):
-                assert await lookups.resolve("quick.example", 80, "modest") == ["8.8.8.8"]
-                # Threads that are slow to begin have not asked yet.
-                while resolver.asked.total() <= THREADS_PER_OWNER:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-            assert resolver.asked.total() == THREADS_PER_OWNER + 1
-
-    asyncio.run(run())
+async def test_slow_names_of_one_owner_hold_up_no_other() -> None:
+    with slow_names() as (resolver, lookups):
+        await give_up_on(lookups, "greedy", 4 * THREADS)
+        async with asyncio.timeout(BOUND_S):
+            assert await lookups.resolve("quick.example", 80, "modest") == ["8.8.8.8"]
+            # Threads that are slow to begin have not asked yet.
+            while resolver.asked.total() <= THREADS_PER_OWNER:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert resolver.asked.total() == THREADS_PER_OWNER + 1
 
 
 async def test_place_is_held_until_its_thread_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.egress.resolver.TIMEOUT_S", 0.05)
-
-    async def run() -> None:
-        with slow_names() as (resolver, lookups):
-            await give_up_on(lookups, "greedy", THREADS_PER_OWNER)
-            with pytest.raises(TimeoutError):
-                await lookups.resolve("quick.example", 80, "greedy")
-            assert resolver.asked["quick.example"] == 0
-            resolver.let()
-            monkeypatch.setattr("server.egress.resolver.TIMEOUT_S", BOUND_S)
-            assert await lookups.resolve("quick.example", 80, "greedy") == ["8.8.8.8"]
-
-    asyncio.run(run())
+    with slow_names() as (resolver, lookups):
+        await give_up_on(lookups, "greedy", THREADS_PER_OWNER)
+        with pytest.raises(TimeoutError):
+            await lookups.resolve("quick.example", 80, "greedy")
+        assert resolver.asked["quick.example"] == 0
+        resolver.let()
+        monkeypatch.setattr("server.egress.resolver.TIMEOUT_S", BOUND_S)
+        assert await lookups.resolve("quick.example", 80, "greedy") == ["8.8.8.8"]
 
 
 async def test_slow_name_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.egress.resolver.TIMEOUT_S", 0.05)
-
-    async def run() -> None:
-        with slow_names() as (_, lookups), pytest.raises(TimeoutError):
-            await lookups.resolve("slow.example", 80, "k")
-
-    asyncio.run(run())
+    with slow_names() as (_, lookups), pytest.raises(TimeoutError):
+        await lookups.resolve("slow.example", 80, "k")
 
 
 @pytest.mark.parametrize("error", [OSError, UnicodeError])
@@ -98,25 +87,18 @@ async def test_failure_is_told(error: type[Exception]) -> None:
     def fail(_host: str, _port: int) -> Sequence[str]:
         raise error
 
-    async def run() -> None:
-        lookups = NameResolver(fail)
-        for _ in range(2 * THREADS_PER_OWNER):
-            with pytest.raises(error):
-                await lookups.resolve("a.example", 80, "k")
-
-    asyncio.run(run())
+    lookups = NameResolver(fail)
+    for _ in range(2 * THREADS_PER_OWNER):
+        with pytest.raises(error):
+            await lookups.resolve("a.example", 80, "k")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0x7f000001", "::1", "::ffff:1.2.3.4"])
 async def test_numbers_are_read_without_a_lookup(host: str) -> None:
     assert len(numeric_addresses(host, 80)) == 1
-
-    async def run() -> None:
-        with slow_names() as (resolver, lookups):
-            assert await lookups.resolve(host, 80, "k") == numeric_addresses(host, 80)
-            assert not resolver.asked
-
-    asyncio.run(run())
+    with slow_names() as (resolver, lookups):
+        assert await lookups.resolve(host, 80, "k") == numeric_addresses(host, 80)
+        assert not resolver.asked
 
 
 @pytest.mark.parametrize("host", ["localhost", "a.example", "1.2.3.4.example", "", "a" * 300])

@@ -787,20 +787,17 @@ async def test_slow_pictures_of_one_key_hold_up_no_other(
         await asyncio.gather(*greedy, return_exceptions=True)
 
 
-def test_request_that_finds_no_child_is_refused_in_time() -> None:
-    async def run() -> None:
-        impatient = DecoderPool(
-            ImageLimits(), children=1, children_per_key=1, wall_s=120, wait_timeout_s=0.05
-        )
-        async with impatient as sandbox:
-            slow = asyncio.create_task(decode(sandbox, slow_pair()))
-            await asyncio.sleep(0)
-            with pytest.raises(QueueFull):
-                await decode(sandbox, images_of((64, 64)))
-            assert isinstance(await slow, DecodedPair)
-            assert isinstance(await decode(sandbox, images_of((64, 64))), DecodedPair)
-
-    asyncio.run(run())
+async def test_request_that_finds_no_child_is_refused_in_time() -> None:
+    impatient = DecoderPool(
+        ImageLimits(), children=1, children_per_key=1, wall_s=120, wait_timeout_s=0.05
+    )
+    async with impatient as sandbox:
+        slow = asyncio.create_task(decode(sandbox, slow_pair()))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await decode(sandbox, images_of((64, 64)))
+        assert isinstance(await slow, DecodedPair)
+        assert isinstance(await decode(sandbox, images_of((64, 64))), DecodedPair)
 
 
 async def test_files_of_one_key_do_not_take_all_room() -> None:
