@@ -14,7 +14,7 @@ CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
 TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
 	&& echo torch-cpu || echo torch)
 
-.PHONY: install demo serve test fuzz fuzz-api check format bench chaos lock audit sbom licences
+.PHONY: install demo serve test fuzz fuzz-api check docs format bench chaos lock audit sbom licences
 
 install: $(INSTALLED)
 
@@ -50,6 +50,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m tests.support.settings_page
 
 format: $(INSTALLED)
 	$(BIN)/ruff format

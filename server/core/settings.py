@@ -1,7 +1,8 @@
 """`Settings`: everything an operator can set, and the only reader of environment and TOML files.
 
-Flags take precedence over the environment, and the environment over the file. Names carry their
-units. `cli/options.py` builds the settings once and passes them on as an argument.
+Flags take precedence over the environment, and the environment over the file. The text below a field is its description, from which
+`python -m tests.support.settings_page` writes `docs/settings.md` and `configs/example.toml`. Units
+stand in the names. Built once in `server/cli` and passed in by argument.
 """
 
 import base64
@@ -225,149 +226,186 @@ class DtypeName(StrEnum):
 class Section(BaseModel):
     """A group of settings; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
 
 class AuthSettings(Section):
-    """Keys besides those of the database; without any key only loopback is served.
+    """API keys besides those of `inpaint-server keys`. Without any only this machine is served."""
 
-    keys: plain keys. keys_file: a file of keys, one per line.
-    """
-
-    keys: ListOf[Annotated[SecretStr, AfterValidator(checked_key)]] = ()
-    keys_file: Path | None = None
+    keys: ListOf[Annotated[SecretStr, AfterValidator(checked_key)]] = Field(
+        default=(), examples=[["a-long-and-random-text"]]
+    )
+    """Plain API keys of at least 16 characters."""
+    keys_file: Path | None = Field(default=None, examples=["/run/secrets/inpaint-keys"])
+    """A file of plain API keys, one a line. It is read again when it changes. No other user may be
+    able to read it."""
     allow_anonymous: bool = False
+    """Serve other machines although there is no key."""
     wrong_keys_per_minute: int = Field(default=20, ge=1)
+    """Wrong keys that one address may send in a minute. After that the address has to wait."""
 
 
 class SafetySettings(Section):
-    """force: clients cannot switch the checker off."""
+    """The safety checker of pictures."""
 
     force: bool = False
+    """Clients cannot switch the safety checker off."""
 
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
 class EgressSettings(Section):
-    """Connections that fetches and webhooks open.
+    """How this server's own connections leave: downloads of images, and webhooks."""
 
-    proxy: `http://host:port` for all of them. The proxy then resolves names, so SSRF checks of
-        addresses are its task.
-    nat64_prefixes: networks whose addresses are checked by their embedded IPv4 address.
-    ca_file: certificates in PEM of authorities trusted besides the public ones.
-    """
-
-    proxy: Annotated[SecretStr, AfterValidator(checked_proxy)] | None = None
-    nat64_prefixes: ListOf[Annotated[ipaddress.IPv6Network, AfterValidator(checked_nat64)]] = ()
-    ca_file: Annotated[FilePath, AfterValidator(checked_authorities)] | None = None
+    proxy: Annotated[SecretStr, AfterValidator(checked_proxy)] | None = Field(
+        default=None, examples=["http://10.0.0.9:3128"]
+    )
+    """An HTTP proxy for all downloads and webhooks. The proxy then resolves names, and decides
+    which addresses are reached. The form is `http://[user:password@]host:port`."""
+    nat64_prefixes: ListOf[Annotated[ipaddress.IPv6Network, AfterValidator(checked_nat64)]] = Field(
+        default=(), examples=[["64:ff9b::/96"]]
+    )
+    """NAT64 networks. Addresses within are checked by the IPv4 address they carry."""
+    ca_file: Annotated[FilePath, AfterValidator(checked_authorities)] | None = Field(
+        default=None, examples=["/etc/ssl/own-ca.pem"]
+    )
+    """Certificates of authorities to trust besides the public ones, in PEM."""
 
 
 class FetchSettings(Section):
-    """Sources and limits of init and mask images.
+    """Downloads of init images and masks that a request names by URL."""
 
-    allow_ports: of public hosts, besides 80 and 443. Allowed networks and hosts may use any port.
-    total_timeout_s: of the whole fetch, redirects included. There is no other limit for a host's
-        first byte.
-    max_concurrent_per_key: its share of `max_concurrent`, so that one key cannot use all.
-    cache_bytes, cache_bytes_per_key: pictures cached for conditional requests, in all and per key;
-        0 disables the cache.
-    """
-
-    allow_cidrs: ListOf[IpNetwork] = ()
-    allow_hosts: ListOf[str] = ()
-    allow_ports: ListOf[Port] = ()
+    allow_cidrs: ListOf[IpNetwork] = Field(default=(), examples=[["10.1.0.0/16"]])
+    """Private networks that images may come from, on any port."""
+    allow_hosts: ListOf[str] = Field(default=(), examples=[["pictures.internal"]])
+    """Exact host names that images may come from, at any address and port."""
+    allow_ports: ListOf[Port] = Field(default=(), examples=[[8443]])
+    """Ports of public hosts that are allowed besides 80 and 443."""
     max_image_bytes: Size = 10_000_000
+    """Largest image file."""
     connect_timeout_s: float = 5
+    """Longest time to connect. The answer may take what is left of `total_timeout_s`."""
     total_timeout_s: float = 20
+    """Longest time for a whole download, redirects included."""
     max_concurrent: int = Field(default=16, ge=1)
+    """Downloads at a time."""
     max_concurrent_per_key: int = Field(default=12, ge=1)
+    """Downloads of one key at a time. It is lower than `max_concurrent`, so that one key cannot
+    take all of them."""
     cache_bytes: Size = Field(default=64_000_000, ge=0)
+    """Memory for images that may be asked for again by a conditional request. 0 caches none."""
     cache_bytes_per_key: Size = Field(default=32_000_000, ge=0)
+    """The share of `cache_bytes` that one key may use."""
 
 
 class WebhookSettings(Section):
-    """Targets and limits of webhooks.
+    """Where webhooks may go, and how they are sent."""
 
-    secret: Standard Webhooks secrets `whsec_…`; several during a rotation.
-    https_only: http URLs are neither accepted nor called.
-    hold_after_failures: consecutive failures that open a host's circuit breaker.
-    hold_s: for how long it opens first, doubled with each failure up to 15 minutes.
-    """
-
-    allow_cidrs: ListOf[IpNetwork] = ()
-    allow_hosts: ListOf[str] = ()
-    allow_ports: ListOf[Port] = ()
+    allow_cidrs: ListOf[IpNetwork] = Field(default=(), examples=[["10.1.0.0/16"]])
+    """Private networks that webhooks may go to, on any port."""
+    allow_hosts: ListOf[str] = Field(default=(), examples=[["hooks.internal"]])
+    """Exact host names that webhooks may go to, at any address and port."""
+    allow_ports: ListOf[Port] = Field(default=(), examples=[[8443]])
+    """Ports of public hosts that are allowed besides 80 and 443."""
     https_only: bool = False
-    secret: ListOf[Annotated[SecretStr, AfterValidator(checked_secret)]] = ()
+    """Webhooks to http addresses are neither accepted nor sent."""
+    secret: ListOf[Annotated[SecretStr, AfterValidator(checked_secret)]] = Field(
+        default=(), examples=[["whsec_…"]]
+    )
+    """Secrets that sign webhooks, as in Standard Webhooks. A secret is `whsec_` and 24 to 64 bytes
+    in base64. Give the old and the new one while one replaces the other. Without a secret webhooks
+    are not signed."""
     timeout_s: float = 15
+    """Longest time for one call."""
     max_concurrent: int = 64
+    """Calls at a time."""
     hold_after_failures: int = Field(default=5, ge=1)
+    """Failures in a row that open the circuit breaker of a receiver. It is counted for each key,
+    host and port."""
     hold_s: float = Field(default=30, gt=0)
+    """How long an open circuit breaker holds calls back at first. Each further failure doubles the
+    time, up to 900 seconds."""
 
 
 class StorageSettings(Section):
-    """url: `file:///folder` or `s3://bucket/prefix`; None means a folder in the data folder."""
+    """Where inputs and pictures are stored."""
 
-    url: str | None = None
+    url: str | None = Field(default=None, examples=["s3://bucket/prefix"])
+    """The file store, a folder or S3. Its URL is `file:///folder` or `s3://bucket/prefix`. Unset
+    means the folder `files` in the data folder."""
 
 
 class HttpSettings(Section):
-    """Limits of clients, against slow loris attacks among others.
-
-    head_timeout_s, body_timeout_s: for a whole request head and a whole body. send_timeout_s: for a
-    client that reads its answer too slowly. max_buffered_bytes: all bodies and unsent answers in
-    memory. max_streams_per_key: event streams a key may have open at a time.
-    """
+    """What one client may take of the server, against slow loris attacks among others."""
 
     head_timeout_s: float = Field(default=10, gt=0)
+    """Longest time until the head of a request has arrived."""
     body_timeout_s: float = Field(default=60, gt=0)
+    """Longest time until the body of a request has arrived."""
     send_timeout_s: float = Field(default=30, gt=0)
+    """How long a client may read nothing of its answer."""
     keep_alive_s: int = Field(default=75, ge=1)
+    """How long an idle connection stays open. Make it longer than a reverse proxy keeps its own."""
     max_connections: int = Field(default=8_000, ge=1)
+    """Connections at a time. There are fewer where the system allows fewer open files."""
     max_connections_per_address: int = Field(default=512, ge=1)
+    """Connections of one address at a time. The proxies of `forwarded_allow_ips` are not
+    limited."""
     max_buffered_bytes: Size = Field(default=512_000_000, ge=1)
+    """Memory for all request bodies and for answers that clients have not yet read."""
     max_streams_per_key: int = Field(default=256, ge=1)
+    """Event streams of one key at a time."""
 
 
 class AdminSettings(Section):
-    """The second port, for metrics and details, without authentication. port: None disables it.
-
-    allowed_hosts: names in a request's `Host` besides localhost and addresses (DNS rebinding).
-    """
+    """The second port, with `/metrics` and detailed `/readyz`. It asks for no key."""
 
     host: str = "127.0.0.1"
-    port: int | None = Field(default=None, ge=0, le=65535)
-    allowed_hosts: ListOf[str] = ()
+    """The address that the second port listens on."""
+    port: int | None = Field(default=None, ge=0, le=65535, examples=[9090])
+    """The second port. Unset means that there is none."""
+    allowed_hosts: ListOf[str] = Field(default=(), examples=[["gpu-box.internal"]])
+    """Names that a request's `Host` may have besides localhost and addresses."""
 
 
 class QueueSettings(Section):
-    """Back-pressure: waiting jobs beyond which new ones are refused, in all and per key."""
+    """Back-pressure: how many jobs may wait."""
 
     max_waiting: int = 1_000
+    """Jobs that may wait. Beyond that new jobs are answered 429 with `Retry-After`."""
     max_waiting_per_key: int = 100
+    """Jobs of one key that may wait. Keys take turns."""
 
 
 class RetentionSettings(Section):
-    """Hours from a job's end until its pictures, its inputs and its row are removed.
+    """How long a job's pictures, inputs and row are stored after its end.
 
-    The worker removes the inputs of a finished job at once.
+    A webhook that is not yet delivered keeps pictures and row longer, up to 3.8 days after the end.
     """
 
     outputs_h: Annotated[float, Field(gt=0)] = 24 * 7
+    """Time from a job's end until its pictures are removed."""
     inputs_h: Annotated[float, Field(ge=0)] = 1
+    """Time from a job's end until its inputs are removed. The worker removes the inputs of a job
+    that ended well at once."""
     rows_h: Annotated[float, Field(gt=0)] = 24 * 30
+    """Time from a job's end until its row and its webhook history are removed."""
 
 
 class EnhanceSettings(Section):
-    """Texts that `enhance_prompt` adds; the vendor's by default."""
+    """The texts that V3's `enhance_prompt` adds. The defaults are the vendor's."""
 
     suffix: str = Enhancement().suffix
+    """Added to the prompt."""
     negative_list: str = Enhancement().negative_list
+    """Added to the negative prompt."""
 
 
 class Settings(BaseSettings):
-    """All settings; `configs/example.toml` explains each."""
+    """All settings. The page `docs/settings.md` is written from the text below each field."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -376,38 +414,92 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
 
     host: str = "127.0.0.1"
+    """The address that the server listens on. Beyond loopback it needs API keys."""
     port: int = Field(default=8000, ge=0, le=65535)
-    data_dir: Path = Path(platformdirs.user_data_dir("inpaint-server"))
+    """The port that the server listens on. 0 takes a free one."""
+    data_dir: Path = Field(
+        default=Path(platformdirs.user_data_dir("inpaint-server")),
+        examples=["/var/lib/inpaint-server"],
+    )
+    """Folder of the database, inputs and pictures. The default is the platform's data folder, on
+    Linux `~/.local/share/inpaint-server`."""
     database_url: Annotated[str, AfterValidator(checked_database)] | None = Field(
-        default=None, repr=False
-    )  # may hold a password
+        default=None,
+        repr=False,  # may hold a password
+        examples=["postgresql://user:password@host/database"],
+    )
+    """The database, SQLite or PostgreSQL. Its URL is `sqlite:////srv/jobs.db` or
+    `postgresql://user:password@host/database`. Unset means SQLite in the data folder. libpq's
+    parameters after a `?` override the server's own timeouts."""
     model: str = "builtin"
-    models: ListOf[str] = ()
-    model_memory_bytes: Size | None = Field(default=None, gt=0)
-    models_file: Path = REPOSITORY / "configs" / "models.toml"
+    """The model that makes the pictures. It is an id of `models_file`, a hub id, a folder in
+    diffusers layout or a `.safetensors` file."""
+    models: ListOf[str] = Field(default=(), examples=[["sd15-inpainting"]])
+    """Further models that requests may name as `model_id`."""
+    model_memory_bytes: Size | None = Field(default=None, gt=0, examples=[40_000_000_000])
+    """Memory for the parameters of all loaded models. Beyond that the model that was used least
+    recently is unloaded. Unset means 60 % of a GPU's memory, and no limit on a CPU."""
+    models_file: Path = Field(
+        default=REPOSITORY / "configs" / "models.toml", examples=["configs/models.toml"]
+    )
+    """The list of models. The default is `configs/models.toml` of the installation."""
     devices: Annotated[ListOf[str], Field(min_length=1)] = ("auto",)
-    public_url: Annotated[str, AfterValidator(checked_public_url)] | None = None
-    hold_s: float = Field(default=25, ge=0)
-    steps_policy: StepsPolicy = StepsPolicy.VENDOR
-    base64_output: Base64Output = Base64Output.INLINE
-    error_status: ErrorStatus = ErrorStatus.LEGACY
-    max_body_bytes: Size = 32_000_000
-    cors_origins: ListOf[str] = ("*",)
-    forwarded_allow_ips: ListOf[Proxy] = ("127.0.0.1",)
-    workers: int | None = Field(default=None, ge=0)
+    """The device of each worker. `auto` is the first GPU if there is one, else the CPU. `all` is
+    every GPU that `nvidia-smi -L` and `CUDA_VISIBLE_DEVICES` show, MIG instances one by one.
+    `cuda:0` and `cpu` name one. A GPU that is listed and cannot be used ends the start."""
+    workers: int | None = Field(default=None, ge=0, examples=[1])
+    """Worker processes in all. Unset means one for each device, 0 an API process alone."""
     worker_stall_s: float = Field(default=120, ge=10)
+    """How long a worker may make no step before it is killed and started again. Its jobs are queued
+    again."""
     worker_load_stall_s: float = Field(default=1_800, ge=10)
-    max_in_flight: int | None = Field(default=None, ge=1)
+    """The same while the worker loads a model. A download reports no progress."""
+    max_in_flight: int | None = Field(default=None, ge=1, examples=[16])
+    """Jobs that a worker makes side by side. Unset means 16 on a GPU and 8 on a CPU."""
     reproducible: bool = False
+    """Pictures are equal bit for bit whatever else runs. It is slower under load."""
     png_metadata: bool = False
+    """Write prompt, seed and the other parameters into each PNG, as A1111's web UI does."""
     dtype: DtypeName = DtypeName.AUTO
+    """Numbers of the model: `float16`, `bfloat16`, `float32` or `auto`. `auto` is float16 on a GPU
+    and float32 elsewhere."""
     graph_memory_share: float = Field(default=0.1, ge=0, le=0.9)
-    compile: bool = False
+    """Share of a GPU's memory that CUDA graphs may use, 0 to 0.9. 0 makes no graphs."""
     warm_up: bool = True
-    allowed_hosts: ListOf[str] = ()
+    """On a GPU, make the first calls of the model before the worker is ready."""
+    compile: bool = False
+    """On a GPU, compile the UNet in the background, which takes minutes. It excludes
+    `reproducible`."""
+    public_url: Annotated[str, AfterValidator(checked_public_url)] | None = Field(
+        default=None, examples=["https://pictures.example"]
+    )
+    """Base of the URLs in answers. Unset means the address that the client called."""
+    hold_s: float = Field(default=25, ge=0)
+    """How long a V3 call waits for its pictures before it is answered "processing"."""
+    steps_policy: StepsPolicy = StepsPolicy.VENDOR
+    """How V3 reads `num_inference_steps`. `vendor` takes the vendor's listed values and runs one
+    step less, as the vendor did. `exact` runs the steps as asked."""
+    base64_output: Base64Output = Base64Output.INLINE
+    """What V3 answers to `"base64": "yes"`. `inline` puts the pictures' text into `output`, `link`
+    puts the address of the text there."""
+    error_status: ErrorStatus = ErrorStatus.LEGACY
+    """HTTP status of V3's errors. `legacy` is 200 as the vendor's, `http` is 4xx and 5xx with the
+    same bodies. All other paths answer 4xx and 5xx."""
+    max_body_bytes: Size = 32_000_000
+    """Largest body of a request, inline images included."""
+    cors_origins: ListOf[str] = ("*",)
+    """Origins of web pages that may call. While the server has no keys, `*` means pages of this
+    machine."""
+    forwarded_allow_ips: ListOf[Proxy] = ("127.0.0.1",)
+    """Reverse proxies whose `X-Forwarded-*` or `Forwarded` headers are trusted. They are given as
+    addresses, networks or `*`. Such a proxy must set or remove all of these headers."""
+    allowed_hosts: ListOf[str] = Field(default=(), examples=[["pictures.example"]])
+    """Names that a request's `Host` may have. `*.example` means all names below. An empty list
+    allows any name, and names of this machine alone while the server has no keys."""
     http: HttpSettings = HttpSettings()
     admin: AdminSettings = AdminSettings()
     auth: AuthSettings = AuthSettings()

@@ -16,6 +16,7 @@ from server.core.settings import (
     StepsPolicy,
     load_settings,
 )
+from tests.support import settings_page
 
 Environment = Callable[..., None]
 
@@ -327,6 +328,15 @@ def test_shipped_settings_files_load() -> None:
     for file in REPOSITORY.glob("configs/*.toml"):
         if file.name != "models.toml":  # a catalogue of models
             load_settings(file)
+
+
+def test_page_and_example_are_what_make_docs_writes() -> None:
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()
+    assert settings_page.EXAMPLE.read_text(encoding="utf-8") == settings_page.example()
+
+
+def test_example_gives_every_default() -> None:
+    assert load_settings(settings_page.EXAMPLE) == load_settings()
 
 
 def test_compiled_and_reproducible_exclude_each_other(environment: Environment) -> None:
