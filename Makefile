@@ -14,9 +14,13 @@ CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
 TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
 	&& echo torch-cpu || echo torch)
 
-.PHONY: install demo serve test fuzz fuzz-api check docs format bench chaos lock audit sbom licences
+.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs format bench chaos lock audit sbom licences
 
-install: $(INSTALLED)
+help:  ## lists these targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
+
+install: $(INSTALLED)  ## installs what configs/locks lists into .venv
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
@@ -34,50 +38,53 @@ $(TOOLS_INSTALLED): $(LOCKS)/tools.txt
 	$(TOOLS)/pip install --quiet $(VERIFIED) --requirement $<
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(INSTALLED)  ## makes a picture through the API, into out/demo.png
 	$(BIN)/inpaint-server demo
 
-serve: $(INSTALLED)
+serve: $(INSTALLED)  ## serves the built-in model on http://127.0.0.1:8000
 	$(BIN)/inpaint-server serve
 
-test: $(INSTALLED)
+test: $(INSTALLED)  ## runs all tests, some twenty minutes on two cores
 	$(BIN)/pytest
 
-fuzz: $(INSTALLED)
+test-fast: $(INSTALLED)  ## runs the tests that start no process, a minute
+	$(BIN)/pytest -m "not process and not slow and not postgres and not gpu"
+
+fuzz: $(INSTALLED)  ## decodes 10,000 mutated pictures
 	$(BIN)/python -m tests.corpora.fuzz_pictures --count 10000
 
-check: $(INSTALLED)
+check: $(INSTALLED)  ## runs ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-docs: $(INSTALLED)
+docs: $(INSTALLED)  ## writes docs/settings.md and configs/example.toml from the settings
 	$(BIN)/python -m tests.support.settings_page
 
-format: $(INSTALLED)
+format: $(INSTALLED)  ## formats the code and mends what ruff can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(INSTALLED)
+bench: $(INSTALLED)  ## runs the benchmarks into out/bench, half an hour
 	$(BIN)/python -m benchmarks.engine --out out/bench
 	$(BIN)/python -m benchmarks.serving --out out/bench
 	$(BIN)/python -m benchmarks.host --out out/bench
 	$(BIN)/python -m benchmarks.load --out out/bench
 
-fuzz-api: $(INSTALLED)
+fuzz-api: $(INSTALLED)  ## sends 5,000 generated requests
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/e2e/test_api_fuzz.py
 
-chaos: $(INSTALLED)
+chaos: $(INSTALLED)  ## breaks running servers in 32 ways, a quarter of an hour
 	$(BIN)/python -m tests.chaos --out out/chaos
 
 # Known holes in what is locked; AUDIT=--tolerate-unreachable passes where the service does not answer.
-audit: $(INSTALLED) $(TOOLS_INSTALLED)
+audit: $(INSTALLED) $(TOOLS_INSTALLED)  ## looks for known holes in what is locked
 	$(BIN)/python -m tests.project.supply.audit $(AUDIT)
 
-sbom: $(INSTALLED) $(TOOLS_INSTALLED)
+sbom: $(INSTALLED) $(TOOLS_INSTALLED)  ## writes a CycloneDX bill of materials to out/sbom.json
 	$(BIN)/python -m tests.project.supply.sbom --out out/sbom.json
 
-licences: $(INSTALLED)
+licences: $(INSTALLED)  ## writes docs/licences.md
 	$(BIN)/python -m tests.project.supply.licences
 
 # Renews the locks after a change of pyproject.toml from what has been out for AGE; pins stay as far as
@@ -90,7 +97,7 @@ COMPILE := $(TOOLS)/uv pip compile --quiet --no-config --no-header --universal \
 # Prints the entries of the second lock that the first lacks.
 BEYOND := awk '/^[a-z0-9]/ { drop = $$0 in pinned } NR == FNR { pinned[$$0]; next } !drop'
 
-lock: $(TOOLS_INSTALLED)
+lock: $(TOOLS_INSTALLED)  ## renews configs/locks after a change of pyproject.toml
 	mkdir -p out
 	cat $(LOCKS)/runtime.txt $(LOCKS)/torch.txt >out/runtime.txt
 	$(COMPILE) pyproject.toml --output-file out/runtime.txt

@@ -25,6 +25,7 @@ from server.egress.resolver import numeric_addresses
 from server.storage.database import open_engine
 from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
+from tests.support.lanes import mark_processes
 from tests.support.postgres import PostgresServer, find_binaries, running_postgres
 from tests.support.tiny import save_tiny_checkpoint
 
@@ -40,8 +41,22 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_processes(items)
+
+
 strayed: list[str] = []
 """Addresses beyond this machine that a socket was to reach, and names that were looked up."""
+
+
+started: list[object] = []
+"""Programs that were started, and None for a fork."""
+
+
+def watch_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook; likewise."""
+    if event in ("subprocess.Popen", "os.posix_spawn", "os.fork"):
+        started.append(arguments[0] if arguments else None)
 
 
 def watch_sockets(event: str, arguments: tuple[Any, ...]) -> None:
@@ -68,6 +83,7 @@ def note_unless_local(host: object) -> None:
 
 
 sys.addaudithook(watch_sockets)
+sys.addaudithook(watch_processes)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +99,16 @@ def _nothing_leaves_this_machine() -> Iterator[None]:
 def anyio_backend() -> str:
     """The event loop of tests that are coroutines: the server's own."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What `make test-fast` runs starts no process."""
+    yield
+    found = [*started]
+    started.clear()
+    marks = ("process", "postgres", "gpu")
+    assert found == [] or any(map(request.node.get_closest_marker, marks))
 
 
 @pytest.fixture(autouse=True)

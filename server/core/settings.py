@@ -1,8 +1,9 @@
-"""`Settings`: everything an operator can set, and the only reader of environment and TOML files.
+"""Settings: flags, environment and file, checked once at the start.
 
-Flags take precedence over the environment, and the environment over the file. The text below a field is its description, from which
-`python -m tests.support.settings_page` writes `docs/settings.md` and `configs/example.toml`. Units
-stand in the names. Built once in `server/cli` and passed in by argument.
+Flags take precedence over the environment, and the environment over the file. The text below a
+field is its description, from which `make docs` writes `docs/settings.md` and
+`configs/example.toml`. Names carry their units. `cli/options.py` builds the settings once and
+passes them on as an argument.
 """
 
 import base64

@@ -178,6 +178,7 @@ CONDITIONS: dict[str, tuple[Condition, dict[str, int | str]]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "condition",
     [

@@ -150,6 +150,7 @@ def test_the_first_estimate_is_held_against_the_truth() -> None:
     assert quotes.pop_ratio(3, start) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "rests_s", "holds_s"), [(CPU, (0.5, 120), 25), (GPU, (0.5, 20), 5)]
 )

@@ -157,6 +157,7 @@ class Run:
 FAULTS = {"statement": statement_fails, "commit": commit_fails, "answer": answer_is_lost}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_promises_hold_wherever_a_call_fails(kind: str, engine: Engine) -> None:
     at, has_struck = 0, True

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -302,6 +303,7 @@ class History(RuleBasedStateMachine):
         assert dict(told) == {job_id: state for job_id, state in states.items() if state}
 
 
+@pytest.mark.slow
 def test_random_histories(engine: Engine) -> None:
     History.engine = engine
     machine: Any = History.TestCase

@@ -33,6 +33,8 @@ from tests.support.pipelines import (
     with_fault,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(slots=True)
 class ToySample:

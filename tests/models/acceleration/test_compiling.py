@@ -18,6 +18,8 @@ from models.checkpoints.registry import Components, ModelSpec, load_components
 from tests.support.tiny import save_tiny_checkpoint
 from tests.support.unet_calls import HostRecorder, make_shares
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 600
 
 

@@ -31,6 +31,8 @@ from tests.support.pipelines import MIXED_BATCH, SOURCE, denoise, make_params
 from tests.support.tiny import save_tiny_checkpoint
 from tests.support.unet_calls import HostRecorder, make_shares
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

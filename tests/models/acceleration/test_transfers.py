@@ -20,6 +20,8 @@ from tests.support.paper_device import PAPER, PaperDevice, PaperTensor, move_to_
 from tests.support.pipelines import SCHEDULER_CONFIG, SOURCE, make_params
 from tests.support.tiny import save_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

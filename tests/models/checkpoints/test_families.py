@@ -36,6 +36,8 @@ from tests.support.pipelines import (
 )
 from tests.support.tiny import PROJECTION_WIDTH, SECOND_WIDTH, TEXT_WIDTH, save_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 make_params = functools.partial(pipelines.make_params, guidance_scale=7.5, scheduler=None)
 KINDS = [(family, channels) for family in Family for channels in (9, 4)]

@@ -20,6 +20,8 @@ from models.checkpoints.registry import (
 from models.errors import ModelUnavailable
 from tests.support.tiny import save_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 RANK = 2
 QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

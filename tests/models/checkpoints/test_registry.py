@@ -34,6 +34,8 @@ from models.errors import ModelUnavailable
 from tests.support.hub_stub import Hub, running_hub
 from tests.support.tiny import save_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CATALOG_FILE = Path(__file__).parents[3] / "configs" / "models.toml"
 CPU = torch.device("cpu")
 WEIGHTS = {

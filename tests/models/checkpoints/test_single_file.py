@@ -30,6 +30,8 @@ from tests.support.ldm_layout import (
 )
 from tests.support.tiny import save_tiny_checkpoint, vocabulary
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 PUBLISHED_PARAMETERS = {

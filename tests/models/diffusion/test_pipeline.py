@@ -32,6 +32,8 @@ from tests.support.pipelines import (
     with_fault,
 )
 
+pytestmark = pytest.mark.slow
+
 QUICK_SCHEDULERS = [name for name in SchedulerName if "KDPM2" not in name]
 """Without two whose making alone takes a third of a second."""
 

@@ -19,6 +19,8 @@ from models.imaging.images import resize
 from models.params import SchedulerName
 from tests.support.pipelines import HEIGHT, SOURCE, WIDTH, make_params, make_source, run
 
+pytestmark = pytest.mark.slow
+
 SIDE = 256
 SCENES = [make_scene(np.random.default_rng(seed), SIDE) for seed in range(4)]
 STEPS = 10
