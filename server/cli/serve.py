@@ -12,6 +12,7 @@ def run_server(options: argparse.Namespace) -> int:
     """Listen, migrate, start workers, answer until SIGTERM or SIGINT."""
     from server.api.app import create_app
     from server.api.auth.keys import KeyStore
+    from server.cli.announcements import announce, ready_announced
     from server.jobs.store import JobStore
     from server.serving.server import (
         LISTENING,
@@ -23,7 +24,6 @@ def run_server(options: argparse.Namespace) -> int:
     )
     from server.serving.supervisor import Supervisor, configured_workers
     from server.storage.database import open_migrated
-    from server.worker.announcements import announce, ready_announced
 
     with refusing():
         settings, command = prepare_server(options)
@@ -55,9 +55,9 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     Raises: ValueError, OSError.
     """
     from server.api.auth.keyring import read_keys_file
+    from server.cli.announcements import STARTING
     from server.core.logs import configure_logging, redact_secrets
     from server.serving.preflight import check_workers
-    from server.worker.announcements import STARTING
 
     settings = settings_of(options, "host", "port", "devices", "workers")
     settings.make_data_dir()
@@ -116,9 +116,9 @@ def run_worker(options: argparse.Namespace) -> int:
 
 def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
     """The settings, and torch's name of the device. Starts the log. Raises: ValueError, OSError."""
+    from server.cli.announcements import STARTING
     from server.core.logs import configure_logging
     from server.serving.devices import expand_devices, open_device
-    from server.worker.announcements import STARTING
 
     settings = settings_of(options)
     settings.make_data_dir()

@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import anyio.to_thread
 import httpx2
 
 from server.core.codings import CODINGS, inflate
@@ -146,7 +147,7 @@ class ImageDownloader:
             body = await response.read()
             if must_inflate:
                 limit = self._settings.max_image_bytes
-                body = await asyncio.to_thread(decompressed, body, limit)
+                body = await anyio.to_thread.run_sync(decompressed, body, limit)
             image = CachedImage(body, conditional_headers(response.headers))
             self._cache.put(key_id, str(url), image)
             return body

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
+import anyio.to_thread
+
 from server.core.errors import ImageProblem, ImageUnavailable
 from server.core.hosts import is_allowed
 from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
@@ -143,7 +145,7 @@ async def load_inline(content: str | bytes, max_bytes: int) -> bytes:
     if len(content) > CHARS_PER_BYTE * max_bytes:
         raise FetchFailed(ImageProblem.TOO_LARGE)
     if len(content) > PIECE_CHARS:
-        return await asyncio.to_thread(decode_base64, content)
+        return await anyio.to_thread.run_sync(decode_base64, content)
     return decode_base64(content)
 
 

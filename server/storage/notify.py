@@ -33,7 +33,7 @@ class ChangeSignal:
             self._source: ChangeSource = DataVersion(engine)
             return
         # PostgreSQL's driver takes 8 MB, so a process on SQLite does not load it.
-        from server.storage.notifications import Notifications
+        from server.storage.listener import Notifications
 
         self._source = Notifications(engine, topics, refresh_s)
 

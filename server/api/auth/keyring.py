@@ -219,3 +219,9 @@ def read_keys_file(path: Path) -> list[str]:
     if any(len(key) < MIN_KEY_CHARS for key in keys):
         raise ValueError(f"{path} holds an API key of less than {MIN_KEY_CHARS} characters")
     return keys
+
+
+def bearer_token(headers: Mapping[str, str]) -> str | None:
+    """The token of `Authorization: Bearer`; None without one."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token if scheme.lower() == "bearer" else None

@@ -37,6 +37,7 @@ from models.params import (
     SchedulerName,
     is_surely_too_long,
 )
+from server.api.auth.keyring import bearer_token
 from server.api.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.core.errors import InvalidBody, InvalidRequest, JobNotFound
 from server.core.notices import Notice, prompt_notices
@@ -414,6 +415,6 @@ def read_idempotency(key: str | None, request: NativeRequest) -> Idempotency | N
 
 def read_key(headers: Mapping[str, str]) -> str | None:
     """The API key: `Authorization: Bearer` or `X-API-Key`."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    key = token if scheme.lower() == "bearer" else headers.get("x-api-key")
+    bearer = bearer_token(headers)
+    key = headers.get("x-api-key") if bearer is None else bearer
     return key.strip() if key else None

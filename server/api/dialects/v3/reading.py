@@ -18,6 +18,7 @@ from models.params import (
     Range,
     SchedulerName,
 )
+from server.api.auth.keyring import bearer_token
 from server.api.bodies import is_absent
 from server.api.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
 from server.api.dialects.v3.writing import Body
@@ -228,11 +229,9 @@ def parse_job_id(text: str) -> int:
 
 def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
     """The API key: field `key` of body or query, header `key`, or `Authorization: Bearer`."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    bearer = token if scheme.lower() == "bearer" else None
     value = FieldReader(fields).value("key")
     header = headers.get("key")
-    named = bearer if is_absent(header) else header
+    named = bearer_token(headers) if is_absent(header) else header
     key = str(value) if isinstance(value, str | int) else named
     return key.strip() if key else None
 
