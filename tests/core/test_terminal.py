@@ -23,6 +23,8 @@ from server.storage.tables import api_keys, deliveries
 from tests.support.databases import migrated_sqlite
 from tests.support.jobs import new_job
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "\x1b[2J\x1b]0;title\x07\r\n99\tdelivered\u202e\u2066\u2028\u2029\x85\x9b31m\x7f"
 STORED = st.text(st.characters(exclude_categories=["Cs"]))
 """What a database takes: no lone surrogates."""

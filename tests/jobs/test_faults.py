@@ -47,6 +47,8 @@ from tests.support.faults import Fault, answer_is_lost, commit_fails
 from tests.support.http_stub import Behaviour, answering, response, running_stub
 from tests.support.jobs import new_job, submit_pair
 
+pytestmark = pytest.mark.slow
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -157,7 +159,6 @@ class Run:
 FAULTS = {"statement": statement_fails, "commit": commit_fails, "answer": answer_is_lost}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_promises_hold_wherever_a_call_fails(kind: str, engine: Engine) -> None:
     at, has_struck = 0, True

@@ -187,6 +187,7 @@ def tiny_settings(folder: Path) -> TrainSettings:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_trainer_makes_a_folder_the_plain_pipeline_loads(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path)

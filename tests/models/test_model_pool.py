@@ -20,6 +20,8 @@ from tests.support.engines import drain, error_of, make_generation, pictures_of,
 from tests.support.pipelines import generated, make_params
 from tests.support.tiny import save_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

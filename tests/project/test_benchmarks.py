@@ -192,6 +192,7 @@ def test_growth_is_measured_after_the_first_part() -> None:
     assert growth_of(parts_of([5])) == 0.0
 
 
+@pytest.mark.process
 def test_small_soak_loses_no_call_and_no_job(tmp_path: Path) -> None:
     findings = soak(30, tmp_path)
 
@@ -200,6 +201,7 @@ def test_small_soak_loses_no_call_and_no_job(tmp_path: Path) -> None:
     assert findings["jobs"]["failed"] == findings["fates"][Fate.FAILURE] > 0
 
 
+@pytest.mark.process
 def test_load_is_measured_on_a_real_server(tmp_path: Path) -> None:
     size = Size(accept_s=0.5, fetch_s=0.2, waiting=10, webhooks=100)
     engine = open_engine(Settings(data_dir=tmp_path / "data").sqlalchemy_url)

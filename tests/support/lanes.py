@@ -15,6 +15,7 @@ STARTERS = {
     "ProcessPoolExecutor",
     "DecoderPool",
     "Decoder",
+    "Supervisor",
     "create_app",  # an application starts its decoders
     "expand_devices",  # asks nvidia-smi
 }
