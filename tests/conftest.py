@@ -25,7 +25,6 @@ from server.egress.resolver import numeric_addresses
 from server.storage.database import open_engine
 from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
-from tests.support.lanes import mark_processes
 from tests.support.postgres import PostgresServer, find_binaries, running_postgres
 from tests.support.tiny import save_tiny_checkpoint
 
@@ -41,8 +40,14 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 
+PROCESS_FOLDERS = ("tests/e2e/", "tests/chaos/")
+"""Each test there starts a server."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark_processes(items)
+    for item in items:
+        if item.nodeid.startswith(PROCESS_FOLDERS):
+            item.add_marker(pytest.mark.process)
 
 
 strayed: list[str] = []
@@ -103,11 +108,11 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def _processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What `make test-fast` runs starts no process."""
+    """No test that `make test-fast` runs starts a process."""
     yield
     found = [*started]
     started.clear()
-    marks = ("process", "postgres", "gpu")
+    marks = ("process", "slow", "postgres", "gpu")
     assert found == [] or any(map(request.node.get_closest_marker, marks))
 
 

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 from server.api.accept import MIN_ADMITTED
 from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in
 from tests.support.http_stub import running_app
 from tests.support.native_calls import BODY, create, problem_of
+
+pytestmark = pytest.mark.process
 
 BOUND_S = 60
 

@@ -35,6 +35,8 @@ from tests.support.jobs import new_job, seen_now, waiting_in, worker_status
 from tests.support.v3_calls import BODY, IMAGE, PICTURE, finish, post, submit
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.process
+
 TALL = base64.b64encode(png_bytes(64, 92)).decode()
 NOISE = saved(noise(), "PNG")
 needs_both_families = pytest.mark.skipif(

@@ -16,6 +16,8 @@ from server.storage.database import open_migrated
 from tests.support.postgres import PostgresServer
 from tests.support.processes import COMMAND, START_TIMEOUT_S, ServerProcess
 
+pytestmark = pytest.mark.process
+
 CRASH = """
 import errno, sys
 import server.serving.server, server.worker.loop

@@ -10,6 +10,8 @@ from server.core.settings import load_settings
 from server.serving.server import address_of
 from tests.support.processes import ServerProcess, serving
 
+pytestmark = pytest.mark.process
+
 UPGRADES = ("websocket", "h2c")
 
 

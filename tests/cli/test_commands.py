@@ -15,6 +15,8 @@ from server.core.terminal import layout, size_text
 from server.serving.server import bind
 from tests.support.processes import COMMAND, START_TIMEOUT_S, ServerProcess
 
+pytestmark = pytest.mark.process
+
 
 def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """What is said of words that argparse refuses."""

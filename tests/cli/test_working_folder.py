@@ -7,6 +7,8 @@ import pytest
 from benchmarks.load import make_bodies
 from tests.support.processes import ServerProcess
 
+pytestmark = pytest.mark.process
+
 NAMES = ("server", "models", "json", "regex", "torch", "uvicorn", "signal")
 """Ours, the standard library's and others'."""
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 PREPARE = """
 import logging
 from server.core.logs import configure_logging, get_logger

@@ -264,6 +264,7 @@ def on_loopback(_host: str, _port: int) -> Sequence[str]:
 
 
 class TestTls:
+    @pytest.mark.process
     @pytest.mark.parametrize("name", ["pictures.example", "others.example"])
     @pytest.mark.parametrize("method", ["GET", "POST"])
     def test_certificate_must_be_of_the_name_though_an_address_is_dialled(
@@ -284,6 +285,7 @@ class TestTls:
 
         assert len(asyncio.run(run())) == (name == "pictures.example")
 
+    @pytest.mark.process
     async def test_name_is_sent_as_sni(self, certificate: Path) -> None:
         names: list[str | None] = []
         tls = server_tls(certificate)
@@ -293,6 +295,7 @@ class TestTls:
             await ask(client, f"https://pictures.example:{host.port}/")
         assert names == ["pictures.example"]
 
+    @pytest.mark.process
     def test_unknown_signer_is_refused(self, certificate: Path) -> None:
         async def run() -> list[str]:
             async with encrypted_host(server_tls(certificate)) as host:
@@ -330,6 +333,7 @@ class TestProxy:
         user = base64.b64encode("me:päss word".encode()).decode()
         assert f"\r\nProxy-Authorization: Basic {user}\r\n" in head
 
+    @pytest.mark.process
     def test_encrypted_requests_use_a_tunnel(self, certificate: Path) -> None:
         orders: list[bytes] = []
 

@@ -27,6 +27,8 @@ from tests.support.http_stub import (
 from tests.support.network_of_its_own import ELSEWHERE, NEIGHBOURS, OWN
 from tests.support.v3_calls import BODY, post
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[2]
 NAME = "0123abcd-0123-4567-89ab-0123456789ab-0.png"
 UNKNOWN = "a" * 64 + ".invalid"

@@ -18,6 +18,8 @@ from tests.support.native_calls import BODY
 from tests.support.processes import image_host
 from tests.support.webhooks import WAIT_S, deliveries_of, finished_job, receiver
 
+pytestmark = pytest.mark.process
+
 LOOPBACK = (ip_network("127.0.0.0/8"),)
 REACH = {
     "nothing": KeyLimits(),

@@ -608,6 +608,7 @@ def _claim_in_process(url: str, worker_id: str, start: Any, results: Any) -> Non
     engine.dispose()
 
 
+@pytest.mark.process
 def test_processes_never_share_a_job(engine: Engine, url: str) -> None:
     insert_jobs(engine, 300)
     spawn = multiprocessing.get_context("spawn")
@@ -651,6 +652,7 @@ while True:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("acknowledged", [1, 7, 40])
 def test_acknowledged_jobs_survive_kill_9(
     acknowledged: int, store: JobStore, engine: Engine, url: str

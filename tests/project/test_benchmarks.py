@@ -35,6 +35,8 @@ from benchmarks.soak import run as soak
 from server.core.settings import Settings
 from server.storage.database import open_engine
 
+pytestmark = pytest.mark.process
+
 BENCHMARKS = Path(measure.__file__).parent
 
 

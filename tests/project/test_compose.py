@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import yaml
 
 from server.core.settings import REPOSITORY
 from tests.support.processes import ServerProcess
+
+pytestmark = pytest.mark.process
 
 KEY = "a-key-of-the-team"
 COMPOSE: dict[str, Any] = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())

@@ -282,10 +282,12 @@ def test_tests_share_helpers_by_support_alone() -> None:
     assert guilty == set()
 
 
+@pytest.mark.process
 def test_importing_the_packages_costs_nothing() -> None:
     assert loaded_by("import models, server") == {"models", "server"}
 
 
+@pytest.mark.process
 def test_web_side_starts_without_torch() -> None:
     loaded = loaded_by("import server.api.app")
 
@@ -293,10 +295,12 @@ def test_web_side_starts_without_torch() -> None:
     assert not loaded & HEAVY
 
 
+@pytest.mark.process
 def test_command_line_starts_without_web_or_torch() -> None:
     assert not loaded_by("import server.cli.main") & {"fastapi", "sqlalchemy", *HEAVY}
 
 
+@pytest.mark.process
 def test_torch_free_modules_load_no_torch() -> None:
     loaded = loaded_by("import " + ", ".join(f"models.{name}" for name in TORCH_FREE))
 

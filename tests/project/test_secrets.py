@@ -21,6 +21,8 @@ from server.cli.main import main
 from server.storage.database import open_engine
 from tests.support.processes import ServerProcess, image_host, serving
 
+pytestmark = pytest.mark.process
+
 PLAIN_KEY = "canary-plain-key"
 FILE_KEY = "canary-file-key-7"
 WEBHOOK_SECRET = base64.b64encode(b"canary webhook secret of 32 byte").decode()

@@ -27,6 +27,8 @@ from tests.project.supply.locks import (
 )
 from tests.project.supply.sbom import runtime_part
 
+pytestmark = pytest.mark.process
+
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 OWN = "inpaint-server"
 BROUGHT_BY_VENV = {"pip"}

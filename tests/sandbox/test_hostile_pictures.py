@@ -21,6 +21,8 @@ from tests.support.blocking_decoder import BlockingDecoder
 from tests.support.http_stub import png_bytes
 from tests.support.processes import ServerProcess
 
+pytestmark = pytest.mark.process
+
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MEMORY_BYTES = 600_000_000
 PARENT_GROWTH_BYTES = 30_000_000

@@ -35,6 +35,8 @@ from tests.support.image_files import saved
 from tests.support.imports import loaded_by
 from tests.support.repository import REPOSITORY
 
+pytestmark = pytest.mark.process
+
 LIMITS = ImageLimits(max_bytes=100_000, max_pixels=2_000_000, max_side=2_000)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -17,6 +17,8 @@ from tests.support.http_stub import ANSWER_S, LiveApp, running_app
 from tests.support.jobs import seen_now, worker_status
 from tests.support.v3_calls import BODY, finish, post, submit
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:

@@ -24,6 +24,8 @@ from tests.support.jobs import waiting_in
 from tests.support.v3_calls import BODY
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.process
+
 SHORT = {"head_timeout_s": 0.5, "body_timeout_s": 0.5, "keep_alive_s": 1, "send_timeout_s": 0.5}
 POST = b"POST /api/v3/system_load HTTP/1.1\r\nHost: localhost\r\n"
 LIMIT_S = 30.0

@@ -9,6 +9,8 @@ import pytest
 from server.serving.devices import VISIBLE, expand_devices, open_device
 from tests.support.devices import TWO_GPUS, install_nvidia_smi
 
+pytestmark = pytest.mark.process
+
 DIVIDED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-11111111-aaaa-bbbb-cccc-000000000001)
   MIG 3g.20gb     Device  0: (UUID: MIG-aaaaaaaa-0000-0000-0000-000000000001)
   MIG 3g.20gb     Device  1: (UUID: MIG-bbbbbbbb-0000-0000-0000-000000000002)

@@ -22,6 +22,8 @@ from tests.support.apps import KEYS, settings_in
 from tests.support.http_stub import LiveApp, running_app
 from tests.support.processes import ServerProcess
 
+pytestmark = pytest.mark.process
+
 MOST_S = 0.1
 TRIES = 4
 LARGE = 900_000

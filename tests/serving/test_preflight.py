@@ -14,6 +14,8 @@ from server.core.settings import load_settings
 from server.serving.preflight import check_workers
 from tests.support.processes import COMMAND, START_TIMEOUT_S
 
+pytestmark = pytest.mark.process
+
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None

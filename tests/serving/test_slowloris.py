@@ -21,6 +21,8 @@ from tests.support.processes import ServerProcess
 from tests.support.v3_calls import BODY
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.process
+
 SOCKETS = 2_000
 CALLS = 11
 CALLED: dict[str, tuple[str, str, Any, str]] = {

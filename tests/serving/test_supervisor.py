@@ -28,6 +28,8 @@ from tests.support.databases import migrated_sqlite, rename_table
 from tests.support.jobs import new_job, worker_status
 from tests.support.odd_worker import BAD_PREFIX
 
+pytestmark = pytest.mark.process
+
 WAIT_S = 60
 BROKEN = ["--config", "no-such-file.toml"]
 """Flags that end a worker at once."""

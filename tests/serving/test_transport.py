@@ -20,6 +20,8 @@ from tests.support.apps import settings_in
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
 from tests.support.v3_calls import BODY
 
+pytestmark = pytest.mark.process
+
 CLIENTS = Path(__file__).parents[1] / "support" / "clients"
 JSON_BODY = json.dumps(BODY).encode()
 LONG_BODY = json.dumps({**BODY, "prompt": "a cat " * 1_000, "unknown": "x" * 90_000}).encode()

@@ -8,6 +8,8 @@ import pytest
 from server.serving.watchdog import EXIT_CODE, Watchdog
 from tests.support.processes import ServerProcess
 
+pytestmark = pytest.mark.process
+
 WAIT_S = 60.0
 CHECK_S = 0.01
 LONG_S = 3_600.0

@@ -151,6 +151,7 @@ def _migrate_in_process(url: str, start: Any) -> None:
         migrate(engine)
 
 
+@pytest.mark.process
 def test_processes_may_migrate_at_once(empty_url: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     start = spawn.Barrier(2)

@@ -13,6 +13,8 @@ import pytest
 from server.core.errors import StorageUnavailable
 from server.storage.files import UNFINISHED, Storage
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:

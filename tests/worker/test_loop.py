@@ -12,6 +12,8 @@ from models.diffusion.pipeline import Picture
 from server.storage.database import migrate, open_engine
 from server.worker.results import repaired_parts
 
+pytestmark = pytest.mark.process
+
 BLANK = np.zeros((8, 8, 3), np.uint8)
 
 

@@ -13,7 +13,10 @@ from server.worker.checkpoints import pick_device
 from tests.support.devices import TWO_GPUS, install_nvidia_smi
 from tests.support.processes import COMMAND, START_TIMEOUT_S, serving
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use"),
+]
 
 
 @pytest.fixture(autouse=True)

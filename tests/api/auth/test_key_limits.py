@@ -18,6 +18,8 @@ from tests.support.http_stub import png_bytes, running_app
 from tests.support.processes import image_host
 from tests.support.v3_calls import BODY
 
+pytestmark = pytest.mark.process
+
 ALL = KeyLimits(
     requests_per_minute=3,
     max_waiting=1,

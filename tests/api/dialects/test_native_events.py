@@ -26,6 +26,8 @@ from tests.support.jobs import LONG_S, claim_job, new_job, run_with
 from tests.support.native_calls import BODY, Event, events_of
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def store(engine: Engine) -> JobStore:

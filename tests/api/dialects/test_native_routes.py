@@ -31,6 +31,8 @@ from tests.support.jobs import claim_job
 from tests.support.native_calls import BODY, PICTURE, create, problem_of
 from tests.support.v3_calls import post
 
+pytestmark = pytest.mark.process
+
 OUTPUT = png_bytes(shade=200)
 RECEIPT = Receipt(
     model=Model("builtin", "ab" * 32, "cpu", "float32"),

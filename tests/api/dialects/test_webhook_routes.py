@@ -27,6 +27,8 @@ from tests.support.native_calls import BODY, create, problem_of
 from tests.support.v3_calls import BODY as V3_BODY
 from tests.support.webhooks import WAIT_S, attempt, deliveries_of, finished_job, receiver
 
+pytestmark = pytest.mark.process
+
 SECRET = "whsec_" + "A" * 32
 
 

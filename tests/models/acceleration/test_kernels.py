@@ -7,7 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+]
 
 
 def test_kernels_and_fused_parts_compute_what_torch_does() -> None:

@@ -18,6 +18,8 @@ from tests.support.image_files import saved, with_alpha
 from tests.support.native_calls import events_of
 from tests.support.processes import ServerProcess, serving
 
+pytestmark = pytest.mark.process
+
 SIZE = WIDTH, HEIGHT = (128, 96)
 INIT = Image.merge("RGB", [Image.effect_noise(SIZE, 60) for _ in range(3)])
 DISC = Image.new("L", SIZE)

@@ -519,6 +519,7 @@ def test_vendors_negative_prompt_needs_more_than_one_chunk(encoder: PromptEncode
     assert negative.isfinite().all()
 
 
+@pytest.mark.process
 def test_enhancement_does_not_load_torch() -> None:
     code = "import sys, models.diffusion.enhance; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
