@@ -605,6 +605,7 @@ class TestRefusals:
 
             assert asyncio.run(run()) == expected
 
+    @pytest.mark.process
     def test_log_has_the_reason_but_not_the_path(self) -> None:
         program = """
 import asyncio
