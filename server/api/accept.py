@@ -9,7 +9,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
 from anyio import to_thread
@@ -18,7 +18,7 @@ from models.imaging.mask_reading import marks_nothing
 from models.params import InpaintParams
 from server.api.auth.keyring import Caller
 from server.api.services import Services
-from server.core.errors import ApiError, ImageUnavailable, QueueFull, ServerBusy
+from server.core.errors import ApiError, ImageUnavailable, QueueFull, ServerBusy, StorageUnavailable
 from server.core.fairness import NoSlot
 from server.core.notices import Notice
 from server.egress.sources import ImageSource, OwnOutputs, download_images
@@ -91,7 +91,7 @@ async def accept(
     used. The URL of an output under either address is read from the file store.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
-    if services.watcher.is_released:  # the server is stopping
+    if services.watcher.is_stopping:
         raise ServerBusy
     services.health.refuse_writes()
     if idempotency is not None:
@@ -254,9 +254,15 @@ def submit(
     except ApiError:
         # An ApiError means that nothing was committed. After any other error the commit may have
         # taken effect, so the input stays; without a row, `Janitor` removes it later.
-        storage.delete(new_job.input_key)
+        drop_input(storage, new_job)
         raise
     is_new = job.file_prefix == new_job.file_prefix
     if not is_new:
-        storage.delete(new_job.input_key)
+        drop_input(storage, new_job)
     return Submitted(job, is_new)
+
+
+def drop_input(storage: Storage, new_job: NewJob) -> None:
+    """Remove an input that no job needs; where that fails, `Janitor` finds it later."""
+    with suppress(StorageUnavailable):
+        storage.delete(new_job.input_key)

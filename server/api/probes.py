@@ -63,7 +63,7 @@ async def readiness(services: Services) -> Readiness:
     """The state of the stores, of the background tasks and of the workers."""
     workers = await workers_seen(services)
     failing = services.background.failing()
-    problems = ["draining"] if services.watcher.is_released else []
+    problems = ["draining"] if services.watcher.is_stopping else []
     problems += services.health.problems
     problems += [f"{name} failed lately" for name in failing if name == WEBHOOKS]
     others = [f"{name} failed lately" for name in failing if name != WEBHOOKS]

@@ -54,7 +54,7 @@ class Services:
     """The API process's parts, built once by `app.build_services`.
 
     admitted: requests by key between admission and submit (`accept`).
-    first_etas: the first estimate that a client got for each job, to be compared with the truth.
+    quotes: the first estimate that a client got for each job, to be compared with the truth.
     """
 
     settings: Settings

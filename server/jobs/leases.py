@@ -24,7 +24,8 @@ from server.storage.tables import jobs
 K = TypeVar("K")
 
 LEASE_S = 35.0
-"""Two more checks pass before a lost job is queued again: 45 s in all."""
+"""A lease expires after so long without a new heartbeat. Checks every 5 s add up to 10 s, so a lost
+job is queued again within 45 s."""
 
 CHECK_INTERVAL_S = 5.0
 """Between two checks of the heartbeats."""

@@ -97,7 +97,9 @@ INSERT_RECEIPT = insert(receipts)
 
 
 class JobStore:
-    """All access to job rows. Synchronous; safe to call from several threads and processes.
+    """Every change of a job's state; `retention` removes rows.
+
+    Synchronous; safe to call from several threads and processes.
 
     max_waiting: jobs that may wait at a time. max_waiting_per_key: the same for each key whose
     `QueueShare` sets no limit. clock: seconds since the epoch, for people.

@@ -84,8 +84,8 @@ class JobWatcher:
         self._max_streams_per_key = max_streams_per_key
         self._waiting: dict[asyncio.Future[Job | None], int] = {}
         self._subscriptions: set[Subscription] = set()
-        self._is_released = False
         self._is_stopping = False
+        self._must_end = False
         self._must_read = threading.Event()
         # A limiter of its own, because hanging calls may use up the threads of another.
         self._limiter = CapacityLimiter(1)
@@ -102,7 +102,7 @@ class JobWatcher:
         trace: TracebackType | None,
     ) -> None:
         self.release_all()
-        self._is_stopping = True
+        self._must_end = True
         self._must_read.set()
         await self._task
 
@@ -111,13 +111,13 @@ class JobWatcher:
         return len(self._waiting) + len(self._subscriptions)
 
     @property
-    def is_released(self) -> bool:
+    def is_stopping(self) -> bool:
         """The server is stopping."""
-        return self._is_released
+        return self._is_stopping
 
     def release_all(self) -> None:
         """Release all clients, also later ones: the server is stopping. For signal handlers."""
-        self._is_released = True
+        self._is_stopping = True
         self._loop.call_soon_threadsafe(self._release)
 
     def end_invalid(self, is_valid: Callable[[str], bool]) -> None:
@@ -129,7 +129,7 @@ class JobWatcher:
 
     async def wait(self, job_id: int, timeout_s: float) -> Job | None:
         """The job once it has ended; None after `timeout_s`, or when the server stops."""
-        if self._is_released:
+        if self._is_stopping:
             return None
         ended: asyncio.Future[Job | None] = self._loop.create_future()
         self._waiting[ended] = job_id
@@ -149,7 +149,7 @@ class JobWatcher:
         if len(of_key) >= self._max_streams_per_key:
             raise TooManyStreams(self._max_streams_per_key)
         subscription = Subscription(job_id, key_id, key_digest)
-        if self._is_released:
+        if self._is_stopping:
             subscription.end()
         self._subscriptions.add(subscription)
         self._must_read.set()
@@ -167,7 +167,7 @@ class JobWatcher:
 
     async def _run(self) -> None:
         with self._store.change_signal() as signal:
-            while not self._is_stopping:
+            while not self._must_end:
                 try:
                     await run_sync(self._wait_for_change, signal, limiter=self._limiter)
                     started = time.monotonic()

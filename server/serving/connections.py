@@ -101,13 +101,16 @@ class ConnectionLimiter:
         return True
 
     def idle(self, connection: Connection) -> None:
-        """The connection waits for a complete request, so it may be closed, as the newest one."""
+        """The connection waits for a whole request: it may be closed to make room, as the last."""
         if connection in self._open:
             self.release(connection)
             self._waiting[connection] = self._waiting_of[connection.address][connection] = None
 
     def request_started(self, connection: Connection) -> None:
         """The connection has sent a complete request, so it is not closed to make room."""
+        self._stop_waiting(connection)
+
+    def _stop_waiting(self, connection: Connection) -> None:
         self._waiting.pop(connection, None)
         of_address = self._waiting_of.get(connection.address)
         if of_address is not None:
@@ -144,7 +147,7 @@ class ConnectionLimiter:
         self.release(connection)
         self.unsent(connection, 0)
         self._open.remove(connection)
-        self.request_started(connection)
+        self._stop_waiting(connection)
         self._counts[connection.address] -= 1
         if not self._counts[connection.address]:
             del self._counts[connection.address]

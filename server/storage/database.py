@@ -1,4 +1,4 @@
-"""Tables, connections and transactions, for SQLite and PostgreSQL alike."""
+"""Connections and transactions, for SQLite and PostgreSQL alike."""
 
 import functools
 import os

@@ -54,8 +54,7 @@ jobs = Table(
     Column("dialect", Text, nullable=False),
     Column("request", JSON, nullable=False),
     Column("params", JSON, nullable=False),
-    # The sentinel: when one statement inserts many rows, it matches each row with its id.
-    Column("file_prefix", Text, nullable=False, unique=True, insert_sentinel=True),
+    Column("file_prefix", Text, nullable=False, unique=True),
     Column("work", Float, nullable=False),
     Column("priority", Integer, nullable=False, server_default="0"),
     Column("turn", BigInteger, nullable=False, server_default="0"),

@@ -10,9 +10,9 @@ from standardwebhooks import Webhook
 def sign(
     message_id: str, timestamp: int, body: str, secrets: Sequence[SecretStr]
 ) -> dict[str, str]:
-    """The headers of one try, with a signature per secret; without secrets it is not signed.
+    """The headers of one attempt, with a signature per secret; without secrets there is none.
 
-    timestamp: of this try, seconds since the epoch.
+    timestamp: of this attempt, seconds since the epoch.
     """
     headers = {"webhook-id": message_id, "webhook-timestamp": str(timestamp)}
     tried_at = datetime.fromtimestamp(timestamp, UTC)

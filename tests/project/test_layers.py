@@ -7,6 +7,7 @@ without torch.
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,3 +306,13 @@ def test_torch_free_modules_load_no_torch() -> None:
     loaded = loaded_by("import " + ", ".join(f"models.{name}" for name in TORCH_FREE))
 
     assert not loaded & {*HEAVY, *WEB_AND_DATABASE}
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]), ids=str
+)
+def test_documents_name_tests_that_exist(page: Path) -> None:
+    named = {*re.findall(r"[a-z0-9_/]*test_[a-z0-9_]+\.py", page.read_text())}
+    paths = [f"/{path.relative_to(REPOSITORY).as_posix()}" for path in files_of("tests")]
+    missing = {name for name in named if not any(path.endswith(f"/{name}") for path in paths)}
+    assert missing == set()

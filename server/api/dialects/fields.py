@@ -1,4 +1,4 @@
-"""`FieldReader`: lenient reading of single values, shared by the vendor's dialects."""
+"""`FieldReader`: lenient reading of single values, shared by lenient dialects."""
 
 import math
 import re

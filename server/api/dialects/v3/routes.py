@@ -167,8 +167,10 @@ def write_error(error: ApiError, request: Request) -> Response:
     The setting `error_status` may turn its status into 200, under the vendor's own paths only:
     probes, browsers and caches must not mistake other errors for a success.
     """
-    is_own = writing.is_own(request.scope["path"])
-    error_status = get_services(request).settings.error_status if is_own else ErrorStatus.HTTP
+    may_answer_200 = writing.may_answer_200(request.scope["path"])
+    error_status = (
+        get_services(request).settings.error_status if may_answer_200 else ErrorStatus.HTTP
+    )
     body = writing.write_error(error, request.scope.get("request_id", ""))
     return JSONResponse(body, writing.write_status(error, error_status))
 
@@ -176,7 +178,7 @@ def write_error(error: ApiError, request: Request) -> Response:
 V3 = Dialect(
     name=reading.DIALECT,
     router=router,
-    owns=writing.is_near,
+    owns=writing.owns_errors_of,
     write_error=write_error,
     write_webhook=writing.write_webhook,
 )

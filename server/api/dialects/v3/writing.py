@@ -201,12 +201,12 @@ HTTP_STATUS: dict[type[ApiError], int] = {
 }
 
 
-def is_own(path: str) -> bool:
+def may_answer_200(path: str) -> bool:
     """Whether a path belongs to the vendor's API, whose errors may have the status 200."""
     return path.startswith("/api/v3/")
 
 
-def is_near(path: str) -> bool:
+def owns_errors_of(path: str) -> bool:
     """Whether errors under a path are in the vendor's form, since its clients may call the path."""
     return path.startswith("/api/")
 
