@@ -455,9 +455,11 @@ def jobs_of_today(room: Path, host: Host) -> tuple[list[dict[str, Any]], Path]:
     finally:
         site.close()
     lost = {"state": "running", "attempt": 1, "worker_id": "lost", "started_at": 0.0}
-    # Versions up to 0005 kept the end of a lease in the row, later ones the last beat.
-    lease = {"lease_until": 0.0, "heartbeat_at": 0.0}
+    # Versions up to 0005 kept the end of a lease in the row, later ones the last heartbeat; up to
+    # 0010 its columns had other names.
+    lease = {"lease_until": 0.0, "beaten_at": 0.0, "heartbeat_at": 0.0}
     rows = [queued | dict.fromkeys(lease), running | lost | lease]
+    rows = [row | {"claim": row["fencing_token"]} for row in rows]
     return rows, site.data_dir / "files"
 
 
