@@ -14,7 +14,7 @@ longest delay means that a clock has jumped: the call is due now.
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    literal,
     select,
     true,
     update,
@@ -131,17 +132,23 @@ class DeliveryStore:
         self._jitter = jitter or random.Random()
 
     def claim_due(
-        self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
+        self,
+        limit: int,
+        skipped_hosts: Sequence[str] = (),
+        per_host: int = 4,
+        under_way: Mapping[str, int] | None = None,
     ) -> list[Delivery]:
         """Claim up to `limit` due calls, those of the oldest jobs first.
 
-        Busy hosts get none, and every other host at most `per_host`.
+        Skipped hosts get none, and every other host as many as bring its calls to `per_host`.
+        under_way: the sender's present calls by host.
         """
-        return self._claim(deliveries.c.host.not_in(busy_hosts), limit, per_host)
+        is_wanted = deliveries.c.host.not_in(skipped_hosts)
+        return self._claim(is_wanted, limit, per_host, under_way or {})
 
     def claim_probes(self, hosts: Sequence[str]) -> list[Delivery]:
         """Claim one due call for each of these hosts."""
-        return self._claim(deliveries.c.host.in_(hosts), len(hosts), per_host=1)
+        return self._claim(deliveries.c.host.in_(hosts), len(hosts), 1, {})
 
     def mark_old_dead(self, host: str) -> int:
         """Mark a host's pending calls above the age limit as dead; returns their number."""
@@ -246,7 +253,13 @@ class DeliveryStore:
         now = self._clock()
         return [to_status(list(tries), now) for _, tries in by_call]
 
-    def _claim(self, which: ColumnElement[bool], limit: int, per_host: int) -> list[Delivery]:
+    def _claim(
+        self,
+        which: ColumnElement[bool],
+        limit: int,
+        per_host: int,
+        under_way: Mapping[str, int],
+    ) -> list[Delivery]:
         now = self._clock()
         is_pending: ColumnElement[bool] = deliveries.c.state == DeliveryState.PENDING
         is_due = is_pending & (deliveries.c.due_at <= now) & which
@@ -262,11 +275,13 @@ class DeliveryStore:
             return []
         # Ordered by job and not by due time, because untried calls have the due time `AT_ONCE`.
         rank = func.row_number().over(partition_by=deliveries.c.host, order_by=deliveries.c.job_id)
-        ranked = select(deliveries.c.id, deliveries.c.job_id, rank.label("rank")).where(is_due)
-        candidate = ranked.subquery()
+        columns = (deliveries.c.id, deliveries.c.job_id, deliveries.c.host)
+        candidate = select(*columns, rank.label("rank")).where(is_due).subquery()
+        rooms = [(candidate.c.host == host, per_host - n) for host, n in under_way.items()]
+        room = case(*rooms, else_=per_host) if rooms else literal(per_host)
         oldest = (
             select(candidate.c.id)
-            .where(candidate.c.rank <= per_host)
+            .where(candidate.c.rank <= room)
             .order_by(candidate.c.job_id)
             .limit(limit)
         )

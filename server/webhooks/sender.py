@@ -176,14 +176,16 @@ class WebhookSender:
 
     async def _claim(self) -> list[Delivery]:
         places = self._settings.max_concurrent - self._calls.total()
-        busy = [host for host, calls in self._calls.items() if calls >= CALLS_PER_HOST]
         if places <= 0:
             return []
         probes = self._breakers.due_for_probe[:places]
         try:
-            skipped = [*busy, *self._breakers.open_hosts]
             claimed = await self._in_thread(
-                self._deliveries.claim_due, places, skipped, CALLS_PER_HOST
+                self._deliveries.claim_due,
+                places,
+                self._breakers.open_hosts,
+                CALLS_PER_HOST,
+                {**self._calls},
             )
             if probes:
                 probing = await self._in_thread(self._deliveries.claim_probes, probes)

@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def test_call_of_a_dead_sender_is_made_by_another(
 def test_busy_host_is_passed_over(jobs: JobStore, deliveries: DeliveryStore) -> None:
     for host in ("slow.example:8080", "quick.example"):
         jobs.finish(submit(jobs, f"http://{host}/hook"), [])
-    (due,) = deliveries.claim_due(5, busy_hosts=[host_of_somebody("slow.example:8080")])
+    (due,) = deliveries.claim_due(5, skipped_hosts=[host_of_somebody("slow.example:8080")])
     assert due.host == host_of_somebody("quick.example:80")
 
 
@@ -202,9 +202,15 @@ def test_claim_takes_few_calls_of_one_host(jobs: JobStore, deliveries: DeliveryS
     for index in range(12):
         host = "slow.example" if index < 10 else f"quick-{index}.example"
         jobs.finish(submit(jobs, f"http://{host}/hook"), [])
-    hosts = Counter(each.host for each in deliveries.claim_due(64, per_host=4))
+    slow = host_of_somebody("slow.example:80")
+    under_way = {slow: 3, "elsewhere": 4}
+    hosts = Counter(each.host for each in deliveries.claim_due(64, per_host=4, under_way=under_way))
+    assert hosts[slow] == 1, "with the three under way"
+    hosts += Counter(
+        each.host for each in deliveries.claim_due(64, per_host=4, under_way={slow: 1})
+    )
     assert hosts == {
-        host_of_somebody("slow.example:80"): 4,
+        slow: 4,
         host_of_somebody("quick-10.example:80"): 1,
         host_of_somebody("quick-11.example:80"): 1,
     }
@@ -416,10 +422,9 @@ class HastyDeliveries(DeliveryStore):
 
     meanwhile: Callable[[], None] | None = None
 
-    def claim_due(
-        self, limit: int, busy_hosts: Sequence[str] = (), per_host: int = 4
-    ) -> list[Delivery]:
-        claimed = super().claim_due(limit, busy_hosts, per_host)
+    def claim_due(self, *arguments: Any, **named: Any) -> list[Delivery]:
+        """As the base class."""
+        claimed = super().claim_due(*arguments, **named)
         if claimed and self.meanwhile is not None:
             act, self.meanwhile = self.meanwhile, None
             act()
