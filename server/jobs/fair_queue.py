@@ -47,11 +47,19 @@ def next_position(connection: Connection, key_id: str, priority: int) -> QueuePo
     return QueuePosition(max(current, row.own_last + 1), row.waiting, row.waiting_of_key)
 
 
+def count_waiting(connection: Connection, key_id: str) -> tuple[int, int]:
+    """How many jobs wait, in all and of this key."""
+    in_all, of_key = connection.execute(_WAITING, {"key": key_id}).one()
+    return in_all, of_key
+
+
+OF_KEY: ColumnElement[bool] = jobs.c.key_id == bindparam("key")
+COUNT = select(func.count()).where(IS_WAITING)
+
+
 def _position_query() -> Select[Any]:
     """Built once, because every submit runs it."""
-    of_key = jobs.c.key_id == bindparam("key")
     of_class = jobs.c.priority == bindparam("class")
-    count = select(func.count()).where(IS_WAITING)
 
     def first(order: ColumnElement[Any], *where: ColumnElement[bool]) -> ScalarSelect[int]:
         query = select(jobs.c.turn).where(of_class, *where).order_by(order).limit(1)
@@ -61,14 +69,15 @@ def _position_query() -> Select[Any]:
     next_one = first(jobs.c.turn, IS_WAITING, jobs.c.attempt == 0)
     newest = first(jobs.c.turn.desc())
     # Cancelled jobs do not push a key's next turn back.
-    own = first(jobs.c.turn.desc(), of_key, jobs.c.state != "cancelled")
+    own = first(jobs.c.turn.desc(), OF_KEY, jobs.c.state != "cancelled")
     return select(
         next_one.label("current"),
         newest.label("newest"),
         func.coalesce(own, -1).label("own_last"),
-        count.scalar_subquery().label("waiting"),
-        count.where(of_key).scalar_subquery().label("waiting_of_key"),
+        COUNT.scalar_subquery().label("waiting"),
+        COUNT.where(OF_KEY).scalar_subquery().label("waiting_of_key"),
     )
 
 
 _POSITION = _position_query()
+_WAITING = select(COUNT.scalar_subquery(), COUNT.where(OF_KEY).scalar_subquery())

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, insert, select
 
 from server.core.errors import QueueFull
-from server.jobs.fair_queue import QueuePosition, next_position
+from server.jobs.fair_queue import QueuePosition, count_waiting, next_position
 from server.jobs.idempotency import Idempotency, find, reserve
 from server.jobs.job import Job, JobState, NewJob, QueueShare
 from server.storage.database import Topic, notify, read_only
@@ -29,12 +29,12 @@ class QueueLimits:
     max_waiting: int = 1_000
     max_waiting_per_key: int = 100
 
-    def check(self, position: QueuePosition, share: QueueShare) -> None:
-        """Back-pressure: a full queue refuses new jobs. Raises: QueueFull."""
-        if position.waiting >= self.max_waiting:
+    def check(self, waiting: int, waiting_of_key: int, share: QueueShare) -> None:
+        """Back-pressure: a full queue takes no more. Raises: QueueFull."""
+        if waiting >= self.max_waiting:
             raise QueueFull(self.max_waiting)
         of_key = self.max_waiting_per_key if share.max_waiting is None else share.max_waiting
-        if position.waiting_of_key >= of_key:
+        if waiting_of_key >= of_key:
             raise QueueFull(of_key)
 
 
@@ -61,7 +61,7 @@ class Submissions:
     def check_room(self, key_id: str, share: QueueShare) -> None:
         """As `JobStore.check_room`."""
         with read_only(self._engine) as connection:
-            self._limits.check(next_position(connection, key_id, share.priority), share)
+            self._limits.check(*count_waiting(connection, key_id), share)
 
     def replayed(self, key_id: str, once: Idempotency) -> Job | None:
         """As `JobStore.replayed`."""
@@ -79,7 +79,7 @@ class Submissions:
             if earlier is not None:
                 return Job.from_row(earlier._asdict())
         position = next_position(connection, new.key_id, new.share.priority)
-        self._limits.check(position, new.share)
+        self._limits.check(position.waiting, position.waiting_of_key, new.share)
         if once is not None:
             reserve(connection, new.key_id, once, new.file_prefix, self._shared_clock())
         row = connection.execute(INSERT, self._values_of(new, position)).one()
