@@ -47,7 +47,7 @@ serve: $(INSTALLED)  ## serves the built-in model on http://127.0.0.1:8000
 test: $(INSTALLED)  ## runs all tests, some twenty minutes on two cores
 	$(BIN)/pytest
 
-test-fast: $(INSTALLED)  ## runs the tests that start no process, a minute
+test-fast: $(INSTALLED)  ## runs the tests that start no process, a minute and a half
 	$(BIN)/pytest -m "not process and not slow and not postgres and not gpu"
 
 fuzz: $(INSTALLED)  ## decodes 10,000 mutated pictures
