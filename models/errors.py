@@ -57,6 +57,8 @@ class ImageFault(StrEnum):
     """More bytes, pixels or memory than allowed."""
     UNSUPPORTED = "unsupported"
     """A picture, but of a format or kind that is not read here."""
+    NO_TRANSPARENCY = "no_transparency"
+    """A mask without a transparent pixel, where these are repainted."""
 
 
 class UnreadableImage(InvalidInput):

@@ -33,10 +33,13 @@ from models.errors import ImageFault, UnreadableImage
 from models.imaging.colour import greys_to_srgb, inks_to_srgb, is_srgb, kept_profile, profile_of_png
 from models.imaging.mask_reading import (
     MaskReading,
+    MaskRule,
     read_alpha,
+    read_holes,
     read_labels,
     read_low_bytes,
     read_luma,
+    read_opaque,
 )
 from models.imaging.repair import (
     JPEG_SIGNATURE,
@@ -205,8 +208,8 @@ def decode_mask(
     limits: ImageLimits,
     fit: Fit | None = None,
     *,
-    field: str = "mask_image",
     init_image: Stored | None = None,
+    rule: MaskRule = MaskRule.EVIDENT,
 ) -> DecodedMask:
     """The first frame, upright, read as `mask_reading.py` says.
 
@@ -214,10 +217,13 @@ def decode_mask(
     With `fit` stretched by a filter without overshoot, since ringing around a mask would move its
     edge. init_image: what the mask belongs to; where EXIF turns that by a quarter, a mask of its
     stored size is turned with it, unless the mask has an orientation of its own.
-    Raises: UnreadableImage, naming `field`.
+    Raises: UnreadableImage, naming `mask_image`.
     """
+    field = "mask_image"
 
     def to_levels(image: Image.Image, png: PngContent) -> tuple[Image.Image, MaskReading]:
+        if rule is not MaskRule.EVIDENT:
+            return _by_rule(_to_8_bit(image, data, field), rule, field)
         if labels := read_labels(image):
             return labels, MaskReading.LABELS
         low_bytes = read_low_bytes(image)
@@ -234,6 +240,17 @@ def decode_mask(
         reading = _Reading(field, Image.Resampling.BILINEAR, init_image)
         image, stored, read_as = _decode(data, limits, fit, reading, to_levels)
         return DecodedMask(np.array(image), stored, read_as)
+
+
+def _by_rule(plain: Image.Image, rule: MaskRule, field: str) -> tuple[Image.Image, MaskReading]:
+    """A mask by a rule other than `EVIDENT`. Raises: UnreadableImage."""
+    if rule is MaskRule.OPAQUE:
+        if opaque := read_opaque(plain):
+            return opaque, MaskReading.OPAQUE
+        return read_luma(_flatten(plain, "black"), is_exact=False)
+    if holes := read_holes(plain):
+        return holes, MaskReading.TRANSPARENT
+    raise UnreadableImage(field, ImageFault.NO_TRANSPARENCY, "has no transparent pixel")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ every index but black, or but index 0 where no black is used |
 | any other | white | luma over black: the lighter, the more |
 
 Rows before the last hold only where luma would repaint nothing that was marked, or where opaque
-pixels have colours.
+pixels have colours. A `MaskRule` other than `EVIDENT` replaces the table.
 """
 
 import functools
@@ -27,6 +27,17 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
+
+
+class MaskRule(StrEnum):
+    """How the file of a mask is to be read."""
+
+    EVIDENT = "evident"
+    """By the table above."""
+    TRANSPARENT = "transparent"
+    """Transparent pixels are repainted, as in OpenAI's API; a file without any is a fault."""
+    OPAQUE = "opaque"
+    """Opaque pixels are repainted where some are transparent, else luma, as in A1111's web UI."""
 
 
 class MaskReading(StrEnum):
@@ -113,6 +124,22 @@ def read_alpha(image: Image.Image) -> tuple[Image.Image, MaskReading] | None:
     # A brush of half strength marks as clearly as one of full strength.
     table = [min(255, round(level * 255 / strongest)) for level in range(256)]
     return alpha.point(table), MaskReading.OPAQUE
+
+
+def read_holes(image: Image.Image) -> Image.Image | None:
+    """Mode L of an image whose transparent pixels are repainted; None where it has none of them."""
+    if "A" not in image.mode:
+        return None
+    holes = ImageChops.invert(image.getchannel("A"))
+    return holes if any(holes.histogram()[REPAINTED_FROM:]) else None
+
+
+def read_opaque(image: Image.Image) -> Image.Image | None:
+    """Mode L of an image whose opaque pixels are repainted; None where none is transparent."""
+    if "A" not in image.mode:
+        return None
+    alpha = image.getchannel("A")
+    return alpha if any(alpha.histogram()[:255]) else None
 
 
 def read_luma(image: Image.Image, *, is_exact: bool) -> tuple[Image.Image, MaskReading]:

@@ -4,24 +4,24 @@ Admission comes first, then four steps: fetch the two images, decode them at the
 them into the file store, submit the row. A dialect passes in what it has read as a `JobRequest`.
 """
 
+import dataclasses
 import functools
 import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Protocol
 
 from anyio import to_thread
 
 from models.imaging.mask_reading import marks_nothing
-from models.params import InpaintParams
 from server.api.auth.keyring import Caller
+from server.api.dialects.base import JobRequest
 from server.api.services import Services
 from server.core.errors import ApiError, ImageUnavailable, QueueFull, ServerBusy, StorageUnavailable
 from server.core.fairness import NoSlot
 from server.core.notices import Notice
-from server.egress.sources import ImageSource, OwnOutputs, download_images
+from server.egress.sources import OwnOutputs, download_images
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import OUTPUT_FOLDER, NewJob, QueueShare, RequestFacts, Submitted
 from server.jobs.receipts import Intake
@@ -32,49 +32,6 @@ from server.storage.files import Storage
 
 MIN_ADMITTED = 16
 """Requests of one key that are admitted at a time, even where fewer of its jobs may wait."""
-
-
-class JobRequest(Protocol):
-    """What a dialect has read from a request for pictures."""
-
-    @property
-    def dialect(self) -> str:
-        """Name of the dialect in which answers and the webhook are written."""
-
-    @property
-    def init_image(self) -> ImageSource: ...
-    @property
-    def mask_image(self) -> ImageSource: ...
-
-    @property
-    def width(self) -> int | None:
-        """In pixels; None where the init image decides. The same holds for the height."""
-
-    @property
-    def height(self) -> int | None: ...
-    @property
-    def webhook(self) -> str | None: ...
-    @property
-    def track_id(self) -> Any: ...
-
-    @property
-    def keeps_own_size(self) -> bool:
-        """The init image is not resized: width and height are the model's canvas."""
-
-    def params(self, width: int, height: int) -> InpaintParams:
-        """The job's parameters once its size is known. Raises: InvalidRequest."""
-
-    @property
-    def previews(self) -> bool:
-        """The worker writes previews while the job runs."""
-
-    @property
-    def notices(self) -> Sequence[Notice]:
-        """Warnings about parameters that are not applied as sent."""
-
-    @property
-    def own_facts(self) -> Mapping[str, Any]:
-        """JSON values in the job's row that only this dialect reads."""
 
 
 async def accept(
@@ -137,12 +94,12 @@ def admission_slot(services: Services, caller: Caller) -> Iterator[None]:
 async def fetch(
     services: Services, request: JobRequest, caller: Caller, own_urls: Sequence[str]
 ) -> tuple[dict[str, bytes], float]:
-    """Both images' bytes by parameter name, and the seconds it took. Raises: ImageUnavailable."""
+    """The images' bytes by parameter name, and the seconds it took. Raises: ImageUnavailable."""
     started = time.perf_counter()
     settings = services.settings
     own_names = (settings.host, *settings.allowed_hosts)
     images = await download_images(
-        {"init_image": request.init_image, "mask_image": request.mask_image},
+        request.images,
         services.fetcher,
         settings.fetch.max_image_bytes,
         caller.fetch_grant,
@@ -167,7 +124,7 @@ async def decoded(
     started = time.perf_counter()
     size = decode_size_of(request)
     try:
-        async with services.sandbox.decoded(images, size, caller.key_id) as pair:
+        async with services.sandbox.decoded(images, size, caller.key_id, request.mask_rule) as pair:
             services.metrics.decodes.labels("decoded").inc()
             yield pair, time.perf_counter() - started
     except ImageUnavailable:
@@ -177,7 +134,7 @@ async def decoded(
 
 def decode_size_of(request: JobRequest) -> TargetSize:
     """The size at which both images are decoded."""
-    if request.keeps_own_size:
+    if request.params.only_masked and request.init_image is not None:
         return TargetSize(keeps_own_size=True)
     return TargetSize(request.width, request.height)
 
@@ -185,13 +142,13 @@ def decode_size_of(request: JobRequest) -> TargetSize:
 def describe_intake(
     images: Mapping[str, bytes], pair: DecodedPair, fetch_s: float, decode_s: float
 ) -> Intake:
-    """The digests of both images and the time they took. Takes a millisecond per megabyte."""
+    """The digests of the images and the time they took. Takes a millisecond per megabyte."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
     return Intake(
         fetch_ms=round(fetch_s * 1000, 1),
         decode_ms=round(decode_s * 1000, 1),
-        init_image_sha256=digests["init_image"],
-        mask_image_sha256=digests["mask_image"],
+        init_image_sha256=digests.get("init_image"),
+        mask_image_sha256=digests.get("mask_image"),
         mask_read_as=pair.read_as,
     )
 
@@ -199,9 +156,10 @@ def describe_intake(
 def make_new_job(
     request: JobRequest, caller: Caller, base_url: str, pair: DecodedPair, intake: Intake
 ) -> NewJob:
-    """The row to submit. Raises: InvalidRequest."""
+    """The row to submit."""
     height, width = pair.mask.shape
-    params = request.params(*canvas_size_of(request, width, height))
+    width, height = canvas_size_of(request, width, height)
+    params = dataclasses.replace(request.params, width=width, height=height)
     notices = [*request.notices, *pair.notices]
     if marks_nothing(pair.mask, is_soft=params.soft_mask, is_inverted=params.invert_mask):
         notices.append(Notice.MASK_IS_EMPTY)
@@ -220,7 +178,7 @@ def make_new_job(
 
 def canvas_size_of(request: JobRequest, width: int, height: int) -> tuple[int, int]:
     """Width and height of the model's canvas. width, height: of the decoded picture."""
-    if not request.keeps_own_size:
+    if not request.params.only_masked:
         return width, height
     return request.width or 512, request.height or 512
 
@@ -231,8 +189,8 @@ def facts_of(
     """What the job's row keeps of its request; each notice once."""
     return RequestFacts(
         base_url=base_url,
-        init_image=request.init_image.describe(),
-        mask_image=request.mask_image.describe(),
+        init_image=request.init_image.describe() if request.init_image else "",
+        mask_image=request.mask_image.describe() if request.mask_image else "",
         previews=request.previews,
         warnings=tuple(dict.fromkeys(notices)),
         intake=intake,

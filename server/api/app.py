@@ -21,7 +21,7 @@ from models.imaging.decoding import ImageLimits
 from server.api import outputs, probes
 from server.api.auth.keyring import REFRESH_S, KeyRing
 from server.api.auth.keys import KeyStore
-from server.api.dialects.registry import DIALECTS, write_webhook
+from server.api.dialects.registry import enabled_dialects, write_webhook
 from server.api.errors import answer_error
 from server.api.health import Health, Store, write_nothing
 from server.api.metrics import StoredFigures
@@ -51,7 +51,10 @@ logger = get_logger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The ASGI application. Its parts are built when it starts, in `app.state.services`."""
+    """The ASGI application. Its parts are built when it starts, in `app.state.services`.
+
+    Raises: ValueError for an unknown name in the setting `dialects`.
+    """
     metrics = Metrics()
 
     @asynccontextmanager
@@ -64,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="inpaint-server", lifespan=lifespan, openapi_url=None)
     app.state.metrics = metrics
     app.add_route("/openapi.json", openapi_endpoint(app), include_in_schema=False)
-    for dialect in DIALECTS:
+    for dialect in enabled_dialects(settings.dialects):
         app.include_router(dialect.router)
     app.include_router(outputs.router)
     app.include_router(probes.router)

@@ -1,13 +1,16 @@
 """What endpoints of all dialects need: services, caller, the server's address, a job."""
 
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from models.diffusion.enhance import Enhancement
 from server.api.auth.keyring import Caller
+from server.api.dialects.base import ReadingPolicy
 from server.api.proxies import BASE_URL
 from server.api.services import Services
-from server.core.errors import JobNotFound
+from server.core.errors import JobNotFound, StorageUnavailable
 from server.core.settings import Settings
 from server.jobs.job import Job, JobState
 
@@ -66,3 +69,29 @@ async def eta_s(services: Services, job: Job) -> float:
     """Estimated seconds until a job ends."""
     forecast = await services.in_store_thread(services.estimator.forecast, job.id)
     return services.quotes.quote(job.id, forecast.eta_s(job.id))
+
+
+async def cancel(services: Services, job: Job) -> Job:
+    """The job once it has ended, because of this or not. Raises: JobNotFound, StorageUnavailable.
+
+    A running job leaves the device between two steps, within a second.
+    """
+    is_changed = await services.in_store_thread(services.store.cancel, job.id)
+    if is_changed:
+        with suppress(StorageUnavailable):  # `Janitor` removes the input later
+            await services.in_file_thread(services.storage.delete, job.input_key)
+    ended = await services.in_store_thread(services.store.get, job.id)
+    if ended is None:
+        raise JobNotFound
+    return ended
+
+
+def reading_policy(settings: Settings, caller: Caller) -> ReadingPolicy:
+    """The operator's choices for reading this caller's requests."""
+    return ReadingPolicy(
+        models=settings.offered_models,
+        force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
+        https_webhooks=settings.webhook.https_only,
+        steps_policy=settings.steps_policy,
+        enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
+    )

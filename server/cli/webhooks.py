@@ -34,7 +34,7 @@ def redeliver_webhooks(options: argparse.Namespace) -> int:
 
     Returns 1 where one of them cannot be repeated.
     """
-    from server.api.dialects.native.problems import CONFLICTS
+    from server.api.dialects.explanations import CONFLICTS
     from server.core.errors import Conflict
     from server.storage.database import open_migrated
     from server.webhooks.deliveries import DeliveryStore

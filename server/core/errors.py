@@ -16,6 +16,8 @@ ApiError
 ├── TooManyStreams      this key has too many event streams open
 ├── ServerBusy          more connections than the server takes, or it is stopping
 ├── JobNotFound         unknown id, or a job of another key
+├── JobFailed           a job, whose call waited for it, ended without pictures
+├── JobTooSlow          a job, whose call waited for it, takes longer than calls may wait
 ├── Conflict            the state of the job, or an earlier request, forbids it
 ├── RouteNotFound       no such path
 └── StorageUnavailable  the database or the file store does not answer
@@ -91,6 +93,8 @@ class ImageProblem(StrEnum):
     NOT_AN_IMAGE = "not_an_image"
     UNSUPPORTED = "unsupported"
     DAMAGED = "damaged"
+    NO_TRANSPARENCY = "no_transparency"
+    """A mask without a transparent pixel, in a dialect where these are repainted."""
     TOO_SLOW = "too_slow"
 
 
@@ -162,6 +166,25 @@ class ServerBusy(ApiError):
 
 class JobNotFound(ApiError):
     """Also raised for a job of another key."""
+
+
+class JobFailed(ApiError):
+    """For calls that wait for their job. code: of `jobs.job.Failure`. sentence: why it failed."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        self.code = code
+        self.sentence = sentence
+        super().__init__(code)
+
+
+class JobTooSlow(ApiError):
+    """For calls that wait for their job, which was cancelled. wait_s: how long they may wait."""
+
+    retry_after_s = 60
+
+    def __init__(self, wait_s: float) -> None:
+        self.wait_s = wait_s
+        super().__init__(f"not finished within {wait_s:g} s")
 
 
 class ConflictKind(StrEnum):

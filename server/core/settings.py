@@ -490,6 +490,12 @@ class Settings(BaseSettings):
     error_status: ErrorStatus = ErrorStatus.LEGACY
     """HTTP status of V3's errors. `legacy` is 200 as the vendor's, `http` is 4xx and 5xx with the
     same bodies. All other paths answer 4xx and 5xx."""
+    dialects: ListOf[str] = Field(default=(), examples=[["native", "v3"]])
+    """Wire languages that have routes, by their names in docs/clients.md. An empty list means all
+    of them."""
+    wait_s: float = Field(default=600, gt=0)
+    """How long a call waits for its pictures in a dialect that cannot be polled, such as OpenAI's.
+    Its job is then cancelled."""
     max_body_bytes: Size = 32_000_000
     """Largest body of a request, inline images included."""
     cors_origins: ListOf[str] = ("*",)

@@ -17,14 +17,15 @@ class Intake:
     """The API process's part: from the request to the stored input.
 
     fetch_ms: of both images, fetched concurrently. decode_ms: of both, resizing included.
-    init_image_sha256, mask_image_sha256: of the bytes as they were received.
+    init_image_sha256, mask_image_sha256: of the bytes as they were received; None for an image
+        that the request did not have.
     mask_read_as: how the mask was understood; None in rows of versions that had one way.
     """
 
     fetch_ms: float
     decode_ms: float
-    init_image_sha256: str
-    mask_image_sha256: str
+    init_image_sha256: str | None
+    mask_image_sha256: str | None
     mask_read_as: MaskReading | None = None
 
     def to_json(self) -> dict[str, Any]:

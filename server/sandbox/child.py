@@ -26,7 +26,7 @@ from models.imaging.decoding import (
     decode_image,
     decode_mask,
 )
-from models.imaging.mask_reading import MaskReading
+from models.imaging.mask_reading import MaskReading, MaskRule
 from models.params import fit_size
 from server.sandbox.seccomp import confine
 
@@ -49,9 +49,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
 
 READY, READY_UNFILTERED = b"R", b"r"
-REQUEST = struct.Struct("<BIHH?HHB")
+REQUEST = struct.Struct("<BIHH?BHHB")
 """Kind; size of the file, which follows; target width and height, 0 for one that is not given;
-whether the picture may keep its own size; for a mask how the init image is stored, else zeros."""
+whether the picture may keep its own size; the rule for a mask, an index in `RULES`; for a mask how
+the init image is stored, else zeros."""
 REPLY = struct.Struct("<BHHHHBBI")
 """Outcome, and for a picture: width, height, how it is stored, a note, and the bytes of its colour
 profile. The pixels follow, then the profile. A mask's note is an index in `READINGS`. An init
@@ -60,6 +61,7 @@ PICTURE = 0
 PROFILE_LOST = 1
 ALPHA_LOST = 2
 READINGS = tuple(MaskReading)
+RULES = tuple(MaskRule)
 NOT_STORED = Stored(0, 0, 0)
 FAULTS = tuple(ImageFault)
 """The outcome of a failure is 1 + its index."""
@@ -95,13 +97,28 @@ class TargetSize:
         return fit_size(own_width, own_height, self.width, self.height)
 
 
+@dataclass(frozen=True, slots=True)
+class MaskContext:
+    """What decoding a mask needs to know besides its size.
+
+    rule: how the file is read. init_image: how the init image is stored.
+    """
+
+    rule: MaskRule = MaskRule.EVIDENT
+    init_image: Stored = NOT_STORED
+
+
+USUAL_MASK = MaskContext()
+
+
 def write_request(
-    kind: Kind, content: bytes, target: TargetSize, *, init_image: Stored | None = None
+    kind: Kind, content: bytes, target: TargetSize, context: MaskContext = USUAL_MASK
 ) -> bytes:
-    """A request, with its file. init_image: how the init image of a mask is stored."""
+    """A request, with its file. context: of a mask."""
     size = target.width or 0, target.height or 0
-    stored = init_image or NOT_STORED
-    return REQUEST.pack(kind, len(content), *size, target.keeps_own_size, *stored) + content
+    rule = RULES.index(context.rule)
+    numbers = (kind, len(content), *size, target.keeps_own_size, rule, *context.init_image)
+    return REQUEST.pack(*numbers) + content
 
 
 def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes | memoryview]:
@@ -131,9 +148,10 @@ def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
     replies.write(READY if is_filtered else READY_UNFILTERED)
     replies.flush()
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
-        kind, size, width, height, keeps_own_size, *stored = REQUEST.unpack(head)
+        kind, size, width, height, keeps_own_size, rule, *stored = REQUEST.unpack(head)
         target = TargetSize(width or None, height or None, keeps_own_size)
-        picture = decode(Kind(kind), requests.read(size), limits, target, Stored(*stored))
+        context = MaskContext(RULES[rule], Stored(*stored))
+        picture = decode(Kind(kind), requests.read(size), limits, target, context)
         replies.writelines(write_reply(picture))
         del picture
         replies.flush()
@@ -163,13 +181,15 @@ def decode(
     content: bytes,
     limits: ImageLimits,
     target: TargetSize,
-    init_image: Stored = NOT_STORED,
+    context: MaskContext = USUAL_MASK,
 ) -> DecodedImage | DecodedMask | ImageFault:
-    """The picture or its fault. init_image: how the init image of a mask is stored."""
+    """The picture or its fault."""
     limits = limits_of(kind, limits, target)
     try:
         if kind is Kind.INIT_IMAGE:
             return decode_image(content, limits, target.fit)
-        return decode_mask(content, limits, target.fit, init_image=init_image)
+        return decode_mask(
+            content, limits, target.fit, init_image=context.init_image, rule=context.rule
+        )
     except UnreadableImage as error:
         return error.kind

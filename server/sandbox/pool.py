@@ -2,10 +2,11 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 
 from models.imaging.decoding import ImageLimits
+from models.imaging.mask_reading import MaskRule
 from server.core.errors import ApiError, QueueFull
 from server.core.fairness import FairSemaphore, NoSlot
 from server.sandbox.child import TargetSize
@@ -24,6 +25,9 @@ MAX_WAITING_BYTES, MAX_WAITING_BYTES_PER_KEY = 256 * 2**20, 128 * 2**20
 MAX_DECODED_BYTES = 128 * 2**20
 """Pixels that requests may hold after releasing their child. Above this limit a request keeps its
 child until it has written its pixels, so that decoding slows down and memory stays bounded."""
+
+
+Decode = Callable[[DecoderProcess], Awaitable[DecodedPair]]
 
 
 class DecoderPool:
@@ -59,14 +63,20 @@ class DecoderPool:
 
     @asynccontextmanager
     async def decoded(
-        self, images: Mapping[str, bytes], target: TargetSize = OWN_SIZE, key_id: str = "anybody"
+        self,
+        images: Mapping[str, bytes],
+        target: TargetSize = OWN_SIZE,
+        key_id: str = "anybody",
+        rule: MaskRule = MaskRule.EVIDENT,
     ) -> AsyncIterator[DecodedPair]:
         """The result of `DecoderProcess.decode_pair`, whose memory is counted until the exit.
 
         key_id: children are shared fairly among keys.
         Raises: ImageUnavailable, QueueFull, ApiError.
         """
-        pair = await self._decode(images, target, key_id)
+        pair = await self._decode(
+            images, key_id, lambda decoder: decoder.decode_pair(images, target, rule)
+        )
         size = pair.init_image.nbytes + pair.mask.nbytes
         keeps_slot = self._decoded_bytes + size > self._max_decoded_bytes
         if not keeps_slot:
@@ -80,7 +90,7 @@ class DecoderPool:
                 self._slots.release(key_id)
 
     async def _decode(
-        self, images: Mapping[str, bytes], target: TargetSize, key_id: str
+        self, images: Mapping[str, bytes], key_id: str, decode: Decode
     ) -> DecodedPair:
         """Acquires a slot, which the caller releases. After an error no slot is held."""
         size = sum(map(len, images.values()))
@@ -94,7 +104,7 @@ class DecoderPool:
         self._waiting_bytes_of[key_id] += size
         try:
             await self._slots.acquire(key_id, self._wait_timeout_s)
-            return await self._use_decoder(images, target, key_id)
+            return await self._use_decoder(key_id, decode)
         except NoSlot as error:
             raise QueueFull(self._waiting) from error
         finally:
@@ -104,13 +114,11 @@ class DecoderPool:
             if not self._waiting_bytes_of[key_id]:
                 del self._waiting_bytes_of[key_id]
 
-    async def _use_decoder(
-        self, images: Mapping[str, bytes], target: TargetSize, key_id: str
-    ) -> DecodedPair:
+    async def _use_decoder(self, key_id: str, decode: Decode) -> DecodedPair:
         """Decode in a slot that the caller has acquired; releases it after an error."""
         decoder = self._idle.pop()
         try:
-            return await decoder.decode_pair(images, target)
+            return await decode(decoder)
         except BaseException:
             self._slots.release(key_id)
             raise

@@ -20,6 +20,7 @@ import numpy as np
 from models.errors import ImageFault
 from models.imaging.colour import MAX_KEPT_BYTES
 from models.imaging.decoding import DecodedImage, DecodedMask, ImageLimits, Stored
+from models.imaging.mask_reading import MaskReading, MaskRule
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable
 from server.core.logs import get_logger
 from server.core.notices import Notice
@@ -31,7 +32,9 @@ from server.sandbox.child import (
     READINGS,
     READY_UNFILTERED,
     REPLY,
+    USUAL_MASK,
     Kind,
+    MaskContext,
     TargetSize,
     limits_of,
     write_request,
@@ -56,6 +59,7 @@ PROBLEM_OF_FAULT = {
     ImageFault.DAMAGED: ImageProblem.DAMAGED,
     ImageFault.UNSUPPORTED: ImageProblem.UNSUPPORTED,
     ImageFault.TOO_LARGE: ImageProblem.TOO_LARGE,
+    ImageFault.NO_TRANSPARENCY: ImageProblem.NO_TRANSPARENCY,
 }
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,6 +71,14 @@ PROGRAM = (
 
 SAME_PROPORTIONS = 0.02
 """Tolerance for sides rounded to whole pixels, and those of a job to multiples of 8."""
+
+DEFAULT_SIDE_PX = 512
+"""Side of a picture made without an init image, where the request gives none."""
+
+MID_GREY = 128
+
+UPRIGHT = 1
+"""EXIF's orientation of a picture that needs no turning."""
 
 OWN_SIZE = TargetSize()
 """The target of a job that gives no size."""
@@ -109,20 +121,24 @@ class DecoderProcess:
         return None if self._process is None else self._process.pid
 
     async def decode_pair(
-        self, images: Mapping[str, bytes], target: TargetSize = OWN_SIZE
+        self,
+        images: Mapping[str, bytes],
+        target: TargetSize = OWN_SIZE,
+        rule: MaskRule = MaskRule.EVIDENT,
     ) -> DecodedPair:
         """Decode and resize both; the mask gets the init image's size and rotation.
 
-        images: `init_image` and `mask_image`.
+        images: `init_image` and `mask_image`. Without an init image the picture is plain grey,
+            without a mask all of it is repainted. rule: how the mask is read.
         Raises: ImageUnavailable with every faulty image; ApiError.
         """
-        init_image = await self.decode(Kind.INIT_IMAGE, images["init_image"], target)
-        stored = None
-        if not isinstance(init_image, ImageProblem):
+        init_image = await self._decode_init(images.get("init_image"), target)
+        context = MaskContext(rule)
+        if isinstance(init_image, DecodedImage):
             height, width = init_image.pixels.shape[:2]
             target = replace(target, width=width, height=height)
-            stored = init_image.stored
-        mask = await self.decode(Kind.MASK_IMAGE, images["mask_image"], target, stored)
+            context = MaskContext(rule, init_image.stored)
+        mask = await self._decode_mask(images.get("mask_image"), target, context)
         if isinstance(init_image, DecodedImage) and isinstance(mask, DecodedMask):
             return pair_of(init_image, mask)
         outcomes = {"init_image": init_image, "mask_image": mask}
@@ -130,21 +146,38 @@ class DecoderProcess:
             {name: each for name, each in outcomes.items() if isinstance(each, ImageProblem)}
         )
 
+    async def _decode_init(
+        self, content: bytes | None, target: TargetSize
+    ) -> DecodedImage | ImageProblem:
+        if content is None:
+            return plain_grey(target)
+        decoded = await self.decode(Kind.INIT_IMAGE, content, target)
+        assert not isinstance(decoded, DecodedMask)
+        return decoded
+
+    async def _decode_mask(
+        self, content: bytes | None, target: TargetSize, context: MaskContext
+    ) -> DecodedMask | ImageProblem:
+        if content is None:
+            return all_white(target)
+        decoded = await self.decode(Kind.MASK_IMAGE, content, target, context)
+        assert not isinstance(decoded, DecodedImage)
+        return decoded
+
     async def decode(
         self,
         kind: Kind,
         content: bytes,
         target: TargetSize = OWN_SIZE,
-        init_image: Stored | None = None,
+        context: MaskContext = USUAL_MASK,
     ) -> DecodedImage | DecodedMask | ImageProblem:
         """The picture at the target size, or its fault.
 
-        init_image: how the init image of a mask is stored.
-        Raises: ApiError where no child can be started.
+        context: of a mask. Raises: ApiError where no child can be started.
         """
         if len(content) > self._limits.max_bytes:
             return ImageProblem.TOO_LARGE
-        request = write_request(kind, content, target, init_image=init_image)
+        request = write_request(kind, content, target, context)
         async with self._exclusive():
             try:
                 return await self._send(kind, request, target)
@@ -310,6 +343,20 @@ def output_of(process: Process) -> asyncio.StreamReader:
     if process.stdout is None:
         raise EOFError
     return process.stdout
+
+
+def plain_grey(target: TargetSize) -> DecodedImage:
+    """The init image of text to image, of which the model sees nothing."""
+    width, height = target.fit(DEFAULT_SIDE_PX, DEFAULT_SIDE_PX)
+    pixels = np.full((height, width, 3), MID_GREY, np.uint8)
+    return DecodedImage(pixels, Stored(width, height, UPRIGHT), b"", is_profile_lost=False)
+
+
+def all_white(target: TargetSize) -> DecodedMask:
+    """The mask of a request without one. target: the init image's size."""
+    width, height = target.fit(DEFAULT_SIDE_PX, DEFAULT_SIDE_PX)
+    pixels = np.full((height, width), 255, np.uint8)
+    return DecodedMask(pixels, Stored(width, height, UPRIGHT), MaskReading.WHITE)
 
 
 def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:

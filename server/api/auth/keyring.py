@@ -4,6 +4,7 @@ The keys are in memory and are read again every `REFRESH_S`. A request costs a h
 constant-time comparison, and a new or revoked key takes effect within seconds.
 """
 
+import base64
 import hmac
 import ipaddress
 import stat
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.api.auth.keys import KeyLimits, KeyStore, digest_of
+from server.api.bodies import is_absent
 from server.core.errors import InvalidApiKey, RateLimited
 from server.core.logs import redact_secrets
 from server.core.rate_limits import TokenBuckets
@@ -221,7 +223,27 @@ def read_keys_file(path: Path) -> list[str]:
     return keys
 
 
-def bearer_token(headers: Mapping[str, str]) -> str | None:
-    """The token of `Authorization: Bearer`; None without one."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token if scheme.lower() == "bearer" else None
+def key_in_headers(headers: Mapping[str, str]) -> str | None:
+    """The API key: `key`, `X-API-Key`, or `Authorization`; None without one.
+
+    The first two come before the third, which some clients and proxies fill on their own.
+    """
+    named = (headers.get("key"), headers.get("x-api-key"), authorization_key(headers))
+    return next((key.strip() for key in named if key and not is_absent(key)), None)
+
+
+def authorization_key(headers: Mapping[str, str]) -> str | None:
+    """The key in `Authorization`: a bearer token, a bare key, or the password of `Basic`.
+
+    A client that has no field for a password sends the key as the user name.
+    """
+    scheme, _, rest = headers.get("authorization", "").strip().partition(" ")
+    match scheme.lower():
+        case "bearer" | "token":
+            return rest
+        case "basic":
+            with suppress(ValueError):
+                user, _, password = base64.b64decode(rest, validate=True).decode().partition(":")
+                return password or user
+            return None
+    return None if rest else scheme

@@ -1,15 +1,76 @@
-"""`Dialect`: everything that the rest of the server knows of one wire language."""
+"""What the rest of the server knows of a wire language: `Dialect`, and `JobRequest`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
+from models.diffusion.enhance import Enhancement
+from models.imaging.mask_reading import MaskRule
+from models.params import InpaintParams
 from server.core.errors import ApiError, InvalidBody
+from server.core.notices import Notice
+from server.core.settings import StepsPolicy
+from server.egress.sources import ImageSource
 from server.jobs.job import Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """What a dialect has read from a request for pictures.
+
+    dialect: name of the dialect in which answers and the webhook are written.
+    params: with any width and height; `accept` replaces them once the images are decoded.
+    init_image: None for text to image, which starts from a plain grey picture.
+    mask_image: None repaints the whole picture. mask_rule: how the file of a mask is read.
+    width, height: in pixels; None where the init image decides. They are the model's canvas where
+        `params.only_masked` keeps the init image's own size.
+    track_id: any JSON scalar, given back as it came.
+    previews: the worker writes previews while the job runs.
+    notices: warnings about parameters that are not applied as sent.
+    own_facts: JSON values in the job's row that only this dialect reads.
+    """
+
+    dialect: str
+    params: InpaintParams
+    init_image: ImageSource | None
+    mask_image: ImageSource | None
+    mask_rule: MaskRule = MaskRule.EVIDENT
+    width: int | None = None
+    height: int | None = None
+    webhook: str | None = None
+    track_id: Any = None
+    previews: bool = False
+    notices: tuple[Notice, ...] = ()
+    own_facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> dict[str, ImageSource]:
+        """The images to fetch, by parameter name."""
+        images = {"init_image": self.init_image, "mask_image": self.mask_image}
+        return {name: source for name, source in images.items() if source is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingPolicy:
+    """The operator's choices for reading requests.
+
+    models: those a request may name. https_webhooks: webhooks must have an https URL.
+    steps_policy, enhancement: of the vendor's family.
+    """
+
+    models: Sequence[str] = ()
+    force_safety_check: bool = False
+    https_webhooks: bool = False
+    steps_policy: StepsPolicy = StepsPolicy.VENDOR
+    enhancement: Enhancement = Enhancement("", "")
+
+    def model_named(self, name: Any) -> str | None:
+        """The offered model with this name; None where there is none."""
+        return name if isinstance(name, str) and name in self.models else None
 
 
 def invalid_body(_error: RequestValidationError) -> ApiError:
@@ -21,7 +82,7 @@ def invalid_body(_error: RequestValidationError) -> ApiError:
 class Dialect:
     """One wire language.
 
-    name: stored in the rows of the dialect's jobs.
+    name: stored in the rows of the dialect's jobs; the setting `dialects` switches it on by it.
     router: its endpoints. They read a call into a `JobRequest`, hand it to `accept`, and write the
         answer. A fact of the call that only this dialect needs later goes into the job's row by a
         frozen type of its own (`RequestFacts.own`).

@@ -5,10 +5,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from models.errors import InvalidInput, Violation
 from models.params import (
     CHUNK_TOKENS,
     MAX_PROMPT_CHUNKS,
     RANGES,
+    InpaintParams,
     Range,
     SchedulerName,
     allowed_size,
@@ -17,6 +19,7 @@ from models.params import (
 )
 from server.api.bodies import is_absent
 from server.api.dialects.samplers import find_scheduler
+from server.core.errors import InvalidRequest
 from server.core.notices import Notice
 from server.egress.policy import MAX_URL_CHARS, AddressDenied, checked_url
 from server.egress.sources import ZERO_WIDTH, ImageSource
@@ -191,11 +194,32 @@ class FieldReader:
             return None
         return value
 
+    def params(self, **values: Any) -> InpaintParams:
+        """The parameters; values that go together with no others are refused like single ones."""
+        try:
+            return InpaintParams(**values)
+        except InvalidInput as error:
+            for violation in error.violations:
+                self._refuse(violation.field, write_violation(violation))
+            return InpaintParams(prompt="", seed=0)
+
+    def raise_errors(self) -> None:
+        """Raises: InvalidRequest, with every field at fault."""
+        if self.errors:
+            raise InvalidRequest(self.errors)
+
     def _refuse_length(self, name: str, max_chars: int) -> None:
         self._refuse(name, f"may not be greater than {max_chars} characters.")
 
     def _refuse(self, name: str, sentence: str) -> None:
         self.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")
+
+
+def write_violation(violation: Violation) -> str:
+    """A violation that `InpaintParams` found, as the end of a sentence."""
+    if violation.reason:
+        return f"{violation.reason}."
+    return f"must be between {violation.minimum:g} and {violation.maximum:g}."
 
 
 def is_web_address(url: str) -> bool:

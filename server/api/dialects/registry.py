@@ -1,7 +1,9 @@
 """The dialects this server speaks. A further wire language is one folder and one entry here."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from models.spelling import did_you_mean
 from server.api.dialects.base import Dialect
 from server.api.dialects.native.routes import NATIVE
 from server.api.dialects.v3.routes import V3
@@ -11,6 +13,15 @@ DIALECTS = (NATIVE, V3)
 """The first dialect that owns a path writes its errors; `NATIVE` writes those of other paths."""
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
+
+
+def enabled_dialects(names: Sequence[str]) -> list[Dialect]:
+    """The dialects that have routes. names: empty for all. Raises: ValueError."""
+    for name in names:
+        if name not in BY_NAME:
+            known = ", ".join(BY_NAME)
+            raise ValueError(f"dialects: {name!r} is none of {known}{did_you_mean(name, BY_NAME)}")
+    return [dialect for dialect in DIALECTS if not names or dialect.name in names]
 
 
 def dialect_of(path: str) -> Dialect:

@@ -1,14 +1,17 @@
 """The native dialect by itself: what is read strictly, and how errors are written."""
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 
 from models.params import RANGES, InpaintParams, SchedulerName
+from server.api.dialects import explanations
+from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.native import problems as native_problems
 from server.api.dialects.native import reading as native
-from server.api.dialects.native.reading import FieldProblem, NativeJob
+from server.api.dialects.native.reading import FieldProblem
 from server.core.errors import (
     ApiError,
     Conflict,
@@ -17,6 +20,8 @@ from server.core.errors import (
     ImageUnavailable,
     InvalidBody,
     InvalidRequest,
+    JobFailed,
+    JobTooSlow,
     QueueFull,
     RateLimited,
     RouteNotFound,
@@ -28,8 +33,11 @@ from tests.support.api_errors import error_classes
 LEAST = {"prompt": "a cat", "init_image": "http://x/a.png", "mask_image": "http://x/b.png"}
 
 
-def read(**changes: Any) -> NativeJob:
-    return native.read_job(json.dumps(LEAST | changes).encode(), models=["sd15", "sdxl"])
+POLICY = ReadingPolicy(models=["sd15", "sdxl"])
+
+
+def read(**changes: Any) -> JobRequest:
+    return native.read_job(json.dumps(LEAST | changes).encode(), POLICY)[0]
 
 
 def problems(**changes: Any) -> dict[str, Any]:
@@ -40,7 +48,7 @@ def problems(**changes: Any) -> dict[str, Any]:
 
 def test_what_is_left_open_is_as_in_the_parameters_themselves() -> None:
     asked = read()
-    assert asked.params(512, 512) == InpaintParams(prompt="a cat", seed=asked.seed)
+    assert asked.params == InpaintParams(prompt="a cat", seed=asked.params.seed)
 
 
 def test_every_parameter_reaches_the_job() -> None:
@@ -65,7 +73,9 @@ def test_every_parameter_reaches_the_job() -> None:
         "mask_blur": 4,
         "match_colours": True,
     }
-    params = read(**given).params(640, 320)
+    asked = read(**given)
+    assert (asked.width, asked.height) == (640, 320)
+    params = dataclasses.replace(asked.params, width=640, height=320)
     assert params == InpaintParams(prompt="a cat", **(given | {"scheduler": SchedulerName.DDIM}))
     of_operator = {"must_be_checked"}
     assert given.keys() == params.to_json().keys() - {"prompt"} - of_operator, "none was forgotten"
@@ -74,7 +84,7 @@ def test_every_parameter_reaches_the_job() -> None:
 def test_previews_are_for_the_worker_and_no_parameter() -> None:
     assert [read().previews, read(previews=True).previews] == [False, True]
     assert problems(previews="yes") == {"previews": FieldProblem.WRONG_TYPE}
-    plain, shown = (read(seed=1, previews=each).params(64, 64) for each in (False, True))
+    plain, shown = (read(seed=1, previews=each).params for each in (False, True))
     assert plain == shown
 
 
@@ -168,7 +178,7 @@ def test_random_seed_is_null_and_nothing_else() -> None:
 
 def test_all_fields_at_fault_are_named_once() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        native.read_job(b'{"samples": 9, "x": 1, "track_id": {}}')
+        native.read_job(b'{"samples": 9, "x": 1, "track_id": {}}', POLICY)
     required = dict.fromkeys(LEAST, [FieldProblem.REQUIRED])
     assert caught.value.fields == required | {
         "samples": [FieldProblem.OUT_OF_RANGE],
@@ -187,7 +197,7 @@ def test_fields_that_exclude_each_other_are_found_before_anything_is_fetched() -
 )
 def test_body_that_is_no_json_object(body: bytes) -> None:
     with pytest.raises(InvalidBody):
-        native.read_job(body)
+        native.read_job(body, POLICY)
 
 
 @pytest.mark.parametrize(
@@ -200,38 +210,28 @@ def test_track_id_keeps_its_type(track_id: Any) -> None:
 
 def test_operator_may_force_the_safety_check() -> None:
     body = json.dumps(LEAST | {"safety_check": False}).encode()
-    assert native.read_job(body, force_safety_check=True).params(512, 512).safety_check
+    params = native.read_job(body, ReadingPolicy(force_safety_check=True))[0].params
+    assert (params.safety_check, params.must_be_checked) == (True, True)
 
 
 def test_same_wish_in_other_words_is_the_same_body() -> None:
     body = json.dumps(LEAST | {"seed": 5})
     other = json.dumps({"seed": 5} | LEAST, indent=2)
-    wishes = [native.read_job(each.encode()) for each in (body, other)]
-    assert wishes[0].request.body_sha256 == wishes[1].request.body_sha256
-    assert wishes[0].request.body_sha256 != read(seed=6).request.body_sha256
-    assert read().request.body_sha256 == read().request.body_sha256, "whatever seed was drawn"
+    third = json.dumps(LEAST | {"seed": 6})
+    digests = [digest_of(each) for each in (body, other, third)]
+    assert digests[0] == digests[1] != digests[2]
+    random_seed = json.dumps(LEAST)
+    assert digest_of(random_seed) == digest_of(random_seed), "whatever seed was drawn"
+
+
+def digest_of(body: str) -> str:
+    return native.read_job(body.encode(), POLICY)[1].body_sha256
 
 
 @pytest.mark.parametrize("key", ["", "two words", "ž", "x" * 256])
 def test_idempotency_key_that_is_none(key: str) -> None:
     with pytest.raises(InvalidRequest):
-        native.read_idempotency(key, read().request)
-
-
-@pytest.mark.parametrize(
-    ("headers", "key"),
-    [
-        ({"authorization": "Bearer k"}, "k"),
-        ({"authorization": "bearer  k "}, "k"),
-        ({"x-api-key": "k"}, "k"),
-        ({"authorization": "Basic x", "x-api-key": "k"}, "k"),
-        ({"authorization": "Bearer "}, None),
-        ({"key": "k"}, None),
-        ({}, None),
-    ],
-)
-def test_where_a_key_may_stand(headers: dict[str, str], key: str | None) -> None:
-    assert native.read_key(headers) == key
+        native.read_idempotency(key, native.read_job(json.dumps(LEAST).encode(), POLICY)[1])
 
 
 SAMPLES: dict[type[ApiError], ApiError] = {
@@ -241,20 +241,22 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     QueueFull: QueueFull(5),
     TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(9),
+    JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
+    JobTooSlow: JobTooSlow(600),
 }
 
 
 @pytest.mark.parametrize("kind", error_classes())
 def test_every_error_has_a_code_of_its_own(kind: type[ApiError]) -> None:
     error = SAMPLES.get(kind) or kind()
-    problem, _ = native_problems.write_problem(error, "request-1")
+    problem = native_problems.write_problem(error, "request-1")
     assert (problem.code == "internal_error") == (kind is ApiError)
     assert problem.status >= 400
-    assert kind is Conflict or kind in native_problems.PROBLEMS
+    assert kind is Conflict or kind in explanations.EXPLANATIONS
 
 
 def test_codes_are_distinct() -> None:
-    codes = [code for _, code, _ in native_problems.PROBLEMS.values()]
+    codes = [code for _, code, _ in explanations.EXPLANATIONS.values()]
     codes += [*ConflictKind]
     assert len({*codes}) == len(codes)
 
@@ -262,7 +264,7 @@ def test_codes_are_distinct() -> None:
 @pytest.mark.parametrize("problem", FieldProblem)
 def test_every_field_problem_has_a_sentence(problem: FieldProblem) -> None:
     error = InvalidRequest({"samples": [problem]})
-    (field,) = native_problems.write_problem(error, "")[0].errors
+    (field,) = native_problems.write_problem(error, "").errors
     assert (field.field, field.code) == ("samples", problem)
     if problem is FieldProblem.OUT_OF_RANGE:
         assert field.message == "must be between 1 and 4"
@@ -270,19 +272,20 @@ def test_every_field_problem_has_a_sentence(problem: FieldProblem) -> None:
 
 def test_long_unknown_name_is_cut() -> None:
     error = InvalidRequest({"x" * 5_000: [FieldProblem.UNKNOWN]})
-    (field,) = native_problems.write_problem(error, "")[0].errors
+    (field,) = native_problems.write_problem(error, "").errors
     assert field.field == "x" * 100
 
 
 @pytest.mark.parametrize("kind", ConflictKind)
 def test_every_conflict_has_a_status(kind: ConflictKind) -> None:
-    problem, _ = native_problems.write_problem(Conflict(kind), "")
+    problem = native_problems.write_problem(Conflict(kind), "")
     assert (problem.status in (409, 422), problem.code) == (True, kind)
 
 
 def test_method_that_a_path_does_not_know() -> None:
-    problem, headers = native_problems.write_problem(RouteNotFound("GET"), "")
-    assert (problem.status, headers) == (405, {"Allow": "GET"})
+    error = RouteNotFound("GET")
+    assert native_problems.write_problem(error, "").status == 405
+    assert explanations.headers_of(error) == {"Allow": "GET"}
 
 
 @pytest.mark.parametrize(
@@ -302,5 +305,5 @@ def test_whose_errors_are_problems(path: str, is_ours: bool) -> None:
 
 @pytest.mark.parametrize("problem", ImageProblem)
 def test_every_image_problem_has_a_sentence(problem: ImageProblem) -> None:
-    written, _ = native_problems.write_problem(ImageUnavailable({"mask_image": problem}), "")
+    written = native_problems.write_problem(ImageUnavailable({"mask_image": problem}), "")
     assert [(each.field, each.code) for each in written.errors] == [("mask_image", problem.value)]

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from models.diffusion.enhance import Enhancement
 from models.params import RANGES, SEED_MODULUS, InpaintParams, SchedulerName
 from server.api.accept import facts_of
+from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.v3 import reading as v3
 from server.api.dialects.v3 import writing as v3_writing
 from server.core.errors import (
@@ -22,7 +23,9 @@ from server.core.errors import (
     InvalidApiKey,
     InvalidBody,
     InvalidRequest,
+    JobFailed,
     JobNotFound,
+    JobTooSlow,
     LoopbackOnly,
     QueueFull,
     RateLimited,
@@ -38,7 +41,7 @@ from server.jobs.job import Job, JobState, RequestFacts
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
 from tests.support.api_errors import error_classes
 
-POLICY = v3.ReadingPolicy(StepsPolicy.VENDOR, False, Enhancement("and more", "and less"))
+POLICY = ReadingPolicy(enhancement=Enhancement("and more", "and less"))
 INIT = "https://x.example/init.png"
 MASK = "https://x.example/mask.png"
 REQUIRED = {"prompt": "a cat", "init_image": INIT, "mask_image": MASK}
@@ -47,7 +50,7 @@ REQUIRED = {"prompt": "a cat", "init_image": INIT, "mask_image": MASK}
 NOTHING = ["", "  ", None, "null", " NULL\n", "none", "None", "undefined", "\ufeff", "\u200bnone "]
 
 
-def read(policy: v3.ReadingPolicy = POLICY, /, **fields: Any) -> v3.V3Request:
+def read(policy: ReadingPolicy = POLICY, /, **fields: Any) -> JobRequest:
     return v3.read_inpaint(REQUIRED | fields, policy)
 
 
@@ -64,37 +67,26 @@ class TestReading:
     def test_only_offered_models_can_be_asked_for(self, asked: Any, model: str | None) -> None:
         policy = replace(POLICY, models=("builtin", "other"))
         request = read(policy, model_id=asked)
-        assert request.model == request.params(64, 64).model == model
+        assert request.params.model == model
 
     def test_required_fields_alone_give_the_defaults(self) -> None:
         request = read()
-        assert 0 <= request.seed < SEED_MODULUS
-        assert request == v3.V3Request(
-            prompt="a cat and more",
-            negative_prompt=" and less",
+        assert 0 <= request.params.seed < SEED_MODULUS
+        assert request == JobRequest(
+            dialect="v3",
+            params=InpaintParams(
+                prompt="a cat and more", negative_prompt=" and less", seed=request.params.seed
+            ),
             init_image=ImageSource(INIT),
             mask_image=ImageSource(MASK),
-            width=None,
-            height=None,
-            samples=1,
-            num_inference_steps=20,
-            guidance_scale=7.5,
-            strength=0.7,
-            seed=request.seed,
-            scheduler=None,
-            model=None,
-            safety_check=True,
-            must_be_checked=False,
-            wants_base64=False,
-            webhook=None,
-            track_id=None,
+            own_facts={"wants_base64": False},
         )
 
     @pytest.mark.parametrize("nothing", NOTHING)
     @pytest.mark.parametrize("name", sorted(set(v3.INPAINT_FIELDS) - set(REQUIRED)))
     def test_nothing_means_absent(self, name: str, nothing: str | None) -> None:
         absent, given = read(seed=5), read(**({"seed": 5} | {name: nothing}))
-        assert replace(given, seed=5) == absent
+        assert replace(given, params=replace(given.params, seed=5)) == absent
 
     @pytest.mark.parametrize("nothing", NOTHING)
     def test_nothing_is_not_enough_for_required_fields(self, nothing: str | None) -> None:
@@ -106,33 +98,33 @@ class TestReading:
 
     def test_texts_are_trimmed(self) -> None:
         request = read(prompt=" a cat\n", init_image=f" {INIT} ", enhance_prompt=" no ")
-        assert (request.prompt, request.init_image.content) == ("a cat", INIT)
+        assert (request.params.prompt, request.init_image) == ("a cat", ImageSource(INIT))
 
     def test_numbers_are_texts_too(self) -> None:
-        assert read(prompt=2001, enhance_prompt=False).prompt == "2001"
+        assert read(prompt=2001, enhance_prompt=False).params.prompt == "2001"
 
     @pytest.mark.parametrize("value", ["yes", "YES", "True", True, 1, "1", " Yes "])
     def test_flags_that_say_yes(self, value: object) -> None:
-        assert read(base64=value).wants_base64
+        assert read(base64=value).own_facts["wants_base64"]
 
     @pytest.mark.parametrize("value", ["no", "No", "FALSE", False, 0, "0", " no "])
     def test_flags_that_say_no(self, value: object) -> None:
         request = read(safety_checker=value, enhance_prompt=value)
-        assert not request.safety_check
-        assert request.prompt == "a cat"
+        assert not request.params.safety_check
+        assert request.params.prompt == "a cat"
 
     @pytest.mark.parametrize(
         ("negative_prompt", "enhanced", "plain"),
         [("fog", "fog and less", "fog"), (None, " and less", ""), ("null", " and less", "")],
     )
     def test_enhancement(self, negative_prompt: str | None, enhanced: str, plain: str) -> None:
-        assert read(negative_prompt=negative_prompt).negative_prompt == enhanced
+        assert read(negative_prompt=negative_prompt).params.negative_prompt == enhanced
         request = read(negative_prompt=negative_prompt, enhance_prompt="no")
-        assert (request.prompt, request.negative_prompt) == ("a cat", plain)
+        assert (request.params.prompt, request.params.negative_prompt) == ("a cat", plain)
 
     def test_operator_can_force_the_safety_checker(self) -> None:
         forced = replace(POLICY, force_safety_check=True)
-        assert read(forced, safety_checker="no").safety_check
+        assert read(forced, safety_checker="no").params.safety_check
 
     @pytest.mark.parametrize(
         ("sent", "used"),
@@ -167,12 +159,12 @@ class TestReading:
         + [(51, 50), (100, 50), (1, 20), (0, 20), (-5, 20), (10**9, 50)],
     )
     def test_vendors_steps(self, sent: object, run: int) -> None:
-        assert read(num_inference_steps=sent).num_inference_steps == run
+        assert read(num_inference_steps=sent).params.num_inference_steps == run
 
     @pytest.mark.parametrize(("sent", "run"), [(1, 1), ("20", 20), (150, 150), (None, 21)])
     def test_exact_steps(self, sent: object, run: int) -> None:
         exact = replace(POLICY, steps_policy=StepsPolicy.EXACT)
-        assert read(exact, num_inference_steps=sent).num_inference_steps == run
+        assert read(exact, num_inference_steps=sent).params.num_inference_steps == run
         with pytest.raises(InvalidRequest):
             read(exact, num_inference_steps=151)
 
@@ -182,39 +174,39 @@ class TestReading:
         + [("-5", 2**32 - 5), (2**53 + 1, 1), (str(2**64 + 3), 3), (7.0, 7), ("7.0", 7)],
     )
     def test_seed_is_taken_modulo(self, sent: object, used: int) -> None:
-        assert read(seed=sent).seed == used
+        assert read(seed=sent).params.seed == used
 
     @pytest.mark.parametrize("nothing", [None, "none", -1, "-1", -1.0, " -1 "])
     def test_seed_is_random_where_absent_or_minus_one(self, nothing: object) -> None:
-        seeds = {read(seed=nothing).seed for _ in range(3)}
+        seeds = {read(seed=nothing).params.seed for _ in range(3)}
         assert len(seeds) == 3
         assert all(0 <= seed < SEED_MODULUS for seed in seeds)
 
     @pytest.mark.parametrize("word", ["nobody", "a none", "null and void", "undefined behaviour"])
     def test_absent_words_within_a_text_are_text(self, word: str) -> None:
-        assert read(prompt=word, enhance_prompt="no").prompt == word
+        assert read(prompt=word, enhance_prompt="no").params.prompt == word
 
     @pytest.mark.parametrize("name", ["strength", "prompt_strength"])
     @pytest.mark.parametrize("value", [0, "0", 0.0, "0.0001"])
     def test_strength_of_nothing_is_the_smallest(self, name: str, value: object) -> None:
         request = read(**{name: value})
-        assert request.params(64, 64).strength == RANGES["strength"].minimum
+        assert request.params.strength == RANGES["strength"].minimum
 
     @pytest.mark.parametrize("value", [0.3, "0.3", " .3 "])
     def test_older_name_of_strength(self, value: object) -> None:
-        assert read(prompt_strength=value).strength == 0.3
-        assert read(prompt_strength=value, strength="").strength == 0.3
-        assert read(prompt_strength=value, strength=0.5).strength == 0.5
+        assert read(prompt_strength=value).params.strength == 0.3
+        assert read(prompt_strength=value, strength="").params.strength == 0.3
+        assert read(prompt_strength=value, strength=0.5).params.strength == 0.5
 
     @pytest.mark.parametrize(("sent", "used"), [(1, 1.0), ("20", 20.0), (" 7.5 ", 7.5)])
     def test_guidance_scale_is_a_number(self, sent: object, used: float) -> None:
-        scale = read(guidance_scale=sent).guidance_scale
+        scale = read(guidance_scale=sent).params.guidance_scale
         assert scale == used
         assert isinstance(scale, float)
 
     @pytest.mark.parametrize("samples", [1, "4", 4.0])
     def test_samples(self, samples: Any) -> None:
-        assert read(samples=samples).samples == int(samples)
+        assert read(samples=samples).params.samples == int(samples)
 
     @pytest.mark.parametrize("url", ["http://x/hook?a=b", "HTTPS://x/hook"])
     def test_webhook(self, url: str) -> None:
@@ -242,11 +234,14 @@ class TestReading:
         self, name: object, scheduler: SchedulerName | None, notices: tuple[Notice, ...]
     ) -> None:
         request = read(scheduler=name)
-        assert (request.scheduler, request.notices) == (scheduler, notices)
+        assert (request.params.scheduler, request.notices) == (scheduler, notices)
 
     def test_prompts_are_kept_as_sent_and_what_is_not_applied_is_noted(self) -> None:
         request = read(prompt="a cat <lora:x:1>", negative_prompt="[fog|rain]", enhance_prompt="no")
-        assert (request.prompt, request.negative_prompt) == ("a cat <lora:x:1>", "[fog|rain]")
+        assert (request.params.prompt, request.params.negative_prompt) == (
+            "a cat <lora:x:1>",
+            "[fog|rain]",
+        )
         assert request.notices == (
             Notice.LORA_TAG_IGNORED,
             Notice.PROMPT_SYNTAX_UNSUPPORTED,
@@ -254,8 +249,8 @@ class TestReading:
 
     def test_images_may_be_uploads_or_base64(self) -> None:
         request = read(init_image=b"\x89PNG", mask_image=" data:image/png;base64,AAAA ")
-        assert request.init_image.content == b"\x89PNG"
-        assert request.mask_image.content == "data:image/png;base64,AAAA"
+        assert request.init_image == ImageSource(b"\x89PNG")
+        assert request.mask_image == ImageSource("data:image/png;base64,AAAA")
 
     def test_unknown_parameters_are_ignored(self) -> None:
         leftovers = {
@@ -269,7 +264,7 @@ class TestReading:
 
     def test_half_a_surrogate_pair_is_replaced(self) -> None:
         request = read(prompt="a \ud800 cat", enhance_prompt="no", track_id="\udfff")
-        assert (request.prompt, request.track_id) == ("a ? cat", "?")
+        assert (request.params.prompt, request.track_id) == ("a ? cat", "?")
 
     def test_row_keeps_what_the_answers_echo(self) -> None:
         request = read(init_image=b"\x89PNG", base64="yes")
@@ -364,7 +359,7 @@ class TestFieldErrors:
             at_fault = set(error.fields)
         else:
             at_fault = set()
-            params = request.params(request.width or 512, request.height or 512)
+            params = request.params
             json.dumps(params.to_json(), allow_nan=False, ensure_ascii=False).encode()
         assert at_fault <= set(fields)
 
@@ -380,7 +375,13 @@ class TestKey:
             ({"key": "null"}, {"authorization": "Bearer bearer"}, "bearer"),
             ({"key": "None"}, {"key": "undefined", "authorization": "Bearer bearer"}, "bearer"),
             ({}, {"authorization": "bearer bearer"}, "bearer"),
-            ({}, {"authorization": "Basic dTpw"}, None),
+            ({}, {"authorization": "Basic dTpw"}, "p"),
+            ({}, {"authorization": "Basic dTo="}, "u"),
+            ({}, {"authorization": "Basic !"}, None),
+            ({}, {"authorization": "Token k"}, "k"),
+            ({}, {"authorization": "bare-key"}, "bare-key"),
+            ({}, {"x-api-key": "k", "authorization": "Bearer foreign"}, "k"),
+            ({}, {"authorization": "Digest x"}, None),
             ({}, {"authorization": "Bearer"}, None),
             ({"key": ["list"]}, {}, None),
             ({"key": "half \ud800"}, {}, "half ?"),
@@ -468,7 +469,7 @@ VENDOR_REQUEST = {
 @pytest.fixture
 def job() -> Job:
     """The job of the page's example."""
-    policy = v3.ReadingPolicy(StepsPolicy.VENDOR, False, Enhancement())
+    policy = ReadingPolicy(enhancement=Enhancement())
     request = v3.read_inpaint(VENDOR_REQUEST, policy)
     assert (request.width, request.height) == (512, 512)
     return Job(
@@ -477,7 +478,7 @@ def job() -> Job:
         key_id="anonymous",
         dialect=v3.DIALECT,
         request=facts_of(request, "http://h", [], None),
-        params=InpaintParams.from_json(json.loads(json.dumps(request.params(512, 512).to_json()))),
+        params=InpaintParams.from_json(json.loads(json.dumps(request.params.to_json()))),
         file_prefix=PREFIX,
         work=1.0,
         webhook=None,
@@ -568,6 +569,8 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     QueueFull: QueueFull(5),
     TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(30, 60),
+    JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
+    JobTooSlow: JobTooSlow(600),
 }
 
 

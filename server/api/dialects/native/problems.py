@@ -5,32 +5,9 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from models.params import RANGES
+from server.api.dialects.explanations import CONFLICTS, EXPLANATIONS, IMAGE_SENTENCES, explain
 from server.api.dialects.native.reading import FieldProblem, write_field_problem
-from server.core.errors import (
-    ApiError,
-    BodyTooLarge,
-    Conflict,
-    ConflictKind,
-    EncodedBody,
-    ImageProblem,
-    ImageUnavailable,
-    InvalidApiKey,
-    InvalidBody,
-    InvalidForm,
-    InvalidHost,
-    InvalidRequest,
-    JobNotFound,
-    LoopbackOnly,
-    QueueFull,
-    RateLimited,
-    RemoteOrigin,
-    RouteNotFound,
-    ServerBusy,
-    StorageUnavailable,
-    TooManyFields,
-    TooManyStreams,
-)
-from server.egress.policy import MAX_URL_CHARS
+from server.core.errors import ApiError, ImageUnavailable, InvalidRequest
 
 MEDIA_TYPE = "application/problem+json"
 PATHS = ("/api/jobs", "/api/deliveries", "/api/webhooks")
@@ -57,116 +34,22 @@ class Problem(BaseModel):
     retry_after_s: int | None = None
 
 
-PROBLEMS: dict[type[ApiError], tuple[int, str, str]] = {
-    InvalidBody: (400, "invalid_body", "The body is no JSON object"),
-    InvalidForm: (400, "invalid_form", "The form is broken or not in UTF-8"),
-    BodyTooLarge: (413, "body_too_large", "The body is too large"),
-    EncodedBody: (
-        415,
-        "unsupported_encoding",
-        "The body has another Content-Encoding than gzip and deflate",
-    ),
-    TooManyFields: (400, "too_many_fields", "The request has more than 200 parameters"),
-    InvalidHost: (
-        400,
-        "invalid_host",
-        "The Host header is missing, repeated, malformed or not a name of this server",
-    ),
-    InvalidRequest: (422, "invalid_fields", "Fields are missing or wrong"),
-    ImageUnavailable: (422, "image_unavailable", "An image cannot be used"),
-    InvalidApiKey: (401, "invalid_api_key", "The API key is missing or unknown"),
-    LoopbackOnly: (
-        403,
-        "loopback_only",
-        "Without API keys this server serves its own machine only",
-    ),
-    JobNotFound: (404, "job_not_found", "There is no such job of this key"),
-    RouteNotFound: (404, "not_found", "There is no such path"),
-    QueueFull: (429, "queue_full", "Too many jobs are waiting"),
-    TooManyStreams: (429, "too_many_streams", "The key has too many event streams open"),
-    RateLimited: (429, "rate_limited", "Too many calls, or wrong keys, in a minute"),
-    ServerBusy: (503, "server_busy", "The server has no room for the request now"),
-    StorageUnavailable: (503, "storage_unavailable", "The server cannot store requests now"),
-    ApiError: (500, "internal_error", "Something went wrong on the server"),
-}
-"""Status, code, title; a class that is not listed is written as its nearest base."""
-
-REMOTE_SENTENCES = {
-    RemoteOrigin.ADDRESS: "the call comes from another address",
-    RemoteOrigin.HOST: "the call has the Host of another machine",
-    RemoteOrigin.PAGE: "the call comes from a web page of another origin, or from a file",
-}
-
-METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not know the method")
-
-CONFLICTS = {
-    ConflictKind.JOB_ENDED: (409, "The job has ended already"),
-    ConflictKind.NO_DELIVERY: (409, "The job has no webhook call to make again"),
-    ConflictKind.PICTURES_EXPIRED: (409, "The job's pictures have been removed"),
-    ConflictKind.IDEMPOTENCY_KEY_REUSED: (
-        422,
-        "The idempotency key came before, with another body",
-    ),
-}
-
-IMAGE_SENTENCES = {
-    ImageProblem.NOT_REACHABLE: "could not be downloaded",
-    ImageProblem.NOT_FOUND: "was not found: its host answers 404 or 410",
-    ImageProblem.FORBIDDEN: "is not given out: its host answers 401 or 403",
-    ImageProblem.HOST_FAILED: "could not be downloaded: its host answers with an error",
-    ImageProblem.COMPRESSED: "is sent by its host in a compression other than gzip and deflate",
-    ImageProblem.INVALID_URL: "must be an absolute http or https URL, without a user name",
-    ImageProblem.URL_TOO_LONG: f"must be a URL of at most {MAX_URL_CHARS} characters",
-    ImageProblem.PRIVATE_ADDRESS: "is at a private address; the server's operator can allow it "
-    "with INPAINT_FETCH__ALLOW_CIDRS or INPAINT_FETCH__ALLOW_HOSTS",
-    ImageProblem.PORT_NOT_ALLOWED: "is at a port other than 80 and 443; the server's operator can "
-    "allow it with INPAINT_FETCH__ALLOW_PORTS",
-    ImageProblem.TOO_LARGE: "is too large",
-    ImageProblem.NOT_A_SOURCE: "must be an http or https URL, a data URI or base64",
-    ImageProblem.NOT_AN_IMAGE: "is no picture",
-    ImageProblem.UNSUPPORTED: "is in a format other than PNG, JPEG and WEBP, or an unusual form",
-    ImageProblem.DAMAGED: "is damaged or incomplete",
-    ImageProblem.TOO_SLOW: "takes too long to decode",
-}
-
-
 def is_native(path: str) -> bool:
     """Whether errors under a path are written as problems."""
     return any(path == each or path.startswith(f"{each}/") for each in PATHS)
 
 
-def write_problem(error: ApiError, request_id: str) -> tuple[Problem, dict[str, str]]:
-    """The body of an error, and the headers that go with it."""
-    status, code, title = describe(error)
-    problem = Problem(
-        title=title,
-        status=status,
-        code=code,
+def write_problem(error: ApiError, request_id: str) -> Problem:
+    """The body of an error."""
+    explanation = explain(error)
+    return Problem(
+        title=explanation.title,
+        status=explanation.status,
+        code=explanation.code,
         request_id=request_id,
         errors=write_fields(error),
         retry_after_s=error.retry_after_s,
     )
-    headers = {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, RouteNotFound) and error.allowed:
-        headers["Allow"] = error.allowed
-    return problem, headers
-
-
-def describe(error: ApiError) -> tuple[int, str, str]:
-    """Status, code and title."""
-    match error:
-        case Conflict(kind=kind):
-            status, title = CONFLICTS[kind]
-            return status, kind.value, title
-        case RouteNotFound(allowed=allowed) if allowed:
-            return METHOD_NOT_ALLOWED
-        case LoopbackOnly(remote_origin=remote_origin):
-            status, code, title = PROBLEMS[LoopbackOnly]
-            return status, code, f"{title}; {REMOTE_SENTENCES[remote_origin]}"
-    known = next(each for each in type(error).__mro__ if each in PROBLEMS)
-    return PROBLEMS[known]
 
 
 def write_fields(error: ApiError) -> list[FieldError]:
@@ -210,6 +93,6 @@ def describe_answer(text: str) -> dict[str, Any]:
 
 def titles_of(status: int) -> str:
     """The titles of all problems with one status."""
-    titles = [title for each, _, title in PROBLEMS.values() if each == status]
+    titles = [title for each, _, title in EXPLANATIONS.values() if each == status]
     titles += [title for each, title in CONFLICTS.values() if each == status]
     return "; ".join(titles)

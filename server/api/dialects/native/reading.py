@@ -1,4 +1,4 @@
-"""The native dialect, reading: strict JSON becomes a `NativeJob`, or one error per field at fault.
+"""The native dialect, reading: strict JSON becomes a `JobRequest`, or one error per field at fault.
 
 Fields have the names of diffusers. Answers are in `writing.py`, errors in `problems.py`, and
 server-sent events in `events.py`.
@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -37,10 +37,10 @@ from models.params import (
     SchedulerName,
     is_surely_too_long,
 )
-from server.api.auth.keyring import bearer_token
+from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.fields import MAX_TRACK_ID_CHARS, is_https, is_web_address
 from server.core.errors import InvalidBody, InvalidRequest, JobNotFound
-from server.core.notices import Notice, prompt_notices
+from server.core.notices import prompt_notices
 from server.egress.policy import MAX_URL_CHARS
 from server.egress.sources import ImageSource
 from server.jobs.idempotency import Idempotency
@@ -279,78 +279,8 @@ PARAMETERS = DEFAULTS.keys() & NativeRequest.model_fields.keys() - {"width", "he
 """Fields that go into `InpaintParams` unchanged."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class NativeJob:
-    """A `NativeRequest` as an `accept.JobRequest`. seed: as sent, or a random one."""
-
-    request: NativeRequest
-    seed: int
-    force_safety_check: bool = False
-    dialect: str = DIALECT
-
-    @property
-    def init_image(self) -> ImageSource:
-        return ImageSource(self.request.init_image)
-
-    @property
-    def mask_image(self) -> ImageSource:
-        return ImageSource(self.request.mask_image)
-
-    @property
-    def width(self) -> int | None:
-        return self.request.width
-
-    @property
-    def height(self) -> int | None:
-        return self.request.height
-
-    @property
-    def webhook(self) -> str | None:
-        return self.request.webhook
-
-    @property
-    def track_id(self) -> Any:
-        return self.request.track_id
-
-    @property
-    def keeps_own_size(self) -> bool:
-        return self.request.only_masked
-
-    def params(self, width: int, height: int) -> InpaintParams:
-        """Raises: InvalidRequest."""
-        given = {name: getattr(self.request, name) for name in PARAMETERS}
-        given["safety_check"] |= self.force_safety_check
-        given["must_be_checked"] = self.force_safety_check
-        try:
-            return InpaintParams(**given, width=width, height=height, seed=self.seed)
-        except InvalidInput as error:
-            # Ranges were checked when the body was read. Only the limit of steps is left, because
-            # it depends on the scheduler.
-            raise InvalidRequest(
-                {each.field: [FieldProblem.TOO_MANY_STEPS] for each in error.violations}
-            ) from error
-
-    @property
-    def previews(self) -> bool:
-        return self.request.previews
-
-    @property
-    def notices(self) -> Sequence[Notice]:
-        return prompt_notices([self.request.prompt, self.request.negative_prompt])
-
-    @property
-    def own_facts(self) -> Mapping[str, Any]:
-        return {}
-
-
-def read_job(
-    body: bytes,
-    *,
-    force_safety_check: bool = False,
-    models: Sequence[str] = (),
-    https_webhooks: bool = False,
-) -> NativeJob:
-    """Read the body of a new job. models: those a request may name.
+def read_job(body: bytes, policy: ReadingPolicy) -> tuple[JobRequest, NativeRequest]:
+    """Read the body of a new job.
 
     Raises: InvalidBody; InvalidRequest, with every field at fault.
     """
@@ -358,15 +288,43 @@ def read_job(
         request = NativeRequest.model_validate_json(body)
     except ValidationError as error:
         raise to_api_error(error) from error
-    if request.model is not None and request.model not in models:
+    if request.model is not None and policy.model_named(request.model) is None:
         raise InvalidRequest({"model": [FieldProblem.NOT_A_CHOICE]})
-    if https_webhooks and request.webhook is not None and not is_https(request.webhook):
+    if policy.https_webhooks and request.webhook is not None and not is_https(request.webhook):
         raise InvalidRequest({"webhook": [FieldProblem.NOT_HTTPS]})
+    return to_job_request(request, policy), request
+
+
+def to_job_request(request: NativeRequest, policy: ReadingPolicy) -> JobRequest:
+    """What `accept` takes. The seed is drawn here where it is left open. Raises: InvalidRequest."""
+    return JobRequest(
+        dialect=DIALECT,
+        params=to_params(request, policy),
+        init_image=ImageSource(request.init_image),
+        mask_image=ImageSource(request.mask_image),
+        width=request.width,
+        height=request.height,
+        webhook=request.webhook,
+        track_id=request.track_id,
+        previews=request.previews,
+        notices=tuple(prompt_notices([request.prompt, request.negative_prompt])),
+    )
+
+
+def to_params(request: NativeRequest, policy: ReadingPolicy) -> InpaintParams:
+    """The parameters, at any size. Raises: InvalidRequest."""
+    given = {name: getattr(request, name) for name in PARAMETERS}
+    given["safety_check"] |= policy.force_safety_check
+    given["model"] = policy.model_named(request.model)
     seed = secrets.randbelow(SEED_MODULUS) if request.seed is None else request.seed
-    job_request = NativeJob(request, seed, force_safety_check)
-    # Wrong combinations are refused before any image is fetched.
-    job_request.params(request.width or 512, request.height or 512)
-    return job_request
+    try:
+        return InpaintParams(**given, seed=seed, must_be_checked=policy.force_safety_check)
+    except InvalidInput as error:
+        # Ranges were checked when the body was read. Only the limit of steps is left, because it
+        # depends on the scheduler.
+        raise InvalidRequest(
+            {each.field: [FieldProblem.TOO_MANY_STEPS] for each in error.violations}
+        ) from error
 
 
 def read_ping(body: bytes, *, https_only: bool = False) -> str:
@@ -411,10 +369,3 @@ def read_idempotency(key: str | None, request: NativeRequest) -> Idempotency | N
     if not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest({"Idempotency-Key": [FieldProblem.NOT_A_KEY]})
     return Idempotency(key, request.body_sha256)
-
-
-def read_key(headers: Mapping[str, str]) -> str | None:
-    """The API key: `Authorization: Bearer` or `X-API-Key`."""
-    bearer = bearer_token(headers)
-    key = headers.get("x-api-key") if bearer is None else bearer
-    return key.strip() if key else None

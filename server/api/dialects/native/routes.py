@@ -5,7 +5,6 @@ are raised; `server/api/errors.py` turns them into problems through `write_error
 """
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
@@ -13,10 +12,19 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from starlette.responses import JSONResponse, StreamingResponse
 
 from server.api.accept import accept
-from server.api.auth.keyring import Caller
+from server.api.auth.keyring import Caller, key_in_headers
 from server.api.bodies import parsed, read_json
-from server.api.dependencies import ServicesOf, admit, base_url_of, called_url_of, find_job
-from server.api.dialects.base import Dialect
+from server.api.dependencies import (
+    ServicesOf,
+    admit,
+    base_url_of,
+    called_url_of,
+    cancel,
+    find_job,
+    reading_policy,
+)
+from server.api.dialects.base import Dialect, JobRequest
+from server.api.dialects.explanations import headers_of
 from server.api.dialects.native import events, problems, reading, writing
 from server.api.dialects.native.problems import declare
 from server.api.dialects.native.writing import (
@@ -27,7 +35,7 @@ from server.api.dialects.native.writing import (
     PingAnswer,
 )
 from server.api.services import Services
-from server.core.errors import ApiError, Conflict, ConflictKind, JobNotFound, StorageUnavailable
+from server.core.errors import ApiError, Conflict, ConflictKind, StorageUnavailable
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import Job, JobState
 from server.jobs.outbox import DeliveryState
@@ -53,7 +61,7 @@ async def get_caller(
 
     Raises: InvalidApiKey, RateLimited.
     """
-    return admit(request, reading.read_key(request.headers))
+    return admit(request, key_in_headers(request.headers))
 
 
 CallerOf = Annotated[Caller, Depends(get_caller)]
@@ -139,14 +147,11 @@ async def create_job(
     """Repaint the white part of a mask in an image."""
     settings = services.settings
 
-    def read(body: bytes) -> tuple[reading.NativeJob, Idempotency | None]:
-        job_request = reading.read_job(
-            body,
-            force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
-            models=settings.offered_models,
-            https_webhooks=settings.webhook.https_only,
-        )
-        return job_request, reading.read_idempotency(idempotency_key, job_request.request)
+    policy = reading_policy(settings, caller)
+
+    def read(body: bytes) -> tuple[JobRequest, Idempotency | None]:
+        job_request, sent = reading.read_job(body, policy)
+        return job_request, reading.read_idempotency(idempotency_key, sent)
 
     job_request, once = await parsed(read, body)
     base_url = base_url_of(request, settings)
@@ -190,13 +195,7 @@ async def cancel_job(request: Request, services: ServicesOf, job: JobOf) -> JobA
 
     A running job leaves the device between two steps, within a second.
     """
-    is_changed = await services.in_store_thread(services.store.cancel, job.id)
-    if is_changed:
-        with suppress(StorageUnavailable):  # `Janitor` removes the input later
-            await services.in_file_thread(services.storage.delete, job.input_key)
-    ended = await services.in_store_thread(services.store.get, job.id)
-    if ended is None:
-        raise JobNotFound
+    ended = await cancel(services, job)
     if ended.state is not JobState.CANCELLED:
         raise Conflict(ConflictKind.JOB_ENDED)
     return await build_job_answer(services, ended, base_url_of(request, services.settings))
@@ -319,9 +318,9 @@ async def build_delivery_list(services: Services, job: Job) -> DeliveryList:
 
 def write_error(error: ApiError, request: Request) -> Response:
     """An error as a problem (RFC 9457)."""
-    problem, headers = problems.write_problem(error, request.scope.get("request_id", ""))
+    problem = problems.write_problem(error, request.scope.get("request_id", ""))
     body = problem.model_dump(mode="json")
-    return JSONResponse(body, problem.status, headers, problems.MEDIA_TYPE)
+    return JSONResponse(body, problem.status, headers_of(error), problems.MEDIA_TYPE)
 
 
 NATIVE = Dialect(

@@ -111,10 +111,10 @@ class Timings(BaseModel):
 
 
 class Inputs(BaseModel):
-    """SHA-256 of the two files as they were received, hexadecimal."""
+    """SHA-256 of the files as they were received, hexadecimal; null for one that was not sent."""
 
-    init_image_sha256: str
-    mask_image_sha256: str
+    init_image_sha256: str | None
+    mask_image_sha256: str | None
 
 
 class ReceiptAnswer(BaseModel):

@@ -1,4 +1,4 @@
-"""stablediffusionapi.com V3, reading: fields become a `V3Request`, or the job id of a fetch.
+"""stablediffusionapi.com V3, reading: fields become a `JobRequest`, or the job id of a fetch.
 
 Reading of single values is in `dialects/fields.py`; answers and errors are in `writing.py`. The
 OpenAPI description of the calls stands at the end, beside the names it describes.
@@ -9,26 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.diffusion.enhance import Enhancement
-from models.errors import InvalidInput, Violation
-from models.params import (
-    RANGES,
-    SEED_MODULUS,
-    InpaintParams,
-    Range,
-    SchedulerName,
-)
-from server.api.auth.keyring import bearer_token
-from server.api.bodies import is_absent
+from models.params import RANGES, SEED_MODULUS, Range
+from server.api.auth.keyring import key_in_headers
+from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
 from server.api.dialects.v3.writing import Body
-from server.core.errors import (
-    InvalidRequest,
-    JobNotFound,
-)
-from server.core.notices import Notice, prompt_notices
+from server.core.errors import JobNotFound
+from server.core.notices import prompt_notices
 from server.core.settings import StepsPolicy
-from server.egress.sources import ImageSource
 from server.jobs.job import Job
 
 DIALECT = "v3"
@@ -40,76 +28,6 @@ DEFAULT_STEPS = 21
 RANDOM_SEED = -1
 
 STRENGTH_RANGE = Range(0, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class ReadingPolicy:
-    """The operator's choices for reading.
-
-    models: those a request may name. https_webhooks: webhooks must have an https URL.
-    """
-
-    steps_policy: StepsPolicy
-    force_safety_check: bool
-    enhancement: Enhancement
-    models: Sequence[str] = ()
-    https_webhooks: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class V3Request:
-    """An inpaint call as read; see `accept.JobRequest`."""
-
-    prompt: str
-    negative_prompt: str
-    init_image: ImageSource
-    mask_image: ImageSource
-    width: int | None
-    height: int | None
-    samples: int
-    num_inference_steps: int
-    guidance_scale: float
-    strength: float
-    seed: int
-    scheduler: SchedulerName | None
-    model: str | None
-    safety_check: bool
-    must_be_checked: bool
-    wants_base64: bool
-    webhook: str | None
-    track_id: Any
-    dialect: str = DIALECT
-    keeps_own_size: bool = False
-    previews: bool = False
-    notices: tuple[Notice, ...] = ()
-
-    def params(self, width: int, height: int) -> InpaintParams:
-        """The job's parameters once its size is known. Raises: InvalidRequest."""
-        try:
-            return InpaintParams(
-                prompt=self.prompt,
-                negative_prompt=self.negative_prompt,
-                width=width,
-                height=height,
-                samples=self.samples,
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                strength=self.strength,
-                seed=self.seed,
-                scheduler=self.scheduler,
-                model=self.model,
-                safety_check=self.safety_check,
-                must_be_checked=self.must_be_checked,
-            )
-        except InvalidInput as error:
-            raise InvalidRequest(
-                {each.field: [write_violation(each)] for each in error.violations}
-            ) from error
-
-    @property
-    def own_facts(self) -> dict[str, Any]:
-        """`V3Facts` as JSON values."""
-        return V3Facts(wants_base64=self.wants_base64).to_json()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,45 +49,47 @@ class V3Facts:
         return cls(wants_base64=bool(job.request.own.get("wants_base64")))
 
 
-def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> V3Request:
+def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> JobRequest:
     """Read an inpaint call. Raises: InvalidRequest, with every field at fault."""
     reader = FieldReader(fields)
+    prompt, negative_prompt = read_prompts(reader, policy)
+    width, height = reader.size()
+    request = JobRequest(
+        dialect=DIALECT,
+        params=reader.params(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            samples=reader.integer("samples", 1, RANGES["samples"]),
+            num_inference_steps=read_steps(reader, policy.steps_policy),
+            guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
+            strength=read_strength(reader),
+            seed=read_seed(reader),
+            scheduler=reader.scheduler(),
+            model=policy.model_named(reader.value("model_id")),
+            safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
+            must_be_checked=policy.force_safety_check,
+        ),
+        init_image=reader.image("init_image"),
+        mask_image=reader.image("mask_image"),
+        width=width,
+        height=height,
+        webhook=reader.web_address("webhook", https_only=policy.https_webhooks),
+        track_id=reader.scalar("track_id", MAX_TRACK_ID_CHARS),
+        own_facts=V3Facts(wants_base64=reader.flag("base64", default=False)).to_json(),
+    )
+    reader.raise_errors()
+    notices = (*reader.notices, *prompt_notices([prompt, negative_prompt]))
+    return replace(request, notices=notices)
+
+
+def read_prompts(reader: FieldReader, policy: ReadingPolicy) -> tuple[str, str]:
+    """The prompt and the negative prompt, enhanced unless the client declines."""
     prompt, negative_prompt = reader.required_text("prompt"), reader.text("negative_prompt")
     if reader.flag("enhance_prompt", default=True):
         prompt, negative_prompt = policy.enhancement.apply(prompt, negative_prompt)
     reader.check_prompt("prompt", prompt)
     reader.check_prompt("negative_prompt", negative_prompt or "")
-    width, height = reader.size()
-    request = V3Request(
-        prompt=prompt,
-        negative_prompt=negative_prompt or "",
-        init_image=reader.image("init_image"),
-        mask_image=reader.image("mask_image"),
-        width=width,
-        height=height,
-        samples=reader.integer("samples", 1, RANGES["samples"]),
-        num_inference_steps=read_steps(reader, policy.steps_policy),
-        guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
-        strength=read_strength(reader),
-        seed=read_seed(reader),
-        scheduler=reader.scheduler(),
-        model=read_model(reader, policy.models),
-        safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
-        must_be_checked=policy.force_safety_check,
-        wants_base64=reader.flag("base64", default=False),
-        webhook=reader.web_address("webhook", https_only=policy.https_webhooks),
-        track_id=reader.scalar("track_id", MAX_TRACK_ID_CHARS),
-    )
-    if reader.errors:
-        raise InvalidRequest(reader.errors)
-    notices = (*reader.notices, *prompt_notices([request.prompt, request.negative_prompt]))
-    return replace(request, notices=notices)
-
-
-def read_model(reader: FieldReader, models: Sequence[str]) -> str | None:
-    """The model of `model_id`; unknown names are ignored, since V3 does not document the field."""
-    name = reader.value("model_id")
-    return name if isinstance(name, str) and name in models else None
+    return prompt, negative_prompt or ""
 
 
 def read_strength(reader: FieldReader) -> float:
@@ -197,14 +117,6 @@ def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
     )
 
 
-def write_violation(violation: Violation) -> str:
-    """A violation found by `InpaintParams`, in the vendor's form of sentence."""
-    name = violation.field.replace("_", " ")
-    if violation.reason:
-        return f"The {name} {violation.reason}."
-    return f"The {name} must be between {violation.minimum:g} and {violation.maximum:g}."
-
-
 def is_fetch(fields: Mapping[str, Any]) -> bool:
     """True for a `{key, request_id}` sent to the inpaint path, as some clients poll."""
     reader = FieldReader(fields)
@@ -215,8 +127,7 @@ def read_job_id(fields: Mapping[str, Any]) -> int:
     """The job a fetch without an id in its path asks for. Raises: InvalidRequest, JobNotFound."""
     reader = FieldReader(fields)
     text = reader.required_text("request_id")
-    if reader.errors:
-        raise InvalidRequest(reader.errors)
+    reader.raise_errors()
     return parse_job_id(text)
 
 
@@ -228,12 +139,9 @@ def parse_job_id(text: str) -> int:
 
 
 def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
-    """The API key: field `key` of body or query, header `key`, or `Authorization: Bearer`."""
+    """The API key: field `key` of body or query, or a header."""
     value = FieldReader(fields).value("key")
-    header = headers.get("key")
-    named = bearer_token(headers) if is_absent(header) else header
-    key = str(value) if isinstance(value, str | int) else named
-    return key.strip() if key else None
+    return str(value) if isinstance(value, str | int) else key_in_headers(headers)
 
 
 KEY_FIELD: Body = {"type": "string", "description": "API key; also as header or bearer token"}

@@ -11,7 +11,6 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from models.diffusion.enhance import Enhancement
 from server.api.accept import accept
 from server.api.auth.keyring import Caller
 from server.api.bodies import Fields, read_fields, release_body
@@ -23,13 +22,14 @@ from server.api.dependencies import (
     eta_s,
     find_job,
     get_services,
+    reading_policy,
 )
 from server.api.dialects.base import Dialect
 from server.api.dialects.v3 import reading, writing
 from server.api.services import Services
 from server.core.errors import ApiError
 from server.core.logs import get_logger
-from server.core.settings import Base64Output, ErrorStatus, Settings
+from server.core.settings import Base64Output, ErrorStatus
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
 
 logger = get_logger(__name__)
@@ -148,17 +148,6 @@ async def outputs(services: Services, job: Job, base_url: str) -> list[str] | No
     pictures = [await services.in_file_thread(services.storage.get, key) for key in job.output_keys]
     texts = [base64.b64encode(each).decode() for each in pictures if each is not None]
     return texts if len(texts) == len(pictures) else None
-
-
-def reading_policy(settings: Settings, caller: Caller) -> reading.ReadingPolicy:
-    """The operator's choices for reading this caller's requests."""
-    return reading.ReadingPolicy(
-        steps_policy=settings.steps_policy,
-        force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
-        enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
-        models=settings.offered_models,
-        https_webhooks=settings.webhook.https_only,
-    )
 
 
 def write_error(error: ApiError, request: Request) -> Response:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from server.api.dialects import explanations
 from server.api.dialects.fields import NOT_A_SOURCE
 from server.core.errors import (
     ApiError,
@@ -21,7 +22,9 @@ from server.core.errors import (
     InvalidForm,
     InvalidHost,
     InvalidRequest,
+    JobFailed,
     JobNotFound,
+    JobTooSlow,
     LoopbackOnly,
     QueueFull,
     RateLimited,
@@ -150,24 +153,18 @@ def write_system_load(waiting: int, wait_s: float) -> Body:
     return {"queue_num": waiting, "queue_time": math.ceil(wait_s), "status": "ok"}
 
 
-IMAGE_SENTENCES = {
-    ImageProblem.NOT_REACHABLE: "could not be downloaded.",
-    ImageProblem.NOT_FOUND: "was not found: its host answers 404 or 410.",
-    ImageProblem.FORBIDDEN: "is not given out: its host answers 401 or 403.",
-    ImageProblem.HOST_FAILED: "could not be downloaded: its host answers with an error.",
-    ImageProblem.COMPRESSED: "is sent by its host in a compression other than gzip and deflate.",
+VENDOR_SENTENCES = {
     ImageProblem.INVALID_URL: "must be a valid URL.",
     ImageProblem.URL_TOO_LONG: f"URL may not be greater than {MAX_URL_CHARS} characters.",
-    ImageProblem.PRIVATE_ADDRESS: "is at a private address; the server's operator can allow it "
-    "with INPAINT_FETCH__ALLOW_CIDRS or INPAINT_FETCH__ALLOW_HOSTS.",
-    ImageProblem.PORT_NOT_ALLOWED: "is at a port other than 80 and 443; the server's operator can "
-    "allow it with INPAINT_FETCH__ALLOW_PORTS.",
-    ImageProblem.TOO_LARGE: "is too large.",
     ImageProblem.NOT_A_SOURCE: NOT_A_SOURCE,
     ImageProblem.NOT_AN_IMAGE: "is not a PNG, JPEG or WEBP image.",
     ImageProblem.UNSUPPORTED: "is of an unsupported kind: send a PNG, JPEG or WEBP image.",
-    ImageProblem.DAMAGED: "is damaged or incomplete.",
-    ImageProblem.TOO_SLOW: "takes too long to decode.",
+}
+"""Where the vendor has a sentence of its own, or clients know this server's."""
+
+IMAGE_SENTENCES = {
+    problem: VENDOR_SENTENCES.get(problem, f"{sentence}.")
+    for problem, sentence in explanations.IMAGE_SENTENCES.items()
 }
 
 REMOTE_TIPS = {
@@ -197,6 +194,8 @@ HTTP_STATUS: dict[type[ApiError], int] = {
     TooManyStreams: 429,
     RateLimited: 429,
     ServerBusy: 503,
+    JobFailed: 500,
+    JobTooSlow: 504,
     StorageUnavailable: 503,
 }
 
@@ -298,6 +297,10 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return "Not found", "Pictures are made at POST /api/v3/inpaint."
         case ServerBusy():
             return "The server is busy", "Try again in a few seconds."
+        case JobFailed(sentence=sentence):
+            return f"Failed, Try Again. {sentence}", "Fetch the job to see how it stands."
+        case JobTooSlow():
+            return "The pictures were not finished in time", "Ask for fewer or smaller ones."
         case StorageUnavailable():
             return "The server cannot store requests now", "Try again in a few seconds."
     return "Something went wrong on the server", f"Name {request_id} when asking its operator."

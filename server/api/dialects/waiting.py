@@ -1,0 +1,77 @@
+"""For dialects that cannot be polled: calls that wait for their pictures, and these as bytes."""
+
+import asyncio
+
+from fastapi import Request
+
+from server.api.accept import accept
+from server.api.auth.keyring import Caller
+from server.api.bodies import release_body
+from server.api.dependencies import base_url_of, called_url_of, cancel
+from server.api.dialects.base import JobRequest
+from server.api.services import Services
+from server.core.errors import JobFailed, JobTooSlow, ServerBusy
+from server.jobs.job import Failure, Job, JobState
+
+PICTURES_GONE = "The pictures are no longer there"
+
+
+async def make_pictures(
+    services: Services, request: Request, job_request: JobRequest, caller: Caller
+) -> Job:
+    """Make a job, and wait until it has finished.
+
+    A job whose client goes away is cancelled, because nobody could fetch its pictures.
+    Raises: as `accept`, and as `wait_for_pictures`.
+    """
+    base_url = base_url_of(request, services.settings)
+    submitted = await accept(services, job_request, caller, base_url, called_url_of(request))
+    # The call may wait long now, so its share of the body limit is released.
+    release_body(request)
+    return await wait_for_pictures(services, request, submitted.job)
+
+
+async def wait_for_pictures(services: Services, request: Request, job: Job) -> Job:
+    """The job once it has finished with pictures.
+
+    Raises: JobFailed; JobTooSlow or ServerBusy for a job that did not end, which is cancelled.
+    """
+    ended = await wait_for_end(services, request, job)
+    if ended is None:
+        ended = await cancel(services, job)
+        if ended.state is JobState.CANCELLED:
+            raise (
+                ServerBusy if services.watcher.is_stopping else JobTooSlow(services.settings.wait_s)
+            )
+    if ended.has_pictures:
+        return ended
+    is_cancelled = ended.state is JobState.CANCELLED
+    sentence = ended.error or ("The job was cancelled" if is_cancelled else PICTURES_GONE)
+    raise JobFailed("cancelled" if is_cancelled else Failure.of(sentence), sentence)
+
+
+async def wait_for_end(services: Services, request: Request, job: Job) -> Job | None:
+    """The job once it has ended; None where the client leaves or the time is over before."""
+    waiting = asyncio.create_task(services.watcher.wait(job.id, services.settings.wait_s))
+    leaving = asyncio.create_task(until_disconnected(request))
+    try:
+        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return waiting.result() if waiting.done() else None
+    finally:
+        waiting.cancel()
+        leaving.cancel()
+
+
+async def until_disconnected(request: Request) -> None:
+    """Return when the client has closed the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_pictures(services: Services, job: Job) -> list[bytes]:
+    """The files of a finished job, in sample order. Raises: JobFailed, StorageUnavailable."""
+    files = [await services.in_file_thread(services.storage.get, key) for key in job.output_keys]
+    pictures = [each for each in files if each is not None]
+    if len(pictures) < len(files):
+        raise JobFailed(Failure.UNKNOWN, PICTURES_GONE)
+    return pictures
