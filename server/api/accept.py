@@ -20,15 +20,18 @@ from server.api.dialects.base import JobRequest
 from server.api.services import Services
 from server.core.errors import ApiError, ImageUnavailable, QueueFull, ServerBusy, StorageUnavailable
 from server.core.fairness import NoSlot
+from server.core.logs import get_logger
 from server.core.notices import Notice
 from server.egress.sources import OwnOutputs, download_images
 from server.jobs.idempotency import Idempotency
-from server.jobs.job import OUTPUT_FOLDER, NewJob, QueueShare, RequestFacts, Submitted
+from server.jobs.job import OUTPUT_FOLDER, Job, NewJob, QueueShare, RequestFacts, Submitted
 from server.jobs.receipts import Intake
 from server.jobs.store import JobStore
 from server.sandbox.child import TargetSize
 from server.sandbox.decoded import DecodedPair
 from server.storage.files import Storage
+
+logger = get_logger(__name__)
 
 MIN_ADMITTED = 16
 """Requests of one key that are admitted at a time, even where fewer of its jobs may wait."""
@@ -66,9 +69,11 @@ async def accept(
             new_job = make_new_job(request, caller, base_url, pair, intake)
             # The input is durable before its row exists, so a claimed job always has its input.
             await services.in_file_thread(put_input, services.storage, new_job, pair)
-        return await services.in_submit_thread(
+        submitted = await services.in_submit_thread(
             submit, services.store, services.storage, new_job, idempotency
         )
+    log_notices(submitted.job)
+    return submitted
 
 
 def queue_share_of(caller: Caller) -> QueueShare:
@@ -196,6 +201,13 @@ def facts_of(
         intake=intake,
         own=request.own_facts,
     )
+
+
+def log_notices(job: Job) -> None:
+    """Log what is not applied as sent. Notices are codes, so no text of the client is logged."""
+    if job.request.warnings:
+        ignored = ", ".join(job.request.warnings)
+        logger.info("parameters ignored", job_id=job.id, detail=ignored)
 
 
 def put_input(storage: Storage, new_job: NewJob, pair: DecodedPair) -> None:

@@ -67,6 +67,7 @@ BAD = {
     "open-without-keys": Start("serve --host 0.0.0.0 --port 0"),
     "data-folder-unwritable": Start("serve --port 0", is_other_user=True),
     "damaged-database": Start("serve --port 0", files={"data/inpaint.db": "no database " * 99}),
+    "unknown-dialect": Start("serve", {"INPAINT_DIALECTS": "natve,v3"}),
     "unknown-database": Start("serve", {"INPAINT_DATABASE_URL": "mysql://localhost/jobs"}),
     "misspelt-flag": Start("serve --modle builtin"),
 }

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 
 from models.errors import ImageFault
 from models.imaging.decoding import DecodedImage, ImageLimits, decode_image
-from models.imaging.mask_reading import MaskReading
+from models.imaging.mask_reading import MaskReading, MaskRule
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.core.notices import Notice
 from server.sandbox import seccomp
@@ -31,7 +31,7 @@ from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
 from tests.support.blocking_decoder import BlockingDecoder
 from tests.support.http_stub import png_bytes
-from tests.support.image_files import saved
+from tests.support.image_files import saved, with_alpha
 from tests.support.imports import loaded_by
 from tests.support.repository import REPOSITORY
 
@@ -83,6 +83,49 @@ def test_pair_has_the_size_asked_for_or_its_own(
     assert pair.init_image.shape == (height, width, 3)
     assert pair.mask.shape == (height, width)
     assert pair.init_image.dtype == pair.mask.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [((None, None), (512, 512)), ((256, 128), (256, 128)), ((2_048, None), (1_024, 1_024))],
+)
+def test_pair_without_pictures_is_grey_and_wholly_repainted(
+    decoder: BlockingDecoder, asked: tuple[int | None, int | None], size: tuple[int, int]
+) -> None:
+    starts = decoder.starts
+    pair = decoder.decode_pair({}, TargetSize(*asked))
+    assert decoder.starts == starts, "no child decodes what is not there"
+    assert pair.init_image.shape == (*size[::-1], 3)
+    assert (pair.init_image == 128).all()
+    assert (pair.mask == 255).all()
+    assert pair.notices == ()
+
+
+def test_pair_without_a_mask_is_wholly_repainted(decoder: BlockingDecoder) -> None:
+    images = images_of((96, 64))
+    del images["mask_image"]
+    pair = decoder.decode_pair(images)
+    assert pair.mask.shape == (64, 96)
+    assert (pair.mask == 255).all()
+    with pytest.raises(ImageUnavailable) as refused:
+        decoder.decode_pair({"init_image": b"x"})
+    assert refused.value.problems == {"init_image": ImageProblem.NOT_AN_IMAGE}
+
+
+def test_rule_of_a_mask_reaches_the_child(decoder: BlockingDecoder) -> None:
+    gradient = Image.linear_gradient("L").resize((64, 64))
+    mask = with_alpha(Image.new("RGB", (64, 64), "white"), gradient)
+    images = {"init_image": png_bytes(), "mask_image": saved(mask)}
+    top, bottom = np.s_[:30], np.s_[34:]
+    transparent = decoder.decode_pair(images, rule=MaskRule.TRANSPARENT).mask > 127
+    opaque = decoder.decode_pair(images, rule=MaskRule.OPAQUE).mask > 127
+    assert transparent[top].all()
+    assert not transparent[bottom].any()
+    assert not opaque[top].any()
+    assert opaque[bottom].all()
+    with pytest.raises(ImageUnavailable) as refused:
+        decoder.decode_pair(images | {"mask_image": png_bytes()}, rule=MaskRule.TRANSPARENT)
+    assert refused.value.problems == {"mask_image": ImageProblem.NO_TRANSPARENCY}
 
 
 def test_pair_is_the_same_as_its_pictures_alone(decoder: BlockingDecoder) -> None:

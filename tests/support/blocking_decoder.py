@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 from models.imaging.decoding import DecodedImage, DecodedMask, ImageLimits
+from models.imaging.mask_reading import MaskRule
 from server.core.errors import ImageProblem
 from server.sandbox.child import Kind, TargetSize
 from server.sandbox.decoded import DecodedPair
@@ -35,9 +36,12 @@ class BlockingDecoder:
         self._runner.run(self.decoder.start())
 
     def decode_pair(
-        self, images: Mapping[str, bytes], wanted: TargetSize = OWN_SIZE
+        self,
+        images: Mapping[str, bytes],
+        wanted: TargetSize = OWN_SIZE,
+        rule: MaskRule = MaskRule.EVIDENT,
     ) -> DecodedPair:
-        return self._runner.run(self.decoder.decode_pair(images, wanted))
+        return self._runner.run(self.decoder.decode_pair(images, wanted, rule))
 
     def decode(
         self, kind: Kind, content: bytes, wanted: TargetSize = OWN_SIZE

@@ -144,7 +144,8 @@ class NativeCalls:
 
     def error_text(self, answer: httpx2.Response) -> str:
         problem = answer.json()
-        return " ".join([problem["title"], *(each["message"] for each in problem["errors"])])
+        fields = [f"{each['field']} {each['message']}" for each in problem["errors"]]
+        return " ".join([problem["title"], *fields])
 
 
 V3_CALLS: DialectCalls = V3Calls()

@@ -19,8 +19,10 @@ def enabled_dialects(names: Sequence[str]) -> list[Dialect]:
     """The dialects that have routes. names: empty for all. Raises: ValueError."""
     for name in names:
         if name not in BY_NAME:
-            known = ", ".join(BY_NAME)
-            raise ValueError(f"dialects: {name!r} is none of {known}{did_you_mean(name, BY_NAME)}")
+            raise ValueError(
+                f"dialects: {name!r} is none of those in docs/clients.md"
+                f"{did_you_mean(name, BY_NAME)}"
+            )
     return [dialect for dialect in DIALECTS if not names or dialect.name in names]
 
 

@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from models.errors import ImageFault, UnreadableImage
 from models.imaging.decoding import DecodedMask, ImageLimits, decode_mask
-from models.imaging.mask_reading import MaskReading, marks_nothing
+from models.imaging.mask_reading import MaskReading, MaskRule, marks_nothing
 from tests.support.image_files import saved, with_alpha
 
 SIDE = 64
@@ -276,3 +277,45 @@ def test_marks_nothing_agrees_with_what_is_repainted(
 ) -> None:
     mask = np.full((4, 4), level, np.uint8)
     assert marks_nothing(mask, is_soft=is_soft, is_inverted=is_inverted) is expected
+
+
+def by_rule(image: Image.Image, rule: MaskRule, file_format: str = "PNG") -> DecodedMask:
+    return decode_mask(saved(image, file_format), ImageLimits(), rule=rule)
+
+
+HOLE = DISC.point([255 - level for level in range(256)])
+
+
+@pytest.mark.parametrize("picture", [PHOTO, flat("white"), flat("black"), flat(200, "L")])
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_transparent_pixels_are_repainted_whatever_their_colours(
+    picture: Image.Image, file_format: str
+) -> None:
+    mask = by_rule(with_alpha(picture, HOLE), MaskRule.TRANSPARENT, file_format)
+    assert mask.read_as is MaskReading.TRANSPARENT
+    assert np.array_equal(mask.pixels > 127, INSIDE)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [DISC, PHOTO, with_alpha(PHOTO, flat(255, "L")), with_alpha(PHOTO, flat(200, "L"))],
+    ids=["grey", "colours", "opaque", "nearly opaque"],
+)
+def test_mask_without_a_transparent_pixel_is_a_fault(image: Image.Image) -> None:
+    with pytest.raises(UnreadableImage) as refused:
+        by_rule(image, MaskRule.TRANSPARENT)
+    assert refused.value.kind is ImageFault.NO_TRANSPARENCY
+
+
+@pytest.mark.parametrize("picture", [PHOTO, flat("white"), flat("black")])
+def test_opaque_pixels_are_repainted_where_some_are_transparent(picture: Image.Image) -> None:
+    mask = by_rule(with_alpha(picture, DISC), MaskRule.OPAQUE)
+    assert mask.read_as is MaskReading.OPAQUE
+    assert np.array_equal(mask.pixels > 127, INSIDE)
+
+
+@pytest.mark.parametrize("image", [DISC, DISC.convert("RGB"), with_alpha(DISC, flat(255, "L"))])
+def test_opaque_mask_is_read_by_its_luma(image: Image.Image) -> None:
+    mask = by_rule(image, MaskRule.OPAQUE)
+    assert mask.read_as is MaskReading.WHITE
+    assert np.array_equal(mask.pixels > 127, INSIDE)

@@ -28,11 +28,8 @@ from server.api.dialects.base import Dialect
 from server.api.dialects.v3 import reading, writing
 from server.api.services import Services
 from server.core.errors import ApiError
-from server.core.logs import get_logger
 from server.core.settings import Base64Output, ErrorStatus
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
-
-logger = get_logger(__name__)
 
 router = APIRouter()
 
@@ -116,10 +113,6 @@ async def submit(request: Request, services: Services, fields: Fields, caller: C
     job_request = reading.read_inpaint(fields, reading_policy(services.settings, caller))
     base_url = base_url_of(request, services.settings)
     submitted = await accept(services, job_request, caller, base_url, called_url_of(request))
-    if job_request.notices:
-        # Notices are codes, so that a client's own text stays out of the log.
-        ignored = ", ".join(job_request.notices)
-        logger.info("parameters ignored", job_id=submitted.job.id, detail=ignored)
     return submitted.job.id
 
 
