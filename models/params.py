@@ -36,6 +36,23 @@ class SchedulerName(StrEnum):
     UNIPC = "UniPCMultistepScheduler"
 
 
+class OutputFormat(StrEnum):
+    """File formats of finished pictures."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+    @property
+    def suffix(self) -> str:
+        """The end of such a file's name."""
+        return ".jpg" if self is OutputFormat.JPEG else f".{self.value}"
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{self.value}"
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """Closed interval of allowed values."""
@@ -59,7 +76,14 @@ RANGES = {
     "mask_grow": Range(-64, 64),
     "mask_blur": Range(0, 64),
     "only_masked_padding": Range(0, 256),
+    "output_quality": Range(1, 100),
 }
+CHOICES: dict[str, type[StrEnum]] = {
+    "scheduler": SchedulerName,
+    "output_format": OutputFormat,
+}
+"""Parameters that are one of a few names."""
+
 MAX_PROMPT_CHARS = 16_000
 MAX_PROMPT_CHUNKS = 32
 """About 8,000 characters of prose; each chunk makes every denoising step dearer."""
@@ -106,6 +130,11 @@ class InpaintParams:
     match_colours: shift the repainted part's colours so that the kept ones around it agree with
         the init image.
 
+    How the picture is stored:
+
+    output_format: PNG is lossless. JPEG changes every pixel a little, those outside the mask too.
+    output_quality: of JPEG and WebP; a WebP of 100 is lossless. PNG takes no notice of it.
+
     Raises: InvalidInput, with every violation.
     """
 
@@ -130,6 +159,8 @@ class InpaintParams:
     only_masked_padding: int = 32
     mask_blur: int = 0
     match_colours: bool = False
+    output_format: OutputFormat = OutputFormat.PNG
+    output_quality: int = 95
 
     def __post_init__(self) -> None:
         violations = [
@@ -171,8 +202,9 @@ class InpaintParams:
     def from_json(cls, values: dict[str, object]) -> "InpaintParams":
         """The parameters `to_json` wrote, now or before a field existed. Raises: InvalidInput."""
         known: dict[str, object] = dict(values)
-        if known.get("scheduler") is not None:
-            known["scheduler"] = SchedulerName(str(known["scheduler"]))
+        for name, choice in CHOICES.items():
+            if known.get(name) is not None:
+                known[name] = choice(str(known[name]))
         return cls(**known)  # type: ignore[arg-type]  # checked field by field in __post_init__
 
 

@@ -1,5 +1,6 @@
-"""Resizes pixels and writes PNGs with text chunks. `decoding` reads files."""
+"""Resizes pixels and writes PNG, JPEG and WebP files. `decoding` reads files."""
 
+import io
 import struct
 import zlib
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 Pixel = TypeVar("Pixel", np.uint8, np.float32)
 
@@ -17,6 +18,9 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_UP = 2
 """The filter that keeps each row as its difference from the row above (specification, 9.2): numpy
 does it at the speed of memory, and it compresses photographs about as well as the best one."""
+
+_LARGEST_JPEG_EXIF = 65_533 - len(b"Exif\0\0")
+"""Bytes; a JPEG's segment holds no more."""
 
 
 def resize(
@@ -61,6 +65,62 @@ def encode_png(
             _chunk(b"IEND", b""),
         )
     )
+
+
+def encode_jpeg(
+    image: NDArray[np.uint8], quality: int, comment: str = "", icc_profile: bytes = b""
+) -> bytes:
+    """A JPEG of `(h, w, 3)` RGB, with its colours at full resolution.
+
+    quality: 1 to 100; at 100 too, pixels change a little.
+    comment: EXIF's UserComment, where A1111's web UI looks for its caption. It is left out where
+        it takes more than the 64 kB that a JPEG has for EXIF: more than 32,000 characters, some
+        of them beyond ASCII.
+    """
+    exif = _exif(comment)
+    return _encode_with_pillow(
+        image,
+        "JPEG",
+        quality=quality,
+        subsampling="4:4:4",
+        exif=exif if len(exif) <= _LARGEST_JPEG_EXIF else b"",
+        icc_profile=icc_profile,
+    )
+
+
+def encode_webp(
+    image: NDArray[np.uint8], quality: int, comment: str = "", icc_profile: bytes = b""
+) -> bytes:
+    """A WebP of `(h, w, 3)` RGB, of at most 16,383 pixels a side.
+
+    quality: 1 to 99; 100 is lossless. comment: as `encode_jpeg`, of any length.
+    """
+    return _encode_with_pillow(
+        image,
+        "WEBP",
+        quality=quality,
+        lossless=quality == 100,
+        exif=_exif(comment),
+        icc_profile=icc_profile,
+    )
+
+
+def _encode_with_pillow(image: NDArray[np.uint8], kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def _exif(comment: str) -> bytes:
+    """EXIF with a UserComment, whose first eight bytes name its encoding (Exif 3.0, 4.6.6.2)."""
+    if not comment:
+        return b""
+    encoded = b"UNICODE\0" + comment.encode("utf-16-be", "replace")
+    if comment.isascii():
+        encoded = b"ASCII\0\0\0" + comment.encode()
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = encoded
+    return exif.tobytes()
 
 
 def _profile_chunk(profile: bytes) -> bytes:

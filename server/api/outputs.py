@@ -1,19 +1,22 @@
-"""Serves finished pictures, as PNG files or as base64 text."""
+"""Serves finished pictures, as the files they are or as base64 text."""
 
 import base64
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import PurePath
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
+from models.params import OutputFormat
 from server.api.dependencies import ServicesOf
 from server.core.errors import RouteNotFound
-from server.jobs.job import OUTPUT_FOLDER, OUTPUT_STEM
+from server.jobs.job import OUTPUT_FOLDER, OUTPUT_NAME, stored_name_of
 
 router = APIRouter()
 
-OUTPUT_NAME = re.compile(rf"({OUTPUT_STEM})\.(png|base64)")
+PICTURE_NAME = re.compile(OUTPUT_NAME)
+MEDIA_TYPES = {each.suffix: each.media_type for each in OutputFormat}
 
 OUTPUT_HEADERS = {
     "Cache-Control": "public, max-age=86400, immutable",
@@ -28,14 +31,16 @@ OUTPUT_HEADERS = {
 @router.get(f"/{OUTPUT_FOLDER}/{{name}}")
 async def output(request: Request, services: ServicesOf, name: str) -> Response:
     """A picture, or its base64 text. It is streamed, so that only one piece is in memory."""
-    match = OUTPUT_NAME.fullmatch(name)
-    key = f"{OUTPUT_FOLDER}/{match[1]}.png" if match else None
-    found = await services.in_file_thread(services.storage.open, key) if key else None
-    if match is None or found is None:
+    if not PICTURE_NAME.fullmatch(name):
+        raise RouteNotFound
+    stored_name = stored_name_of(name)
+    key = f"{OUTPUT_FOLDER}/{stored_name}"
+    found = await services.in_file_thread(services.storage.open, key)
+    if found is None:
         raise RouteNotFound
     size, pieces = found
-    media_type = "image/png"
-    if match[2] == "base64":
+    media_type = MEDIA_TYPES[PurePath(stored_name).suffix]
+    if name.endswith(".base64"):
         size, pieces, media_type = (size + 2) // 3 * 4, in_base64(pieces), "text/plain"
     headers = {**OUTPUT_HEADERS, "Content-Length": str(size)}
     if request.method == "HEAD":

@@ -464,7 +464,8 @@ class Settings(BaseSettings):
     reproducible: bool = False
     """Pictures are equal bit for bit whatever else runs. It is slower under load."""
     png_metadata: bool = False
-    """Write prompt, seed and the other parameters into each PNG, as A1111's web UI does."""
+    """Write prompt, seed and the other parameters into each picture, as A1111's web UI does: into a
+    PNG's text, and into the EXIF of JPEG and WebP."""
     dtype: DtypeName = DtypeName.AUTO
     """Numbers of the model: `float16`, `bfloat16`, `float32` or `auto`. `auto` is float16 on a GPU
     and float32 elsewhere."""

@@ -17,13 +17,13 @@ from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.interfaces import is_local
 from server.egress.policy import AddressDenied, EgressGrant, checked_url, host_of, is_localhost
 from server.egress.resolver import numeric_addresses
-from server.jobs.job import OUTPUT_FOLDER, OUTPUT_STEM
+from server.jobs.job import OUTPUT_FOLDER, OUTPUT_NAME, stored_name_of
 
 DATA_URI = re.compile(r"data:([^,]{0,1024}),", re.IGNORECASE)
 """Matches up to the data. The media type is ignored, because browsers send none or a wrong one."""
 MAX_DATA_URIS = 3
 """Nested prefixes, which code writes that puts a prefix before every text."""
-OUTPUT_PATH = re.compile(rf"(?:/.*)?/{OUTPUT_FOLDER}/+({OUTPUT_STEM})\.(?:png|base64)")
+OUTPUT_PATH = re.compile(rf"(?:/.*)?/{OUTPUT_FOLDER}/+({OUTPUT_NAME})")
 
 CHARS_PER_BYTE = 1.5
 """Most characters of base64 for a byte, line breaks included. A longer text is refused unread."""
@@ -83,7 +83,7 @@ class OwnOutputs:
         except AddressDenied:
             return None
         match = OUTPUT_PATH.fullmatch(url.path) if url else None
-        return f"{match[1]}.png" if url and match and self._has_host(host_of(url)) else None
+        return stored_name_of(match[1]) if url and match and self._has_host(host_of(url)) else None
 
     def _has_host(self, host: str) -> bool:
         host = host.rstrip(".")

@@ -3,12 +3,13 @@
 `store.py` reads the rows and changes the states.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from models.params import CHUNK_TOKENS, MAX_PROMPT_CHUNKS, InpaintParams
+from models.params import CHUNK_TOKENS, MAX_PROMPT_CHUNKS, InpaintParams, OutputFormat
 from server.core.notices import Notice
 from server.jobs.receipts import Intake
 
@@ -21,8 +22,12 @@ OUTPUT_FOLDER = "generations"
 PREVIEW_FOLDER = "previews"
 """First part of a preview's storage key."""
 
-OUTPUT_STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
-"""Regular expression of the names of `output_names_of`, without the suffix."""
+OUTPUT_NAME = (
+    r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
+    rf"(?:(?:{'|'.join(re.escape(each.suffix) for each in OutputFormat)})(?:\.base64)?|\.base64)"
+)
+"""Regular expression of the names under which pictures are asked for: those of `output_names_of`,
+and those of their base64 texts, see `stored_name_of`."""
 
 
 class JobState(StrEnum):
@@ -204,12 +209,15 @@ class Job:
     @property
     def output_names(self) -> list[str]:
         """File names of the pictures, in sample order."""
-        return output_names_of(self.file_prefix, self.params.samples, self.fencing_token)
+        params = self.params
+        return output_names_of(
+            self.file_prefix, params.samples, self.fencing_token, params.output_format
+        )
 
     @property
     def output_keys(self) -> list[str]:
         """Storage keys of the pictures, in sample order."""
-        return output_keys_of(self.file_prefix, self.params.samples, self.fencing_token)
+        return [f"{OUTPUT_FOLDER}/{name}" for name in self.output_names]
 
     @property
     def has_pictures(self) -> bool:
@@ -265,21 +273,35 @@ def input_key_of(file_prefix: str) -> str:
     return f"{INPUT_FOLDER}/{file_prefix}.npy"
 
 
-def output_names_of(file_prefix: str, samples: int, fencing_token: int) -> list[str]:
+def output_names_of(
+    file_prefix: str, samples: int, fencing_token: int, output_format: str = OutputFormat.PNG
+) -> list[str]:
     """File names of a job's pictures, in sample order.
 
+    output_format: value of an `OutputFormat`.
     Every claim has its own names, because a worker that lost its lease may still write, and must
     not change the files of its successor.
     """
-    suffix = f"-{fencing_token}" if fencing_token > 1 else ""
-    return [f"{file_prefix}-{index}{suffix}.png" for index in range(samples)]
+    claim = f"-{fencing_token}" if fencing_token > 1 else ""
+    suffix = OutputFormat(output_format).suffix
+    return [f"{file_prefix}-{index}{claim}{suffix}" for index in range(samples)]
 
 
-def output_keys_of(file_prefix: str, samples: int, fencing_token: int) -> list[str]:
-    """Storage keys of a job's pictures, in sample order."""
-    return [
-        f"{OUTPUT_FOLDER}/{name}" for name in output_names_of(file_prefix, samples, fencing_token)
-    ]
+def output_keys_of(
+    file_prefix: str, samples: int, fencing_token: int, output_format: str = OutputFormat.PNG
+) -> list[str]:
+    """Storage keys of a job's pictures, in sample order; arguments as of `output_names_of`."""
+    names = output_names_of(file_prefix, samples, fencing_token, output_format)
+    return [f"{OUTPUT_FOLDER}/{name}" for name in names]
+
+
+def stored_name_of(name: str) -> str:
+    """The file name of the picture that is asked for as `name`, which matches `OUTPUT_NAME`.
+
+    The base64 text of `x-0.jpg` is `x-0.jpg.base64`; that of a PNG has a name without ".png" too.
+    """
+    stored = name.removesuffix(".base64")
+    return stored if "." in stored else f"{stored}{OutputFormat.PNG.suffix}"
 
 
 class Failure(StrEnum):

@@ -47,9 +47,11 @@ class Intake:
 class PictureReceipt:
     """One delivered picture.
 
-    sha256: of the PNG file. is_flagged: the safety checker's verdict, None where it was not asked.
+    sha256: of the stored file.
+    is_flagged: the safety checker's verdict, None where it was not asked.
     changed_outside: pixels outside the repainted area that differ from the init image in any
-        channel; largest_difference_outside: by how much, 0 to 255. None for a blanked picture.
+        channel; largest_difference_outside: by how much, 0 to 255. Both are measured before the
+        picture is encoded: a JPEG differs a little more. None for a blanked picture.
     """
 
     sha256: str
@@ -80,7 +82,7 @@ class RunTimes:
     prepare_ms: from the claim until the first denoising step can begin: reading the input, waiting
         for a turn, text encoder, VAE encoder. denoise_ms: until the last step is taken.
     decode_ms: until the last picture is decoded, pasted back and checked.
-    encode_ms: PNG files and their figures. store_ms: writing them.
+    encode_ms: files of the pictures and their figures. store_ms: writing them.
     """
 
     prepare_ms: float

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import anyio.to_thread
-from sqlalchemy import ColumnElement, Engine, delete, exists, select, update
+from sqlalchemy import ColumnElement, Engine, delete, exists, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from models.params import OutputFormat
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.core.settings import RetentionSettings
@@ -49,7 +50,13 @@ ORPHAN_S = 24 * 3_600.0
 HOUR_S = 3_600.0
 UUID_LENGTH = 36
 
-PICTURES = (jobs.c.file_prefix, jobs.c.params["samples"].as_integer(), jobs.c.fencing_token)
+PICTURES = (
+    jobs.c.file_prefix,
+    jobs.c.params["samples"].as_integer(),
+    jobs.c.fencing_token,
+    # Rows of earlier versions do not say it.
+    func.coalesce(jobs.c.params["output_format"].as_string(), OutputFormat.PNG.value),
+)
 """The parts of the storage keys of a job's pictures: arguments of `output_keys_of`."""
 
 
@@ -198,7 +205,7 @@ class Janitor:
                 connection.execute(mark)
         return len(missing)
 
-    def _finished(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
+    def _finished(self) -> Iterator[tuple[int, tuple[str, int, int, str]]]:
         """Jobs with pictures, by their rows: the id and the arguments of `output_keys_of`."""
         last_id = 0
         while not self._is_stopping.is_set():
@@ -216,8 +223,8 @@ class Janitor:
                 rows = connection.execute(query).all()
             if not rows:
                 return
-            for job_id, prefix, samples, token in rows:
-                yield job_id, (prefix, samples, token)
+            for job_id, *files in rows:
+                yield job_id, (*files,)
             last_id = rows[-1].id
 
     def _delete_batch(self) -> int:

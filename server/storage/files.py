@@ -55,7 +55,7 @@ CLIENT_OPTIONS = (
     "user_agent",
 )
 
-CONTENT_TYPES = {".png": "image/png"}
+CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 """The `Content-Type` that an object store sends with a file, by its suffix."""
 
 PROBE_BYTES = 1_000_000

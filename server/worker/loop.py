@@ -26,7 +26,7 @@ from models.errors import (
     OutOfMemory,
     UnusablePicture,
 )
-from models.imaging.captions import CAPTION_KEYWORD, write_caption
+from models.imaging.captions import write_caption
 from models.model_pool import ModelPool
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
@@ -338,16 +338,15 @@ class Worker:
             stages=running.stages,
             pictures=event.pictures,
             stores=self._stores,
-            caption=lambda picture: self._png_text(job, picture),
+            caption=lambda picture: self._caption(job, picture),
             model=lambda: self._describe_model(job),
         )
 
-    def _png_text(self, job: Job, picture: Picture) -> dict[str, str]:
-        """The text chunks of a picture's PNG."""
+    def _caption(self, job: Job, picture: Picture) -> str:
+        """What a picture was made of, for its file; "" where the operator wants none."""
         if not self.settings.png_metadata:
-            return {}
-        caption = write_caption(job.params, picture.seed, picture.scheduler, self._model_of(job))
-        return {CAPTION_KEYWORD: caption}
+            return ""
+        return write_caption(job.params, picture.seed, picture.scheduler, self._model_of(job))
 
     def _describe_model(self, job: Job) -> Model:
         return self._checkpoints.describe(self._model_of(job))

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 from models.diffusion.pipeline import Picture, Source
 from models.imaging.canvas import repainted_area
-from models.imaging.images import encode_png
+from models.imaging.captions import CAPTION_KEYWORD
+from models.imaging.images import encode_jpeg, encode_png, encode_webp
 from models.imaging.masks import Box, measure_fidelity
+from models.params import InpaintParams, OutputFormat
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.jobs.job import Failure, Job, JobState
@@ -78,7 +80,7 @@ class Result:
     """A job's pictures between the engine and the stores.
 
     pictures: of all samples, in order; released once they are encoded.
-    caption: text chunks of a picture's PNG. model: for the receipt.
+    caption: of a picture, for its file; "" for none. model: for the receipt.
     """
 
     job: Job
@@ -86,7 +88,7 @@ class Result:
     stages: Stages
     pictures: Sequence[Picture]
     stores: Stores
-    caption: Callable[[Picture], dict[str, str]]
+    caption: Callable[[Picture], str]
     model: Callable[[], Model]
     _files: list[bytes] = field(default_factory=list)
     _commit: Callable[[], bool] = field(init=False)
@@ -100,11 +102,11 @@ class Result:
 
     def _encode(self) -> None:
         self._files = [
-            encode_png(each.image, self.caption(each), self.source.icc_profile)
+            encode_picture(self.job.params, each, self.caption(each), self.source.icc_profile)
             for each in self.pictures
         ]
         coverage, box, receipts = inspect_pictures(
-            self.job, self.source, self.pictures, self._files
+            self.job.params, self.source, self.pictures, self._files
         )
         self._coverage = coverage
         encoded_s = time.perf_counter()
@@ -152,6 +154,17 @@ class Result:
         return now.state is JobState.FINISHED and now.fencing_token == self.job.fencing_token
 
 
+def encode_picture(
+    params: InpaintParams, picture: Picture, caption: str, icc_profile: bytes
+) -> bytes:
+    """The file of a picture, as the job asks for it. caption: "" for none."""
+    if params.output_format is OutputFormat.PNG:
+        text = {CAPTION_KEYWORD: caption} if caption else {}
+        return encode_png(picture.image, text, icc_profile)
+    encode = encode_jpeg if params.output_format is OutputFormat.JPEG else encode_webp
+    return encode(picture.image, params.output_quality, caption, icc_profile)
+
+
 def repaired_parts(pictures: Sequence[Picture]) -> str:
     """The VAE's parts that were repeated in float32: "encode", "decode", both or ""."""
     parts = {
@@ -162,13 +175,14 @@ def repaired_parts(pictures: Sequence[Picture]) -> str:
 
 
 def inspect_pictures(
-    job: Job, source: Source, pictures: Sequence[Picture], files: Sequence[bytes]
+    params: InpaintParams, source: Source, pictures: Sequence[Picture], files: Sequence[bytes]
 ) -> tuple[float, Box | None, list[PictureReceipt]]:
     """Coverage and box of the repainted area, and a receipt for each picture.
 
-    files: the pictures as PNG.
+    files: the pictures as they are stored. Differences are those of the pictures before they were
+        encoded: JPEG, and WebP below a quality of 100, change all pixels a little afterwards.
     """
-    area = repainted_area(job.params, source.mask)
+    area = repainted_area(params, source.mask)
     measured = [measure_fidelity(source.init_image, each.image, area) for each in pictures]
     receipts = [
         PictureReceipt(

@@ -19,9 +19,11 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
+from models.params import OutputFormat
 from server.api.auth.keys import KeyLimits, KeyStore
 from server.core.settings import Settings
 from server.jobs.estimates import START_S
+from server.jobs.job import output_names_of
 from server.jobs.retention import HOUR_S, Janitor
 from server.jobs.store import JobStore
 from server.jobs.workers import WorkerStatus
@@ -622,6 +624,21 @@ class TestOutputs:
         assert client.get(f"/{name}.png").content == content
         assert client.get(f"/{name}.base64").content == base64.b64encode(content)
 
+    @pytest.mark.parametrize("output_format", OutputFormat)
+    def test_picture_of_each_format_has_its_media_type(
+        self, output_format: OutputFormat, client: httpx2.Client, settings: Settings
+    ) -> None:
+        (name,) = output_names_of(str(uuid.uuid4()), 1, 3, output_format)
+        Storage(settings.storage_url).put(f"generations/{name}", PICTURE)
+        answer = client.get(f"/generations/{name}")
+        assert (answer.content, answer.headers["content-type"]) == (
+            PICTURE,
+            output_format.media_type,
+        )
+        text = client.get(f"/generations/{name}.base64")
+        assert text.content == base64.b64encode(PICTURE)
+        assert text.headers["content-type"].startswith("text/plain")
+
     def test_query_string_is_ignored(self, url: str, client: httpx2.Client) -> None:
         assert client.get(f"{url}?v=1").content == PICTURE
 
@@ -651,6 +668,9 @@ class TestOutputs:
             "{prefix}-0-" + "1" * 300 + ".png",
             "{prefix}-0",
             "{prefix}-0.html",
+            "{prefix}-0.jpg",
+            "{prefix}-0.webp.base64",
+            "{prefix}-0.base64.png",
             "./x/../{prefix}-0.png",
             "%2e/{prefix}-0.png",
         ],

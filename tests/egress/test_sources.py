@@ -70,6 +70,7 @@ OUTPUT = "0123abcd-0123-4567-89ab-0123456789ab-0"
         (f"https://ours.example/generations/{OUTPUT}.png", True),
         (f"https://ours.example:8443/sd/generations/{OUTPUT}.base64?v=1", True),
         (f"https://sub.named.example/generations/{OUTPUT}.png", True),
+        (f"https://ours.example/generations/{OUTPUT}.png.base64", True),
         (f"http://127.0.0.1:1/generations/{OUTPUT}.png", True),
         (f"http://pictures.example/generations/{OUTPUT}.png", False),
         (f"http://ours.example.pictures.example/generations/{OUTPUT}.png", False),
@@ -107,6 +108,29 @@ def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> N
     else:
         assert outcome == {"init_image": b"fetched"}
         assert asked in ([], [f"{OUTPUT.replace('0123', '9999')}.png"])
+
+
+@pytest.mark.parametrize(
+    ("end", "stored"),
+    [
+        (".png", ".png"),
+        (".base64", ".png"),
+        (".jpg", ".jpg"),
+        (".jpg.base64", ".jpg"),
+        (".webp", ".webp"),
+        (".webp.base64", ".webp"),
+        (".jpeg", None),
+        (".gif.base64", None),
+        ("", None),
+    ],
+)
+def test_own_pictures_of_every_format_have_a_name(end: str, stored: str | None) -> None:
+    async def read(name: str) -> bytes | None:
+        raise AssertionError("nothing is read here")
+
+    own = OwnOutputs(["https://ours.example"], [], read)
+    source = ImageSource(f"https://ours.example/generations/{OUTPUT}{end}")
+    assert own.name_of(source) == (stored and OUTPUT + stored)
 
 
 def test_every_image_at_fault_is_named() -> None:

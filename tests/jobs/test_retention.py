@@ -6,12 +6,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, func, insert, select
+from sqlalchemy import Engine, func, insert, select, update
 
+from models.params import InpaintParams, OutputFormat
 from server.core.errors import Conflict, ConflictKind, StorageUnavailable
 from server.core.settings import RetentionSettings
 from server.jobs.job import Job, JobState
@@ -25,7 +26,7 @@ from server.storage.tables import deliveries, jobs
 from server.webhooks.deliveries import Attempt, DeliveryStore
 from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
-from tests.support.jobs import ROW, claim_one, get, new_job, state_of
+from tests.support.jobs import PARAMS, ROW, claim_one, get, new_job, state_of
 
 SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, rows_h=100)
 DELIVERED = Attempt(0.0, 0.1, 200, "answered")
@@ -49,15 +50,16 @@ class House:
         self.storage.put(key, b"content")
         os.utime(self.folder / key, (self.clock.now, self.clock.now))
 
-    def submit(self, webhook: str | None = None) -> Job:
+    def submit(self, webhook: str | None = None, params: InpaintParams = PARAMS) -> Job:
         """A waiting job with its inputs."""
-        job = self.store.submit(new_job(file_prefix=str(uuid.uuid4()), webhook=webhook))
+        new = new_job(file_prefix=str(uuid.uuid4()), webhook=webhook, params=params)
+        job = self.store.submit(new)
         self.put(job.input_key)
         return job
 
-    def finish(self, webhook: str | None = None) -> Job:
+    def finish(self, webhook: str | None = None, params: InpaintParams = PARAMS) -> Job:
         """A finished job with its pictures, whose worker removed the inputs."""
-        self.submit(webhook)
+        self.submit(webhook, params)
         job = claim_one(self.store)
         for key in job.output_keys:
             self.put(key)
@@ -94,6 +96,28 @@ def test_pictures_expire_and_the_row_says_so(house: House) -> None:
     expired = get(house.store, job.id)
     assert (expired.state, expired.expired_at) == (JobState.FINISHED, house.clock.now)
     assert house.janitor.expire() == Removed()
+
+
+@pytest.mark.parametrize("output_format", OutputFormat)
+def test_pictures_of_every_format_expire(output_format: OutputFormat, house: House) -> None:
+    job = house.finish(params=replace(PARAMS, output_format=output_format))
+    assert all(key.endswith(output_format.suffix) for key in job.output_keys)
+    assert house.janitor.sweep() == Removed(), "none is taken for missing"
+    house.pass_hours(11)
+    assert house.janitor.expire() == Removed(outputs=1)
+    assert house.files() == set()
+
+
+def test_pictures_of_rows_of_earlier_versions_expire(house: House, engine: Engine) -> None:
+    job = house.finish()
+    older = {name: value for name, value in PARAMS.to_json().items() if "output" not in name}
+    with engine.begin() as connection:
+        connection.execute(update(jobs).values(params=older))
+    assert get(house.store, job.id).output_keys == job.output_keys
+    assert house.janitor.sweep() == Removed()
+    house.pass_hours(11)
+    assert house.janitor.expire() == Removed(outputs=1)
+    assert house.files() == set()
 
 
 def test_rows_are_removed_last(house: House) -> None:

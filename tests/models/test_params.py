@@ -17,6 +17,7 @@ from models.params import (
     SEED_MODULUS,
     SIZE_MULTIPLE,
     InpaintParams,
+    OutputFormat,
     SchedulerName,
     allowed_size,
     fit_size,
@@ -44,6 +45,8 @@ PARAMS = st.builds(
     only_masked_padding=st.integers(0, 256),
     mask_blur=st.integers(0, 64),
     match_colours=st.booleans(),
+    output_format=st.sampled_from(OutputFormat),
+    output_quality=st.integers(1, 100),
 )
 OWN_SIDES = st.integers(1, 20_000)
 
@@ -112,6 +115,7 @@ def test_every_violation_is_reported_at_once() -> None:
         mask_grow=65,
         mask_blur=-1,
         only_masked_padding=257,
+        output_quality=101,
     )
 
     assert set(refused) == {*RANGES, "prompt", "negative_prompt"}
@@ -142,7 +146,7 @@ def test_rows_from_before_the_mask_controls_are_read_as_their_defaults() -> None
         "mask_blur",
         "match_colours",
     }
-    later = {*controls, "model", "must_be_checked"}
+    later = {*controls, "model", "must_be_checked", "output_format", "output_quality"}
     row = {name: value for name, value in params().to_json().items() if name not in later}
 
     assert len(row) == 12

@@ -26,7 +26,7 @@ WAIT_S = 60.0
 BLANK = np.zeros((64, 64, 3), np.uint8)
 HOLE = np.full((64, 64), 255, np.uint8)
 
-Caption = Callable[[Picture], dict[str, str]]
+Caption = Callable[[Picture], str]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class House:
     engine: Engine
     pictures: Path
 
-    def finish(self, caption: Caption = lambda picture: {}) -> None:
+    def finish(self, caption: Caption = lambda picture: "") -> None:
         """What happens when the engine has made the job's pictures."""
         result = Result(
             job=self.job,
@@ -135,9 +135,9 @@ def test_job_fails_when_its_pictures_were_not_stored_for_an_hour(house: House) -
 def test_commit_waits_for_the_database_and_nothing_is_done_twice(house: House) -> None:
     captions: list[int] = []
 
-    def caption(picture: Picture) -> dict[str, str]:
+    def caption(picture: Picture) -> str:
         captions.append(picture.seed)
-        return {}
+        return ""
 
     rename_table(house.engine, "jobs", "gone")
     house.finish(caption)
@@ -150,7 +150,7 @@ def test_commit_waits_for_the_database_and_nothing_is_done_twice(house: House) -
 
 
 def test_what_cannot_be_encoded_fails_its_job_and_no_other(house: House) -> None:
-    def caption(picture: Picture) -> dict[str, str]:
+    def caption(picture: Picture) -> str:
         raise MemoryError
 
     house.finish(caption)
