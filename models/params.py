@@ -53,6 +53,19 @@ class OutputFormat(StrEnum):
         return f"image/{self.value}"
 
 
+class Fill(StrEnum):
+    """What is under the mask before noise is added: `inpainting_fill` of A1111's web UI."""
+
+    ORIGINAL = "original"
+    """The init image; 1 there."""
+    BLUR = "blur"
+    """The colours around the mask, blurred into it; 0, "fill", there."""
+    NOISE = "noise"
+    """Latent noise, the sample's own; 2 there."""
+    ZERO = "zero"
+    """Latents of 0, "latent nothing"; 3 there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """Closed interval of allowed values."""
@@ -80,6 +93,7 @@ RANGES = {
 }
 CHOICES: dict[str, type[StrEnum]] = {
     "scheduler": SchedulerName,
+    "fill": Fill,
     "output_format": OutputFormat,
 }
 """Parameters that are one of a few names."""
@@ -107,6 +121,9 @@ class InpaintParams:
         sample with that seed.
     strength: 1.0 forgets the init image under the mask; below, the run starts from a noised init
         image and does about `num_inference_steps * strength` steps.
+    fill: what a run starts from under the mask. It makes no difference at a strength of 1, where
+        that is noise alone, but for the grey of soft masks. What 9-channel UNets see of the kept
+        pixels stays the same.
     guidance_scale: classifier-free guidance; 1 switches it off (and the negative prompt with it).
     scheduler: None takes the model's own.
     clip_skip: how many of the text encoder's last layers are skipped.
@@ -147,6 +164,7 @@ class InpaintParams:
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
     strength: float = 0.7
+    fill: Fill = Fill.ORIGINAL
     scheduler: SchedulerName | None = None
     clip_skip: int = 0
     model: str | None = None

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from models.diffusion.vae import LatentCodec
 from models.imaging.canvas import Canvas
-from models.params import InpaintParams
+from models.imaging.filling import fill_from_around
+from models.params import Fill, InpaintParams
 
 INPAINT_CHANNELS = 9
 """Latents (4), mask (1) and masked-image latents (4), joined in this order."""
@@ -32,7 +33,8 @@ class EncodedCanvas:
     """What all samples of a canvas share.
 
     mask: `(1, 1, h/8, w/8)`, 0 or 1. strengths: likewise, 0 to 1, see `Sample`.
-    init_image, masked_image: the VAE's distributions; None while no job has needed them.
+    init_image, masked_image, filled_image: the VAE's distributions; None while no job has needed
+        them. In the last one the colours around the mask are blurred into it.
     is_encoded_again: see `Picture`.
     """
 
@@ -40,6 +42,7 @@ class EncodedCanvas:
     strengths: Tensor
     init_image: Any = None
     masked_image: Any = None
+    filled_image: Any = None
     is_encoded_again: bool = False
 
 
@@ -66,28 +69,38 @@ class CanvasEncoder:
     def encode(self, jobs: Sequence[tuple[InpaintParams, Canvas]]) -> list[EncodedCanvas]:
         """Each job's canvas, with the images that it needs. Raises: UnusablePicture."""
         found = [self._recall(canvas) for _, canvas in jobs]
-        init_images: dict[EncodedCanvas, Canvas] = {}
-        masked_images: dict[EncodedCanvas, Canvas] = {}
+        missing: dict[str, dict[EncodedCanvas, Canvas]] = {}
         for encoded, (params, canvas) in zip(found, jobs, strict=True):
-            needs_init_image = self._draws_init_image(params) or params.soft_mask
-            if needs_init_image and encoded.init_image is None:
-                init_images[encoded] = canvas
-            if self._has_masked_image and encoded.masked_image is None:
-                masked_images[encoded] = canvas
-        for same_size in by_size(init_images):
-            images = self._images([canvas.init_image for canvas in same_size.values()])
-            for encoded, image, is_again in self._encoded(same_size, images):
-                encoded.init_image = image
-                encoded.is_encoded_again |= is_again
-        for same_size in by_size(masked_images):
-            kept = self._strengths(same_size.values()) == 0
-            images = self._images([canvas.init_image for canvas in same_size.values()]) * kept
-            for encoded, image, is_again in self._encoded(same_size, images):
-                encoded.masked_image = image
-                encoded.is_encoded_again |= is_again
+            for name in self._needed_images(params):
+                if getattr(encoded, name) is None:
+                    missing.setdefault(name, {})[encoded] = canvas
+        for name, canvases in missing.items():
+            for same_size in by_size(canvases):
+                images = self._pictures_of(name, [*same_size.values()])
+                for encoded, image, is_again in self._encoded(same_size, images):
+                    setattr(encoded, name, image)
+                    encoded.is_encoded_again |= is_again
         while len(self._kept) > KEPT_CANVASES:
             self._kept.popitem(last=False)
         return found
+
+    def _needed_images(self, params: InpaintParams) -> Iterator[str]:
+        """Names of the fields of `EncodedCanvas` that a run needs."""
+        if self._draws_init_image(params) or params.soft_mask:
+            yield "init_image"
+            if params.fill is Fill.BLUR:
+                yield "filled_image"
+        if self._has_masked_image:
+            yield "masked_image"
+
+    def _pictures_of(self, name: str, canvases: Sequence[Canvas]) -> Tensor:
+        """What is encoded as such a field, for canvases of one size: `(n, 3, h, w)` in [-1, 1]."""
+        if name == "filled_image":
+            return self._images(
+                [fill_from_around(each.init_image, each.strengths > 0) for each in canvases]
+            )
+        images = self._images([each.init_image for each in canvases])
+        return images * (self._strengths(canvases) == 0) if name == "masked_image" else images
 
     def draw(
         self, params: InpaintParams, encoded: EncodedCanvas, generator: torch.Generator
@@ -103,11 +116,23 @@ class CanvasEncoder:
             image_latents = self._codec.middle(encoded.init_image)
         shape = (1, 4, *encoded.mask.shape[-2:])
         noise = randn_tensor(shape, generator, device=self._device, dtype=self._dtype)
+        if image_latents is not None and params.fill is not Fill.ORIGINAL:
+            filling = self._filling(params.fill, encoded, noise)
+            image_latents = torch.where(encoded.mask > 0, filling, image_latents)
         if self._has_masked_image:
             return Draws(image_latents, noise, self._codec.draw(encoded.masked_image, generator))
         # The original draws these too and never uses them; a scheduler's own draws come after.
         torch.randn(shape, generator=generator)
         return Draws(image_latents, noise, None)
+
+    def _filling(self, fill: Fill, encoded: EncodedCanvas, noise: Tensor) -> Tensor:
+        """The latents `(1, 4, h/8, w/8)` that take the place of the init image's under the mask.
+
+        Nothing is drawn for them, so that noise is the same with every `fill`.
+        """
+        if fill is Fill.BLUR:
+            return self._codec.middle(encoded.filled_image)
+        return noise if fill is Fill.NOISE else torch.zeros_like(noise)
 
     def latents_of(self, picture: NDArray[np.uint8]) -> Tensor:
         """The most probable latents `(1, 4, h/8, w/8)` of any picture `(h, w, 3)`.

@@ -7,7 +7,7 @@ Source: `modules/processing.py` and `modules/infotext_utils.py` there.
 import json
 from pathlib import PurePath
 
-from models.params import InpaintParams, SchedulerName
+from models.params import Fill, InpaintParams, SchedulerName
 
 CAPTION_KEYWORD = "parameters"
 """The PNG keyword such programs look for."""
@@ -29,6 +29,13 @@ SAMPLERS = {
 }
 """The web UI's names; those it has no sampler for keep their own."""
 
+MASKED_CONTENT = {
+    Fill.BLUR: "fill",
+    Fill.NOISE: "latent noise",
+    Fill.ZERO: "latent nothing",
+}
+"""The web UI's names of what is not the original."""
+
 
 def write_caption(
     params: InpaintParams, seed: int, scheduler: SchedulerName | None, model: str
@@ -47,6 +54,7 @@ def write_caption(
         "Model": quoted(PurePath(model).name.removesuffix(".safetensors")),
         "Denoising strength": f"{params.strength:g}",
         "Clip skip": params.clip_skip + 1 if params.clip_skip else None,
+        "Masked content": MASKED_CONTENT.get(params.fill),
     }
     lines = [params.prompt]
     if params.negative_prompt:

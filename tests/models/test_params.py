@@ -16,6 +16,7 @@ from models.params import (
     RANGES,
     SEED_MODULUS,
     SIZE_MULTIPLE,
+    Fill,
     InpaintParams,
     OutputFormat,
     SchedulerName,
@@ -35,6 +36,7 @@ PARAMS = st.builds(
     num_inference_steps=st.integers(1, MAX_LCM_STEPS),
     guidance_scale=st.floats(1, 20),
     strength=st.floats(0.001, 1),
+    fill=st.sampled_from(Fill),
     scheduler=st.none() | st.sampled_from(SchedulerName),
     clip_skip=st.integers(0, 8),
     safety_check=st.booleans(),
@@ -146,7 +148,8 @@ def test_rows_from_before_the_mask_controls_are_read_as_their_defaults() -> None
         "mask_blur",
         "match_colours",
     }
-    later = {*controls, "model", "must_be_checked", "output_format", "output_quality"}
+    output = {"output_format", "output_quality"}
+    later = {*controls, *output, "model", "must_be_checked", "fill"}
     row = {name: value for name, value in params().to_json().items() if name not in later}
 
     assert len(row) == 12

@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from models.imaging.captions import SAMPLERS, write_caption
 from models.imaging.images import encode_png
-from models.params import InpaintParams, SchedulerName
+from models.params import Fill, InpaintParams, SchedulerName
 from tests.support.png_text import COLOURS, read_text
 
 PARAMS = InpaintParams(
@@ -50,6 +51,21 @@ def test_caption_gives_every_parameter_back() -> None:
         "Model": "dream",
         "Denoising strength": "0.75",
     }
+
+
+@pytest.mark.parametrize(
+    ("fill", "name"),
+    [
+        (Fill.ORIGINAL, None),
+        (Fill.BLUR, "fill"),
+        (Fill.NOISE, "latent noise"),
+        (Fill.ZERO, "latent nothing"),
+    ],
+)
+def test_masked_content_has_the_web_ui_s_name(fill: Fill, name: str | None) -> None:
+    _, _, values = read_caption(write_caption(replace(PARAMS, fill=fill), 8, None, "dream"))
+
+    assert values.get("Masked content") == name
 
 
 @pytest.mark.parametrize(
