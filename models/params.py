@@ -36,6 +36,32 @@ class SchedulerName(StrEnum):
     UNIPC = "UniPCMultistepScheduler"
 
 
+class NoiseSpacing(StrEnum):
+    """How a scheduler spaces a run's noise levels, in place of the checkpoint's own way."""
+
+    KARRAS = "karras"
+    """Karras et al. 2022, equation 5."""
+    EXPONENTIAL = "exponential"
+    """Equal ratios of neighbouring levels."""
+
+
+NOISE_SPACINGS: dict[SchedulerName, tuple[NoiseSpacing, ...]] = dict.fromkeys(SchedulerName, ())
+NOISE_SPACINGS |= dict.fromkeys(
+    (
+        SchedulerName.DEIS,
+        SchedulerName.DPM_MULTISTEP,
+        SchedulerName.DPM_SINGLESTEP,
+        SchedulerName.EULER,
+        SchedulerName.HEUN,
+        SchedulerName.KDPM2,
+        SchedulerName.KDPM2_ANCESTRAL,
+        SchedulerName.UNIPC,
+    ),
+    tuple(NoiseSpacing),
+)
+"""The spacings that each scheduler knows."""
+
+
 class OutputFormat(StrEnum):
     """File formats of finished pictures."""
 
@@ -93,6 +119,7 @@ RANGES = {
 }
 CHOICES: dict[str, type[StrEnum]] = {
     "scheduler": SchedulerName,
+    "noise_spacing": NoiseSpacing,
     "fill": Fill,
     "output_format": OutputFormat,
 }
@@ -126,6 +153,8 @@ class InpaintParams:
         pixels stays the same.
     guidance_scale: classifier-free guidance; 1 switches it off (and the negative prompt with it).
     scheduler: None takes the model's own.
+    noise_spacing: None takes the model's own. Schedulers know those in `NOISE_SPACINGS`; with a
+        scheduler of None the model's own decides, and the engine refuses what it does not know.
     clip_skip: how many of the text encoder's last layers are skipped.
     model: id of the model; None takes the server's own.
     safety_check: replace flagged pictures by a blank one, where the model has a safety checker.
@@ -166,6 +195,7 @@ class InpaintParams:
     strength: float = 0.7
     fill: Fill = Fill.ORIGINAL
     scheduler: SchedulerName | None = None
+    noise_spacing: NoiseSpacing | None = None
     clip_skip: int = 0
     model: str | None = None
     safety_check: bool = True
@@ -199,6 +229,8 @@ class InpaintParams:
         if self.scheduler is SchedulerName.LCM and self.num_inference_steps > MAX_LCM_STEPS:
             reason = f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}"
             violations.append(Violation("num_inference_steps", reason=reason))
+        if self.scheduler is not None:
+            violations += spacing_violations(self.scheduler, self.noise_spacing)
         if violations:
             raise InvalidInput(violations)
 
@@ -224,6 +256,15 @@ class InpaintParams:
             if known.get(name) is not None:
                 known[name] = choice(str(known[name]))
         return cls(**known)  # type: ignore[arg-type]  # checked field by field in __post_init__
+
+
+def spacing_violations(
+    scheduler: SchedulerName, noise_spacing: NoiseSpacing | None
+) -> list[Violation]:
+    """What is wrong with a noise spacing for a scheduler: one violation, or none."""
+    if noise_spacing is None or noise_spacing in NOISE_SPACINGS[scheduler]:
+        return []
+    return [Violation("noise_spacing", reason=f"is not known to {scheduler}")]
 
 
 def is_surely_too_long(prompt: str) -> bool:

@@ -356,7 +356,7 @@ class InpaintPipeline:
         conditioning: Conditioning,
         encoded: EncodedCanvas,
     ) -> Sample:
-        scheduler = self._schedulers.new(params.scheduler)
+        scheduler = self._schedulers.new(params.scheduler, params.noise_spacing)
         timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
         # A generator on the host gives the same numbers on every device.
         generator = torch.Generator("cpu").manual_seed(seed)

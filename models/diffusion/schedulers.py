@@ -12,8 +12,8 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from models.errors import ModelUnavailable
-from models.params import SchedulerName
+from models.errors import InvalidInput, ModelUnavailable
+from models.params import NoiseSpacing, SchedulerName, spacing_violations
 
 SchedulerConfig: TypeAlias = Mapping[str, Any]
 """Contents of a checkpoint's `scheduler_config.json`."""
@@ -29,14 +29,33 @@ OVERRIDES: dict[SchedulerName, dict[str, Any]] = {
 }
 
 
-def create_scheduler(name: SchedulerName | None, config: SchedulerConfig) -> SchedulerMixin:
+SPACING_SWITCHES = {
+    NoiseSpacing.KARRAS: "use_karras_sigmas",
+    NoiseSpacing.EXPONENTIAL: "use_exponential_sigmas",
+}
+"""diffusers' names, of which one alone may be on."""
+
+OTHER_SPACINGS = {"use_beta_sigmas": False}
+"""Spacings of a checkpoint that no job can ask for."""
+
+
+def create_scheduler(
+    name: SchedulerName | None, config: SchedulerConfig, spacing: NoiseSpacing | None = None
+) -> SchedulerMixin:
     """A scheduler with the checkpoint's noise schedule.
 
-    name: None takes the class the checkpoint names itself.
-    Raises: ModelUnavailable, as `own_scheduler`.
+    name: None takes the class the checkpoint names itself. spacing: None takes the checkpoint's.
+    Raises: ModelUnavailable, as `own_scheduler`; InvalidInput for a spacing that the class does
+        not know.
     """
     overrides = {} if name is None else OVERRIDES.get(name, {})
-    scheduler_class = getattr(diffusers, name or own_scheduler(config))
+    class_name = name or own_scheduler(config)
+    if violations := spacing_violations(class_name, spacing):
+        raise InvalidInput(violations)
+    if spacing is not None:
+        switches = {switch: each is spacing for each, switch in SPACING_SWITCHES.items()}
+        overrides = overrides | OTHER_SPACINGS | switches
+    scheduler_class = getattr(diffusers, class_name)
     scheduler: SchedulerMixin = scheduler_class.from_config(dict(config), **overrides)
     return scheduler
 
@@ -51,13 +70,16 @@ class SchedulerSource:
     def __init__(self, config: SchedulerConfig) -> None:
         own_scheduler(config)
         self._config = config
-        self._originals: dict[SchedulerName | None, SchedulerMixin] = {}
+        self._originals: dict[tuple[SchedulerName | None, NoiseSpacing | None], SchedulerMixin] = {}
 
-    def new(self, name: SchedulerName | None) -> SchedulerMixin:
+    def new(
+        self, name: SchedulerName | None, spacing: NoiseSpacing | None = None
+    ) -> SchedulerMixin:
         """`create_scheduler` with the checkpoint's configuration."""
-        if name not in self._originals:
-            self._originals[name] = create_scheduler(name, self._config)
-        return copy.deepcopy(self._originals[name])
+        key = name, spacing
+        if key not in self._originals:
+            self._originals[key] = create_scheduler(name, self._config, spacing)
+        return copy.deepcopy(self._originals[key])
 
 
 def own_scheduler(config: SchedulerConfig) -> SchedulerName:

@@ -48,6 +48,7 @@ def write_caption(
     values: dict[str, object] = {
         "Steps": params.num_inference_steps,
         "Sampler": None if scheduler is None else SAMPLERS[scheduler],
+        "Schedule type": params.noise_spacing and params.noise_spacing.capitalize(),
         "CFG scale": f"{params.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{params.width}x{params.height}",

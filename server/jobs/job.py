@@ -319,6 +319,8 @@ class Failure(StrEnum):
     """The checker is forced, and the model asked for has none."""
     PROMPT_TOO_LONG = "prompt_too_long"
     CLIP_SKIP_TOO_LARGE = "clip_skip_too_large"
+    NO_SUCH_NOISE_SPACING = "no_such_noise_spacing"
+    """The model's own scheduler does not know the noise spacing asked for."""
     OUT_OF_MEMORY = "out_of_memory"
     UNUSABLE_PICTURE = "unusable_picture"
     NOT_STORED = "not_stored"
@@ -347,6 +349,9 @@ SENTENCES = {
     Failure.PROMPT_TOO_LONG: "The prompt or the negative prompt needs more than "
     f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens",
     Failure.CLIP_SKIP_TOO_LARGE: "This model has fewer text encoder layers than clip_skip skips",
+    Failure.NO_SUCH_NOISE_SPACING: (
+        "This model's own scheduler does not know the noise spacing; name a scheduler that does"
+    ),
     Failure.OUT_OF_MEMORY: "The picture is too large for this server's memory",
     Failure.UNUSABLE_PICTURE: "The model could not make this picture",
     Failure.NOT_STORED: "The pictures could not be stored",

@@ -72,6 +72,12 @@ replaces it."""
 DRAIN_S = 20.0
 """Time for running jobs after a request to stop; less than the supervisor's grace."""
 
+FAILURES_OF_FIELDS = {
+    "clip_skip": Failure.CLIP_SKIP_TOO_LARGE,
+    "noise_spacing": Failure.NO_SUCH_NOISE_SPACING,
+}
+"""Parameters that only the loaded model can judge; of all others that is the prompts' length."""
+
 FAILURES: dict[type[Exception], Failure] = {
     ModelUnavailable: Failure.MODEL_UNAVAILABLE,
     NoSafetyChecker: Failure.NO_SAFETY_CHECKER,
@@ -379,9 +385,8 @@ class Worker:
 def failure_of(error: Exception) -> Failure:
     """The job's failure for an error of the engine."""
     if isinstance(error, InvalidInput):
-        fields = {violation.field for violation in error.violations}
-        is_skip = "clip_skip" in fields
-        return Failure.CLIP_SKIP_TOO_LARGE if is_skip else Failure.PROMPT_TOO_LONG
+        field = error.violations[0].field
+        return FAILURES_OF_FIELDS.get(field, Failure.PROMPT_TOO_LONG)
     return FAILURES.get(type(error), Failure.UNKNOWN)
 
 

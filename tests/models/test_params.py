@@ -13,11 +13,13 @@ from models.errors import InvalidInput
 from models.params import (
     MAX_LCM_STEPS,
     MAX_PROMPT_CHARS,
+    NOISE_SPACINGS,
     RANGES,
     SEED_MODULUS,
     SIZE_MULTIPLE,
     Fill,
     InpaintParams,
+    NoiseSpacing,
     OutputFormat,
     SchedulerName,
     allowed_size,
@@ -149,7 +151,7 @@ def test_rows_from_before_the_mask_controls_are_read_as_their_defaults() -> None
         "match_colours",
     }
     output = {"output_format", "output_quality"}
-    later = {*controls, *output, "model", "must_be_checked", "fill"}
+    later = {*controls, *output, "model", "must_be_checked", "fill", "noise_spacing"}
     row = {name: value for name, value in params().to_json().items() if name not in later}
 
     assert len(row) == 12
@@ -308,3 +310,16 @@ def test_lcm_knows_fifty_steps() -> None:
         "num_inference_steps"
     ]
     assert params(scheduler=SchedulerName.LCM, num_inference_steps=50).num_inference_steps == 50
+
+
+@pytest.mark.parametrize("spacing", NoiseSpacing)
+@pytest.mark.parametrize("scheduler", SchedulerName)
+def test_noise_spacing_must_be_known_to_the_scheduler(
+    scheduler: SchedulerName, spacing: NoiseSpacing
+) -> None:
+    assert params(scheduler=None, noise_spacing=spacing).noise_spacing is spacing
+    if spacing not in NOISE_SPACINGS[scheduler]:
+        assert fields_refused(scheduler=scheduler, noise_spacing=spacing) == ["noise_spacing"]
+        return
+    original = params(scheduler=scheduler, noise_spacing=spacing)
+    assert InpaintParams.from_json(json.loads(json.dumps(original.to_json()))) == original

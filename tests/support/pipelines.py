@@ -14,7 +14,7 @@ from PIL import Image
 from models.checkpoints.registry import Components
 from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
 from models.diffusion.schedulers import create_scheduler
-from models.params import InpaintParams, SchedulerName
+from models.params import InpaintParams, NoiseSpacing, SchedulerName
 
 WIDTH, HEIGHT = 72, 64
 
@@ -82,17 +82,20 @@ def reference(
     components: Components, params: InpaintParams, source: Source = SOURCE
 ) -> NDArray[np.uint8]:
     """The picture of diffusers' own pipeline from the same weights."""
-    return picture_of(original_pipeline(components, params.scheduler), params, source)
+    original = original_pipeline(components, params.scheduler, params.noise_spacing)
+    return picture_of(original, params, source)
 
 
-def original_pipeline(components: Components, name: SchedulerName | None) -> Any:
+def original_pipeline(
+    components: Components, name: SchedulerName | None, spacing: NoiseSpacing | None = None
+) -> Any:
     """diffusers' own pipeline around the same weights."""
     shared = {
         "vae": components.vae,
         "text_encoder": components.text_encoder,
         "tokenizer": components.tokenizer,
         "unet": components.unet,
-        "scheduler": create_scheduler(name, components.scheduler_config),
+        "scheduler": create_scheduler(name, components.scheduler_config, spacing),
     }
     if components.text_encoder_2 is None:
         return StableDiffusionInpaintPipeline(

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from models.diffusion.pipeline import Picture
+from models.errors import InvalidInput, Violation
+from server.jobs.job import Failure
 from server.storage.database import migrate, open_engine
+from server.worker.loop import failure_of
 from server.worker.results import repaired_parts
 
 pytestmark = pytest.mark.process
@@ -29,6 +32,21 @@ def test_log_names_what_needed_float32(
         Picture(2, BLANK, BLANK, is_encoded_again=encoded_again, is_decoded_again=decoded_again),
     ]
     assert repaired_parts(pictures) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "failure"),
+    [
+        ("prompt", Failure.PROMPT_TOO_LONG),
+        ("negative_prompt", Failure.PROMPT_TOO_LONG),
+        ("clip_skip", Failure.CLIP_SKIP_TOO_LARGE),
+        ("noise_spacing", Failure.NO_SUCH_NOISE_SPACING),
+    ],
+)
+def test_what_the_model_refuses_has_a_failure_of_its_own(field: str, failure: Failure) -> None:
+    found = failure_of(InvalidInput([Violation(field, reason="is not known")]))
+    assert found is failure
+    assert Failure.of(found.sentence) is failure
 
 
 def test_worker_whose_server_died_while_it_started_ends(tmp_path: Path) -> None:

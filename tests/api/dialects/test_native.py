@@ -77,7 +77,13 @@ def test_every_parameter_reaches_the_job() -> None:
     assert (asked.width, asked.height) == (640, 320)
     params = dataclasses.replace(asked.params, width=640, height=320)
     assert params == InpaintParams(prompt="a cat", **(given | {"scheduler": SchedulerName.DDIM}))
-    not_offered = {"must_be_checked", "output_format", "output_quality", "fill"}
+    not_offered = {
+        "must_be_checked",
+        "output_format",
+        "output_quality",
+        "fill",
+        "noise_spacing",
+    }
     assert given.keys() == params.to_json().keys() - {"prompt"} - not_offered, "none was forgotten"
 
 

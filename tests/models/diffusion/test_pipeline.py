@@ -17,7 +17,7 @@ from models.checkpoints.registry import Components, ModelSpec, load_components
 from models.diffusion.pipeline import InpaintPipeline, Source
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.imaging.masks import binarise
-from models.params import SEED_MODULUS, SchedulerName
+from models.params import NOISE_SPACINGS, SEED_MODULUS, NoiseSpacing, SchedulerName
 from tests.support.pipelines import (
     MIXED_BATCH,
     SOURCE,
@@ -63,6 +63,26 @@ def test_picture_equals_diffusers(
     ours = generated(InpaintPipeline(tiny_components), params)
 
     assert_same_picture(ours, reference(tiny_components, params))
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [(name, spacing) for name, known in NOISE_SPACINGS.items() for spacing in known],
+)
+def test_picture_equals_diffusers_with_each_noise_spacing(
+    tiny_components: Components, name: SchedulerName, spacing: NoiseSpacing, strength: float
+) -> None:
+    params = make_params(
+        scheduler=name, noise_spacing=spacing, strength=strength, num_inference_steps=5
+    )
+    pipeline = InpaintPipeline(tiny_components)
+
+    ours = generated(pipeline, params)
+
+    assert_same_picture(ours, reference(tiny_components, params))
+    plain = generated(pipeline, dataclasses.replace(params, noise_spacing=None))
+    assert not np.array_equal(ours, plain)
 
 
 @pytest.mark.parametrize(

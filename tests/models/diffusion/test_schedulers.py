@@ -1,15 +1,22 @@
 """Which steps a run has, and that no two runs share a scheduler."""
 
+import inspect
 from collections.abc import Iterator
 
+import diffusers
 import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from models.diffusion.pipeline import step_arguments
-from models.diffusion.schedulers import SchedulerSource, create_scheduler, run_timesteps
-from models.errors import ModelUnavailable
-from models.params import SchedulerName
+from models.diffusion.schedulers import (
+    SPACING_SWITCHES,
+    SchedulerSource,
+    create_scheduler,
+    run_timesteps,
+)
+from models.errors import InvalidInput, ModelUnavailable
+from models.params import NOISE_SPACINGS, NoiseSpacing, SchedulerName
 from tests.support.pipelines import SCHEDULER_CONFIG
 
 QUICK_SCHEDULERS = [name for name in SchedulerName if "KDPM2" not in name]
@@ -125,3 +132,44 @@ def denoised_with(scheduler: SchedulerMixin) -> torch.Tensor:
     for timestep in run_timesteps(scheduler, 3, 1.0):
         latents = scheduler.step(latents, timestep, latents, **arguments).prev_sample
     return latents
+
+
+@pytest.mark.parametrize("name", SchedulerName)
+def test_known_noise_spacings_are_those_that_diffusers_offers(name: SchedulerName) -> None:
+    accepted = inspect.signature(getattr(diffusers, name)).parameters
+    offered = [spacing for spacing, switch in SPACING_SWITCHES.items() if switch in accepted]
+
+    assert [*NOISE_SPACINGS[name]] == offered
+    assert set(SPACING_SWITCHES) == set(NoiseSpacing)
+
+
+@pytest.mark.parametrize("own", [{}, {"use_karras_sigmas": True}, {"use_beta_sigmas": True}])
+def test_asked_noise_spacing_goes_before_the_checkpoints_own(own: dict[str, bool]) -> None:
+    for spacing, switch in SPACING_SWITCHES.items():
+        scheduler = create_scheduler(SchedulerName.EULER, SCHEDULER_CONFIG | own, spacing)
+        switches = [*SPACING_SWITCHES.values(), "use_beta_sigmas"]
+        assert [each for each in switches if scheduler.config[each]] == [switch]
+
+
+def test_exponential_levels_have_equal_ratios() -> None:
+    scheduler = create_scheduler(SchedulerName.EULER, SCHEDULER_CONFIG, NoiseSpacing.EXPONENTIAL)
+    run_timesteps(scheduler, 10, 1.0)
+    levels = scheduler.sigmas[:-1]
+
+    torch.testing.assert_close(levels[1:] / levels[:-1], (levels[1] / levels[0]).expand(9))
+
+
+def test_karras_levels_have_equal_steps_of_their_seventh_root() -> None:
+    scheduler = create_scheduler(SchedulerName.EULER, SCHEDULER_CONFIG, NoiseSpacing.KARRAS)
+    run_timesteps(scheduler, 10, 1.0)
+    steps = scheduler.sigmas[:-1].pow(1 / 7).diff()
+
+    torch.testing.assert_close(steps, steps[0].expand(9), rtol=1e-4, atol=0)
+
+
+def test_own_scheduler_refuses_a_noise_spacing_that_it_does_not_know() -> None:
+    with pytest.raises(InvalidInput, match="^noise_spacing: is not known to DDIMScheduler$"):
+        create_scheduler(None, SCHEDULER_CONFIG, NoiseSpacing.KARRAS)
+    source = SchedulerSource(SCHEDULER_CONFIG)
+    assert type(source.new(SchedulerName.HEUN, NoiseSpacing.KARRAS)).__name__ == SchedulerName.HEUN
+    assert not source.new(SchedulerName.HEUN).config.use_karras_sigmas

@@ -8,7 +8,7 @@ import pytest
 
 from models.imaging.captions import SAMPLERS, write_caption
 from models.imaging.images import encode_png
-from models.params import Fill, InpaintParams, SchedulerName
+from models.params import Fill, InpaintParams, NoiseSpacing, SchedulerName
 from tests.support.png_text import COLOURS, read_text
 
 PARAMS = InpaintParams(
@@ -66,6 +66,17 @@ def test_masked_content_has_the_web_ui_s_name(fill: Fill, name: str | None) -> N
     _, _, values = read_caption(write_caption(replace(PARAMS, fill=fill), 8, None, "dream"))
 
     assert values.get("Masked content") == name
+
+
+@pytest.mark.parametrize(
+    ("spacing", "name"),
+    [(None, None), (NoiseSpacing.KARRAS, "Karras"), (NoiseSpacing.EXPONENTIAL, "Exponential")],
+)
+def test_noise_spacing_has_the_web_ui_s_name(spacing: NoiseSpacing | None, name: str) -> None:
+    params = replace(PARAMS, noise_spacing=spacing)
+    _, _, values = read_caption(write_caption(params, 8, SchedulerName.EULER, "dream"))
+
+    assert values.get("Schedule type") == name
 
 
 @pytest.mark.parametrize(
