@@ -62,6 +62,19 @@ NOISE_SPACINGS |= dict.fromkeys(
 """The spacings that each scheduler knows."""
 
 
+class FlaggedAs(StrEnum):
+    """What replaces a picture that the safety checker flags, at the same size."""
+
+    BLANK = "blank"
+    """A black picture."""
+    BLUR = "blur"
+    """The picture, so blurred that nothing can be recognised."""
+    PIXELATE = "pixelate"
+    """Its mean colours in squares, eight along its longer side."""
+    TEXT = "text"
+    """A grey picture that says "Sensitive content"."""
+
+
 class OutputFormat(StrEnum):
     """File formats of finished pictures."""
 
@@ -121,6 +134,7 @@ CHOICES: dict[str, type[StrEnum]] = {
     "scheduler": SchedulerName,
     "noise_spacing": NoiseSpacing,
     "fill": Fill,
+    "flagged_as": FlaggedAs,
     "output_format": OutputFormat,
 }
 """Parameters that are one of a few names."""
@@ -157,7 +171,8 @@ class InpaintParams:
         scheduler of None the model's own decides, and the engine refuses what it does not know.
     clip_skip: how many of the text encoder's last layers are skipped.
     model: id of the model; None takes the server's own.
-    safety_check: replace flagged pictures by a blank one, where the model has a safety checker.
+    safety_check: replace flagged pictures, where the model has a safety checker.
+    flagged_as: what replaces them. Previews are blank in any case.
     must_be_checked: make no pictures with a model that has none.
 
     What the mask means; pixels are those of the picture the client gets, and it happens in this
@@ -199,6 +214,7 @@ class InpaintParams:
     clip_skip: int = 0
     model: str | None = None
     safety_check: bool = True
+    flagged_as: FlaggedAs = FlaggedAs.BLANK
     must_be_checked: bool = False
     invert_mask: bool = False
     soft_mask: bool = False

@@ -27,12 +27,13 @@ from models.diffusion.conditioning import Conditioning, create_conditioner
 from models.diffusion.encoding import INPAINT_CHANNELS, CanvasEncoder, EncodedCanvas
 from models.diffusion.noise import rounded_noise
 from models.diffusion.previews import Colours, estimate_clean, fit_colours, paint
-from models.diffusion.safety import SafetyChecker, blank_like
+from models.diffusion.safety import SafetyChecker
 from models.diffusion.schedulers import SchedulerSource, noised, run_timesteps
 from models.diffusion.vae import LatentCodec
 from models.errors import DeviceLost, ModelUnavailable, NoSafetyChecker, OutOfMemory
 from models.imaging.canvas import Canvas, prepare_canvas
-from models.params import InpaintParams, SchedulerName
+from models.imaging.hiding import hide
+from models.params import FlaggedAs, InpaintParams, SchedulerName
 
 PREVIEW_SIDE_PX = 128
 """Longest side of a preview, which is that of the largest picture's latents."""
@@ -109,7 +110,8 @@ class Sample:
 class Picture:
     """A finished sample.
 
-    image: `(h, w, 3)` uint8, what the client gets: pasted back into the init image, or blank.
+    image: `(h, w, 3)` uint8, what the client gets: pasted back into the init image, or what
+        replaces a flagged picture.
     generated: the decoder's picture before paste-back, at the job's size.
     is_flagged: the safety checker's verdict; None where it was not asked or there is none.
     is_encoded_again, is_decoded_again: the VAE's first result was unusable, this one was made with
@@ -279,7 +281,7 @@ class InpaintPipeline:
             return [
                 Picture(
                     sample.seed,
-                    blank_like(images[index]) if verdicts[index] else images[index],
+                    shown(images[index], sample.params.flagged_as, verdicts[index]),
                     generated[index],
                     verdicts[index],
                     sample.is_encoded_again,
@@ -310,7 +312,7 @@ class InpaintPipeline:
                 paint(latents, self._colours), self.latent_scale, PREVIEW_SIDE_PX
             )
             (verdict,) = self._judge([sample], [image])
-        return blank_like(image) if verdict else image
+        return shown(image, FlaggedAs.BLANK, verdict)
 
     def device_time_s(self) -> float:
         """A clock for timing device work: waits until all that was started is done."""
@@ -401,6 +403,13 @@ class InpaintPipeline:
             conditioning=sample.conditioning,
             added=sample.added_conditions,
         )
+
+
+def shown(
+    image: NDArray[np.uint8], flagged_as: FlaggedAs, is_flagged: bool | None
+) -> NDArray[np.uint8]:
+    """The picture, or what replaces it where it is flagged."""
+    return hide(image, flagged_as) if is_flagged else image
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: torch.Generator) -> dict[str, Any]:

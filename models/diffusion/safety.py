@@ -1,4 +1,4 @@
-"""NSFW check of finished pictures, and what replaces a flagged one."""
+"""NSFW check of finished pictures."""
 
 from typing import Protocol
 
@@ -56,8 +56,3 @@ def cosine_similarity(embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Ten
     """embeds: `(n, d)`; concepts: `(m, d)`; result `(n, m)`, float32 in [-1, 1]."""
     unit = torch.nn.functional.normalize
     return unit(embeds.float()) @ unit(concepts.float()).T
-
-
-def blank_like(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The black picture that stands in for a flagged one."""
-    return np.zeros_like(image)

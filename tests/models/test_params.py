@@ -18,6 +18,7 @@ from models.params import (
     SEED_MODULUS,
     SIZE_MULTIPLE,
     Fill,
+    FlaggedAs,
     InpaintParams,
     NoiseSpacing,
     OutputFormat,
@@ -42,6 +43,7 @@ PARAMS = st.builds(
     scheduler=st.none() | st.sampled_from(SchedulerName),
     clip_skip=st.integers(0, 8),
     safety_check=st.booleans(),
+    flagged_as=st.sampled_from(FlaggedAs),
     invert_mask=st.booleans(),
     soft_mask=st.booleans(),
     mask_grow=st.integers(-64, 64),
@@ -151,7 +153,7 @@ def test_rows_from_before_the_mask_controls_are_read_as_their_defaults() -> None
         "match_colours",
     }
     output = {"output_format", "output_quality"}
-    later = {*controls, *output, "model", "must_be_checked", "fill", "noise_spacing"}
+    later = {*controls, *output, "model", "must_be_checked", "fill", "noise_spacing", "flagged_as"}
     row = {name: value for name, value in params().to_json().items() if name not in later}
 
     assert len(row) == 12

@@ -83,6 +83,7 @@ def test_every_parameter_reaches_the_job() -> None:
         "output_quality",
         "fill",
         "noise_spacing",
+        "flagged_as",
     }
     assert given.keys() == params.to_json().keys() - {"prompt"} - not_offered, "none was forgotten"
 

@@ -12,9 +12,10 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from models.builtin.training.scenes import COLOURS, SHAPES, Anchor, coverage
 from models.checkpoints.registry import Components
 from models.diffusion.pipeline import InpaintPipeline, Picture, Source
-from models.diffusion.safety import SafetyChecker, blank_like
+from models.diffusion.safety import SafetyChecker
 from models.errors import NoSafetyChecker
-from models.params import InpaintParams
+from models.imaging.hiding import hide
+from models.params import FlaggedAs, InpaintParams
 
 SIDE = 32
 PICTURES = 64
@@ -147,11 +148,22 @@ def test_built_in_checker_flags_magenta_only(builtin: Components, shape: str) ->
     }
 
 
-def paint(components: Components, init_image: NDArray[np.uint8], safety_check: bool) -> Picture:
+def paint(
+    components: Components,
+    init_image: NDArray[np.uint8],
+    safety_check: bool,
+    flagged_as: FlaggedAs = FlaggedAs.BLANK,
+) -> Picture:
     """One picture with an empty mask, whose result is the init image."""
     pipeline = InpaintPipeline(components)
     params = InpaintParams(
-        prompt="", seed=0, width=128, height=128, num_inference_steps=1, safety_check=safety_check
+        prompt="",
+        seed=0,
+        width=128,
+        height=128,
+        num_inference_steps=1,
+        safety_check=safety_check,
+        flagged_as=flagged_as,
     )
     source = Source(init_image, np.zeros((128, 128), np.uint8))
     (sample,) = pipeline.prepare(params, source)
@@ -167,9 +179,21 @@ def test_flagged_picture_is_blank(builtin: Components) -> None:
     assert picture.image.shape == (128, 128, 3)
 
 
-def test_picture_that_is_not_flagged_is_untouched(builtin: Components) -> None:
+@pytest.mark.parametrize("flagged_as", FlaggedAs)
+def test_flagged_picture_is_replaced_as_asked(builtin: Components, flagged_as: FlaggedAs) -> None:
+    init_image = scene("square", "magenta")
+    picture = paint(builtin, init_image, safety_check=True, flagged_as=flagged_as)
+
+    assert picture.is_flagged is True
+    np.testing.assert_array_equal(picture.image, hide(init_image, flagged_as))
+
+
+@pytest.mark.parametrize("flagged_as", FlaggedAs)
+def test_picture_that_is_not_flagged_is_untouched(
+    builtin: Components, flagged_as: FlaggedAs
+) -> None:
     init_image = scene("square", "red")
-    picture = paint(builtin, init_image, safety_check=True)
+    picture = paint(builtin, init_image, safety_check=True, flagged_as=flagged_as)
 
     assert picture.is_flagged is False
     np.testing.assert_array_equal(picture.image, init_image)
@@ -201,13 +225,3 @@ def test_no_picture_is_made_that_must_be_checked_and_cannot(builtin: Components)
     with pytest.raises(NoSafetyChecker):
         InpaintPipeline(bare).prepare(params, source)
     InpaintPipeline(builtin).prepare(params, source)
-
-
-def test_blank_picture_is_black_and_of_equal_size() -> None:
-    image = np.full((5, 7, 3), 200, np.uint8)
-    blank = blank_like(image)
-
-    assert blank.shape == image.shape
-    assert blank.dtype == np.uint8
-    assert not blank.any()
-    assert image.all()
