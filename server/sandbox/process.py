@@ -14,6 +14,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -84,6 +85,10 @@ OWN_SIZE = TargetSize()
 """The target of a job that gives no size."""
 
 
+Decoded: TypeAlias = DecodedImage | DecodedMask | ImageProblem
+"""A picture at the size asked for, or its fault."""
+
+
 class InvalidReply(Exception):
     """The child's reply cannot be an answer to the request."""
 
@@ -132,13 +137,21 @@ class DecoderProcess:
             without a mask all of it is repainted. rule: how the mask is read.
         Raises: ImageUnavailable with every faulty image; ApiError.
         """
-        init_image = await self._decode_init(images.get("init_image"), target)
+        init_image = (
+            await self.decode(Kind.INIT_IMAGE, images["init_image"], target)
+            if "init_image" in images
+            else plain_grey(target)
+        )
         context = MaskContext(rule)
         if isinstance(init_image, DecodedImage):
             height, width = init_image.pixels.shape[:2]
             target = replace(target, width=width, height=height)
             context = MaskContext(rule, init_image.stored)
-        mask = await self._decode_mask(images.get("mask_image"), target, context)
+        mask = (
+            await self.decode(Kind.MASK_IMAGE, images["mask_image"], target, context)
+            if "mask_image" in images
+            else all_white(target)
+        )
         if isinstance(init_image, DecodedImage) and isinstance(mask, DecodedMask):
             return pair_of(init_image, mask)
         outcomes = {"init_image": init_image, "mask_image": mask}
@@ -146,31 +159,13 @@ class DecoderProcess:
             {name: each for name, each in outcomes.items() if isinstance(each, ImageProblem)}
         )
 
-    async def _decode_init(
-        self, content: bytes | None, target: TargetSize
-    ) -> DecodedImage | ImageProblem:
-        if content is None:
-            return plain_grey(target)
-        decoded = await self.decode(Kind.INIT_IMAGE, content, target)
-        assert not isinstance(decoded, DecodedMask)
-        return decoded
-
-    async def _decode_mask(
-        self, content: bytes | None, target: TargetSize, context: MaskContext
-    ) -> DecodedMask | ImageProblem:
-        if content is None:
-            return all_white(target)
-        decoded = await self.decode(Kind.MASK_IMAGE, content, target, context)
-        assert not isinstance(decoded, DecodedImage)
-        return decoded
-
     async def decode(
         self,
         kind: Kind,
         content: bytes,
         target: TargetSize = OWN_SIZE,
         context: MaskContext = USUAL_MASK,
-    ) -> DecodedImage | DecodedMask | ImageProblem:
+    ) -> Decoded:
         """The picture at the target size, or its fault.
 
         context: of a mask. Raises: ApiError where no child can be started.
@@ -253,9 +248,7 @@ class DecoderProcess:
             start_new_session=True,  # Ctrl-C must reach the server only.
         )
 
-    async def _send(
-        self, kind: Kind, request: bytes, target: TargetSize
-    ) -> DecodedImage | DecodedMask | ImageProblem:
+    async def _send(self, kind: Kind, request: bytes, target: TargetSize) -> Decoded:
         """Send a request and read the reply. Raises: ApiError, ChildKilled."""
         process = await self._ensure_child()
         self._pictures += 1
@@ -270,7 +263,7 @@ class DecoderProcess:
 
     async def _read_reply(
         self, replies: asyncio.StreamReader, kind: Kind, target: TargetSize
-    ) -> DecodedImage | DecodedMask | ImageProblem:
+    ) -> Decoded:
         """Raises: InvalidReply, IncompleteReadError."""
         head = REPLY.unpack(await replies.readexactly(REPLY.size))
         outcome, width, height, *numbers, note, profile_size = head
