@@ -18,6 +18,9 @@ WORTHWHILE_GAIN = 1.03
 SHORTEST_S = 1e-6
 """Below what any call takes; a clock that stood still must not make one look free."""
 
+KEPT_KINDS = 1_000
+"""Kinds of calls that are remembered. LoRAs make a new model of every scale that a job asks for."""
+
 STALL_STEPS = 2.0
 """Denoising steps that running samples wait, at most about, for a call of the VAE between two."""
 
@@ -147,6 +150,8 @@ class BatchSizer:
         self._limit(kind).shrink(units)
 
     def _limit(self, kind: CallKind) -> CallLimit:
+        if kind not in self._limits and len(self._limits) >= KEPT_KINDS:
+            del self._limits[next(iter(self._limits))]
         return self._limits.setdefault(kind, CallLimit(self._first))
 
 

@@ -157,6 +157,7 @@ class InpaintEngine:
         """Forget a generation; takes effect before the next step. Unknown ids are ignored."""
         self._waiting = deque(each for each in self._waiting if each.id != generation_id)
         self._running.pop(generation_id, None)
+        self.models.forget_loads({each.model for each in self._waiting})
 
     def preview(self, generation_id: int) -> NDArray[np.uint8] | None:
         """How a generation's first picture comes along: see `InpaintPipeline.preview`.

@@ -3,6 +3,10 @@
 A requested checkpoint that is not loaded is read in a thread, so that jobs of other models go on,
 and is placed on the device between two steps. The least recently requested checkpoints are unloaded
 when the budget is too small, but never one that is in use.
+
+Jobs can ask for as many variants of a model as there are numbers for a LoRA's scale. So at most
+`MAX_VARIANTS` are loaded or being loaded, whatever the budget; the least recently requested one
+leaves for the next.
 """
 
 import gc
@@ -21,6 +25,10 @@ from models.errors import ModelUnavailable, OutOfMemory
 logger = logging.getLogger(__name__)
 
 
+MAX_VARIANTS = 4
+"""Models with LoRAs that jobs ask for, each of the size of the whole model."""
+
+
 class Readiness(Enum):
     """State of a requested model."""
 
@@ -28,7 +36,7 @@ class Readiness(Enum):
     LOADING = "loading"
     """A thread reads the checkpoint. Request the model again later."""
     CROWDED = "crowded"
-    """The checkpoint is read, but models in use leave no memory for it."""
+    """Models in use leave no memory for it, or no place among the variants."""
 
 
 @dataclass(slots=True)
@@ -39,11 +47,13 @@ class ModelPool:
         Raises: ModelUnavailable.
     place: places a checkpoint on the device.
     budget_bytes: limit of all models' parameters on the device; None sets no limit.
+    is_variant: whether a model is one of which at most `MAX_VARIANTS` are kept.
     """
 
     load: Callable[[str], Components]
     place: Callable[[Components], InpaintPipeline]
     budget_bytes: int | None = None
+    is_variant: Callable[[str], bool] = lambda model: False
     _resident: dict[str, InpaintPipeline] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)
     _loading: dict[str, Future[Components]] = field(default_factory=dict)
@@ -80,11 +90,21 @@ class ModelPool:
             return Readiness.READY
         loading = self._loading.get(model)
         if loading is None:
+            if self.is_variant(model) and not self._make_place(in_use):
+                return Readiness.CROWDED
             self._loading[model] = self._reader.submit(self.load, model)
             return Readiness.LOADING
         if not loading.done():
             return Readiness.LOADING
         return self._settle(model, loading, in_use)
+
+    def forget_loads(self, wanted: Set[str]) -> None:
+        """Drop the loads of models that nobody waits for any more, which would keep their memory.
+
+        wanted: models that somebody waits for.
+        """
+        for model in self._loading.keys() - wanted:
+            self._loading.pop(model).cancel()
 
     def wait_for(self, model: str) -> InpaintPipeline:
         """Load a model while none is in use, and wait for it. Raises: as `request`."""
@@ -123,6 +143,18 @@ class ModelPool:
         self.release_memory()
         with translated_errors():
             return self.place(components)
+
+    def _make_place(self, in_use: Set[str]) -> bool:
+        """Unload idle variants until there is a place for one; False where there cannot be."""
+        resident = [model for model in self._resident if self.is_variant(model)]
+        loading = sum(map(self.is_variant, self._loading))
+        excess = len(resident) + loading + 1 - MAX_VARIANTS
+        idle = [model for model in resident if model not in in_use]
+        if excess > len(idle):
+            return False
+        for model in idle[: max(0, excess)]:
+            self._unload(model)
+        return True
 
     def _make_room(self, model: str, size_bytes: int, in_use: Set[str]) -> bool:
         """Unload idle models until the budget suffices; False, unloading none, where it cannot.

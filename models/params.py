@@ -5,9 +5,11 @@ write for these values (strings, "yes"/"no", vendor step lists) is a dialect's b
 """
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from fractions import Fraction
+from typing import Any
 
 from models.errors import InvalidInput, Violation
 
@@ -106,6 +108,17 @@ class Fill(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA that a job asks for.
+
+    name: in the operator's list. scale: 1 is what it was trained for, 0 has no effect.
+    """
+
+    name: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Range:
     """Closed interval of allowed values."""
 
@@ -139,6 +152,8 @@ CHOICES: dict[str, type[StrEnum]] = {
 }
 """Parameters that are one of a few names."""
 
+MAX_LORAS = 4
+LORA_SCALES = Range(-2, 2)
 MAX_PROMPT_CHARS = 16_000
 MAX_PROMPT_CHUNKS = 32
 """About 8,000 characters of prose; each chunk makes every denoising step dearer."""
@@ -171,6 +186,8 @@ class InpaintParams:
         scheduler of None the model's own decides, and the engine refuses what it does not know.
     clip_skip: how many of the text encoder's last layers are skipped.
     model: id of the model; None takes the server's own.
+    loras: fused into the model, in this order; at most `MAX_LORAS`, each once, with a scale within
+        `LORA_SCALES`.
     safety_check: replace flagged pictures, where the model has a safety checker.
     flagged_as: what replaces them. Previews are blank in any case.
     must_be_checked: make no pictures with a model that has none.
@@ -213,6 +230,7 @@ class InpaintParams:
     noise_spacing: NoiseSpacing | None = None
     clip_skip: int = 0
     model: str | None = None
+    loras: tuple[Lora, ...] = ()
     safety_check: bool = True
     flagged_as: FlaggedAs = FlaggedAs.BLANK
     must_be_checked: bool = False
@@ -245,6 +263,7 @@ class InpaintParams:
         if self.scheduler is SchedulerName.LCM and self.num_inference_steps > MAX_LCM_STEPS:
             reason = f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}"
             violations.append(Violation("num_inference_steps", reason=reason))
+        violations += lora_violations(self.loras)
         if self.scheduler is not None:
             violations += spacing_violations(self.scheduler, self.noise_spacing)
         if violations:
@@ -262,16 +281,31 @@ class InpaintParams:
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for a job row; `from_json` is the way back."""
-        return {name: getattr(self, name) for name in PARAMETERS}
+        values = {name: getattr(self, name) for name in PARAMETERS}
+        return values | {"loras": [asdict(lora) for lora in self.loras]}
 
     @classmethod
-    def from_json(cls, values: dict[str, object]) -> "InpaintParams":
+    def from_json(cls, values: dict[str, Any]) -> "InpaintParams":
         """The parameters `to_json` wrote, now or before a field existed. Raises: InvalidInput."""
-        known: dict[str, object] = dict(values)
+        known = dict(values)
+        known["loras"] = tuple(Lora(**lora) for lora in known.get("loras", ()))
         for name, choice in CHOICES.items():
             if known.get(name) is not None:
                 known[name] = choice(str(known[name]))
-        return cls(**known)  # type: ignore[arg-type]  # checked field by field in __post_init__
+        return cls(**known)
+
+
+def lora_violations(loras: Sequence[Lora]) -> list[Violation]:
+    """What is wrong with a job's LoRAs."""
+    names = {lora.name for lora in loras}
+    is_wrong = {
+        f"must be at most {MAX_LORAS}": len(loras) > MAX_LORAS,
+        "must not name one twice": len(names) < len(loras),
+        f"must have scales between {LORA_SCALES.minimum:g} and {LORA_SCALES.maximum:g}": any(
+            lora.scale not in LORA_SCALES for lora in loras
+        ),
+    }
+    return [Violation("loras", reason=reason) for reason, holds in is_wrong.items() if holds]
 
 
 def spacing_violations(

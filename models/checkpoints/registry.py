@@ -26,6 +26,7 @@ from models.checkpoints.folders import (
     lent_folder,
     lent_weights,
 )
+from models.checkpoints.manifests import SHA256
 from models.checkpoints.parts import Part
 from models.checkpoints.single_file import single_file_parts, vae_part
 from models.checkpoints.weights import read_json
@@ -62,6 +63,7 @@ ENTRY = {
     "sha256": dict,
 }
 LORA = {"path": str, "scale": float}
+LORA_ENTRY = {"path": str, "sha256": str}
 """Keys of `models.toml` and what they hold; the first one of each is required."""
 
 KINDS = {str: "text", float: "a number", list: "a list", dict: "a table"}
@@ -124,6 +126,25 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraEntry:
+    """A LoRA file that jobs may ask for by a name.
+
+    sha256: the digest that the file must have; None takes any.
+    """
+
+    path: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The operator's lists, by name."""
+
+    models: Mapping[str, ModelSpec]
+    loras: Mapping[str, LoraEntry]
+
+
+@dataclass(frozen=True, slots=True)
 class Components:
     """The loaded parts of a Stable Diffusion checkpoint, on one device.
 
@@ -131,6 +152,7 @@ class Components:
     safety_checker, feature_extractor: both None where there is none.
     tokenizer_2, text_encoder_2: SDXL's, None for other families.
     switches: of `model_index.json`, such as `force_zeros_for_empty_prompt`.
+    weights_sha256: one digest of all weight files, where somebody has taken it.
     """
 
     tokenizer: Any
@@ -143,6 +165,7 @@ class Components:
     tokenizer_2: Any = None
     text_encoder_2: Any = None
     switches: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -165,8 +188,8 @@ class Components:
         return [part for part in parts if part is not None]
 
 
-def read_catalog(path: Path) -> dict[str, ModelSpec]:
-    """The models of a `models.toml`. Raises: ModelUnavailable, which names the entry and key."""
+def read_catalog(path: Path) -> Catalog:
+    """What a `models.toml` lists. Raises: ModelUnavailable, which names the entry and key."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -174,10 +197,17 @@ def read_catalog(path: Path) -> dict[str, ModelSpec]:
     except ValueError as error:
         raise ModelUnavailable(f"{path} is no TOML: {error}") from error
     for name in document:
-        if name != "models":
-            raise ModelUnavailable(f"{path}: [{name}] is no model; did you mean [models.{name}]?")
-    tables = _of_kind(document.get("models", {}), dict, f"{path}: models")
-    return {name: _read_entry(name, table, path) for name, table in tables.items()}
+        if name not in ("models", "loras"):
+            raise ModelUnavailable(
+                f"{path}: [{name}] is neither a model nor a LoRA; did you mean [models.{name}] or "
+                f"[loras.{name}]?"
+            )
+    models = _of_kind(document.get("models", {}), dict, f"{path}: models")
+    loras = _of_kind(document.get("loras", {}), dict, f"{path}: loras")
+    return Catalog(
+        {name: _read_entry(name, table, path) for name, table in models.items()},
+        {name: _read_lora_entry(table, f"{path}: [loras.{name}]") for name, table in loras.items()},
+    )
 
 
 def _read_entry(name: str, table: Any, path: Path) -> ModelSpec:
@@ -194,6 +224,13 @@ def _read_entry(name: str, table: Any, path: Path) -> ModelSpec:
 
 def _read_lora(table: Any, where: str) -> LoraSpec:
     return LoraSpec(**_checked(table, LORA, where))
+
+
+def _read_lora_entry(table: Any, where: str) -> LoraEntry:
+    entry = LoraEntry(**_checked(table, LORA_ENTRY, where))
+    if entry.sha256 is not None and not SHA256.fullmatch(entry.sha256):
+        raise ModelUnavailable(f"{where} sha256 must be 64 hexadecimal digits in lower case")
+    return entry
 
 
 def _checked(table: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
@@ -214,12 +251,30 @@ def _of_kind(value: Any, kind: type, where: str) -> Any:
     return value
 
 
-def find_model(model_id: str, catalog: dict[str, ModelSpec]) -> ModelSpec:
+def find_model(model_id: str, catalog: Mapping[str, ModelSpec]) -> ModelSpec:
     """The catalog's entry, or a spec for an id that is itself a source."""
     return catalog.get(model_id) or ModelSpec(id=model_id, source=model_id)
 
 
-def check_model(model_id: str, catalog: dict[str, ModelSpec]) -> None:
+def find_lora(name: str, catalog: Mapping[str, LoraEntry]) -> LoraEntry:
+    """The catalog's entry. Raises: ModelUnavailable."""
+    if name not in catalog:
+        raise ModelUnavailable(
+            f"unknown LoRA {name!r}: no [loras.{name}] in models.toml{did_you_mean(name, catalog)}"
+        )
+    return catalog[name]
+
+
+def check_lora(name: str, catalog: Mapping[str, LoraEntry]) -> None:
+    """See that a LoRA's file is there. Reads nothing of it. Raises: ModelUnavailable."""
+    path = Path(find_lora(name, catalog).path).expanduser()
+    if not path.is_file():
+        raise ModelUnavailable(f"LoRA {name!r}: there is no file {path}")
+    if path.suffix != ".safetensors":
+        raise ModelUnavailable(f"LoRA {name!r}: {path} is no .safetensors file")
+
+
+def check_model(model_id: str, catalog: Mapping[str, ModelSpec]) -> None:
     """See that a model's files can be there; a hub id may be. Reads none of them.
 
     Raises: ModelUnavailable.

@@ -132,7 +132,10 @@ class InpaintPipeline:
     """A checkpoint on a device.
 
     call_batches: how UNet calls are made, from the UNet; pictures are the same up to rounding.
+    weights_sha256: see `Components`.
     """
+
+    weights_sha256: str | None = None
 
     def __init__(
         self,
@@ -147,6 +150,7 @@ class InpaintPipeline:
         self._unet = call_batches(unet)
         self._schedulers = SchedulerSource(components.scheduler_config)
         self._colours: Colours | None = None
+        self.weights_sha256 = components.weights_sha256
         self.device: torch.device = components.unet.device
         self.dtype: torch.dtype = components.unet.dtype
         self.channels: int = components.unet.config.in_channels

@@ -42,6 +42,7 @@ def write_caption(
 ) -> str:
     """The caption of one picture.
 
+    LoRAs are the tags behind the prompt by which the web UI asks for them.
     seed: the picture's own. scheduler: the one that ran; None leaves it out.
     model: its id, of which a folder's path is not told.
     """
@@ -57,7 +58,8 @@ def write_caption(
         "Clip skip": params.clip_skip + 1 if params.clip_skip else None,
         "Masked content": MASKED_CONTENT.get(params.fill),
     }
-    lines = [params.prompt]
+    tags = [f"<lora:{lora.name}:{lora.scale:g}>" for lora in params.loras]
+    lines = [" ".join([params.prompt, *tags])]
     if params.negative_prompt:
         lines.append(f"Negative prompt: {params.negative_prompt}")
     lines.append(

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from server.core.terminal import print_table, printable, size_text
 def run(options: argparse.Namespace, settings: Settings) -> int:
     """Run one of the commands. Returns the exit status."""
     try:
-        catalog = read_catalog(settings.models_file)
+        catalog = read_catalog(settings.models_file).models
         if options.verb == "list":
             return list_models(catalog, settings)
         spec = find_model(options.model_id, catalog)
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
         return 1
 
 
-def list_models(catalog: dict[str, ModelSpec], settings: Settings) -> int:
+def list_models(catalog: Mapping[str, ModelSpec], settings: Settings) -> int:
     """Print each model: its use in the settings, its bytes on this machine, its source."""
     uses = dict.fromkeys(settings.models, "offered") | {settings.model: "default"}
     print_table(

@@ -441,6 +441,9 @@ class Settings(BaseSettings):
     diffusers layout or a `.safetensors` file."""
     models: ListOf[str] = Field(default=(), examples=[["sd15-inpainting"]])
     """Further models that requests may name as `model_id`."""
+    loras: ListOf[str] = Field(default=(), examples=[["ink"]])
+    """LoRAs of `models_file` that requests may name. A model with a request's LoRAs is loaded as a
+    model of its own; at most four such are kept."""
     model_memory_bytes: Size | None = Field(default=None, gt=0, examples=[40_000_000_000])
     """Memory for the parameters of all loaded models. Beyond that the model that was used least
     recently is unloaded. Unset means 60 % of a GPU's memory, and no limit on a CPU."""
@@ -603,6 +606,11 @@ class Settings(BaseSettings):
     def offered_models(self) -> list[str]:
         """Ids of the models that a request may name."""
         return [self.model, *self.models]
+
+    @property
+    def offered_loras(self) -> list[str]:
+        """Names of the LoRAs that a request may name."""
+        return [*self.loras]
 
     @property
     def secrets(self) -> list[str]:

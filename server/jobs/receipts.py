@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from models.imaging.mask_reading import MaskReading
+from models.params import Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,14 @@ class Model:
 
     weights_sha256: over the SHA-256 digests of every safetensors file of the checkpoint, its LoRA
         files and its safety checker; None in rows of versions that read it beside the first jobs.
+    loras: those that the job asked for, besides the checkpoint's own.
     """
 
     id: str
     weights_sha256: str | None
     device: str
     dtype: str
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 
-from models.checkpoints.registry import check_model, read_catalog
+from models.checkpoints.registry import check_lora, check_model, read_catalog
 from models.errors import ModelUnavailable
 from server.core.settings import Settings
 from server.serving.devices import expand_devices
@@ -24,7 +24,9 @@ def check_workers(settings: Settings, command: Sequence[str]) -> Settings:
     try:
         catalog = read_catalog(settings.models_file)
         for model in settings.offered_models:
-            check_model(model, catalog)
+            check_model(model, catalog.models)
+        for lora in settings.offered_loras:
+            check_lora(lora, catalog.loras)
     except ModelUnavailable as error:
         raise ValueError(str(error)) from error
     return settings.model_copy(update={"devices": expand_devices(settings.devices)})

@@ -4,8 +4,9 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,9 +16,13 @@ from models.acceleration.stack import Acceleration, accelerated
 from models.checkpoints.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
 from models.checkpoints.manifests import check_downloads, check_files, manifest_path
 from models.checkpoints.registry import (
+    Catalog,
     Components,
+    LoraEntry,
+    LoraSpec,
     ModelSpec,
     Report,
+    find_lora,
     find_model,
     load_components,
     model_files,
@@ -27,6 +32,7 @@ from models.checkpoints.registry import (
 from models.diffusion.pipeline import InpaintPipeline
 from models.errors import DeviceUnavailable, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.model_pool import ModelPool
+from models.variants import ModelVariant
 from server.core.logs import get_logger
 from server.core.settings import DtypeName, Settings
 from server.jobs.receipts import Model
@@ -53,7 +59,6 @@ class Checkpoints:
 
     settings: Settings
     device_name: str
-    _digests: dict[str, str] = field(default_factory=dict)
     _report_load: Report | None = None
     _progress_at: float | None = None
 
@@ -75,6 +80,7 @@ class Checkpoints:
             load=lambda model: self._load(model, device),
             place=self._place_on(device),
             budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),
+            is_variant=lambda model: model not in self.settings.offered_models,
         )
         # `disable=None` shows the bar on a terminal only.
         name = self.settings.model
@@ -103,13 +109,18 @@ class Checkpoints:
             self._progress_at = None
 
     def _read(self, model: str, device: torch.device) -> Components:
-        if model not in self.settings.offered_models:
-            raise ModelUnavailable(f"model {model!r} is not among those this worker may load")
-        spec = find_model(model, read_catalog(self.settings.models_file))
+        is_plain = model in self.settings.offered_models
+        variant = ModelVariant(model) if is_plain else ModelVariant.of(model)
+        catalog = read_catalog(self.settings.models_file)
+        loras = self._entries_of(variant, catalog)
+        spec = find_model(variant.model, catalog.models)
         started = time.perf_counter()
-        self._check(model, spec)
+        digest = self._check(spec, loras)
         components = load_components(
-            spec, torch.device("cpu"), self._dtype(device), self._record_progress
+            with_loras(spec, variant, loras),
+            torch.device("cpu"),
+            self._dtype(device),
+            self._record_progress,
         )
         if components.safety_checker is None and self.settings.safety.force:
             raise ModelUnavailable(
@@ -118,25 +129,43 @@ class Checkpoints:
         if components.safety_checker is None:
             logger.warning("this model has no safety checker: nothing is checked", model=spec.id)
         seconds = round(time.perf_counter() - started, 2)
-        logger.info("model loaded", model=spec.id, device=str(device), seconds=seconds)
-        return components
+        logger.info("model loaded", model=model, device=str(device), seconds=seconds)
+        return replace(components, weights_sha256=digest)
+
+    def _entries_of(self, variant: ModelVariant, catalog: Catalog) -> list[LoraEntry]:
+        """The catalog's entries of the variant's LoRAs.
+
+        Raises: ModelUnavailable, also for a model or LoRA that is not offered.
+        """
+        if variant.model not in self.settings.offered_models:
+            raise ModelUnavailable(
+                f"model {variant.model!r} is not among those this worker may load"
+            )
+        for lora in variant.loras:
+            if lora.name not in self.settings.offered_loras:
+                raise ModelUnavailable(
+                    f"LoRA {lora.name!r} is not among those this worker may load"
+                )
+        return [find_lora(lora.name, catalog.loras) for lora in variant.loras]
 
     def _record_progress(self, share: float, part: str) -> None:
         self._progress_at = time.monotonic()
         if self._report_load is not None:
             self._report_load(share, part)
 
-    def _check(self, model: str, spec: ModelSpec) -> None:
+    def _check(self, spec: ModelSpec, loras: Sequence[LoraEntry]) -> str:
         """Compare the digests of the files with the pinned ones and the model's manifest.
 
         The first start takes seconds; the data folder caches digests for later ones.
-        Raises: ModelUnavailable.
+        loras: those that a job asks for; the model's own are among its files.
+        Returns one digest of all weights. Raises: ModelUnavailable.
         """
         data_dir = self.settings.data_dir
         files = model_files(spec)
+        lora_paths = [Path(lora.path).expanduser() for lora in loras]
         try:
             digests = file_sha256s(
-                [*files.values()],
+                [*files.values(), *lora_paths],
                 data_dir / CACHE_FILE,
                 lambda share: self._record_progress(share, CHECKING),
             )
@@ -144,12 +173,14 @@ class Checkpoints:
             check_downloads(found, files)
             manifest = manifest_path(data_dir, spec.id)
             check_files(spec.id, found, manifest, pinned_digests(spec))
+            found_loras = [digests[str(path)] for path in lora_paths]
+            check_loras(loras, found_loras)
         except ModelUnavailable as error:
             raise ModelUnavailable(f"model {spec.id!r}: {error}") from error
         except OSError as error:
             raise ModelUnavailable(f"model {spec.id!r} cannot be checked: {error}") from error
         weights = [found[name] for name, path in files.items() if path.suffix == ".safetensors"]
-        self._digests[model] = digest_of_all(weights)
+        return digest_of_all([*weights, *found_loras])
 
     def _place_on(self, device: torch.device) -> Callable[[Components], InpaintPipeline]:
         call_batches = functools.partial(accelerated, acceleration=self._acceleration())
@@ -169,11 +200,28 @@ class Checkpoints:
             is_reproducible=self.settings.reproducible,
         )
 
-    def describe(self, model: str) -> Model:
+    def describe(self, variant: ModelVariant, weights_sha256: str | None) -> Model:
         """A model's entry in a receipt."""
         device = pick_device(self.device_name)
         dtype = str(self._dtype(device)).removeprefix("torch.")
-        return Model(model, self._digests.get(model), device.type, dtype)
+        return Model(variant.model, weights_sha256, device.type, dtype, variant.loras)
+
+
+def with_loras(spec: ModelSpec, variant: ModelVariant, entries: Sequence[LoraEntry]) -> ModelSpec:
+    """The model with its variant's LoRAs after its own. entries: of the variant's LoRAs."""
+    asked = (
+        LoraSpec(entry.path, lora.scale) for entry, lora in zip(entries, variant.loras, strict=True)
+    )
+    return replace(spec, loras=(*spec.loras, *asked))
+
+
+def check_loras(entries: Iterable[LoraEntry], digests: Iterable[str]) -> None:
+    """Compare LoRA files with the digests that the operator names. Raises: ModelUnavailable."""
+    for entry, digest in zip(entries, digests, strict=True):
+        if entry.sha256 not in (None, digest):
+            raise ModelUnavailable(
+                f"{entry.path} is not the file that was expected: SHA-256 {digest}"
+            )
 
 
 def warm_up(pipeline: WarmedUp) -> None:

@@ -28,6 +28,7 @@ from models.errors import (
 )
 from models.imaging.captions import write_caption
 from models.model_pool import ModelPool
+from models.variants import ModelVariant
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.core.settings import Settings
@@ -118,6 +119,7 @@ class Worker:
     _stop_by: float | None = None
     _max_in_flight: int = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
+    _models: ModelPool = field(init=False)
     _stores: Stores = field(init=False)
     _finalizer: Finalizer = field(init=False)
     _previews: PreviewFiles = field(init=False)
@@ -138,7 +140,7 @@ class Worker:
             max_generations=self._max_in_flight,
             is_reproducible=self.settings.reproducible,
         )
-        models = self._open_models()
+        self._models = models = self._open_models()
         engine = InpaintEngine(models, limits)
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
@@ -304,7 +306,7 @@ class Worker:
                 self._finalizer.fail(job, source)
                 continue
             self._running[job.id] = RunningJob(job, source, stages)
-            engine.add(Generation(job.id, self._model_of(job), job.params, source))
+            engine.add(Generation(job.id, self._variant_of(job).id, job.params, source))
 
     def _read_input(self, job: Job) -> Source | Failure:
         """The job's input, or the failure of a job whose input cannot be read."""
@@ -345,20 +347,24 @@ class Worker:
             pictures=event.pictures,
             stores=self._stores,
             caption=lambda picture: self._caption(job, picture),
-            model=lambda: self._describe_model(job),
+            model=self._describe_model(job),
         )
 
     def _caption(self, job: Job, picture: Picture) -> str:
         """What a picture was made of, for its file; "" where the operator wants none."""
         if not self.settings.png_metadata:
             return ""
-        return write_caption(job.params, picture.seed, picture.scheduler, self._model_of(job))
+        model = self._variant_of(job).model
+        return write_caption(job.params, picture.seed, picture.scheduler, model)
 
     def _describe_model(self, job: Job) -> Model:
-        return self._checkpoints.describe(self._model_of(job))
+        """The model's entry in a receipt. Asked for before the next step may unload the model."""
+        variant = self._variant_of(job)
+        digest = self._models.pipeline(variant.id).weights_sha256
+        return self._checkpoints.describe(variant, digest)
 
-    def _model_of(self, job: Job) -> str:
-        return job.params.model or self.settings.model
+    def _variant_of(self, job: Job) -> ModelVariant:
+        return ModelVariant(job.params.model or self.settings.model, job.params.loras)
 
     def report(self, state: str, detail: str) -> None:
         """Write this worker's status, which readiness checks read. Skipped in an outage."""

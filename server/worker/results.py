@@ -89,7 +89,7 @@ class Result:
     pictures: Sequence[Picture]
     stores: Stores
     caption: Callable[[Picture], str]
-    model: Callable[[], Model]
+    model: Model
     _files: list[bytes] = field(default_factory=list)
     _commit: Callable[[], bool] = field(init=False)
     _coverage: float | None = None
@@ -116,7 +116,7 @@ class Result:
 
         def commit() -> bool:
             receipt = Receipt(
-                model=self.model(),
+                model=self.model,
                 versions=versions(),
                 times=run_times(self.stages, encoded_s),
                 coverage=coverage,

@@ -13,9 +13,9 @@ import torch
 
 from models.checkpoints.registry import Components, ModelSpec, load_components
 from models.diffusion.pipeline import InpaintPipeline
-from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine
+from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine, Progress
 from models.errors import ModelUnavailable
-from models.model_pool import ModelPool, Readiness
+from models.model_pool import MAX_VARIANTS, ModelPool, Readiness
 from tests.support.engines import drain, error_of, make_generation, pictures_of, run_all
 from tests.support.pipelines import generated, make_params
 from tests.support.tiny import save_tiny_checkpoint
@@ -260,3 +260,55 @@ def test_model_that_finds_no_memory_at_first_is_placed_once_more(reading: Readin
     finally:
         models.close()
     assert len(attempts) == 2
+
+
+@pytest.fixture
+def variants(reading: Reading) -> Iterator[ModelPool]:
+    """A pool without a budget, where names that begin with "v" are variants."""
+    names = [f"v{number}" for number in range(9)]
+    reading.folders = reading.folders | dict.fromkeys(names, reading.folders["ordinary"])
+    models = ModelPool(reading.load, reading.place, is_variant=lambda model: model[0] == "v")
+    yield models
+    # transformers cannot load in two threads at a time, so the next test waits for this one's.
+    models._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def test_least_recent_variant_makes_place_and_other_models_stay(variants: ModelPool) -> None:
+    variants.wait_for("inpaint")
+    for number in (*range(MAX_VARIANTS), 0):
+        variants.wait_for(f"v{number}")
+    variants.wait_for("v8")
+
+    assert variants.resident == ["inpaint", "v2", "v3", "v0", "v8"]
+
+
+def test_variants_in_use_and_those_being_read_leave_no_place(
+    variants: ModelPool, reading: Reading
+) -> None:
+    variants.wait_for("v0")
+    reading.may_read.clear()
+    for number in range(1, MAX_VARIANTS):
+        assert variants.request(f"v{number}", {"v0"}) is Readiness.LOADING
+    assert variants.request("v8", {"v0"}) is Readiness.CROWDED
+    assert variants.request("inpaint", {"v0"}) is Readiness.LOADING, "no variant"
+    assert variants.request("v8") is Readiness.LOADING, "v0 leaves"
+    assert variants.resident == []
+    reading.may_read.set()
+
+
+def test_loads_that_nobody_waits_for_are_dropped(variants: ModelPool, reading: Reading) -> None:
+    engine = InpaintEngine(variants)
+    reading.may_read.clear()
+    for number in range(MAX_VARIANTS):
+        engine.add(make_generation(number, f"v{number}", num_inference_steps=1))
+    engine.add(make_generation(8, "v8", num_inference_steps=1))
+    assert engine.step() == []
+    assert variants.request("v8") is Readiness.CROWDED
+    for number in range(MAX_VARIANTS):
+        engine.cancel(number)
+    assert variants._loading == {}
+    reading.may_read.set()
+    (end,) = [each for each in drain_slowly(engine, variants) if not isinstance(each, Progress)]
+
+    assert isinstance(end, Finished)
+    assert variants.resident == ["v8"]

@@ -20,6 +20,7 @@ from models.params import (
     Fill,
     FlaggedAs,
     InpaintParams,
+    Lora,
     NoiseSpacing,
     OutputFormat,
     SchedulerName,
@@ -42,6 +43,11 @@ PARAMS = st.builds(
     fill=st.sampled_from(Fill),
     scheduler=st.none() | st.sampled_from(SchedulerName),
     clip_skip=st.integers(0, 8),
+    loras=st.lists(
+        st.builds(Lora, st.text(max_size=9), st.floats(-2, 2)),
+        max_size=4,
+        unique_by=lambda lora: lora.name,
+    ).map(tuple),
     safety_check=st.booleans(),
     flagged_as=st.sampled_from(FlaggedAs),
     invert_mask=st.booleans(),
@@ -153,7 +159,16 @@ def test_rows_from_before_the_mask_controls_are_read_as_their_defaults() -> None
         "match_colours",
     }
     output = {"output_format", "output_quality"}
-    later = {*controls, *output, "model", "must_be_checked", "fill", "noise_spacing", "flagged_as"}
+    later = {
+        *controls,
+        *output,
+        "model",
+        "must_be_checked",
+        "fill",
+        "noise_spacing",
+        "flagged_as",
+        "loras",
+    }
     row = {name: value for name, value in params().to_json().items() if name not in later}
 
     assert len(row) == 12
@@ -325,3 +340,18 @@ def test_noise_spacing_must_be_known_to_the_scheduler(
         return
     original = params(scheduler=scheduler, noise_spacing=spacing)
     assert InpaintParams.from_json(json.loads(json.dumps(original.to_json()))) == original
+
+
+@pytest.mark.parametrize(
+    ("loras", "reason"),
+    [
+        ([Lora(str(number)) for number in range(5)], "must be at most 4"),
+        ([Lora("a"), Lora("b"), Lora("a", 0.5)], "must not name one twice"),
+        ([Lora("a", 2.01)], "must have scales between -2 and 2"),
+        ([Lora("a", math.nan)], "must have scales between -2 and 2"),
+    ],
+)
+def test_too_many_or_too_strong_loras_are_refused(loras: list[Lora], reason: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^loras: {reason}$"):
+        params(loras=tuple(loras))
+    assert params(loras=(Lora("a", -2), Lora("b", 2), Lora("c", 0), Lora("d"))).loras

@@ -39,6 +39,7 @@ WINGS = {
         "acceleration": "",
         "checkpoints": "params errors spelling",
         "imaging": "params errors",
+        "variants": "params",
         "params": "errors",
         "spelling": "",
         "errors": "",
@@ -56,7 +57,8 @@ WEB_AND_DATABASE = {
 }
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
 TORCH_FREE = (
-    "params errors imaging.decoding imaging.images imaging.masks imaging.canvas imaging.captions "
+    "params variants errors imaging.decoding imaging.images imaging.masks imaging.canvas "
+    "imaging.captions imaging.filling imaging.hiding "
     "diffusion.enhance diffusion.prompt_syntax checkpoints.registry checkpoints.fingerprint".split()
 )
 

@@ -85,7 +85,10 @@ def test_pickled_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('[x]\nsource = "builtin"', "[x] is no model; did you mean [models.x]?"),
+        (
+            '[x]\nsource = "builtin"',
+            "[x] is neither a model nor a LoRA; did you mean [models.x] or [loras.x]?",
+        ),
         (
             '[models.x]\nsorce = "builtin"',
             "[models.x]: unknown key 'sorce'; did you mean 'source'?",
@@ -95,6 +98,11 @@ def test_pickled_checkpoint_is_refused(tmp_path: Path) -> None:
         ("[models]\nx = 1", "[models.x] must be a table"),
         ('[models.x]\nsource = "a/b"\nloras = [{scale = 1}]', "[models.x] loras: path is missing"),
         ('[models.x]\nsource = "a/b"\nloras = [1]', "[models.x] loras must be a table"),
+        ("[loras.x]\n", "[loras.x]: path is missing"),
+        ('[loras.x]\npth = "x"', "[loras.x]: unknown key 'pth'; did you mean 'path'?"),
+        ("[loras.x]\npath = 1", "[loras.x] path must be text"),
+        ('[loras.x]\npath = "x"\nsha256 = "AB"', "[loras.x] sha256 must be 64 hexadecimal digits"),
+        ("[loras]\nx = 1", "[loras.x] must be a table"),
         ("[models.x", "models.toml is no TOML: "),
     ],
 )
@@ -126,3 +134,12 @@ def test_server_ends_with_the_reason_that_its_worker_finds(tmp_path: Path) -> No
     *_, line = done.stderr.splitlines()
     assert line.startswith("error: 'nobody/nothing' is neither a folder here nor a hub id that can")
     assert "Traceback" not in done.stderr
+
+
+def test_offered_lora_that_is_not_listed_or_not_there_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "models.toml"
+    file.write_text('[loras.ink]\npath = "/nowhere/ink.safetensors"')
+    assert "LoRA 'ink': there is no file /nowhere/ink" in refusal(models_file=file, loras=["ink"])
+    line = refusal(models_file=file, loras=["inc"])
+    assert "unknown LoRA 'inc'" in line
+    assert "did you mean 'ink'?" in line

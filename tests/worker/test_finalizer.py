@@ -52,7 +52,7 @@ class House:
             pictures=[Picture(seed, BLANK, BLANK) for seed in range(self.job.params.samples)],
             stores=self.stores,
             caption=caption,
-            model=lambda: Model("builtin", None, "cpu", "float32"),
+            model=Model("builtin", None, "cpu", "float32"),
         )
         self.finalizer.begin(self.job, result.steps)
         self.settle()

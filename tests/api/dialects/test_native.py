@@ -84,6 +84,7 @@ def test_every_parameter_reaches_the_job() -> None:
         "fill",
         "noise_spacing",
         "flagged_as",
+        "loras",
     }
     assert given.keys() == params.to_json().keys() - {"prompt"} - not_offered, "none was forgotten"
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from models.checkpoints.manifests import check_downloads
 from models.checkpoints.registry import (
     BUILTIN_FOLDER,
+    Catalog,
     Components,
+    LoraEntry,
     LoraSpec,
     ModelSpec,
+    check_lora,
     check_model,
     fetch_folder,
     find_model,
@@ -60,10 +63,14 @@ def load(folder: Path, variant: str | None = None) -> Components:
     return load_components(ModelSpec("tiny", str(folder), variant=variant), CPU, torch.float32)
 
 
-def catalog(tmp_path: Path, text: str) -> dict[str, ModelSpec]:
+def catalog_of(tmp_path: Path, text: str) -> Catalog:
     path = tmp_path / "models.toml"
     path.write_text(text)
     return read_catalog(path)
+
+
+def catalog(tmp_path: Path, text: str) -> Mapping[str, ModelSpec]:
+    return catalog_of(tmp_path, text).models
 
 
 def test_catalog_gives_a_spec_per_table(tmp_path: Path) -> None:
@@ -160,10 +167,45 @@ def test_vae_that_cannot_be_there_is_refused_at_once(vae: str, reason: str) -> N
 
 
 def test_our_own_catalog_is_readable() -> None:
-    found = read_catalog(CATALOG_FILE)
+    found = read_catalog(CATALOG_FILE).models
 
     assert found["builtin"].source == "builtin"
     assert all(spec.id == name for name, spec in found.items())
+
+
+def test_catalog_gives_an_entry_per_lora(tmp_path: Path) -> None:
+    found = catalog_of(
+        tmp_path,
+        f"""
+        [models.a]
+        source = "folder/a"
+        [loras.ink]
+        path = "ink.safetensors"
+        [loras."line art"]
+        path = "line.safetensors"
+        sha256 = "{"0a" * 32}"
+        """,
+    )
+
+    assert found.loras == {
+        "ink": LoraEntry("ink.safetensors"),
+        "line art": LoraEntry("line.safetensors", "0a" * 32),
+    }
+    assert [*found.models] == ["a"]
+
+
+def test_lora_must_be_listed_and_there(tmp_path: Path) -> None:
+    file, other = tmp_path / "ink.safetensors", tmp_path / "ink.ckpt"
+    entries = {"ink": LoraEntry(str(file)), "old": LoraEntry(str(other))}
+    with pytest.raises(ModelUnavailable, match=r"LoRA 'ink': there is no file .*ink\.safetensors"):
+        check_lora("ink", entries)
+    for path in (file, other):
+        path.touch()
+    check_lora("ink", entries)
+    with pytest.raises(ModelUnavailable, match=r"LoRA 'old': .*ink\.ckpt is no \.safetensors file"):
+        check_lora("old", entries)
+    with pytest.raises(ModelUnavailable, match=r"no \[loras\.inc\].*did you mean 'ink'\?"):
+        check_lora("inc", entries)
 
 
 def test_catalog_entry_comes_before_a_source_of_that_name() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from models.imaging.captions import SAMPLERS, write_caption
 from models.imaging.images import encode_png
-from models.params import Fill, InpaintParams, NoiseSpacing, SchedulerName
+from models.params import Fill, InpaintParams, Lora, NoiseSpacing, SchedulerName
 from tests.support.png_text import COLOURS, read_text
 
 PARAMS = InpaintParams(
@@ -66,6 +66,14 @@ def test_masked_content_has_the_web_ui_s_name(fill: Fill, name: str | None) -> N
     _, _, values = read_caption(write_caption(replace(PARAMS, fill=fill), 8, None, "dream"))
 
     assert values.get("Masked content") == name
+
+
+def test_loras_are_tags_behind_the_prompt() -> None:
+    params = replace(PARAMS, loras=(Lora("ink", 0.75), Lora("wash")))
+    prompt, negative, _ = read_caption(write_caption(params, 8, None, "dream"))
+
+    assert prompt == f"{PARAMS.prompt} <lora:ink:0.75> <lora:wash:1>"
+    assert negative == PARAMS.negative_prompt
 
 
 @pytest.mark.parametrize(
