@@ -76,6 +76,16 @@ def parse_list(value: Any) -> Any:
     return [word.strip() for word in value.split(",") if word.strip()]
 
 
+def parse_table(value: Any) -> Any:
+    """A table in an environment variable, as JSON. Raises: ValueError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value or "{}")
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object: {error}") from error
+
+
 UNITS = {
     "": 1,
     **{f"{letter}b": 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
@@ -441,6 +451,11 @@ class Settings(BaseSettings):
     diffusers layout or a `.safetensors` file."""
     models: ListOf[str] = Field(default=(), examples=[["sd15-inpainting"]])
     """Further models that requests may name as `model_id`."""
+    model_aliases: Annotated[dict[str, str], BeforeValidator(parse_table)] = Field(
+        default={}, examples=[{"runwayml/stable-diffusion-inpainting": "sd15-inpainting"}]
+    )
+    """Other names by which requests may ask for the models on offer, such as a vendor's. In the
+    environment it is a JSON object."""
     loras: ListOf[str] = Field(default=(), examples=[["ink"]])
     """LoRAs of `models_file` that requests may name. A model with a request's LoRAs is loaded as a
     model of its own; at most four such are kept."""
@@ -574,7 +589,18 @@ class Settings(BaseSettings):
                 "compile and reproducible exclude each other: compiled code replaces plain code "
                 "while the server runs, and differs in the last bits"
             )
+        self._check_aliases()
         return self
+
+    def _check_aliases(self) -> None:
+        for alias, model in self.model_aliases.items():
+            if model not in self.offered_models:
+                raise ValueError(
+                    f"model_aliases names {model!r}, which is not on offer: model and models are "
+                    f"{', '.join(self.offered_models)}{did_you_mean(model, self.offered_models)}"
+                )
+            if alias in self.offered_models:
+                raise ValueError(f"model_aliases has {alias!r}, which is a model's own name")
 
     def refuse_open_server(self, has_stored_keys: bool = False) -> None:
         """Raises: ValueError if the server would be open to other machines without keys.
@@ -606,6 +632,11 @@ class Settings(BaseSettings):
     def offered_models(self) -> list[str]:
         """Ids of the models that a request may name."""
         return [self.model, *self.models]
+
+    def model_named(self, name: str) -> str | None:
+        """The id of the offered model with this name or alias; None for any other name."""
+        model = self.model_aliases.get(name, name)
+        return model if model in self.offered_models else None
 
     @property
     def offered_loras(self) -> list[str]:

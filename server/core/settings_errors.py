@@ -29,6 +29,7 @@ KINDS = {
     "tuple": "must be a list",
     "path": "must be a path",
     "model": "must be a table",
+    "dict": "must be a table",
 }
 """By the first part of pydantic's error type."""
 

@@ -391,3 +391,45 @@ def test_proxies_are_networks_where_they_look_like_one(monkeypatch: pytest.Monke
         monkeypatch.setenv("INPAINT_FORWARDED_ALLOW_IPS", word)
         with pytest.raises(ValueError, match="(?i)forwarded_allow_ips"):
             load_settings()
+
+
+def test_models_are_found_by_name_and_by_alias(environment: Environment) -> None:
+    environment(
+        MODELS="sd15,sdxl", MODEL_ALIASES='{"vendor/v1-5": "sd15", "Vendor XL [abc]": "sdxl"}'
+    )
+    settings = load_settings()
+    named = {
+        name: settings.model_named(name)
+        for name in ("builtin", "sd15", "vendor/v1-5", "Vendor XL [abc]", "vendor/V1-5", "")
+    }
+    assert [*named.values()] == ["builtin", "sd15", "sd15", "sdxl", None, None]
+
+    environment(MODEL_ALIASES="")
+    assert load_settings().model_aliases == {}
+
+
+def test_aliases_of_a_file_are_a_table(tmp_path: Path) -> None:
+    file = write_file(tmp_path, 'models = ["sd15"]\n[model_aliases]\n"vendor/v1-5" = "sd15"')
+    assert load_settings(file).model_named("vendor/v1-5") == "sd15"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"a": "sd16"}', "model_aliases names 'sd16', which is not on offer: .*mean 'sd15'?"),
+        ('{"sd15": "builtin"}', "model_aliases has 'sd15', which is a model's own name"),
+        ("a=sd15", "INPAINT_MODEL_ALIASES must be a JSON object"),
+        ("[1]", "INPAINT_MODEL_ALIASES must be a table"),
+        ('{"a": 1}', "must be text"),
+    ],
+)
+def test_wrong_aliases_stop_the_start(text: str, sentence: str, environment: Environment) -> None:
+    environment(MODELS="sd15", MODEL_ALIASES=text)
+    with pytest.raises(ValueError, match=sentence):
+        load_settings()
+
+
+def test_loras_are_offered_by_name(environment: Environment) -> None:
+    assert load_settings().offered_loras == []
+    environment(LORAS="ink, wash")
+    assert load_settings().offered_loras == ["ink", "wash"]

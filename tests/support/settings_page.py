@@ -131,6 +131,9 @@ def has_plain_default(field: FieldInfo) -> bool:
 
 def toml(value: object) -> str:
     """A value as TOML writes it."""
+    if isinstance(value, dict) and value:
+        pairs = ", ".join(f"{json.dumps(name)} = {toml(each)}" for name, each in value.items())
+        return f"{{ {pairs} }}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         plain = str(value) if isinstance(value, StrEnum) else value
         return json.dumps(plain, ensure_ascii=False)
