@@ -22,9 +22,9 @@ from server.core.errors import ApiError, ImageUnavailable, QueueFull, ServerBusy
 from server.core.fairness import NoSlot
 from server.core.logs import get_logger
 from server.core.notices import Notice
-from server.egress.sources import OwnOutputs, download_images
+from server.egress.sources import OwnPictures, download_images
 from server.jobs.idempotency import Idempotency
-from server.jobs.job import OUTPUT_FOLDER, Job, NewJob, QueueShare, RequestFacts, Submitted
+from server.jobs.job import Job, NewJob, QueueShare, RequestFacts, Submitted
 from server.jobs.receipts import Intake
 from server.jobs.store import JobStore
 from server.sandbox.child import TargetSize
@@ -48,7 +48,7 @@ async def accept(
     """Make a job of a request, or find the job of an earlier request with its idempotency key.
 
     base_url: the server's address in the URLs of answers. called_url: the address that the client
-    used. The URL of an output under either address is read from the file store.
+    used. A picture of our own under either address is read from the file store.
     Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
     """
     if services.watcher.is_stopping:
@@ -108,14 +108,14 @@ async def fetch(
         services.fetcher,
         settings.fetch.max_image_bytes,
         caller.fetch_grant,
-        OwnOutputs(own_urls, own_names, functools.partial(read_output, services)),
+        OwnPictures(own_urls, own_names, functools.partial(read_own_picture, services)),
     )
     return images, time.perf_counter() - started
 
 
-async def read_output(services: Services, name: str) -> bytes | None:
-    """A finished picture, None where there is none. Raises: StorageUnavailable."""
-    return await services.in_file_thread(services.storage.get, f"{OUTPUT_FOLDER}/{name}")
+async def read_own_picture(services: Services, key: str) -> bytes | None:
+    """An output or upload, None where there is none. Raises: StorageUnavailable."""
+    return await services.in_file_thread(services.storage.get, key)
 
 
 @asynccontextmanager

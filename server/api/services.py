@@ -14,6 +14,7 @@ from server.core.background import Background
 from server.core.errors import StorageUnavailable
 from server.core.fairness import FairSemaphore, KeyedCounter
 from server.core.metrics import Metrics
+from server.core.rate_limits import TokenBuckets
 from server.core.settings import Settings
 from server.egress.downloads import ImageDownloader
 from server.jobs.estimates import Estimator, QuotedEstimates
@@ -54,6 +55,7 @@ class Services:
     """The API process's parts, built once by `app.build_services`.
 
     admitted: requests by key between admission and submit (`accept`).
+    uploads, upload_bytes: what each key may upload.
     quotes: the first estimate that a client got for each job, to be compared with the truth.
     """
 
@@ -76,6 +78,8 @@ class Services:
     file_threads: FairSemaphore = field(
         default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
     )
+    uploads: TokenBuckets = field(default_factory=TokenBuckets)
+    upload_bytes: TokenBuckets = field(default_factory=TokenBuckets)
     quotes: QuotedEstimates = field(default_factory=QuotedEstimates)
 
     async def in_store_thread(

@@ -31,19 +31,22 @@ class TokenBuckets:
         self._max_names = max_names
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
-    def take(self, name: str, per_minute: int) -> int | None:
-        """Take a token. None on success, otherwise the seconds until the next token."""
-        wait_s = self.wait_s(name, per_minute)
+    def take(self, name: str, per_minute: int, count: int = 1) -> int | None:
+        """Take tokens. None on success, otherwise the seconds until there are so many.
+
+        count: more than a bucket holds take a full bucket.
+        """
+        wait_s = self.wait_s(name, per_minute, count)
         if wait_s is None:
-            self._buckets[name].tokens -= 1
+            self._buckets[name].tokens -= min(count, per_minute)
         return wait_s
 
-    def wait_s(self, name: str, per_minute: int) -> int | None:
+    def wait_s(self, name: str, per_minute: int, count: int = 1) -> int | None:
         """What `take` would return, without taking a token."""
-        bucket = self._fill(name, per_minute)
-        if bucket.tokens >= 1:
+        bucket, wanted = self._fill(name, per_minute), min(count, per_minute)
+        if bucket.tokens >= wanted:
             return None
-        return max(1, math.ceil((1 - bucket.tokens) * 60 / per_minute))
+        return max(1, math.ceil((wanted - bucket.tokens) * 60 / per_minute))
 
     def _fill(self, name: str, per_minute: int) -> Bucket:
         """The bucket, refilled for the time since its last use."""

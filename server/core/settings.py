@@ -389,6 +389,11 @@ class QueueSettings(Section):
     """Jobs that may wait. Beyond that new jobs are answered 429 with `Retry-After`."""
     max_waiting_per_key: int = 100
     """Jobs of one key that may wait. Keys take turns."""
+    uploads_per_minute_per_key: int = Field(default=60, ge=1)
+    """Pictures that one key may upload in a minute, in dialects where uploads come before the
+    job."""
+    upload_bytes_per_minute_per_key: Size = Field(default=100_000_000, ge=1)
+    """Bytes of such pictures in a minute."""
 
 
 class RetentionSettings(Section):
@@ -402,6 +407,8 @@ class RetentionSettings(Section):
     inputs_h: Annotated[float, Field(ge=0)] = 1
     """Time from a job's end until its inputs are removed. The worker removes the inputs of a job
     that ended well at once."""
+    uploads_h: Annotated[float, Field(gt=0)] = 1
+    """Time from an upload until it is removed. It takes up to ten minutes more."""
     rows_h: Annotated[float, Field(gt=0)] = 24 * 30
     """Time from a job's end until its row and its webhook history are removed."""
 

@@ -17,13 +17,21 @@ from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.interfaces import is_local
 from server.egress.policy import AddressDenied, EgressGrant, checked_url, host_of, is_localhost
 from server.egress.resolver import numeric_addresses
-from server.jobs.job import OUTPUT_FOLDER, OUTPUT_NAME, stored_name_of
+from server.jobs.job import (
+    OUTPUT_FOLDER,
+    OUTPUT_NAME,
+    UPLOAD_FOLDER,
+    UPLOAD_NAME,
+    stored_name_of,
+)
 
 DATA_URI = re.compile(r"data:([^,]{0,1024}),", re.IGNORECASE)
 """Matches up to the data. The media type is ignored, because browsers send none or a wrong one."""
 MAX_DATA_URIS = 3
 """Nested prefixes, which code writes that puts a prefix before every text."""
-OUTPUT_PATH = re.compile(rf"(?:/.*)?/{OUTPUT_FOLDER}/+({OUTPUT_NAME})")
+OWN_PATH = re.compile(
+    rf"(?:/.*)?/(?:{OUTPUT_FOLDER}/+({OUTPUT_NAME})|{UPLOAD_FOLDER}/+({UPLOAD_NAME}))"
+)
 
 CHARS_PER_BYTE = 1.5
 """Most characters of base64 for a byte, line breaks included. A longer text is refused unread."""
@@ -60,20 +68,20 @@ class ImageSource:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnOutputs:
-    """Output pictures of this server, which are read from the store and not downloaded.
+class OwnPictures:
+    """Outputs and uploads of this server, which are read from the store and not downloaded.
 
     urls: URLs by which clients reach this server; only their hosts count.
     names: further host names, with patterns as in `Settings.allowed_hosts`.
-    read: the picture with a file name, or None.
+    read: the picture with a storage key, or None.
     """
 
     urls: Sequence[str]
     names: Sequence[str]
     read: Callable[[str], Awaitable[bytes | None]]
 
-    def name_of(self, source: ImageSource) -> str | None:
-        """The file name of an output picture, or None for any other source.
+    def key_of(self, source: ImageSource) -> str | None:
+        """The storage key of an own picture, or None for any other source.
 
         The URL's port and path prefix do not count, because a proxy or container changes them. A
         picture of another server on this host is no danger, because file names hold a UUID.
@@ -82,8 +90,13 @@ class OwnOutputs:
             url = checked_url(str(source.content)) if source.is_url else None
         except AddressDenied:
             return None
-        match = OUTPUT_PATH.fullmatch(url.path) if url else None
-        return stored_name_of(match[1]) if url and match and self._has_host(host_of(url)) else None
+        match = OWN_PATH.fullmatch(url.path) if url else None
+        if url is None or match is None or not self._has_host(host_of(url)):
+            return None
+        output, upload = match.groups()
+        return (
+            f"{OUTPUT_FOLDER}/{stored_name_of(output)}" if output else f"{UPLOAD_FOLDER}/{upload}"
+        )
 
     def _has_host(self, host: str) -> bool:
         host = host.rstrip(".")
@@ -108,7 +121,7 @@ async def download_images(
     fetcher: ImageDownloader,
     max_bytes: int,
     grant: EgressGrant = NO_GRANT,
-    own: OwnOutputs | None = None,
+    own: OwnPictures | None = None,
 ) -> dict[str, bytes]:
     """All images by parameter name, downloaded concurrently.
 
@@ -116,8 +129,8 @@ async def download_images(
     """
 
     async def load(source: ImageSource) -> bytes | ImageProblem:
-        name = own.name_of(source) if own else None
-        image = await own.read(name) if own and name else None
+        key = own.key_of(source) if own else None
+        image = await own.read(key) if own and key else None
         try:
             if image is None and source.is_url:
                 image = await fetcher.get(str(source.content), grant)

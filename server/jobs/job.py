@@ -22,9 +22,18 @@ OUTPUT_FOLDER = "generations"
 PREVIEW_FOLDER = "previews"
 """First part of a preview's storage key."""
 
+UPLOAD_FOLDER = "uploads"
+"""First part of the storage key of a picture that a client uploaded before its job, and of the
+picture's public path."""
+
+SUFFIXES = "|".join(re.escape(each.suffix) for each in OutputFormat)
+
+UPLOAD_NAME = rf"[0-9a-f-]{{36}}(?:{SUFFIXES})"
+"""Regular expression of the names of uploads."""
+
 OUTPUT_NAME = (
     r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
-    rf"(?:(?:{'|'.join(re.escape(each.suffix) for each in OutputFormat)})(?:\.base64)?|\.base64)"
+    rf"(?:(?:{SUFFIXES})(?:\.base64)?|\.base64)"
 )
 """Regular expression of the names under which pictures are asked for: those of `output_names_of`,
 and those of their base64 texts, see `stored_name_of`."""

@@ -4,7 +4,8 @@
     rows of ended jobs            `rows_h` after the end, with their webhook history
     inputs of ended jobs          `inputs_h` after the end, if the worker could not remove them
     previews of ended jobs        at once, if the worker could not remove them
-    files that belong to no job   after a day
+    uploads                       `uploads_h` after the upload
+    other files without a job     after a day
 
 A finished job whose pictures somebody else removed is marked as expired too.
 
@@ -26,7 +27,14 @@ from models.params import OutputFormat
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.core.settings import RetentionSettings
-from server.jobs.job import INPUT_FOLDER, OUTPUT_FOLDER, PREVIEW_FOLDER, JobState, output_keys_of
+from server.jobs.job import (
+    INPUT_FOLDER,
+    OUTPUT_FOLDER,
+    PREVIEW_FOLDER,
+    UPLOAD_FOLDER,
+    JobState,
+    output_keys_of,
+)
 from server.jobs.outbox import MAX_AGE_S, DeliveryState
 from server.storage.clock import EarlierClock
 from server.storage.database import read_only
@@ -43,6 +51,9 @@ EXPIRE_INTERVAL_S = 60.0
 
 SWEEP_INTERVAL_S = 6 * 3_600.0
 """Between two listings of all files, which an object store charges for."""
+
+UPLOAD_SWEEP_INTERVAL_S = 600.0
+"""Between two listings of the uploads, which live for an hour only."""
 
 ORPHAN_S = 24 * 3_600.0
 """A file without a row is kept so long, because its job may be about to be submitted."""
@@ -97,14 +108,15 @@ class Janitor:
 
     async def run(self) -> None:
         """Run until cancelled. A failed removal is tried again in the next round."""
-        swept_at: float | None = None
+        sweeps = {self.sweep: SWEEP_INTERVAL_S, self.sweep_uploads: UPLOAD_SWEEP_INTERVAL_S}
+        due_at = dict.fromkeys(sweeps, time.monotonic())
         try:
             while True:
                 await self._try(self.expire)
-                now = time.monotonic()
-                if swept_at is None or now - swept_at > SWEEP_INTERVAL_S:
-                    swept_at = now
-                    await self._try(self.sweep)
+                for sweep, interval_s in sweeps.items():
+                    if time.monotonic() >= due_at[sweep]:
+                        due_at[sweep] = time.monotonic() + interval_s
+                        await self._try(sweep)
                 await asyncio.sleep(EXPIRE_INTERVAL_S)
         finally:
             # Cancelling does not stop a thread, which would go through all files first.
@@ -130,12 +142,27 @@ class Janitor:
     def sweep(self) -> Removed:
         """Remove all files that no job needs, then mark jobs whose pictures are missing.
 
+        Uploads belong to no job and are left to `sweep_uploads`.
+
         Raises: SQLAlchemyError, StorageUnavailable.
         """
         inputs = self._sweep(INPUT_FOLDER, self._unneeded_inputs)
         previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
         outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
         return Removed(files=inputs + previews + outputs, missing=self._mark_missing())
+
+    def sweep_uploads(self) -> Removed:
+        """Remove all uploads that are due. Raises: StorageUnavailable."""
+        due_at = self._clock() - self._settings.uploads_h * HOUR_S
+        count = 0
+        for files in self._storage.list(UPLOAD_FOLDER, self._batch):
+            if self._is_stopping.is_set():
+                break
+            due = [file.key for file in files if file.changed_at < due_at]
+            for key in due:
+                self._storage.delete(key)
+            count += len(due)
+        return Removed(files=count)
 
     def _batches(self, step: Callable[[], int]) -> Iterator[int]:
         """Run steps until one finds nothing to do; yields the count of each."""

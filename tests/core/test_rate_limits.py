@@ -40,3 +40,16 @@ def test_strangers_do_not_fill_the_memory() -> None:
         buckets.take(str(number), 1)
         assert buckets.take("kept", 1) == 60  # used lately, so never the one to go
     assert len(buckets._buckets) == 100
+
+
+def test_several_tokens_are_taken_together_or_not_at_all() -> None:
+    clock = Clock()
+    buckets = TokenBuckets(clock)
+    assert [buckets.take("a", 60, 50), buckets.take("a", 60, 20), buckets.take("a", 60, 10)] == [
+        None,
+        10,
+        None,
+    ]
+    assert buckets.take("a", 60, 1_000) == 60, "more than it holds take a full bucket"
+    clock.now += 60
+    assert [buckets.take("a", 60, 1_000), buckets.take("a", 60)] == [None, 1]

@@ -16,7 +16,7 @@ from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.sources import (
     PIECE_CHARS,
     ImageSource,
-    OwnOutputs,
+    OwnPictures,
     decode_base64,
     download_images,
     load_inline,
@@ -61,7 +61,9 @@ def test_each_image_may_come_another_way() -> None:
 
 
 PUBLIC = "93.184.215.14"
-OUTPUT = "0123abcd-0123-4567-89ab-0123456789ab-0"
+SUFFIXES = (".png", ".jpg", ".webp")
+UPLOAD = "0123abcd-0123-4567-89ab-0123456789ab"
+OUTPUT = f"{UPLOAD}-0"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,16 @@ OUTPUT = "0123abcd-0123-4567-89ab-0123456789ab-0"
         (f"https://sub.named.example/generations/{OUTPUT}.png", True),
         (f"https://ours.example/generations/{OUTPUT}.png.base64", True),
         (f"http://127.0.0.1:1/generations/{OUTPUT}.png", True),
+        (f"https://ours.example/uploads/{UPLOAD}.png", True),
+        (f"http://ours.example.:81/sd//uploads//{UPLOAD}.jpg?v=1", True),
+        (f"https://sub.named.example/uploads/{UPLOAD}.webp", True),
+        (f"http://[::1]:1/uploads/{UPLOAD}.png", True),
+        (f"http://pictures.example/uploads/{UPLOAD}.png", False),
+        (f"http://ours.example/uploads/{UPLOAD}.gif", False),
+        (f"http://ours.example/uploads/{UPLOAD}.png.base64", False),
+        (f"http://ours.example/uploads/{OUTPUT}.png", False),
+        (f"http://ours.example/generations/{UPLOAD}.png", False),
+        (f"http://ours.example/uploads/..%2f{UPLOAD}.png", False),
         (f"http://pictures.example/generations/{OUTPUT}.png", False),
         (f"http://ours.example.pictures.example/generations/{OUTPUT}.png", False),
         (f"http://pictures.example/https://ours.example/generations/{OUTPUT}.png", False),
@@ -83,15 +95,17 @@ OUTPUT = "0123abcd-0123-4567-89ab-0123456789ab-0"
 def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> None:
     asked: list[str] = []
 
-    async def read(name: str) -> bytes | None:
-        asked.append(name)
-        return b"stored" if name == f"{OUTPUT}.png" else None
+    stored = {f"generations/{OUTPUT}.png", *(f"uploads/{UPLOAD}{end}" for end in SUFFIXES)}
+
+    async def read(key: str) -> bytes | None:
+        asked.append(key)
+        return b"stored" if key in stored else None
 
     async def run() -> tuple[object, list[str]]:
         async with running_stub(answering(response("200 OK", body=b"fetched"))) as stub:
             dialler = StubDialler(PUBLIC, stub.port)
             client = EgressClient(resolver=lambda _host, _port: [PUBLIC], dialler=dialler)
-            own = OwnOutputs(["https://ours.example/sd", "not a URL"], ["*.named.example"], read)
+            own = OwnPictures(["https://ours.example/sd", "not a URL"], ["*.named.example"], read)
             source = {"init_image": ImageSource(url)}
             try:
                 return await download_images(
@@ -107,7 +121,7 @@ def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> N
         assert outcome == {"init_image": ImageProblem.INVALID_URL}
     else:
         assert outcome == {"init_image": b"fetched"}
-        assert asked in ([], [f"{OUTPUT.replace('0123', '9999')}.png"])
+        assert asked in ([], [f"generations/{OUTPUT.replace('0123', '9999')}.png"])
 
 
 @pytest.mark.parametrize(
@@ -125,12 +139,12 @@ def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> N
     ],
 )
 def test_own_pictures_of_every_format_have_a_name(end: str, stored: str | None) -> None:
-    async def read(name: str) -> bytes | None:
+    async def read(key: str) -> bytes | None:
         raise AssertionError("nothing is read here")
 
-    own = OwnOutputs(["https://ours.example"], [], read)
+    own = OwnPictures(["https://ours.example"], [], read)
     source = ImageSource(f"https://ours.example/generations/{OUTPUT}{end}")
-    assert own.name_of(source) == (stored and OUTPUT + stored)
+    assert own.key_of(source) == (stored and f"generations/{OUTPUT}{stored}")
 
 
 def test_every_image_at_fault_is_named() -> None:

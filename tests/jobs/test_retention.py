@@ -28,7 +28,7 @@ from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
 from tests.support.jobs import PARAMS, ROW, claim_one, get, new_job, state_of
 
-SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, rows_h=100)
+SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, uploads_h=2, rows_h=100)
 DELIVERED = Attempt(0.0, 0.1, 200, "answered")
 
 
@@ -353,6 +353,50 @@ def test_webhook_is_not_made_again_during_expiry(house: House, engine: Engine) -
     storage.meanwhile = make_again
     assert Janitor(engine, storage, SETTINGS, house.clock).expire() == Removed(outputs=1)
     assert told == [ConflictKind.PICTURES_EXPIRED]
+    assert house.files() == set()
+
+
+class TellingStorage(Storage):
+    """Counts removals that are done."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.deleted = threading.Semaphore(0)
+
+    def delete(self, key: str) -> None:
+        """As the base class."""
+        super().delete(key)
+        self.deleted.release()
+
+
+def test_uploads_are_removed_after_their_time(house: House) -> None:
+    old, young = (f"uploads/{uuid.uuid4()}.png" for _ in range(2))
+    house.put(old)
+    house.put(f"{old}.0123abcd.unfinished")
+    house.pass_hours(1.9)
+    house.put(young)
+    assert house.janitor.sweep_uploads() == Removed()
+    house.pass_hours(0.2)
+    assert house.janitor.sweep_uploads() == Removed(files=2)
+    assert house.files() == {young}
+
+
+def test_sweep_of_the_other_files_leaves_uploads(house: House) -> None:
+    upload = f"uploads/{uuid.uuid4()}.png"
+    house.put(upload)
+    house.pass_hours(30)
+    assert house.janitor.sweep() == Removed()
+    assert house.files() == {upload}
+
+
+async def test_task_removes_uploads(house: House, engine: Engine) -> None:
+    storage = TellingStorage(house.folder.as_uri())
+    house.put(f"uploads/{uuid.uuid4()}.jpg")
+    house.pass_hours(3)
+    task = asyncio.create_task(Janitor(engine, storage, SETTINGS, house.clock).run())
+    assert await asyncio.to_thread(storage.deleted.acquire, timeout=20)
+    task.cancel()
+    await asyncio.wait([task])
     assert house.files() == set()
 
 

@@ -17,7 +17,13 @@ from tests.support.repository import REPOSITORY
 PAGE = REPOSITORY / "docs" / "settings.md"
 EXAMPLE = REPOSITORY / "configs" / "example.toml"
 
-UNITS = {"_s": " s", "_h": " h", "bytes": " bytes", "bytes_per_key": " bytes"}
+UNITS = {
+    "_s": " s",
+    "_h": " h",
+    "bytes": " bytes",
+    "bytes_per_key": " bytes",
+    "bytes_per_minute_per_key": " bytes",
+}
 """By the end of a setting's name."""
 
 MEANINGS_AT = 42

@@ -88,7 +88,7 @@ EXPLANATIONS: dict[type[ApiError], tuple[int, str, str]] = {
     RouteNotFound: (404, "not_found", "There is no such path"),
     QueueFull: (429, "queue_full", "Too many jobs are waiting"),
     TooManyStreams: (429, "too_many_streams", "The key has too many event streams open"),
-    RateLimited: (429, "rate_limited", "Too many calls, or wrong keys, in a minute"),
+    RateLimited: (429, "rate_limited", "Too many calls, uploads or wrong keys in a minute"),
     ServerBusy: (503, "server_busy", "The server has no room for the request now"),
     JobFailed: (500, "job_failed", "The picture could not be made"),
     JobTooSlow: (504, "job_too_slow", "The picture was not finished in time"),
