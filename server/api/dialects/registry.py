@@ -6,7 +6,7 @@ from typing import Any
 from models.spelling import did_you_mean
 from server.api.dialects.base import Dialect
 from server.api.dialects.native.routes import NATIVE
-from server.api.dialects.v3.routes import V3
+from server.api.dialects.vendor.routes import V3
 from server.jobs.job import Job
 
 DIALECTS = (NATIVE, V3)

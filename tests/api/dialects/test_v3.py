@@ -14,8 +14,8 @@ from models.diffusion.enhance import Enhancement
 from models.params import RANGES, SEED_MODULUS, InpaintParams, SchedulerName
 from server.api.accept import facts_of
 from server.api.dialects.base import JobRequest, ReadingPolicy
-from server.api.dialects.v3 import reading as v3
-from server.api.dialects.v3 import writing as v3_writing
+from server.api.dialects.vendor import reading as v3
+from server.api.dialects.vendor import writing as v3_writing
 from server.core.errors import (
     ApiError,
     ImageProblem,

@@ -13,7 +13,7 @@ from models.params import RANGES, SEED_MODULUS, Range
 from server.api.auth.keyring import key_in_headers
 from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
-from server.api.dialects.v3.writing import Body
+from server.api.dialects.vendor.writing import Body
 from server.core.errors import JobNotFound
 from server.core.notices import prompt_notices
 from server.core.settings import StepsPolicy

@@ -25,7 +25,7 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect
-from server.api.dialects.v3 import reading, writing
+from server.api.dialects.vendor import reading, writing
 from server.api.services import Services
 from server.core.errors import ApiError
 from server.core.settings import Base64Output, ErrorStatus
