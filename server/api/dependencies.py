@@ -90,6 +90,8 @@ def reading_policy(settings: Settings, caller: Caller) -> ReadingPolicy:
     """The operator's choices for reading this caller's requests."""
     return ReadingPolicy(
         models=settings.offered_models,
+        aliases=settings.model_aliases,
+        loras=settings.offered_loras,
         force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
         https_webhooks=settings.webhook.https_only,
         steps_policy=settings.steps_policy,

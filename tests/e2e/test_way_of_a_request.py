@@ -38,10 +38,8 @@ def test_way_leads_through_few_files(way: dict[str, list[str]], part: str, most:
 def test_way_leads_through_the_rooms_of_the_architecture_page(way: dict[str, list[str]]) -> None:
     rooms = {
         "accept": [
-            "serving/connections",
-            "api/dialects/vendor/routes",
-            "api/accept",
-            "egress/policy",
+            *("serving/connections", "api/dialects/vendor/routes"),
+            *("api/accept", "egress/policy"),
         ],
         "fetch": ["api/dialects/vendor/routes", "api/dialects/vendor/writing"],
         "worker": ["worker/loop", "worker/results", "worker/finalizer", "storage/files"],

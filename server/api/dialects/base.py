@@ -58,19 +58,23 @@ class JobRequest:
 class ReadingPolicy:
     """The operator's choices for reading requests.
 
-    models: those a request may name. https_webhooks: webhooks must have an https URL.
+    models, loras: those a request may name. aliases: further names of models.
+    https_webhooks: webhooks must have an https URL.
     steps_policy, enhancement: of the vendor's family.
     """
 
     models: Sequence[str] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    loras: Sequence[str] = ()
     force_safety_check: bool = False
     https_webhooks: bool = False
     steps_policy: StepsPolicy = StepsPolicy.VENDOR
     enhancement: Enhancement = Enhancement("", "")
 
     def model_named(self, name: Any) -> str | None:
-        """The offered model with this name; None where there is none."""
-        return name if isinstance(name, str) and name in self.models else None
+        """The offered model with this name or alias; None where there is none."""
+        model = self.aliases.get(name, name) if isinstance(name, str) else None
+        return model if model in self.models else None
 
 
 def invalid_body(_error: RequestValidationError) -> ApiError:

@@ -62,10 +62,11 @@ def errors_of(fields: dict[str, Any]) -> dict[str, list[str]]:
 
 class TestReading:
     @pytest.mark.parametrize(
-        ("asked", "model"), [("other", "other"), ("midjourney", None), (None, None), (7, None)]
+        ("asked", "model"),
+        [("other", "other"), ("mj", "other"), ("midjourney", None), (None, None), (7, None)],
     )
     def test_only_offered_models_can_be_asked_for(self, asked: Any, model: str | None) -> None:
-        policy = replace(POLICY, models=("builtin", "other"))
+        policy = replace(POLICY, models=("builtin", "other"), aliases={"mj": "other"})
         request = read(policy, model_id=asked)
         assert request.params.model == model
 
