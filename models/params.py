@@ -210,7 +210,8 @@ class InpaintParams:
 
     How the picture is stored:
 
-    output_format: PNG is lossless. JPEG changes every pixel a little, those outside the mask too.
+    output_format: PNG is lossless. JPEG, and WebP below a quality of 100, change every pixel a
+        little, those outside the mask too.
     output_quality: of JPEG and WebP; a WebP of 100 is lossless. PNG takes no notice of it.
 
     Raises: InvalidInput, with every violation.

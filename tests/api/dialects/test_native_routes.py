@@ -143,6 +143,7 @@ class TestLifeOfAJob:
                 "weights_sha256": "ab" * 32,
                 "device": "cpu",
                 "dtype": "float32",
+                "loras": [],
             },
             "versions": RECEIPT.versions,
             "inputs": {
