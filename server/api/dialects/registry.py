@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.spelling import did_you_mean
+from server.api.dialects.a1111.routes import A1111
 from server.api.dialects.base import Dialect
 from server.api.dialects.native.routes import NATIVE
 from server.api.dialects.vendor.routes import V3
 from server.jobs.job import Job
 
-DIALECTS = (NATIVE, V3)
+DIALECTS = (NATIVE, V3, A1111)
 """The first dialect that owns a path writes its errors; `NATIVE` writes those of other paths."""
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}

@@ -1,0 +1,133 @@
+"""Which fields of a call are not applied here although their values would change the pictures.
+
+A1111's clients send all of its fields, most with their defaults. A field is told of unless it is
+read, says nothing about the pictures, or has a value with which A1111 does nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from models.params import InpaintParams, SchedulerName
+from server.api.dialects.fields import FALSE_WORDS, to_number
+
+MAX_NAME_CHARS = 60
+"""Of a field that A1111 does not know: its name is the client's own text."""
+
+READ = {
+    *("prompt", "negative_prompt", "init_images", "mask", "mask_blur", "mask_blur_x"),
+    *("inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert"),
+    *("denoising_strength", "width", "height", "n_iter", "batch_size", "seed", "steps"),
+    *("cfg_scale", "sampler_name", "sampler_index", "override_settings", "send_images"),
+    *("include_init_images", "force_task_id"),
+}
+"""What `reading` reads, and answers or tells of itself."""
+
+SILENT = {
+    # About files on the server, whose pictures are always stored for some time.
+    *("save_images", "do_not_save_samples", "do_not_save_grid", "do_not_reload_embeddings"),
+    *("override_settings_restore_afterwards", "comments"),
+    # Without effect alone; the field that they belong to is told of.
+    *("subseed", "script_args", "refiner_switch_at", "firstphase_width", "firstphase_height"),
+    *("firstpass_image", "token_merging_ratio_hr", "s_tmin", "s_tmax"),
+    # Of models that edit by instructions, which are not served.
+    "image_cfg_scale",
+}
+
+KNOWN = {
+    *("mask_blur_y", "resize_mode", "scheduler", "initial_noise_multiplier", "latent_mask"),
+    *("mask_round", "subseed_strength", "seed_resize_from_w", "seed_resize_from_h", "styles"),
+    *("restore_faces", "tiling", "eta", "s_churn", "s_noise", "s_min_uncond", "script_name"),
+    *("alwayson_scripts", "refiner_checkpoint", "enable_hr", "token_merging_ratio"),
+    *("disable_extra_networks", "infotext"),
+}
+"""The rest of A1111's fields, without those of `enable_hr`."""
+
+IDLE_VALUES: dict[str, tuple[float, ...]] = {
+    "s_noise": (1,),
+    "initial_noise_multiplier": (1,),
+    "seed_resize_from_w": (-1, 0),
+    "seed_resize_from_h": (-1, 0),
+}
+"""Numbers with which A1111 does nothing; 0 for all other fields."""
+
+IDLE_ETA = {
+    SchedulerName.DDIM: 0.0,
+    SchedulerName.EULER_ANCESTRAL: 1.0,
+    SchedulerName.KDPM2_ANCESTRAL: 1.0,
+}
+"""The noise that these schedulers add, always; all others take no notice of `eta`."""
+
+
+def list_not_applied(fields: Mapping[str, Any], params: InpaintParams) -> list[str]:
+    """The names of fields that are not applied, scripts and settings one by one."""
+    names = []
+    for name, value in fields.items():
+        if name in READ | SILENT or name.startswith("hr_"):
+            continue
+        if name == "alwayson_scripts":
+            names += [f"alwayson_scripts.{script[:MAX_NAME_CHARS]}" for script in scripts_of(value)]
+        elif name == "mask_blur_y":
+            # `mask_blur` is for both directions.
+            is_other = "mask" in fields and to_number(value) != params.mask_blur
+            names += [name] * (is_other and "mask_blur" not in fields)
+        elif not is_idle(name, value, params):
+            names.append(name[:MAX_NAME_CHARS])
+    return names
+
+
+def list_settings_not_applied(settings: Any, read: set[str]) -> list[str]:
+    """The names in `override_settings` that are not applied. read: those that are."""
+    if not isinstance(settings, dict):
+        return []
+    return [
+        f"override_settings.{name[:MAX_NAME_CHARS]}"
+        for name, value in settings.items()
+        if name not in read and not is_nothing(value)
+    ]
+
+
+def to_code(name: str) -> str:
+    """A name for the log, which the client's own texts stay out of."""
+    head = name.partition(".")[0]
+    return head if head in READ | KNOWN else "unknown"
+
+
+def is_idle(name: str, value: Any, params: InpaintParams) -> bool:
+    """Whether A1111 would make the same picture without the field."""
+    number = to_number(value)
+    if name == "mask_round":
+        return not is_nothing(value)
+    if name == "resize_mode":
+        # Only the part around the mask is scaled then, in its own proportions.
+        return number == 0 or params.only_masked
+    if name == "eta":
+        return params.scheduler not in IDLE_ETA or number == IDLE_ETA[params.scheduler]
+    if name in ("scheduler", "disable_extra_networks"):
+        return True  # `reading` tells of them
+    return is_nothing(value) if number is None else number in IDLE_VALUES.get(name, (0,))
+
+
+def is_nothing(value: Any) -> bool:
+    """An empty, false or absent value, also as a text."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "none", "automatic", *FALSE_WORDS)
+    return not value
+
+
+def scripts_of(value: Any) -> Iterator[str]:
+    """The names of the scripts that would do something."""
+    scripts = value if isinstance(value, dict) else {}
+    for name, script in scripts.items():
+        arguments = script.get("args") if isinstance(script, dict) else script
+        if is_on([*arguments] if isinstance(arguments, list | dict) else [arguments]):
+            yield name
+
+
+def is_on(arguments: list[Any]) -> bool:
+    """Whether a script with these arguments does something.
+
+    The first argument of most scripts is their switch. ControlNet has a switch in each unit.
+    """
+    if not arguments or not isinstance(arguments[0], dict):
+        return bool(arguments) and not is_nothing(arguments[0])
+    return any(isinstance(unit, dict) and bool(unit.get("enabled", True)) for unit in arguments)
