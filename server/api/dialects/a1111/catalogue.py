@@ -28,7 +28,6 @@ NONE_HERE: Mapping[str, Any] = {
     "scripts": {"txt2img": [], "img2img": []},
     "script-info": [],
     "extensions": [],
-    "loras": [],
     "upscalers": [
         {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1.0}
     ],
@@ -60,6 +59,11 @@ def list_models(models: Sequence[str]) -> list[dict[str, Any]]:
         }
         for title in titles
     ]
+
+
+def list_loras(names: Sequence[str]) -> list[dict[str, Any]]:
+    """The answer of `loras`: those that a prompt may name."""
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
 
 
 def write_options(models: Sequence[str]) -> dict[str, Any]:

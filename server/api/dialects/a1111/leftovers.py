@@ -18,7 +18,7 @@ READ = {
     *("inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert"),
     *("denoising_strength", "width", "height", "n_iter", "batch_size", "seed", "steps"),
     *("cfg_scale", "sampler_name", "sampler_index", "override_settings", "send_images"),
-    *("include_init_images", "force_task_id"),
+    *("include_init_images", "force_task_id", "disable_extra_networks", "scheduler"),
 }
 """What `reading` reads, and answers or tells of itself."""
 
@@ -34,11 +34,10 @@ SILENT = {
 }
 
 KNOWN = {
-    *("mask_blur_y", "resize_mode", "scheduler", "initial_noise_multiplier", "latent_mask"),
+    *("mask_blur_y", "resize_mode", "initial_noise_multiplier", "latent_mask", "infotext"),
     *("mask_round", "subseed_strength", "seed_resize_from_w", "seed_resize_from_h", "styles"),
     *("restore_faces", "tiling", "eta", "s_churn", "s_noise", "s_min_uncond", "script_name"),
     *("alwayson_scripts", "refiner_checkpoint", "enable_hr", "token_merging_ratio"),
-    *("disable_extra_networks", "infotext"),
 }
 """The rest of A1111's fields, without those of `enable_hr`."""
 
@@ -102,8 +101,6 @@ def is_idle(name: str, value: Any, params: InpaintParams) -> bool:
         return number == 0 or params.only_masked
     if name == "eta":
         return params.scheduler not in IDLE_ETA or number == IDLE_ETA[params.scheduler]
-    if name in ("scheduler", "disable_extra_networks"):
-        return True  # `reading` tells of them
     return is_nothing(value) if number is None else number in IDLE_VALUES.get(name, (0,))
 
 

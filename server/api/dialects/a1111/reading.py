@@ -5,7 +5,7 @@ the mask. Sources: `modules/api/models.py` and `modules/processing.py` there.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from models.imaging.mask_reading import MaskRule
 from models.params import RANGES, SEED_MODULUS, Fill, OutputFormat, Range
 from server.api.dialects.a1111.checkpoints import find_model
 from server.api.dialects.a1111.leftovers import list_not_applied, list_settings_not_applied
+from server.api.dialects.a1111.loras import take_loras
 from server.api.dialects.a1111.sampling import AUTOMATIC, DEFAULT_SAMPLER, Sampling, find_sampling
 from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.fields import MAX_SCHEDULER_CHARS, FieldReader
@@ -122,7 +123,7 @@ def read_call(
     batch_size, samples = read_samples(reader)
     sampling = read_sampling(reader)
     params = reader.params(
-        **read_prompts(reader),
+        **read_prompts(reader, policy.loras),
         **read_settings(settings, policy),
         **read_numbers(reader),
         **own,
@@ -170,12 +171,18 @@ def read_numbers(reader: FieldReader) -> dict[str, Any]:
     }
 
 
-def read_prompts(reader: FieldReader) -> dict[str, str]:
-    """Both prompts, which may be empty."""
-    prompts = {name: reader.text(name) or "" for name in ("prompt", "negative_prompt")}
-    for name, prompt in prompts.items():
-        reader.check_prompt(name, prompt)
-    return prompts
+def read_prompts(reader: FieldReader, offered: Sequence[str]) -> dict[str, Any]:
+    """Both prompts, which may be empty, and the LoRAs that the first one names.
+
+    offered: names of LoRAs; the tags of others stay in the prompt, and are warned of.
+    """
+    sent, negative_prompt = reader.text("prompt") or "", reader.text("negative_prompt") or ""
+    prompt, loras = take_loras(sent, offered)
+    reader.check_prompt("prompt", prompt)
+    reader.check_prompt("negative_prompt", negative_prompt)
+    if reader.flag("disable_extra_networks", default=False):
+        loras = ()
+    return {"prompt": prompt, "negative_prompt": negative_prompt, "loras": loras}
 
 
 def sides_not_applied(reader: FieldReader, size: tuple[int | None, int | None]) -> list[str]:

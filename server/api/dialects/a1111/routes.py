@@ -117,9 +117,9 @@ async def submit(
     submitted = await accept(services, job_request, caller, base_url, called_url_of(request))
     fields.clear()  # FastAPI keeps a reference to it, and it may hold megabytes
     job = submitted.job
-    codes = dict.fromkeys((*job.request.warnings, *map(to_code, call.not_applied)))
-    if codes:
-        logger.info("parameters ignored", job_id=job.id, detail=", ".join(codes))
+    if call.not_applied:
+        codes = ", ".join(dict.fromkeys(map(to_code, call.not_applied)))
+        logger.info("parameters not applied", job_id=job.id, detail=codes)
     return job, call
 
 
@@ -205,6 +205,11 @@ async def set_options(fields: FieldsOf, policy: PolicyOf) -> Response:
 @router.get("/sd-models")
 async def list_models(services: ServicesOf) -> Response:
     return writing.to_response(catalogue.list_models(services.settings.offered_models))
+
+
+@router.get("/loras")
+async def list_loras(services: ServicesOf) -> Response:
+    return writing.to_response(catalogue.list_loras(services.settings.offered_loras))
 
 
 @router.get("/samplers")
