@@ -67,7 +67,7 @@ def list_not_applied(fields: Mapping[str, Any], params: InpaintParams) -> list[s
             names += [f"alwayson_scripts.{script[:MAX_NAME_CHARS]}" for script in scripts_of(value)]
         elif name == "mask_blur_y":
             # `mask_blur` is for both directions.
-            is_other = "mask" in fields and to_number(value) != params.mask_blur
+            is_other = bool(fields.get("mask")) and to_number(value) != params.mask_blur
             names += [name] * (is_other and "mask_blur" not in fields)
         elif not is_idle(name, value, params):
             names.append(name[:MAX_NAME_CHARS])
