@@ -1,8 +1,11 @@
 """Calls of A1111's clients become jobs; what is not applied is told."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.imaging.mask_reading import MaskRule
 from models.params import (
@@ -14,8 +17,9 @@ from models.params import (
     OutputFormat,
     SchedulerName,
 )
-from server.api.dialects.a1111.leftovers import to_code
+from server.api.dialects.a1111.leftovers import KNOWN, READ, SILENT, to_code
 from server.api.dialects.a1111.reading import Call, read_img2img, read_txt2img
+from server.api.dialects.a1111.writing import to_json_value, to_response
 from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.core.errors import InvalidRequest
 from server.core.notices import Notice
@@ -321,3 +325,30 @@ def test_safety_check_is_forced_by_the_operator() -> None:
     policy = ReadingPolicy(models=["builtin"], force_safety_check=True)
     assert read(policy)[0].params.must_be_checked
     assert params_of().safety_check
+
+
+def test_alias_of_a_model_is_known() -> None:
+    policy = ReadingPolicy(models=["builtin", "sd15"], aliases={"v1-5-pruned": "sd15"})
+    for name in ("v1-5-pruned", "v1-5-pruned [cc6cb27103]", "sd15"):
+        request, _ = read(policy, override_settings={"sd_model_checkpoint": name})
+        assert request.params.model == "sd15"
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+NAMES = sorted(READ | SILENT | KNOWN | {"hr_scale", "a name of nobody's"})
+
+
+@given(fields=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8))
+def test_any_values_are_read_or_refused(fields: dict[str, Any]) -> None:
+    for read_any in (read_img2img, read_txt2img):
+        with suppress(InvalidRequest):
+            _, call = read_any({**LEAST, **fields}, POLICY)
+            assert to_response(to_json_value(call.parameters)).body
+            assert all(len(name) <= 100 for name in call.not_applied)
