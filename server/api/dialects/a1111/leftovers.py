@@ -33,6 +33,8 @@ SILENT = {
     "image_cfg_scale",
 }
 
+SILENT_SETTINGS = {"live_previews_enable", "samples_save", "grid_save"}
+
 KNOWN = {
     *("mask_blur_y", "resize_mode", "initial_noise_multiplier", "latent_mask", "infotext"),
     *("mask_round", "subseed_strength", "seed_resize_from_w", "seed_resize_from_h", "styles"),
@@ -63,7 +65,7 @@ def list_not_applied(fields: Mapping[str, Any], params: InpaintParams) -> list[s
     for name, value in fields.items():
         if name in READ | SILENT or name.startswith("hr_"):
             continue
-        if name == "alwayson_scripts":
+        if name == "alwayson_scripts" and isinstance(value, dict):
             names += [f"alwayson_scripts.{script[:MAX_NAME_CHARS]}" for script in scripts_of(value)]
         elif name == "mask_blur_y":
             # `mask_blur` is for both directions.
@@ -74,14 +76,14 @@ def list_not_applied(fields: Mapping[str, Any], params: InpaintParams) -> list[s
     return names
 
 
-def list_settings_not_applied(settings: Any, read: set[str]) -> list[str]:
+def list_settings_not_applied(settings: Mapping[str, Any], read: set[str]) -> list[str]:
     """The names in `override_settings` that are not applied. read: those that are."""
-    if not isinstance(settings, dict):
-        return []
     return [
         f"override_settings.{name[:MAX_NAME_CHARS]}"
         for name, value in settings.items()
-        if name not in read and not is_nothing(value)
+        if name not in read | SILENT_SETTINGS
+        and not is_nothing(value)
+        and to_number(value) not in IDLE_VALUES.get(name, ())
     ]
 
 
@@ -111,9 +113,8 @@ def is_nothing(value: Any) -> bool:
     return not value
 
 
-def scripts_of(value: Any) -> Iterator[str]:
+def scripts_of(scripts: Mapping[str, Any]) -> Iterator[str]:
     """The names of the scripts that would do something."""
-    scripts = value if isinstance(value, dict) else {}
     for name, script in scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else script
         if is_on([*arguments] if isinstance(arguments, list | dict) else [arguments]):

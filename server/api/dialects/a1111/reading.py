@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from models.imaging.mask_reading import MaskRule
-from models.params import RANGES, SEED_MODULUS, Fill, OutputFormat, Range
+from models.params import RANGES, SEED_MODULUS, Fill, InpaintParams, OutputFormat, Range
 from server.api.dialects.a1111.checkpoints import find_model
 from server.api.dialects.a1111.leftovers import list_not_applied, list_settings_not_applied
 from server.api.dialects.a1111.loras import take_loras
@@ -118,13 +118,11 @@ def read_call(
 
     Raises: InvalidRequest, with every field at fault.
     """
-    overridden = fields.get("override_settings")
-    settings = FieldReader(overridden if isinstance(overridden, dict) else {})
     batch_size, samples = read_samples(reader)
     sampling = read_sampling(reader)
     params = reader.params(
         **read_prompts(reader, policy.loras),
-        **read_settings(settings, policy),
+        **read_settings(reader, policy),
         **read_numbers(reader),
         **own,
         samples=samples,
@@ -132,8 +130,22 @@ def read_call(
         noise_spacing=sampling.noise_spacing,
         must_be_checked=policy.force_safety_check,
     )
-    width, height = size = reader.size()
-    request = JobRequest(
+    request = make_request(reader, params)
+    call = Call(
+        sampler=sampling.name,
+        batch_size=batch_size,
+        not_applied=tuple(names_not_applied(reader, fields, request, sampling)),
+        sends_images=reader.flag("send_images", default=True),
+        parameters=read_parameters(reader, fields),
+    )
+    reader.raise_errors()
+    return request, call
+
+
+def make_request(reader: FieldReader, params: InpaintParams) -> JobRequest:
+    """A request without pictures."""
+    width, height = reader.size()
+    return JobRequest(
         dialect=DIALECT,
         params=params,
         init_image=None,
@@ -144,22 +156,21 @@ def read_call(
         notices=tuple(prompt_notices([params.prompt, params.negative_prompt])),
         own_facts=A1111Facts(reader.text("force_task_id", MAX_TASK_ID_CHARS) or "").to_json(),
     )
-    not_applied = [
-        *list_not_applied(fields, params),
-        *list_settings_not_applied(overridden, SETTINGS),
-        *([] if sampling.is_as_asked else ["scheduler"]),
-        *sides_not_applied(reader, size),
-    ]
-    call = Call(
-        sampler=sampling.name,
-        batch_size=batch_size,
-        not_applied=tuple(not_applied),
-        sends_images=reader.flag("send_images", default=True),
-        parameters=read_parameters(reader, fields),
-    )
-    reader.errors.update(settings.errors)
-    reader.raise_errors()
-    return request, call
+
+
+def names_not_applied(
+    reader: FieldReader, fields: Mapping[str, Any], request: JobRequest, sampling: Sampling
+) -> list[str]:
+    """Names of the fields whose effect the pictures lack."""
+    names = list_not_applied(fields, request.params)
+    names += list_settings_not_applied(settings_of(reader), SETTINGS)
+    if not sampling.is_as_asked:
+        names.append("scheduler")
+    for name, side in (("width", request.width), ("height", request.height)):
+        # It was fitted to the sizes that can be made.
+        if side and name not in reader.errors and reader.number(name, side) != side:
+            names.append(name)
+    return names
 
 
 def read_numbers(reader: FieldReader) -> dict[str, Any]:
@@ -183,16 +194,6 @@ def read_prompts(reader: FieldReader, offered: Sequence[str]) -> dict[str, Any]:
     if reader.flag("disable_extra_networks", default=False):
         loras = ()
     return {"prompt": prompt, "negative_prompt": negative_prompt, "loras": loras}
-
-
-def sides_not_applied(reader: FieldReader, size: tuple[int | None, int | None]) -> list[str]:
-    """The names of the sides that were fitted to the sizes that can be made."""
-    sides = zip(("width", "height"), size, strict=True)
-    return [
-        name
-        for name, side in sides
-        if side is not None and name not in reader.errors and reader.number(name, side) != side
-    ]
 
 
 def first_of(pictures: Any) -> Any:
@@ -253,16 +254,28 @@ def read_seed(reader: FieldReader) -> int:
     return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
 
 
-def read_settings(settings: FieldReader, policy: ReadingPolicy) -> dict[str, Any]:
+def settings_of(reader: FieldReader) -> dict[str, Any]:
+    """The settings that a call overrides; none where the field is no object."""
+    settings = reader.value("override_settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+def read_settings(reader: FieldReader, policy: ReadingPolicy) -> dict[str, Any]:
     """The parameters that A1111 has among its settings."""
+    if not isinstance(reader.value("override_settings") or {}, dict):
+        sentence = "The override settings must be an object."
+        reader.errors.setdefault("override_settings", []).append(sentence)
+    settings = FieldReader(settings_of(reader))
     layer = settings.integer(CLIP_LAYERS, 1, CLIP_LAYERS_RANGE)
     quality = settings.integer(QUALITY, DEFAULT_QUALITY, RANGES["output_quality"])
-    return {
+    found = {
         "model": read_model(settings, policy),
         "clip_skip": layer - 1,
         "output_format": read_format(settings),
         "output_quality": quality,
     }
+    reader.errors.update(settings.errors)
+    return found
 
 
 def read_model(settings: FieldReader, policy: ReadingPolicy) -> str | None:

@@ -17,6 +17,7 @@ from models.params import (
     OutputFormat,
     SchedulerName,
 )
+from server.api.dialects.a1111.catalogue import write_options
 from server.api.dialects.a1111.leftovers import KNOWN, READ, SILENT, to_code
 from server.api.dialects.a1111.reading import Call, read_img2img, read_txt2img
 from server.api.dialects.a1111.writing import to_json_value, to_response
@@ -205,6 +206,8 @@ def test_random_seed_is_chosen() -> None:
         ({"override_settings": {"sd_model_checkpoint": "xl"}}, "sd_model_checkpoint"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers"),
         ({"override_settings": {"samples_format": "avif"}}, "samples_format"),
+        ({"override_settings": "x"}, "override_settings"),
+        ({"override_settings": [1]}, "override_settings"),
         ({"prompt": "<lora:ink:3>"}, "loras"),
         ({"prompt": "<lora:ink> <lora:ink>"}, "loras"),
     ],
@@ -232,7 +235,8 @@ def test_limit_of_pictures_is_told() -> None:
         ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False}]}}}, []),
         ({"alwayson_scripts": {"c": {"args": [{"model": "x"}]}}}, ["alwayson_scripts.c"]),
         ({"alwayson_scripts": {"c": None, "d": {}, "e": {"args": "x"}}}, ["alwayson_scripts.e"]),
-        ({"alwayson_scripts": "x"}, []),
+        ({"alwayson_scripts": "x"}, ["alwayson_scripts"]),
+        ({"alwayson_scripts": []}, []),
         ({"restore_faces": True, "tiling": "true"}, ["restore_faces", "tiling"]),
         ({"restore_faces": "False", "tiling": None}, []),
         ({"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent"}, ["enable_hr"]),
@@ -266,8 +270,9 @@ def test_limit_of_pictures_is_told() -> None:
         ({"width": 2048, "height": 512}, ["width", "height"]),
         ({"promt": "a typo", "x" * 100: 1}, ["promt", "x" * 60]),
         ({"override_settings": {"sd_vae": "Automatic", "img2img_color_correction": False}}, []),
+        ({"override_settings": write_options(["builtin"])}, []),
         ({"override_settings": {"sd_vae": "x"}}, ["override_settings.sd_vae"]),
-        ({"override_settings": "x"}, []),
+        ({"override_settings": []}, []),
     ],
 )
 def test_what_would_change_the_picture_is_told(changes: dict[str, Any], names: list[str]) -> None:
