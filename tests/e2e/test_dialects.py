@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server.cli.demo import EXAMPLES
-from tests.support.dialect_calls import NATIVE_CALLS, V3_CALLS, DialectCalls, Wish
+from tests.support.dialect_calls import NATIVE_CALLS, DialectCalls, Wish
+from tests.support.every_dialect import EVERY_CALLS, OTHER_CALLS
 from tests.support.processes import ServerProcess, serving
 
-ALL_CALLS = [V3_CALLS]
 SIDE = 128
 KEY = "key-of-the-first"
 
@@ -72,7 +72,7 @@ def wish(samples: int) -> Wish:
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 4])
-@pytest.mark.parametrize("calls", ALL_CALLS, ids=lambda calls: calls.name)
+@pytest.mark.parametrize("calls", OTHER_CALLS, ids=lambda calls: calls.name)
 def test_pictures_equal_those_of_the_native_api(
     client: httpx2.Client, calls: DialectCalls, samples: int
 ) -> None:
@@ -86,7 +86,7 @@ def test_pictures_equal_those_of_the_native_api(
         assert np.array_equal(picture, native)
 
 
-@pytest.mark.parametrize("calls", [NATIVE_CALLS, *ALL_CALLS], ids=lambda calls: calls.name)
+@pytest.mark.parametrize("calls", EVERY_CALLS, ids=lambda calls: calls.name)
 def test_nothing_changes_outside_the_mask(client: httpx2.Client, calls: DialectCalls) -> None:
     (picture, *_) = map(pixels_of, calls.pictures(client, calls.send(client, wish(1))))
     is_changed = (picture != pixels_of(INIT)).any(axis=2)

@@ -18,12 +18,12 @@ from server.core.settings import Settings
 from server.jobs.store import JobStore
 from tests.corpora.hostile_pictures import CORPUS
 from tests.support.apps import KEYS, client_of, settings_in, store_of
-from tests.support.dialect_calls import NATIVE_CALLS, V3_CALLS, DialectCalls, Wish
+from tests.support.dialect_calls import DialectCalls, Wish
+from tests.support.every_dialect import EVERY_CALLS
 from tests.support.http_stub import LiveApp, png_bytes, running_app
 
-ALL_CALLS = [NATIVE_CALLS, V3_CALLS]
 pytestmark = pytest.mark.process
-every_dialect = pytest.mark.parametrize("calls", ALL_CALLS, ids=lambda calls: calls.name)
+every_dialect = pytest.mark.parametrize("calls", EVERY_CALLS, ids=lambda calls: calls.name)
 
 FIRST, SECOND = KEYS
 
