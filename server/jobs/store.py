@@ -158,17 +158,31 @@ class JobStore:
         return None if row is None else Job.from_row(row._asdict())
 
     def list_of(
-        self, key_id: str, *, state: JobState | None, limit: int, before_id: int | None
+        self,
+        key_id: str,
+        *,
+        state: JobState | None = None,
+        limit: int,
+        before_id: int | None = None,
+        after_id: int | None = None,
     ) -> list[Job]:
-        """A key's jobs, newest first. before_id: only jobs older than this one."""
+        """A key's jobs, newest first.
+
+        before_id: only jobs older than this one. after_id: only jobs newer than this one, and of
+        them the oldest.
+        """
         query = select(jobs).where(jobs.c.key_id == key_id)
         if state is not None:
             query = query.where(jobs.c.state == state)
         if before_id is not None:
             query = query.where(jobs.c.id < before_id)
-        query = query.order_by(jobs.c.id.desc()).limit(limit)
+        if after_id is not None:
+            query = query.where(jobs.c.id > after_id)
+        order = jobs.c.id.desc() if after_id is None else jobs.c.id.asc()
         with read_only(self._engine) as connection:
-            return [Job.from_row(row._asdict()) for row in connection.execute(query)]
+            rows = connection.execute(query.order_by(order).limit(limit))
+            found = [Job.from_row(row._asdict()) for row in rows]
+        return sorted(found, key=lambda job: job.id, reverse=True)
 
     def progress_of(self, job_ids: Collection[int]) -> dict[int, JobProgress]:
         """The progress of each job that exists."""

@@ -1,4 +1,4 @@
-"""Storage of pictures and inputs: a local folder or an object store behind seven calls."""
+"""Storage of pictures and inputs: a local folder or an object store behind eight calls."""
 
 import contextlib
 import os
@@ -159,6 +159,15 @@ class Storage:
             self._store.head(key)
             return True
         return False
+
+    def changed_at(self, key: str) -> float | None:
+        """When a file was stored, in seconds since the epoch by the store's clock.
+
+        None for a missing key. Raises: StorageUnavailable.
+        """
+        with storage_errors(f"cannot look up {key}"), contextlib.suppress(*MISSING):
+            return float(self._store.head(key)["last_modified"].timestamp())
+        return None
 
     def delete(self, key: str) -> None:
         """Remove a key, which may be missing. Raises: StorageUnavailable."""

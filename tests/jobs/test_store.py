@@ -167,6 +167,19 @@ def test_time_in_the_queue_is_that_of_the_shared_clock(jump_s: float, engine: En
     assert claim_one(worker).queued_s == 0, "another process's clock may be behind"
 
 
+def test_list_goes_on_from_a_job_in_both_directions(store: JobStore) -> None:
+    ids = [store.submit(new_job()).id for _ in range(5)]
+
+    def listed(before_id: int | None = None, after_id: int | None = None) -> list[int]:
+        found = store.list_of("somebody", limit=2, before_id=before_id, after_id=after_id)
+        return [job.id for job in found]
+
+    assert listed() == [ids[4], ids[3]]
+    assert listed(before_id=ids[3]) == [ids[2], ids[1]]
+    assert listed(after_id=ids[1]) == [ids[3], ids[2]]
+    assert listed(after_id=ids[4]) == []
+
+
 def test_fail_ends_the_job_with_its_reason(store: JobStore) -> None:
     store.submit(new_job())
     job = claim_one(store)

@@ -40,6 +40,13 @@ def test_missing_content_is_none(storage: Storage) -> None:
     assert storage.has("generations/none.png")
 
 
+def test_time_of_a_file(storage: Storage, tmp_path: Path) -> None:
+    assert storage.changed_at("a") is None
+    storage.put("a", b"content")
+    os.utime(tmp_path / "deep/files/a", (5.0, 1_000.5))
+    assert storage.changed_at("a") == 1_000.5
+
+
 def test_delete_is_idempotent(storage: Storage) -> None:
     storage.put("a", b"content")
     storage.delete("a")
