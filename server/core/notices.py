@@ -22,7 +22,8 @@ class Notice(StrEnum):
     PROMPT_SYNTAX_UNSUPPORTED = "prompt_syntax_unsupported"
     SCHEDULER_IGNORED = "scheduler_ignored"
     NOISE_SPACING_IGNORED = "noise_spacing_ignored"
-
+    FIELDS_IGNORED = "fields_ignored"
+    MODEL_REPLACED = "model_replaced"
     TRANSPARENCY_NOT_KEPT = "transparency_not_kept"
     """The init image is transparent in part, and the result is not."""
 
@@ -55,6 +56,10 @@ SENTENCES = {
     Notice.NOISE_SPACING_IGNORED: (
         "The scheduler runs with the model's own noise levels, without the Karras or other spacing "
         "in its name"
+    ),
+    Notice.FIELDS_IGNORED: "Fields of the request that this server does not know were ignored",
+    Notice.MODEL_REPLACED: (
+        "The model asked for is not offered here; the server's own made the picture"
     ),
 }
 
