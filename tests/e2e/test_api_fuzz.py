@@ -21,7 +21,7 @@ from tests.support.http_stub import LiveApp, running_app
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 """In all, over the operations of the description."""
 
-EXPECTED_STATUS = {200, 202, 204, 400, 401, 404, 409, 413, 422, 429}
+EXPECTED_STATUS = {200, 201, 202, 204, 400, 401, 404, 409, 413, 422, 429}
 """/readyz/workers alone may answer 503: there is no worker."""
 
 

@@ -7,10 +7,11 @@ from models.spelling import did_you_mean
 from server.api.dialects.a1111.routes import A1111
 from server.api.dialects.base import Dialect
 from server.api.dialects.native.routes import NATIVE
+from server.api.dialects.replicate.routes import REPLICATE
 from server.api.dialects.vendor.routes import V3
 from server.jobs.job import Job
 
-DIALECTS = (NATIVE, V3, A1111)
+DIALECTS = (NATIVE, REPLICATE, A1111, V3)
 """The first dialect that owns a path writes its errors; `NATIVE` writes those of other paths."""
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
