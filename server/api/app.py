@@ -106,7 +106,10 @@ def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
     app.add_middleware(ErrorAnswers, settings, serves_loopback_only, is_closed, answer_error)
     if settings.cors_origins:
-        app.add_middleware(CrossOrigin, settings.cors_origins, serves_loopback_only)
+        exposed = [
+            name for each in enabled_dialects(settings.dialects) for name in each.exposed_headers
+        ]
+        app.add_middleware(CrossOrigin, settings.cors_origins, exposed, serves_loopback_only)
     app.add_middleware(RequestContext, metrics)
     app.add_middleware(TrustedProxies, settings.forwarded_allow_ips, settings.allowed_hosts)
 

@@ -48,7 +48,8 @@ ANSWER_HEADERS = (
 """Headers of every answer whose endpoint has not set its own."""
 
 EXPOSED_HEADERS = ("Location", "Retry-After", "Idempotency-Replayed", "X-Request-ID")
-"""Answer headers that a web page of another origin may read (CORS)."""
+"""Answer headers that a web page of another origin may read (CORS), besides those that a dialect
+names."""
 
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 
@@ -104,18 +105,23 @@ class RequestContext:
 class CrossOrigin(CORSMiddleware):
     """Starlette's CORS, which also refuses a preflight whose request `ErrorAnswers` would refuse.
 
-    origins: as `Settings.cors_origins`. serves_loopback_only: as for `ErrorAnswers`.
+    origins: as `Settings.cors_origins`. exposed_headers: of the dialects.
+    serves_loopback_only: as for `ErrorAnswers`.
     """
 
     def __init__(
-        self, app: ASGIApp, origins: Sequence[str], serves_loopback_only: Callable[[], bool]
+        self,
+        app: ASGIApp,
+        origins: Sequence[str],
+        exposed_headers: Sequence[str],
+        serves_loopback_only: Callable[[], bool],
     ) -> None:
         super().__init__(
             app,
             allow_origins=origins,
             allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
+            expose_headers=(*EXPOSED_HEADERS, *exposed_headers),
             allow_private_network=True,
         )
         self._serves_loopback_only = serves_loopback_only

@@ -94,6 +94,7 @@ class Dialect:
     write_error: the response for an error.
     write_webhook: the body of the webhook call for a job that has ended.
     to_api_error: FastAPI's validation error of path, query or headers as an `ApiError`.
+    exposed_headers: of its answers, for web pages of another origin to read.
     """
 
     name: str
@@ -102,3 +103,4 @@ class Dialect:
     write_error: Callable[[ApiError, Request], Response]
     write_webhook: Callable[[Job], dict[str, Any]]
     to_api_error: Callable[[RequestValidationError], ApiError] = invalid_body
+    exposed_headers: tuple[str, ...] = ()
