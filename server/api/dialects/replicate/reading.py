@@ -152,8 +152,8 @@ def read_model(asked: str, policy: ReadingPolicy) -> tuple[str | None, Replicate
     name, version = (match[1], match[2] or "") if match else ("", asked)
     found = find_model(name, version, policy)
     if found is not None:
-        shown = name or public_name(found), version or version_of(found)
-        return found, ReplicateFacts(*(text[:MAX_NAME_CHARS] for text in shown))
+        shown, of_version = name or public_name(found), version or version_of(found)
+        return found, ReplicateFacts(shown[:MAX_NAME_CHARS], of_version[:MAX_NAME_CHARS])
     own = next(iter(policy.models), None)
     facts = ReplicateFacts(public_name(own), version_of(own), (name or version)[:MAX_NAME_CHARS])
     return None, facts
