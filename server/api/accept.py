@@ -138,10 +138,10 @@ async def decoded(
 
 
 def decode_size_of(request: JobRequest) -> TargetSize:
-    """The size at which both images are decoded."""
+    """The size of both images once they are decoded and extended."""
     if request.params.only_masked and request.init_image is not None:
-        return TargetSize(keeps_own_size=True)
-    return TargetSize(request.width, request.height)
+        return TargetSize(keeps_own_size=True, extension=request.extension)
+    return TargetSize(request.width, request.height, extension=request.extension)
 
 
 def describe_intake(

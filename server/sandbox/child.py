@@ -6,6 +6,7 @@ nothing to steal. This module defines the format on both pipes. `main` returns a
 
 import contextlib
 import ctypes
+import functools
 import os
 import struct
 import sys
@@ -26,6 +27,7 @@ from models.imaging.decoding import (
     decode_image,
     decode_mask,
 )
+from models.imaging.extension import NO_EXTENSION, Extension, Placement
 from models.imaging.mask_reading import MaskReading, MaskRule
 from models.params import fit_size
 from server.sandbox.seccomp import confine
@@ -49,10 +51,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
 
 READY, READY_UNFILTERED = b"R", b"r"
-REQUEST = struct.Struct("<BIHH?BHHB")
+REQUEST = struct.Struct("<BIHH?HHHHBHHB")
 """Kind; size of the file, which follows; target width and height, 0 for one that is not given;
-whether the picture may keep its own size; the rule for a mask, an index in `RULES`; for a mask how
-the init image is stored, else zeros."""
+whether the picture may keep its own size; the pixels by which it is extended on the left, at the
+top, on the right and at the bottom; the rule for a mask, an index in `RULES`; for a mask how the
+init image is stored, else zeros."""
 REPLY = struct.Struct("<BHHHHBBI")
 """Outcome, and for a picture: width, height, how it is stored, a note, and the bytes of its colour
 profile. The pixels follow, then the profile. A mask's note is an index in `READINGS`. An init
@@ -84,17 +87,35 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TargetSize:
-    """The size at which a picture is decoded; None for a side that follows from the picture."""
+    """The size of a picture once it is extended; None for a side that follows from the picture.
+
+    keeps_own_size: a side that is not given is as long as the extended picture's, and one that is
+        given need not be a multiple of 8.
+    """
 
     width: int | None = None
     height: int | None = None
     keeps_own_size: bool = False
+    extension: Extension = NO_EXTENSION
 
     def fit(self, own_width: int, own_height: int) -> tuple[int, int]:
         """Width and height at which a picture of this size is decoded."""
+        place = self.place(own_width, own_height)
+        return place.width, place.height
+
+    def place(self, own_width: int, own_height: int) -> Placement:
+        """Where a picture of this size lies in the extended one."""
+        width, height = self.extension.extended(own_width, own_height)
         if self.keeps_own_size:
-            return self.width or own_width, self.height or own_height
-        return fit_size(own_width, own_height, self.width, self.height)
+            canvas = self.width or width, self.height or height
+        else:
+            canvas = fit_size(width, height, self.width, self.height)
+        return self.extension.place((own_width, own_height), canvas)
+
+    def is_within(self, limits: ImageLimits, own_width: int, own_height: int) -> bool:
+        """Whether a picture of this size is within the limits when it is extended."""
+        width, height = self.extension.extended(own_width, own_height)
+        return max(width, height) <= limits.max_side and width * height <= limits.max_pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +137,11 @@ def write_request(
 ) -> bytes:
     """A request, with its file. context: of a mask."""
     size = target.width or 0, target.height or 0
+    extension = target.extension
+    sides = extension.left, extension.top, extension.right, extension.bottom
     rule = RULES.index(context.rule)
-    numbers = (kind, len(content), *size, target.keeps_own_size, rule, *context.init_image)
-    return REQUEST.pack(*numbers) + content
+    wanted = *size, target.keeps_own_size, *sides
+    return REQUEST.pack(kind, len(content), *wanted, rule, *context.init_image) + content
 
 
 def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes | memoryview]:
@@ -148,8 +171,9 @@ def main(max_bytes: int, max_pixels: int, max_side: int) -> None:
     replies.write(READY if is_filtered else READY_UNFILTERED)
     replies.flush()
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
-        kind, size, width, height, keeps_own_size, rule, *stored = REQUEST.unpack(head)
-        target = TargetSize(width or None, height or None, keeps_own_size)
+        kind, size, width, height, keeps_own_size, *others = REQUEST.unpack(head)
+        sides, (rule, *stored) = others[:4], others[4:]
+        target = TargetSize(width or None, height or None, keeps_own_size, Extension(*sides))
         context = MaskContext(RULES[rule], Stored(*stored))
         picture = decode(Kind(kind), requests.read(size), limits, target, context)
         replies.writelines(write_reply(picture))
@@ -162,6 +186,15 @@ def limits_of(kind: Kind, limits: ImageLimits, target: TargetSize) -> ImageLimit
     if kind is Kind.INIT_IMAGE and target.keeps_own_size:
         return replace(limits, max_pixels=min(limits.max_pixels, CROP_MAX_PIXELS))
     return limits
+
+
+def fit_within(
+    target: TargetSize, limits: ImageLimits, own_width: int, own_height: int
+) -> tuple[int, int]:
+    """As `TargetSize.fit`. Raises: UnreadableImage where the extended picture is too large."""
+    if not target.is_within(limits, own_width, own_height):
+        raise UnreadableImage("init_image", ImageFault.TOO_LARGE, "is too large once extended")
+    return target.fit(own_width, own_height)
 
 
 def tune_malloc() -> None:
@@ -187,7 +220,7 @@ def decode(
     limits = limits_of(kind, limits, target)
     try:
         if kind is Kind.INIT_IMAGE:
-            return decode_image(content, limits, target.fit)
+            return decode_image(content, limits, functools.partial(fit_within, target, limits))
         return decode_mask(
             content, limits, target.fit, init_image=context.init_image, rule=context.rule
         )

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from anyio import to_thread
 
 from models.errors import ImageFault
 from models.imaging.colour import MAX_KEPT_BYTES
 from models.imaging.decoding import DecodedImage, DecodedMask, ImageLimits, Stored
+from models.imaging.extension import NO_EXTENSION, Extension, Placement
 from models.imaging.mask_reading import MaskReading, MaskRule
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable
 from server.core.logs import get_logger
@@ -133,8 +135,9 @@ class DecoderProcess:
     ) -> DecodedPair:
         """Decode and resize both; the mask gets the init image's size and rotation.
 
-        images: `init_image` and `mask_image`. Without an init image the picture is plain grey,
-            without a mask all of it is repainted. rule: how the mask is read.
+        images: `init_image` and `mask_image`. Without an init image the picture is plain grey.
+            Without a mask all of it is repainted, or the new pixels alone where it is extended.
+        rule: how the mask is read.
         Raises: ImageUnavailable with every faulty image; ApiError.
         """
         init_image = (
@@ -142,18 +145,22 @@ class DecoderProcess:
             if "init_image" in images
             else plain_grey(target)
         )
-        context = MaskContext(rule)
+        context, mask_target = MaskContext(rule), replace(target, extension=NO_EXTENSION)
         if isinstance(init_image, DecodedImage):
             height, width = init_image.pixels.shape[:2]
-            target = replace(target, width=width, height=height)
             context = MaskContext(rule, init_image.stored)
+            mask_target = TargetSize(width, height, keeps_own_size=True)
         mask = (
-            await self.decode(Kind.MASK_IMAGE, images["mask_image"], target, context)
+            await self.decode(Kind.MASK_IMAGE, images["mask_image"], mask_target, context)
             if "mask_image" in images
-            else all_white(target)
+            else flat_mask(mask_target, target.extension)
         )
         if isinstance(init_image, DecodedImage) and isinstance(mask, DecodedMask):
-            return pair_of(init_image, mask)
+            pair = pair_of(init_image, mask)
+            if target.extension.is_empty:
+                return pair
+            place = target.place(*init_image.stored.upright_size)
+            return await to_thread.run_sync(extended, pair, target.extension, place)
         outcomes = {"init_image": init_image, "mask_image": mask}
         raise ImageUnavailable(
             {name: each for name, each in outcomes.items() if isinstance(each, ImageProblem)}
@@ -271,15 +278,15 @@ class DecoderProcess:
             if outcome > len(FAULTS):
                 raise InvalidReply
             return PROBLEM_OF_FAULT[FAULTS[outcome - 1]]
-        # `fit` returns a size that fits unchanged, so any other size is invalid. A picture that
-        # keeps its own size fits at any size, so the limits are checked too.
-        limits = limits_of(kind, self._limits, target)
-        is_within = width * height <= limits.max_pixels and max(width, height) <= limits.max_side
-        if 0 in (width, height) or not is_within or target.fit(width, height) != (width, height):
-            raise InvalidReply
         stored = Stored(*numbers)
         is_mask = kind is Kind.MASK_IMAGE
         if 0 in stored or profile_size > MAX_KEPT_BYTES * (not is_mask):
+            raise InvalidReply
+        # The stored size is the child's claim. Whatever it claims, the limits hold, and the picture
+        # has the size of its place in the extended picture.
+        limits = limits_of(kind, self._limits, target)
+        own_size = stored.upright_size
+        if not target.is_within(limits, *own_size) or target.fit(*own_size) != (width, height):
             raise InvalidReply
         if note >= (len(READINGS) if is_mask else 1 + PROFILE_LOST + ALPHA_LOST):
             raise InvalidReply
@@ -342,13 +349,15 @@ def plain_grey(target: TargetSize) -> DecodedImage:
     """The init image of text to image, of which the model sees nothing."""
     width, height = target.fit(DEFAULT_SIDE_PX, DEFAULT_SIDE_PX)
     pixels = np.full((height, width, 3), MID_GREY, np.uint8)
-    return DecodedImage(pixels, Stored(width, height, UPRIGHT), b"", is_profile_lost=False)
+    stored = Stored(DEFAULT_SIDE_PX, DEFAULT_SIDE_PX, UPRIGHT)
+    return DecodedImage(pixels, stored, b"", is_profile_lost=False)
 
 
-def all_white(target: TargetSize) -> DecodedMask:
+def flat_mask(target: TargetSize, extension: Extension) -> DecodedMask:
     """The mask of a request without one. target: the init image's size."""
     width, height = target.fit(DEFAULT_SIDE_PX, DEFAULT_SIDE_PX)
-    pixels = np.full((height, width), 255, np.uint8)
+    level = 255 if extension.is_empty else 255 - extension.mask_level
+    pixels = np.full((height, width), level, np.uint8)
     return DecodedMask(pixels, Stored(width, height, UPRIGHT), MaskReading.WHITE)
 
 
@@ -365,6 +374,15 @@ def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:
         notices.append(Notice.TRANSPARENCY_NOT_KEPT)
     return DecodedPair(
         init_image.pixels, mask.pixels, init_image.icc_profile, mask.read_as, tuple(notices)
+    )
+
+
+def extended(pair: DecodedPair, extension: Extension, place: Placement) -> DecodedPair:
+    """Both pictures with new pixels around them. Takes milliseconds."""
+    return replace(
+        pair,
+        init_image=extension.extend_picture(pair.init_image, place),
+        mask=extension.extend_mask(pair.mask, place),
     )
 
 

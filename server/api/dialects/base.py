@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from models.diffusion.enhance import Enhancement
+from models.imaging.extension import NO_EXTENSION, Extension
 from models.imaging.mask_reading import MaskRule
 from models.params import InpaintParams
 from server.core.errors import ApiError, InvalidBody
@@ -25,7 +26,10 @@ class JobRequest:
     dialect: name of the dialect in which answers and the webhook are written.
     params: with any width and height; `accept` replaces them once the images are decoded.
     init_image: None for text to image, which starts from a plain grey picture.
-    mask_image: None repaints the whole picture. mask_rule: how the file of a mask is read.
+    mask_image: None repaints the whole picture, or the new pixels alone where it is extended.
+    mask_rule: how the file of a mask is read.
+    extension: new pixels around the init image, which are repainted whatever the mask says; what
+        follows applies to the extended picture.
     width, height: in pixels; None where the init image decides. They are the model's canvas where
         `params.only_masked` keeps the init image's own size.
     track_id: any JSON scalar, given back as it came.
@@ -39,6 +43,7 @@ class JobRequest:
     init_image: ImageSource | None
     mask_image: ImageSource | None
     mask_rule: MaskRule = MaskRule.EVIDENT
+    extension: Extension = NO_EXTENSION
     width: int | None = None
     height: int | None = None
     webhook: str | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from models.imaging.extension import NO_EXTENSION, Extension
 from models.params import RANGES, InpaintParams, SchedulerName
 from server.api.dialects import explanations
 from server.api.dialects.base import JobRequest, ReadingPolicy
@@ -94,6 +95,38 @@ def test_previews_are_for_the_worker_and_no_parameter() -> None:
     assert problems(previews="yes") == {"previews": FieldProblem.WRONG_TYPE}
     plain, shown = (read(seed=1, previews=each).params for each in (False, True))
     assert plain == shown
+
+
+def test_extension_may_replace_the_mask() -> None:
+    plain = {"prompt": "a cat", "init_image": "http://x/a.png"}
+
+    def read_body(**more: Any) -> JobRequest:
+        return native.read_job(json.dumps(plain | more).encode(), POLICY)[0]
+
+    assert read().extension == NO_EXTENSION
+    asked = read_body(extend={"left": 64, "bottom": 512})
+    assert asked.mask_image is None
+    assert asked.extension == Extension(left=64, bottom=512)
+    assert read(extend={"top": 1}).mask_image is not None
+    inverted = read_body(extend={"left": 1}, invert_mask=True)
+    assert inverted.extension.mask_level == 0, "black is repainted"
+    for none in ({}, {"extend": None}, {"extend": {}}, {"mask_image": None}):
+        with pytest.raises(InvalidRequest) as caught:
+            read_body(**none)
+        assert caught.value.fields == {"mask_image": [FieldProblem.REQUIRED]}
+
+
+def test_sides_at_fault_are_named() -> None:
+    found = problems(extend={"left": 513, "top": -1, "right": 1.5, "up": 1})
+    assert found == {
+        "extend.left": FieldProblem.OUT_OF_RANGE,
+        "extend.top": FieldProblem.OUT_OF_RANGE,
+        "extend.right": FieldProblem.WRONG_TYPE,
+        "extend.up": FieldProblem.UNKNOWN,
+    }
+    sentence = native.write_field_problem("extend.left", FieldProblem.OUT_OF_RANGE)
+    assert sentence == "must be between 0 and 512"
+    assert problems(extend=[64]) == {"extend": FieldProblem.WRONG_TYPE}
 
 
 def test_model_that_is_not_offered_is_refused() -> None:

@@ -21,13 +21,14 @@ from server.core.settings import Settings
 from server.jobs.job import Failure, Heartbeat
 from server.jobs.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.jobs.store import MAX_ATTEMPTS, JobStore
+from server.sandbox.decoded import DecodedPair
 from server.storage.database import open_engine
 from server.storage.files import Storage
 from server.storage.tables import idempotency_keys, jobs
 from tests.support.apps import FIRST, KEYS, SECOND, client_of, settings_in
 from tests.support.clocks import Clock
 from tests.support.http_stub import LiveApp, png_bytes, running_app
-from tests.support.jobs import claim_job
+from tests.support.jobs import claim_job, get
 from tests.support.native_calls import BODY, PICTURE, create, problem_of
 from tests.support.v3_calls import post
 
@@ -88,6 +89,21 @@ class TestLifeOfAJob:
         assert job["timings_ms"]["fetch"] >= 0
         assert job["timings_ms"]["decode_images"] > 0
         assert job["timings_ms"]["queued"] is None
+
+    def test_extended(self, client: httpx2.Client, settings: Settings, store: JobStore) -> None:
+        sides = {"left": 64, "bottom": 32}
+        job = create(client, extend=sides, mask_image=None)
+        assert (job["params"]["width"], job["params"]["height"]) == (128, 96)
+        assert job["warnings"] == []
+        stored = Storage(settings.storage_url).get(get(store, job["id"]).input_key)
+        assert stored is not None
+        mask = DecodedPair.from_bytes(stored).mask
+        assert not mask[:64, 64:].any()
+        assert (mask.sum() // 255) == 128 * 96 - 64 * 64
+        masked = create(client, extend=sides, only_masked=True, width=256)
+        assert (masked["params"]["width"], masked["params"]["height"]) == (256, 512)
+        nothing = client.post("/api/jobs", json=BODY | {"mask_image": None})
+        assert problem_of(nothing) == (422, "invalid_fields")
 
     def test_what_was_not_applied_is_told(self, client: httpx2.Client) -> None:
         assert create(client)["warnings"] == []

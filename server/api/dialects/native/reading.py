@@ -20,11 +20,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from models.errors import InvalidInput
+from models.imaging.extension import NO_EXTENSION, SIDE_RANGE, Extension
 from models.params import (
     CHUNK_TOKENS,
     MAX_LCM_STEPS,
@@ -83,6 +86,9 @@ SENTENCES = {
     FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
 }
 
+RANGES_WITHIN = {"extend": SIDE_RANGE}
+"""Ranges of the numbers in a field that holds several; `extend.left` names one of them."""
+
 MAX_MODEL_CHARS = 255
 MAX_CHARS = {
     "prompt": MAX_PROMPT_CHARS,
@@ -112,7 +118,7 @@ PROBLEM_OF_ERROR = {
 def write_field_problem(name: str, problem: FieldProblem) -> str:
     """The sentence for a problem. It never repeats what the client sent."""
     if problem is FieldProblem.OUT_OF_RANGE:
-        allowed = RANGES.get(name)
+        allowed = RANGES.get(name) or RANGES_WITHIN.get(name.partition(".")[0])
         if allowed is None:
             return "is out of range"
         sentence = f"must be between {allowed.minimum:g} and {allowed.maximum:.10g}"
@@ -180,6 +186,11 @@ def side(text: str) -> Any:
     )
 
 
+def new_pixels() -> Any:
+    """The field of one side of an extension."""
+    return Field(default=0, ge=int(SIDE_RANGE.minimum), le=int(SIDE_RANGE.maximum))
+
+
 def plain(name: str, text: str, **more: Any) -> Any:
     """The field of any other parameter of `InpaintParams`."""
     return Field(default=DEFAULTS[name], description=text, **more)
@@ -204,6 +215,26 @@ TrackText = Annotated[str, Field(max_length=MAX_TRACK_ID_CHARS)]
 TrackId = Annotated[TrackText | int | float | bool | None, AfterValidator(track_id_within_limits)]
 
 
+WRONG = object()
+"""In place of a field's value that is not allowed."""
+
+
+class Sides(BaseModel):
+    """New pixels on each side."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    left: int = new_pixels()
+    top: int = new_pixels()
+    right: int = new_pixels()
+    bottom: int = new_pixels()
+
+    @property
+    def extension(self) -> Extension:
+        """As `accept` takes it, for a mask that is not inverted."""
+        return Extension(self.left, self.top, self.right, self.bottom)
+
+
 class NativeRequest(BaseModel):
     """The JSON body of a new job. Unknown fields and values out of range are errors."""
 
@@ -223,7 +254,18 @@ class NativeRequest(BaseModel):
     init_image: str = Field(
         min_length=1, description="URL, data URI or base64 of a PNG, JPEG or WEBP picture"
     )
-    mask_image: str = Field(min_length=1, description="The same; white is repainted, black is kept")
+    extend: Annotated[Sides, WithJsonSchema(Sides.model_json_schema())] | None = Field(
+        default=None,
+        description="Outpainting: pixels that are added on each side of the init image and "
+        "painted. Width, height and all limits are those of the extended picture",
+    )
+    mask_image: str | None = Field(
+        default=None,
+        min_length=1,
+        validate_default=True,
+        description="As init_image; white is repainted, black is kept. It may be left out with "
+        "extend, and then all of the init image is kept",
+    )
     negative_prompt: Prompt = plain("negative_prompt", "What to avoid; needs guidance")
     width: int | None = side(SIDE_TEXT)
     height: int | None = side(SIDE_TEXT)
@@ -259,6 +301,17 @@ class NativeRequest(BaseModel):
         default=None, description="URL that is called when the job has ended"
     )
     track_id: TrackId = Field(default=None, description="Any JSON scalar; given back as it came")
+
+    @field_validator("mask_image")
+    @classmethod
+    def mask_or_extension(cls, mask_image: str | None, info: ValidationInfo) -> str | None:
+        """A mask is needed where nothing is extended."""
+        # `extend` is missing in `info.data` where it is wrong itself.
+        sides = info.data.get("extend", WRONG)
+        is_needed = sides is None or (isinstance(sides, Sides) and sides.extension.is_empty)
+        if mask_image is None and is_needed:
+            raise PydanticCustomError("missing", "missing")
+        return mask_image
 
     @property
     def body_sha256(self) -> str:
@@ -301,7 +354,8 @@ def to_job_request(request: NativeRequest, policy: ReadingPolicy) -> JobRequest:
         dialect=DIALECT,
         params=to_params(request, policy),
         init_image=ImageSource(request.init_image),
-        mask_image=ImageSource(request.mask_image),
+        mask_image=None if request.mask_image is None else ImageSource(request.mask_image),
+        extension=to_extension(request),
         width=request.width,
         height=request.height,
         webhook=request.webhook,
@@ -309,6 +363,14 @@ def to_job_request(request: NativeRequest, policy: ReadingPolicy) -> JobRequest:
         previews=request.previews,
         notices=tuple(prompt_notices([request.prompt, request.negative_prompt])),
     )
+
+
+def to_extension(request: NativeRequest) -> Extension:
+    """New pixels around the init image."""
+    if request.extend is None:
+        return NO_EXTENSION
+    mask_level = 0 if request.invert_mask else 255
+    return dataclasses.replace(request.extend.extension, mask_level=mask_level)
 
 
 def to_params(request: NativeRequest, policy: ReadingPolicy) -> InpaintParams:
@@ -343,7 +405,13 @@ def to_api_error(error: ValidationError) -> InvalidBody | InvalidRequest:
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     if not errors[0]["loc"]:
         return InvalidBody()  # no JSON, or no object
-    return InvalidRequest(problems_of([(str(each["loc"][0]), each["type"]) for each in errors]))
+    return InvalidRequest(problems_of([(name_of(each["loc"]), each["type"]) for each in errors]))
+
+
+def name_of(location: tuple[int | str, ...]) -> str:
+    """The field of an error in a body, such as `samples` or `extend.left`."""
+    depth = len(location) if location[0] in RANGES_WITHIN else 1
+    return ".".join(map(str, location[:depth]))
 
 
 def to_call_error(error: RequestValidationError) -> JobNotFound | InvalidRequest:
