@@ -43,7 +43,7 @@ MAX_ESCAPES = 1_000_000
 """Most escapes of a URL-encoded form, because each is slow to decode. Two of the largest pictures
 in base64 have 830,000."""
 
-IMAGE_FIELDS = ("init_image", "mask_image")
+IMAGE_FIELDS = ("init_image", "mask_image", "image", "base64_string")
 BASE64_START = re.compile(
     rb"(?!\+*https?(?::|%3a))(?:.{0,300}?(?:,|%2c))?\+*", re.IGNORECASE | re.DOTALL
 )

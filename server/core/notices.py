@@ -55,7 +55,7 @@ SENTENCES = {
     Notice.SCHEDULER_IGNORED: "The scheduler is not known here; the model's own was taken",
     Notice.NOISE_SPACING_IGNORED: (
         "The scheduler runs with the model's own noise levels, without the Karras or other spacing "
-        "in its name"
+        "that was asked for"
     ),
     Notice.FIELDS_IGNORED: "Fields of the request that this server does not know were ignored",
     Notice.MODEL_REPLACED: (

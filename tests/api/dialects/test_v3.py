@@ -14,8 +14,10 @@ from models.diffusion.enhance import Enhancement
 from models.params import RANGES, SEED_MODULUS, InpaintParams, SchedulerName
 from server.api.accept import facts_of
 from server.api.dialects.base import JobRequest, ReadingPolicy
+from server.api.dialects.vendor import description, problems
 from server.api.dialects.vendor import reading as v3
 from server.api.dialects.vendor import writing as v3_writing
+from server.api.dialects.vendor.families import V3_FAMILY, Task
 from server.core.errors import (
     ApiError,
     ImageProblem,
@@ -51,12 +53,12 @@ NOTHING = ["", "  ", None, "null", " NULL\n", "none", "None", "undefined", "\ufe
 
 
 def read(policy: ReadingPolicy = POLICY, /, **fields: Any) -> JobRequest:
-    return v3.read_inpaint(REQUIRED | fields, policy)
+    return v3.read_job(REQUIRED | fields, policy, V3_FAMILY, Task.INPAINT)
 
 
 def errors_of(fields: dict[str, Any]) -> dict[str, list[str]]:
     with pytest.raises(InvalidRequest) as refused:
-        v3.read_inpaint(fields, POLICY)
+        v3.read_job(fields, POLICY, V3_FAMILY, Task.INPAINT)
     return refused.value.fields
 
 
@@ -80,11 +82,11 @@ class TestReading:
             ),
             init_image=ImageSource(INIT),
             mask_image=ImageSource(MASK),
-            own_facts={"wants_base64": False},
+            own_facts=v3.VendorFacts().to_json(),
         )
 
     @pytest.mark.parametrize("nothing", NOTHING)
-    @pytest.mark.parametrize("name", sorted(set(v3.INPAINT_FIELDS) - set(REQUIRED)))
+    @pytest.mark.parametrize("name", sorted(set(description.INPAINT_FIELDS) - set(REQUIRED)))
     def test_nothing_means_absent(self, name: str, nothing: str | None) -> None:
         absent, given = read(seed=5), read(**({"seed": 5} | {name: nothing}))
         assert replace(given, params=replace(given.params, seed=5)) == absent
@@ -274,13 +276,15 @@ class TestReading:
             base_url="http://h",
             init_image="(file, 4 bytes)",
             mask_image=MASK,
-            own={"wants_base64": True},
+            own=v3.VendorFacts(wants_base64=True).to_json(),
         )
         assert RequestFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
 
 
 def test_description_has_the_ranges_that_are_read() -> None:
-    schema = v3.INPAINT_OPENAPI["requestBody"]["content"]["application/json"]["schema"]
+    schema = description.describe_call(V3_FAMILY, Task.INPAINT)["requestBody"]["content"][
+        "application/json"
+    ]["schema"]
     described = schema["properties"]
     assert (described["strength"]["minimum"], described["strength"]["maximum"]) == (0, 1)
     assert (described["samples"]["minimum"], described["samples"]["maximum"]) == (1, 4)
@@ -341,7 +345,7 @@ class TestFieldErrors:
     @hypothesis_settings(deadline=None, derandomize=True)
     @given(
         st.dictionaries(
-            st.sampled_from(sorted({*v3.INPAINT_FIELDS, "prompt_strength"})),
+            st.sampled_from(sorted({*description.INPAINT_FIELDS, "prompt_strength"})),
             st.none()
             | st.booleans()
             | st.integers()
@@ -355,7 +359,7 @@ class TestFieldErrors:
     )
     def test_any_value_is_understood_or_refused(self, fields: dict[str, Any]) -> None:
         try:
-            request = v3.read_inpaint(REQUIRED | fields, POLICY)
+            request = v3.read_job(REQUIRED | fields, POLICY, V3_FAMILY, Task.INPAINT)
         except InvalidRequest as error:
             at_fault = set(error.fields)
         else:
@@ -471,13 +475,13 @@ VENDOR_REQUEST = {
 def job() -> Job:
     """The job of the page's example."""
     policy = ReadingPolicy(enhancement=Enhancement())
-    request = v3.read_inpaint(VENDOR_REQUEST, policy)
+    request = v3.read_job(VENDOR_REQUEST, policy, V3_FAMILY, Task.INPAINT)
     assert (request.width, request.height) == (512, 512)
     return Job(
         id=12384052,
         state=JobState.FINISHED,
         key_id="anonymous",
-        dialect=v3.DIALECT,
+        dialect=V3_FAMILY.dialect,
         request=facts_of(request, "http://h", [], None),
         params=InpaintParams.from_json(json.loads(json.dumps(request.params.to_json()))),
         file_prefix=PREFIX,
@@ -583,19 +587,17 @@ class TestErrors:
     @pytest.mark.parametrize("kind", error_classes())
     def test_every_class_has_a_shape_and_a_status(self, kind: type[ApiError]) -> None:
         error = sample_of(kind)
-        body = v3_writing.write_error(error, "request-1")
+        body = problems.write_error(error, "request-1")
         assert body["status"] in ("error", "failed")
         assert isinstance(body["message"], str | dict)
         assert "canary" not in json.dumps(body)
-        legacy = v3_writing.write_status(error, ErrorStatus.LEGACY)
+        legacy = problems.write_status(error, ErrorStatus.LEGACY)
         assert legacy == (404 if kind is RouteNotFound else 200)
-        assert kind is ApiError or kind in v3_writing.HTTP_STATUS
-        assert v3_writing.write_status(error, ErrorStatus.HTTP) == v3_writing.HTTP_STATUS.get(
-            kind, 500
-        )
+        assert kind is ApiError or kind in problems.HTTP_STATUS
+        assert problems.write_status(error, ErrorStatus.HTTP) == problems.HTTP_STATUS.get(kind, 500)
 
     def test_only_what_nobody_foresaw_reads_as_such(self) -> None:
-        said = {json.dumps(v3_writing.write_error(sample_of(kind), "")) for kind in error_classes()}
+        said = {json.dumps(problems.write_error(sample_of(kind), "")) for kind in error_classes()}
         assert len(said) == len(error_classes())
 
     @pytest.mark.parametrize(
@@ -613,14 +615,14 @@ class TestErrors:
         ],
     )
     def test_http_status(self, error: ApiError, status: int) -> None:
-        assert v3_writing.write_status(error, ErrorStatus.HTTP) == status
+        assert problems.write_status(error, ErrorStatus.HTTP) == status
 
     @pytest.mark.parametrize(
         ("error", "message"),
         [(InvalidApiKey(), "Invalid Api Key"), (InvalidBody(), "Invalid API Request")],
     )
     def test_vendors_sentences(self, error: ApiError, message: str) -> None:
-        body = v3_writing.write_error(error, "")
+        body = problems.write_error(error, "")
         assert list(body) == ["status", "message", "tip"]
         assert (body["status"], body["message"]) == ("error", message)
 
@@ -629,7 +631,7 @@ class TestErrors:
             "prompt": ["The prompt field is required."],
             "samples": ["The samples must be between 1 and 4."],
         }
-        body = v3_writing.write_error(InvalidRequest(fields), "")
+        body = problems.write_error(InvalidRequest(fields), "")
         assert json.dumps(body) == json.dumps({"status": "error", "message": fields})
 
     @pytest.mark.parametrize(
@@ -670,23 +672,23 @@ class TestErrors:
         ],
     )
     def test_image_problems(self, problem: ImageProblem, sentence: str) -> None:
-        body = v3_writing.write_error(ImageUnavailable({"init_image": problem}), "")
+        body = problems.write_error(ImageUnavailable({"init_image": problem}), "")
         assert body == {"status": "error", "message": {"init_image": [sentence]}}
 
     def test_every_image_problem_has_a_sentence(self) -> None:
-        assert set(v3_writing.IMAGE_SENTENCES) == set(ImageProblem)
+        assert set(problems.IMAGE_SENTENCES) == set(ImageProblem)
 
     def test_full_queue(self) -> None:
-        body = v3_writing.write_error(QueueFull(1000), "")
+        body = problems.write_error(QueueFull(1000), "")
         assert list(body) == ["status", "message", "tips", "retry_after"]
         assert body["message"] == "Rate limit exceeded. Maximum 1000 queued requests allowed."
         assert body["retry_after"] == 30
 
     def test_unknown_job(self) -> None:
-        assert json.dumps(v3_writing.write_error(JobNotFound(), "")) == (
+        assert json.dumps(problems.write_error(JobNotFound(), "")) == (
             '{"status": "failed", "id": "", "message": "Request not found", '
             '"messege": "Request not found", "output": ""}'
         )
 
     def test_what_nobody_foresaw_names_the_request(self) -> None:
-        assert "request-1" in v3_writing.write_error(ApiError("canary"), "request-1")["tip"]
+        assert "request-1" in problems.write_error(ApiError("canary"), "request-1")["tip"]

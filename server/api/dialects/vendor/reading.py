@@ -1,112 +1,247 @@
-"""stablediffusionapi.com V3, reading: fields become a `JobRequest`, or the job id of a fetch.
+"""stablediffusionapi.com, reading: fields become a `JobRequest`, an upload, or the id of a fetch.
 
-Reading of single values is in `dialects/fields.py`; answers and errors are in `writing.py`. The
-OpenAPI description of the calls stands at the end, beside the names it describes.
+`families.py` has what differs between the vendor's APIs. Reading of single values is in
+`dialects/fields.py`, the description of the calls in `description.py`.
 """
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from models.params import RANGES, SEED_MODULUS, Range
+from models.params import (
+    NOISE_SPACINGS,
+    RANGES,
+    SEED_MODULUS,
+    FlaggedAs,
+    InpaintParams,
+    Lora,
+    NoiseSpacing,
+    Range,
+    SchedulerName,
+)
 from server.api.auth.keyring import key_in_headers
 from server.api.dialects.base import JobRequest, ReadingPolicy
-from server.api.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader
-from server.api.dialects.vendor.writing import Body
-from server.core.errors import JobNotFound
-from server.core.notices import prompt_notices
+from server.api.dialects.fields import MAX_TRACK_ID_CHARS, FieldReader, to_number
+from server.api.dialects.vendor.families import BY_PREFIX, V3_FAMILY, Family, Task
+from server.api.dialects.vendor.leftovers import list_not_applied
+from server.core.errors import InvalidRequest, JobNotFound
+from server.core.notices import Notice, prompt_notices
 from server.core.settings import StepsPolicy
+from server.egress.sources import ImageSource
 from server.jobs.job import Job
-
-DIALECT = "v3"
 
 VENDOR_STEPS = (21, 31, 41, 51)
 
 DEFAULT_STEPS = 21
+LATER_DEFAULT_STEPS = 20
 
 RANDOM_SEED = -1
 
 STRENGTH_RANGE = Range(0, 1)
+DEFAULT_SIDE = 512
+"""Of text to image, in pixels."""
+
+MAX_NAME_CHARS = 1_000
+FLAGGED_AS = {
+    "black": FlaggedAs.BLANK,
+    "blur": FlaggedAs.BLUR,
+    "pixelate": FlaggedAs.PIXELATE,
+    "sensitive_content_text": FlaggedAs.TEXT,
+}
+UPLOAD_FIELDS = ("image", "base64_string")
+"""Of `base64_crop` and `base64_to_url`."""
 
 
 @dataclass(frozen=True, slots=True)
-class V3Facts:
-    """The facts in a job's row that only this dialect needs.
+class VendorFacts:
+    """The facts in a job's row that only these dialects need.
 
-    wants_base64: answers hold the pictures as base64 texts instead of URLs.
+    wants_base64: answers hold the pictures as base64 texts, or links to these, instead of URLs.
+    family: the prefix of its paths. is_check: a call of nsfw_image_check.
+    is_instant: the call that makes the job is not held.
+    not_applied: names of fields.
     """
 
     wants_base64: bool = False
+    family: str = V3_FAMILY.prefix
+    is_check: bool = False
+    is_instant: bool = False
+    not_applied: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `of` is the way back."""
-        return {"wants_base64": self.wants_base64}
+        return asdict(self) | {"not_applied": [*self.not_applied]}
 
     @classmethod
-    def of(cls, job: Job) -> "V3Facts":
+    def of(cls, job: Job) -> "VendorFacts":
         """The facts of a job; the defaults for a job of another dialect."""
-        return cls(wants_base64=bool(job.request.own.get("wants_base64")))
+        own = job.request.own
+        return cls(
+            wants_base64=bool(own.get("wants_base64")),
+            family=str(own.get("family", V3_FAMILY.prefix)),
+            is_check=bool(own.get("is_check")),
+            is_instant=bool(own.get("is_instant")),
+            not_applied=own.get("not_applied", ()),
+        )
 
 
-def read_inpaint(fields: Mapping[str, Any], policy: ReadingPolicy) -> JobRequest:
-    """Read an inpaint call. Raises: InvalidRequest, with every field at fault."""
-    reader = FieldReader(fields)
-    prompt, negative_prompt = read_prompts(reader, policy)
-    width, height = reader.size()
+def family_of_job(job: Job) -> Family:
+    """The family of the call that made a job; V3 for a job of another dialect."""
+    return BY_PREFIX.get(VendorFacts.of(job).family, V3_FAMILY)
+
+
+class VendorReader(FieldReader):
+    """Remembers which fields were read."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self.read: set[str] = set()
+
+    def value(self, name: str) -> Any:
+        """The value of a field, None where it is absent."""
+        self.read.add(name)
+        return super().value(name)
+
+    def refuse(self, name: str) -> None:
+        """Record that a value is none of those that may be chosen."""
+        sentence = f"The selected {name.replace('_', ' ')} is invalid."
+        self.errors.setdefault(name, []).append(sentence)
+
+
+def read_job(
+    fields: Mapping[str, Any], policy: ReadingPolicy, family: Family, task: Task
+) -> JobRequest:
+    """Read a call for pictures. Raises: InvalidRequest, with every field at fault."""
+    if task is Task.NSFW_CHECK:
+        return read_check(fields, family)
+    reader = VendorReader(fields)
+    width, height = read_size(reader, task)
     request = JobRequest(
-        dialect=DIALECT,
-        params=reader.params(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            samples=reader.integer("samples", 1, RANGES["samples"]),
-            num_inference_steps=read_steps(reader, policy.steps_policy),
-            guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
-            strength=read_strength(reader),
-            seed=read_seed(reader),
-            scheduler=reader.scheduler(),
-            model=policy.model_named(reader.value("model_id")),
-            safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
-            must_be_checked=policy.force_safety_check,
-        ),
-        init_image=reader.image("init_image"),
-        mask_image=reader.image("mask_image"),
+        dialect=family.dialect,
+        params=read_params(reader, policy, family, task),
+        init_image=None if task is Task.TEXT_TO_IMAGE else reader.image("init_image"),
+        mask_image=reader.image("mask_image") if task is Task.INPAINT else None,
         width=width,
         height=height,
         webhook=reader.web_address("webhook", https_only=policy.https_webhooks),
         track_id=reader.scalar("track_id", MAX_TRACK_ID_CHARS),
-        own_facts=V3Facts(wants_base64=reader.flag("base64", default=False)).to_json(),
     )
+    facts = read_facts(reader, family)
     reader.raise_errors()
-    notices = (*reader.notices, *prompt_notices([prompt, negative_prompt]))
-    return replace(request, notices=notices)
+    if family.is_later:
+        facts = replace(facts, not_applied=list_not_applied(fields, reader.read))
+    prompts = [request.params.prompt, request.params.negative_prompt]
+    notices = (*reader.notices, *prompt_notices(prompts))
+    return replace(request, own_facts=facts.to_json(), notices=notices)
 
 
-def read_prompts(reader: FieldReader, policy: ReadingPolicy) -> tuple[str, str]:
-    """The prompt and the negative prompt, enhanced unless the client declines."""
+def read_check(fields: Mapping[str, Any], family: Family) -> JobRequest:
+    """Read a call of nsfw_image_check: a job that paints nothing, and whose picture is judged."""
+    reader = VendorReader(fields)
+    params = InpaintParams(
+        prompt="",
+        seed=0,
+        num_inference_steps=1,
+        invert_mask=True,  # of the mask of the whole picture
+        must_be_checked=True,
+    )
+    init_image = reader.image("init_image")
+    reader.raise_errors()
+    return JobRequest(
+        dialect=family.dialect,
+        params=params,
+        init_image=init_image,
+        mask_image=None,
+        own_facts=VendorFacts(family=family.prefix, is_check=True).to_json(),
+    )
+
+
+def read_params(
+    reader: VendorReader, policy: ReadingPolicy, family: Family, task: Task
+) -> InpaintParams:
+    """The parameters of a job."""
+    prompt, negative_prompt = read_prompts(reader, policy, family)
+    later = read_later_values(reader, policy, family) if family.is_later else {}
+    scheduler = reader.scheduler()
+    if family.is_later:
+        later["noise_spacing"] = read_noise_spacing(reader, scheduler)
+    return reader.params(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        samples=reader.integer("samples", 1, RANGES["samples"]),
+        num_inference_steps=read_steps(reader, policy.steps_policy, family),
+        guidance_scale=reader.number(
+            "guidance_scale", family.guidance_scale, RANGES["guidance_scale"]
+        ),
+        strength=1.0 if task is Task.TEXT_TO_IMAGE else read_strength(reader),
+        seed=read_seed(reader),
+        scheduler=scheduler,
+        model=read_model(reader, policy, family),
+        safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
+        must_be_checked=policy.force_safety_check,
+        **later,
+    )
+
+
+def read_later_values(
+    reader: VendorReader, policy: ReadingPolicy, family: Family
+) -> dict[str, Any]:
+    """Parameters that V3 does not have."""
+    return {
+        "clip_skip": reader.integer("clip_skip", 0, RANGES["clip_skip"]),
+        "flagged_as": read_flagged_as(reader, family),
+        "loras": read_loras(reader, policy),
+    }
+
+
+def read_facts(reader: VendorReader, family: Family) -> VendorFacts:
+    """The facts of a call, but for what is not applied."""
+    return VendorFacts(
+        wants_base64=reader.flag("base64", default=False),
+        family=family.prefix,
+        is_instant=family.is_later and reader.flag("instant_response", default=False),
+    )
+
+
+def read_size(reader: VendorReader, task: Task) -> tuple[int | None, int | None]:
+    """Width and height in pixels; None where the init image decides."""
+    width, height = reader.size()
+    if task is Task.TEXT_TO_IMAGE:
+        return width or DEFAULT_SIDE, height or DEFAULT_SIDE
+    return width, height
+
+
+def read_prompts(reader: VendorReader, policy: ReadingPolicy, family: Family) -> tuple[str, str]:
+    """The prompt and the negative prompt, enhanced if the client or the family wants that."""
     prompt, negative_prompt = reader.required_text("prompt"), reader.text("negative_prompt")
-    if reader.flag("enhance_prompt", default=True):
+    if reader.flag("enhance_prompt", default=family.enhances):
         prompt, negative_prompt = policy.enhancement.apply(prompt, negative_prompt)
     reader.check_prompt("prompt", prompt)
     reader.check_prompt("negative_prompt", negative_prompt or "")
     return prompt, negative_prompt or ""
 
 
-def read_strength(reader: FieldReader) -> float:
+def read_strength(reader: VendorReader) -> float:
     """Strength by either of its names; 0 is raised to the smallest allowed, which runs one step."""
     name = "prompt_strength" if reader.value("strength") is None else "strength"
     return max(reader.number(name, 0.7, STRENGTH_RANGE), RANGES["strength"].minimum)
 
 
-def read_seed(reader: FieldReader) -> int:
+def read_seed(reader: VendorReader) -> int:
     """The seed modulo 2**32; a random seed where it is absent or -1, as clients of A1111 send."""
     seed = reader.integer("seed", RANDOM_SEED)
     return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
 
 
-def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
-    """The number of steps to run, by policy."""
+def read_steps(reader: VendorReader, policy: StepsPolicy, family: Family) -> int:
+    """The number of steps to run: as sent in the later families, by policy in V3."""
     name = "num_inference_steps"
+    if family.is_later:
+        is_short = reader.value(name) is None and reader.value("steps") is not None
+        return reader.integer(
+            "steps" if is_short else name, LATER_DEFAULT_STEPS, RANGES["num_inference_steps"]
+        )
     if policy is StepsPolicy.EXACT:
         return reader.integer(name, DEFAULT_STEPS, RANGES[name])
     requested = reader.integer(name, DEFAULT_STEPS)
@@ -115,6 +250,84 @@ def read_steps(reader: FieldReader, policy: StepsPolicy) -> int:
     return (
         max((listed for listed in VENDOR_STEPS if listed <= requested), default=DEFAULT_STEPS) - 1
     )
+
+
+def read_model(reader: VendorReader, policy: ReadingPolicy, family: Family) -> str | None:
+    """The id of an offered model; None for the server's own."""
+    if not family.has_models:
+        return None
+    name = reader.value("model_id")
+    model = policy.model_named(name)
+    if family.is_later and name is not None and model is None:
+        reader.refuse("model_id")
+    return model
+
+
+def read_flagged_as(reader: VendorReader, family: Family) -> FlaggedAs:
+    """What replaces a flagged picture."""
+    name = reader.text("safety_checker_type", MAX_NAME_CHARS)
+    if name is None:
+        return family.flagged_as
+    if name.lower() not in FLAGGED_AS:
+        reader.refuse("safety_checker_type")
+    return FLAGGED_AS.get(name.lower(), family.flagged_as)
+
+
+def read_noise_spacing(
+    reader: VendorReader, scheduler: SchedulerName | None
+) -> NoiseSpacing | None:
+    """Karras' spacing, where the client names a scheduler that knows it.
+
+    The vendor's samples send `use_karras_sigmas` with any scheduler, so it is no error where it
+    cannot be applied.
+    """
+    if not reader.flag("use_karras_sigmas", default=False):
+        return None
+    if scheduler is not None and NoiseSpacing.KARRAS in NOISE_SPACINGS[scheduler]:
+        return NoiseSpacing.KARRAS
+    reader.notices.append(Notice.NOISE_SPACING_IGNORED)
+    return None
+
+
+def read_loras(reader: VendorReader, policy: ReadingPolicy) -> tuple[Lora, ...]:
+    """LoRAs by `lora_model`, names with commas between, and their scales by `lora_strength`."""
+    names = split(reader.text("lora_model", MAX_NAME_CHARS))
+    if not set(names) <= {*policy.loras}:
+        reader.refuse("lora_model")
+        return ()
+    strengths = split(reader.text("lora_strength", MAX_NAME_CHARS) if names else None)
+    scales = [scale for each in strengths if (scale := to_number(each)) is not None]
+    if len(scales) < len(strengths) or len(scales) not in (0, 1, len(names)):
+        reader.refuse("lora_strength")
+        return ()
+    if len(scales) <= 1:
+        scales = (scales or [1.0]) * len(names)
+    return tuple(map(Lora, names, scales))
+
+
+def split(text: str | None) -> list[str]:
+    """The texts between commas."""
+    return [each.strip() for each in (text or "").split(",") if each.strip()]
+
+
+def read_upload(fields: Mapping[str, Any]) -> tuple[str, ImageSource]:
+    """The name of an upload's field, and its base64, data URI or file. Raises: InvalidRequest."""
+    reader = FieldReader(fields)
+    sent = [name for name in UPLOAD_FIELDS if reader.value(name) is not None]
+    name = sent[0] if sent else UPLOAD_FIELDS[0]
+    source = reader.image(name)
+    reader.raise_errors()
+    if source.is_url:
+        raise InvalidRequest({name: [f"The {name.replace('_', ' ')} must be base64 or a file."]})
+    return name, source
+
+
+def wants_crop(fields: Mapping[str, Any]) -> bool:
+    """Whether an upload asks to be cropped. Raises: InvalidRequest."""
+    reader = FieldReader(fields)
+    is_wanted = reader.flag("crop", default=False)
+    reader.raise_errors()
+    return is_wanted
 
 
 def is_fetch(fields: Mapping[str, Any]) -> bool:
@@ -142,65 +355,3 @@ def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | Non
     """The API key: field `key` of body or query, or a header."""
     value = FieldReader(fields).value("key")
     return str(value) if isinstance(value, str | int) else key_in_headers(headers)
-
-
-KEY_FIELD: Body = {"type": "string", "description": "API key; also as header or bearer token"}
-
-
-def describe_body(properties: Body, required: Sequence[str] = ()) -> Body:
-    """OpenAPI's description of a body whose fields are read leniently."""
-    schema = {
-        "type": "object",
-        "properties": {"key": KEY_FIELD, **properties},
-        "required": list(required),
-    }
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
-
-
-def describe_field(name: str, kind: str, text: str) -> Body:
-    """OpenAPI's description of one parameter, with the range that reading checks."""
-    allowed = STRENGTH_RANGE if name == "strength" else RANGES.get(name)
-    limits: Body = {}
-    if allowed and name not in ("width", "height", "seed"):
-        limits = {"minimum": allowed.minimum, "maximum": allowed.maximum}
-    kinds = sorted({kind, "string"})
-    return {"type": [*kinds, "null"], "description": text, **limits}
-
-
-SIDE_TEXT = (
-    "Pixels; a size above 1024 is scaled down as a whole, a side below 64 raised to it, both "
-    "rounded down to multiples of 8. From the init image where absent"
-)
-
-INPAINT_FIELDS = {
-    "prompt": ("string", "What to paint"),
-    "negative_prompt": ("string", "What to avoid"),
-    "init_image": ("string", "URL, data URI or base64 of a PNG, JPEG or WEBP image"),
-    "mask_image": ("string", "The same; white is repainted, black is kept"),
-    "width": ("number", SIDE_TEXT),
-    "height": ("number", SIDE_TEXT),
-    "samples": ("integer", "Number of pictures"),
-    "num_inference_steps": ("integer", "Denoising steps"),
-    "safety_checker": ("string", "yes: a flagged picture is replaced by a blank one"),
-    "enhance_prompt": ("string", "yes: words for better results are added to both prompts"),
-    "guidance_scale": ("number", "Scale of classifier-free guidance"),
-    "strength": ("number", "1 ignores the init image under the mask"),
-    "base64": ("string", "yes: pictures as base64 text instead of URLs"),
-    "seed": ("integer", "Sample i is made with seed + i, modulo 2^32; random where absent or -1"),
-    "webhook": ("string", "URL that is called when the job has ended"),
-    "track_id": ("string", "Returned in the webhook body"),
-    "scheduler": (
-        "string",
-        "Noise scheduler, by its name in diffusers or A1111; an unknown one is ignored",
-    ),
-    "model_id": ("string", "One of the models this server offers; others are ignored"),
-}
-
-INPAINT_OPENAPI = describe_body(
-    {name: describe_field(name, *facts) for name, facts in INPAINT_FIELDS.items()},
-    required=("prompt", "init_image", "mask_image"),
-)
-
-FETCH_OPENAPI = describe_body({"request_id": {"type": ["integer", "string"]}}, ["request_id"])
-
-KEY_OPENAPI = describe_body({})

@@ -1,4 +1,4 @@
-"""stablediffusionapi.com V3, writing: job answers, errors with their status, and the webhook body.
+"""stablediffusionapi.com, writing: job answers and the webhook body. Errors are in `problems.py`.
 
 The vendor's spellings (`messege`, `meta.H`) stand here. Bodies are plain dicts, because their order
 is part of the contract.
@@ -8,50 +8,26 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from server.api.dialects import explanations
-from server.api.dialects.fields import NOT_A_SOURCE
-from server.core.errors import (
-    ApiError,
-    BodyTooLarge,
-    Conflict,
-    EncodedBody,
-    ImageProblem,
-    ImageUnavailable,
-    InvalidApiKey,
-    InvalidBody,
-    InvalidForm,
-    InvalidHost,
-    InvalidRequest,
-    JobFailed,
-    JobNotFound,
-    JobTooSlow,
-    LoopbackOnly,
-    QueueFull,
-    RateLimited,
-    RemoteOrigin,
-    RouteNotFound,
-    ServerBusy,
-    StorageUnavailable,
-    TooManyFields,
-    TooManyStreams,
-)
-from server.core.settings import ErrorStatus
-from server.egress.policy import MAX_URL_CHARS
+from server.api.dialects.uploads import Upload
+from server.api.dialects.vendor.families import V3_FAMILY, Family
+from server.api.dialects.vendor.reading import VendorFacts, family_of_job
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
 
 Body = dict[str, Any]
 
 
-def write_meta(job: Job) -> Body:
+def write_meta(job: Job, family: Family = V3_FAMILY) -> Body:
     """The parameters as they were used."""
-    params = job.params
+    params, request = job.params, job.request
+    images = {"init_image": request.init_image, "mask_image": request.mask_image}
+    later = {"model_id": params.model or "", "scheduler": params.scheduler or ""}
     return {
         "H": params.height,
         "W": params.width,
         "file_prefix": job.file_prefix,
         "guidance_scale": params.guidance_scale,
-        "init_image": job.request.init_image,
-        "mask_image": job.request.mask_image,
+        **{name: description for name, description in images.items() if description},
+        **(later if family.is_later else {}),
         "n_samples": params.samples,
         "negative_prompt": params.negative_prompt,
         "outdir": "out",
@@ -63,47 +39,78 @@ def write_meta(job: Job) -> Body:
     }
 
 
-def write_success(job: Job, output: Sequence[str]) -> Body:
-    """A finished job as the inpaint call's answer. output: URLs or base64 texts."""
+def write_success(job: Job, output: Sequence[str], family: Family = V3_FAMILY) -> Body:
+    """A finished job as the answer of the call that made it. output: URLs or base64 texts."""
+    if VendorFacts.of(job).is_check:
+        return write_verdict(job)
     return {
         "status": "success",
         "generationTime": job.run_s,
         "id": job.id,
         "output": list(output),
-        "meta": write_meta(job),
+        **({"proxy_links": list(output)} if family.is_later else {}),
+        "meta": write_meta(job, family),
+        **(write_later_facts(job) if family.is_later else {}),
     }
 
 
-def write_processing(job: Job, eta_s: float, base_url: str) -> Body:
-    """The answer of an inpaint call that is not finished within the hold time."""
-    sentence = "Try to fetch request after given estimated time"
+def write_later_facts(job: Job) -> Body:
+    """What the later families add to a finished job."""
     return {
+        "nsfw_content_detected": any(job.flagged or ()),
+        "webhook_status": "" if job.webhook is None else "queued",
+        "tip": write_tip(job),
+    }
+
+
+def write_tip(job: Job) -> str:
+    """What was not applied as sent; `""` where that is nothing."""
+    names = VendorFacts.of(job).not_applied
+    sentences = [f"Not applied here: {', '.join(names)}"] if names else []
+    sentences += [notice.sentence for notice in job.request.warnings]
+    return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def write_verdict(job: Job) -> Body:
+    """The answer of nsfw_image_check."""
+    return {
+        "status": "success",
+        "id": job.id,
+        "images": job.request.init_image,
+        "has_nsfw_concept": [bool(verdict) for verdict in job.flagged or ()],
+    }
+
+
+def write_processing(job: Job, eta_s: float, base_url: str, family: Family = V3_FAMILY) -> Body:
+    """The answer of a call whose job is not finished within the hold time."""
+    sentence = "Try to fetch request after given estimated time"
+    tip = "The picture is being made. POST your key to fetch_result after eta seconds."
+    body = {
         "status": "processing",
-        "tip": "The picture is being made. POST your key to fetch_result after eta seconds.",
+        "tip": f"{tip} {write_tip(job)}".strip() if family.is_later else tip,
         "eta": eta_s,
         "messege": sentence,
         "message": sentence,
-        "fetch_result": f"{base_url}/api/v3/fetch/{job.id}",
+        "fetch_result": f"{base_url}{family.prefix}/fetch/{job.id}",
         "id": job.id,
         "output": [],
-        "meta": write_meta(job),
+        "meta": write_meta(job, family),
     }
+    return in_spelling_of(family, body)
 
 
-def write_fetch_success(job: Job, output: Sequence[str]) -> Body:
+def write_fetch_success(job: Job, output: Sequence[str], family: Family = V3_FAMILY) -> Body:
     """A finished job as a fetch call's answer."""
-    return {
-        "status": "success",
-        "id": job.id,
-        "output": list(output),
-        "generationTime": job.run_s,
-        "meta": write_meta(job),
-    }
+    body = write_success(job, output, family)
+    if family.is_later or VendorFacts.of(job).is_check:
+        return body
+    first = ("status", "id", "output")
+    return {name: body[name] for name in first} | body
 
 
-def write_fetch_processing(job: Job, eta_s: float) -> Body:
+def write_fetch_processing(job: Job, eta_s: float, family: Family = V3_FAMILY) -> Body:
     """The answer of a fetch call before the job's end; the vendor too sends `output` as `""`."""
-    return {
+    body = {
         "status": "processing",
         "id": job.id,
         "messege": "Request processing",
@@ -111,20 +118,22 @@ def write_fetch_processing(job: Job, eta_s: float) -> Body:
         "output": "",
         "eta": eta_s,
     }
+    return in_spelling_of(family, body)
 
 
-def write_failed(job: Job) -> Body:
+def write_failed(job: Job, family: Family = V3_FAMILY) -> Body:
     """The answer for a job that ended without pictures, or whose pictures have been removed."""
     is_cancelled = job.state is JobState.CANCELLED
     reason = "The job was cancelled" if is_cancelled else "The pictures are no longer there"
     message = f"Failed, Try Again. {job.error or reason}"
-    return {
+    body = {
         "status": "failed",
         "id": job.id,
         "message": message,
         "messege": message,
         "output": "",
     }
+    return in_spelling_of(family, body)
 
 
 def write_webhook(job: Job) -> Body:
@@ -138,7 +147,7 @@ def write_webhook(job: Job) -> Body:
         base_url = job.request.base_url
         names = job.output_names if job.has_pictures else []
         output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in names]
-        return {**write_success(job, output), "track_id": job.track_id}
+        return {**write_success(job, output, family_of_job(job)), "track_id": job.track_id}
     failed = write_failed(job)
     return {
         "status": failed["status"],
@@ -148,159 +157,25 @@ def write_webhook(job: Job) -> Body:
     }
 
 
+def in_spelling_of(family: Family, body: Body) -> Body:
+    """A body without `messege` where the family does not send that."""
+    return {name: value for name, value in body.items() if name != "messege" or family.says_messege}
+
+
+def write_upload(upload: Upload, *, is_crop_wanted: bool) -> Body:
+    """The answer of base64_crop and base64_to_url. `request_id` fits a 32-bit integer."""
+    tip = {"tip": "The picture is stored whole: crop is not applied here."}
+    return {
+        "status": "success",
+        "messege": "image uploaded",
+        "message": "image uploaded",
+        "link": upload.url,
+        "output": [upload.url],
+        "request_id": int(upload.id[:8], 16) >> 1,
+        **(tip if is_crop_wanted else {}),
+    }
+
+
 def write_system_load(waiting: int, wait_s: float) -> Body:
     """The queue's length in jobs and in whole seconds."""
     return {"queue_num": waiting, "queue_time": math.ceil(wait_s), "status": "ok"}
-
-
-VENDOR_SENTENCES = {
-    ImageProblem.INVALID_URL: "must be a valid URL.",
-    ImageProblem.URL_TOO_LONG: f"URL may not be greater than {MAX_URL_CHARS} characters.",
-    ImageProblem.NOT_A_SOURCE: NOT_A_SOURCE,
-    ImageProblem.NOT_AN_IMAGE: "is not a PNG, JPEG or WEBP image.",
-    ImageProblem.UNSUPPORTED: "is of an unsupported kind: send a PNG, JPEG or WEBP image.",
-}
-"""Where the vendor has a sentence of its own, or clients know this server's."""
-
-IMAGE_SENTENCES = {
-    problem: VENDOR_SENTENCES.get(problem, f"{sentence}.")
-    for problem, sentence in explanations.IMAGE_SENTENCES.items()
-}
-
-REMOTE_TIPS = {
-    RemoteOrigin.ADDRESS: "Its operator makes keys with `inpaint-server keys create`.",
-    RemoteOrigin.HOST: "The call has the Host of another machine: its operator names it in "
-    "INPAINT_ALLOWED_HOSTS, or makes keys with `inpaint-server keys create`.",
-    RemoteOrigin.PAGE: "The call comes from a web page of another origin, or from a file: "
-    "its operator names its Origin in INPAINT_CORS_ORIGINS, or makes keys with "
-    "`inpaint-server keys create`.",
-}
-
-HTTP_STATUS: dict[type[ApiError], int] = {
-    InvalidBody: 400,
-    BodyTooLarge: 413,
-    EncodedBody: 415,
-    InvalidForm: 400,
-    TooManyFields: 400,
-    InvalidHost: 400,
-    InvalidRequest: 400,
-    ImageUnavailable: 400,
-    InvalidApiKey: 401,
-    LoopbackOnly: 403,
-    JobNotFound: 404,
-    RouteNotFound: 404,
-    Conflict: 409,
-    QueueFull: 429,
-    TooManyStreams: 429,
-    RateLimited: 429,
-    ServerBusy: 503,
-    JobFailed: 500,
-    JobTooSlow: 504,
-    StorageUnavailable: 503,
-}
-
-
-def may_answer_200(path: str) -> bool:
-    """Whether a path belongs to the vendor's API, whose errors may have the status 200."""
-    return path.startswith("/api/v3/")
-
-
-def owns_errors_of(path: str) -> bool:
-    """Whether errors under a path are in the vendor's form, since its clients may call the path."""
-    return path.startswith("/api/")
-
-
-def write_status(error: ApiError, error_status: ErrorStatus) -> int:
-    """HTTP status of an error; with `LEGACY` 200 for all but wrong paths, as the vendor sends."""
-    if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
-        return 200
-    return HTTP_STATUS.get(type(error), 500)
-
-
-def write_error(error: ApiError, request_id: str) -> Body:
-    """The body of an error. request_id: for errors that only the log explains."""
-    match error:
-        case JobNotFound():
-            sentence = "Request not found"
-            return {
-                "status": "failed",
-                "id": "",
-                "message": sentence,
-                "messege": sentence,
-                "output": "",
-            }
-        case InvalidRequest(fields=fields):
-            return {"status": "error", "message": fields}
-        case ImageUnavailable(problems=problems):
-            return {
-                "status": "error",
-                "message": {
-                    name: [f"The {name.replace('_', ' ')} {IMAGE_SENTENCES[problem]}"]
-                    for name, problem in problems.items()
-                },
-            }
-        case TooManyStreams() | QueueFull() | RateLimited():
-            reason, tips = write_limit(error)
-            return {
-                "status": "error",
-                "message": f"Rate limit exceeded. {reason}",
-                "tips": tips,
-                "retry_after": error.retry_after_s,
-            }
-    message, tip = write_plain_error(error, request_id)
-    return {"status": "error", "message": message, "tip": tip}
-
-
-def write_limit(error: TooManyStreams | QueueFull | RateLimited) -> tuple[str, str]:
-    """Reason and tip of an exceeded limit; the vendor calls each of them a rate limit."""
-    match error:
-        case TooManyStreams(limit=limit):
-            tips = "Close streams that are no longer needed, then try again."
-            return f"Maximum {limit} event streams allowed.", tips
-        case QueueFull(limit=limit):
-            tips = "Wait for earlier requests to finish, then try again."
-            return f"Maximum {limit} queued requests allowed.", tips
-        case RateLimited(limit=None):
-            reason = "Too many wrong keys came from this address."
-        case RateLimited(limit=limit):
-            reason = f"Maximum {limit} requests per minute allowed."
-    return reason, "Wait for the seconds of retry_after, then try again."
-
-
-def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
-    """Message and tip of the errors that the vendor's other forms do not cover."""
-    match error:
-        case InvalidApiKey():
-            return "Invalid Api Key", "Send the key this server's operator gave you as 'key'."
-        case LoopbackOnly(remote_origin=remote_origin):
-            sentence = "Without API keys this server serves its own machine only"
-            return sentence, REMOTE_TIPS[remote_origin]
-        case BodyTooLarge():
-            return "Invalid API Request", "Send a smaller body: images by URL, for instance."
-        case EncodedBody():
-            return (
-                "Invalid API Request",
-                "Send it without a Content-Encoding, or as gzip or deflate.",
-            )
-        case TooManyFields():
-            return "Invalid API Request", "Send 200 parameters at most."
-        case InvalidHost():
-            return "Invalid API Request", "Send one Host header with a name of this server."
-        case Conflict():
-            return "Not possible now", "Fetch the job to see how it stands."
-        case InvalidForm():
-            tip = "Send the form in UTF-8 and whole, a multipart form with its boundary."
-            return "Invalid API Request", tip
-        case InvalidBody():
-            return "Invalid API Request", "Send the parameters as a JSON object in UTF-8."
-        case RouteNotFound():
-            return "Not found", "Pictures are made at POST /api/v3/inpaint."
-        case ServerBusy():
-            return "The server is busy", "Try again in a few seconds."
-        case JobFailed(sentence=sentence):
-            return f"Failed, Try Again. {sentence}", "Fetch the job to see how it stands."
-        case JobTooSlow():
-            return "The pictures were not finished in time", "Ask for fewer or smaller ones."
-        case StorageUnavailable():
-            return "The server cannot store requests now", "Try again in a few seconds."
-    return "Something went wrong on the server", f"Name {request_id} when asking its operator."
