@@ -506,16 +506,17 @@ class Settings(BaseSettings):
     )
     """Base of the URLs in answers. Unset means the address that the client called."""
     hold_s: float = Field(default=25, ge=0)
-    """How long a V3 call waits for its pictures before it is answered "processing"."""
+    """How long a call of the vendor's APIs waits for its pictures before it is answered
+    "processing"."""
     steps_policy: StepsPolicy = StepsPolicy.VENDOR
     """How V3 reads `num_inference_steps`. `vendor` takes the vendor's listed values and runs one
     step less, as the vendor did. `exact` runs the steps as asked."""
     base64_output: Base64Output = Base64Output.INLINE
     """What V3 answers to `"base64": "yes"`. `inline` puts the pictures' text into `output`, `link`
-    puts the address of the text there."""
+    puts the address of the text there, as the vendor's later APIs always do."""
     error_status: ErrorStatus = ErrorStatus.LEGACY
-    """HTTP status of V3's errors. `legacy` is 200 as the vendor's, `http` is 4xx and 5xx with the
-    same bodies. All other paths answer 4xx and 5xx."""
+    """HTTP status of errors in the vendor's APIs. `legacy` is 200 as the vendor's, `http` is 4xx
+    and 5xx with the same bodies. All other paths answer 4xx and 5xx."""
     dialects: ListOf[str] = Field(default=(), examples=[["native", "v3"]])
     """Wire languages that have routes, by their names in docs/clients.md. An empty list means all
     of them."""

@@ -38,8 +38,8 @@ def submit(client: httpx2.Client, **changes: Any) -> int:
     return int(answer["id"])
 
 
-def finish(settings: Settings, job_id: int) -> Job:
-    """What a worker does: claim, store the pictures, finish."""
+def finish(settings: Settings, job_id: int, *, is_flagged: bool = False) -> Job:
+    """What a worker does: claim, store the pictures, finish. is_flagged: the checker's verdict."""
     storage = Storage(settings.storage_url)
     limit = time.monotonic() + ANSWER_S
     with store_of(settings) as store:
@@ -47,7 +47,7 @@ def finish(settings: Settings, job_id: int) -> Job:
             for job in store.claim("test", 10):
                 for key in job.output_keys:
                     storage.put(key, PICTURE)
-                assert store.finish(job, [False] * len(job.output_keys))
+                assert store.finish(job, [is_flagged] * len(job.output_keys))
                 if job.id == job_id:
                     return job
     raise AssertionError(f"no job {job_id} waits")

@@ -25,23 +25,17 @@ from server.core.errors import (
     InvalidApiKey,
     InvalidBody,
     InvalidRequest,
-    JobFailed,
     JobNotFound,
-    JobTooSlow,
-    LoopbackOnly,
     QueueFull,
-    RateLimited,
-    RemoteOrigin,
     RouteNotFound,
     StorageUnavailable,
-    TooManyStreams,
 )
 from server.core.notices import Notice
 from server.core.settings import ErrorStatus, StepsPolicy
 from server.egress.sources import ImageSource
 from server.jobs.job import Job, JobState, RequestFacts
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
-from tests.support.api_errors import error_classes
+from tests.support.api_errors import SAMPLES, error_classes, sample_of
 
 POLICY = ReadingPolicy(enhancement=Enhancement("and more", "and less"))
 INIT = "https://x.example/init.png"
@@ -565,22 +559,6 @@ class TestWriting:
     def test_final_answers_have_no_fetch_result(self, job: Job) -> None:
         for answer in (v3_writing.write_success(job, []), v3_writing.write_fetch_success(job, [])):
             assert "fetch_result" not in answer
-
-
-SAMPLES: dict[type[ApiError], ApiError] = {
-    LoopbackOnly: LoopbackOnly(RemoteOrigin.HOST),
-    InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
-    ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
-    QueueFull: QueueFull(5),
-    TooManyStreams: TooManyStreams(5),
-    RateLimited: RateLimited(30, 60),
-    JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
-    JobTooSlow: JobTooSlow(600),
-}
-
-
-def sample_of(kind: type[ApiError]) -> ApiError:
-    return SAMPLES.get(kind) or kind("canary: secrets of an exception")
 
 
 class TestErrors:

@@ -37,7 +37,7 @@ V7_NAMES = {
 class Family:
     """The calls below one prefix.
 
-    prefix: also names the family in the rows of its jobs.
+    prefix: also names the family in the rows of its jobs. dialect: the name of its `Dialect`.
     is_later: all but V3. The number of steps is run as sent; fields that are not applied are named
         in `tip`; an unknown model is an error; an error's message is one text; `base64` gives
         links; answers have `proxy_links`, `nsfw_content_detected`, `webhook_status` and `tip`.
@@ -49,6 +49,7 @@ class Family:
     """
 
     prefix: str
+    dialect: str = "vendor"
     is_later: bool = True
     has_models: bool = True
     enhances: bool = False
@@ -58,17 +59,12 @@ class Family:
     tasks: Mapping[str, Task] = field(default_factory=lambda: USUAL)
 
     @property
-    def dialect(self) -> str:
-        """The name of the dialect that serves it."""
-        return "vendor" if self.is_later else "v3"
-
-    @property
     def paths(self) -> dict[str, Task]:
         """The tasks by whole path."""
         return {f"{self.prefix}/{name}".rstrip("/"): task for name, task in self.tasks.items()}
 
 
-V3_FAMILY = Family("/api/v3", is_later=False, enhances=True, tasks=WITH_CHECK)
+V3_FAMILY = Family("/api/v3", dialect="v3", is_later=False, enhances=True, tasks=WITH_CHECK)
 
 V4 = Family(
     "/api/v4/dreambooth",

@@ -8,15 +8,17 @@ import base64
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.accept import accept
 from server.api.auth.keyring import Caller
-from server.api.bodies import Fields, release_body
+from server.api.bodies import Fields, read_fields, release_body
 from server.api.dependencies import (
     ServicesOf,
+    admit,
     base_url_of,
     called_url_of,
     eta_s,
@@ -25,8 +27,8 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect
-from server.api.dialects.vendor import description, problems, reading, side_calls, writing
-from server.api.dialects.vendor.dependencies import CallerOf, FieldsOf, KeyId
+from server.api.dialects.uploads import store_upload
+from server.api.dialects.vendor import description, problems, reading, writing
 from server.api.dialects.vendor.families import (
     FAMILIES,
     V3_FAMILY,
@@ -37,12 +39,38 @@ from server.api.dialects.vendor.families import (
 )
 from server.api.dialects.vendor.leftovers import to_code
 from server.api.services import Services
-from server.core.errors import ApiError
+from server.core.errors import ApiError, ImageUnavailable
 from server.core.logs import get_logger
 from server.core.settings import Base64Output, ErrorStatus
+from server.egress.downloads import FetchFailed
+from server.egress.sources import load_inline
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
 
 logger = get_logger(__name__)
+
+
+async def get_fields(request: Request, services: ServicesOf) -> Fields:
+    """The parameters of body and query. Raises: InvalidBody."""
+    return await read_fields(request, services.settings.max_body_bytes)
+
+
+FieldsOf = Annotated[Fields, Depends(get_fields)]
+
+
+async def get_caller(request: Request, fields: FieldsOf) -> Caller:
+    """The caller with its limits. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, reading.read_key(fields, request.headers))
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_key_id(caller: CallerOf) -> str:
+    """The key id of the caller, which owns the jobs."""
+    return caller.key_id
+
+
+KeyId = Annotated[str, Depends(get_key_id)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +155,27 @@ class FetchCalls:
         return JSONResponse(writing.write_fetch_processing(job, eta, self.family))
 
 
+async def upload(
+    request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
+) -> JSONResponse:
+    """Store a picture for an hour; calls for pictures may name its link."""
+    is_crop_wanted = reading.wants_crop(fields)
+    name, source = reading.read_upload(fields)
+    settings = services.settings
+    try:
+        content = await load_inline(source.content, settings.fetch.max_image_bytes)
+    except FetchFailed as error:
+        raise ImageUnavailable({name: error.kind}) from error
+    stored = await store_upload(services, caller, content, base_url_of(request, settings), name)
+    return JSONResponse(writing.write_upload(stored, is_crop_wanted=is_crop_wanted))
+
+
+async def system_load(services: ServicesOf, key_id: KeyId) -> JSONResponse:
+    """The queue's length in jobs and seconds."""
+    forecast = await services.in_store_thread(services.estimator.forecast)
+    return JSONResponse(writing.write_system_load(forecast.waiting, forecast.wait_s))
+
+
 def hold_s_of(services: Services, caller: Caller) -> float:
     """How long a call of this caller is held."""
     own_hold_s = caller.limits.hold_s
@@ -193,13 +242,13 @@ def make_v3_router() -> APIRouter:
     router = make_router([V3_FAMILY])
     router.add_api_route(
         "/api/v3/base64_crop",
-        side_calls.upload,
+        upload,
         methods=["POST"],
         openapi_extra=description.describe_upload("image"),
     )
     router.add_api_route(
         "/api/v3/system_load",
-        side_calls.system_load,
+        system_load,
         methods=["POST"],
         openapi_extra=description.KEY_OPENAPI,
     )
@@ -211,7 +260,7 @@ def make_later_router() -> APIRouter:
     router = make_router(family for family in FAMILIES if family.is_later)
     router.add_api_route(
         "/api/v6/base64_to_url",
-        side_calls.upload,
+        upload,
         methods=["POST"],
         openapi_extra=description.describe_upload("base64_string"),
     )
