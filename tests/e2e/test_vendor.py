@@ -55,7 +55,7 @@ def native_picture(server: ServerProcess, **fields: Any) -> NDArray[np.uint8]:
     def is_finished() -> bool:
         nonlocal job
         job = server.client.get(f"/api/jobs/{made['id']}").json()
-        return job["state"] == "finished"
+        return bool(job["state"] == "finished")
 
     until(is_finished, 110, "the job's end")
     file = server.client.get(job["outputs"][0]["url"]).content

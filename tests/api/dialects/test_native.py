@@ -110,7 +110,8 @@ def test_extension_may_replace_the_mask() -> None:
     assert read(extend={"top": 1}).mask_image is not None
     inverted = read_body(extend={"left": 1}, invert_mask=True)
     assert inverted.extension.mask_level == 0, "black is repainted"
-    for none in ({}, {"extend": None}, {"extend": {}}, {"mask_image": None}):
+    nothing: list[dict[str, Any]] = [{}, {"extend": None}, {"extend": {}}, {"mask_image": None}]
+    for none in nothing:
         with pytest.raises(InvalidRequest) as caught:
             read_body(**none)
         assert caught.value.fields == {"mask_image": [FieldProblem.REQUIRED]}
