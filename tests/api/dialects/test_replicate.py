@@ -230,6 +230,13 @@ class TestReading:
         assert facts_of(request).ignored == ("stream", "input.refine", "input.lora_scale")
         assert Notice.FIELDS_IGNORED in request.notices
 
+    def test_names_are_printable(self) -> None:
+        """A lone surrogate has no UTF-8, and a database may refuse a zero."""
+        body = {"input": {"prompt": "a", "\ud800\0\n": 1}, "\udfff": 1}
+        request = reading.read_prediction(body, "x\0/\ud800", POLICY)
+        facts = facts_of(request)
+        assert (facts.ignored, facts.asked_model) == (("?", "input.???"), "x?/?")
+
     def test_many_and_long_names_are_cut(self) -> None:
         ignored = facts_of(read({"x" * 5_000 + str(at): 1 for at in range(100)})).ignored
         assert len(ignored) == 20

@@ -152,10 +152,12 @@ def read_model(asked: str, policy: ReadingPolicy) -> tuple[str | None, Replicate
     name, version = (match[1], match[2] or "") if match else ("", asked)
     found = find_model(name, version, policy)
     if found is not None:
-        shown, of_version = name or public_name(found), version or version_of(found)
-        return found, ReplicateFacts(shown[:MAX_NAME_CHARS], of_version[:MAX_NAME_CHARS])
+        facts = ReplicateFacts(
+            shown(name or public_name(found)), shown(version or version_of(found))
+        )
+        return found, facts
     own = next(iter(policy.models), None)
-    facts = ReplicateFacts(public_name(own), version_of(own), (name or version)[:MAX_NAME_CHARS])
+    facts = ReplicateFacts(public_name(own), version_of(own), shown(name or version))
     return None, facts
 
 
@@ -243,7 +245,13 @@ def ignored_names(fields: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple
     """Names of the fields and inputs that mean nothing here, of many the first."""
     unknown = [name for name in fields if name not in FIELDS]
     unknown += [f"input.{name}" for name in inputs if name not in INPUTS]
-    return tuple(name[:MAX_NAME_CHARS] for name in unknown[:MAX_NAMES])
+    return tuple(map(shown, unknown[:MAX_NAMES]))
+
+
+def shown(text: str) -> str:
+    """A text of the client's own that answers and rows repeat: cut, and of printable characters."""
+    text = text[:MAX_NAME_CHARS]
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def read_wait_s(prefer: Sequence[str]) -> int:
