@@ -4,6 +4,9 @@ INSTALLED := .venv/installed
 # What `make lock`, `audit` and `sbom` run, apart from what they look at.
 TOOLS := .venv/tools/bin
 TOOLS_INSTALLED := .venv/tools/installed
+# Published clients that tests run against the server.
+CLIENTS := .venv/clients/bin
+CLIENTS_INSTALLED := .venv/clients/installed
 
 LOCKS := configs/locks
 # From an index come only wheels whose digest stands in a lock; nothing is built but our own package.
@@ -14,7 +17,8 @@ CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
 TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
 	&& echo torch-cpu || echo torch)
 
-.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs format bench chaos lock audit sbom licences
+.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs format bench chaos clients lock audit sbom \
+	licences
 
 help:  ## lists these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -37,6 +41,16 @@ $(TOOLS_INSTALLED): $(LOCKS)/tools.txt
 	$(PYTHON) -m venv .venv/tools
 	$(TOOLS)/pip install --quiet $(VERIFIED) --requirement $<
 	touch $@
+
+# The locks are complete; --no-deps keeps out what IOPaint's page does not need.
+$(CLIENTS_INSTALLED): $(LOCKS)/clients.txt $(LOCKS)/iopaint.txt tests/clients/package-lock.json
+	$(PYTHON) -m venv .venv/clients
+	$(CLIENTS)/pip install --quiet --no-compile --no-deps $(VERIFIED) \
+		--requirement $(LOCKS)/clients.txt --requirement $(LOCKS)/iopaint.txt
+	npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund --loglevel=error
+	touch $@
+
+clients: $(CLIENTS_INSTALLED)  ## installs the published clients that tests run, a minute; needs npm
 
 demo: $(INSTALLED)  ## makes a picture through the API, into out/demo.png
 	$(BIN)/inpaint-server demo
@@ -109,3 +123,7 @@ lock: $(TOOLS_INSTALLED)  ## renews configs/locks after a change of pyproject.to
 	cp $(LOCKS)/tools.txt out/tools.txt
 	$(COMPILE) --group tools --constraint out/dev.txt --output-file out/tools.txt
 	cp out/tools.txt $(LOCKS)/tools.txt
+	cp $(LOCKS)/clients.txt $(LOCKS)/iopaint.txt out
+	$(COMPILE) --group clients --output-file out/clients.txt
+	$(COMPILE) --group iopaint --no-deps --output-file out/iopaint.txt
+	cp out/clients.txt out/iopaint.txt $(LOCKS)

@@ -1,5 +1,6 @@
 """Only known releases and known files are installed, nothing is passed as audited that was not."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from packaging.utils import canonicalize_name
 from tests.project.supply import licences
 from tests.project.supply.audit import CLEAN, HOLES, NOT_AUDITED, Findings, audit, main, report
 from tests.project.supply.locks import (
+    CLIENTS,
     DEVELOPMENT,
     LOCKS,
     REPOSITORY,
@@ -94,8 +96,10 @@ def test_each_name_has_one_version() -> None:
         (PROJECT["build-system"]["requires"], RUNTIME),
         (PROJECT["project"]["optional-dependencies"]["dev"], RUNTIME + DEVELOPMENT),
         (PROJECT["dependency-groups"]["tools"], TOOLS),
+        (PROJECT["dependency-groups"]["clients"], CLIENTS),
+        (PROJECT["dependency-groups"]["iopaint"], CLIENTS),
     ],
-    ids=["dependencies", "build-system", "dev", "tools"],
+    ids=["dependencies", "build-system", "dev", "tools", "clients", "iopaint"],
 )
 def test_locks_hold_what_the_project_asks_for(wanted: list[str], locks: Sequence[str]) -> None:
     locked = {pin.name: pin.version for pin in pins(*locks)}
@@ -138,11 +142,12 @@ def made(*targets: str) -> str:
 
 @pytest.mark.parametrize("where", ["Dockerfile", "make"])
 def test_only_locked_wheels_and_our_own_code_are_installed(where: str) -> None:
-    text = (REPOSITORY / where).read_text() if where == "Dockerfile" else made("audit", "lock")
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    text = dockerfile if where == "Dockerfile" else made("audit", "lock", "clients")
 
     installs = pip_installs(text)
 
-    assert len(installs) == {"Dockerfile": 2, "make": 3}[where]
+    assert len(installs) == {"Dockerfile": 2, "make": 4}[where]
     for words in installs:
         if "--editable" in words:
             assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(words)
@@ -153,6 +158,19 @@ def test_only_locked_wheels_and_our_own_code_are_installed(where: str) -> None:
             arguments = words[words.index(":all:") + 1 :]
             assert set(arguments[::2]) == {"--requirement"}
             assert all(each.startswith("configs/locks/") for each in arguments[1::2])
+
+
+def test_npm_packages_are_held_by_sha512() -> None:
+    """`npm ci` compares each file with the lock, and runs no script of a package."""
+    lock = json.loads((REPOSITORY / "tests/clients/package-lock.json").read_text())
+    packages = {name: each for name, each in lock["packages"].items() if name}
+
+    assert packages
+    assert all(each["integrity"].startswith("sha512-") for each in packages.values())
+    assert not any("resolved" in each for each in packages.values())
+    (command,) = re.findall(r"^npm .*", made("clients"), re.MULTILINE)
+    assert command.split()[1] == "ci"
+    assert "--ignore-scripts" in command
 
 
 def test_image_gets_the_runtime_locks_alone() -> None:
