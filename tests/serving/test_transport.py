@@ -3,9 +3,7 @@
 import base64
 import gzip
 import json
-import os
 import random
-import shutil
 import socket
 import subprocess
 import zlib
@@ -18,6 +16,7 @@ import pytest
 from server.core.codings import inflate
 from tests.support.apps import settings_in
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
+from tests.support.programs import program
 from tests.support.v3_calls import BODY
 
 pytestmark = pytest.mark.process
@@ -327,13 +326,3 @@ class TestRealClients:
         url = f"http://127.0.0.1:{app.port}/api/v3/inpaint"
         answers = self.answers([program("node"), CLIENTS / "post.mjs", url, body])
         assert [answer["status"] for answer in answers] == ["processing"] * 2
-
-
-def program(name: str) -> str:
-    """A client's path. A desk may lack it, CI may not."""
-    found = shutil.which(name)
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail(f"CI needs {name}")
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
