@@ -95,10 +95,10 @@ def call_client(name: str, home: Path, *calls: Mapping[str, Any]) -> list[Answer
     return answers
 
 
-def run(command: list[str | Path], *, home: Path, status: int = 0, **environment: str) -> str:
+def run(command: list[str | Path], *, home: Path, fails: bool = False, **environment: str) -> str:
     """What a command prints. It sees no setting of the developer's shell.
 
-    status: the exit status that it must have.
+    fails: whether it must fail, where it otherwise must succeed.
     """
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     process = subprocess.run(
@@ -110,7 +110,7 @@ def run(command: list[str | Path], *, home: Path, status: int = 0, **environment
         timeout=TIMEOUT_S,
     )
     printed = process.stdout + process.stderr
-    assert process.returncode == status, printed
+    assert (process.returncode != 0) == fails, printed
     return printed
 
 
