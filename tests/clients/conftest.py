@@ -51,7 +51,7 @@ def call(server: ServerProcess, clouds: Clouds) -> MakeCall:
 def client(tmp_path: Path) -> CallClient:
     """Runs a program with its calls."""
 
-    def client(name: str, *calls: Call) -> list[Answer]:
-        return call_client(name, tmp_path, *calls)
+    def client(name: str, *calls: Call, **environment: str) -> list[Answer]:
+        return call_client(name, tmp_path, *calls, **environment)
 
     return client

@@ -62,9 +62,8 @@ def test_example_edits_the_picture(
 
     run(
         [*command_of(name), clouds.picture, clouds.mask, PROMPT, out],
-        home=tmp_path,
-        INPAINT_URL=server.url,
-        INPAINT_KEY=KEY,
+        tmp_path,
+        {"INPAINT_URL": server.url, "INPAINT_KEY": KEY},
     )
 
     clouds.assert_edited(pixels(out.read_bytes()))
@@ -77,10 +76,9 @@ def test_example_fails_with_our_text(
 ) -> None:
     printed = run(
         [*command_of(name), clouds.picture, clouds.mask, PROMPT, tmp_path / "out.png"],
-        home=tmp_path,
+        tmp_path,
+        {"INPAINT_URL": server.url, "INPAINT_KEY": "wrong"},
         fails=True,
-        INPAINT_URL=server.url,
-        INPAINT_KEY="wrong",
     )
 
     assert "api key" in printed.lower()

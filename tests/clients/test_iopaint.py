@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.support.clouds import Clouds, assert_changed_within
-from tests.support.iopaint_site import iopaint_site
 from tests.support.processes import ServerProcess
 from tests.support.programs import KEY, CallClient, MakeCall, Pixels, program
+from tests.support.reverse_proxy import iopaint_site
 
 PAGE = "iopaint_page.py"
 

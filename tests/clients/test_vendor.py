@@ -1,14 +1,16 @@
-"""The vendor's own packages against its later paths: modelslab-py and modelslab-cli."""
+"""The vendor's packages: modelslab-py and modelslab-cli on its later paths, one that is older."""
 
 from pathlib import Path
 
 import numpy as np
 
+from tests.support.certificates import write_certificate
 from tests.support.clouds import Clouds
 from tests.support.processes import ServerProcess, image_host
 from tests.support.programs import KEY, CallClient, MakeCall, clients_folder, pixels, run
+from tests.support.reverse_proxy import VENDOR, vendor_host
 
-MODELSLAB = "vendor_modelslab.py"
+MODELSLAB, OLD = "vendor_modelslab.py", "vendor_stablediffusionapi.py"
 APIS = ["community", "image_editing", "realtime"]
 
 
@@ -51,6 +53,17 @@ def test_errors_keep_our_text(client: CallClient, call: MakeCall, clouds: Clouds
     assert unknown.error
 
 
+def test_old_package_finds_us_under_the_vendors_name(
+    server: ServerProcess, client: CallClient, call: MakeCall, tmp_path: Path
+) -> None:
+    certificate = write_certificate(tmp_path / "vendor.pem", VENDOR)
+    with vendor_host(server.url, certificate) as port:
+        (answer,) = client(OLD, call(port=port), SSL_CERT_FILE=str(certificate))
+
+    assert answer.picture.shape == (512, 512, 3)
+    assert answer.picture.std() > 10
+
+
 class TestCommandLine:
     """A static program of the vendor's, which takes URLs of pictures and neither steps nor seed."""
 
@@ -76,8 +89,8 @@ class TestCommandLine:
             }
             flags = [word for name, value in options.items() for word in (f"--{name}", value)]
             program = clients_folder() / "bin" / "modelslab"
-            command = [program, "generate", "inpaint", "--no-update-check", *flags]
-            return run(command, home=folder, fails=fails)
+            words = ["generate", "inpaint", "--no-update-check", *flags]
+            return run([program, *words], folder, fails=fails)
 
     def test_picture_is_saved(self, server: ServerProcess, clouds: Clouds, tmp_path: Path) -> None:
         self.generate(server, clouds, tmp_path)

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import ssl
-import subprocess
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +22,7 @@ from server.egress.client import (
     translated_errors,
 )
 from server.egress.policy import AddressDenied, AddressPolicy, checked_url
+from tests.support.certificates import server_tls, write_certificate
 from tests.support.http_stub import ANSWER_S, Stub, answering, response, running_stub
 
 LOOPBACK = AddressPolicy([ip_network("127.0.0.0/8")])
@@ -241,22 +241,7 @@ class TestErrors:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Key and certificate of pictures.example, signed by itself."""
-    file = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=pictures.example"
-    names = "subjectAltName=DNS:pictures.example"
-    subprocess.run(
-        [*command.split(), "-addext", names, "-keyout", file, "-out", f"{file}.crt"],
-        check=True,
-        capture_output=True,
-    )
-    file.write_bytes(file.read_bytes() + Path(f"{file}.crt").read_bytes())
-    return file
-
-
-def server_tls(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
+    return write_certificate(tmp_path_factory.mktemp("tls") / "both.pem", "pictures.example")
 
 
 def on_loopback(_host: str, _port: int) -> Sequence[str]:

@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def program(name: str) -> str:
     found = shutil.which(name)
     if found is None:
         lacking(name)
-    return str(found)
+    return found
 
 
 def clients_folder() -> Path:
@@ -43,7 +43,7 @@ def clients_folder() -> Path:
     return CLIENTS
 
 
-def lacking(what: str) -> None:
+def lacking(what: str) -> NoReturn:
     """Skip the test on a desk, and fail it in CI."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI needs {what}")
@@ -80,7 +80,9 @@ CallClient = Callable[..., list[Answer]]
 """`call_client` with a home of its own."""
 
 
-def call_client(name: str, home: Path, *calls: Mapping[str, Any]) -> list[Answer]:
+def call_client(
+    name: str, home: Path, *calls: Mapping[str, Any], **environment: str
+) -> list[Answer]:
     """Run a program of `tests/clients/programs`, which prints one line of JSON for each call.
 
     home: the folder where clients keep their own settings.
@@ -89,13 +91,20 @@ def call_client(name: str, home: Path, *calls: Mapping[str, Any]) -> list[Answer
     interpreter = clients / "bin" / "python" if name.endswith(".py") else program("node")
     command = [interpreter, PROGRAMS / name, json.dumps(calls)]
     # litellm would ask a host of its own for prices.
-    lines = run(command, home=home, LITELLM_LOCAL_MODEL_COST_MAP="True").splitlines()
+    environment["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    lines = run(command, home, environment).splitlines()
     answers = [read_answer(json.loads(line)) for line in lines if line.startswith("{")]
     assert len(answers) == len(calls), lines
     return answers
 
 
-def run(command: list[str | Path], *, home: Path, fails: bool = False, **environment: str) -> str:
+def run(
+    command: Sequence[str | Path],
+    home: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    fails: bool = False,
+) -> str:
     """What a command prints. It sees no setting of the developer's shell.
 
     fails: whether it must fail, where it otherwise must succeed.
@@ -103,7 +112,7 @@ def run(command: list[str | Path], *, home: Path, fails: bool = False, **environ
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     process = subprocess.run(
         [*map(str, command)],
-        env={**kept, "HOME": str(home), **environment},
+        env={**kept, "HOME": str(home), **(environment or {})},
         cwd=home,
         capture_output=True,
         text=True,
