@@ -17,19 +17,12 @@ WITHOUT_EFFECT = {
 }
 """Fields that change no picture."""
 
-VENDOR_FIELDS = {
-    *("algorithm_type", "controlnet_model", "controlnet_type", "embeddings", "embeddings_model"),
-    *("enhance_style", "highres_fix", "init_image", "ip_adapter_id", "ip_adapter_image", "lora"),
-    *("mask_image", "model_id", "multi_lingual", "panorama", "self_attention", "strength"),
-    *("upscale", "vae"),
-}
-"""The vendor's fields that a call may have without effect here, by which the log names them."""
-
 
 def list_not_applied(fields: Mapping[str, Any], read: Collection[str]) -> tuple[str, ...]:
     """The names of fields that are not applied. read: those that were read."""
     names = [
-        name[:MAX_NAME_CHARS]
+        # A lone surrogate, which JSON can escape, could not be encoded again.
+        "".join(filter(str.isprintable, name[:MAX_NAME_CHARS]))
         for name, value in fields.items()
         if name not in read and name not in WITHOUT_EFFECT and not is_idle(name, value)
     ]
@@ -42,8 +35,3 @@ def is_idle(name: str, value: Any) -> bool:
         return True
     word = value.strip().lower() if isinstance(value, str) and len(value) < 10 else value
     return word in FALSE_WORDS or (name == "upscale" and word in (1, "1"))
-
-
-def to_code(name: str) -> str:
-    """A name for the log, which the client's own texts stay out of."""
-    return name if name in VENDOR_FIELDS else "unknown"

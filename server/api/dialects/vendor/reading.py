@@ -131,6 +131,8 @@ def read_job(
     reader.raise_errors()
     if family.is_later:
         facts = replace(facts, not_applied=list_not_applied(fields, reader.read))
+    if facts.not_applied:
+        reader.notices.append(Notice.FIELDS_IGNORED)
     prompts = [request.params.prompt, request.params.negative_prompt]
     notices = (*reader.notices, *prompt_notices(prompts))
     return replace(request, own_facts=facts.to_json(), notices=notices)

@@ -37,16 +37,12 @@ from server.api.dialects.vendor.families import (
     family_of,
     is_later_path,
 )
-from server.api.dialects.vendor.leftovers import to_code
 from server.api.services import Services
 from server.core.errors import ApiError, ImageUnavailable
-from server.core.logs import get_logger
 from server.core.settings import Base64Output, ErrorStatus
 from server.egress.downloads import FetchFailed
 from server.egress.sources import load_inline
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
-
-logger = get_logger(__name__)
 
 
 async def get_fields(request: Request, services: ServicesOf) -> Fields:
@@ -114,10 +110,6 @@ class PictureCall:
         job_request = reading.read_job(fields, policy, self.family, self.task)
         base_url = base_url_of(request, services.settings)
         submitted = await accept(services, job_request, caller, base_url, called_url_of(request))
-        not_applied = reading.VendorFacts.of(submitted.job).not_applied
-        if not_applied:
-            codes = ", ".join(dict.fromkeys(map(to_code, not_applied)))
-            logger.info("parameters ignored", job_id=submitted.job.id, detail=codes)
         return submitted.job
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from server.api.dialects.uploads import Upload
 from server.api.dialects.vendor.families import V3_FAMILY, Family
 from server.api.dialects.vendor.reading import VendorFacts, family_of_job
+from server.core.notices import Notice
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
 
 Body = dict[str, Any]
@@ -67,7 +68,8 @@ def write_tip(job: Job) -> str:
     """What was not applied as sent; `""` where that is nothing."""
     names = VendorFacts.of(job).not_applied
     sentences = [f"Not applied here: {', '.join(names)}"] if names else []
-    sentences += [notice.sentence for notice in job.request.warnings]
+    warnings = [each for each in job.request.warnings if each is not Notice.FIELDS_IGNORED]
+    sentences += [notice.sentence for notice in warnings]
     return " ".join(f"{sentence}." for sentence in sentences)
 
 
