@@ -250,6 +250,8 @@ def _by_rule(plain: Image.Image, rule: MaskRule, field: str) -> tuple[Image.Imag
         return read_luma(_flatten(plain, "black"), is_exact=False)
     if holes := read_holes(plain):
         return holes, MaskReading.TRANSPARENT
+    if rule is MaskRule.TRANSPARENT_OR_ALL:
+        return Image.new("L", plain.size, 255), MaskReading.WHITE
     raise UnreadableImage(field, ImageFault.NO_TRANSPARENCY, "has no transparent pixel")
 
 

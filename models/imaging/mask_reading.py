@@ -36,6 +36,8 @@ class MaskRule(StrEnum):
     """By the table above."""
     TRANSPARENT = "transparent"
     """Transparent pixels are repainted, as in OpenAI's API; a file without any is a fault."""
+    TRANSPARENT_OR_ALL = "transparent_or_all"
+    """As `TRANSPARENT`, but all is repainted where no pixel is transparent."""
     OPAQUE = "opaque"
     """Opaque pixels are repainted where some are transparent, else luma, as in A1111's web UI."""
 

@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -43,7 +43,10 @@ MAX_ESCAPES = 1_000_000
 """Most escapes of a URL-encoded form, because each is slow to decode. Two of the largest pictures
 in base64 have 830,000."""
 
-IMAGE_FIELDS = ("init_image", "mask_image", "image", "base64_string")
+IMAGE_FIELDS = (
+    *("init_image", "mask_image", "image", "base64_string"),
+    *("image[]", "mask", "mask[]"),
+)
 BASE64_START = re.compile(
     rb"(?!\+*https?(?::|%3a))(?:.{0,300}?(?:,|%2c))?\+*", re.IGNORECASE | re.DOTALL
 )
@@ -98,12 +101,12 @@ def is_absent(value: Any) -> bool:
     return value is None
 
 
-async def read_fields(request: Request, max_bytes: int) -> Fields:
-    """All fields of body and query. Raises: InvalidBody."""
-    query = with_lower_names(parse_form(request.scope["query_string"]))
+async def read_fields(request: Request, max_bytes: int, lists: Collection[str] = ()) -> Fields:
+    """All fields of body and query. lists: as for `gathered`. Raises: InvalidBody."""
+    query = with_lower_names(parse_form(request.scope["query_string"], lists))
     body = await read_body(request, max_bytes)
     content_type = request.headers.get("content-type", "")
-    fields = with_lower_names(await parse_body(body, content_type))
+    fields = with_lower_names(await parse_body(body, content_type, lists))
     return query | fields
 
 
@@ -185,7 +188,7 @@ async def parsed(parse: Callable[[bytes], R], body: bytes) -> R:
     return await asyncio.get_running_loop().run_in_executor(_body_threads, parse, body)
 
 
-async def parse_body(body: bytes, content_type: str) -> Fields:
+async def parse_body(body: bytes, content_type: str, lists: Collection[str] = ()) -> Fields:
     """The fields of a body; none for an empty one. Raises: InvalidBody."""
     start = body.lstrip()[:1]
     if not start:
@@ -196,10 +199,10 @@ async def parse_body(body: bytes, content_type: str) -> Fields:
     if kind == "multipart/form-data":
         # The parser is asynchronous, but the whole body is there, so it never waits.
         return await parsed(
-            lambda whole: run_without_waiting(parse_multipart(whole, content_type)), body
+            lambda whole: run_without_waiting(parse_multipart(whole, content_type, lists)), body
         )
     if kind == "application/x-www-form-urlencoded":
-        return await parsed(parse_form, body)
+        return await parsed(lambda whole: parse_form(whole, lists), body)
     return await parsed(parse_json, body)
 
 
@@ -287,14 +290,28 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_form(body: bytes) -> Fields:
+def gathered(pairs: Iterable[tuple[str, Any]], lists: Collection[str]) -> Fields:
+    """The fields of a form: the last value of each name.
+
+    lists: names in lower case of fields that may be repeated; their value is a list of all.
+    """
+    fields: Fields = {}
+    for name, value in pairs:
+        if name.lower() in lists:
+            fields.setdefault(name, []).append(value)
+        else:
+            fields[name] = value
+    return fields
+
+
+def parse_form(body: bytes, lists: Collection[str] = ()) -> Fields:
     """A URL-encoded form. Raises: InvalidForm, TooManyFields."""
     refuse_many_fields(body)
     if body.count(b"%") + body.count(b"+") > MAX_ESCAPES:
         raise InvalidForm
     pairs = b"&".join(map(with_pluses, body.split(b"&")))
     try:
-        return dict(parse_qsl(pairs.decode(), keep_blank_values=True))
+        return gathered(parse_qsl(pairs.decode(), keep_blank_values=True), lists)
     except ValueError as error:
         raise InvalidForm from error
 
@@ -311,7 +328,7 @@ def with_pluses(pair: bytes) -> bytes:
     return name + equals + head[0] + value[head.end() :].replace(b"+", b"%2B")
 
 
-async def parse_multipart(body: bytes, content_type: str) -> Fields:
+async def parse_multipart(body: bytes, content_type: str, lists: Collection[str] = ()) -> Fields:
     """A multipart form in UTF-8; files become bytes. Raises: InvalidForm.
 
     The parser gets only the boundary of the client's content type. With the client's `charset` it
@@ -326,15 +343,15 @@ async def parse_multipart(body: bytes, content_type: str) -> Fields:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise InvalidForm from error
-    fields: Fields = {}
+    pairs: list[tuple[str, Any]] = []
     for latin_name, value in form.multi_items():
         name = str(decode_part(latin_name))
         if isinstance(value, UploadFile):
-            fields[name] = await value.read()
+            pairs.append((name, await value.read()))
         else:
-            fields[name] = decode_part(value, is_image=name.lower() in IMAGE_FIELDS)
+            pairs.append((name, decode_part(value, is_image=name.lower() in IMAGE_FIELDS)))
     await form.close()
-    return fields
+    return gathered(pairs, lists)
 
 
 def multipart_parser(body: bytes, boundary: str) -> MultiPartParser:

@@ -43,6 +43,11 @@ async def wait_for_pictures(services: Services, request: Request, job: Job) -> J
             raise (
                 ServerBusy if services.watcher.is_stopping else JobTooSlow(services.settings.wait_s)
             )
+    return with_pictures(ended)
+
+
+def with_pictures(ended: Job) -> Job:
+    """The same job. Raises: JobFailed where it has no pictures."""
     if ended.has_pictures:
         return ended
     is_cancelled = ended.state is JobState.CANCELLED

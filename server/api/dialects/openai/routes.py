@@ -1,0 +1,173 @@
+"""OpenAI's images API: edits, generations, and the list of models.
+
+A call reads with `reading`, is accepted, waits, and is written by `writing`; one that asks for a
+stream is answered by `stream`.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from models.imaging.mask_reading import MaskRule
+from server.api.accept import accept
+from server.api.auth.keyring import Caller, key_in_headers
+from server.api.bodies import read_fields, release_body
+from server.api.dependencies import (
+    ServicesOf,
+    admit,
+    base_url_of,
+    called_url_of,
+    cancel,
+    reading_policy,
+)
+from server.api.dialects.base import Dialect, JobRequest, ReadingPolicy
+from server.api.dialects.openai import reading, writing
+from server.api.dialects.openai.reading import Call
+from server.api.dialects.openai.stream import PictureStream
+from server.api.dialects.waiting import read_pictures, wait_for_pictures, with_pictures
+from server.api.services import Services
+from server.core.errors import ImageUnavailable, JobNotFound, RouteNotFound, StorageUnavailable
+from server.jobs.job import Job
+
+IMAGES = "/v1/images/"
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""`no` makes nginx pass on each event at once instead of buffering it."""
+
+
+async def get_caller(request: Request) -> Caller:
+    """The caller. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, key_in_headers(request.headers))
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_cleanup() -> AsyncIterator[AsyncExitStack]:
+    """What is to be done once the answer has been sent, or its client has gone."""
+    async with AsyncExitStack() as cleanup:
+        yield cleanup
+
+
+CleanupOf = Annotated[AsyncExitStack, Depends(get_cleanup)]
+
+# OpenAI's own description is what its clients are written for, so `/openapi.json` has no other.
+router = APIRouter(include_in_schema=False)
+
+Read = Callable[[Mapping[str, Any], ReadingPolicy], tuple[JobRequest, Call]]
+
+
+@router.post("/v1/images/edits")
+async def edit(
+    request: Request, services: ServicesOf, caller: CallerOf, cleanup: CleanupOf
+) -> Response:
+    """Repaint the transparent part of a mask in an image."""
+    job, call = await submit(request, services, caller, reading.read_edit)
+    return await answer(request, services, caller, cleanup, (job, call))
+
+
+@router.post("/v1/images/generations")
+async def generate(
+    request: Request, services: ServicesOf, caller: CallerOf, cleanup: CleanupOf
+) -> Response:
+    """Make pictures from a text."""
+    job, call = await submit(request, services, caller, reading.read_generation)
+    return await answer(request, services, caller, cleanup, (job, call))
+
+
+async def submit(
+    request: Request, services: Services, caller: Caller, read: Read
+) -> tuple[Job, Call]:
+    """Make a job of a call. The fields, which may hold megabytes, are gone when this returns.
+
+    Raises: as `accept`; InvalidBody, InvalidRequest.
+    """
+    settings = services.settings
+    fields = await read_fields(request, settings.max_body_bytes, reading.REPEATED_FIELDS)
+    job_request, call = read(fields, reading_policy(settings, caller))
+    base_url, called_url = base_url_of(request, settings), called_url_of(request)
+    try:
+        submitted = await accept(services, job_request, caller, base_url, called_url)
+    except ImageUnavailable as error:
+        if job_request.mask_rule is not MaskRule.TRANSPARENT_OR_ALL:
+            raise
+        # The image stood for the mask too, of which the client knows nothing.
+        raise ImageUnavailable({"init_image": next(iter(error.problems.values()))}) from error
+    return submitted.job, call
+
+
+async def answer(
+    request: Request,
+    services: Services,
+    caller: Caller,
+    cleanup: AsyncExitStack,
+    submitted: tuple[Job, Call],
+) -> Response:
+    """The pictures, once they are made or as they come. Raises: as `wait_for_pictures`."""
+    job, call = submitted
+    # The call may wait long now, so its share of the body limit is released.
+    release_body(request)
+    if call.is_stream:
+        return open_stream(services, caller, cleanup, job, call)
+    job = await wait_for_pictures(services, request, job)
+    files = await read_pictures(services, job) if writing.needs_files(call) else []
+    body = await to_thread.run_sync(writing.write_pictures, call, job, files)
+    return Response(body, media_type="application/json")
+
+
+def open_stream(
+    services: Services, caller: Caller, cleanup: AsyncExitStack, job: Job, call: Call
+) -> StreamingResponse:
+    """Follow a job; it is cancelled where the stream ends before it. Raises: TooManyStreams."""
+    cleanup.push_async_callback(cancel, services, job)
+    subscription = cleanup.enter_context(
+        services.watcher.subscribe(job.id, caller.key_id, caller.key_digest)
+    )
+
+    async def read_end() -> tuple[Job, list[bytes]]:
+        ended = await services.in_store_thread(services.store.get, job.id)
+        if ended is None:
+            raise JobNotFound
+        return ended, await read_pictures(services, with_pictures(ended))
+
+    async def read_preview() -> bytes | None:
+        try:
+            return await services.in_file_thread(services.storage.get, job.preview_key)
+        except StorageUnavailable:
+            return None  # a missing preview must not end the stream
+
+    wait_s = services.settings.wait_s
+    stream = PictureStream(call, job, subscription, wait_s, read_end, read_preview)
+    return StreamingResponse(stream.events(), 200, STREAM_HEADERS, "text/event-stream")
+
+
+@router.get("/v1/models")
+async def list_models(services: ServicesOf, caller: CallerOf) -> JSONResponse:
+    """The models that a call may name."""
+    return JSONResponse(writing.write_models(reading_policy(services.settings, caller)))
+
+
+@router.get("/v1/models/{name}")
+async def read_model(services: ServicesOf, caller: CallerOf, name: str) -> JSONResponse:
+    """A model by its id or alias. Raises: RouteNotFound."""
+    if reading.find_model(name, reading_policy(services.settings, caller)) is None:
+        raise RouteNotFound
+    return JSONResponse(writing.write_model(name))
+
+
+def owns(path: str) -> bool:
+    """Whether errors under a path are OpenAI's; models as `owner/name` are Replicate's."""
+    is_model = path.startswith(f"{writing.MODELS}/") and path.count("/") == 3
+    return path.startswith(IMAGES) or path == writing.MODELS or is_model
+
+
+OPENAI = Dialect(
+    name=reading.DIALECT,
+    router=router,
+    owns=owns,
+    write_error=writing.write_error,
+    write_webhook=writing.write_webhook,
+)
