@@ -48,5 +48,5 @@ def test_page_shows_our_errors_and_no_other(site: str, client: CallClient, call:
     (answer,) = client(PAGE, call(base=site, prompt="a cat " * 3000))
 
     assert answer.extra["notifications"] == []
-    assert answer.error == "400"
+    assert answer.error == "422"
     assert "prompt" in answer.text

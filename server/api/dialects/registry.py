@@ -6,13 +6,14 @@ from typing import Any
 from models.spelling import did_you_mean
 from server.api.dialects.a1111.routes import A1111
 from server.api.dialects.base import Dialect
+from server.api.dialects.iopaint.routes import IOPAINT
 from server.api.dialects.native.routes import NATIVE
 from server.api.dialects.openai.routes import OPENAI
 from server.api.dialects.replicate.routes import REPLICATE
 from server.api.dialects.vendor.routes import V3, VENDOR
 from server.jobs.job import Job
 
-DIALECTS = (NATIVE, OPENAI, REPLICATE, A1111, VENDOR, V3)
+DIALECTS = (NATIVE, OPENAI, REPLICATE, IOPAINT, A1111, VENDOR, V3)
 """The first dialect that owns a path writes its errors; `NATIVE` writes those of other paths."""
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}

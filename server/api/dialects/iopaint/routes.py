@@ -1,0 +1,127 @@
+"""IOPaint's API: a call that waits for its picture, and what IOPaint's page asks at its start."""
+
+from pathlib import PurePath
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.auth.keyring import Caller, key_in_headers
+from server.api.bodies import read_fields
+from server.api.dependencies import ServicesOf, admit, reading_policy
+from server.api.dialects.base import Dialect, JobRequest
+from server.api.dialects.iopaint import captions, reading, writing
+from server.api.dialects.waiting import make_pictures, read_pictures
+from server.api.services import Services
+from server.core.errors import ImageProblem, ImageUnavailable, InvalidRequest
+
+router = APIRouter(prefix=writing.PREFIX, tags=["iopaint"])
+
+
+async def get_caller(request: Request) -> Caller:
+    """The caller. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, key_in_headers(request.headers))
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+INPAINT_OPENAPI: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image", "mask"],
+                    "properties": {
+                        "image": {"type": "string", "description": "Data URI or base64"},
+                        "mask": {"type": "string", "description": "The same; white is repainted"},
+                        "prompt": {"type": "string"},
+                        "negative_prompt": {"type": "string"},
+                        "sd_steps": {"type": "integer", "default": reading.DEFAULT_STEPS},
+                        "sd_strength": {"type": "number", "default": 1.0},
+                        "sd_guidance_scale": {"type": "number", "default": 7.5},
+                        "sd_sampler": {"type": "string", "default": reading.DEFAULT_SAMPLER},
+                        "sd_seed": {"type": "integer", "default": reading.DEFAULT_SEED},
+                        "sd_mask_blur": {"type": "integer", "default": 11},
+                        "sd_match_histograms": {"type": "boolean", "default": False},
+                        "use_croper": {"type": "boolean", "default": False},
+                    },
+                }
+            }
+        }
+    }
+}
+
+
+@router.post("/inpaint", response_class=Response, openapi_extra=INPAINT_OPENAPI)
+async def inpaint(request: Request, services: ServicesOf, caller: CallerOf) -> Response:
+    """Repaint the white part of a mask; the answer is the picture's file."""
+    job_request, ignored = await read_call(request, services, caller)
+    job = await make_pictures(services, request, job_request, caller)
+    (picture,) = await read_pictures(services, job)
+    return writing.write_picture(job, picture, ignored)
+
+
+async def read_call(
+    request: Request, services: Services, caller: Caller
+) -> tuple[JobRequest, list[str]]:
+    """The call, and the names of fields that are not applied. Raises: as `read_inpaint`."""
+    settings = services.settings
+    fields = await read_fields(request, settings.max_body_bytes)
+    policy = reading_policy(settings, caller)
+    return await reading.read_inpaint(fields, policy, settings.fetch.max_image_bytes)
+
+
+@router.get("/server-config")
+async def server_config(services: ServicesOf, _caller: CallerOf) -> JSONResponse:
+    """What the page may show."""
+    return JSONResponse(writing.write_server_config(services.settings.model))
+
+
+@router.get("/model")
+async def current_model(services: ServicesOf, _caller: CallerOf) -> JSONResponse:
+    """The server's model."""
+    return JSONResponse(writing.write_model(services.settings.model))
+
+
+@router.post("/model")
+async def switch_model(request: Request, services: ServicesOf, _caller: CallerOf) -> JSONResponse:
+    """The server's model, if it is named: one caller cannot switch it for all others."""
+    fields = await read_fields(request, services.settings.max_body_bytes)
+    model = services.settings.model
+    if fields.get("name") not in (model, PurePath(model).name):
+        raise InvalidRequest({"name": [f"The name must be {PurePath(model).name}."]})
+    return JSONResponse(writing.write_model(model))
+
+
+@router.get("/samplers")
+async def samplers(_caller: CallerOf) -> list[str]:
+    """IOPaint's samplers that this server has."""
+    return reading.offered_samplers()
+
+
+@router.get("/inputimage")
+async def input_image(_caller: CallerOf) -> JSONResponse:
+    """The picture that IOPaint's command line opens; there is none here."""
+    return JSONResponse({"detail": "No input image configured"})
+
+
+@router.post("/gen-info")
+async def gen_info(request: Request, services: ServicesOf, _caller: CallerOf) -> JSONResponse:
+    """The prompts that are written into a PNG, which the page fills in."""
+    fields = await read_fields(request, services.settings.max_body_bytes)
+    content = fields.get("file")
+    if not isinstance(content, bytes):
+        raise ImageUnavailable({"file": ImageProblem.NOT_AN_IMAGE})
+    prompt, negative_prompt = captions.read_prompts(content)
+    return JSONResponse({"prompt": prompt, "negative_prompt": negative_prompt})
+
+
+IOPAINT = Dialect(
+    name=reading.DIALECT,
+    router=router,
+    owns=writing.owns,
+    write_error=writing.write_error,
+    write_webhook=writing.write_webhook,
+    exposed_headers=writing.EXPOSED_HEADERS,
+)

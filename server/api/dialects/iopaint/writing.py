@@ -1,0 +1,99 @@
+"""IOPaint 1.6, writing: what its page asks at the start, answers with a picture, and errors."""
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.dialects.explanations import explain, headers_of
+from server.api.dialects.iopaint.reading import offered_samplers
+from server.core.errors import ApiError, ImageUnavailable
+from server.jobs.job import Job
+
+Body = dict[str, Any]
+
+PREFIX = "/api/v1"
+OF_THE_VENDOR = f"{PREFIX}/enterprise"
+FIELD_NAMES = {"init_image": "image", "mask_image": "mask"}
+
+SEED, WARNINGS, IGNORED = EXPOSED_HEADERS = ("X-Seed", "X-Warnings", "X-Ignored-Fields")
+
+
+def owns(path: str) -> bool:
+    """Whether errors under a path are written as IOPaint does."""
+    return is_below(path, PREFIX) and not is_below(path, OF_THE_VENDOR)
+
+
+def is_below(path: str, prefix: str) -> bool:
+    """Whether a path is a prefix or lies below it."""
+    return path == prefix or path.startswith(f"{prefix}/")
+
+
+def write_picture(job: Job, picture: bytes, ignored: Sequence[str]) -> Response:
+    """The picture itself; headers tell the seed and what was not applied as sent."""
+    headers = {SEED: str(job.params.seed)}
+    if job.request.warnings:
+        headers[WARNINGS] = ", ".join(job.request.warnings)
+    if ignored:
+        headers[IGNORED] = ", ".join(ignored)
+    return Response(picture, 200, headers, job.params.output_format.media_type)
+
+
+def write_model(model: str) -> Body:
+    """A model, with what the page may offer for it. Only its name is told of a path."""
+    name = PurePath(model).name
+    return {
+        "name": name,
+        "path": name,
+        "model_type": "diffusers_sd_inpaint",
+        "is_single_file_diffusers": False,
+        "need_prompt": True,
+        "controlnets": [],
+        "brushnets": [],
+        "support_strength": True,
+        "support_outpainting": True,
+        "support_lcm_lora": False,
+        "support_controlnet": False,
+        "support_brushnet": False,
+        "support_powerpaint_v2": False,
+    }
+
+
+def write_server_config(model: str) -> Body:
+    """What the page may show: one model, its samplers, and no plugins."""
+    return {
+        "plugins": [],
+        "modelInfos": [write_model(model)],
+        "removeBGModel": "",
+        "removeBGModels": [],
+        "realesrganModel": "",
+        "realesrganModels": [],
+        "interactiveSegModel": "",
+        "interactiveSegModels": [],
+        "enableFileManager": False,
+        "enableAutoSaving": False,
+        "enableControlnet": False,
+        "controlnetMethod": None,
+        "disableModelSwitch": True,
+        "isDesktop": False,
+        "samplers": offered_samplers(),
+    }
+
+
+def write_error(error: ApiError, _request: Request) -> Response:
+    """An error; the page shows `errors`."""
+    if isinstance(error, ImageUnavailable):
+        error = ImageUnavailable(
+            {FIELD_NAMES.get(name, name): problem for name, problem in error.problems.items()}
+        )
+    explanation = explain(error)
+    text = explanation.text
+    body = {"error": explanation.code, "detail": text, "body": "", "errors": text}
+    return JSONResponse(body, explanation.status, headers_of(error))
+
+
+def write_webhook(job: Job) -> Body:
+    """A body for completeness: no call of IOPaint's can name a webhook."""
+    return {"id": job.id, "state": job.state}
