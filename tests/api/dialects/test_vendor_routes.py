@@ -591,8 +591,8 @@ class TestUploads:
             (None, "The image field is required."),
             ("https://x.example/a.png", "The image must be base64 or a file."),
             ("AAAA", "The image is of an unsupported kind: send a PNG, JPEG or WEBP image."),
-            ("/images/a.png", "The image must be a URL, base64 or a file."),
-            (7, "The image must be a URL, base64 or a file."),
+            ("/images/a.png", "The image must be base64 or a file."),
+            (7, "The image must be base64 or a file."),
         ],
     )
     def test_other_content_is_refused(

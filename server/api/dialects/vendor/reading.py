@@ -318,10 +318,15 @@ def read_upload(fields: Mapping[str, Any]) -> tuple[str, ImageSource]:
     sent = [name for name in UPLOAD_FIELDS if reader.value(name) is not None]
     name = sent[0] if sent else UPLOAD_FIELDS[0]
     source = reader.image(name)
+    if sent and (reader.errors or source.is_url):
+        raise not_an_upload(name)
     reader.raise_errors()
-    if source.is_url:
-        raise InvalidRequest({name: [f"The {name.replace('_', ' ')} must be base64 or a file."]})
     return name, source
+
+
+def not_an_upload(name: str) -> InvalidRequest:
+    """The error for a field that holds no picture, such as a URL, whose picture is elsewhere."""
+    return InvalidRequest({name: [f"The {name.replace('_', ' ')} must be base64 or a file."]})
 
 
 def wants_crop(fields: Mapping[str, Any]) -> bool:

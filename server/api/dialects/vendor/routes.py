@@ -38,7 +38,7 @@ from server.api.dialects.vendor.families import (
     is_later_path,
 )
 from server.api.services import Services
-from server.core.errors import ApiError, ImageUnavailable
+from server.core.errors import ApiError, ImageProblem, ImageUnavailable
 from server.core.settings import Base64Output, ErrorStatus
 from server.egress.downloads import FetchFailed
 from server.egress.sources import load_inline
@@ -157,6 +157,8 @@ async def upload(
     try:
         content = await load_inline(source.content, settings.fetch.max_image_bytes)
     except FetchFailed as error:
+        if error.kind is ImageProblem.NOT_A_SOURCE:
+            raise reading.not_an_upload(name) from error
         raise ImageUnavailable({name: error.kind}) from error
     stored = await store_upload(services, caller, content, base_url_of(request, settings), name)
     return JSONResponse(writing.write_upload(stored, is_crop_wanted=is_crop_wanted))
