@@ -49,8 +49,10 @@ async def accept(
 
     base_url: the server's address in the URLs of answers. called_url: the address that the client
     used. A picture of our own under either address is read from the file store.
-    Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, StorageUnavailable.
+    Raises: ServerBusy, QueueFull, Conflict, ImageUnavailable, InvalidRequest, DeadlineUnmeetable,
+        StorageUnavailable.
     """
+    started = time.monotonic()
     if services.watcher.is_stopping:
         raise ServerBusy
     services.health.refuse_writes()
@@ -67,6 +69,7 @@ async def accept(
         async with decoded(services, images, request, caller) as (pair, decode_s):
             intake = await to_thread.run_sync(describe_intake, images, pair, fetch_s, decode_s)
             new_job = make_new_job(request, caller, base_url, pair, intake)
+            new_job = await with_deadline(services, new_job, request.deadline_s, started)
             # The input is durable before its row exists, so a claimed job always has its input.
             await services.in_file_thread(put_input, services.storage, new_job, pair)
         submitted = await services.in_submit_thread(
@@ -179,6 +182,23 @@ def make_new_job(
         webhook=request.webhook,
         track_id=request.track_id,
     )
+
+
+async def with_deadline(
+    services: Services, new_job: NewJob, deadline_s: float | None, started: float
+) -> NewJob:
+    """The job with what is left of the time until its deadline, if it has one.
+
+    It is checked here because the job's size, and so its duration, follows from the images.
+    started: when the request came, in monotonic seconds.
+    Raises: DeadlineUnmeetable, where the estimate says that it will not be met.
+    """
+    if deadline_s is None:
+        return new_job
+    left_s = max(0.0, deadline_s - (time.monotonic() - started))
+    new_job = dataclasses.replace(new_job, deadline_s=left_s)
+    await services.in_store_thread(services.estimator.check_deadline, new_job)
+    return new_job
 
 
 def canvas_size_of(request: JobRequest, width: int, height: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import functools
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +29,7 @@ from server.api.middleware import CrossOrigin, ErrorAnswers, RequestContext
 from server.api.proxies import TrustedProxies
 from server.api.services import WEBHOOKS, Services
 from server.core.background import Background
-from server.core.errors import ApiError
+from server.core.errors import ApiError, StorageUnavailable
 from server.core.logs import get_logger
 from server.core.metrics import Metrics
 from server.core.settings import Settings
@@ -139,7 +139,7 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
     )
     storage = Storage(settings.storage_url)
     keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
-    estimator = Estimator(lambda: store.forecast(settings.places_on))
+    estimator = Estimator(functools.partial(store.forecast, settings.places_on))
     metrics.registry.register(StoredFigures(engine, store, estimator))
     # A client each, so that images and webhooks do not wait for each other's DNS look-ups.
     listeners = listeners_of(settings)
@@ -207,12 +207,21 @@ async def refresh_keys(services: Services) -> None:
 async def requeue_lost_jobs(services: Services) -> None:
     """Queue jobs again whose lease has expired, and remove the rows of dead workers.
 
-    Workers requeue expired jobs too, but there may be none running.
+    Workers requeue expired jobs too, but there may be none running. Jobs whose deadline has passed
+    are failed here alone: no worker claims them.
     """
     while True:
         try:
             await services.in_store_thread(services.store.requeue_expired)
+            await fail_overdue_jobs(services)
             await services.in_store_thread(services.store.workers.remove_dead)
         except SQLAlchemyError:
             logger.exception("lost jobs not requeued")
         await asyncio.sleep(CHECK_INTERVAL_S)
+
+
+async def fail_overdue_jobs(services: Services) -> None:
+    """Fail the waiting jobs whose deadline has passed, and remove their inputs."""
+    for key in await services.in_store_thread(services.store.fail_overdue):
+        with suppress(StorageUnavailable):  # `Janitor` removes it later
+            await services.in_file_thread(services.storage.delete, key)

@@ -13,6 +13,7 @@ ApiError
 ├── LoopbackOnly        a call from another machine or page to a server without keys
 ├── RateLimited         this key, or this address, calls too often
 ├── QueueFull           too many jobs are waiting
+├── DeadlineUnmeetable  the job would not end before its deadline
 ├── TooManyStreams      this key has too many event streams open
 ├── ServerBusy          more connections than the server takes, or it is stopping
 ├── JobNotFound         unknown id, or a job of another key
@@ -146,6 +147,14 @@ class QueueFull(ApiError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"{limit} jobs are waiting")
+
+
+class DeadlineUnmeetable(ApiError):
+    """eta_s: estimated seconds until the job would end."""
+
+    def __init__(self, eta_s: float) -> None:
+        self.eta_s = eta_s
+        super().__init__(f"would end in {eta_s:g} s")
 
 
 class TooManyStreams(ApiError):

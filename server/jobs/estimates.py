@@ -11,12 +11,14 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from sqlalchemy import Connection, case, select
+from sqlalchemy import Connection, Row, case, select
 
+from server.core.errors import DeadlineUnmeetable
 from server.jobs.fair_queue import ORDER
-from server.jobs.job import JobState
+from server.jobs.job import JobState, NewJob
 from server.storage.tables import jobs
 
 MARGIN = 1.2
@@ -78,7 +80,14 @@ REMAINING_WORK = jobs.c.work * (
     1 - 1.0 * jobs.c.step / case((jobs.c.total_steps == 0, 1), else_=jobs.c.total_steps)
 )
 BACKLOG = (
-    select(jobs.c.id, jobs.c.state, PIXELS.label("pixels"), REMAINING_WORK.label("remaining"))
+    select(
+        jobs.c.id,
+        jobs.c.state,
+        PIXELS.label("pixels"),
+        REMAINING_WORK.label("remaining"),
+        jobs.c.priority,
+        jobs.c.turn,
+    )
     .where(jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING]))
     .order_by((jobs.c.state == JobState.RUNNING).desc(), *ORDER)
 )
@@ -92,6 +101,20 @@ class PendingWork:
     is_running: bool
     pixels: float
     steps: float
+
+
+CANDIDATE_ID = 0
+"""Id of a job in a forecast that is not submitted yet. Ids of rows begin at 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A job that may be submitted. pixels, work: as of a row. priority, turn: as in `Job`."""
+
+    pixels: int
+    work: float
+    priority: int
+    turn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +170,8 @@ class Forecast:
     """The simulated end of every job in the backlog.
 
     ends_s: seconds until each job ends. positions: of waiting jobs; 1 is next. wait_s: seconds
-    until a job submitted now would start.
+    until a job submitted now would start. is_measured: workers are ready, and finished jobs show
+    their throughput; otherwise the forecast is a guess.
     """
 
     waiting: int
@@ -155,6 +179,7 @@ class Forecast:
     ends_s: Mapping[int, float]
     positions: Mapping[int, int]
     wait_s: float
+    is_measured: bool = False
 
     def position(self, job_id: int) -> int:
         """Position of a waiting job; 1 is next. An unknown job comes last."""
@@ -255,34 +280,51 @@ def simulate(
 
 
 def read_forecast(
-    connection: Connection, devices: Sequence[str], places_on: Callable[[str], int], now: float
+    connection: Connection,
+    devices: Sequence[str],
+    places_on: Callable[[str], int],
+    now: float,
+    candidate: Candidate | None = None,
 ) -> Forecast:
     """Simulate the backlog in the database.
 
     devices: one per ready worker. places_on: how many jobs a worker runs at a time, by device.
-    now: seconds since the epoch.
+    now: seconds since the epoch. candidate: is simulated too, with the id `CANDIDATE_ID`.
     """
     done = [
         FinishedWork(row.pixels, row.work / row.pixels, row.finished_at, row.run_s)
         for row in connection.execute(RECENTLY_FINISHED)
     ]
+    rows = connection.execute(BACKLOG).all()
     left = [
         PendingWork(row.id, row.state == JobState.RUNNING, row.pixels, row.remaining / row.pixels)
-        for row in connection.execute(BACKLOG)
+        for row in rows
     ]
+    if candidate is not None:
+        steps = candidate.work / candidate.pixels
+        pending = PendingWork(CANDIDATE_ID, False, candidate.pixels, steps)
+        left.insert(place_of(candidate, rows), pending)
     places = sum(map(places_on, devices)) or places_on("")
     pause_s = 0.0 if devices else START_S
-    return simulate(left, places, measure_throughput(done, len(devices), now), pause_s=pause_s)
+    forecast = simulate(left, places, measure_throughput(done, len(devices), now), pause_s=pause_s)
+    return replace(forecast, is_measured=bool(devices and done))
+
+
+def place_of(candidate: Candidate, rows: Sequence[Row[*tuple[Any, ...]]]) -> int:
+    """The index at which a candidate is claimed. rows: of `BACKLOG`."""
+    order = (-candidate.priority, candidate.turn)
+    return sum(row.state == JobState.RUNNING or (-row.priority, row.turn) <= order for row in rows)
 
 
 @dataclass(slots=True)
 class Estimator:
     """Caches the latest forecast. Synchronous; safe for several threads.
 
-    read: makes a forecast. clock: monotonic seconds.
+    read: makes a forecast, with a job that is not submitted yet where one is given.
+    clock: monotonic seconds.
     """
 
-    read: Callable[[], Forecast]
+    read: Callable[[NewJob | None], Forecast]
     clock: Callable[[], float] = time.monotonic
     _latest: tuple[Forecast, float, float] | None = field(default=None, init=False)
 
@@ -299,9 +341,21 @@ class Estimator:
             cached_s = COST_FACTOR * took_s
             if now - made_at < (max(cached_s, CACHED_S) if is_known else cached_s):
                 return latest
-        made = self.read()
+        made = self.read(None)
         self._latest = made, now, self.clock() - now
         return made
+
+    def check_deadline(self, new: NewJob) -> None:
+        """Refuse a job that would not end in time if it were submitted now.
+
+        The margin of estimates is left out, and a guess refuses nothing.
+        Raises: DeadlineUnmeetable; sqlalchemy.exc.SQLAlchemyError.
+        """
+        if new.deadline_s is None:
+            return
+        forecast = self.read(new)
+        if forecast.is_measured and forecast.ends_s[CANDIDATE_ID] > new.deadline_s:
+            raise DeadlineUnmeetable(forecast.eta_s(CANDIDATE_ID))
 
 
 class QuotedEstimates:

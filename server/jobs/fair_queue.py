@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Float,
     ScalarSelect,
     Select,
     bindparam,
@@ -25,6 +26,12 @@ from server.storage.tables import jobs
 
 IS_WAITING: ColumnElement[bool] = jobs.c.state == "queued"
 """The job waits for a worker."""
+
+SHARED_NOW = bindparam("shared_now", type_=Float)
+"""Seconds of a `DatabaseClock`."""
+
+IS_OVERDUE: ColumnElement[bool] = IS_WAITING & (jobs.c.deadline_at <= SHARED_NOW)
+"""The job's deadline passed while it was waiting."""
 
 ORDER = (jobs.c.priority.desc(), jobs.c.turn, jobs.c.id)
 """The order of claims."""

@@ -138,6 +138,7 @@ class NewJob:
     file_prefix: uuid4; names the job's files.
     work: size of the job in pixel steps, for estimates of time.
     track_id: any JSON scalar, given back as it came.
+    deadline_s: seconds from the submission after which it is not started; None for no limit.
     """
 
     dialect: str
@@ -149,6 +150,7 @@ class NewJob:
     webhook: str | None = None
     track_id: Any = None
     share: QueueShare = USUAL_SHARE
+    deadline_s: float | None = None
 
     @property
     def input_key(self) -> str:
@@ -169,6 +171,8 @@ class Job:
     run_s: seconds from claim to end by the worker's steady clock; None where no worker ended it.
     flagged: the safety checker's verdict per picture; None for a job that is not finished.
     expired_at: when the pictures of a finished job were removed; None while they are there.
+    deadline_at: no worker starts it from then on, by a clock that all processes share; None for no
+        limit.
     claimed_s: when it was claimed, by the steady clock of the process that did; None in any other.
     """
 
@@ -198,6 +202,7 @@ class Job:
     expired_at: float | None = None
     preview_step: int | None = None
     queued_s: float | None = None
+    deadline_at: float | None = None
     claimed_s: float | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -334,6 +339,8 @@ class Failure(StrEnum):
     UNUSABLE_PICTURE = "unusable_picture"
     NOT_STORED = "not_stored"
     """The file store did not take the pictures."""
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    """No worker could start it before its deadline."""
     UNKNOWN = "unknown"
 
     @property
@@ -364,5 +371,6 @@ SENTENCES = {
     Failure.OUT_OF_MEMORY: "The picture is too large for this server's memory",
     Failure.UNUSABLE_PICTURE: "The model could not make this picture",
     Failure.NOT_STORED: "The pictures could not be stored",
+    Failure.DEADLINE_EXCEEDED: "The deadline passed while the job was waiting",
     Failure.UNKNOWN: "Something went wrong while making this picture",
 }

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Float, bindparam, case, func, select, update
+from sqlalchemy import ColumnElement, bindparam, case, func, select, update
 
-from server.jobs.fair_queue import IS_WAITING, ORDER
+from server.jobs.fair_queue import IS_WAITING, ORDER, SHARED_NOW
 from server.jobs.job import Job, JobState
 from server.storage.tables import jobs
 
@@ -34,7 +34,7 @@ MAX_GAP_S = 2 * CHECK_INTERVAL_S
 """A longer time between two checks counts as so much. The database may have been unreachable, or
 the machine suspended. No worker could write a heartbeat then, and all would seem dead."""
 
-CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook)
+CHANGED = (jobs.c.id, jobs.c.state, jobs.c.key_id, jobs.c.webhook, jobs.c.file_prefix)
 """What every statement that changes jobs returns, for notifications and the outbox."""
 
 # Statements that every job needs are built once, because building one costs more than running it.
@@ -52,14 +52,17 @@ COUNT_HELD = (
     .where(jobs.c.state == JobState.RUNNING)
     .group_by(jobs.c.worker_id)
 )
+MAY_START: ColumnElement[bool] = jobs.c.deadline_at.is_(None) | (jobs.c.deadline_at > SHARED_NOW)
+"""The job has no deadline, or it has not passed."""
+
 LOCK_NEXT = (
     select(jobs.c.id, jobs.c.attempt, jobs.c.created_at)
-    .where(IS_WAITING)
+    .where(IS_WAITING, MAY_START)
     .order_by(*ORDER)
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)
 )
-QUEUED_S = bindparam("shared_now", type_=Float) - jobs.c.submitted_s
+QUEUED_S = SHARED_NOW - jobs.c.submitted_s
 """Below 0 where the clocks of the two processes differ a little."""
 
 CLAIM = (
@@ -67,6 +70,7 @@ CLAIM = (
     .where(
         jobs.c.id.in_(bindparam("chosen", expanding=True)),
         jobs.c.state == JobState.QUEUED,
+        MAY_START,
     )
     .values(
         state=JobState.RUNNING,

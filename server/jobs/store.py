@@ -34,8 +34,8 @@ from sqlalchemy import (
     update,
 )
 
-from server.jobs.estimates import Forecast, read_forecast
-from server.jobs.fair_queue import ORDER
+from server.jobs.estimates import Candidate, Forecast, read_forecast
+from server.jobs.fair_queue import IS_OVERDUE, ORDER, next_position
 from server.jobs.idempotency import Idempotency
 from server.jobs.job import (
     USUAL_SHARE,
@@ -46,6 +46,7 @@ from server.jobs.job import (
     JobState,
     NewJob,
     QueueShare,
+    input_key_of,
 )
 from server.jobs.leases import (
     CHANGED,
@@ -94,6 +95,7 @@ LIVE_PROGRESS = (
     .order_by(*ORDER)
 )
 INSERT_RECEIPT = insert(receipts)
+ANY_OVERDUE = select(jobs.c.id).where(IS_OVERDUE).limit(1)
 
 
 class JobStore:
@@ -228,6 +230,8 @@ class JobStore:
         A poison job may kill its worker. A job whose worker was lost is therefore claimed alone,
         and only by an idle worker, so that it cannot take other jobs down.
         is_idle: the worker holds no job.
+
+        A job whose deadline has passed is never claimed; `fail_overdue` ends it.
         """
         with self._engine.begin() as connection:
             count = connection.scalar(COUNT_WAITING)
@@ -236,8 +240,10 @@ class JobStore:
                 return []
             # After BEGIN, because a job may be written while this call waits for the lock.
             now = self._clock()
+            shared_now = self._shared_clock()
             share = min(limit, self._share(connection, worker_id, count))
-            waiting = connection.execute(LOCK_NEXT, {"limit": max(share, 1)}).all()
+            lock = {"limit": max(share, 1), "shared_now": shared_now}
+            waiting = connection.execute(LOCK_NEXT, lock).all()
             if share < 1 and waiting and 0 <= now - waiting[0].created_at < FAIR_SHARE_S:
                 return []
             chosen = _claimable(waiting, is_idle)
@@ -247,7 +253,7 @@ class JobStore:
                 "chosen": chosen,
                 "claimed_by": worker_id,
                 "now": now,
-                "shared_now": self._shared_clock(),
+                "shared_now": shared_now,
             }
             rows = connection.execute(CLAIM, values).all()
             notify(connection, Topic.PROGRESS)
@@ -349,12 +355,35 @@ class JobStore:
         """Queue all jobs of a dead worker again; how many there were."""
         return self._requeue(jobs.c.worker_id == worker_id)
 
-    def forecast(self, places_on: Callable[[str], int]) -> Forecast:
-        """When all jobs will end. places_on: how many jobs a worker runs at a time, by device."""
+    def fail_overdue(self) -> list[str]:
+        """Fail the waiting jobs whose deadline has passed; the storage keys of their inputs."""
+        now = {"shared_now": self._shared_clock()}
+        with read_only(self._engine) as connection:
+            if connection.scalar(ANY_OVERDUE, now) is None:
+                return []
+        failing = (
+            update(jobs)
+            .where(IS_OVERDUE)
+            .values(
+                state=JobState.FAILED,
+                error=Failure.DEADLINE_EXCEEDED.sentence,
+                finished_at=self._clock(),
+            )
+        )
+        with self._engine.begin() as connection:
+            rows = self._changed_rows(connection, failing.returning(*CHANGED), now)
+        return [input_key_of(row.file_prefix) for row in rows]
+
+    def forecast(self, places_on: Callable[[str], int], new: NewJob | None = None) -> Forecast:
+        """When all jobs will end. places_on: how many jobs a worker runs at a time, by device.
+
+        new: is simulated too, as if it were submitted now.
+        """
         with read_only(self._engine) as connection:
             ready = self.workers.ready_in(connection)
             devices = [each.device for each in ready]
-            return read_forecast(connection, devices, places_on, self._clock())
+            candidate = None if new is None else _candidate_of(connection, new)
+            return read_forecast(connection, devices, places_on, self._clock(), candidate)
 
     def _run_s(self, job: Job) -> float | None:
         return None if job.claimed_s is None else max(0.0, self._steady_clock() - job.claimed_s)
@@ -396,9 +425,15 @@ class JobStore:
     def _run(
         self, connection: Connection, change: Executable, values: Mapping[str, Any] | None = None
     ) -> int:
+        """As `_changed_rows`; how many there were."""
+        return len(self._changed_rows(connection, change, values))
+
+    def _changed_rows(
+        self, connection: Connection, change: Executable, values: Mapping[str, Any] | None = None
+    ) -> Sequence[Row[*tuple[Any, ...]]]:
         """Change jobs. Jobs that end get their outbox row in the same transaction.
 
-        change: returns `CHANGED`. The result is the number of changed jobs.
+        change: returns `CHANGED`, which is the result.
         """
         rows = connection.execute(change, values).all()
         states = {JobState(row.state) for row in rows}
@@ -409,7 +444,7 @@ class JobStore:
         for row in rows:
             if row.webhook is not None and JobState(row.state).is_terminal:
                 queue_delivery(connection, row.id, row.key_id, row.webhook, self._shared_clock())
-        return len(rows)
+        return rows
 
 
 def _rows_of(connection: Connection, job_ids: Iterable[int]) -> list[Row[*tuple[Any, ...]]]:
@@ -419,6 +454,13 @@ def _rows_of(connection: Connection, job_ids: Iterable[int]) -> list[Row[*tuple[
     """
     found = (connection.execute(GET, {"job_id": each}).one_or_none() for each in sorted(job_ids))
     return [row for row in found if row is not None]
+
+
+def _candidate_of(connection: Connection, new: NewJob) -> Candidate:
+    """A job that may be submitted, at the place that it would get in the queue."""
+    params, priority = new.params, new.share.priority
+    turn = next_position(connection, new.key_id, priority).turn
+    return Candidate(params.samples * params.width * params.height, new.work, priority, turn)
 
 
 def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[int]:

@@ -87,6 +87,7 @@ class Submissions:
         return Job.from_row(row._asdict())
 
     def _values_of(self, new: NewJob, position: QueuePosition) -> dict[str, Any]:
+        now = self._shared_clock()
         return {
             "state": JobState.QUEUED,
             "key_id": new.key_id,
@@ -100,7 +101,8 @@ class Submissions:
             "webhook": new.webhook,
             "track_id": new.track_id,
             "created_at": self._clock(),
-            "submitted_s": self._shared_clock(),
+            "submitted_s": now,
+            "deadline_at": None if new.deadline_s is None else now + new.deadline_s,
         }
 
     def _find_replayed(

@@ -76,6 +76,7 @@ jobs = Table(
     Column("flagged", JSON),
     Column("error", Text),
     Column("expired_at", Float),
+    Column("deadline_at", Float),
     CheckConstraint(
         "state IN ('queued', 'running', 'finished', 'failed', 'cancelled')", name="state_known"
     ),

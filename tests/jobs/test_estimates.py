@@ -20,6 +20,7 @@ from server.jobs.estimates import (
     measure_throughput,
     simulate,
 )
+from server.jobs.job import NewJob
 from tests.support.clocks import Clock
 from tests.support.queue_simulation import CPU, GPU, Device, Simulation, share_in_time
 
@@ -109,7 +110,7 @@ class TestEstimator:
         clock, ends = Clock(), {1: 1.0}
         looks: list[dict[int, float]] = []
 
-        def look() -> Forecast:
+        def look(_new: NewJob | None) -> Forecast:
             looks.append({**ends})
             return Forecast(0, len(ends), {**ends}, {}, 0.0)
 
@@ -125,7 +126,7 @@ class TestEstimator:
         clock = Clock()
         looks = []
 
-        def look() -> Forecast:
+        def look(_new: NewJob | None) -> Forecast:
             clock.now += 0.05
             looks.append(clock.now)
             return Forecast(0, 0, {}, {}, 0.0)

@@ -67,6 +67,7 @@ def test_submitted_job_comes_back_as_it_went_in(store: JobStore) -> None:
     assert get(store, job.id) == job
     kept = asdict(new)
     assert kept.pop("share") == {"max_waiting": None, "priority": 0}
+    assert kept.pop("deadline_s") is None
     assert kept.items() <= asdict(job).items()
     assert (job.state, job.attempt, job.created_at) == (JobState.QUEUED, 0, 1_000.0)
 

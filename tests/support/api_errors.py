@@ -4,6 +4,9 @@ from itertools import chain
 
 from server.core.errors import (
     ApiError,
+    Conflict,
+    ConflictKind,
+    DeadlineUnmeetable,
     ImageProblem,
     ImageUnavailable,
     InvalidRequest,
@@ -26,6 +29,8 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     LoopbackOnly: LoopbackOnly(RemoteOrigin.HOST),
     InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
     ImageUnavailable: ImageUnavailable(dict.fromkeys(["init_image"], ImageProblem.TOO_LARGE)),
+    Conflict: Conflict(ConflictKind.JOB_ENDED),
+    DeadlineUnmeetable: DeadlineUnmeetable(12.5),
     QueueFull: QueueFull(5),
     TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(30, 60),

@@ -34,6 +34,7 @@ class JobRequest:
         `params.only_masked` keeps the init image's own size.
     track_id: any JSON scalar, given back as it came.
     previews: the worker writes previews while the job runs.
+    deadline_s: seconds from now until the job has to end; None for no limit.
     notices: warnings about parameters that are not applied as sent.
     own_facts: JSON values in the job's row that only this dialect reads.
     """
@@ -49,6 +50,7 @@ class JobRequest:
     webhook: str | None = None
     track_id: Any = None
     previews: bool = False
+    deadline_s: float | None = None
     notices: tuple[Notice, ...] = ()
     own_facts: Mapping[str, Any] = field(default_factory=dict)
 

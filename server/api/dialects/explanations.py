@@ -11,6 +11,7 @@ from server.core.errors import (
     BodyTooLarge,
     Conflict,
     ConflictKind,
+    DeadlineUnmeetable,
     EncodedBody,
     ImageProblem,
     ImageUnavailable,
@@ -87,6 +88,7 @@ EXPLANATIONS: dict[type[ApiError], tuple[int, str, str]] = {
     JobNotFound: (404, "job_not_found", "There is no such job of this key"),
     RouteNotFound: (404, "not_found", "There is no such path"),
     QueueFull: (429, "queue_full", "Too many jobs are waiting"),
+    DeadlineUnmeetable: (409, "deadline_unmeetable", "The deadline cannot be met"),
     TooManyStreams: (429, "too_many_streams", "The key has too many event streams open"),
     RateLimited: (429, "rate_limited", "Too many calls, uploads or wrong keys in a minute"),
     ServerBusy: (503, "server_busy", "The server has no room for the request now"),
@@ -148,6 +150,8 @@ def explain(error: ApiError) -> Explanation:
             return Explanation(status, kind.value, title)
         case RouteNotFound(allowed=allowed) if allowed:
             return Explanation(*METHOD_NOT_ALLOWED)
+        case DeadlineUnmeetable(eta_s=eta_s):
+            return Explanation(status, code, f"{title}: the job would end in about {eta_s:g} s")
         case LoopbackOnly(remote_origin=remote_origin):
             title = f"{title}; {REMOTE_SENTENCES[remote_origin]}"
         case JobFailed(code=failure, sentence=sentence):

@@ -17,19 +17,12 @@ from server.api.dialects.iopaint import captions, reading, writing
 from server.api.dialects.iopaint.sizes import size_of
 from server.core.errors import (
     ApiError,
-    Conflict,
-    ConflictKind,
     ImageProblem,
     ImageUnavailable,
     InvalidRequest,
-    JobFailed,
-    JobTooSlow,
-    QueueFull,
-    RateLimited,
-    TooManyStreams,
 )
 from server.core.notices import Notice
-from tests.support.api_errors import error_classes
+from tests.support.api_errors import error_classes, sample_of
 from tests.support.http_stub import png_bytes
 from tests.support.iopaint_calls import page_call
 
@@ -355,7 +348,7 @@ class TestWriting:
 
     @pytest.mark.parametrize("kind", error_classes())
     def test_every_error_has_the_pages_form(self, kind: type[ApiError]) -> None:
-        answer = writing.write_error(SAMPLES.get(kind) or kind(), SimpleNamespace())  # type: ignore[arg-type]
+        answer = writing.write_error(sample_of(kind), SimpleNamespace())  # type: ignore[arg-type]
         body = json.loads(bytes(answer.body))
         assert answer.status_code >= 400
         assert body.keys() == {"error", "detail", "body", "errors"}
@@ -365,15 +358,3 @@ class TestWriting:
         error = ImageUnavailable({"init_image": ImageProblem.DAMAGED})
         answer = writing.write_error(error, SimpleNamespace())  # type: ignore[arg-type]
         assert json.loads(bytes(answer.body))["errors"] == "The image is damaged or incomplete."
-
-
-SAMPLES: dict[type[ApiError], ApiError] = {
-    InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
-    ImageUnavailable: ImageUnavailable({"init_image": ImageProblem.TOO_LARGE}),
-    Conflict: Conflict(ConflictKind.JOB_ENDED),
-    QueueFull: QueueFull(5),
-    TooManyStreams: TooManyStreams(5),
-    RateLimited: RateLimited(9),
-    JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
-    JobTooSlow: JobTooSlow(600),
-}

@@ -21,14 +21,10 @@ from server.core.errors import (
     ImageUnavailable,
     InvalidBody,
     InvalidRequest,
-    JobFailed,
-    JobTooSlow,
-    QueueFull,
-    RateLimited,
     RouteNotFound,
-    TooManyStreams,
 )
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
+from tests.support import api_errors
 from tests.support.api_errors import error_classes
 
 LEAST = {"prompt": "a cat", "init_image": "http://x/a.png", "mask_image": "http://x/b.png"}
@@ -110,8 +106,8 @@ def test_extension_may_replace_the_mask() -> None:
     assert read(extend={"top": 1}).mask_image is not None
     inverted = read_body(extend={"left": 1}, invert_mask=True)
     assert inverted.extension.mask_level == 0, "black is repainted"
-    nothing: list[dict[str, Any]] = [{}, {"extend": None}, {"extend": {}}, {"mask_image": None}]
-    for none in nothing:
+    nothings: list[dict[str, Any]] = [{}, {"extend": None}, {"extend": {}}, {"mask_image": None}]
+    for none in nothings:
         with pytest.raises(InvalidRequest) as caught:
             read_body(**none)
         assert caught.value.fields == {"mask_image": [FieldProblem.REQUIRED]}
@@ -278,15 +274,9 @@ def test_idempotency_key_that_is_none(key: str) -> None:
         native.read_idempotency(key, native.read_job(json.dumps(LEAST).encode(), POLICY)[1])
 
 
-SAMPLES: dict[type[ApiError], ApiError] = {
+SAMPLES = {
+    **api_errors.SAMPLES,
     InvalidRequest: InvalidRequest({"prompt": [FieldProblem.REQUIRED]}),
-    ImageUnavailable: ImageUnavailable({"init_image": ImageProblem.TOO_LARGE}),
-    Conflict: Conflict(ConflictKind.JOB_ENDED),
-    QueueFull: QueueFull(5),
-    TooManyStreams: TooManyStreams(5),
-    RateLimited: RateLimited(9),
-    JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
-    JobTooSlow: JobTooSlow(600),
 }
 
 

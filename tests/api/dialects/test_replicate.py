@@ -13,22 +13,15 @@ from server.api.dialects.replicate import catalogue, reading, writing
 from server.api.dialects.replicate.reading import ReplicateFacts
 from server.core.errors import (
     ApiError,
-    Conflict,
-    ConflictKind,
     ImageProblem,
     ImageUnavailable,
     InvalidRequest,
-    JobFailed,
     JobNotFound,
-    JobTooSlow,
-    QueueFull,
-    RateLimited,
-    TooManyStreams,
 )
 from server.core.notices import Notice
 from server.egress.sources import ImageSource
 from server.jobs.job import Job, JobState, RequestFacts
-from tests.support.api_errors import error_classes
+from tests.support.api_errors import error_classes, sample_of
 from tests.support.jobs import PARAMS
 from tests.support.replicate_calls import MODEL, VERSION
 
@@ -446,21 +439,9 @@ def test_paths(path: str, is_ours: bool) -> None:
     assert writing.owns(path) is is_ours
 
 
-SAMPLES: dict[type[ApiError], ApiError] = {
-    InvalidRequest: InvalidRequest({"prompt": ["The prompt field is required."]}),
-    ImageUnavailable: ImageUnavailable({"init_image": ImageProblem.TOO_LARGE}),
-    Conflict: Conflict(ConflictKind.JOB_ENDED),
-    QueueFull: QueueFull(5),
-    TooManyStreams: TooManyStreams(5),
-    RateLimited: RateLimited(9),
-    JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
-    JobTooSlow: JobTooSlow(600),
-}
-
-
 @pytest.mark.parametrize("kind", error_classes())
 def test_every_error_is_a_problem(kind: type[ApiError]) -> None:
-    error = SAMPLES.get(kind) or kind()
+    error = sample_of(kind)
     answer = writing.write_error(error, SimpleNamespace())  # type: ignore[arg-type]
     problem = json.loads(bytes(answer.body))
     assert answer.status_code == problem["status"] >= 400

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from models.params import RANGES
 from server.api.dialects.explanations import CONFLICTS, EXPLANATIONS, IMAGE_SENTENCES, explain
 from server.api.dialects.native.reading import FieldProblem, write_field_problem
-from server.core.errors import ApiError, ImageUnavailable, InvalidRequest
+from server.core.errors import ApiError, DeadlineUnmeetable, ImageUnavailable, InvalidRequest
 
 MEDIA_TYPE = "application/problem+json"
 PATHS = ("/api/jobs", "/api/deliveries", "/api/webhooks")
@@ -32,6 +32,9 @@ class Problem(BaseModel):
     request_id: str = Field(description="Name it when asking the server's operator")
     errors: list[FieldError] = []
     retry_after_s: int | None = None
+    eta_s: float | None = Field(
+        default=None, description="With deadline_unmeetable: when the job would end, in seconds"
+    )
 
 
 def is_native(path: str) -> bool:
@@ -49,6 +52,7 @@ def write_problem(error: ApiError, request_id: str) -> Problem:
         request_id=request_id,
         errors=write_fields(error),
         retry_after_s=error.retry_after_s,
+        eta_s=error.eta_s if isinstance(error, DeadlineUnmeetable) else None,
     )
 
 

@@ -37,6 +37,7 @@ from models.params import (
     SEED_MODULUS,
     SIZE_MULTIPLE,
     InpaintParams,
+    Range,
     SchedulerName,
     is_surely_too_long,
 )
@@ -86,8 +87,14 @@ SENTENCES = {
     FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
 }
 
-RANGES_WITHIN = {"extend": SIDE_RANGE}
-"""Ranges of the numbers in a field that holds several; `extend.left` names one of them."""
+DEADLINE_RANGE = Range(0.1, 604_800)
+"""Seconds; a week is longer than any backlog."""
+
+OWN_RANGES = {"extend": SIDE_RANGE, "deadline_s": DEADLINE_RANGE}
+"""Ranges of numbers that are no `InpaintParams`; of a field with several, of each of them."""
+
+NESTED = ("extend",)
+"""Fields with several values; `extend.left` names one of them."""
 
 MAX_MODEL_CHARS = 255
 MAX_CHARS = {
@@ -118,7 +125,7 @@ PROBLEM_OF_ERROR = {
 def write_field_problem(name: str, problem: FieldProblem) -> str:
     """The sentence for a problem. It never repeats what the client sent."""
     if problem is FieldProblem.OUT_OF_RANGE:
-        allowed = RANGES.get(name) or RANGES_WITHIN.get(name.partition(".")[0])
+        allowed = RANGES.get(name) or OWN_RANGES.get(name.partition(".")[0])
         if allowed is None:
             return "is out of range"
         sentence = f"must be between {allowed.minimum:g} and {allowed.maximum:.10g}"
@@ -297,6 +304,13 @@ class NativeRequest(BaseModel):
         default=False,
         description="Small pictures of the work among the job's events; costs a little speed",
     )
+    deadline_s: float | None = Field(
+        default=None,
+        ge=DEADLINE_RANGE.minimum,
+        le=DEADLINE_RANGE.maximum,
+        description="Seconds from this call until the pictures are needed. A job that would end "
+        "later is refused, and one that still waits then fails",
+    )
     webhook: WebAddress | None = Field(
         default=None, description="URL that is called when the job has ended"
     )
@@ -361,6 +375,7 @@ def to_job_request(request: NativeRequest, policy: ReadingPolicy) -> JobRequest:
         webhook=request.webhook,
         track_id=request.track_id,
         previews=request.previews,
+        deadline_s=request.deadline_s,
         notices=tuple(prompt_notices([request.prompt, request.negative_prompt])),
     )
 
@@ -410,7 +425,7 @@ def to_api_error(error: ValidationError) -> InvalidBody | InvalidRequest:
 
 def name_of(location: tuple[int | str, ...]) -> str:
     """The field of an error in a body, such as `samples` or `extend.left`."""
-    depth = len(location) if location[0] in RANGES_WITHIN else 1
+    depth = len(location) if location[0] in NESTED else 1
     return ".".join(map(str, location[:depth]))
 
 

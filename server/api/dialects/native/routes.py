@@ -133,7 +133,7 @@ SubscriptionOf = Annotated[Subscription, Depends(get_subscription)]
     response_description="Accepted and durable",
     responses={
         200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
-        **declare(400, 413, 422),
+        **declare(400, 409, 413, 422),
     },
     openapi_extra=describe_body(reading.NativeRequest),
 )

@@ -132,6 +132,9 @@ class JobAnswer(JobSummary):
     eta_s: float | None = Field(
         description="Estimated seconds until it ends; null once it has ended"
     )
+    deadline_at: datetime | None = Field(
+        description="A job that still waits then fails; null without a deadline"
+    )
     timings_ms: Timings
     mask: Mask | None
     warnings: list[WarningAnswer] = Field(
@@ -250,6 +253,7 @@ def write_job(
         **summary_values(job),
         position=position,
         eta_s=eta_s,
+        deadline_at=moment(job.deadline_at),
         timings_ms=write_timings(job, intake, receipt),
         mask=write_mask(intake, receipt),
         warnings=[

@@ -10,6 +10,7 @@ from server.core.errors import (
     ApiError,
     BodyTooLarge,
     Conflict,
+    DeadlineUnmeetable,
     EncodedBody,
     ImageProblem,
     ImageUnavailable,
@@ -74,6 +75,7 @@ HTTP_STATUS: dict[type[ApiError], int] = {
     JobNotFound: 404,
     RouteNotFound: 404,
     Conflict: 409,
+    DeadlineUnmeetable: 409,
     QueueFull: 429,
     TooManyStreams: 429,
     RateLimited: 429,
@@ -186,6 +188,8 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return "Invalid API Request", "Send one Host header with a name of this server."
         case Conflict():
             return "Not possible now", "Fetch the job to see how it stands."
+        case DeadlineUnmeetable(eta_s=eta_s):
+            return "The deadline cannot be met", f"The job would end in about {eta_s:g} seconds."
         case InvalidForm():
             tip = "Send the form in UTF-8 and whole, a multipart form with its boundary."
             return "Invalid API Request", tip

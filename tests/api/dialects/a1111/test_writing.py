@@ -14,22 +14,15 @@ from server.api.dialects.a1111.reading import Call
 from server.api.dialects.base import ReadingPolicy
 from server.core.errors import (
     ApiError,
-    Conflict,
-    ConflictKind,
     ImageProblem,
     ImageUnavailable,
     InvalidApiKey,
     InvalidRequest,
-    JobFailed,
-    JobTooSlow,
-    QueueFull,
-    RateLimited,
     RouteNotFound,
-    TooManyStreams,
 )
 from server.core.notices import Notice
 from server.jobs.job import Job, JobState, RequestFacts
-from tests.support.api_errors import error_classes
+from tests.support.api_errors import error_classes, sample_of
 from tests.support.http_stub import png_bytes
 from tests.support.jobs import ROW
 
@@ -172,22 +165,9 @@ def test_progress_of_a_waiting_job() -> None:
     assert {*body} == {*writing.IDLE}
 
 
-SAMPLES: dict[type[ApiError], ApiError] = {
-    InvalidRequest: InvalidRequest({"steps": ["The steps must be a number."]}),
-    ImageUnavailable: ImageUnavailable({"mask_image": ImageProblem.DAMAGED}),
-    JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
-    JobTooSlow: JobTooSlow(600),
-    QueueFull: QueueFull(5),
-    RateLimited: RateLimited(3),
-    TooManyStreams: TooManyStreams(3),
-    Conflict: Conflict(ConflictKind.JOB_ENDED),
-    RouteNotFound: RouteNotFound("POST"),
-}
-
-
 @pytest.mark.parametrize("kind", error_classes())
 def test_every_error_has_a1111s_form(kind: type[ApiError]) -> None:
-    error = SAMPLES.get(kind) or kind()
+    error = sample_of(kind)
     answer = writing.write_error(error, NOWHERE)
     body = json.loads(bytes(answer.body))
     assert {*body} == {"error", "detail", "body", "errors"}
@@ -197,7 +177,8 @@ def test_every_error_has_a1111s_form(kind: type[ApiError]) -> None:
 
 
 def test_error_names_the_image() -> None:
-    body = json.loads(bytes(writing.write_error(SAMPLES[ImageUnavailable], NOWHERE).body))
+    error = ImageUnavailable({"mask_image": ImageProblem.DAMAGED})
+    body = json.loads(bytes(writing.write_error(error, NOWHERE).body))
     assert body["detail"] == "Invalid encoded image: The mask image is damaged or incomplete."
 
 
@@ -208,7 +189,7 @@ def test_missing_key_asks_for_basic() -> None:
 
 
 def test_wrong_method_names_the_right_one() -> None:
-    answer = writing.write_error(SAMPLES[RouteNotFound], NOWHERE)
+    answer = writing.write_error(RouteNotFound("POST"), NOWHERE)
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
