@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from models.imaging.extension import NO_EXTENSION, Extension
-from models.params import RANGES, InpaintParams, SchedulerName
+from models.params import CHOICES, RANGES, InpaintParams, Lora, SchedulerName
 from server.api.dialects import explanations
 from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.native import problems as native_problems
@@ -30,7 +30,7 @@ from tests.support.api_errors import error_classes
 LEAST = {"prompt": "a cat", "init_image": "http://x/a.png", "mask_image": "http://x/b.png"}
 
 
-POLICY = ReadingPolicy(models=["sd15", "sdxl"])
+POLICY = ReadingPolicy(models=["sd15", "sdxl"], loras=["ink", "glow"])
 
 
 def read(**changes: Any) -> JobRequest:
@@ -58,7 +58,6 @@ def test_every_parameter_reaches_the_job() -> None:
         "guidance_scale": 3,
         "strength": 0.5,
         "seed": 2**32 - 1,
-        "scheduler": "DDIMScheduler",
         "model": "sdxl",
         "clip_skip": 2,
         "safety_check": False,
@@ -69,21 +68,22 @@ def test_every_parameter_reaches_the_job() -> None:
         "only_masked_padding": 7,
         "mask_blur": 4,
         "match_colours": True,
+        "fill": "zero",
+        "noise_spacing": "karras",
+        "flagged_as": "text",
+        "output_format": "webp",
+        "output_quality": 7,
+        "loras": [{"name": "ink", "scale": -0.5}, {"name": "glow"}],
     }
+    given["scheduler"] = "EulerDiscreteScheduler"
     asked = read(**given)
     assert (asked.width, asked.height) == (640, 320)
     params = dataclasses.replace(asked.params, width=640, height=320)
-    assert params == InpaintParams(prompt="a cat", **(given | {"scheduler": SchedulerName.DDIM}))
-    not_offered = {
-        "must_be_checked",
-        "output_format",
-        "output_quality",
-        "fill",
-        "noise_spacing",
-        "flagged_as",
-        "loras",
-    }
-    assert given.keys() == params.to_json().keys() - {"prompt"} - not_offered, "none was forgotten"
+    loras = (Lora("ink", -0.5), Lora("glow", 1.0))
+    chosen: dict[str, Any] = {name: kind(given[name]) for name, kind in CHOICES.items()}
+    assert params == InpaintParams(prompt="a cat", **(given | chosen | {"loras": loras}))
+    operators = {"must_be_checked"}
+    assert given.keys() == params.to_json().keys() - {"prompt"} - operators, "none was forgotten"
 
 
 def test_previews_are_for_the_worker_and_no_parameter() -> None:
@@ -208,6 +208,46 @@ def test_every_limited_text_has_its_limit_told() -> None:
         if any("maxLength" in each for each in [schema, *schema.get("anyOf", [])])
     }
     assert limited == native.MAX_CHARS.keys()
+
+
+@pytest.mark.parametrize(
+    ("loras", "problem"),
+    [
+        ([{"name": "mist"}], {"loras.0.name": FieldProblem.NOT_A_CHOICE}),
+        ([{"name": "ink"}, {"name": "Ink"}], {"loras.1.name": FieldProblem.NOT_A_CHOICE}),
+        ([{"name": "ink", "scale": 2.1}], {"loras.0.scale": FieldProblem.OUT_OF_RANGE}),
+        ([{"name": "ink", "scale": "1"}], {"loras.0.scale": FieldProblem.WRONG_TYPE}),
+        ([{"scale": 1}], {"loras.0.name": FieldProblem.REQUIRED}),
+        ([{"name": "ink", "weight": 1}], {"loras.0.weight": FieldProblem.UNKNOWN}),
+        ([{"name": "ink"}] * 2, {"loras": FieldProblem.REPEATED}),
+        ([{"name": "ink"}] * 5, {"loras": FieldProblem.TOO_LONG}),
+        (["ink"], {"loras.0": FieldProblem.WRONG_TYPE}),
+        ({"ink": 1}, {"loras": FieldProblem.WRONG_TYPE}),
+    ],
+)
+def test_loras_at_fault(loras: Any, problem: dict[str, FieldProblem]) -> None:
+    assert problems(loras=loras) == problem
+    sentences = [native.write_field_problem(*each) for each in problem.items()]
+    assert "is out of range" not in sentences
+    assert "is too long" not in sentences
+
+
+def test_spacing_that_the_scheduler_does_not_know() -> None:
+    asked = {"scheduler": "DDIMScheduler", "noise_spacing": "karras"}
+    assert problems(**asked) == {"noise_spacing": FieldProblem.NOT_OF_SCHEDULER}
+    assert read(noise_spacing="exponential").params.noise_spacing == "exponential"
+
+
+@pytest.mark.parametrize(
+    "name", ["fill", "noise_spacing", "flagged_as", "output_format", "scheduler"]
+)
+def test_choice_is_one_of_its_names(name: str) -> None:
+    schema = native.NativeRequest.model_json_schema()["properties"][name]
+    (names,) = [each["enum"] for each in schema.get("anyOf", [schema]) if "enum" in each]
+    for choice in names:
+        assert getattr(read(**{name: choice}).params, name) == choice
+    assert problems(**{name: "another"}) == {name: FieldProblem.NOT_A_CHOICE}
+    assert problems(**{name: 1}) == {name: FieldProblem.NOT_A_CHOICE}
 
 
 def test_random_seed_is_null_and_nothing_else() -> None:

@@ -552,7 +552,7 @@ def test_description_names_every_answer(client: httpx2.Client) -> None:
         for method, call in methods.items()
     }
     always = {"401", "403", "429", "500", "503", "default"}
-    assert declared[("/api/jobs", "post")] == {"200", "202", "400", "413", "422"} | always
+    assert declared[("/api/jobs", "post")] == {"200", "202", "400", "409", "413", "422"} | always
     assert declared[("/api/jobs", "get")] == {"200", "422"} | always
     assert declared[("/api/jobs/{job_id}", "get")] == {"200", "404"} | always
     assert declared[("/api/jobs/{job_id}/cancel", "post")] == {"200", "404", "409"} | always

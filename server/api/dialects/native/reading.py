@@ -30,13 +30,20 @@ from models.errors import InvalidInput
 from models.imaging.extension import NO_EXTENSION, SIDE_RANGE, Extension
 from models.params import (
     CHUNK_TOKENS,
+    LORA_SCALES,
     MAX_LCM_STEPS,
+    MAX_LORAS,
     MAX_PROMPT_CHARS,
     MAX_PROMPT_CHUNKS,
     RANGES,
     SEED_MODULUS,
     SIZE_MULTIPLE,
+    Fill,
+    FlaggedAs,
     InpaintParams,
+    Lora,
+    NoiseSpacing,
+    OutputFormat,
     Range,
     SchedulerName,
     is_surely_too_long,
@@ -72,6 +79,8 @@ class FieldProblem(StrEnum):
     NOT_HTTPS = "not_https"
     NOT_A_KEY = "not_a_key"
     TOO_MANY_STEPS = "too_many_steps"
+    NOT_OF_SCHEDULER = "not_of_scheduler"
+    REPEATED = "repeated"
 
 
 SENTENCES = {
@@ -84,17 +93,26 @@ SENTENCES = {
     FieldProblem.NOT_A_URL: "must be an absolute http or https URL, without a user name",
     FieldProblem.NOT_HTTPS: "must be an https URL",
     FieldProblem.NOT_A_KEY: "must be 1 to 255 visible ASCII characters",
+    FieldProblem.NOT_OF_SCHEDULER: "is not known to the scheduler that is asked for",
+    FieldProblem.REPEATED: "must not name one twice",
     FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
 }
 
 DEADLINE_RANGE = Range(0.1, 604_800)
 """Seconds; a week is longer than any backlog."""
 
-OWN_RANGES = {"extend": SIDE_RANGE, "deadline_s": DEADLINE_RANGE}
+OWN_RANGES = {"extend": SIDE_RANGE, "deadline_s": DEADLINE_RANGE, "loras": LORA_SCALES}
 """Ranges of numbers that are no `InpaintParams`; of a field with several, of each of them."""
 
-NESTED = ("extend",)
-"""Fields with several values; `extend.left` names one of them."""
+NESTED = ("extend", "loras")
+"""Fields with several values; `extend.left` and `loras.0.scale` each name one of them."""
+
+PROBLEM_OF_VIOLATION = {
+    "num_inference_steps": FieldProblem.TOO_MANY_STEPS,
+    "noise_spacing": FieldProblem.NOT_OF_SCHEDULER,
+    "loras": FieldProblem.REPEATED,
+}
+"""What can be wrong with a field that is within its own range."""
 
 MAX_MODEL_CHARS = 255
 MAX_CHARS = {
@@ -115,6 +133,7 @@ PROBLEM_OF_ERROR = {
     "finite_number": FieldProblem.OUT_OF_RANGE,
     "multiple_of": FieldProblem.NOT_A_MULTIPLE,
     "string_too_long": FieldProblem.TOO_LONG,
+    "too_long": FieldProblem.TOO_LONG,
     "string_too_short": FieldProblem.EMPTY,
     "enum": FieldProblem.NOT_A_CHOICE,
     "not_a_url": FieldProblem.NOT_A_URL,
@@ -131,6 +150,8 @@ def write_field_problem(name: str, problem: FieldProblem) -> str:
         sentence = f"must be between {allowed.minimum:g} and {allowed.maximum:.10g}"
         return f"{sentence}, or null for a random one" if name == "seed" else sentence
     if problem is FieldProblem.TOO_LONG:
+        if name == "loras":
+            return f"must have at most {MAX_LORAS} entries"
         if name not in MAX_CHARS:
             return "is too long"
         limit = f"must have at most {MAX_CHARS[name]} characters"
@@ -203,12 +224,13 @@ def plain(name: str, text: str, **more: Any) -> Any:
     return Field(default=DEFAULTS[name], description=text, **more)
 
 
-# The schema is inlined: FastAPI does not read this body, so it has no place for `$ref` to point to.
-Scheduler = Annotated[
-    SchedulerName,
-    Field(strict=False),
-    WithJsonSchema({"type": "string", "enum": [str(name) for name in SchedulerName]}),
-]
+def inlined(choices: type[StrEnum]) -> WithJsonSchema:
+    """The schema of a choice. FastAPI does not read this body, so a `$ref` would point nowhere."""
+    return WithJsonSchema({"type": "string", "enum": [str(each) for each in choices]})
+
+
+BY_NAME = Field(strict=False)
+"""Strict reading would take a member of the enum only, and no text."""
 WebAddress = Annotated[
     str,
     Field(
@@ -240,6 +262,17 @@ class Sides(BaseModel):
     def extension(self) -> Extension:
         """As `accept` takes it, for a mask that is not inverted."""
         return Extension(self.left, self.top, self.right, self.bottom)
+
+
+class LoraEntry(BaseModel):
+    """A LoRA that this server offers, and its scale."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    name: str = Field(max_length=MAX_MODEL_CHARS)
+    scale: float = Field(default=1.0, ge=LORA_SCALES.minimum, le=LORA_SCALES.maximum)
 
 
 class NativeRequest(BaseModel):
@@ -283,14 +316,30 @@ class NativeRequest(BaseModel):
     seed: int | None = Field(
         default=None, ge=0, le=SEED_MODULUS - 1, description="Random where null; the job reports it"
     )
-    scheduler: Scheduler | None = plain("scheduler", "Noise scheduler; the model's own where null")
+    fill: Annotated[Fill, BY_NAME, inlined(Fill)] = plain(
+        "fill", "What a run below a strength of 1 starts from under the mask"
+    )
+    scheduler: Annotated[SchedulerName, BY_NAME, inlined(SchedulerName)] | None = plain(
+        "scheduler", "Noise scheduler; the model's own where null"
+    )
+    noise_spacing: Annotated[NoiseSpacing, BY_NAME, inlined(NoiseSpacing)] | None = plain(
+        "noise_spacing", "Spacing of the noise levels; the model's own where null"
+    )
     model: str | None = plain(
         "model",
         "One of the models this server offers; its own where null",
         max_length=MAX_MODEL_CHARS,
     )
+    loras: list[Annotated[LoraEntry, WithJsonSchema(LoraEntry.model_json_schema())]] = Field(
+        default=[],
+        max_length=MAX_LORAS,
+        description="LoRAs that this server offers, each once, and their scales",
+    )
     clip_skip: int = ranged("clip_skip", "Last layers of the text encoder to skip")
-    safety_check: bool = plain("safety_check", "Replace flagged pictures by blank ones")
+    safety_check: bool = plain("safety_check", "Replace flagged pictures")
+    flagged_as: Annotated[FlaggedAs, BY_NAME, inlined(FlaggedAs)] = plain(
+        "flagged_as", "What replaces them"
+    )
     invert_mask: bool = plain("invert_mask", "Black is repainted, white is kept")
     soft_mask: bool = plain("soft_mask", "Grey is the share of the steps that repaint a pixel")
     mask_grow: int = ranged("mask_grow", "Pixels by which the repainted area grows or shrinks")
@@ -300,6 +349,10 @@ class NativeRequest(BaseModel):
     only_masked_padding: int = ranged("only_masked_padding", "Pixels around it that it sees too")
     mask_blur: int = ranged("mask_blur", "Pixels of the Gaussian that softens the mask's edge")
     match_colours: bool = plain("match_colours", "Shift new colours towards the kept ones around")
+    output_format: Annotated[OutputFormat, BY_NAME, inlined(OutputFormat)] = plain(
+        "output_format", "Of the pictures' files; JPEG changes the kept pixels a little too"
+    )
+    output_quality: int = ranged("output_quality", "Of JPEG and WebP; a WebP of 100 is lossless")
     previews: bool = Field(
         default=False,
         description="Small pictures of the work among the job's events; costs a little speed",
@@ -342,7 +395,10 @@ class PingRequest(BaseModel):
     url: WebAddress
 
 
-PARAMETERS = DEFAULTS.keys() & NativeRequest.model_fields.keys() - {"width", "height", "seed"}
+PARAMETERS = DEFAULTS.keys() & NativeRequest.model_fields.keys() - {
+    *("width", "height", "seed"),
+    *("model", "loras"),
+}
 """Fields that go into `InpaintParams` unchanged."""
 
 
@@ -357,6 +413,9 @@ def read_job(body: bytes, policy: ReadingPolicy) -> tuple[JobRequest, NativeRequ
         raise to_api_error(error) from error
     if request.model is not None and policy.model_named(request.model) is None:
         raise InvalidRequest({"model": [FieldProblem.NOT_A_CHOICE]})
+    unknown = [at for at, each in enumerate(request.loras) if each.name not in policy.loras]
+    if unknown:
+        raise InvalidRequest({f"loras.{at}.name": [FieldProblem.NOT_A_CHOICE] for at in unknown})
     if policy.https_webhooks and request.webhook is not None and not is_https(request.webhook):
         raise InvalidRequest({"webhook": [FieldProblem.NOT_HTTPS]})
     return to_job_request(request, policy), request
@@ -393,14 +452,14 @@ def to_params(request: NativeRequest, policy: ReadingPolicy) -> InpaintParams:
     given = {name: getattr(request, name) for name in PARAMETERS}
     given["safety_check"] |= policy.force_safety_check
     given["model"] = policy.model_named(request.model)
+    given["loras"] = tuple(Lora(each.name, each.scale) for each in request.loras)
     seed = secrets.randbelow(SEED_MODULUS) if request.seed is None else request.seed
     try:
         return InpaintParams(**given, seed=seed, must_be_checked=policy.force_safety_check)
     except InvalidInput as error:
-        # Ranges were checked when the body was read. Only the limit of steps is left, because it
-        # depends on the scheduler.
+        # Ranges were checked when the body was read. What is left depends on several values.
         raise InvalidRequest(
-            {each.field: [FieldProblem.TOO_MANY_STEPS] for each in error.violations}
+            {each.field: [PROBLEM_OF_VIOLATION[each.field]] for each in error.violations}
         ) from error
 
 

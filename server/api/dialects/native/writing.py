@@ -38,9 +38,9 @@ class Output(BaseModel):
 
     url: str
     seed: int
-    sha256: str | None = Field(description="Of the PNG file, hexadecimal")
+    sha256: str | None = Field(description="Of the file, hexadecimal")
     is_flagged: bool | None = Field(
-        description="The safety checker's verdict; a flagged one is blank"
+        description="The safety checker's verdict; a flagged one is replaced as `flagged_as` says"
     )
     changed_outside: int | None = Field(
         description="Pixels outside the mask and its blur that differ from the init image"
