@@ -47,9 +47,17 @@ ANSWER_HEADERS = (
 )
 """Headers of every answer whose endpoint has not set its own."""
 
-EXPOSED_HEADERS = ("Location", "Retry-After", "Idempotency-Replayed", "X-Request-ID")
+EXPOSED_HEADERS = (
+    "Allow",
+    "Content-Disposition",
+    "Idempotency-Replayed",
+    "Location",
+    "Retry-After",
+    "WWW-Authenticate",
+    "X-Request-ID",
+)
 """Answer headers that a web page of another origin may read (CORS), besides those that a dialect
-names."""
+names. Content-Type, Content-Length and Cache-Control are always readable."""
 
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 

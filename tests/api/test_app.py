@@ -34,6 +34,7 @@ from tests.support.apps import FIRST, KEYS, SECOND, settings_in, store_of
 from tests.support.http_stub import ANSWER_S, LiveApp, png_bytes, running_app
 from tests.support.image_files import saved
 from tests.support.jobs import new_job, seen_now, waiting_in, worker_status
+from tests.support.native_calls import BODY as NATIVE_BODY
 from tests.support.v3_calls import BODY, IMAGE, PICTURE, finish, post, submit
 from tests.support.waiting import until
 
@@ -475,7 +476,36 @@ class TestBrowsers:
     def test_pages_may_read_what_answers_tell_in_headers(self, locked: httpx2.Client) -> None:
         answer = locked.post("/api/v3/inpaint", headers={"origin": "https://site.example"})
         exposed = set(answer.headers["access-control-expose-headers"].lower().split(", "))
-        assert exposed == {"location", "retry-after", "idempotency-replayed", "x-request-id"}
+        assert exposed == {
+            *("allow", "content-disposition", "idempotency-replayed", "location"),
+            *("retry-after", "www-authenticate", "x-request-id", "x-seed"),
+        }
+        assert answer.headers["x-request-id"]
+
+    def test_headers_that_are_sent_are_exposed(
+        self, client: httpx2.Client, locked: httpx2.Client
+    ) -> None:
+        page = {"origin": "http://localhost:3000"}
+        created = client.post("/api/jobs", json=NATIVE_BODY, headers=page)
+        assert created.status_code == 202, created.text
+        picture = client.get(f"/generations/{uuid.uuid4()}-0.png", headers=page)
+        refused = locked.post("/api/jobs", headers=page)
+        wrong = client.put("/api/jobs", headers=page)
+        readable = {"cache-control", "content-length", "content-type", "date", "server", "vary"}
+        for answer in (created, picture, refused, wrong):
+            exposed = set(answer.headers["access-control-expose-headers"].lower().split(", "))
+            others = {name for name in answer.headers if not name.startswith("access-control-")}
+            assert others - readable - {"x-content-type-options", "connection"} <= exposed
+
+    @pytest.mark.parametrize("path", ["/api/jobs", "/api/v3/inpaint"])
+    def test_pages_may_send_what_clients_send(self, path: str, locked: httpx2.Client) -> None:
+        names = "authorization,content-type,idempotency-key,key,last-event-id,prefer,x-api-key"
+        asked = {**self.PREFLIGHT, "access-control-request-headers": names}
+        answer = locked.options(path, headers=asked)
+        assert answer.status_code == 200
+        # Named, because `*` does not stand for `Authorization` (Fetch, 3.3.3).
+        allowed = answer.headers["access-control-allow-headers"].lower().replace(" ", "")
+        assert {*names.split(",")} <= {*allowed.split(",")}
 
     @pytest.mark.parametrize(
         ("origin", "status"), [("https://site.example", 400), ("http://localhost:3000", 200)]
