@@ -35,6 +35,12 @@ def resize(
     return np.array(Image.fromarray(pixels).resize((width, height), resampling))
 
 
+def fit_within(width: int, height: int, max_side_px: int) -> tuple[int, int]:
+    """The size scaled down, in its proportions, until no side is longer than `max_side_px`."""
+    longest = max(width, height, max_side_px)
+    return max(1, width * max_side_px // longest), max(1, height * max_side_px // longest)
+
+
 def encode_png(
     image: NDArray[np.uint8], text: Mapping[str, str] | None = None, icc_profile: bytes = b""
 ) -> bytes:

@@ -46,6 +46,9 @@ FILE_THREADS = 32
 """File calls at a time. A call keeps its thread until the file store has answered, even after its
 caller's timeout. A file store that hangs therefore takes these threads and no others."""
 
+THUMBNAILS = 2
+"""Thumbnails made at a time, because each takes a core. Their calls need no key."""
+
 FILE_TIMEOUT_S = 10.0
 """Timeout of a file call, including the time until a thread is free."""
 
@@ -78,6 +81,7 @@ class Services:
     file_threads: FairSemaphore = field(
         default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
     )
+    thumbnail_slots: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(THUMBNAILS))
     uploads: TokenBuckets = field(default_factory=TokenBuckets)
     upload_bytes: TokenBuckets = field(default_factory=TokenBuckets)
     quotes: QuotedEstimates = field(default_factory=QuotedEstimates)

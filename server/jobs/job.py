@@ -19,6 +19,9 @@ INPUT_FOLDER = "inputs"
 OUTPUT_FOLDER = "generations"
 """First part of a picture's storage key, and of its public path."""
 
+THUMBNAIL_PATH = "thumbnails"
+"""First part of the public path of a picture's thumbnail, which is made when it is asked for."""
+
 PREVIEW_FOLDER = "previews"
 """First part of a preview's storage key."""
 
@@ -31,12 +34,15 @@ SUFFIXES = "|".join(re.escape(each.suffix) for each in OutputFormat)
 UPLOAD_NAME = rf"[0-9a-f-]{{36}}(?:{SUFFIXES})"
 """Regular expression of the names of uploads."""
 
-OUTPUT_NAME = (
-    r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
-    rf"(?:(?:{SUFFIXES})(?:\.base64)?|\.base64)"
-)
+STEM = r"[0-9a-f-]{36}-[0-9](?:-[0-9]{1,9})?"
+
+OUTPUT_NAME = rf"{STEM}(?:(?:{SUFFIXES})(?:\.base64)?|\.base64)"
 """Regular expression of the names under which pictures are asked for: those of `output_names_of`,
 and those of their base64 texts, see `stored_name_of`."""
+
+
+THUMBNAIL_NAME = rf"{STEM}(?:{SUFFIXES})\.webp"
+"""Regular expression of the names of thumbnails: that of the picture's file, and `.webp`."""
 
 
 class JobState(StrEnum):

@@ -324,6 +324,29 @@ class TestList:
             some = two.get("/api/jobs", params={"state": "cancelled"}).json()["jobs"]
             assert [(job["id"], job["state"]) for job in some] == [(mine[1], "cancelled")]
 
+    def test_entry_shows_prompt_and_pictures(
+        self, client: httpx2.Client, store: JobStore, settings: Settings
+    ) -> None:
+        job = claim_job(store, create(client, prompt="a red cat", output_format="webp")["id"])
+
+        def entry() -> dict[str, Any]:
+            found: dict[str, Any] = client.get("/api/jobs", params={"limit": 1}).json()["jobs"][0]
+            return found
+
+        assert (entry()["id"], entry()["prompt"], entry()["outputs"]) == (job.id, "a red cat", [])
+        for key in job.output_keys:
+            Storage(settings.storage_url).put(key, OUTPUT)
+        store.finish(job, [False, False], RECEIPT)
+        outputs = entry()["outputs"]
+        assert len(outputs) == 2
+        assert [*outputs[0]] == ["url", "thumbnail_url"]
+        assert client.get(outputs[0]["url"]).content == OUTPUT
+        assert client.get(outputs[1]["thumbnail_url"]).headers["content-type"] == "image/webp"
+        told = read(client, job.id)["outputs"]
+        assert [each["thumbnail_url"] for each in told] == [
+            each["thumbnail_url"] for each in outputs
+        ]
+
     @pytest.mark.parametrize(
         ("name", "value", "code"),
         [

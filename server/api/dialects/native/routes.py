@@ -166,6 +166,7 @@ async def create_job(
 
 @router.get("/api/jobs", responses=declare(422))
 async def list_jobs(
+    request: Request,
     services: ServicesOf,
     key_id: KeyId,
     state: Annotated[JobState | None, Query(description="Jobs in this state only")] = None,
@@ -176,8 +177,9 @@ async def list_jobs(
     jobs = await services.in_store_thread(
         services.store.list_of, key_id, state=state, limit=limit, before_id=before
     )
+    base_url = base_url_of(request, services.settings)
     return JobList(
-        jobs=[writing.write_summary(job) for job in jobs],
+        jobs=[writing.write_entry(job, base_url) for job in jobs],
         next_before=jobs[-1].id if len(jobs) == limit else None,
     )
 

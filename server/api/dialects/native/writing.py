@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from models.imaging.mask_reading import MaskReading
 from server.core.notices import Notice
-from server.jobs.job import OUTPUT_FOLDER, Failure, Job, JobState
+from server.jobs.job import OUTPUT_FOLDER, THUMBNAIL_PATH, Failure, Job, JobState
 from server.jobs.outbox import DeliveryState
 from server.jobs.receipts import Intake, Model, Receipt
 from server.webhooks.deliveries import LISTED_ATTEMPTS, Attempt, DeliveryStatus
@@ -33,10 +33,16 @@ class JobError(BaseModel):
     message: str
 
 
-class Output(BaseModel):
-    """A picture. All but `url` and `seed` are null where the job has no receipt."""
+class Picture(BaseModel):
+    """Where a picture is."""
 
     url: str
+    thumbnail_url: str = Field(description="WebP of at most 256 pixels a side")
+
+
+class Output(Picture):
+    """A picture. All but URLs and seed are null where the job has no receipt."""
+
     seed: int
     sha256: str | None = Field(description="Of the file, hexadecimal")
     is_flagged: bool | None = Field(
@@ -49,7 +55,7 @@ class Output(BaseModel):
 
 
 class JobSummary(BaseModel):
-    """A job in a list."""
+    """A job in short, as webhooks have it."""
 
     id: int
     state: JobState
@@ -62,6 +68,13 @@ class JobSummary(BaseModel):
     samples: int
     error: JobError | None
     track_id: str | int | float | bool | None
+
+
+class JobEntry(JobSummary):
+    """A job in a list."""
+
+    prompt: str
+    outputs: list[Picture] = Field(description="Of a finished job, until they are removed")
 
 
 class Mask(BaseModel):
@@ -148,7 +161,7 @@ class JobAnswer(JobSummary):
 class JobList(BaseModel):
     """Jobs, newest first."""
 
-    jobs: list[JobSummary]
+    jobs: list[JobEntry]
     next_before: int | None = Field(description="The next page's `before`; null on the last page")
 
 
@@ -215,9 +228,22 @@ def known_moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def write_summary(job: Job) -> JobSummary:
+def write_entry(job: Job, base_url: str) -> JobEntry:
     """A job in a list."""
-    return JobSummary(**summary_values(job))
+    pictures = write_pictures(job, base_url)
+    return JobEntry(**summary_values(job), prompt=job.params.prompt, outputs=pictures)
+
+
+def write_pictures(job: Job, base_url: str) -> list[Picture]:
+    """Where the pictures of a finished job are; none once they have expired."""
+    names = job.output_names if job.has_pictures else []
+    return [
+        Picture(
+            url=f"{base_url}/{OUTPUT_FOLDER}/{name}",
+            thumbnail_url=f"{base_url}/{THUMBNAIL_PATH}/{name}.webp",
+        )
+        for name in names
+    ]
 
 
 def summary_values(job: Job) -> dict[str, Any]:
@@ -289,19 +315,18 @@ def write_receipt(receipt: Receipt, intake: Intake | None) -> ReceiptAnswer:
 
 def write_outputs(job: Job, receipt: Receipt | None, base_url: str) -> list[Output]:
     """The pictures of a finished job; none once they have expired."""
-    if not job.has_pictures:
-        return []
-    pictures = receipt.pictures if receipt else [None] * job.params.samples
+    places = write_pictures(job, base_url)
+    pictures = receipt.pictures if receipt and places else [None] * len(places)
     return [
         Output(
-            url=f"{base_url}/{OUTPUT_FOLDER}/{name}",
+            **place.model_dump(),
             seed=job.params.sample_seed(index),
             sha256=picture.sha256 if picture else None,
             is_flagged=picture.is_flagged if picture else None,
             changed_outside=picture.changed_outside if picture else None,
             largest_difference_outside=picture.largest_difference_outside if picture else None,
         )
-        for index, (name, picture) in enumerate(zip(job.output_names, pictures, strict=True))
+        for index, (place, picture) in enumerate(zip(places, pictures, strict=True))
     ]
 
 
@@ -330,10 +355,9 @@ def write_timings(job: Job, intake: Intake | None, receipt: Receipt | None) -> T
 
 def write_webhook(job: Job) -> dict[str, Any]:
     """The webhook body of a job that has ended: its summary and the URLs of its pictures."""
-    base_url = job.request.base_url
-    summary = write_summary(job).model_dump(mode="json")
-    outputs = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    return {"type": f"job.{job.state}", **summary, "outputs": outputs if job.has_pictures else []}
+    summary = JobSummary(**summary_values(job)).model_dump(mode="json")
+    outputs = [each.url for each in write_pictures(job, job.request.base_url)]
+    return {"type": f"job.{job.state}", **summary, "outputs": outputs}
 
 
 def write_delivery(status: DeliveryStatus, open_hosts: Sequence[str]) -> DeliveryAnswer:

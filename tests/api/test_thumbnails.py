@@ -1,0 +1,125 @@
+"""Thumbnails: made of stored pictures when they are asked for."""
+
+import io
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from server.core.settings import Settings
+from server.storage.files import Storage
+from tests.corpora import profiles
+from tests.support.apps import settings_in
+from tests.support.http_stub import LiveApp, running_app
+from tests.support.image_files import saved
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return settings_in(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def app(settings: Settings) -> Iterator[LiveApp]:
+    with running_app(settings) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def client(app: LiveApp) -> httpx2.Client:
+    return app.client
+
+
+@pytest.fixture(scope="module")
+def storage(settings: Settings) -> Storage:
+    return Storage(settings.storage_url)
+
+
+def store(storage: Storage, picture: bytes, suffix: str = ".png") -> str:
+    name = f"{uuid.uuid4()}-0{suffix}"
+    storage.put(f"generations/{name}", picture)
+    return name
+
+
+def slope(width: int, height: int) -> Image.Image:
+    """Red grows to the right and green downwards."""
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.dstack([across, down, 0 * across]).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "size", "small"),
+    [
+        ("PNG", ".png", (1024, 512), (256, 128)),
+        ("JPEG", ".jpg", (512, 1000), (131, 256)),
+        ("WEBP", ".webp", (2048, 2048), (256, 256)),
+        ("PNG", ".png", (64, 72), (64, 72)),
+        ("PNG", ".png", (4000, 1), (256, 1)),
+    ],
+)
+def test_thumbnail_shows_the_picture(
+    kind: str,
+    suffix: str,
+    size: tuple[int, int],
+    small: tuple[int, int],
+    client: httpx2.Client,
+    storage: Storage,
+) -> None:
+    name = store(storage, saved(slope(*size), kind), suffix)
+    answer = client.get(f"/thumbnails/{name}.webp")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
+    assert answer.headers["cache-control"] == "public, max-age=86400, immutable"
+    assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox"
+    image = Image.open(io.BytesIO(answer.content))
+    assert (image.format, image.size) == ("WEBP", small)
+    difference = np.asarray(image, np.int16) - np.asarray(slope(*small), np.int16)
+    assert np.abs(difference).mean() < 4
+    head = client.head(f"/thumbnails/{name}.webp")
+    assert (head.content, head.headers["content-length"]) == (b"", str(len(answer.content)))
+
+
+def test_profile_is_kept(client: httpx2.Client, storage: Storage) -> None:
+    profile = profiles.display_p3()
+    name = store(storage, saved(slope(300, 300), icc_profile=profile))
+    answer = client.get(f"/thumbnails/{name}.webp")
+    assert Image.open(io.BytesIO(answer.content)).info["icc_profile"] == profile
+
+
+def test_nothing_is_stored_for_it(client: httpx2.Client, storage: Storage) -> None:
+    name = store(storage, saved(slope(64, 64)))
+    before = [file for files in storage.list("") for file in files]
+    assert client.get(f"/thumbnails/{name}.webp").status_code == 200
+    assert [file for files in storage.list("") for file in files] == before
+    storage.delete(f"generations/{name}")
+    assert client.get(f"/thumbnails/{name}.webp").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.webp",
+        "{uuid}-0.webp",
+        "{uuid}-0.png",
+        "{uuid}-0.png.base64.webp",
+        "{uuid}-0.gif.webp",
+        "{uuid}-0.png.webp",
+        "../inputs/{uuid}.npy.webp",
+        "..%2Finputs%2F{uuid}-0.png.webp",
+    ],
+)
+def test_other_names_are_unknown(name: str, client: httpx2.Client) -> None:
+    assert client.get(f"/thumbnails/{name.format(uuid=uuid.uuid4())}").status_code == 404
+
+
+def test_many_at_once_are_all_answered(client: httpx2.Client, storage: Storage) -> None:
+    name = store(storage, saved(slope(512, 512)))
+    with ThreadPoolExecutor(8) as pool:
+        answers = [*pool.map(client.get, [f"/thumbnails/{name}.webp"] * 24)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
