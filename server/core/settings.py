@@ -406,7 +406,10 @@ class RetentionSettings(Section):
     """Time from a job's end until its pictures are removed."""
     inputs_h: Annotated[float, Field(ge=0)] = 1
     """Time from a job's end until its inputs are removed. The worker removes the inputs of a job
-    that ended well at once."""
+    that ended well at once, unless `keep_inputs` is set."""
+    keep_inputs: bool = False
+    """Keep the inputs of finished jobs for `inputs_h`, so that they can be replayed. It takes up to
+    ten minutes more until they are removed."""
     uploads_h: Annotated[float, Field(gt=0)] = 1
     """Time from an upload until it is removed. It takes up to ten minutes more."""
     rows_h: Annotated[float, Field(gt=0)] = 24 * 30

@@ -2,7 +2,8 @@
 
     pictures of finished jobs     `outputs_h` after the end; the row stays, with `expired_at`
     rows of ended jobs            `rows_h` after the end, with their webhook history
-    inputs of ended jobs          `inputs_h` after the end, if the worker could not remove them
+    inputs of ended jobs          `inputs_h` after the end, if the worker could not remove them, or
+                                  had to keep them (`keep_inputs`)
     previews of ended jobs        at once, if the worker could not remove them
     uploads                       `uploads_h` after the upload
     other files without a job     after a day
@@ -52,8 +53,9 @@ EXPIRE_INTERVAL_S = 60.0
 SWEEP_INTERVAL_S = 6 * 3_600.0
 """Between two listings of all files, which an object store charges for."""
 
-UPLOAD_SWEEP_INTERVAL_S = 600.0
-"""Between two listings of the uploads, which live for an hour only."""
+SHORT_SWEEP_INTERVAL_S = 600.0
+"""Between two listings of the uploads, which live for an hour only, and of the inputs where those
+of all finished jobs are kept, about a megabyte each."""
 
 ORPHAN_S = 24 * 3_600.0
 """A file without a row is kept so long, because its job may be about to be submitted."""
@@ -108,7 +110,7 @@ class Janitor:
 
     async def run(self) -> None:
         """Run until cancelled. A failed removal is tried again in the next round."""
-        sweeps = {self.sweep: SWEEP_INTERVAL_S, self.sweep_uploads: UPLOAD_SWEEP_INTERVAL_S}
+        sweeps = self.sweeps
         due_at = dict.fromkeys(sweeps, time.monotonic())
         try:
             while True:
@@ -121,6 +123,14 @@ class Janitor:
         finally:
             # Cancelling does not stop a thread, which would go through all files first.
             self._is_stopping.set()
+
+    @property
+    def sweeps(self) -> dict[Callable[[], Removed], float]:
+        """The listings of files, each with the seconds between two of them."""
+        sweeps = {self.sweep: SWEEP_INTERVAL_S, self.sweep_uploads: SHORT_SWEEP_INTERVAL_S}
+        if self._settings.keep_inputs:
+            sweeps[self.sweep_inputs] = SHORT_SWEEP_INTERVAL_S
+        return sweeps
 
     async def _try(self, work: Callable[[], Removed]) -> None:
         try:
@@ -146,10 +156,14 @@ class Janitor:
 
         Raises: SQLAlchemyError, StorageUnavailable.
         """
-        inputs = self._sweep(INPUT_FOLDER, self._unneeded_inputs)
+        inputs = self.sweep_inputs().files
         previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
         outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
         return Removed(files=inputs + previews + outputs, missing=self._mark_missing())
+
+    def sweep_inputs(self) -> Removed:
+        """Remove all inputs that are due. Raises: SQLAlchemyError, StorageUnavailable."""
+        return Removed(files=self._sweep(INPUT_FOLDER, self._unneeded_inputs))
 
     def sweep_uploads(self) -> Removed:
         """Remove all uploads that are due. Raises: StorageUnavailable."""

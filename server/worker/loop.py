@@ -127,7 +127,8 @@ class Worker:
     def __post_init__(self) -> None:
         self._max_in_flight = self.settings.places_on(self.device)
         self._checkpoints = Checkpoints(self.settings, self.device)
-        self._stores = Stores(self.store, self.storage)
+        keeps_inputs = self.settings.retention.keep_inputs
+        self._stores = Stores(self.store, self.storage, keeps_inputs)
         self._finalizer = Finalizer(self._stores.steps_to_fail)
         self._previews = PreviewFiles(self.storage, DaemonThread("previews"))
 

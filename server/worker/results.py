@@ -27,10 +27,14 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """The stores that take the ends of jobs."""
+    """The stores that take the ends of jobs.
+
+    keeps_inputs: those of finished jobs stay, so that they can be replayed.
+    """
 
     jobs: JobStore
     files: Storage
+    keeps_inputs: bool = False
 
     def steps_to_fail(self, job: Job, failure: Failure) -> list[Step]:
         """The steps of an end without pictures."""
@@ -133,10 +137,10 @@ class Result:
 
     def _finish(self) -> None:
         is_ours = self._commit() or self._was_ours()
-        if is_ours:
-            self.stores.drop_input(self.job)
-        else:
+        if not is_ours:
             self.stores.drop_pictures(self.job)
+        elif not self.stores.keeps_inputs:
+            self.stores.drop_input(self.job)
         intake = self.job.request.intake
         logger.info(
             "job finished" if is_ours else "job finished by another",

@@ -389,6 +389,21 @@ def test_sweep_of_the_other_files_leaves_uploads(house: House) -> None:
     assert house.files() == {upload}
 
 
+def test_kept_inputs_are_removed_soon_after_their_time(house: House, engine: Engine) -> None:
+    due = house.finish()
+    house.put(due.input_key)
+    house.pass_hours(1.1)
+    young = house.finish()
+    house.put(young.input_key)
+    keeping = SETTINGS.model_copy(update={"keep_inputs": True})
+    janitor = Janitor(engine, house.storage, keeping, house.clock)
+    assert janitor.sweeps[janitor.sweep_inputs] <= HOUR_S / 4
+    assert janitor.sweep_inputs() == Removed(files=1)
+    assert young.input_key in house.files()
+    assert due.input_key not in house.files()
+    assert house.janitor.sweep_inputs not in house.janitor.sweeps, "listings cost money"
+
+
 async def test_task_removes_uploads(house: House, engine: Engine) -> None:
     storage = TellingStorage(house.folder.as_uri())
     house.put(f"uploads/{uuid.uuid4()}.jpg")

@@ -107,6 +107,13 @@ def test_end_is_stored_and_told_of_once(house: House) -> None:
     assert house.job.id not in house.finalizer.poll()
 
 
+def test_input_of_a_finished_job_is_kept_for_replays(house: House) -> None:
+    house.stores = replace(house.stores, keeps_inputs=True)
+    house.finish()
+    assert house.end() == (JobState.FINISHED, None)
+    assert house.stores.files.get(house.job.input_key) == b"input"
+
+
 def test_pictures_wait_for_the_file_store(house: House) -> None:
     house.block_pictures()
     house.finish()
