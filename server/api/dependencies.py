@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from models.diffusion.enhance import Enhancement
-from server.api.auth.keyring import Caller
+from server.api.auth.keyring import Caller, key_in_headers
 from server.api.dialects.base import ReadingPolicy
 from server.api.proxies import BASE_URL
 from server.api.services import Services
@@ -33,6 +33,14 @@ def admit(request: Request, key: str | None) -> Caller:
     """The caller behind the key that a dialect has read. Raises: InvalidApiKey, RateLimited."""
     address = request.client.host if request.client else ""
     return get_services(request).keys.admit(key, address)
+
+
+async def get_caller(request: Request) -> Caller:
+    """The caller by the key in its headers. Raises: InvalidApiKey, RateLimited."""
+    return admit(request, key_in_headers(request.headers))
+
+
+CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 def base_url_of(request: Request, settings: Settings) -> str:

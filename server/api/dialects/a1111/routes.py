@@ -11,15 +11,16 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from server.api.accept import accept
-from server.api.auth.keyring import Caller, key_in_headers
+from server.api.auth.keyring import Caller
 from server.api.bodies import Fields, parsed, read_fields, release_body
 from server.api.dependencies import (
+    CallerOf,
     ServicesOf,
-    admit,
     base_url_of,
     called_url_of,
     cancel,
     eta_s,
+    get_caller,
     reading_policy,
 )
 from server.api.dialects.a1111 import catalogue, reading, sampling, writing
@@ -40,14 +41,6 @@ logger = get_logger(__name__)
 PREFIX = "/sdapi/v1"
 MAX_JOBS = 1_000
 """Jobs of a caller that are looked at in one state."""
-
-
-async def get_caller(request: Request) -> Caller:
-    """The caller with its limits. Raises: InvalidApiKey, RateLimited."""
-    return admit(request, key_in_headers(request.headers))
-
-
-CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 async def get_fields(request: Request, services: ServicesOf, _caller: CallerOf) -> Fields:

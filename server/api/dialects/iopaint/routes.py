@@ -1,14 +1,14 @@
 """IOPaint's API: a call that waits for its picture, and what IOPaint's page asks at its start."""
 
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.auth.keyring import Caller, key_in_headers
+from server.api.auth.keyring import Caller
 from server.api.bodies import read_fields
-from server.api.dependencies import ServicesOf, admit, reading_policy
+from server.api.dependencies import CallerOf, ServicesOf, reading_policy
 from server.api.dialects.base import Dialect, JobRequest
 from server.api.dialects.iopaint import captions, reading, writing
 from server.api.dialects.waiting import make_pictures, read_pictures
@@ -17,13 +17,6 @@ from server.core.errors import ImageProblem, ImageUnavailable, InvalidRequest
 
 router = APIRouter(prefix=writing.PREFIX, tags=["iopaint"])
 
-
-async def get_caller(request: Request) -> Caller:
-    """The caller. Raises: InvalidApiKey, RateLimited."""
-    return admit(request, key_in_headers(request.headers))
-
-
-CallerOf = Annotated[Caller, Depends(get_caller)]
 
 INPAINT_OPENAPI: dict[str, Any] = {
     "requestBody": {

@@ -9,11 +9,11 @@ from starlette.responses import JSONResponse
 
 from models.params import OutputFormat
 from server.api.accept import accept
-from server.api.auth.keyring import Caller, key_in_headers
+from server.api.auth.keyring import Caller
 from server.api.bodies import read_fields, release_body
 from server.api.dependencies import (
+    CallerOf,
     ServicesOf,
-    admit,
     base_url_of,
     called_url_of,
     cancel,
@@ -33,14 +33,6 @@ router = APIRouter(tags=["replicate"])
 
 PAGE = 20
 FILE_NAME = re.compile(UPLOAD_NAME)
-
-
-async def get_caller(request: Request) -> Caller:
-    """The caller. Raises: InvalidApiKey, RateLimited."""
-    return admit(request, key_in_headers(request.headers))
-
-
-CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 async def get_job(services: ServicesOf, caller: CallerOf, prediction_id: str) -> Job:
