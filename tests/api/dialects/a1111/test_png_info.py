@@ -13,13 +13,10 @@ from PIL import Image, PngImagePlugin
 
 from models.imaging.captions import write_caption
 from models.imaging.images import encode_png
+from models.imaging.repair import PNG_SIGNATURE
 from models.params import InpaintParams, SchedulerName
-from server.api.dialects.a1111.png_info import (
-    MAX_TEXT_BYTES,
-    SIGNATURE,
-    parse_caption,
-    read_png_info,
-)
+from server.api.dialects.a1111.png_info import read_png_info
+from server.api.dialects.png_captions import MAX_TEXT_BYTES, parse_caption
 from server.core.errors import InvalidRequest
 from tests.support.png_text import COLOURS
 
@@ -112,12 +109,12 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def test_decompression_bomb_is_left_out() -> None:
     bomb = zlib.compress(bytes(MAX_TEXT_BYTES + 1))
     texts = chunk(b"zTXt", b"a\0\0" + bomb) + chunk(b"tEXt", b"b\0c")
-    assert read(SIGNATURE + texts)["items"] == {"b": "c"}
+    assert read(PNG_SIGNATURE + texts)["items"] == {"b": "c"}
 
 
 def test_long_text_is_left_out() -> None:
     texts = chunk(b"tEXt", b"a\0" + b"x" * MAX_TEXT_BYTES) + chunk(b"tEXt", b"b\0c")
-    assert read(SIGNATURE + texts)["items"] == {"b": "c"}
+    assert read(PNG_SIGNATURE + texts)["items"] == {"b": "c"}
 
 
 def test_broken_files_end_early() -> None:
@@ -127,7 +124,7 @@ def test_broken_files_end_early() -> None:
         broken = bytearray(png[: dice.randrange(8, len(png))])
         for _ in range(3):
             broken[dice.randrange(8, len(broken) + 1) - 1] = dice.randrange(256)
-        if broken.startswith(SIGNATURE):
+        if broken.startswith(PNG_SIGNATURE):
             read(bytes(broken))
 
 
