@@ -18,7 +18,15 @@ from models.imaging.mask_reading import marks_nothing
 from server.api.auth.keyring import Caller
 from server.api.dialects.base import JobRequest
 from server.api.services import Services
-from server.core.errors import ApiError, ImageUnavailable, QueueFull, ServerBusy, StorageUnavailable
+from server.core.errors import (
+    ApiError,
+    Conflict,
+    ConflictKind,
+    ImageUnavailable,
+    QueueFull,
+    ServerBusy,
+    StorageUnavailable,
+)
 from server.core.fairness import NoSlot
 from server.core.logs import get_logger
 from server.core.notices import Notice
@@ -53,17 +61,9 @@ async def accept(
         StorageUnavailable.
     """
     started = time.monotonic()
-    if services.watcher.is_stopping:
-        raise ServerBusy
-    services.health.refuse_writes()
-    if idempotency is not None:
-        earlier = await services.in_store_thread(
-            services.store.replayed, caller.key_id, idempotency
-        )
-        if earlier is not None:
-            return Submitted(earlier, is_new=False)
-    # Back-pressure: a full queue refuses before any work is done for the request.
-    await services.in_store_thread(services.store.check_room, caller.key_id, queue_share_of(caller))
+    earlier = await check_admission(services, caller, idempotency)
+    if earlier is not None:
+        return Submitted(earlier, is_new=False)
     with admission_slot(services, caller):
         images, fetch_s = await fetch(services, request, caller, (base_url, called_url))
         async with decoded(services, images, request, caller) as (pair, decode_s):
@@ -77,6 +77,49 @@ async def accept(
         )
     log_notices(submitted.job)
     return submitted
+
+
+async def accept_copy(
+    services: Services,
+    input_key: str,
+    new_job: NewJob,
+    caller: Caller,
+    idempotency: Idempotency | None = None,
+) -> Submitted:
+    """Make a job that has the stored input of another one, or find it by its idempotency key.
+
+    input_key: of the other job's input.
+    Raises: ServerBusy, QueueFull, Conflict, StorageUnavailable.
+    """
+    earlier = await check_admission(services, caller, idempotency)
+    if earlier is not None:
+        return Submitted(earlier, is_new=False)
+    with admission_slot(services, caller):
+        await services.in_file_thread(copy_input, services.storage, input_key, new_job)
+        return await services.in_submit_thread(
+            submit, services.store, services.storage, new_job, idempotency
+        )
+
+
+async def check_admission(
+    services: Services, caller: Caller, idempotency: Idempotency | None
+) -> Job | None:
+    """The job of an earlier request with this idempotency key; None where a new one may be made.
+
+    Raises: ServerBusy, QueueFull, Conflict, StorageUnavailable.
+    """
+    if services.watcher.is_stopping:
+        raise ServerBusy
+    services.health.refuse_writes()
+    if idempotency is not None:
+        earlier = await services.in_store_thread(
+            services.store.replayed, caller.key_id, idempotency
+        )
+        if earlier is not None:
+            return earlier
+    # Back-pressure: a full queue refuses before any work is done for the request.
+    await services.in_store_thread(services.store.check_room, caller.key_id, queue_share_of(caller))
+    return None
 
 
 def queue_share_of(caller: Caller) -> QueueShare:
@@ -233,6 +276,14 @@ def log_notices(job: Job) -> None:
 def put_input(storage: Storage, new_job: NewJob, pair: DecodedPair) -> None:
     """Write the input that the worker will read, and fsync it. Raises: StorageUnavailable."""
     storage.put(new_job.input_key, pair.to_bytes())
+
+
+def copy_input(storage: Storage, input_key: str, new_job: NewJob) -> None:
+    """Write another job's input as that of a new one. Raises: Conflict, StorageUnavailable."""
+    content = storage.get(input_key)
+    if content is None:
+        raise Conflict(ConflictKind.INPUT_GONE)
+    storage.put(new_job.input_key, content)
 
 
 def submit(

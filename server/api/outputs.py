@@ -32,7 +32,7 @@ SMALL_NAME = re.compile(THUMBNAIL_NAME)
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
 
-THUMBNAIL_LIMITS = ImageLimits(max_bytes=64_000_000, max_pixels=8_000_000)
+OWN_LIMITS = ImageLimits(max_bytes=64_000_000, max_pixels=8_000_000)
 """For pictures of our own, which have 4 megapixels at most."""
 
 MEDIA_TYPES = {each.suffix: each.media_type for each in OutputFormat}
@@ -69,7 +69,7 @@ async def thumbnail(request: Request, services: ServicesOf, name: str) -> Respon
         raise RouteNotFound
     key = f"{OUTPUT_FOLDER}/{name.removesuffix('.webp')}"
     # The file is read once there is a thread for it, so that calls which wait hold no pictures.
-    async with services.thumbnail_slots:
+    async with services.picture_slots:
         picture = await services.in_file_thread(services.storage.get, key)
         if picture is None:
             raise RouteNotFound
@@ -85,7 +85,7 @@ def make_thumbnail(picture: bytes) -> bytes:
     def fit(width: int, height: int) -> tuple[int, int]:
         return fit_within(width, height, THUMBNAIL_PX)
 
-    decoded = decode_image(picture, THUMBNAIL_LIMITS, fit)
+    decoded = decode_image(picture, OWN_LIMITS, fit)
     return encode_webp(decoded.pixels, THUMBNAIL_QUALITY, icc_profile=decoded.icc_profile)
 
 

@@ -46,8 +46,8 @@ FILE_THREADS = 32
 """File calls at a time. A call keeps its thread until the file store has answered, even after its
 caller's timeout. A file store that hangs therefore takes these threads and no others."""
 
-THUMBNAILS = 2
-"""Thumbnails made at a time, because each takes a core. Their calls need no key."""
+PICTURES = 2
+"""Stored pictures decoded at a time, for thumbnails and comparisons, because each takes a core."""
 
 FILE_TIMEOUT_S = 10.0
 """Timeout of a file call, including the time until a thread is free."""
@@ -81,7 +81,7 @@ class Services:
     file_threads: FairSemaphore = field(
         default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
     )
-    thumbnail_slots: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(THUMBNAILS))
+    picture_slots: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PICTURES))
     uploads: TokenBuckets = field(default_factory=TokenBuckets)
     upload_bytes: TokenBuckets = field(default_factory=TokenBuckets)
     quotes: QuotedEstimates = field(default_factory=QuotedEstimates)

@@ -205,6 +205,10 @@ class ConflictKind(StrEnum):
     """Nothing to redeliver: the job has no webhook, or has not ended."""
     PICTURES_EXPIRED = "pictures_expired"
     """Its webhook cannot be redelivered: its pictures have been removed."""
+    JOB_NOT_FINISHED = "job_not_finished"
+    """It cannot be replayed: it has no pictures."""
+    INPUT_GONE = "input_gone"
+    """It cannot be replayed: its stored images have been removed."""
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     """An earlier request had the same idempotency key and another body."""
 

@@ -111,6 +111,12 @@ CONFLICTS = {
     ConflictKind.JOB_ENDED: (409, "The job has ended already"),
     ConflictKind.NO_DELIVERY: (409, "The job has no webhook call to make again"),
     ConflictKind.PICTURES_EXPIRED: (409, "The job's pictures have been removed"),
+    ConflictKind.JOB_NOT_FINISHED: (409, "The job has not finished, or has no pictures"),
+    ConflictKind.INPUT_GONE: (
+        409,
+        "The job's stored images have been removed; the server's operator can keep those of "
+        "finished jobs with INPAINT_RETENTION__KEEP_INPUTS",
+    ),
     ConflictKind.IDEMPOTENCY_KEY_REUSED: (
         422,
         "The idempotency key came before, with another body",

@@ -578,4 +578,8 @@ def test_description_names_every_answer(client: httpx2.Client) -> None:
     assert declared[("/api/jobs", "post")] == {"200", "202", "400", "409", "413", "422"} | always
     assert declared[("/api/jobs", "get")] == {"200", "422"} | always
     assert declared[("/api/jobs/{job_id}", "get")] == {"200", "404"} | always
+    assert declared[("/api/jobs/{job_id}/replay", "post")] == {
+        *("200", "202", "404", "409", "422"),
+        *always,
+    }
     assert declared[("/api/jobs/{job_id}/cancel", "post")] == {"200", "404", "409"} | always

@@ -504,10 +504,10 @@ def problems_of(found: Sequence[tuple[str, str]]) -> dict[str, list[FieldProblem
     return problems
 
 
-def read_idempotency(key: str | None, request: NativeRequest) -> Idempotency | None:
-    """The idempotency key of the header with the digest of the body. Raises: InvalidRequest."""
+def read_idempotency(key: str | None, body_sha256: str) -> Idempotency | None:
+    """The idempotency key of the header, for a request of this digest. Raises: InvalidRequest."""
     if key is None:
         return None
     if not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest({"Idempotency-Key": [FieldProblem.NOT_A_KEY]})
-    return Idempotency(key, request.body_sha256)
+    return Idempotency(key, body_sha256)

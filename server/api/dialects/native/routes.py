@@ -4,6 +4,7 @@ An endpoint reads with `reading`, calls `accept` or the stores, and writes with 
 are raised; `server/api/errors.py` turns them into problems through `write_error`.
 """
 
+import hashlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
@@ -25,19 +26,20 @@ from server.api.dependencies import (
 )
 from server.api.dialects.base import Dialect, JobRequest
 from server.api.dialects.explanations import headers_of
-from server.api.dialects.native import events, problems, reading, writing
+from server.api.dialects.native import events, problems, reading, replays, writing
 from server.api.dialects.native.problems import declare
 from server.api.dialects.native.writing import (
     DeliveryAnswer,
     DeliveryList,
     JobAnswer,
+    JobDetails,
     JobList,
     PingAnswer,
 )
 from server.api.services import Services
 from server.core.errors import ApiError, Conflict, ConflictKind, StorageUnavailable
 from server.jobs.idempotency import Idempotency
-from server.jobs.job import Job, JobState
+from server.jobs.job import Job, JobState, Submitted
 from server.jobs.outbox import DeliveryState
 from server.jobs.watcher import Subscription
 
@@ -151,17 +153,13 @@ async def create_job(
 
     def read(body: bytes) -> tuple[JobRequest, Idempotency | None]:
         job_request, sent = reading.read_job(body, policy)
-        return job_request, reading.read_idempotency(idempotency_key, sent)
+        return job_request, reading.read_idempotency(idempotency_key, sent.body_sha256)
 
     job_request, once = await parsed(read, body)
     base_url = base_url_of(request, settings)
     called_url = called_url_of(request)
     submitted = await accept(services, job_request, caller, base_url, called_url, once)
-    headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
-    if not submitted.is_new:
-        headers[REPLAYED] = "true"
-    answer = await build_job_answer(services, submitted.job, base_url)
-    return to_response(answer, 202 if submitted.is_new else 200, headers)
+    return await answer_submitted(services, submitted, base_url)
 
 
 @router.get("/api/jobs", responses=declare(422))
@@ -189,6 +187,35 @@ async def read_job(request: Request, services: ServicesOf, job: JobOf) -> Respon
     """A job: its progress, its result, and how it was made."""
     base_url = base_url_of(request, services.settings)
     return to_response(await build_job_answer(services, job, base_url))
+
+
+@router.post(
+    "/api/jobs/{job_id}/replay",
+    status_code=202,
+    response_model=JobAnswer,
+    response_description="Accepted and durable",
+    responses={
+        200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
+        **declare(404, 409, 422),
+    },
+)
+async def replay_job(
+    request: Request,
+    services: ServicesOf,
+    caller: CallerOf,
+    job: JobOf,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Make a finished job's pictures again, with its parameters, seed, model and images.
+
+    The new job's `replay` compares them with the pictures that there are. It needs the images,
+    which servers keep only where their operator has chosen so.
+    """
+    base_url = base_url_of(request, services.settings)
+    digest = hashlib.sha256(f"replay {job.id}".encode()).hexdigest()
+    once = reading.read_idempotency(idempotency_key, digest)
+    submitted = await replays.submit_replay(services, job, caller, base_url, once)
+    return await answer_submitted(services, submitted, base_url)
 
 
 @router.post("/api/jobs/{job_id}/cancel", responses=declare(404, 409))
@@ -291,6 +318,15 @@ async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnsw
     return writing.write_ping(*await services.webhooks.ping(url, caller.webhook_grant))
 
 
+async def answer_submitted(services: Services, submitted: Submitted, base_url: str) -> Response:
+    """The answer to a call that makes a job: 202, or 200 for one that was made before."""
+    headers = {"Location": f"{base_url}/api/jobs/{submitted.job.id}"}
+    if not submitted.is_new:
+        headers[REPLAYED] = "true"
+    answer = await build_job_answer(services, submitted.job, base_url)
+    return to_response(answer, 202 if submitted.is_new else 200, headers)
+
+
 def to_response(
     answer: JobAnswer, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
@@ -307,7 +343,8 @@ async def build_job_answer(services: Services, job: Job, base_url: str) -> JobAn
         forecast = await services.in_store_thread(services.estimator.forecast, job.id)
         position = forecast.position(job.id) if job.state is JobState.QUEUED else None
         eta_s = services.quotes.quote(job.id, forecast.eta_s(job.id))
-    return writing.write_job(job, receipt, base_url, position, eta_s)
+    replay = await replays.read_replay(services, job)
+    return writing.write_job(job, JobDetails(receipt, position, eta_s, replay), base_url)
 
 
 async def build_delivery_list(services: Services, job: Job) -> DeliveryList:

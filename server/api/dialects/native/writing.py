@@ -5,6 +5,7 @@ are in `problems.py`, server-sent events in `events.py`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from models.imaging.mask_reading import MaskReading
+from server.api.dialects.native.replays import Replay
 from server.core.notices import Notice
 from server.jobs.job import OUTPUT_FOLDER, THUMBNAIL_PATH, Failure, Job, JobState
 from server.jobs.outbox import DeliveryState
@@ -156,6 +158,7 @@ class JobAnswer(JobSummary):
     outputs: list[Output]
     params: dict[str, Any] = Field(description="As used, with everything that was left open")
     receipt: ReceiptAnswer | None = Field(description="Of a finished job")
+    replay: Replay | None = Field(description="Of a job that replays another one")
 
 
 class JobList(BaseModel):
@@ -270,15 +273,27 @@ def write_error(job: Job) -> JobError | None:
     return JobError(code=Failure.of(job.error), message=job.error)
 
 
-def write_job(
-    job: Job, receipt: Receipt | None, base_url: str, position: int | None, eta_s: float | None
-) -> JobAnswer:
-    """A job in full. position: None unless it waits. eta_s: None once it has ended."""
-    intake = job.request.intake
+@dataclass(frozen=True, slots=True)
+class JobDetails:
+    """What a job's answer needs besides its row.
+
+    receipt: of a finished job. position: None unless it waits. eta_s: None once it has ended.
+    replay: None for a job that is no replay.
+    """
+
+    receipt: Receipt | None = None
+    position: int | None = None
+    eta_s: float | None = None
+    replay: Replay | None = None
+
+
+def write_job(job: Job, details: JobDetails, base_url: str) -> JobAnswer:
+    """A job in full."""
+    intake, receipt = job.request.intake, details.receipt
     return JobAnswer(
         **summary_values(job),
-        position=position,
-        eta_s=eta_s,
+        position=details.position,
+        eta_s=details.eta_s,
         deadline_at=moment(job.deadline_at),
         timings_ms=write_timings(job, intake, receipt),
         mask=write_mask(intake, receipt),
@@ -289,6 +304,7 @@ def write_job(
         outputs=write_outputs(job, receipt, base_url),
         params=job.params.to_json(),
         receipt=write_receipt(receipt, intake) if receipt else None,
+        replay=details.replay,
     )
 
 
