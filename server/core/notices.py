@@ -1,6 +1,6 @@
 """Warnings about jobs that succeed: a closed list of codes.
 
-A job's row holds its warnings. The native API reports them; V3 has no field for them.
+A job's row holds its warnings. Each dialect reports them in its own form; V3 has no field for them.
 """
 
 from collections.abc import Sequence
