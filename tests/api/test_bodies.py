@@ -398,3 +398,38 @@ def test_disconnect_half_way_is_an_unreadable_body() -> None:
     scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []}
     with pytest.raises(InvalidBody):
         asyncio.run(read_fields(Request(scope, receive), MAX_BYTES))
+
+
+LISTS = ("image", "image[]")
+
+
+def test_repeated_files_are_listed_where_asked_for() -> None:
+    files = [("image[]", ("a", b"1")), ("image[]", ("b", b"2")), ("mask", ("c", b"3"))]
+    body, content_type = multipart([*files, ("mask", ("d", b"4"))], {"prompt": "a cat"})
+    fields = asyncio.run(parse_body(body, content_type, LISTS))
+    assert fields == {"prompt": "a cat", "image[]": [b"1", b"2"], "mask": b"4"}
+    assert asyncio.run(parse_body(body, content_type))["image[]"] == b"2"
+
+
+def test_repeated_fields_of_a_form_are_listed_where_asked_for() -> None:
+    assert parse_form(b"Image=a&Image=b&n=1&n=2", LISTS) == {"Image": ["a", "b"], "n": "2"}
+    assert parse_form(b"image=a&image=b") == {"image": "b"}
+
+
+@pytest.mark.parametrize("name", ["image[]", "mask", "mask[]"])
+def test_picture_without_a_file_name_stays_bytes(name: str) -> None:
+    picture = b"\x89PNG\xff"
+    head = f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode()
+    body = head + picture + b"\r\n--b--\r\n"
+    assert read(body, "multipart/form-data; boundary=b") == {name: picture}
+
+
+def test_number_of_repeated_files_is_limited() -> None:
+    def body(files: int) -> tuple[bytes, str]:
+        return multipart([("image[]", (str(number), b"1")) for number in range(files)])
+
+    content, content_type = body(200)
+    assert len(asyncio.run(parse_body(content, content_type, LISTS))["image[]"]) == 200
+    content, content_type = body(201)
+    with pytest.raises(InvalidForm):
+        asyncio.run(parse_body(content, content_type, LISTS))

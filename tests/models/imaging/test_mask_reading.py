@@ -307,6 +307,22 @@ def test_mask_without_a_transparent_pixel_is_a_fault(image: Image.Image) -> None
     assert refused.value.kind is ImageFault.NO_TRANSPARENCY
 
 
+def test_image_without_a_transparent_pixel_may_be_repainted_as_a_whole() -> None:
+    rule = MaskRule.TRANSPARENT_OR_ALL
+    for image in (
+        DISC,
+        PHOTO,
+        with_alpha(PHOTO, flat(255, "L")),
+        with_alpha(PHOTO, flat(200, "L")),
+    ):
+        mask = by_rule(image, rule)
+        assert mask.read_as is MaskReading.WHITE
+        assert (mask.pixels == 255).all()
+    holes = by_rule(with_alpha(PHOTO, HOLE), rule)
+    assert holes.read_as is MaskReading.TRANSPARENT
+    assert np.array_equal(holes.pixels > 127, INSIDE)
+
+
 @pytest.mark.parametrize("picture", [PHOTO, flat("white"), flat("black")])
 def test_opaque_pixels_are_repainted_where_some_are_transparent(picture: Image.Image) -> None:
     mask = by_rule(with_alpha(picture, DISC), MaskRule.OPAQUE)

@@ -47,7 +47,7 @@ MAX_WORD_CHARS = 100
 MAX_NAMES = 20
 """Names of ignored fields in an answer; they are cut to `MAX_WORD_CHARS`."""
 
-SIZE = re.compile(r"([0-9]{1,5}) ?[xX×] ?([0-9]{1,5})")
+SIZE = re.compile(r"([1-9][0-9]{0,4}) ?[x×] ?([1-9][0-9]{0,4})")
 AUTO = "auto"
 URL, B64_JSON = RESPONSE_FORMATS = ("url", "b64_json")
 BACKGROUNDS = ("opaque", AUTO)
@@ -224,7 +224,7 @@ def read_size(reader: FieldReader) -> tuple[tuple[int, int] | None, bool]:
     """
     word = read_word(reader, "size") or AUTO
     match = SIZE.fullmatch(word)
-    if match is None or "0" in (match[1], match[2]):
+    if match is None:
         if word != AUTO:
             refuse(reader, "size", "must be auto or WIDTHxHEIGHT in pixels, such as 512x512.")
         return None, True
