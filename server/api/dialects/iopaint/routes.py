@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.auth.keyring import Caller
-from server.api.bodies import read_fields
+from server.api.bodies import parsed, read_fields
 from server.api.dependencies import CallerOf, ServicesOf, reading_policy
 from server.api.dialects.base import Dialect, JobRequest
 from server.api.dialects.iopaint import captions, reading, writing
@@ -106,7 +106,7 @@ async def gen_info(request: Request, services: ServicesOf, _caller: CallerOf) ->
     content = fields.get("file")
     if not isinstance(content, bytes):
         raise ImageUnavailable({"file": ImageProblem.NOT_AN_IMAGE})
-    prompt, negative_prompt = captions.read_prompts(content)
+    prompt, negative_prompt = await parsed(captions.read_prompts, content)
     return JSONResponse({"prompt": prompt, "negative_prompt": negative_prompt})
 
 
