@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 from anyio import to_thread
 
-from models.imaging.mask_reading import marks_nothing
+from models.imaging.mask_reading import MaskReading, marks_nothing
 from server.api.auth.keyring import Caller
 from server.api.dialects.base import JobRequest
 from server.api.services import Services
@@ -210,7 +210,8 @@ def make_new_job(
     """The row to submit."""
     height, width = pair.mask.shape
     width, height = canvas_size_of(request, width, height)
-    params = dataclasses.replace(request.params, width=width, height=height)
+    strength = strength_of(request, pair)
+    params = dataclasses.replace(request.params, width=width, height=height, strength=strength)
     notices = [*request.notices, *pair.notices]
     if marks_nothing(pair.mask, is_soft=params.soft_mask, is_inverted=params.invert_mask):
         notices.append(Notice.MASK_IS_EMPTY)
@@ -225,6 +226,13 @@ def make_new_job(
         webhook=request.webhook,
         track_id=request.track_id,
     )
+
+
+def strength_of(request: JobRequest, pair: DecodedPair) -> float:
+    """The strength of a job, which may depend on whether its picture has transparent pixels."""
+    if request.whole_strength is None or pair.read_as is MaskReading.TRANSPARENT:
+        return request.params.strength
+    return request.whole_strength
 
 
 async def with_deadline(

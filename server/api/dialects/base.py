@@ -28,6 +28,8 @@ class JobRequest:
     init_image: None for text to image, which starts from a plain grey picture.
     mask_image: None repaints the whole picture, or the new pixels alone where it is extended.
     mask_rule: how the file of a mask is read.
+    whole_strength: the strength where `MaskRule.TRANSPARENT_OR_ALL` repaints all, None for that of
+        the parameters. At 1 nothing would be left of the picture.
     extension: new pixels around the init image, which are repainted whatever the mask says; what
         follows applies to the extended picture.
     width, height: in pixels; None where the init image decides. They are the model's canvas where
@@ -44,6 +46,7 @@ class JobRequest:
     init_image: ImageSource | None
     mask_image: ImageSource | None
     mask_rule: MaskRule = MaskRule.EVIDENT
+    whole_strength: float | None = None
     extension: Extension = NO_EXTENSION
     width: int | None = None
     height: int | None = None

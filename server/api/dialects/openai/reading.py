@@ -41,6 +41,10 @@ PICTURES = {
 DEFAULT_STEPS = 30
 DEFAULT_SIDE = 512
 DEFAULT_QUALITY = 95
+
+WHOLE_PICTURE_STRENGTH = 0.8
+"""For a picture without mask and transparent pixels, where the call names no strength."""
+
 RANDOM_SEED = -1
 
 MAX_WORD_CHARS = 100
@@ -107,12 +111,14 @@ def read_edit(fields: Mapping[str, Any], policy: ReadingPolicy) -> tuple[JobRequ
     image = reader.image("image")
     mask = reader.image("mask") if pictures["mask"] else None
     request, call = read_call(reader, others, policy, "image_edit")
+    may_be_whole = mask is None and reader.value("strength") is None
     return replace(
         request,
         init_image=image,
         # Without a mask OpenAI takes the image's own transparent pixels.
         mask_image=image if mask is None else mask,
         mask_rule=MaskRule.TRANSPARENT_OR_ALL if mask is None else MaskRule.TRANSPARENT,
+        whole_strength=WHOLE_PICTURE_STRENGTH if may_be_whole else None,
     ), call
 
 
