@@ -40,7 +40,8 @@ PICTURES = {
 
 DEFAULT_STEPS = 30
 DEFAULT_SIDE = 512
-DEFAULT_QUALITY = 95
+DEFAULT_QUALITY = 100
+"""OpenAI's own. A WebP is lossless then, so nothing changes outside the mask."""
 
 WHOLE_PICTURE_STRENGTH = 0.8
 """For a picture without mask and transparent pixels, where the call names no strength."""
