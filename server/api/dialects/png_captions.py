@@ -26,8 +26,8 @@ STEPS, MIN_PAIRS = "Steps: ", 3
 """A caption's last line has values if it begins with the first, or has so many of them."""
 
 STRING = re.compile(r'"(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4}))*+"')
-"""A JSON text. It is found before it is decoded, because an error of the decoder tells its line, for
-which it counts through the whole caption."""
+"""A JSON text. It is found before it is decoded, because an error of the decoder names its line,
+and counts the lines of the whole caption for that."""
 
 
 def read_texts(png: bytes) -> Iterator[tuple[str, str]]:

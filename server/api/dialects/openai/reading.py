@@ -71,14 +71,20 @@ ANSWER_FIELDS = {
     *("model", "n", "size", "response_format", "output_format", "output_compression"),
     *("background", "stream", "partial_images"),
 }
-WITHOUT_EFFECT = {
-    *("quality", "input_fidelity", "moderation", "user", "style", "safety_identifier"),
+NOT_APPLIED = {
+    "quality": (AUTO, "standard", "medium"),
+    "input_fidelity": ("low",),
+    "moderation": (AUTO,),
+    "style": ("vivid",),
 }
-"""Fields that are accepted and change nothing: there is one quality, and no account is kept."""
+"""OpenAI's fields that are not applied, and the values that ask for nothing else."""
+
+WITHOUT_EFFECT = {"user", "safety_identifier"}
+"""Fields for OpenAI's own accounts."""
 
 COMMON_FIELDS = {
     *("prompt", "negative_prompt", "guidance_scale", "seed", "scheduler", "noise_spacing"),
-    *("safety_check", "flagged_as", *INTEGERS, *ANSWER_FIELDS, *WITHOUT_EFFECT),
+    *("safety_check", "flagged_as", *INTEGERS, *ANSWER_FIELDS, *WITHOUT_EFFECT, *NOT_APPLIED),
 }
 EDIT_FIELDS = {*COMMON_FIELDS, "strength", "fill", *MASK_INTEGERS, *MASK_FLAGS}
 
@@ -88,13 +94,12 @@ class Call:
     """What the answer to a call needs besides its job.
 
     event: the part of its events' names before the full stop. response_format: None where the
-        client leaves it open. quality: as the client named it. partial_images: how many a stream
-        has at most. ignored: names of fields that are not applied as sent.
+        client leaves it open. partial_images: how many a stream has at most. ignored: names of
+        fields that are not applied as sent.
     """
 
     event: str
     response_format: str | None
-    quality: str
     is_stream: bool
     partial_images: int
     ignored: tuple[str, ...]
@@ -146,7 +151,15 @@ def read_call(
         must_be_checked=policy.force_safety_check,
     )
     known = EDIT_FIELDS if is_edit else COMMON_FIELDS
-    ignored = [*([] if is_fitted else ["size"]), *(name for name in fields if name not in known)]
+    ignored = [
+        *([] if is_fitted else ["size"]),
+        *(
+            name
+            for name, usual in NOT_APPLIED.items()
+            if read_word(reader, name) not in (None, *usual)
+        ),
+        *(name for name in fields if name not in known),
+    ]
     call = read_answer(reader, event, ignored)
     reader.raise_errors()
     notices += [*reader.notices, *prompt_notices([params.prompt, params.negative_prompt])]
@@ -210,6 +223,12 @@ def read_choice(reader: FieldReader, name: str, default: Any) -> Any:
     if word not in choices:
         refuse(reader, name, f"must be one of {', '.join(choices)}.")
     return choices.get(word, default)
+
+
+def is_unusual(reader: FieldReader, name: str) -> bool:
+    """Whether a field of `NOT_APPLIED` asks for something that is not done."""
+    word = read_word(reader, name)
+    return word is not None and word not in NOT_APPLIED[name]
 
 
 def read_word(reader: FieldReader, name: str) -> str | None:
@@ -277,7 +296,6 @@ def read_answer(reader: FieldReader, event: str, ignored: Sequence[str]) -> Call
     return Call(
         event=event,
         response_format=response_format,
-        quality=str(reader.value("quality") or AUTO)[:MAX_WORD_CHARS],
         is_stream=is_stream,
         partial_images=partial_images if is_stream else 0,
         ignored=tuple(name[:MAX_WORD_CHARS] for name in ignored[:MAX_NAMES]),

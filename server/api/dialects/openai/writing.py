@@ -71,7 +71,7 @@ def write_partial(call: Call, job: Job, index: int, preview: bytes) -> Body:
         "partial_image_index": index,
         "background": "opaque",
         "output_format": "png",
-        "quality": call.quality,
+        "quality": AUTO,
         "size": size_of(job),
     }
 
@@ -102,7 +102,7 @@ def write_facts(call: Call, job: Job) -> Body:
     return {
         "background": "opaque",
         "output_format": job.params.output_format.value,
-        "quality": call.quality,
+        "quality": AUTO,
         "size": size_of(job),
         "usage": USAGE,
         **({"warnings": warnings} if warnings else {}),

@@ -41,13 +41,13 @@ def test_defaults_of_an_edit() -> None:
     request, call = read()
     params = request.params
     assert (params.strength, params.num_inference_steps, params.guidance_scale) == (1.0, 30, 7.5)
-    assert (params.samples, params.output_format, params.output_quality) == (1, "png", 95)
+    assert (params.samples, params.output_format, params.output_quality) == (1, "png", 100)
     assert (params.model, params.safety_check) == (None, True)
     assert (request.width, request.height, request.previews) == (None, None, False)
     assert (request.init_image, request.mask_image) == (ImageSource(IMAGE), ImageSource(MASK))
     assert request.mask_rule is MaskRule.TRANSPARENT
     assert request.notices == ()
-    assert call == Call("image_edit", None, "auto", False, 0, ())
+    assert call == Call("image_edit", None, False, 0, ())
 
 
 def test_edit_without_a_mask_takes_the_images_own_alpha() -> None:
@@ -194,14 +194,13 @@ def test_size_that_cannot_be_made_is_fitted_and_told_of(
 
 
 def test_fields_without_effect_are_silent_and_unknown_ones_named() -> None:
-    silent = dict.fromkeys(
-        ("quality", "input_fidelity", "moderation", "user", "style", "safety_identifier"), "low"
-    )
+    usual = {"quality": "Medium", "input_fidelity": "low", "moderation": "auto", "style": "vivid"}
+    silent = {**usual, "user": "u-1", "safety_identifier": "s-1"}
     request, call = read(**silent, background="opaque", partial_images=2)
-    assert (request.notices, call.ignored, call.quality) == ((), (), "low")
+    assert (request.notices, call.ignored) == ((), ())
     assert not request.previews, "no preview is asked for without a stream"
-    request, call = read(markup="x", **{"svg[width]": "1"})
-    assert call.ignored == ("markup", "svg[width]")
+    request, call = read(markup="x", quality="hd", **{"svg[width]": "1"})
+    assert call.ignored == ("quality", "markup", "svg[width]")
     assert request.notices == (Notice.FIELDS_IGNORED,)
 
 

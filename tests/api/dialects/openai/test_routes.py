@@ -153,9 +153,9 @@ class TestEdits:
             OutputFormat.WEBP,
         )
         assert (params.width, params.height) == (128, 64)
-        assert (answer["size"], answer["quality"]) == ("128x64", "high")
+        assert (answer["size"], answer["quality"]) == ("128x64", "auto")
         (warning,) = answer["warnings"]
-        assert (warning["code"], warning["fields"]) == ("fields_ignored", ["markup"])
+        assert (warning["code"], warning["fields"]) == ("fields_ignored", ["quality", "markup"])
         assert answer["data"][0]["url"].endswith(".webp")
 
 

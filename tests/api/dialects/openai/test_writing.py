@@ -30,7 +30,7 @@ from tests.support.api_errors import error_classes, sample_of
 from tests.support.jobs import PARAMS, ROW
 from tests.support.openai_calls import EDITS
 
-CALL = Call("image_edit", None, "auto", False, 0, ())
+CALL = Call("image_edit", None, False, 0, ())
 JOB = Job.from_row(
     {
         **dict.fromkeys(("webhook", "track_id", "started_at", "worker_id", "run_s", "error")),
