@@ -70,7 +70,8 @@ def list_not_applied(fields: Mapping[str, Any], params: InpaintParams) -> list[s
         elif name == "mask_blur_y":
             # `mask_blur` is for both directions.
             is_other = bool(fields.get("mask")) and to_number(value) != params.mask_blur
-            names += [name] * (is_other and "mask_blur" not in fields)
+            if is_other and "mask_blur" not in fields:
+                names.append(name)
         elif not is_idle(name, value, params):
             names.append(name[:MAX_NAME_CHARS])
     return names

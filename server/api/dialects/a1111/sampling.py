@@ -9,15 +9,13 @@ from typing import Any
 
 from models.imaging.captions import SAMPLERS
 from models.params import NOISE_SPACINGS, NoiseSpacing, SchedulerName
-from server.api.dialects.samplers import NAMES, plain
+from server.api.dialects.samplers import NAMES, SCHEDULERS, plain
 
 AUTOMATIC = "Automatic"
 """As a scheduler what the sampler usually has. As a sampler, which A1111 does not know, the model's
 own: a model that was distilled for one scheduler needs that."""
 
 DEFAULT_SAMPLER = "Euler"
-
-SAMPLER_OF = {plain(name): scheduler for scheduler, names in NAMES.items() for name in names}
 
 USUAL_SPACINGS = dict.fromkeys(
     (
@@ -66,13 +64,13 @@ def find_sampling(sampler: str, schedule: str) -> Sampling | None:
     schedule = own_schedule or plain(schedule)
     if name == plain(AUTOMATIC):
         return sampling_of(AUTOMATIC, None, schedule)
-    scheduler = SAMPLER_OF.get(name)
+    scheduler = SCHEDULERS.get(name)
     return None if scheduler is None else sampling_of(SAMPLERS[scheduler], scheduler, schedule)
 
 
 def split_name(name: str) -> tuple[str, str]:
     """The plain names of sampler and schedule; the second is empty where none is named."""
-    if name in SAMPLER_OF:
+    if name in SCHEDULERS:
         return name, ""
     # The longest first, because "polyexponential" ends in "exponential".
     for schedule in sorted((*SPACINGS, *UNKNOWN_SPACINGS), key=len, reverse=True):

@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from models.imaging.mask_reading import MaskRule
 from server.api.accept import accept
-from server.api.auth.keyring import Caller, key_in_headers
+from server.api.auth.keyring import Caller
 from server.api.bodies import read_fields, release_body
 from server.api.dependencies import (
+    CallerOf,
     ServicesOf,
-    admit,
     base_url_of,
     called_url_of,
     cancel,
@@ -36,14 +36,6 @@ from server.jobs.job import Job
 IMAGES = "/v1/images/"
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """`no` makes nginx pass on each event at once instead of buffering it."""
-
-
-async def get_caller(request: Request) -> Caller:
-    """The caller. Raises: InvalidApiKey, RateLimited."""
-    return admit(request, key_in_headers(request.headers))
-
-
-CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 async def get_cleanup() -> AsyncIterator[AsyncExitStack]:
