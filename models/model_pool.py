@@ -90,7 +90,7 @@ class ModelPool:
             return Readiness.READY
         loading = self._loading.get(model)
         if loading is None:
-            if self.is_variant(model) and not self._make_place(in_use):
+            if self.is_variant(model) and not self._make_room_for_variant(in_use):
                 return Readiness.CROWDED
             self._loading[model] = self._reader.submit(self.load, model)
             return Readiness.LOADING
@@ -144,8 +144,8 @@ class ModelPool:
         with translated_errors():
             return self.place(components)
 
-    def _make_place(self, in_use: Set[str]) -> bool:
-        """Unload idle variants until there is a place for one; False where there cannot be."""
+    def _make_room_for_variant(self, in_use: Set[str]) -> bool:
+        """Unload idle variants until one more may be loaded; False where too many are in use."""
         resident = [model for model in self._resident if self.is_variant(model)]
         loading = sum(map(self.is_variant, self._loading))
         excess = len(resident) + loading + 1 - MAX_VARIANTS

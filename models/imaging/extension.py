@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from models.params import Range
 
-SIDE_RANGE = Range(0, 512)
-"""New pixels on one side."""
+NEW_PIXELS = Range(0, 512)
+"""Allowed number of new pixels on one side."""
 
 
 class Placement(NamedTuple):
@@ -35,7 +35,7 @@ class Placement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """New pixels on each side, counted in pixels of the picture's file, each within `SIDE_RANGE`.
+    """New pixels on each side, counted in pixels of the picture's file, each within `NEW_PIXELS`.
 
     mask_level: the mask's value there: 255, or 0 where the mask is inverted.
     """

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.imaging.extension import NO_EXTENSION, Extension
-from models.imaging.extension import SIDE_RANGE as NEW_PIXELS
+from models.imaging.extension import NEW_PIXELS, NO_EXTENSION, Extension
 from models.params import (
     NOISE_SPACINGS,
     RANGES,

@@ -16,7 +16,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 def size_of(content: bytes) -> tuple[int, int] | None:
     """Pixels as stored, before any rotation; None for what is not read here."""
     if content.startswith(PNG_SIGNATURE):
-        return number(content[16:20]), number(content[20:24])
+        return big_endian(content[16:20]), big_endian(content[20:24])
     if content.startswith(JPEG_SIGNATURE):
         return size_of_jpeg(content)
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
@@ -32,9 +32,9 @@ def size_of_jpeg(content: bytes) -> tuple[int, int] | None:
         if content[at : at + 1] != b"\xff" or not marker:
             return None
         if marker[0] in FRAMES:
-            return number(content[at + 7 : at + 9]), number(content[at + 5 : at + 7])
+            return big_endian(content[at + 7 : at + 9]), big_endian(content[at + 5 : at + 7])
         # 0xFF may be repeated before a marker; a segment's length counts its own two bytes.
-        at += 1 if marker == b"\xff" else 2 + number(content[at + 2 : at + 4])
+        at += 1 if marker == b"\xff" else 2 + big_endian(content[at + 2 : at + 4])
     return None
 
 
@@ -42,20 +42,20 @@ def size_of_webp(content: bytes) -> tuple[int, int] | None:
     """The canvas of an extended file, or the size of the one picture of a simple file."""
     match content[12:16]:
         case b"VP8X":
-            return 1 + little(content[24:27]), 1 + little(content[27:30])
+            return 1 + little_endian(content[24:27]), 1 + little_endian(content[27:30])
         case b"VP8L":
-            bits = little(content[21:25])
+            bits = little_endian(content[21:25])
             return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
         case b"VP8 ":
-            return little(content[26:28]) & 0x3FFF, little(content[28:30]) & 0x3FFF
+            return little_endian(content[26:28]) & 0x3FFF, little_endian(content[28:30]) & 0x3FFF
     return None
 
 
-def number(data: bytes) -> int:
-    """Big-endian, as in PNG and JPEG."""
+def big_endian(data: bytes) -> int:
+    """A number in a PNG or a JPEG."""
     return int.from_bytes(data, "big")
 
 
-def little(data: bytes) -> int:
-    """Little-endian, as in WebP."""
+def little_endian(data: bytes) -> int:
+    """A number in a WebP."""
     return int.from_bytes(data, "little")

@@ -15,7 +15,9 @@ from server.jobs.job import Job
 Body = dict[str, Any]
 
 PREFIX = "/api/v1"
-OF_THE_VENDOR = f"{PREFIX}/enterprise"
+VENDOR_PREFIX = f"{PREFIX}/enterprise"
+"""The vendor's calls below `PREFIX`."""
+
 FIELD_NAMES = {"init_image": "image", "mask_image": "mask"}
 
 SEED, WARNINGS, IGNORED = EXPOSED_HEADERS = ("X-Seed", "X-Warnings", "X-Ignored-Fields")
@@ -23,7 +25,7 @@ SEED, WARNINGS, IGNORED = EXPOSED_HEADERS = ("X-Seed", "X-Warnings", "X-Ignored-
 
 def owns(path: str) -> bool:
     """Whether errors under a path are written as IOPaint does."""
-    return is_below(path, PREFIX) and not is_below(path, OF_THE_VENDOR)
+    return is_below(path, PREFIX) and not is_below(path, VENDOR_PREFIX)
 
 
 def is_below(path: str, prefix: str) -> bool:

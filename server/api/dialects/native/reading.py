@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from models.errors import InvalidInput
-from models.imaging.extension import NO_EXTENSION, SIDE_RANGE, Extension
+from models.imaging.extension import NEW_PIXELS, NO_EXTENSION, Extension
 from models.params import (
     CHUNK_TOKENS,
     LORA_SCALES,
@@ -101,7 +101,7 @@ SENTENCES = {
 DEADLINE_RANGE = Range(0.1, 604_800)
 """Seconds; a week is longer than any backlog."""
 
-OWN_RANGES = {"extend": SIDE_RANGE, "deadline_s": DEADLINE_RANGE, "loras": LORA_SCALES}
+OWN_RANGES = {"extend": NEW_PIXELS, "deadline_s": DEADLINE_RANGE, "loras": LORA_SCALES}
 """Ranges of numbers that are no `InpaintParams`; of a field with several, of each of them."""
 
 NESTED = ("extend", "loras")
@@ -216,7 +216,7 @@ def side(text: str) -> Any:
 
 def new_pixels() -> Any:
     """The field of one side of an extension."""
-    return Field(default=0, ge=int(SIDE_RANGE.minimum), le=int(SIDE_RANGE.maximum))
+    return Field(default=0, ge=int(NEW_PIXELS.minimum), le=int(NEW_PIXELS.maximum))
 
 
 def plain(name: str, text: str, **more: Any) -> Any:
