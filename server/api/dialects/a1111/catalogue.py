@@ -1,4 +1,4 @@
-"""What A1111's clients ask before they make pictures: models, options, and what is not there."""
+"""The answers that A1111's clients ask for first: models, LoRAs, options, and empty lists."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ NONE_HERE: Mapping[str, Any] = {
     "memory": {"ram": {"error": "unavailable"}, "cuda": {"error": "unavailable"}},
     "cmd-flags": {"api": True, "nowebui": True},
 }
-"""The answers of `GET` calls for what this server has none of, or does not tell."""
+"""The answers of `GET` calls about things that this server does not have or does not tell."""
 
 FOR_ONE_CALL = (
     "options hold for all clients of this server; send it in override_settings of each call"

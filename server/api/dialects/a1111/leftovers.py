@@ -1,7 +1,7 @@
 """Which fields of a call are not applied here although their values would change the pictures.
 
-A1111's clients send all of its fields, most with their defaults. A field is told of unless it is
-read, says nothing about the pictures, or has a value with which A1111 does nothing.
+A1111's clients send all of its fields, most with their defaults. A field is reported unless it is
+read, does not concern the pictures, or has a value with which A1111 does nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from models.params import InpaintParams, SchedulerName
 from server.api.dialects.fields import FALSE_WORDS, to_number
 
 MAX_NAME_CHARS = 60
-"""Of a field that A1111 does not know: its name is the client's own text."""
+"""Names are cut to this length, because an unknown field's name is a text of the client's."""
 
 READ = {
     *("prompt", "negative_prompt", "init_images", "mask", "mask_blur", "mask_blur_x"),
@@ -20,16 +20,16 @@ READ = {
     *("cfg_scale", "sampler_name", "sampler_index", "override_settings", "send_images"),
     *("include_init_images", "force_task_id", "disable_extra_networks", "scheduler"),
 }
-"""What `reading` reads, and answers or tells of itself."""
+"""Fields that `reading` applies, refuses or reports."""
 
 SILENT = {
     # About files on the server, whose pictures are always stored for some time.
     *("save_images", "do_not_save_samples", "do_not_save_grid", "do_not_reload_embeddings"),
     *("override_settings_restore_afterwards", "comments"),
-    # Without effect alone; the field that they belong to is told of.
+    # They have an effect only together with another field, which is reported.
     *("subseed", "script_args", "refiner_switch_at", "firstphase_width", "firstphase_height"),
     *("firstpass_image", "token_merging_ratio_hr", "s_tmin", "s_tmax"),
-    # Of models that edit by instructions, which are not served.
+    # Only models that edit by instructions have it, and these are not served.
     "image_cfg_scale",
 }
 
@@ -56,7 +56,7 @@ IDLE_ETA = {
     SchedulerName.EULER_ANCESTRAL: 1.0,
     SchedulerName.KDPM2_ANCESTRAL: 1.0,
 }
-"""The noise that these schedulers add, always; all others take no notice of `eta`."""
+"""The `eta` with which these schedulers always run; the others have none."""
 
 
 def list_not_applied(fields: Mapping[str, Any], params: InpaintParams) -> list[str]:
@@ -89,7 +89,7 @@ def list_settings_not_applied(settings: Mapping[str, Any], read: set[str]) -> li
 
 
 def to_code(name: str) -> str:
-    """A name for the log, which the client's own texts stay out of."""
+    """A name for the log. An unknown field's name is a text of the client's, so it is left out."""
     head = name.partition(".")[0]
     return head if head in READ | KNOWN else "unknown"
 
@@ -100,7 +100,7 @@ def is_idle(name: str, value: Any, params: InpaintParams) -> bool:
     if name == "mask_round":
         return not is_nothing(value)
     if name == "resize_mode":
-        # Only the part around the mask is scaled then, in its own proportions.
+        # With `only_masked` the part around the mask alone is scaled, in its own proportions.
         return number == 0 or params.only_masked
     if name == "eta":
         return params.scheduler not in IDLE_ETA or number == IDLE_ETA[params.scheduler]

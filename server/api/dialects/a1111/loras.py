@@ -7,7 +7,7 @@ from models.params import Lora
 from server.api.dialects.fields import to_number
 
 TAG = re.compile(r"<lora:([^<>:]*)(?::([^<>]*))?>", re.IGNORECASE)
-"""Name, and scale where there is one."""
+"""The groups are the name, and the scale or None."""
 
 
 def take_loras(prompt: str, offered: Sequence[str]) -> tuple[str, tuple[Lora, ...]]:

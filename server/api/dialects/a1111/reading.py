@@ -1,4 +1,4 @@
-"""A1111's web UI, reading: the fields of a call become a `JobRequest`, and what the answer needs.
+"""A1111's web UI, reading: a call becomes a `JobRequest`, and a `Call` for its answer.
 
 Defaults are those of A1111's API: 50 steps, a scale of 7, a blur of 4 px, and only the part around
 the mask. Sources: `modules/api/models.py` and `modules/processing.py` there.
@@ -29,7 +29,7 @@ MAX_TASK_ID_CHARS = 200
 MAX_NAME_CHARS = 1_000
 
 FILLS = (Fill.BLUR, Fill.ORIGINAL, Fill.NOISE, Fill.ZERO)
-"""By A1111's number."""
+"""The fills in the order of A1111's numbers, which begin at 0."""
 
 FORMATS = {
     "png": OutputFormat.PNG,
@@ -42,7 +42,7 @@ DEFAULT_QUALITY = 80
 MODEL, CLIP_LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
 SAMPLES_FORMAT, QUALITY = "samples_format", "jpeg_quality"
 SETTINGS = {MODEL, CLIP_LAYERS, SAMPLES_FORMAT, QUALITY}
-"""What a call may override."""
+"""The settings of `override_settings` that are applied."""
 
 CLIP_LAYERS_RANGE = Range(1, RANGES["clip_skip"].maximum + 1)
 """A1111 counts the layer that is taken from the end: 1 is the last one, which skips none."""
@@ -74,9 +74,9 @@ class A1111Facts:
 class Call:
     """What the answer to a call needs besides its job.
 
-    sampler: A1111's name of it. batch_size: pictures of one batch.
+    sampler: its name in A1111. batch_size: number of pictures in a batch.
     not_applied: names of fields that would have changed the pictures. sends_images: whether the
-        answer holds the pictures. parameters: the fields for the answer to repeat.
+        answer holds the pictures. parameters: the fields that the answer repeats.
     """
 
     sampler: str
@@ -114,7 +114,7 @@ def read_txt2img(fields: Mapping[str, Any], policy: ReadingPolicy) -> tuple[JobR
 def read_call(
     reader: FieldReader, fields: Mapping[str, Any], policy: ReadingPolicy, own: Mapping[str, Any]
 ) -> tuple[JobRequest, Call]:
-    """What both calls have in common. own: parameters that only one of them has.
+    """What both calls have in common. own: the parameters of one call alone.
 
     Raises: InvalidRequest, with every field at fault.
     """
@@ -161,13 +161,13 @@ def make_request(reader: FieldReader, params: InpaintParams) -> JobRequest:
 def names_not_applied(
     reader: FieldReader, fields: Mapping[str, Any], request: JobRequest, sampling: Sampling
 ) -> list[str]:
-    """Names of the fields whose effect the pictures lack."""
+    """Names of the fields that are not applied as sent."""
     names = list_not_applied(fields, request.params)
     names += list_settings_not_applied(settings_of(reader), SETTINGS)
     if not sampling.is_as_asked:
         names.append("scheduler")
     for name, side in (("width", request.width), ("height", request.height)):
-        # It was fitted to the sizes that can be made.
+        # `make_request` fitted the side to the sizes that can be made.
         if side and name not in reader.errors and reader.number(name, side) != side:
             names.append(name)
     return names
@@ -185,7 +185,7 @@ def read_numbers(reader: FieldReader) -> dict[str, Any]:
 def read_prompts(reader: FieldReader, offered: Sequence[str]) -> dict[str, Any]:
     """Both prompts, which may be empty, and the LoRAs that the first one names.
 
-    offered: names of LoRAs; the tags of others stay in the prompt, and are warned of.
+    offered: names of LoRAs. The tags of others stay in the prompt and cause a warning.
     """
     sent, negative_prompt = reader.text("prompt") or "", reader.text("negative_prompt") or ""
     prompt, loras = take_loras(sent, offered)
@@ -222,7 +222,7 @@ def read_mask(reader: FieldReader) -> dict[str, Any]:
 
 
 def read_samples(reader: FieldReader) -> tuple[int, int]:
-    """The pictures of a batch, and of all batches."""
+    """The number of pictures in a batch, and in all batches."""
     allowed = RANGES["samples"]
     at_least_one = Range(allowed.minimum, 1_000)
     batch_size = reader.integer("batch_size", 1, at_least_one)
@@ -261,7 +261,7 @@ def settings_of(reader: FieldReader) -> dict[str, Any]:
 
 
 def read_settings(reader: FieldReader, policy: ReadingPolicy) -> dict[str, Any]:
-    """The parameters that A1111 has among its settings."""
+    """The parameters that are settings in A1111."""
     if not isinstance(reader.value("override_settings") or {}, dict):
         sentence = "The override settings must be an object."
         reader.errors.setdefault("override_settings", []).append(sentence)
@@ -298,7 +298,7 @@ def read_format(settings: FieldReader) -> OutputFormat:
 
 
 def read_parameters(reader: FieldReader, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields for the answer to repeat: without pictures, unless the client wants these back."""
+    """The fields that the answer repeats, without pictures unless the client asks for them."""
     is_whole = reader.flag("include_init_images", default=False)
     left_out = PICTURES[2:] if is_whole else PICTURES
     return {

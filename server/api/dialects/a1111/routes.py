@@ -1,7 +1,8 @@
 """The endpoints of A1111's web UI below `/sdapi/v1`.
 
-`img2img` and `txt2img` read with `reading`, call `accept`, wait, and write with `writing`. What
-clients ask before is in `catalogue`. A caller sees and interrupts its own jobs of this dialect.
+`img2img` and `txt2img` read with `reading`, call `accept`, wait, and write with `writing`. The
+answers about models and options are in `catalogue`. A caller sees and interrupts its own jobs of
+this dialect.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -40,7 +41,7 @@ logger = get_logger(__name__)
 
 PREFIX = "/sdapi/v1"
 MAX_JOBS = 1_000
-"""Jobs of a caller that are looked at in one state."""
+"""Largest number of a caller's jobs in one state that are read."""
 
 
 async def get_fields(request: Request, services: ServicesOf, _caller: CallerOf) -> Fields:
@@ -88,13 +89,15 @@ async def make(
     """Make pictures and wait for them. Raises: as `read`, `accept`, `wait_for_pictures`."""
     job, call = await submit(request, services, fields, caller, read)
     if not call.repeats_pictures:
-        release_body(request)  # the call may wait long now
+        # The call may wait long now, so its share of the body limit is released.
+        release_body(request)
     pictures: list[bytes] | None = None
     try:
         job = await wait_for_pictures(services, request, job)
         pictures = await read_pictures(services, job) if call.sends_images else []
     except JobFailed as failure:
-        if failure.code != JobState.CANCELLED:  # by `interrupt`, which A1111 answers as a success
+        # `interrupt` cancels jobs, and A1111 answers an interrupted call as a success.
+        if failure.code != JobState.CANCELLED:
             raise
     settings = services.settings
     model = title_of(job.params.model or settings.model, settings.offered_models)
@@ -123,7 +126,7 @@ async def progress(
     id_task: str = "",
     skip_current_image: str = "",
 ) -> Response:
-    """How far the caller's newest job is, or the one that it named `id_task`."""
+    """The progress of the caller's newest job, or of the job that it named `id_task`."""
     job = await find_live_job(services, caller.key_id, id_task)
     if job is None:
         return writing.to_response(writing.IDLE)

@@ -12,8 +12,8 @@ from models.params import NOISE_SPACINGS, NoiseSpacing, SchedulerName
 from server.api.dialects.samplers import NAMES, SCHEDULERS, plain
 
 AUTOMATIC = "Automatic"
-"""As a scheduler what the sampler usually has. As a sampler, which A1111 does not know, the model's
-own: a model that was distilled for one scheduler needs that."""
+"""As a scheduler: the spacing that A1111 gives the sampler. As a sampler, which is a name of ours:
+the model's own scheduler, which a model needs that was distilled for it."""
 
 DEFAULT_SAMPLER = "Euler"
 
@@ -26,7 +26,7 @@ USUAL_SPACINGS = dict.fromkeys(
     ),
     NoiseSpacing.KARRAS,
 )
-"""What `AUTOMATIC` is in A1111; all other samplers take the model's own spacing."""
+"""The spacings of the scheduler `AUTOMATIC`; samplers not listed take the model's own."""
 
 SPACINGS: dict[str, NoiseSpacing | None] = {
     "uniform": None,
@@ -43,10 +43,10 @@ UNKNOWN_SPACINGS = ("sgmuniform", "kloptimal", "alignyoursteps", "simple", "ddim
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a job's noise is taken away.
+    """A1111's sampler and scheduler, as our scheduler and noise spacing.
 
     name: A1111's name of the sampler. scheduler: None is the model's own.
-    is_as_asked: False where the scheduler that was asked for is not known to this sampler.
+    is_as_asked: False where the sampler does not know the scheduler that was asked for.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Sampling:
 
 
 def find_sampling(sampler: str, schedule: str) -> Sampling | None:
-    """Both by A1111's names; None for an unknown sampler.
+    """The sampling by A1111's names of sampler and scheduler; None for an unknown sampler.
 
-    sampler: the older form "DPM++ 2M Karras" names both, and goes before `schedule`.
+    sampler: the older form "DPM++ 2M Karras" names both, and takes precedence over `schedule`.
     """
     name, own_schedule = split_name(plain(sampler))
     schedule = own_schedule or plain(schedule)
@@ -80,14 +80,14 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def sampling_of(name: str, scheduler: SchedulerName | None, schedule: str) -> Sampling:
-    """schedule: a plain name, empty for `AUTOMATIC`."""
+    """The sampling of a sampler with a schedule. schedule: a plain name, empty for `AUTOMATIC`."""
     usual = None if scheduler is None else USUAL_SPACINGS.get(scheduler)
     if schedule in ("", plain(AUTOMATIC)):
         return Sampling(name, scheduler, usual)
     if schedule not in SPACINGS:
         return Sampling(name, scheduler, usual, is_as_asked=False)
     spacing = SPACINGS[schedule]
-    # A model's own scheduler is not known here; the worker refuses a spacing that it does not know.
+    # Only the worker knows a model's own scheduler, and refuses a spacing that it does not have.
     if spacing is None or scheduler is None or spacing in NOISE_SPACINGS[scheduler]:
         return Sampling(name, scheduler, spacing)
     return Sampling(name, scheduler, None, is_as_asked=False)

@@ -20,7 +20,7 @@ from server.jobs.job import Job, JobState
 Body = dict[str, Any]
 
 NOT_APPLIED, WARNINGS, INTERRUPTED = "Not applied", "Warnings", "Interrupted"
-"""Our names in `extra_generation_params`, which A1111 fills with names for people."""
+"""Keys of ours in `extra_generation_params`, in A1111's style of keys that people read."""
 
 BASIC = {"WWW-Authenticate": 'Basic realm="inpaint-server", charset="UTF-8"'}
 SUBSEED = -1
@@ -34,7 +34,7 @@ def to_response(body: Any, status: int = 200, headers: Mapping[str, str] | None 
 def write_pictures(call: Call, job: Job, model: str, pictures: Sequence[bytes] | None) -> Body:
     """The answer to `img2img` and `txt2img`.
 
-    model: its title. pictures: the files; None of an interrupted job.
+    model: its title. pictures: the files; None for an interrupted job.
     """
     sent = pictures if call.sends_images and pictures is not None else ()
     return {
@@ -87,7 +87,7 @@ def write_info(call: Call, job: Job, model: str, *, is_interrupted: bool) -> Bod
 
 
 def write_extra(call: Call, job: Job, *, is_interrupted: bool) -> Body:
-    """What the client should know of this job, by A1111's names or ours."""
+    """Further facts about a job, by A1111's keys and ours."""
     params = job.params
     extra: Body = {}
     if job.request.mask_image:

@@ -1,4 +1,4 @@
-"""The answer of `gen-info`: the prompts that A1111 and its kin write into a PNG."""
+"""The answer of `gen-info`: the prompts in a PNG's caption, as A1111 writes it."""
 
 from models.imaging.captions import CAPTION_KEYWORD
 from models.imaging.repair import PNG_SIGNATURE

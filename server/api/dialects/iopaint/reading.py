@@ -1,7 +1,7 @@
 """IOPaint 1.6, reading: the fields of an inpaint call become a `JobRequest`.
 
-Defaults are those of IOPaint's `schema.py`. Its models of other kinds than Stable Diffusion have
-fields of their own, which its page always sends; they mean nothing here and are not reported.
+Defaults are those of IOPaint's `schema.py`. IOPaint's page always sends the fields of its other
+models too, such as LaMa's; they do not concern Stable Diffusion and are not reported.
 """
 
 import re
@@ -72,7 +72,7 @@ OF_OTHER_MODELS = re.compile(
     r"ldm_\w+|zits_\w+|cv2_\w+|hd_\w+|p2p_\w+|controlnet_\w+|brushnet_\w+|powerpaint_task"
     r"|fitting_degree|croper_[xy]|sd_outpainting_\w+"
 )
-"""Fields that depend on others or mean nothing to Stable Diffusion."""
+"""Fields that have an effect only together with others, or not with Stable Diffusion."""
 
 MAX_NAMES = 20
 NAME = re.compile(r"[a-z0-9_]{1,60}")
@@ -85,7 +85,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The init image of a call. size: as stored, None where its head does not say it."""
+    """The init image of a call. size: as stored; None where the file's head does not name it."""
 
     content: bytes
     size: Size | None
@@ -94,7 +94,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The part of the plane that outpainting fills, in pixels of the image."""
+    """The rectangle that outpainting fills, in pixels; the image's top left corner is at 0, 0."""
 
     x: int
     y: int
@@ -177,10 +177,10 @@ async def load_pair(image: ImageSource, mask: ImageSource, max_bytes: int) -> tu
 
 
 def upright_size(image: Size | None, mask: Size | None) -> Size | None:
-    """The size of a picture as it is seen, by the sizes of the files; None if they do not tell.
+    """The size of the image as it is shown; None where no file's head names a size.
 
-    A photo may be stored on its side; its mask is upright. Raises: InvalidRequest for a mask of
-    another size.
+    image, mask: sizes as stored. EXIF may turn the image, but not the mask.
+    Raises: InvalidRequest for a mask of another size.
     """
     if image and mask and mask not in (image, image[::-1]):
         sizes = f"{mask[0]}x{mask[1]} and not {image[0]}x{image[1]}"
@@ -230,10 +230,10 @@ def extension_to(frame: Frame, size: Size | None) -> Extension:
 
 
 def canvas_of(size: Size | None, extension: Extension) -> Size | None:
-    """The size of the model's canvas for a picture of a size that the model cannot make.
+    """The size of the model's canvas; None where the whole picture is the canvas.
 
-    IOPaint's result has the size of the picture that came, with its extension. Such a picture keeps
-    its size and is repainted around the mask alone. None where the whole picture is the canvas.
+    IOPaint's result has the size of the image with its extension. An image of a size that the
+    model cannot make keeps its size, and the canvas shows the part around the mask alone.
     """
     if size is None or min(size) < 1:
         return None
@@ -257,7 +257,7 @@ def read_seed(reader: FieldReader) -> int:
 def read_strength(reader: FieldReader) -> float:
     """The strength; 0 is raised to the smallest allowed, which runs one step.
 
-    It is 1 for outpainting, as in IOPaint: there is nothing to start from.
+    Outpainting has a strength of 1, as in IOPaint, because the new pixels have nothing to keep.
     """
     if reader.flag("use_extender", default=False):
         return 1.0
@@ -290,7 +290,7 @@ def offered_samplers() -> list[str]:
 
 
 def ignored_names(reader: FieldReader, fields: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that would have changed the picture, or are not known, of many some."""
+    """Names of fields that would have changed the picture or are unknown, at most `MAX_NAMES`."""
     is_cropped = reader.flag("use_croper", default=False)
     names = [name for name, neutral in NEUTRAL.items() if differs(reader, name, neutral)]
     names += ["croper_x", "croper_y"] if is_cropped else []

@@ -1,4 +1,4 @@
-"""IOPaint's API: a call that waits for its picture, and what IOPaint's page asks at its start."""
+"""IOPaint's API: a call that waits for its picture, and the calls that its page makes first."""
 
 from pathlib import PurePath
 from typing import Any

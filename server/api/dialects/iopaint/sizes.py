@@ -1,20 +1,20 @@
 """Width and height of a picture, from the head of its file.
 
-IOPaint's answer has the size of the picture that came, which decides how the job is made. The rest
-of a stranger's file is decoded in the sandbox alone.
+IOPaint's answer has the size of the init image, so the size decides how the job is made. Only the
+head is read here; the sandbox alone decodes a stranger's file.
 """
 
 from models.imaging.repair import JPEG_SIGNATURE, PNG_SIGNATURE
 
 MAX_SEGMENTS = 1_000
-"""Of a JPEG before its frame; a photo has some twenty."""
+"""Largest number of segments before a JPEG's frame; a photo has some twenty."""
 
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of a JPEG's frame, which begins with the size."""
 
 
 def size_of(content: bytes) -> tuple[int, int] | None:
-    """Pixels as stored, before any rotation; None for what is not read here."""
+    """Width and height as stored, before any rotation; None for a file of another kind."""
     if content.startswith(PNG_SIGNATURE):
         return big_endian(content[16:20]), big_endian(content[20:24])
     if content.startswith(JPEG_SIGNATURE):

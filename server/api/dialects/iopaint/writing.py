@@ -1,4 +1,4 @@
-"""IOPaint 1.6, writing: what its page asks at the start, answers with a picture, and errors."""
+"""IOPaint 1.6, writing: the answers that its page asks for first, pictures, and errors."""
 
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -44,7 +44,7 @@ def write_picture(job: Job, picture: bytes, ignored: Sequence[str]) -> Response:
 
 
 def write_model(model: str) -> Body:
-    """A model, with what the page may offer for it. Only its name is told of a path."""
+    """A model and what the page may offer for it. A path is shown by its last part alone."""
     name = PurePath(model).name
     return {
         "name": name,
@@ -97,5 +97,5 @@ def write_error(error: ApiError, _request: Request) -> Response:
 
 
 def write_webhook(job: Job) -> Body:
-    """A body for completeness: no call of IOPaint's can name a webhook."""
+    """IOPaint knows no webhooks, and no call of this dialect sets one."""
     return {"id": job.id, "state": job.state}

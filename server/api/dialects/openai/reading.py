@@ -1,7 +1,7 @@
-"""OpenAI's images API, reading: a call becomes a `JobRequest`, and what its answer needs.
+"""OpenAI's images API, reading: a call becomes a `JobRequest`, and a `Call` for its answer.
 
-OpenAI's own fields have their meaning there. Further fields, which its SDKs send as `extra_body`,
-have the names and ranges of `InpaintParams`.
+OpenAI's own fields mean what they mean in its API. Further fields, which its SDKs send as
+`extra_body`, have the names and ranges of `InpaintParams`.
 """
 
 import re
@@ -50,7 +50,7 @@ RANDOM_SEED = -1
 
 MAX_WORD_CHARS = 100
 MAX_NAMES = 20
-"""Names of ignored fields in an answer; they are cut to `MAX_WORD_CHARS`."""
+"""Largest number of ignored fields that an answer names, each cut to `MAX_WORD_CHARS`."""
 
 SIZE = re.compile(r"([1-9][0-9]{0,4}) ?[x×] ?([1-9][0-9]{0,4})")
 AUTO = "auto"
@@ -58,7 +58,7 @@ URL, B64_JSON = RESPONSE_FORMATS = ("url", "b64_json")
 BACKGROUNDS = ("opaque", AUTO)
 PARTIAL_IMAGES = Range(0, 3)
 COMPRESSION = Range(0, 100)
-"""In fact the quality: 100 is the best."""
+"""Allowed values of `output_compression`, which is a quality: 100 is the best."""
 
 OWN_NAMES = re.compile(r"(?:openai/)?(?:gpt-|chatgpt-|dall-?e)", re.IGNORECASE)
 """The beginnings of OpenAI's models' names, which people keep when they move here."""
@@ -260,7 +260,10 @@ def read_size(reader: FieldReader) -> tuple[tuple[int, int] | None, bool]:
 
 
 def read_model(reader: FieldReader, policy: ReadingPolicy) -> tuple[str | None, list[Notice]]:
-    """The model for a name, None for the server's own; and a notice where it is another."""
+    """The model that a call names, None for the server's own; and a notice where that replaces it.
+
+    The server's own model replaces OpenAI's without a notice.
+    """
     name = reader.text("model", max_chars=1_000)
     model = None if name is None else find_model(name, policy)
     is_replaced = model is None and name is not None and not OWN_NAMES.match(name)
@@ -273,9 +276,9 @@ def find_model(name: str, policy: ReadingPolicy) -> str | None:
 
 
 def public_names(models: Sequence[str]) -> dict[str, str]:
-    """The names that clients see, with the ids behind them.
+    """The names that clients see, with the models' ids.
 
-    Of a path it is the last part, where no other model has the same.
+    A model that is a path is shown by its last part, unless two models share that.
     """
     names = [PurePath(each).name if PurePath(each).is_absolute() else each for each in models]
     return {
@@ -319,7 +322,7 @@ def pictures_of(fields: Mapping[str, Any], name: str) -> list[Any]:
 def sources_in(value: Any) -> Iterator[Any]:
     """The pictures in a field: one or a list, each itself or as `{"image_url": …}`.
 
-    True in place of what is no picture, which `FieldReader.image` refuses.
+    A value that is no picture becomes True, which `FieldReader.image` refuses.
     """
     for each in value if isinstance(value, list) else [value]:
         source = each

@@ -39,7 +39,7 @@ STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 async def get_cleanup() -> AsyncIterator[AsyncExitStack]:
-    """What is to be done once the answer has been sent, or its client has gone."""
+    """Collects callbacks that run once the answer has been sent, or its client has left."""
     async with AsyncExitStack() as cleanup:
         yield cleanup
 
@@ -86,7 +86,7 @@ async def submit(
     except ImageUnavailable as error:
         if job_request.mask_rule is not MaskRule.TRANSPARENT_OR_ALL:
             raise
-        # The image stood for the mask too, of which the client knows nothing.
+        # The client sent no mask: the image served as the mask too, so the error names it alone.
         raise ImageUnavailable({"init_image": next(iter(error.problems.values()))}) from error
     return submitted.job, call
 
@@ -113,7 +113,7 @@ async def answer(
 def open_stream(
     services: Services, caller: Caller, cleanup: AsyncExitStack, job: Job, call: Call
 ) -> StreamingResponse:
-    """Follow a job; it is cancelled where the stream ends before it. Raises: TooManyStreams."""
+    """Stream a job's events; a stream that ends early cancels its job. Raises: TooManyStreams."""
     cleanup.push_async_callback(cancel, services, job)
     subscription = cleanup.enter_context(
         services.watcher.subscribe(job.id, caller.key_id, caller.key_digest)
@@ -151,7 +151,7 @@ async def read_model(services: ServicesOf, caller: CallerOf, name: str) -> JSONR
 
 
 def owns(path: str) -> bool:
-    """Whether errors under a path are OpenAI's; models as `owner/name` are Replicate's."""
+    """Whether errors under a path are OpenAI's. Paths of models `owner/name` are Replicate's."""
     is_model = path.startswith(f"{writing.MODELS}/") and path.count("/") == 3
     return path.startswith(IMAGES) or path == writing.MODELS or is_model
 

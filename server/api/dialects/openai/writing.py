@@ -18,10 +18,11 @@ from server.jobs.job import OUTPUT_FOLDER, Job
 Body = dict[str, Any]
 
 MAX_INLINE_BYTES = 32_000_000
-"""Most bytes of files that an answer holds besides their URLs, where the client leaves it open."""
+"""A call that names no `response_format` gets URLs and files; above this size of all files, URLs
+alone."""
 
 IMAGE_FIELDS = {"init_image": "image", "mask_image": "mask"}
-"""The wire's names of the images."""
+"""OpenAI's names of the images."""
 
 USAGE: Body = {
     "total_tokens": 0,
@@ -77,7 +78,7 @@ def write_partial(call: Call, job: Job, index: int, preview: bytes) -> Body:
 
 
 def write_event_head(call: Call, job: Job, name: str, file: bytes) -> Body:
-    """What all events with a picture begin with."""
+    """The first fields of every event with a picture."""
     return {
         "type": f"{call.event}.{name}",
         "b64_json": base64.b64encode(file).decode(),
@@ -86,7 +87,6 @@ def write_event_head(call: Call, job: Job, name: str, file: bytes) -> Body:
 
 
 def write_url(job: Job, index: int) -> Body:
-    """The address of a picture."""
     return {"url": f"{job.request.base_url}/{OUTPUT_FOLDER}/{job.output_names[index]}"}
 
 
@@ -97,7 +97,7 @@ def write_picture_facts(job: Job, index: int) -> Body:
 
 
 def write_facts(call: Call, job: Job) -> Body:
-    """What holds for all pictures of a job. Our own key `warnings` is left out where empty."""
+    """Facts that all pictures of a job share. `warnings`, a key of ours, is left out if empty."""
     warnings = [write_warning(each, call) for each in job.request.warnings]
     return {
         "background": "opaque",
@@ -110,7 +110,7 @@ def write_facts(call: Call, job: Job) -> Body:
 
 
 def write_warning(notice: Notice, call: Call) -> Body:
-    """A warning; that of ignored fields names them."""
+    """A warning. That about ignored fields names the fields."""
     warning: Body = {"code": notice.value, "message": notice.sentence}
     if notice is Notice.FIELDS_IGNORED:
         warning["fields"] = [*call.ignored]
@@ -134,7 +134,6 @@ def write_models(policy: ReadingPolicy) -> Body:
 
 
 def write_model(name: str) -> Body:
-    """A model."""
     return {
         "id": name,
         "object": "model",
@@ -164,7 +163,7 @@ def write_stream_error(error: ApiError) -> Body:
 
 
 def named_as_sent(error: ApiError) -> Explanation:
-    """What an error means; images have the names they have here."""
+    """The explanation of an error, with OpenAI's names of the images."""
     if isinstance(error, ImageUnavailable):
         error = ImageUnavailable(
             {IMAGE_FIELDS.get(name, name): problem for name, problem in error.problems.items()}

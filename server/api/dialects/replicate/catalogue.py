@@ -15,10 +15,10 @@ OWNER = "inpaint-server"
 
 DEFAULT_STEPS = 50
 DEFAULT_SIDE = 512
-"""Of text to image; otherwise the image decides."""
+"""Width and height in pixels where there is no image, which would decide."""
 
 COG_VERSION = "0.9.0"
-"""Clients read the form of `openapi_schema` from it; older forms say nothing of lists."""
+"""Clients learn from it how to read `openapi_schema`; in older versions no output is a list."""
 
 FORMATS = {
     "png": OutputFormat.PNG,
@@ -42,7 +42,7 @@ INPUTS: dict[str, tuple[str, str, Any]] = {
     "strength": ("number", "1 ignores the image under the mask", None),
     "prompt_strength": ("number", "Another name of strength; 0.8 for an image without mask", None),
     "output_format": ("string", "png, jpg or webp", "png"),
-    "output_quality": ("integer", "Of jpg and webp; a webp of 100 is lossless", 95),
+    "output_quality": ("integer", "Quality of jpg and webp; a webp of 100 is lossless", 95),
     "disable_safety_checker": ("boolean", "Return flagged pictures too", False),
 }
 """Type, description and default of each input."""
@@ -66,7 +66,7 @@ def version_of(model: str | None) -> str:
 
 
 def find_model(name: str, version: str, policy: ReadingPolicy) -> str | None:
-    """The offered model that `owner/name` or a version's id stands for, None for none."""
+    """The offered model with this `owner/name` or version's id; None where there is none."""
     named = policy.model_named(name) or policy.model_named(name.partition("/")[2])
     if named is not None:
         return named

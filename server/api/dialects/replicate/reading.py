@@ -31,7 +31,7 @@ IMAGE_STRENGTH = 0.8
 """The default for an image without a mask; with a mask it is 1."""
 
 MAX_WAIT_S = 60
-"""Of `Prefer: wait`; the clients' own time-out is half a second longer."""
+"""Longest wait of `Prefer: wait`; the clients' own time-out is half a second longer."""
 
 WAIT = re.compile(r"\s*wait\s*(?:=\s*([0-9]{1,9})\s*)?(?:;.*)?", re.IGNORECASE)
 
@@ -42,7 +42,7 @@ SENT_EVENT = "completed"
 
 MAX_NAMES = 20
 MAX_NAME_CHARS = 100
-"""Names of ignored fields that are kept for the logs, and the length of a text the client chose."""
+"""Largest number of ignored fields that the logs name, and of characters in a client's text."""
 
 CURSOR = re.compile(r"(before|after)-([0-9]{1,18})")
 
@@ -54,9 +54,9 @@ REFERENCE = re.compile(r"([^/:]+/[^/:]+)(?::(.*))?")
 class ReplicateFacts:
     """The facts in a job's row that only this dialect needs.
 
-    model, version: what made the pictures. asked_model: the model or version that was asked for
-        and is not offered; "" for none. ignored: names of unknown fields. unsent_events: events
-        that were asked for and for which the webhook is not called.
+    model, version: those that make the pictures. asked_model: the model or version that was asked
+        for and is not offered; "" for none. ignored: names of unknown fields.
+    unsent_events: events that were asked for and for which the webhook is not called.
     """
 
     model: str
@@ -242,20 +242,20 @@ def refuse(reader: FieldReader, name: str, sentence: str) -> None:
 
 
 def ignored_names(fields: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the fields and inputs that mean nothing here, of many the first."""
+    """Names of the first `MAX_NAMES` fields and inputs that are unknown here."""
     unknown = [name for name in fields if name not in FIELDS]
     unknown += [f"input.{name}" for name in inputs if name not in INPUTS]
     return tuple(map(shown, unknown[:MAX_NAMES]))
 
 
 def shown(text: str) -> str:
-    """A text of the client's own that answers and rows repeat: cut, and of printable characters."""
+    """A client's text for answers and rows: cut, with unprintable characters replaced by "?"."""
     text = text[:MAX_NAME_CHARS]
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def read_wait_s(prefer: Sequence[str]) -> int:
-    """How long a call may wait, by its `Prefer` headers (RFC 7240); 0 without such a wish."""
+    """How long a call may wait, in seconds by its `Prefer` headers (RFC 7240); 0 without."""
     wishes = [WAIT.fullmatch(each) for header in prefer for each in header.split(",")]
     wish = next((each for each in wishes if each), None)
     if wish is None:
@@ -271,7 +271,7 @@ def read_job_id(text: str) -> int:
 
 
 def read_cursor(text: str) -> tuple[int | None, int | None]:
-    """The ids before and after which a page lies; the first page for any other text."""
+    """The ids before and after which a page lies; None for the first page and any other text."""
     match = CURSOR.fullmatch(text)
     if match is None:
         return None, None

@@ -72,7 +72,7 @@ async def create_prediction(
 async def create_prediction_of_model(
     request: Request, services: ServicesOf, caller: CallerOf, owner: str, name: str
 ) -> JSONResponse:
-    """The same for a model."""
+    """Make a prediction of a model; otherwise as the call without a model in its path."""
     return await create(request, services, caller, f"{owner}/{name}")
 
 

@@ -32,7 +32,7 @@ STATUS = {
 }
 INPUT_NAMES = {"init_image": "image", "mask_image": "mask"}
 TOLD_IN_FULL = (Notice.FIELDS_IGNORED, Notice.MODEL_REPLACED)
-"""Notices of which the logs say which field or model."""
+"""Notices whose fields and models the logs name in sentences of their own."""
 
 BAR_CHARS = 20
 OFFERED_SINCE = time.time()
@@ -187,7 +187,6 @@ def write_model(owner: str, name: str, version: str, base_url: str) -> Body:
 
 
 def write_version(version: str) -> Body:
-    """A model's version."""
     return {
         "id": version,
         "created_at": moment(OFFERED_SINCE),
@@ -207,7 +206,7 @@ def write_account(caller: Caller) -> Body:
 
 
 def write_error(error: ApiError, _request: Request) -> Response:
-    """An error as a problem (RFC 7807); images have the names they have here."""
+    """An error as a problem (RFC 7807), with Replicate's names of the images."""
     if isinstance(error, ImageUnavailable):
         error = ImageUnavailable(
             {INPUT_NAMES.get(name, name): problem for name, problem in error.problems.items()}
