@@ -1,7 +1,7 @@
 """`accept`: from a request to a durable job, the same for all dialects.
 
-Admission comes first, then four steps: fetch the two images, decode them at the job's size, put
-them into the file store, submit the row. A dialect passes in what it has read as a `JobRequest`.
+Admission comes first, then four steps: fetch the images, decode them at the job's size, put them
+into the file store, submit the row. A dialect passes in what it has read as a `JobRequest`.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ async def accept_copy(
 ) -> Submitted:
     """Make a job that has the stored input of another one, or find it by its idempotency key.
 
-    input_key: of the other job's input.
+    input_key: storage key of the other job's input.
     Raises: ServerBusy, QueueFull, Conflict, StorageUnavailable.
     """
     earlier = await check_admission(services, caller, idempotency)
@@ -238,9 +238,9 @@ def strength_of(request: JobRequest, pair: DecodedPair) -> float:
 async def with_deadline(
     services: Services, new_job: NewJob, deadline_s: float | None, started: float
 ) -> NewJob:
-    """The job with what is left of the time until its deadline, if it has one.
+    """The job with the seconds that are left until its deadline, if it has one.
 
-    It is checked here because the job's size, and so its duration, follows from the images.
+    The deadline is checked after decoding, because the images decide the job's size and duration.
     started: when the request came, in monotonic seconds.
     Raises: DeadlineUnmeetable, where the estimate says that it will not be met.
     """
@@ -287,7 +287,7 @@ def put_input(storage: Storage, new_job: NewJob, pair: DecodedPair) -> None:
 
 
 def copy_input(storage: Storage, input_key: str, new_job: NewJob) -> None:
-    """Write another job's input as that of a new one. Raises: Conflict, StorageUnavailable."""
+    """Store a copy of another job's input for a new job. Raises: Conflict, StorageUnavailable."""
     content = storage.get(input_key)
     if content is None:
         raise Conflict(ConflictKind.INPUT_GONE)
@@ -312,6 +312,6 @@ def submit(
 
 
 def drop_input(storage: Storage, new_job: NewJob) -> None:
-    """Remove an input that no job needs; where that fails, `Janitor` finds it later."""
+    """Remove an input that no job needs; where that fails, `Janitor` removes it later."""
     with suppress(StorageUnavailable):
         storage.delete(new_job.input_key)

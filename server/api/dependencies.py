@@ -80,9 +80,10 @@ async def eta_s(services: Services, job: Job) -> float:
 
 
 async def cancel(services: Services, job: Job) -> Job:
-    """The job once it has ended, because of this or not. Raises: JobNotFound, StorageUnavailable.
+    """Cancel a job that has not ended; the job, which may have ended in another way before.
 
     A running job leaves the device between two steps, within a second.
+    Raises: JobNotFound, StorageUnavailable.
     """
     is_changed = await services.in_store_thread(services.store.cancel, job.id)
     if is_changed:

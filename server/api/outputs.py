@@ -102,7 +102,7 @@ async def upload(request: Request, services: ServicesOf, name: str) -> Response:
 
 
 async def open_picture(services: Services, key: str) -> tuple[int, Iterator[bytes]]:
-    """As `Storage.open`. Raises: RouteNotFound, StorageUnavailable."""
+    """The size and the pieces of a stored picture. Raises: RouteNotFound, StorageUnavailable."""
     found = await services.in_file_thread(services.storage.open, key)
     if found is None:
         raise RouteNotFound
@@ -112,7 +112,7 @@ async def open_picture(services: Services, key: str) -> tuple[int, Iterator[byte
 def stream(
     request: Request, services: Services, pieces: Iterator[bytes], headers: Mapping[str, str]
 ) -> Response:
-    """The answer in pieces; without them for HEAD."""
+    """A response that sends the pieces; for HEAD the headers alone."""
     if request.method == "HEAD":
         return Response(b"", 200, headers)
 

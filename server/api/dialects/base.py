@@ -70,7 +70,9 @@ class ReadingPolicy:
 
     models, loras: those a request may name. aliases: further names of models.
     https_webhooks: webhooks must have an https URL.
-    steps_policy, enhancement: of the vendor's family.
+    force_safety_check: no request may switch the safety checker off.
+    steps_policy, enhancement: how the vendor's dialects read `num_inference_steps` and
+        `enhance_prompt`.
     """
 
     models: Sequence[str] = ()
@@ -103,8 +105,8 @@ class Dialect:
     owns: whether errors under a path are written in this dialect.
     write_error: the response for an error.
     write_webhook: the body of the webhook call for a job that has ended.
-    to_api_error: FastAPI's validation error of path, query or headers as an `ApiError`.
-    exposed_headers: of its answers, for web pages of another origin to read.
+    to_api_error: turns FastAPI's validation error of path, query or headers into an `ApiError`.
+    exposed_headers: names of the answers' headers that web pages of other origins may read (CORS).
     """
 
     name: str

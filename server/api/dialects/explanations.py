@@ -1,6 +1,6 @@
-"""What every `ApiError` means: HTTP status, code and sentence, for the dialects to put into form.
+"""What every `ApiError` means: HTTP status, code and sentence, which dialects write in their form.
 
-V3 has the vendor's own sentences and statuses instead.
+The vendor's dialects have sentences and statuses of their own, in `vendor/problems.py`.
 """
 
 from collections.abc import Mapping
@@ -51,14 +51,14 @@ class Explanation:
 
     @property
     def text(self) -> str:
-        """All of it in one line, for dialects whose errors are one text."""
+        """The fields' sentences, else the title, for dialects whose errors are one text."""
         if not self.fields:
             return f"{self.title}."
         return " ".join(f"{sentence.rstrip('.')}." for sentence in self.fields.values())
 
     @property
     def first_field(self) -> str | None:
-        """The first parameter at fault."""
+        """The first parameter at fault; None where no parameter is."""
         return next(iter(self.fields), None)
 
 
@@ -175,7 +175,7 @@ def explain(error: ApiError) -> Explanation:
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """The headers that go with an error, `Retry-After` apart, which all dialects get."""
+    """An error's headers. `answer_error` adds `Retry-After` for all dialects."""
     if isinstance(error, InvalidApiKey):
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, RouteNotFound) and error.allowed:

@@ -1,7 +1,7 @@
-"""Reads what A1111 and its kin write into a PNG: the prompts and the values of a caption.
+"""Reads the caption that A1111 and similar programs write into a PNG: prompts and other values.
 
-Only the file's own text is read, and no pixel, so strangers' files need no sandbox. It takes up to
-50 ms.
+Only text chunks are read and no pixel is decoded, so a stranger's file needs no sandbox. Reading takes
+at most 50 ms.
 """
 
 import json
@@ -13,17 +13,17 @@ from models.imaging.repair import PNG_SIGNATURE
 
 MAX_CHUNKS = 10_000
 MAX_TEXT_BYTES = 100_000
-"""Of one text, also after decompression; longer ones are left out."""
+"""Largest text that is read, before and after decompression; a larger one is left out."""
 
 MAX_BYTES = 1_000_000
-"""Of all texts of a file, which are small there if they are compressed. A compressed text that is
-left out counts as one of the greatest length, because it was decompressed so far."""
+"""Largest size of all texts of a file together, decompressed. A compressed text that is left out
+counts as `MAX_TEXT_BYTES`, because it was decompressed so far."""
 
 PROMPT, NEGATIVE_PROMPT = "Prompt", "Negative prompt"
-"""A1111's names of the two in a caption's values."""
+"""A1111's names of both prompts, which `parse_caption` uses as keys."""
 
 STEPS, MIN_PAIRS = "Steps: ", 3
-"""A caption's last line has values if it begins with the first, or has so many of them."""
+"""A caption's last line holds values if it begins with `STEPS`, or has `MIN_PAIRS` of them."""
 
 STRING = re.compile(r'"(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4}))*+"')
 """A JSON text. It is found before it is decoded, because an error of the decoder names its line,
@@ -31,7 +31,10 @@ and counts the lines of the whole caption for that."""
 
 
 def read_texts(png: bytes) -> Iterator[tuple[str, str]]:
-    """Keywords and texts. A broken file ends them early, and so do more than `MAX_BYTES`."""
+    """The keyword and text of each text chunk.
+
+    Reading stops where the file is broken, and at `MAX_BYTES`.
+    """
     position, left = len(PNG_SIGNATURE), MAX_BYTES
     for _ in range(MAX_CHUNKS):
         size = int.from_bytes(png[position : position + 4])
@@ -54,13 +57,13 @@ def read_plain(rest: bytes) -> str | None:
 
 
 def read_compressed(rest: bytes) -> str | None:
-    """After the byte that names the method."""
+    """rest: a byte that names the compression method, and the compressed text."""
     content = inflate(rest[1:])
     return None if content is None else content.decode("latin-1")
 
 
 def read_international(rest: bytes) -> str | None:
-    """After two bytes about compression: a language, a translated keyword, and UTF-8."""
+    """rest: two bytes about compression, a language, a translated keyword, and text in UTF-8."""
     is_compressed, rest = rest[:1] == b"\1", rest[2:]
     *_, content = rest.split(b"\0", 2)
     text = inflate(content) if is_compressed else content
@@ -71,7 +74,7 @@ READERS = {b"tEXt": read_plain, b"zTXt": read_compressed, b"iTXt": read_internat
 
 
 def inflate(content: bytes) -> bytes | None:
-    """None for what is broken or too long."""
+    """The decompressed bytes; None for a broken stream, or more than `MAX_TEXT_BYTES`."""
     stream = zlib.decompressobj()
     try:
         text = stream.decompress(content, MAX_TEXT_BYTES)
@@ -81,7 +84,7 @@ def inflate(content: bytes) -> bytes | None:
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """Prompts and values of a caption, as A1111 names them; none for an empty one."""
+    """Prompts and values of a caption by A1111's names; an empty caption has none."""
     if not caption:
         return {}
     *lines, last = caption.strip().split("\n")

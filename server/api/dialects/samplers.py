@@ -37,7 +37,7 @@ SPACING = re.compile(r"(karras|exponential|polyexponential|sgmuniform|simple|nor
 
 
 def plain(name: str) -> str:
-    """A name without case, blanks, `_`, `-` and a last "Scheduler"."""
+    """A name in lower case, without blanks, `_`, `-` and a last "Scheduler"."""
     return re.sub(r"[\s_-]", "", name.lower()).removesuffix("scheduler")
 
 

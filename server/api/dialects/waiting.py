@@ -1,4 +1,4 @@
-"""For dialects that cannot be polled: calls that wait for their pictures, and these as bytes."""
+"""For dialects that cannot be polled: waits for a job's pictures, and reads their files."""
 
 import asyncio
 
@@ -47,7 +47,7 @@ async def wait_for_pictures(services: Services, request: Request, job: Job) -> J
 
 
 def with_pictures(ended: Job) -> Job:
-    """The same job. Raises: JobFailed where it has no pictures."""
+    """The job as it is passed in. Raises: JobFailed for a job without pictures."""
     if ended.has_pictures:
         return ended
     is_cancelled = ended.state is JobState.CANCELLED
@@ -56,7 +56,7 @@ def with_pictures(ended: Job) -> Job:
 
 
 async def wait_for_end(services: Services, request: Request, job: Job) -> Job | None:
-    """The job once it has ended; None where the client leaves or the time is over before."""
+    """The job once it has ended; None where the client leaves first, or `wait_s` is over first."""
     waiting = asyncio.create_task(services.watcher.wait(job.id, services.settings.wait_s))
     leaving = asyncio.create_task(until_disconnected(request))
     try:

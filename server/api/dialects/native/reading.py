@@ -102,7 +102,8 @@ DEADLINE_RANGE = Range(0.1, 604_800)
 """Seconds; a week is longer than any backlog."""
 
 OWN_RANGES = {"extend": NEW_PIXELS, "deadline_s": DEADLINE_RANGE, "loras": LORA_SCALES}
-"""Ranges of numbers that are no `InpaintParams`; of a field with several, of each of them."""
+"""Ranges of numbers that are not in `InpaintParams`. The range of a field with several numbers
+holds for each."""
 
 NESTED = ("extend", "loras")
 """Fields with several values; `extend.left` and `loras.0.scale` each name one of them."""
@@ -350,9 +351,11 @@ class NativeRequest(BaseModel):
     mask_blur: int = ranged("mask_blur", "Pixels of the Gaussian that softens the mask's edge")
     match_colours: bool = plain("match_colours", "Shift new colours towards the kept ones around")
     output_format: Annotated[OutputFormat, BY_NAME, inlined(OutputFormat)] = plain(
-        "output_format", "Of the pictures' files; JPEG changes the kept pixels a little too"
+        "output_format", "Format of the pictures' files; JPEG changes the kept pixels a little too"
     )
-    output_quality: int = ranged("output_quality", "Of JPEG and WebP; a WebP of 100 is lossless")
+    output_quality: int = ranged(
+        "output_quality", "Quality of JPEG and WebP; a WebP of 100 is lossless"
+    )
     previews: bool = Field(
         default=False,
         description="Small pictures of the work among the job's events; costs a little speed",

@@ -46,7 +46,7 @@ class Output(Picture):
     """A picture. All but URLs and seed are null where the job has no receipt."""
 
     seed: int
-    sha256: str | None = Field(description="Of the file, hexadecimal")
+    sha256: str | None = Field(description="SHA-256 of the file, hexadecimal")
     is_flagged: bool | None = Field(
         description="The safety checker's verdict; a flagged one is replaced as `flagged_as` says"
     )
@@ -62,7 +62,7 @@ class JobSummary(BaseModel):
     id: int
     state: JobState
     created_at: datetime
-    started_at: datetime | None = Field(description="Of the latest attempt")
+    started_at: datetime | None = Field(description="When the latest attempt began")
     finished_at: datetime | None
     expired_at: datetime | None = Field(description="When its pictures were removed, if they were")
     progress: Progress
@@ -83,7 +83,7 @@ class Mask(BaseModel):
     """How the mask was read, and the repainted area, the blur's reach included."""
 
     read_as: MaskReading | None = Field(
-        description="What was taken to mean: repaint this. `white`: the lighter, the more, as "
+        description="Which pixels the mask was taken to mean. `white`: the lighter, the more, as "
         "documented. `nonzero`: 1, where there are no values but 0 and 1. `low_byte`: 8-bit values "
         "in 16 bits. `labels`: all labels of a palette but black. `opaque`: what is drawn on a "
         "transparent canvas. `transparent`: the hole in a picture. null in jobs of older versions"
@@ -118,7 +118,7 @@ class Timings(BaseModel):
     decode: float | None = Field(
         default=None, description="VAE decoder, paste-back, safety checker"
     )
-    encode: float | None = Field(default=None, description="PNG files and their figures")
+    encode: float | None = Field(default=None, description="Picture files and their figures")
     store: float | None = None
     total: float | None = Field(
         default=None, description="From the request until a worker ended it"
@@ -157,8 +157,8 @@ class JobAnswer(JobSummary):
     )
     outputs: list[Output]
     params: dict[str, Any] = Field(description="As used, with everything that was left open")
-    receipt: ReceiptAnswer | None = Field(description="Of a finished job")
-    replay: Replay | None = Field(description="Of a job that replays another one")
+    receipt: ReceiptAnswer | None = Field(description="What made a finished job's pictures")
+    replay: Replay | None = Field(description="The comparison, for a job that replays another")
 
 
 class JobList(BaseModel):

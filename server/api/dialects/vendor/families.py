@@ -1,6 +1,6 @@
 """What differs between the vendor's APIs: `FAMILIES` has a row for each prefix of their paths.
 
-V3 came first. The later ones read and answer alike, but for what their rows say.
+V3 came first. The later families read and answer alike, except for what their rows say.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from models.params import FlaggedAs
 
 
 class Task(StrEnum):
-    """What a call makes pictures of."""
+    """What a call does."""
 
     INPAINT = "inpaint"
-    """Of an init image and a mask."""
+    """Repaints the masked part of an init image."""
     IMAGE_TO_IMAGE = "img2img"
-    """Of an init image, all of which is repainted."""
+    """Repaints all of an init image."""
     TEXT_TO_IMAGE = "text2img"
-    """Of nothing but words, 512 x 512 pixels where no size is sent."""
+    """Makes a picture from the prompt alone, of 512 x 512 pixels where no size is sent."""
     NSFW_CHECK = "nsfw_image_check"
-    """An init image comes back as it was, judged by the safety checker."""
+    """Returns an init image as it was, with the safety checker's verdict."""
 
 
 USUAL = {each.value: each for each in (Task.INPAINT, Task.IMAGE_TO_IMAGE, Task.TEXT_TO_IMAGE)}
@@ -42,8 +42,8 @@ class Family:
         in `tip`; an unknown model is an error; an error's message is one text; `base64` gives
         links; answers have `proxy_links`, `nsfw_content_detected`, `webhook_status` and `tip`.
     has_models: `model_id` is read.
-    enhances, guidance_scale, flagged_as: where the client does not send `enhance_prompt`,
-        `guidance_scale` or `safety_checker_type`.
+    enhances, guidance_scale, flagged_as: the defaults of `enhance_prompt`, `guidance_scale` and
+        `safety_checker_type`.
     says_messege: `messege` stands beside `message` in answers.
     tasks: by the last part of the path; `""` is the prefix itself.
     """
@@ -96,7 +96,7 @@ FAMILIES = (
 BY_PREFIX = {family.prefix: family for family in FAMILIES}
 
 LATER_PREFIXES = ("/api/v3/dreambooth", "/api/v4", "/api/v6", "/api/v7", ENTERPRISE)
-"""The paths of the later families, those without a call included."""
+"""Prefixes of the later families' paths, with those of paths that no call has."""
 
 
 def is_later_path(path: str) -> bool:
@@ -105,7 +105,7 @@ def is_later_path(path: str) -> bool:
 
 
 def family_of(path: str) -> Family:
-    """The family in whose form the answer under a path is."""
+    """The family in whose form answers under a path are written."""
     prefixes = [prefix for prefix in BY_PREFIX if f"{path}/".startswith(f"{prefix}/")]
     if prefixes:
         return BY_PREFIX[max(prefixes, key=len)]

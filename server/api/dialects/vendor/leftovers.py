@@ -1,4 +1,4 @@
-"""Which fields of a later family's call are not applied, but would change the pictures."""
+"""Which fields of a later family's call would change the pictures and are not applied."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -7,13 +7,23 @@ from server.api.bodies import is_absent
 from server.api.dialects.fields import FALSE_WORDS
 
 MAX_NAMED, MAX_NAME_CHARS = 20, 60
-"""Of a field that the vendor does not know, the name is the client's own text."""
+"""Names are limited, because an unknown field's name is a text of the client's."""
 
 WITHOUT_EFFECT = {
     *("key", "request_id"),
-    *("temp", "full_url", "file_prefix", "outdir", "loadbalancer"),  # where a picture is kept
-    *("tomesd", "enable_attention_slicing"),  # speed
-    *("lora_strength", "ip_adapter_scale", "controlnet_conditioning_scale"),  # alone
+    *(
+        "temp",
+        "full_url",
+        "file_prefix",
+        "outdir",
+        "loadbalancer",
+    ),  # they say where pictures are stored
+    *("tomesd", "enable_attention_slicing"),  # they change the speed alone
+    *(
+        "lora_strength",
+        "ip_adapter_scale",
+        "controlnet_conditioning_scale",
+    ),  # they need another field
 }
 """Fields that change no picture."""
 
@@ -21,7 +31,7 @@ WITHOUT_EFFECT = {
 def list_not_applied(fields: Mapping[str, Any], read: Collection[str]) -> tuple[str, ...]:
     """The names of fields that are not applied. read: those that were read."""
     names = [
-        # A lone surrogate, which JSON can escape, could not be encoded again.
+        # JSON can escape a lone surrogate, which UTF-8 cannot encode.
         "".join(filter(str.isprintable, name[:MAX_NAME_CHARS]))
         for name, value in fields.items()
         if name not in read and name not in WITHOUT_EFFECT and not is_idle(name, value)

@@ -40,7 +40,7 @@ RANDOM_SEED = -1
 
 STRENGTH_RANGE = Range(0, 1)
 DEFAULT_SIDE = 512
-"""Of text to image, in pixels."""
+"""Width and height of text to image in pixels."""
 
 MAX_NAME_CHARS = 1_000
 FLAGGED_AS = {
@@ -50,7 +50,7 @@ FLAGGED_AS = {
     "sensitive_content_text": FlaggedAs.TEXT,
 }
 UPLOAD_FIELDS = ("image", "base64_string")
-"""Of `base64_crop` and `base64_to_url`."""
+"""The fields in which `base64_crop` and `base64_to_url` take a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class VendorFacts:
     wants_base64: answers hold the pictures as base64 texts, or links to these, instead of URLs.
     family: the prefix of its paths. is_check: a call of nsfw_image_check.
     is_instant: the call that makes the job is not held.
-    not_applied: names of fields.
+    not_applied: names of fields that are not applied.
     """
 
     wants_base64: bool = False
@@ -139,13 +139,15 @@ def read_job(
 
 
 def read_check(fields: Mapping[str, Any], family: Family) -> JobRequest:
-    """Read a call of nsfw_image_check: a job that paints nothing, and whose picture is judged."""
+    """Read a call of nsfw_image_check: a job that repaints nothing, so that the checker judges the
+    init image.
+    """
     reader = VendorReader(fields)
     params = InpaintParams(
         prompt="",
         seed=0,
         num_inference_steps=1,
-        invert_mask=True,  # of the mask of the whole picture
+        invert_mask=True,  # without a mask all is repainted, so inverted nothing is
         must_be_checked=True,
     )
     init_image = reader.image("init_image")
@@ -198,7 +200,7 @@ def read_later_values(
 
 
 def read_facts(reader: VendorReader, family: Family) -> VendorFacts:
-    """The facts of a call, but for what is not applied."""
+    """The facts of a call without `not_applied`, which is known once all fields are read."""
     return VendorFacts(
         wants_base64=reader.flag("base64", default=False),
         family=family.prefix,
