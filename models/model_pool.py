@@ -4,9 +4,9 @@ A requested checkpoint that is not loaded is read in a thread, so that jobs of o
 and is placed on the device between two steps. The least recently requested checkpoints are unloaded
 when the budget is too small, but never one that is in use.
 
-Jobs can ask for as many variants of a model as there are numbers for a LoRA's scale. So at most
-`MAX_VARIANTS` are loaded or being loaded, whatever the budget; the least recently requested one
-leaves for the next.
+A variant is a model with LoRAs that jobs ask for, and each other scale makes another variant. So
+at most `MAX_VARIANTS` are loaded or being loaded, whatever the budget; the least recently requested
+one is unloaded for the next.
 """
 
 import gc
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 MAX_VARIANTS = 4
-"""Models with LoRAs that jobs ask for, each of the size of the whole model."""
+"""Largest number of variants, each of which takes the memory of a whole model."""
 
 
 class Readiness(Enum):
@@ -47,7 +47,7 @@ class ModelPool:
         Raises: ModelUnavailable.
     place: places a checkpoint on the device.
     budget_bytes: limit of all models' parameters on the device; None sets no limit.
-    is_variant: whether a model is one of which at most `MAX_VARIANTS` are kept.
+    is_variant: whether an id is a variant's.
     """
 
     load: Callable[[str], Components]

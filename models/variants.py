@@ -18,9 +18,9 @@ class ModelVariant:
 
     @property
     def id(self) -> str:
-        """What pool and engine know it by: the model's own id where there are no LoRAs.
+        """The id for pool and engine: the model's own id where there are no LoRAs.
 
-        Variants that differ in any scale are different models, so that none is only nearly right.
+        Another scale gives another id, so a job never runs with scales that it did not ask for.
         """
         if not self.loras:
             return self.model
@@ -29,7 +29,7 @@ class ModelVariant:
 
     @classmethod
     def of(cls, variant_id: str) -> "ModelVariant":
-        """The variant with such an id, which is not a model's own."""
+        """The variant with this `id`. variant_id: an id of a variant with LoRAs."""
         values = json.loads(variant_id)
         loras = tuple(Lora(name, scale) for name, scale in values["loras"].items())
         return cls(values["model"], loras)

@@ -37,7 +37,7 @@ class Placement(NamedTuple):
 class Extension:
     """New pixels on each side, counted in pixels of the picture's file, each within `NEW_PIXELS`.
 
-    mask_level: the mask's value there: 255, or 0 where the mask is inverted.
+    mask_level: the mask's value in the new pixels: 255, or 0 where the mask is inverted.
     """
 
     left: int = 0

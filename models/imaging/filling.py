@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GREY = 128
-"""What a picture is filled with of which nothing is kept."""
+"""The grey level of a picture of which all is repainted, so that no kept colour is left."""
 
 
 def fill_from_around(image: NDArray[np.uint8], repaint: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -30,14 +30,14 @@ def fill_unknown(colours: NDArray[np.float32], known: NDArray[np.float32]) -> ND
     """
     if known.all():
         return colours
-    # Half the size, where a pixel has the mean of the known ones that it covers.
+    # At half the size each pixel has the mean of the known pixels that it covers.
     half = ((known.shape[1] + 1) // 2, (known.shape[0] + 1) // 2)
     share = np.asarray(cv2.resize(known, half, interpolation=cv2.INTER_AREA))
     sums = np.asarray(cv2.resize(colours, half, interpolation=cv2.INTER_AREA))
     is_known = share > 0
     means = sums / np.where(is_known, share, 1)[..., np.newaxis]
     smaller = fill_unknown(means.astype(np.float32), is_known.astype(np.float32))
-    # Back to full size, smoothly.
+    # The filled half is enlarged, and gives the unknown pixels their colours.
     height, width = known.shape
     around = np.asarray(cv2.resize(smaller, (width, height), interpolation=cv2.INTER_LINEAR))
     return np.where(known[..., np.newaxis] > 0, colours, around)

@@ -1,4 +1,4 @@
-"""What stands in for a picture that the safety checker has flagged. Torch-free."""
+"""Makes the pictures that replace those that the safety checker flags. Torch-free."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,12 +9,12 @@ from models.imaging.images import resize
 from models.params import FlaggedAs
 
 LONGEST_SIDE_CELLS = 8
-"""How many cells along its longer side are left of a blurred or pixelated picture: so few that no
-shape within it can be recognised."""
+"""Cells along the longer side of a blurred or pixelated picture; with so few no shape in it can be
+recognised."""
 
 TEXT = "Sensitive content"
 GREY, LIGHT_GREY = 96, 224
-"""Of the picture with the text, and of the text."""
+"""Levels of the background and of the text."""
 
 
 def hide(image: NDArray[np.uint8], flagged_as: FlaggedAs) -> NDArray[np.uint8]:
@@ -31,7 +31,7 @@ def hide(image: NDArray[np.uint8], flagged_as: FlaggedAs) -> NDArray[np.uint8]:
 
 
 def resized_cells(image: NDArray[np.uint8], resampling: Resampling) -> NDArray[np.uint8]:
-    """The means of the picture's cells, back at the picture's size."""
+    """The mean colours of the picture's cells, enlarged to the picture's size."""
     height, width = image.shape[:2]
     longest = max(height, width)
     across, down = (max(1, round(side * LONGEST_SIDE_CELLS / longest)) for side in (width, height))

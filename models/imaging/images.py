@@ -50,7 +50,7 @@ def encode_png(
 
     text: keyword to value, stored as tEXt, or as iTXt where Latin-1 does not suffice. Characters
         that PNG cannot hold are replaced: NUL by U+FFFD, lone surrogates by "?".
-    icc_profile: what the colours mean; sRGB, by default and not said, where it is empty.
+    icc_profile: what the colours mean; an empty one means sRGB, and is not written.
     Raises: ValueError for a keyword outside the PNG specification's 11.3.3.2.
     """
     height, width, channels = image.shape

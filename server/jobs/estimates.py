@@ -109,7 +109,10 @@ CANDIDATE_ID = 0
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A job that may be submitted. pixels, work: as of a row. priority, turn: as in `Job`."""
+    """A job that may be submitted.
+
+    pixels, work: as `BACKLOG` reads them from rows. priority, turn: its place in the queue.
+    """
 
     pixels: int
     work: float

@@ -53,7 +53,7 @@ COUNT_HELD = (
     .group_by(jobs.c.worker_id)
 )
 MAY_START: ColumnElement[bool] = jobs.c.deadline_at.is_(None) | (jobs.c.deadline_at > SHARED_NOW)
-"""The job has no deadline, or it has not passed."""
+"""The job has no deadline, or its deadline has not passed."""
 
 LOCK_NEXT = (
     select(jobs.c.id, jobs.c.attempt, jobs.c.created_at)

@@ -54,8 +54,8 @@ SWEEP_INTERVAL_S = 6 * 3_600.0
 """Between two listings of all files, which an object store charges for."""
 
 SHORT_SWEEP_INTERVAL_S = 600.0
-"""Between two listings of the uploads, which live for an hour only, and of the inputs where those
-of all finished jobs are kept, about a megabyte each."""
+"""Seconds between two listings of the uploads, which are kept for an hour only, and of the inputs
+where those of all finished jobs are kept, about a megabyte each."""
 
 ORPHAN_S = 24 * 3_600.0
 """A file without a row is kept so long, because its job may be about to be submitted."""
@@ -67,7 +67,7 @@ PICTURES = (
     jobs.c.file_prefix,
     jobs.c.params["samples"].as_integer(),
     jobs.c.fencing_token,
-    # Rows of earlier versions do not say it.
+    # Rows of earlier versions name no format; their pictures are PNG files.
     func.coalesce(jobs.c.params["output_format"].as_string(), OutputFormat.PNG.value),
 )
 """The parts of the storage keys of a job's pictures: arguments of `output_keys_of`."""

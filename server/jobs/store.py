@@ -170,8 +170,8 @@ class JobStore:
     ) -> list[Job]:
         """A key's jobs, newest first.
 
-        before_id: only jobs older than this one. after_id: only jobs newer than this one, and of
-        them the oldest.
+        before_id: only jobs older than this one. after_id: only jobs newer than this one; the
+        limit leaves the oldest of them.
         """
         query = select(jobs).where(jobs.c.key_id == key_id)
         if state is not None:
@@ -377,7 +377,7 @@ class JobStore:
     def forecast(self, places_on: Callable[[str], int], new: NewJob | None = None) -> Forecast:
         """When all jobs will end. places_on: how many jobs a worker runs at a time, by device.
 
-        new: is simulated too, as if it were submitted now.
+        new: a job that the forecast has as if it were submitted now.
         """
         with read_only(self._engine) as connection:
             ready = self.workers.ready_in(connection)
@@ -425,7 +425,7 @@ class JobStore:
     def _run(
         self, connection: Connection, change: Executable, values: Mapping[str, Any] | None = None
     ) -> int:
-        """As `_changed_rows`; how many there were."""
+        """Change jobs as `_changed_rows` does; the number of changed jobs."""
         return len(self._changed_rows(connection, change, values))
 
     def _changed_rows(
@@ -433,7 +433,7 @@ class JobStore:
     ) -> Sequence[Row[*tuple[Any, ...]]]:
         """Change jobs. Jobs that end get their outbox row in the same transaction.
 
-        change: returns `CHANGED`, which is the result.
+        change: a statement that returns `CHANGED`.
         """
         rows = connection.execute(change, values).all()
         states = {JobState(row.state) for row in rows}
@@ -457,7 +457,7 @@ def _rows_of(connection: Connection, job_ids: Iterable[int]) -> list[Row[*tuple[
 
 
 def _candidate_of(connection: Connection, new: NewJob) -> Candidate:
-    """A job that may be submitted, at the place that it would get in the queue."""
+    """A job that may be submitted, with the place that it would get in the queue."""
     params, priority = new.params, new.share.priority
     turn = next_position(connection, new.key_id, priority).turn
     return Candidate(params.samples * params.width * params.height, new.work, priority, turn)
