@@ -417,7 +417,7 @@ class RetentionSettings(Section):
 
 
 class EnhanceSettings(Section):
-    """The texts that V3's `enhance_prompt` adds. The defaults are the vendor's."""
+    """The texts that `enhance_prompt` of the vendor's APIs adds. The defaults are the vendor's."""
 
     suffix: str = Enhancement().suffix
     """Added to the prompt."""
