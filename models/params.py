@@ -212,7 +212,7 @@ class InpaintParams:
 
     output_format: PNG is lossless. JPEG, and WebP below a quality of 100, change every pixel a
         little, those outside the mask too.
-    output_quality: of JPEG and WebP; a WebP of 100 is lossless. PNG takes no notice of it.
+    output_quality: of JPEG and WebP; a WebP of 100 is lossless. PNG has no quality.
 
     Raises: InvalidInput, with every violation.
     """

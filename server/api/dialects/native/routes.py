@@ -148,7 +148,6 @@ async def create_job(
 ) -> Response:
     """Repaint the white part of a mask in an image."""
     settings = services.settings
-
     policy = reading_policy(settings, caller)
 
     def read(body: bytes) -> tuple[JobRequest, Idempotency | None]:

@@ -76,7 +76,7 @@ class JobEntry(JobSummary):
     """A job in a list."""
 
     prompt: str
-    outputs: list[Picture] = Field(description="Of a finished job, until they are removed")
+    outputs: list[Picture] = Field(description="A finished job's pictures, until they are removed")
 
 
 class Mask(BaseModel):

@@ -11,19 +11,12 @@ MAX_NAMED, MAX_NAME_CHARS = 20, 60
 
 WITHOUT_EFFECT = {
     *("key", "request_id"),
-    *(
-        "temp",
-        "full_url",
-        "file_prefix",
-        "outdir",
-        "loadbalancer",
-    ),  # they say where pictures are stored
-    *("tomesd", "enable_attention_slicing"),  # they change the speed alone
-    *(
-        "lora_strength",
-        "ip_adapter_scale",
-        "controlnet_conditioning_scale",
-    ),  # they need another field
+    # They say where pictures are stored.
+    *("temp", "full_url", "file_prefix", "outdir", "loadbalancer"),
+    # They change the speed alone.
+    *("tomesd", "enable_attention_slicing"),
+    # They have an effect only together with another field, which is reported.
+    *("lora_strength", "ip_adapter_scale", "controlnet_conditioning_scale"),
 }
 """Fields that change no picture."""
 
