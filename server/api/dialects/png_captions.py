@@ -1,7 +1,7 @@
 """Reads the caption that A1111 and similar programs write into a PNG: prompts and other values.
 
-Only text chunks are read and no pixel is decoded, so a stranger's file needs no sandbox. Reading takes
-at most 50 ms.
+Only text chunks are read and no pixel is decoded, so a stranger's file needs no sandbox. Reading
+takes at most 50 ms.
 """
 
 import json
