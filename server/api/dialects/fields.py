@@ -2,6 +2,7 @@
 
 import math
 import re
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from models.params import (
     CHUNK_TOKENS,
     MAX_PROMPT_CHUNKS,
     RANGES,
+    SEED_MODULUS,
     InpaintParams,
     Range,
     SchedulerName,
@@ -35,6 +37,7 @@ MAX_TRACK_ID_CHARS = 1_024
 """Longest text of a `track_id`, which is stored in the job's row and sent in the webhook body."""
 
 MAX_SCHEDULER_CHARS = 100
+RANDOM_SEED = -1
 NOT_A_SOURCE = "must be a URL, base64 or a file."
 """End of the sentence about a field that holds no image."""
 
@@ -68,7 +71,7 @@ class FieldReader:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            self._refuse(name, "must be a string.")
+            self.refuse(name, "must be a string.")
             return None
         if len(str(value)) > max_chars:
             self._refuse_length(name, max_chars)
@@ -79,14 +82,14 @@ class FieldReader:
         """A required text; `""` where it is missing, with an error."""
         text = self.text(name)
         if text is None and name not in self.errors:
-            self._refuse(name, "field is required.")
+            self.refuse(name, "field is required.")
         return text or ""
 
     def check_prompt(self, name: str, prompt: str) -> None:
         """Refuse a prompt that is surely too long for the worker's tokenizer."""
         if is_surely_too_long(prompt):
             limit = f"{MAX_PROMPT_CHUNKS} chunks of {CHUNK_TOKENS} tokens"
-            self._refuse(name, f"may not need more than {limit}.")
+            self.refuse(name, f"may not need more than {limit}.")
 
     def image(self, name: str) -> ImageSource:
         """An image: URL, data URI, base64 text or uploaded file."""
@@ -95,7 +98,7 @@ class FieldReader:
             return ImageSource(value)
         if isinstance(value, str):
             return ImageSource(value)
-        self._refuse(name, NOT_A_SOURCE if value else "field is required.")
+        self.refuse(name, NOT_A_SOURCE if value else "field is required.")
         return ImageSource("")
 
     def number(self, name: str, default: float, allowed: Range | None = None) -> float:
@@ -105,10 +108,10 @@ class FieldReader:
             return default
         number = to_number(value)
         if number is None:
-            self._refuse(name, "must be a number.")
+            self.refuse(name, "must be a number.")
             return default
         if allowed is not None and number not in allowed:
-            self._refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
+            self.refuse(name, f"must be between {allowed.minimum:g} and {allowed.maximum:g}.")
             return default
         return number
 
@@ -121,9 +124,14 @@ class FieldReader:
             return value  # exact, where a float would lose digits of a long seed
         number = self.number(name, default, allowed)
         if number != int(number):
-            self._refuse(name, "must be an integer.")
+            self.refuse(name, "must be an integer.")
             return default
         return int(number)
+
+    def seed(self, name: str = "seed", default: int = RANDOM_SEED) -> int:
+        """A seed modulo 2**32; a random one for -1, as clients of A1111 send."""
+        seed = self.integer(name, default)
+        return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
 
     def flag(self, name: str, default: bool) -> bool:
         """yes/no, true/false, 1/0 in any case, as text, number or bool."""
@@ -134,7 +142,7 @@ class FieldReader:
         if word in TRUE_WORDS:
             return True
         if word not in FALSE_WORDS:
-            self._refuse(name, "field must be yes or no.")
+            self.refuse(name, "field must be yes or no.")
             return default
         return False
 
@@ -155,7 +163,7 @@ class FieldReader:
             return None
         pixels = self.number(name, RANGES[name].minimum)
         if pixels < 1:
-            self._refuse(name, "must be at least 1.")
+            self.refuse(name, "must be at least 1.")
             return RANGES[name].minimum
         return pixels
 
@@ -175,10 +183,10 @@ class FieldReader:
         """An http or https URL. https_only: http is refused."""
         url = self.text(name, max_chars=MAX_URL_CHARS)
         if url is not None and not is_web_address(url):
-            self._refuse(name, "must be a valid URL.")
+            self.refuse(name, "must be a valid URL.")
             return None
         if url is not None and https_only and not is_https(url):
-            self._refuse(name, "must be an https URL.")
+            self.refuse(name, "must be an https URL.")
             return None
         return url
 
@@ -187,7 +195,7 @@ class FieldReader:
         value = self.value(name)
         is_finite = not isinstance(value, float) or math.isfinite(value)
         if value is not None and not (isinstance(value, str | int | float) and is_finite):
-            self._refuse(name, "must be a string or a number.")
+            self.refuse(name, "must be a string or a number.")
             return None
         if len(str(value)) > max_chars:
             self._refuse_length(name, max_chars)
@@ -200,7 +208,7 @@ class FieldReader:
             return InpaintParams(**values)
         except InvalidInput as error:
             for violation in error.violations:
-                self._refuse(violation.field, write_violation(violation))
+                self.refuse(violation.field, write_violation(violation))
             return InpaintParams(prompt="", seed=0)
 
     def raise_errors(self) -> None:
@@ -209,9 +217,10 @@ class FieldReader:
             raise InvalidRequest(self.errors)
 
     def _refuse_length(self, name: str, max_chars: int) -> None:
-        self._refuse(name, f"may not be greater than {max_chars} characters.")
+        self.refuse(name, f"may not be greater than {max_chars} characters.")
 
-    def _refuse(self, name: str, sentence: str) -> None:
+    def refuse(self, name: str, sentence: str) -> None:
+        """Collect an error. sentence: what follows the field's name."""
         self.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")
 
 

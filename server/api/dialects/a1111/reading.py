@@ -4,13 +4,12 @@ Defaults are those of A1111's API: 50 steps, a scale of 7, a blur of 4 px, and o
 the mask. Sources: `modules/api/models.py` and `modules/processing.py` there.
 """
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from models.imaging.mask_reading import MaskRule
-from models.params import RANGES, SEED_MODULUS, Fill, InpaintParams, OutputFormat, Range
+from models.params import RANGES, Fill, InpaintParams, OutputFormat, Range
 from server.api.dialects.a1111.checkpoints import find_model
 from server.api.dialects.a1111.leftovers import list_not_applied, list_settings_not_applied
 from server.api.dialects.a1111.loras import take_loras
@@ -23,7 +22,6 @@ from server.jobs.job import Job
 
 DIALECT = "a1111"
 
-RANDOM_SEED = -1
 DEFAULT_SIDE = 512
 MAX_TASK_ID_CHARS = 200
 MAX_NAME_CHARS = 1_000
@@ -178,7 +176,7 @@ def read_numbers(reader: FieldReader) -> dict[str, Any]:
     return {
         "num_inference_steps": reader.integer("steps", 50, RANGES["num_inference_steps"]),
         "guidance_scale": reader.number("cfg_scale", 7.0, RANGES["guidance_scale"]),
-        "seed": read_seed(reader),
+        "seed": reader.seed(),
     }
 
 
@@ -246,12 +244,6 @@ def read_sampling(reader: FieldReader) -> Sampling:
     sentence = "Sampler not found: GET /sdapi/v1/samplers lists those of this server."
     reader.errors.setdefault(field, []).append(sentence)
     return Sampling(AUTOMATIC, None, None)
-
-
-def read_seed(reader: FieldReader) -> int:
-    """The seed modulo 2**32; a random one where it is absent or -1."""
-    seed = reader.integer("seed", RANDOM_SEED)
-    return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
 
 
 def settings_of(reader: FieldReader) -> dict[str, Any]:

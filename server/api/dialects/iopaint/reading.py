@@ -5,7 +5,6 @@ models too, such as LaMa's; they do not concern Stable Diffusion and are not rep
 """
 
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,6 @@ from models.imaging.extension import NEW_PIXELS, NO_EXTENSION, Extension
 from models.params import (
     NOISE_SPACINGS,
     RANGES,
-    SEED_MODULUS,
     InpaintParams,
     NoiseSpacing,
     OutputFormat,
@@ -148,7 +146,7 @@ def read_params(reader: FieldReader, policy: ReadingPolicy) -> tuple[InpaintPara
     params = reader.params(
         prompt=prompts[0],
         negative_prompt=prompts[1],
-        seed=read_seed(reader),
+        seed=reader.seed("sd_seed", DEFAULT_SEED),
         num_inference_steps=steps,
         guidance_scale=reader.number("sd_guidance_scale", 7.5, RANGES["guidance_scale"]),
         strength=read_strength(reader),
@@ -246,12 +244,6 @@ def read_prompt(reader: FieldReader, name: str) -> str:
     prompt = reader.text(name) or ""
     reader.check_prompt(name, prompt)
     return prompt
-
-
-def read_seed(reader: FieldReader) -> int:
-    """The seed modulo 2**32; a random one for -1."""
-    seed = reader.integer("sd_seed", DEFAULT_SEED)
-    return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
 
 
 def read_strength(reader: FieldReader) -> float:

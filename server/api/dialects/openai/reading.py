@@ -5,7 +5,6 @@ OpenAI's own fields mean what they mean in its API. Further fields, which its SD
 """
 
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -15,7 +14,6 @@ from models.imaging.mask_reading import MaskRule
 from models.params import (
     CHOICES,
     RANGES,
-    SEED_MODULUS,
     Fill,
     FlaggedAs,
     OutputFormat,
@@ -46,7 +44,6 @@ DEFAULT_QUALITY = 100
 WHOLE_PICTURE_STRENGTH = 0.8
 """For a picture without mask and transparent pixels, where the call names no strength."""
 
-RANDOM_SEED = -1
 
 MAX_WORD_CHARS = 100
 MAX_NAMES = 20
@@ -113,7 +110,7 @@ def read_edit(fields: Mapping[str, Any], policy: ReadingPolicy) -> tuple[JobRequ
     reader = FieldReader({**others, **firsts})
     for name, found in pictures.items():
         if len(found) > 1:
-            refuse(reader, name, f"may be one picture here, and {len(found)} were sent.")
+            reader.refuse(name, f"may be one picture here, and {len(found)} were sent.")
     image = reader.image("image")
     mask = reader.image("mask") if pictures["mask"] else None
     request, call = read_call(reader, others, policy, "image_edit")
@@ -187,7 +184,7 @@ def read_common(reader: FieldReader) -> dict[str, Any]:
         "negative_prompt": negative_prompt,
         "samples": reader.integer("n", 1, RANGES["samples"]),
         "guidance_scale": reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
-        "seed": read_seed(reader),
+        "seed": reader.seed(),
         "scheduler": reader.scheduler(),
         "noise_spacing": read_choice(reader, "noise_spacing", None),
         "flagged_as": read_choice(reader, "flagged_as", FlaggedAs.BLANK),
@@ -221,7 +218,7 @@ def read_choice(reader: FieldReader, name: str, default: Any) -> Any:
         return default
     choices = {each.value: each for each in CHOICES[name]}
     if word not in choices:
-        refuse(reader, name, f"must be one of {', '.join(choices)}.")
+        reader.refuse(name, f"must be one of {', '.join(choices)}.")
     return choices.get(word, default)
 
 
@@ -237,12 +234,6 @@ def read_word(reader: FieldReader, name: str) -> str | None:
     return None if text is None else text.lower()
 
 
-def read_seed(reader: FieldReader) -> int:
-    """The seed modulo 2**32; a random one where it is absent or -1."""
-    seed = reader.integer("seed", RANDOM_SEED)
-    return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
-
-
 def read_size(reader: FieldReader) -> tuple[tuple[int, int] | None, bool]:
     """Width and height, None for "auto", and whether they are as sent.
 
@@ -252,7 +243,7 @@ def read_size(reader: FieldReader) -> tuple[tuple[int, int] | None, bool]:
     match = SIZE.fullmatch(word)
     if match is None:
         if word != AUTO:
-            refuse(reader, "size", "must be auto or WIDTHxHEIGHT in pixels, such as 512x512.")
+            reader.refuse("size", "must be auto or WIDTHxHEIGHT in pixels, such as 512x512.")
         return None, True
     asked = int(match[1]), int(match[2])
     size = allowed_size(*asked)
@@ -291,9 +282,9 @@ def read_answer(reader: FieldReader, event: str, ignored: Sequence[str]) -> Call
     """The fields that decide how the answer is written."""
     response_format = read_word(reader, "response_format")
     if response_format not in (None, *RESPONSE_FORMATS):
-        refuse(reader, "response_format", f"must be one of {', '.join(RESPONSE_FORMATS)}.")
+        reader.refuse("response_format", f"must be one of {', '.join(RESPONSE_FORMATS)}.")
     if (read_word(reader, "background") or AUTO) not in BACKGROUNDS:
-        refuse(reader, "background", "must be opaque or auto; no picture here is transparent.")
+        reader.refuse("background", "must be opaque or auto; no picture here is transparent.")
     is_stream = reader.flag("stream", default=False)
     partial_images = reader.integer("partial_images", 0, PARTIAL_IMAGES)
     return Call(
@@ -330,8 +321,3 @@ def sources_in(value: Any) -> Iterator[Any]:
             source = source.get(key) if isinstance(source, dict) and key in source else source
         if not is_absent(source) and source != b"":
             yield source if isinstance(source, str | bytes) else True
-
-
-def refuse(reader: FieldReader, name: str, sentence: str) -> None:
-    """Collect an error as the reader does."""
-    reader.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")

@@ -1,12 +1,11 @@
 """Replicate's API, reading: the body of a prediction becomes a `JobRequest`."""
 
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.params import RANGES, SEED_MODULUS, OutputFormat, Range
+from models.params import RANGES, OutputFormat, Range
 from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.fields import FieldReader
 from server.api.dialects.replicate.catalogue import (
@@ -25,7 +24,6 @@ from server.jobs.job import Job
 
 DIALECT = "replicate"
 
-RANDOM_SEED = -1
 STRENGTH_RANGE = Range(0, 1)
 IMAGE_STRENGTH = 0.8
 """The default for an image without a mask; with a mask it is 1."""
@@ -137,7 +135,7 @@ def read_unsent_events(reader: FieldReader) -> tuple[str, ...]:
         asked = EVENTS if reader.value("webhook_completed") is None else (SENT_EVENT,)
     is_known = isinstance(asked, list | tuple) and all(each in EVENTS for each in asked)
     if not is_known:
-        refuse(reader, "webhook_events_filter", f"must be a list of {', '.join(EVENTS)}.")
+        reader.refuse("webhook_events_filter", f"must be a list of {', '.join(EVENTS)}.")
         return ()
     return tuple(each for each in EVENTS if each in asked and each != SENT_EVENT)
 
@@ -178,7 +176,7 @@ def read_job(reader: FieldReader, model: str | None, policy: ReadingPolicy) -> J
         num_inference_steps=read_ranged(reader, "num_inference_steps", DEFAULT_STEPS),
         guidance_scale=reader.number("guidance_scale", 7.5, RANGES["guidance_scale"]),
         strength=read_strength(reader, has_mask=mask is not None or image is None),
-        seed=read_seed(reader),
+        seed=reader.seed(),
         scheduler=reader.scheduler(),
         model=model,
         safety_check=is_checked or policy.force_safety_check,
@@ -222,23 +220,12 @@ def read_strength(reader: FieldReader, *, has_mask: bool) -> float:
     return max(strength, RANGES["strength"].minimum)
 
 
-def read_seed(reader: FieldReader) -> int:
-    """The seed modulo 2**32; a random one where it is absent or -1."""
-    seed = reader.integer("seed", RANDOM_SEED)
-    return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
-
-
 def read_format(reader: FieldReader) -> OutputFormat:
     """The pictures' file format."""
     name = (reader.text("output_format") or "png").lower()
     if name not in FORMATS:
-        refuse(reader, "output_format", f"must be one of {', '.join(FORMATS)}.")
+        reader.refuse("output_format", f"must be one of {', '.join(FORMATS)}.")
     return FORMATS.get(name, OutputFormat.PNG)
-
-
-def refuse(reader: FieldReader, name: str, sentence: str) -> None:
-    """Collect an error as the reader does."""
-    reader.errors.setdefault(name, []).append(f"The {name.replace('_', ' ')} {sentence}")
 
 
 def ignored_names(fields: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[str, ...]:

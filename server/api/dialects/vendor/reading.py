@@ -4,7 +4,6 @@
 `dialects/fields.py`, the description of the calls in `description.py`.
 """
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from models.params import (
     NOISE_SPACINGS,
     RANGES,
-    SEED_MODULUS,
     FlaggedAs,
     InpaintParams,
     Lora,
@@ -36,7 +34,6 @@ VENDOR_STEPS = (21, 31, 41, 51)
 DEFAULT_STEPS = 21
 LATER_DEFAULT_STEPS = 20
 
-RANDOM_SEED = -1
 
 STRENGTH_RANGE = Range(0, 1)
 DEFAULT_SIDE = 512
@@ -103,7 +100,7 @@ class VendorReader(FieldReader):
         self.read.add(name)
         return super().value(name)
 
-    def refuse(self, name: str) -> None:
+    def refuse_choice(self, name: str) -> None:
         """Record that a value is none of those that may be chosen."""
         sentence = f"The selected {name.replace('_', ' ')} is invalid."
         self.errors.setdefault(name, []).append(sentence)
@@ -179,7 +176,7 @@ def read_params(
             "guidance_scale", family.guidance_scale, RANGES["guidance_scale"]
         ),
         strength=1.0 if task is Task.TEXT_TO_IMAGE else read_strength(reader),
-        seed=read_seed(reader),
+        seed=reader.seed(),
         scheduler=scheduler,
         model=read_model(reader, policy, family),
         safety_check=reader.flag("safety_checker", default=True) or policy.force_safety_check,
@@ -232,12 +229,6 @@ def read_strength(reader: VendorReader) -> float:
     return max(reader.number(name, 0.7, STRENGTH_RANGE), RANGES["strength"].minimum)
 
 
-def read_seed(reader: VendorReader) -> int:
-    """The seed modulo 2**32; a random seed where it is absent or -1, as clients of A1111 send."""
-    seed = reader.integer("seed", RANDOM_SEED)
-    return secrets.randbelow(SEED_MODULUS) if seed == RANDOM_SEED else seed % SEED_MODULUS
-
-
 def read_steps(reader: VendorReader, policy: StepsPolicy, family: Family) -> int:
     """The number of steps to run: as sent in the later families, by policy in V3."""
     name = "num_inference_steps"
@@ -263,7 +254,7 @@ def read_model(reader: VendorReader, policy: ReadingPolicy, family: Family) -> s
     name = reader.value("model_id")
     model = policy.model_named(name)
     if family.is_later and name is not None and model is None:
-        reader.refuse("model_id")
+        reader.refuse_choice("model_id")
     return model
 
 
@@ -273,7 +264,7 @@ def read_flagged_as(reader: VendorReader, family: Family) -> FlaggedAs:
     if name is None:
         return family.flagged_as
     if name.lower() not in FLAGGED_AS:
-        reader.refuse("safety_checker_type")
+        reader.refuse_choice("safety_checker_type")
     return FLAGGED_AS.get(name.lower(), family.flagged_as)
 
 
@@ -297,12 +288,12 @@ def read_loras(reader: VendorReader, policy: ReadingPolicy) -> tuple[Lora, ...]:
     """LoRAs by `lora_model`, names with commas between, and their scales by `lora_strength`."""
     names = split(reader.text("lora_model", MAX_NAME_CHARS))
     if not set(names) <= {*policy.loras}:
-        reader.refuse("lora_model")
+        reader.refuse_choice("lora_model")
         return ()
     strengths = split(reader.text("lora_strength", MAX_NAME_CHARS) if names else None)
     scales = [scale for each in strengths if (scale := to_number(each)) is not None]
     if len(scales) < len(strengths) or len(scales) not in (0, 1, len(names)):
-        reader.refuse("lora_strength")
+        reader.refuse_choice("lora_strength")
         return ()
     if len(scales) <= 1:
         scales = (scales or [1.0]) * len(names)
