@@ -1,5 +1,6 @@
 """Thumbnails: made of stored pictures when they are asked for."""
 
+import asyncio
 import io
 import uuid
 from collections.abc import Iterator
@@ -9,7 +10,13 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message
 
+from server.api import outputs
+from server.api.app import running_services
+from server.core.metrics import Metrics
 from server.core.settings import Settings
 from server.storage.files import Storage
 from tests.corpora import profiles
@@ -123,3 +130,18 @@ def test_many_at_once_are_all_answered(client: httpx2.Client, storage: Storage) 
         answers = [*pool.map(client.get, [f"/thumbnails/{name}.webp"] * 24)]
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
+
+
+def test_gone_client_costs_no_thumbnail(settings: Settings, storage: Storage) -> None:
+    name = store(storage, saved(slope(64, 64)))
+
+    async def ask() -> Response:
+        async with running_services(settings, Metrics()) as services:
+            request = Request({"type": "http", "method": "GET"}, gone)
+            return await outputs.thumbnail(request, services, f"{name}.webp")
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.body) == (499, b"")
