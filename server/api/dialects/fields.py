@@ -138,7 +138,7 @@ class FieldReader:
         value = self.value(name)
         if value is None:
             return default
-        word = str(value).lower()
+        word = text_of(value).lower()
         if word in TRUE_WORDS:
             return True
         if word not in FALSE_WORDS:
@@ -172,7 +172,7 @@ class FieldReader:
         name = self.value("scheduler")
         if name is None:
             return None
-        scheduler, has_spacing = find_scheduler(str(name)[:MAX_SCHEDULER_CHARS])
+        scheduler, has_spacing = find_scheduler(text_of(name)[:MAX_SCHEDULER_CHARS])
         if scheduler is None:
             self.notices.append(Notice.SCHEDULER_IGNORED)
         elif has_spacing:
@@ -246,6 +246,14 @@ def is_web_address(url: str) -> bool:
 def is_https(url: str) -> bool:
     """Whether a URL that passed `is_web_address` uses https."""
     return checked_url(url).scheme == "https"
+
+
+def text_of(value: Any) -> str:
+    """A scalar's text; the type's name of anything else, whose text may have 100 MB.
+
+    Python writes each byte of a file as four characters.
+    """
+    return str(value) if isinstance(value, str | int | float) else type(value).__name__
 
 
 def to_number(value: Any) -> float | None:

@@ -15,7 +15,7 @@ from server.api.dialects.a1111.leftovers import list_not_applied, list_settings_
 from server.api.dialects.a1111.loras import take_loras
 from server.api.dialects.a1111.sampling import AUTOMATIC, DEFAULT_SAMPLER, Sampling, find_sampling
 from server.api.dialects.base import JobRequest, ReadingPolicy
-from server.api.dialects.fields import MAX_SCHEDULER_CHARS, FieldReader
+from server.api.dialects.fields import MAX_SCHEDULER_CHARS, FieldReader, text_of
 from server.core.errors import InvalidRequest
 from server.core.notices import prompt_notices
 from server.jobs.job import Job
@@ -236,8 +236,8 @@ def read_samples(reader: FieldReader) -> tuple[int, int]:
 def read_sampling(reader: FieldReader) -> Sampling:
     """Sampler and scheduler; an unknown sampler is an error, as in A1111."""
     field = "sampler_index" if reader.value("sampler_name") is None else "sampler_name"
-    sampler = str(reader.value(field) or DEFAULT_SAMPLER)[:MAX_SCHEDULER_CHARS]
-    schedule = str(reader.value("scheduler") or AUTOMATIC)[:MAX_SCHEDULER_CHARS]
+    sampler = text_of(reader.value(field) or DEFAULT_SAMPLER)[:MAX_SCHEDULER_CHARS]
+    schedule = text_of(reader.value("scheduler") or AUTOMATIC)[:MAX_SCHEDULER_CHARS]
     sampling = find_sampling(sampler, schedule)
     if sampling is not None:
         return sampling
@@ -282,7 +282,7 @@ def read_model(settings: FieldReader, policy: ReadingPolicy) -> str | None:
 
 def read_format(settings: FieldReader) -> OutputFormat:
     """The format of the pictures' files."""
-    name = str(settings.value(SAMPLES_FORMAT) or OutputFormat.PNG).lower()
+    name = text_of(settings.value(SAMPLES_FORMAT) or OutputFormat.PNG).lower()
     if name not in FORMATS:
         sentence = f"The samples format must be one of {', '.join(FORMATS)}."
         settings.errors.setdefault(SAMPLES_FORMAT, []).append(sentence)

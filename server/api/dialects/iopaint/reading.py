@@ -21,7 +21,7 @@ from models.params import (
     allowed_size,
 )
 from server.api.dialects.base import JobRequest, ReadingPolicy
-from server.api.dialects.fields import MAX_SCHEDULER_CHARS, FieldReader
+from server.api.dialects.fields import MAX_SCHEDULER_CHARS, FieldReader, text_of
 from server.api.dialects.iopaint.sizes import size_of
 from server.api.dialects.samplers import find_scheduler
 from server.api.dialects.uploads import format_of
@@ -266,7 +266,7 @@ def read_sampler(
     reader: FieldReader,
 ) -> tuple[SchedulerName | None, NoiseSpacing | None, list[Notice]]:
     """Scheduler and spacing of a sampler; an unknown one is ignored with a notice."""
-    name = str(reader.value("sd_sampler") or DEFAULT_SAMPLER)[:MAX_SCHEDULER_CHARS]
+    name = text_of(reader.value("sd_sampler") or DEFAULT_SAMPLER)[:MAX_SCHEDULER_CHARS]
     scheduler, has_spacing = find_scheduler(name)
     if scheduler is None:
         return None, None, [Notice.SCHEDULER_IGNORED]
