@@ -26,6 +26,7 @@ from server.api.errors import answer_error
 from server.api.health import Health, Store, write_nothing
 from server.api.metrics import StoredFigures
 from server.api.middleware import CrossOrigin, ErrorAnswers, RequestContext
+from server.api.playground.routes import playground_router
 from server.api.proxies import TrustedProxies
 from server.api.services import WEBHOOKS, Services
 from server.core.background import Background
@@ -71,6 +72,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(dialect.router)
     app.include_router(outputs.router)
     app.include_router(probes.router)
+    if settings.playground:
+        app.include_router(playground_router())
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
     add_middleware(app, settings, metrics)

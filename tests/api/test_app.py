@@ -392,7 +392,7 @@ class TestPaths:
     @pytest.mark.parametrize(
         ("method", "path", "status", "code"),
         [
-            ("POST", "/", 404, "not_found"),
+            ("POST", "/", 405, "method_not_allowed"),
             ("GET", "/docs", 404, "not_found"),
             ("GET", "/generations/x.png", 404, "not_found"),
             ("POST", "/generations/x.png", 405, "method_not_allowed"),

@@ -1,0 +1,121 @@
+"""Serves the playground: a page at `/` that calls this server's public APIs.
+
+The page is plain files without a build step. They are read once and sent with an ETag and a content
+security policy that allows nothing from elsewhere. The endpoint `/playground/facts` tells the page
+what no API describes: the models on offer and the words of the enhanced prompt.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import PurePath
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.auth.keyring import key_in_headers
+from server.api.dependencies import ServicesOf, admit
+from server.core.errors import RouteNotFound
+
+MEDIA_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+}
+INDEX, ICON = "index.html", "icon.svg"
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob: data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    # A browser asks each time and gets 304, so that a page never mixes two versions.
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PageFile:
+    """A file of the page."""
+
+    content: bytes
+    media_type: str
+    etag: str
+
+    def to_response(self, request: Request) -> Response:
+        """The file; 304 for a browser that has it."""
+        headers = {**HEADERS, "ETag": self.etag}
+        if request.headers.get("if-none-match") == self.etag:
+            return Response(status_code=304, headers=headers)
+        body = b"" if request.method == "HEAD" else self.content
+        headers["Content-Length"] = str(len(self.content))
+        return Response(body, 200, headers, self.media_type)
+
+
+def read_file(file: Traversable) -> PageFile:
+    content = file.read_bytes()
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    return PageFile(content, MEDIA_TYPES[PurePath(file.name).suffix], etag)
+
+
+def page_files() -> Iterator[tuple[str, PageFile]]:
+    """The page's own files by name, and the built-in model's examples by `examples/NAME`."""
+    for file in files("server.api.playground").joinpath("static").iterdir():
+        yield file.name, read_file(file)
+    for file in files("models.builtin").joinpath("examples").iterdir():
+        yield f"examples/{file.name}", read_file(file)
+
+
+def playground_router() -> APIRouter:
+    """The page, its files, its icon and its facts."""
+    router = APIRouter(include_in_schema=False)
+    known = dict(page_files())
+
+    async def index(request: Request) -> Response:
+        return known[INDEX].to_response(request)
+
+    async def icon(request: Request) -> Response:
+        return known[ICON].to_response(request)
+
+    async def page_file(request: Request, name: str) -> Response:
+        if name not in known:
+            raise RouteNotFound
+        return known[name].to_response(request)
+
+    methods = ["GET", "HEAD"]
+    router.add_api_route("/", index, methods=methods)
+    router.add_api_route("/favicon.ico", icon, methods=methods)
+    router.add_api_route("/playground/facts", facts, methods=["GET"])
+    router.add_api_route("/playground/{name:path}", page_file, methods=methods)
+    return router
+
+
+async def facts(request: Request, services: ServicesOf) -> dict[str, Any]:
+    """What the page shows beside the form. Raises: InvalidApiKey, RateLimited."""
+    admit(request, key_in_headers(request.headers))
+    settings = services.settings
+    return {
+        "model": settings.model,
+        "models": settings.offered_models,
+        "enhance": {
+            "suffix": settings.enhance.suffix,
+            "negative_list": settings.enhance.negative_list,
+        },
+    }

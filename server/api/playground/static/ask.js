@@ -1,0 +1,211 @@
+// @ts-check
+// The form. Ranges, defaults and choices come from the server's own description of `POST /api/jobs`;
+// a field that this page has no label for appears below "Advanced" under its own name.
+
+import { announce, byId, el } from "./dom.js";
+
+const LABELS = {
+  prompt: "Prompt",
+  negative_prompt: "Negative prompt",
+  samples: "Samples",
+  num_inference_steps: "Steps",
+  guidance_scale: "Guidance",
+  strength: "Strength",
+  seed: "Seed",
+  width: "Width",
+  height: "Height",
+  only_masked: "Only masked",
+  only_masked_padding: "Padding around the mask",
+  mask_blur: "Mask blur",
+  mask_grow: "Grow the mask",
+  soft_mask: "Soft mask",
+  invert_mask: "Invert the mask",
+  match_colours: "Match colours",
+  fill: "Fill under the mask",
+  scheduler: "Scheduler",
+  noise_spacing: "Noise spacing",
+  clip_skip: "CLIP skip",
+  safety_check: "Safety check",
+  model: "Model",
+  webhook: "Webhook URL",
+};
+const SHOWN_FIRST = ["prompt", "negative_prompt", "samples", "num_inference_steps", "strength", "guidance_scale", "width", "height", "seed"];
+/** What the stage and the page itself fill in, or what a form cannot show. */
+const NOT_IN_FORM = ["init_image", "mask_image", "extend", "previews", "track_id"];
+const PLACEHOLDERS = { seed: "random", width: "from picture", height: "from picture", webhook: "none" };
+
+/** @typedef {{name: string, schema: any, input: any, error: HTMLElement}} FormField */
+
+export class Ask {
+  /**
+   * @param {any} openapi
+   * @param {{model: string, models: string[], enhance: {suffix: string, negative_list: string}}} facts
+   */
+  constructor(openapi, facts) {
+    this.facts = facts;
+    /** @type {Map<string, FormField>} */
+    this.fields = new Map();
+    const body = openapi.paths["/api/jobs"].post.requestBody.content["application/json"].schema;
+    byId("fields").replaceChildren();
+    byId("more-fields").replaceChildren();
+    const names = Object.keys(body.properties).filter((name) => !NOT_IN_FORM.includes(name));
+    const known = Object.keys(LABELS).filter((name) => names.includes(name));
+    for (const name of [...known, ...names.filter((each) => !known.includes(each))]) {
+      const field = this.build(name, plainSchema(body.properties[name]));
+      if (field) byId(SHOWN_FIRST.includes(name) ? "fields" : "more-fields").append(field);
+    }
+    this.addEnhance();
+    this.showModel();
+  }
+
+  /** @param {string} name @param {any} schema @returns {HTMLElement | null} */
+  build(name, schema) {
+    const input = inputFor(name, schema, this.facts);
+    if (!input) return null;
+    const label = /** @type {Record<string, string>} */ (LABELS)[name] ?? name.replaceAll("_", " ");
+    const error = el("span", { class: "error", id: `error-${name}` });
+    input.id = `field-${name}`;
+    input.name = name;
+    input.title = schema.description ?? "";
+    input.setAttribute("aria-describedby", error.id);
+    this.fields.set(name, { name, schema, input, error });
+    const isCheck = input.type === "checkbox";
+    const output = input.type === "range" ? el("output", { for: input.id }, input.value) : null;
+    if (output) input.addEventListener("input", () => (output.textContent = input.value));
+    if (name === "model") input.addEventListener("change", () => this.showModel());
+    const text = el("span", { class: "label" }, label, output);
+    return el("label", { class: `field ${isCheck ? "check" : ""} field-${name}` }, ...(isCheck ? [input, text] : [text, input]), error);
+  }
+
+  addEnhance() {
+    const { suffix, negative_list: negative } = this.facts.enhance;
+    if (!suffix && !negative) return;
+    this.enhance = el("input", { type: "checkbox", id: "enhance" });
+    this.preview = el("p", { class: "enhanced", id: "enhanced", hidden: true, tabindex: 0 });
+    const label = el("label", { class: "field check field-enhance", title: "The words that V3 adds for enhance_prompt" }, this.enhance, el("span", { class: "label" }, "Enhance prompt"));
+    byId("fields").querySelector(".field-negative_prompt")?.after(label, this.preview);
+    for (const input of [this.enhance, this.input("prompt"), this.input("negative_prompt")]) {
+      input.addEventListener("input", () => this.showEnhanced());
+    }
+  }
+
+  showEnhanced() {
+    this.preview.hidden = !this.enhance.checked;
+    const { prompt, negative_prompt: negative } = this.read();
+    this.preview.replaceChildren(el("b", {}, "Sent: "), prompt, el("br"), el("b", {}, "Negative: "), negative ?? "");
+  }
+
+  showModel() {
+    const model = this.fields.has("model") ? this.input("model").value || this.facts.model : this.facts.model;
+    const isBuiltin = model === "builtin";
+    byId("model-facts").replaceChildren(
+      el("p", {}, el("b", {}, model), isBuiltin ? ": a tiny model that paints coloured shapes, such as “a red circle” or “a green star”, and nothing else. Load a real checkpoint for anything else:" : ": a Stable Diffusion checkpoint on this server."),
+      ...(isBuiltin ? [el("code", {}, "inpaint-server serve --model sd15-inpainting")] : []),
+    );
+  }
+
+  /** @param {string} name @returns {any} */
+  input(name) {
+    return this.fields.get(name)?.input;
+  }
+
+  /** What is sent: every field that is not left at its default. @returns {Record<string, any>} */
+  read() {
+    /** @type {Record<string, any>} */
+    const values = {};
+    for (const { name, schema, input } of this.fields.values()) {
+      const value = valueOf(input, schema);
+      if (value !== null && value !== (schema.default ?? null)) values[name] = value;
+    }
+    values.prompt ??= "";
+    if (!this.enhance?.checked) return values;
+    const { suffix, negative_list: negative } = this.facts.enhance;
+    return { ...values, prompt: `${values.prompt} ${suffix}`, negative_prompt: `${values.negative_prompt ?? ""} ${negative}` };
+  }
+
+  /** The prompts as typed, where they are enhanced before they are sent; else null. */
+  typed() {
+    if (!this.enhance?.checked) return null;
+    return { prompt: this.input("prompt").value, negative_prompt: this.input("negative_prompt").value };
+  }
+
+  /** @param {Record<string, any>} values all other fields get their defaults @param {{prompt: string, negative_prompt: string} | null} typed */
+  write(values, typed = null) {
+    for (const { name, schema, input } of this.fields.values()) {
+      const value = (typed ? { ...values, ...typed } : values)[name] ?? schema.default ?? null;
+      if (input.type === "checkbox") input.checked = Boolean(value);
+      else input.value = value === null ? "" : String(value);
+      input.dispatchEvent(new Event("input"));
+    }
+    if (this.enhance) {
+      this.enhance.checked = typed !== null;
+      this.showEnhanced();
+    }
+    this.showModel();
+  }
+
+  /** @param {string} name @param {any} value */
+  set(name, value) {
+    const input = this.input(name);
+    if (!input) return;
+    input.value = String(value);
+    input.dispatchEvent(new Event("input"));
+  }
+
+  /** Show the server's word on each field. @param {{field: string, message: string}[]} errors @returns {string[]} those of no field */
+  showErrors(errors) {
+    const others = [];
+    for (const { error, input } of this.fields.values()) {
+      error.textContent = "";
+      input.removeAttribute("aria-invalid");
+    }
+    for (const { field, message } of errors) {
+      const own = this.fields.get(field);
+      if (!own) {
+        others.push(`${field} ${message}.`);
+        continue;
+      }
+      own.error.textContent = message;
+      own.input.setAttribute("aria-invalid", "true");
+      own.input.closest("details")?.setAttribute("open", "");
+      announce(`${field} ${message}`);
+    }
+    return others;
+  }
+}
+
+/** A schema without its null. @param {any} schema */
+function plainSchema(schema) {
+  const choices = schema.anyOf?.filter((/** @type {any} */ each) => each.type !== "null");
+  return choices ? { ...schema, ...choices[0], isNullable: true, description: schema.description ?? choices[0].description } : schema;
+}
+
+/** @param {string} name @param {any} schema @param {{models: string[]}} facts @returns {any} */
+function inputFor(name, schema, facts) {
+  if (name === "model") return select(facts.models, "the server's own");
+  if (schema.enum) return select(schema.enum, schema.isNullable ? "the model's own" : null, schema.default);
+  if (schema.type === "boolean") return el("input", { type: "checkbox", checked: Boolean(schema.default) });
+  if (name.endsWith("prompt")) return el("textarea", { rows: name === "prompt" ? 3 : 2, maxLength: schema.maxLength, required: name === "prompt" });
+  const placeholder = /** @type {Record<string, string>} */ (PLACEHOLDERS)[name] ?? "";
+  if (schema.type === "string") return el("input", { type: schema.format === "uri" ? "url" : "text", placeholder });
+  if (!["integer", "number"].includes(schema.type)) return null;
+  const step = schema.multipleOf ?? (schema.type === "integer" ? 1 : "any");
+  const bounds = { min: schema.minimum, max: schema.maximum };
+  const isRange = !schema.isNullable && schema.maximum - schema.minimum <= 300;
+  if (!isRange) return el("input", { type: "number", step, placeholder, value: schema.default ?? "", ...bounds });
+  // A fine step that still reaches both ends: ranges such as 0.001 to 1 have odd beginnings.
+  return el("input", { type: "range", ...bounds, step: step === "any" ? (schema.maximum <= 1 ? 0.001 : 0.1) : step, value: schema.default });
+}
+
+/** @param {string[]} choices @param {string | null} none @param {string} [chosen] */
+function select(choices, none, chosen) {
+  const options = choices.map((each) => el("option", { value: each, selected: each === chosen }, each.replace(/Scheduler$/, "")));
+  return el("select", {}, ...(none === null ? [] : [el("option", { value: "" }, none)]), ...options);
+}
+
+/** @param {any} input @param {any} schema @returns {any} null where the field is left open */
+function valueOf(input, schema) {
+  if (input.type === "checkbox") return input.checked;
+  if (input.value === "") return schema.isNullable ? null : (schema.default ?? null);
+  return ["integer", "number"].includes(schema.type) ? Number(input.value) : input.value;
+}
