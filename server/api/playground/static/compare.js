@@ -132,6 +132,13 @@ export class ResultView {
     };
     slider.addEventListener("input", move);
     move();
+    after.addEventListener("load", () => {
+      const box = this.entry?.answer.mask?.box;
+      if (!box) return;
+      // In the middle of what was repainted, so that both sides show some of it.
+      slider.value = (50 * (box[0] + box[2])) / after.naturalWidth;
+      move();
+    });
     this.figure.replaceChildren(
       el("div", { class: "layers" }, after, before, line, el("span", { class: "tag left" }, "Before"), el("span", { class: "tag right" }, "After")),
       slider,

@@ -7,8 +7,8 @@ import { extendPicture, maskSize, openPicture, pictureOfUrl } from "./picture.js
 import { Stage } from "./stage.js";
 
 const EXAMPLES = [
-  { name: "clouds", fields: { prompt: "a red circle", strength: 1 } },
   { name: "dots", fields: { prompt: "a green square", strength: 1 } },
+  { name: "clouds", fields: { prompt: "a red circle", strength: 1 } },
   { name: "dusk", fields: { prompt: "a white star", strength: 1 } },
 ];
 

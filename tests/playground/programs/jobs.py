@@ -1,0 +1,56 @@
+"""Several jobs: one is cancelled, twenty fill the history, and a reload finds them."""
+
+from page import chromium, say, watched
+
+JOBS = 20
+
+with chromium() as browser, watched(browser, "jobs") as at:
+    page = at.page
+    at.open()
+    at.choose_example()
+    page.fill("#field-seed", "1")
+    page.locator("#field-num_inference_steps").fill("150")
+    at.send()
+    at.send()
+    page.locator(".card").first.get_by_role("button", name="Cancel").click()
+    page.wait_for_selector(".card[data-state=cancelled]")
+    say(step="cancelled", states=page.locator(".card-state").all_inner_texts())
+    page.reload()
+    page.wait_for_selector("#field-prompt")
+    page.wait_for_selector(".card >> nth=1")
+    page.keyboard.press("Shift+X")
+    at.choose_example()
+    page.keyboard.press("Shift+X")
+    page.wait_for_selector(".card[data-state=cancelled] >> nth=1")
+    say(step="cancelled by key", states=page.locator(".card-state").all_inner_texts())
+    page.click("text=Remove ended")
+    page.wait_for_selector(".card", state="detached")
+    page.locator("#field-num_inference_steps").fill("1")
+    # Painting goes on meanwhile, so that no result takes the stage.
+    for _ in range(JOBS):
+        at.send()
+        at.drag((0.5, 0.5), (0.5, 0.6))
+    page.wait_for_selector(f".card[data-state=finished] >> nth={JOBS - 1}")
+    wrong = at.look("twenty")
+    page.reload()
+    page.wait_for_selector(f".card >> nth={JOBS - 1}")
+    page.locator(".card").last.get_by_role("button", name="Open").click()
+    page.wait_for_selector(".facts")
+    say(
+        step="twenty",
+        cards=at.finished().count(),
+        is_editor_open=page.locator("#editor").is_visible(),
+        wrong=wrong,
+    )
+    page.click("text=Variations")
+    page.wait_for_selector(".card[data-state=finished] >> nth=20")
+    page.locator(".card").first.get_by_role("button", name="Open").click()
+    page.wait_for_selector(".strip button >> nth=3")
+    wrong = at.look("samples")
+    page.click("text=Use as next picture")
+    page.wait_for_selector("#stage:visible")
+    page.locator(".card").first.get_by_role("button", name="Remove").click()
+    page.reload()
+    page.wait_for_selector(".card")
+    page.wait_for_selector("#field-prompt")
+    say(step="removed", cards=page.locator(".card").count(), wrong=wrong, errors=at.errors)

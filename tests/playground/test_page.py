@@ -1,0 +1,202 @@
+"""The playground in Chromium, against a server with the built-in model."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests.support.browsers import Line, browser_program
+from tests.support.processes import ServerProcess, image_host, serving
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+MAX_BYTES = 300_000
+KEY = "key-of-the-playground"
+MASKED = 127
+
+
+def pixels(text: str) -> NDArray[np.uint8]:
+    """`(h, w)` of a picture in base64."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("L"))
+
+
+def is_painted(mask: NDArray[np.uint8], across: float, down: float) -> bool:
+    height, width = mask.shape
+    return bool(mask[int(down * (height - 1)), int(across * (width - 1))] > MASKED)
+
+
+def steps_of(program: str, home: Path, last: str, **call: Any) -> dict[str, Line]:
+    """What a program says, by its steps."""
+    found: dict[str, Line] = {}
+    with browser_program(program, home, **call) as browser:
+        while last not in found:
+            line = browser.next()
+            found[line["step"]] = line
+    return found
+
+
+@pytest.mark.parametrize("view", ["light", "dark", "phone"])
+def test_example_takes_three_clicks_and_its_curl_command_works(
+    view: str, examples: dict[str, Line], tmp_path: Path
+) -> None:
+    seen = examples[view]
+    assert "0 pixels changed outside the mask" in seen["facts"]
+    assert seen["wrong"] == []
+    assert seen["errors"] == []
+    assert seen["overflow"] <= 0
+    assert "$INPAINT_KEY" in seen["code"]
+    printed = subprocess.run(
+        ["bash", "-c", seen["code"]],
+        env={"PATH": os.environ["PATH"], "INPAINT_KEY": "", "NO_PROXY": "*"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert json.loads(printed)["state"] == "queued"
+
+
+@pytest.fixture(scope="module")
+def examples(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Line]:
+    home = tmp_path_factory.mktemp("example")
+    with browser_program("example.py", home, base=server.url, shots=str(home)) as browser:
+        return {view: browser.next() for view in ("light", "dark", "phone")}
+
+
+def test_page_is_small(examples: dict[str, Line]) -> None:
+    """Its own files and the examples, as a browser has loaded them; not `/openapi.json`."""
+    assert len(examples["light"]["sizes"]) > 15
+    assert sum(examples["light"]["sizes"]) <= MAX_BYTES
+
+
+def test_painting(server: ServerProcess, tmp_path: Path, shots: str) -> None:
+    with browser_program("painting.py", tmp_path, base=server.url, shots=shots) as browser:
+        lines = [browser.next() for _ in range(17)]
+    masks = {line["step"]: pixels(line["mask"]) for line in lines if "mask" in line}
+    by_step = {line["step"]: line for line in lines}
+
+    assert masks["cleared"].max() == 0
+    stroke = masks["stroke"]
+    assert is_painted(stroke, 0.2, 0.5)
+    assert is_painted(stroke, 0.8, 0.5)
+    assert not is_painted(stroke, 0.5, 0.3)
+    assert is_painted(masks["erased"], 0.3, 0.5)
+    assert not is_painted(masks["erased"], 0.5, 0.5)
+    assert np.array_equal(masks["undone"], stroke)
+    assert np.array_equal(masks["redone"], masks["erased"])
+    assert np.abs(masks["inverted"].astype(int) + masks["erased"] - 255).max() <= 1
+    rectangle = masks["rectangle"] > MASKED
+    assert abs(float(rectangle.mean()) - 0.125) < 0.01
+    assert is_painted(masks["lasso"], 0.3, 0.3)
+    assert not is_painted(masks["lasso"], 0.7, 0.7)
+    soft = masks["soft"]
+    assert ((soft > 20) & (soft < 235)).mean() > 0.02
+    assert np.array_equal(masks["five strokes"], masks["fifty-five undone"])
+    assert is_painted(masks["zoomed"], 0.25, 0.25)
+    assert (masks["zoomed"] > MASKED).mean() < 0.01
+    assert {"prompt", "init_image", "mask_image", "previews"} <= by_step["sent"]["sent"].keys()
+    assert is_painted(masks["touched"], 0.3, 0.5)
+    assert 0 < (masks["dot"] > MASKED).mean() < 0.1
+    assert masks["extended"].shape == (512, 640)
+    assert is_painted(masks["extended"], 0.9, 0.5)
+    assert not is_painted(masks["extended"], 0.5, 0.5)
+    assert by_step["extended"]["strength"] == "1"
+    assert masks["extension undone"].shape == (512, 512)
+    assert [line["errors"] for line in lines if "errors" in line] == [[], [], []]
+
+
+def test_jobs_are_cancelled_and_survive_a_reload(
+    server: ServerProcess, tmp_path: Path, shots: str
+) -> None:
+    seen = steps_of("jobs.py", tmp_path, "removed", base=server.url, shots=shots)
+
+    assert "Cancelled" in seen["cancelled"]["states"]
+    assert seen["cancelled by key"]["states"] == ["Cancelled", "Cancelled"]
+    assert seen["twenty"]["cards"] == 20
+    assert seen["twenty"]["is_editor_open"] is False
+    assert seen["removed"]["cards"] == 20
+    assert seen["twenty"]["wrong"] + seen["removed"]["wrong"] == []
+    assert seen["removed"]["errors"] == []
+
+
+def test_key_is_asked_for_and_never_shown(tmp_path: Path, shots: str) -> None:
+    with serving(tmp_path / "data", {"INPAINT_AUTH__KEYS": KEY}) as server:
+        call = {"base": server.url, "shots": shots, "key": KEY}
+        with browser_program("keys.py", tmp_path, **call) as browser:
+            seen = browser.next()
+
+    assert "does not know this key" in seen["refused"]
+    assert KEY not in seen["code"]
+    local, session = json.loads(seen["stored"])
+    assert local == {}
+    assert session == {"inpaint-key": KEY}
+    assert seen["wrong"] == []
+    assert seen["errors"] == []
+
+
+def test_page_outlives_the_server(tmp_path: Path, shots: str) -> None:
+    data_dir = tmp_path / "data"
+    with serving(data_dir) as server:
+        port = server.url.rsplit(":", 1)[1]
+        with browser_program("outage.py", tmp_path, base=server.url, shots=shots) as browser:
+            browser.next()
+            server.kill()
+            browser.go_on()
+            away = browser.next()
+            with serving(data_dir, None, "--port", port):
+                browser.go_on()
+                back = browser.next()
+
+    assert "does not answer" in away["text"]
+    assert away["wrong"] == []
+    assert back["states"] == ["Finished"]
+    assert back["errors"] == []
+
+
+def test_refusals_are_plain_sentences(tmp_path: Path, shots: str) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (256, 192), "navy").save(tmp_path / "pictures" / "navy.png")
+    # No worker, so that the queue of one is full at once.
+    environment = {"INPAINT_QUEUE__MAX_WAITING": "1"}
+    server = ServerProcess(tmp_path / "data", environment, "--workers", "0")
+    try:
+        with image_host(tmp_path / "pictures") as host:
+            call = {"base": server.url, "shots": shots, "url": f"{host}/navy.png"}
+            with browser_program("refusals.py", tmp_path, **call) as browser:
+                seen = browser.next()
+    finally:
+        server.stop()
+        server.client.close()
+
+    assert "between 64 and 1024" in seen["field"]
+    assert "Too many jobs are waiting. Try again in" in seen["full"]
+    assert seen["is_enabled"] is False
+    assert seen["sent"]["init_image"].endswith("/navy.png")
+    assert seen["wrong"] == []
+    assert seen["errors"] == []
+
+
+def test_photograph_of_twelve_megapixels(server: ServerProcess, tmp_path: Path, shots: str) -> None:
+    across = np.linspace(0, 255, 4000, dtype=np.uint8)
+    photograph = tmp_path / "photograph.jpg"
+    Image.fromarray(np.broadcast_to(across[None, :, None], (3000, 4000, 3))).save(photograph)
+    call = {"base": server.url, "shots": shots, "photograph": str(photograph)}
+    with browser_program("photograph.py", tmp_path, **call) as browser:
+        seen = browser.next()
+
+    width, height = seen["size"]
+    assert 4_000_000 < width * height <= 2048 * 2048
+    assert "0 pixels changed outside the mask" in seen["facts"]
+    assert any("4 megapixels" in each for each in seen["warnings"])
+    assert not any("proportions" in each for each in seen["warnings"])
+    assert seen["only_masked"] is True
+    assert seen["wrong"] == []
+    assert seen["errors"] == []

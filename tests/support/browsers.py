@@ -1,0 +1,77 @@
+"""Programs that drive Chromium with Playwright, which is installed in `.venv/clients`."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.support.repository import REPOSITORY
+
+CLIENTS = REPOSITORY / ".venv" / "clients"
+AXE = REPOSITORY / "tests" / "clients" / "node_modules" / "axe-core" / "axe.min.js"
+"""Finds what keeps people with disabilities from using a page."""
+PROGRAMS = REPOSITORY / "tests" / "playground" / "programs"
+
+Line = dict[str, Any]
+
+
+class BrowserProgram:
+    """A running program of `PROGRAMS`. It prints lines of JSON, and may wait for `go_on`."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def next(self) -> Line:
+        """The next line. Raises: AssertionError where the program has ended instead."""
+        assert self._process.stdout is not None
+        for text in self._process.stdout:
+            if text.startswith("{"):
+                line: Line = json.loads(text)
+                return line
+        raise AssertionError(f"the browser's program ended with {self._process.wait()}")
+
+    def go_on(self) -> None:
+        """Let the program go on, which waits after a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go on\n")
+        self._process.stdin.flush()
+
+
+@contextmanager
+def browser_program(name: str, home: Path, **call: Any) -> Iterator[BrowserProgram]:
+    """Run a program with Chromium; it has ended well when this ends.
+
+    home: where the browser keeps its own files. call: what the program is told, as JSON.
+    """
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        lacking("chromium is not installed")
+    if not (CLIENTS / "installed").exists() or not AXE.exists():
+        lacking("make clients was not run")
+    told = {"chromium": chromium, "axe": str(AXE), **call}
+    process = subprocess.Popen(
+        [str(CLIENTS / "bin" / "python"), str(PROGRAMS / name), json.dumps(told)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HOME": str(home), "TMPDIR": str(home)},
+    )
+    with process:
+        try:
+            yield BrowserProgram(process)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip the test on a desk, and fail it in CI."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
