@@ -99,11 +99,15 @@ def playground_router() -> APIRouter:
             raise RouteNotFound
         return known[name].to_response(request)
 
+    async def example(request: Request, folder: str, name: str) -> Response:
+        return await page_file(request, f"{folder}/{name}")
+
     methods = ["GET", "HEAD"]
     router.add_api_route("/", index, methods=methods)
     router.add_api_route("/favicon.ico", icon, methods=methods)
     router.add_api_route("/playground/facts", facts, methods=["GET"])
-    router.add_api_route("/playground/{name:path}", page_file, methods=methods)
+    router.add_api_route("/playground/{name}", page_file, methods=methods)
+    router.add_api_route("/playground/{folder}/{name}", example, methods=methods)
     return router
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from server.api.app import create_app
 from server.api.playground.routes import MEDIA_TYPES, page_files
 from server.core.settings import load_settings
 from tests.support.apps import FIRST, KEYS, client_of, settings_in
-from tests.support.http_stub import LiveApp
+from tests.support.http_stub import running_app
+
+pytestmark = pytest.mark.process
 
 STATIC = Path(str(files("server.api.playground"))) / "static"
 EXAMPLES = Path(str(files("models.builtin"))) / "examples"
@@ -22,7 +23,7 @@ MAX_BYTES = 300_000
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
     settings = settings_in(tmp_path_factory.mktemp("data"), auth={"keys": KEYS})
-    with LiveApp(create_app(settings)) as app:
+    with running_app(settings) as app:
         yield app.client
 
 
@@ -101,14 +102,14 @@ def test_facts_are_for_callers(client: httpx2.Client) -> None:
 def test_facts_tell_models_and_the_words_of_enhanced_prompts(tmp_path: Path) -> None:
     enhance = {"suffix": "in oil", "negative_list": "blurry"}
     settings = settings_in(tmp_path, auth={"keys": KEYS}, models=["other"], enhance=enhance)
-    with LiveApp(create_app(settings)) as app, client_of(app, FIRST) as client:
+    with running_app(settings) as app, client_of(app, FIRST) as client:
         facts = client.get("/playground/facts").json()
 
     assert facts == {"model": "builtin", "models": ["builtin", "other"], "enhance": enhance}
 
 
 def test_setting_switches_the_page_off(tmp_path: Path) -> None:
-    with LiveApp(create_app(settings_in(tmp_path, playground=False))) as app:
+    with running_app(settings_in(tmp_path, playground=False)) as app:
         for path in ("/", "/favicon.ico", "/playground/main.js", "/playground/facts"):
             assert app.client.get(path).status_code == 404
 

@@ -31,7 +31,10 @@ const editor = new Editor({
   },
 });
 const jobs = new Jobs({
-  onOpen: (entry) => result?.open(entry),
+  onOpen: (entry) => {
+    result?.open(entry);
+    byId("result").scrollIntoView({ block: "start" });
+  },
   onEnd: (entry) => {
     // What ends while its user goes on painting does not take the stage away.
     const isUnchanged = editor.version === sentVersion && !result?.isOpen;
@@ -42,6 +45,7 @@ let newestSent = "";
 
 /** Why the request cannot be sent yet; "" where it can. */
 function missing() {
+  if (!byId("key-form").hidden) return "Enter an API key first.";
   if (!ask) return "The server has not answered yet.";
   if (!editor.picture || !editor.mask) return "Choose a picture first.";
   if (!ask.input("prompt").value.trim()) return "Say what to paint.";
@@ -169,6 +173,7 @@ async function connect() {
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     byId("server-state").textContent = error.message;
+    byId("server-state").dataset.level = "wait";
   }
   showWhatIsMissing();
 }
@@ -182,7 +187,8 @@ function askForKey() {
   form.hidden = false;
 }
 
-async function watchServer() {
+/** @returns {Promise<string | undefined>} how the server is */
+async function showServer() {
   const state = byId("server-state");
   const { level, text } = document.hidden ? { level: state.dataset.level, text: state.textContent } : await readiness();
   if (state.textContent !== text && state.dataset.level) announce(`Server: ${text}`);
@@ -190,6 +196,11 @@ async function watchServer() {
   state.textContent = text;
   state.dataset.level = level;
   if ((isBack || !ask) && level !== "bad" && byId("key-form").hidden) await connect();
+  return level;
+}
+
+async function watchServer() {
+  const level = await showServer();
   setTimeout(watchServer, level === "ok" ? 10_000 : 2_000);
 }
 
@@ -204,7 +215,7 @@ function start() {
     event.preventDefault();
     storeKey(byId("key").value.trim());
     byId("key").value = "";
-    connect();
+    connect().then(() => byId("key-form").hidden && showServer());
   });
   document.addEventListener("keydown", (event) => {
     if ((event.ctrlKey || event.metaKey) && event.key === "Enter") send(event);

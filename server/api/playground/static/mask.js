@@ -56,13 +56,14 @@ export function draw(context, operation, scale = 1) {
  * @param {number} scale
  */
 function drawStroke(context, { points, size, hardness }, scale) {
-  const soft = (size * (1 - hardness)) / 2;
+  // Of the Gaussian. A third of the radius at most, so that the middle of a dot stays nearly white.
+  const deviation = (size * (1 - hardness)) / 6;
   context.lineCap = context.lineJoin = "round";
-  context.lineWidth = Math.max(1, size - soft);
-  if (soft >= 0.5) {
+  context.lineWidth = Math.max(1, size - 2 * deviation);
+  if (deviation >= 0.25) {
     const far = 2 * (context.canvas.width + context.canvas.height);
     context.shadowColor = "#fff";
-    context.shadowBlur = soft * scale;
+    context.shadowBlur = 2 * deviation * scale;
     context.shadowOffsetX = far;
     context.translate(-far / scale, 0);
   }
@@ -74,8 +75,8 @@ function drawStroke(context, { points, size, hardness }, scale) {
 function trace(context, points) {
   context.beginPath();
   context.moveTo(...points[0]);
-  // A path of one point is drawn as a dot only if it has a line.
-  context.lineTo(...points[0]);
+  // A path of one point is drawn as a dot, with its shadow, only if it has some length.
+  context.lineTo(points[0][0] + 0.01, points[0][1]);
   for (const point of points.slice(1)) context.lineTo(...point);
 }
 

@@ -38,6 +38,7 @@ export class Stage {
     /** @type {Map<number, {x: number, y: number}>} */
     this.pointers = new Map();
     this.isPanning = false;
+    this.isPaintDue = false;
     this.cursor = { x: 0, y: 0 };
     this.listen();
   }
@@ -205,7 +206,17 @@ export class Stage {
     const points = (moves.length ? moves : [event]).map((each) => this.toMask(this.local(each)));
     if (this.live.kind === "box") this.live.points[1] = points[points.length - 1];
     else this.live.points.push(...points);
-    this.paint();
+    this.paintSoon();
+  }
+
+  /** Paint with the next frame, once, however many moves come before it. */
+  paintSoon() {
+    if (this.isPaintDue) return;
+    this.isPaintDue = true;
+    requestAnimationFrame(() => {
+      this.isPaintDue = false;
+      this.paint();
+    });
   }
 
   /** @param {number} id @param {{x: number, y: number}} before @param {{x: number, y: number}} at */
