@@ -2,18 +2,15 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import pytest
-
+from tests.support.programs import clients_folder, program
 from tests.support.repository import REPOSITORY
 
-CLIENTS = REPOSITORY / ".venv" / "clients"
 AXE = REPOSITORY / "tests" / "clients" / "node_modules" / "axe-core" / "axe.min.js"
 """Finds what keeps people with disabilities from using a page."""
 PROGRAMS = REPOSITORY / "tests" / "playground" / "programs"
@@ -49,14 +46,10 @@ def browser_program(name: str, home: Path, **call: Any) -> Iterator[BrowserProgr
 
     home: where the browser keeps its own files. call: what the program is told, as JSON.
     """
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        lacking("chromium is not installed")
-    if not (CLIENTS / "installed").exists() or not AXE.exists():
-        lacking("make clients was not run")
-    told = {"chromium": chromium, "axe": str(AXE), **call}
+    python = clients_folder() / "bin" / "python"
+    told = {"chromium": program("chromium"), "axe": str(AXE), **call}
     process = subprocess.Popen(
-        [str(CLIENTS / "bin" / "python"), str(PROGRAMS / name), json.dumps(told)],
+        [str(python), str(PROGRAMS / name), json.dumps(told)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -68,10 +61,3 @@ def browser_program(name: str, home: Path, **call: Any) -> Iterator[BrowserProgr
             assert process.wait(60) == 0
         finally:
             process.kill()
-
-
-def lacking(what: str) -> NoReturn:
-    """Skip the test on a desk, and fail it in CI."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(what)
-    pytest.skip(what)
