@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.support.browsers import Line, browser_program
+from tests.support.browsers import Line, browser_program, program
 from tests.support.processes import ServerProcess, image_host, serving
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -52,16 +53,32 @@ def test_example_takes_three_clicks_and_its_curl_command_works(
     assert seen["wrong"] == []
     assert seen["errors"] == []
     assert seen["overflow"] <= 0
-    assert "$INPAINT_KEY" in seen["code"]
-    printed = subprocess.run(
-        ["bash", "-c", seen["code"]],
-        env={"PATH": os.environ["PATH"], "INPAINT_KEY": "", "NO_PROXY": "*"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
+    assert "$INPAINT_KEY" in seen["codes"]["native curl"]
+    assert json.loads(run(tmp_path, "bash", "-c", seen["codes"]["native curl"]))["id"] > 0
+
+
+def run(folder: Path, *command: str) -> str:
+    """What a command prints in a folder."""
+    environment = {"PATH": os.environ["PATH"], "INPAINT_KEY": "", "NO_PROXY": "*"}
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=True
     ).stdout
-    assert json.loads(printed)["state"] == "queued"
+
+
+@pytest.mark.parametrize("dialect", ["native", "V3"])
+def test_code_of_every_language_is_valid(
+    dialect: str, examples: dict[str, Line], tmp_path: Path
+) -> None:
+    codes, sent = examples["light"]["codes"], examples["light"]["sent"]
+    for field, name in (("init_image", "picture.png"), ("mask_image", "mask.png")):
+        (tmp_path / name).write_bytes(base64.b64decode(sent[field].split(",")[1]))
+    (tmp_path / "call.mjs").write_text(codes[f"{dialect} JavaScript"])
+    (tmp_path / "call.php").write_text(codes[f"{dialect} PHP"])
+
+    compile(codes[f"{dialect} Python"], "call.py", "exec")
+    assert "id: " in run(tmp_path, program("node"), "call.mjs")
+    if (php := shutil.which("php")) is not None:
+        run(tmp_path, php, "-l", "call.php")
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +145,10 @@ def test_jobs_are_cancelled_and_survive_a_reload(
 
 
 def test_key_is_asked_for_and_never_shown(tmp_path: Path, shots: str) -> None:
-    with serving(tmp_path / "data", {"INPAINT_AUTH__KEYS": KEY}) as server:
-        call = {"base": server.url, "shots": shots, "key": KEY}
+    environment = {"INPAINT_AUTH__KEYS": KEY, "INPAINT_WEBHOOK__ALLOW_CIDRS": "127.0.0.0/8"}
+    # A host of pictures takes no webhooks: it answers 501.
+    with serving(tmp_path / "data", environment) as server, image_host(tmp_path) as host:
+        call = {"base": server.url, "shots": shots, "key": KEY, "webhook": f"{host}/hook"}
         with browser_program("keys.py", tmp_path, **call) as browser:
             seen = browser.next()
 

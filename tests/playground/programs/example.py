@@ -16,7 +16,7 @@ with chromium() as browser:
             wrong += at.look("1-empty")
             at.choose_example()  # the first click
             wrong += at.look("2-picture")
-            at.send()  # the second
+            sent = at.send()  # the second
             page.wait_for_selector(".card img[src^='data:']")
             page.wait_for_selector(".card progress:not([value='0'])")
             wrong += at.look("3-running")
@@ -27,21 +27,15 @@ with chromium() as browser:
             page.click("text=Difference")
             page.wait_for_selector(".compare canvas")
             wrong += at.look("5-difference")
-            page.evaluate(
-                """() => {
-                    window.copied = "";
-                    navigator.clipboard.writeText = async (text) => { window.copied = text; };
-                }"""
-            )
-            page.click("text=Copy")
-            page.wait_for_selector("text=Copied")
+            codes = at.codes()
             for tab in ("Answer", "Receipt", "Webhook"):
                 page.get_by_role("tab", name=tab).click()
                 wrong += at.look(f"6-{tab.lower()}")
             width = page.evaluate("document.documentElement.scrollWidth - innerWidth")
             say(
                 facts=facts,
-                code=page.evaluate("window.copied"),
+                codes=codes,
+                sent=sent,
                 wrong=wrong,
                 errors=at.errors,
                 overflow=width,

@@ -92,6 +92,24 @@ class Watched:
         mouse.move(*self.stage(*end), steps=6)
         mouse.up(button=button)
 
+    def codes(self) -> dict[str, str]:
+        """The code that the open result copies, by dialect and language."""
+        self.page.evaluate(
+            """() => {
+                window.copied = "";
+                navigator.clipboard.writeText = async (text) => { window.copied = text; };
+            }"""
+        )
+        found = {}
+        for dialect in self.page.locator("[aria-label=API] option").all_inner_texts():
+            self.page.select_option("[aria-label=API]", dialect)
+            for language in self.page.locator("[aria-label=Language] option").all_inner_texts():
+                self.page.select_option("[aria-label=Language]", language)
+                self.page.click("button.copy")
+                self.page.wait_for_selector("text=Copied")
+                found[f"{dialect} {language}"] = self.page.evaluate("window.copied")
+        return found
+
     def finished(self) -> Locator:
         return self.page.locator(".card[data-state=finished]")
 

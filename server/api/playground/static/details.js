@@ -5,6 +5,9 @@ import { announce, button, el, save } from "./dom.js";
 import { codeOf, dialectsIn, LANGUAGES } from "./code.js";
 import { callJson } from "./server.js";
 
+/** A webhook's next call is waited for if it is due within this time. */
+const SOON_MS = 10_000;
+
 /** @param {any} entry @param {any} openapi @returns {HTMLElement} */
 export function buildDetails(entry, openapi) {
   const { answer } = entry;
@@ -112,9 +115,13 @@ function choice(label, options) {
 /** @param {any} entry @returns {HTMLElement} */
 function webhookPanel(entry) {
   const panel = el("div", {}, el("p", { class: "hint" }, "Asking the server…"));
-  const show = (/** @type {any[]} */ deliveries) => panel.replaceChildren(...(deliveries.length ? deliveries.map(deliveryOf) : [
-    el("p", { class: "hint" }, entry.fields.webhook ? "No call yet: it is made when the job has ended." : "This request named no webhook. Give one below “Advanced”."),
-  ]));
+  const show = (/** @type {any[]} */ deliveries) => {
+    panel.replaceChildren(...(deliveries.length ? deliveries.map(deliveryOf) : [
+      el("p", { class: "hint" }, entry.fields.webhook ? "No call yet: it is made when the job has ended." : "This request named no webhook. Give one below “Advanced”."),
+    ]));
+    const isDue = deliveries.some((each) => each.next_attempt_at && Date.parse(each.next_attempt_at) - Date.now() < SOON_MS);
+    if (isDue) setTimeout(() => panel.isConnected && look(), 1_000);
+  };
   const explain = (/** @type {Error} */ error) => panel.append(el("p", { class: "error" }, error.message));
 
   /** @param {any} delivery */
