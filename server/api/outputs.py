@@ -14,7 +14,7 @@ from models.imaging.images import encode_webp, fit_within
 from models.params import OutputFormat
 from server.api.dependencies import ServicesOf
 from server.api.services import Services
-from server.core.errors import RouteNotFound
+from server.core.errors import RouteNotFound, ServerBusy
 from server.jobs.job import (
     OUTPUT_FOLDER,
     OUTPUT_NAME,
@@ -26,6 +26,10 @@ from server.jobs.job import (
 )
 
 router = APIRouter()
+
+MAX_WAITING = 64
+"""Calls that may wait for a thumbnail; further ones are refused, as a queue of calls without a key
+must end somewhere. A page of the list of jobs asks for 20."""
 
 PICTURE_NAME, UPLOADED_NAME = re.compile(OUTPUT_NAME), re.compile(UPLOAD_NAME)
 SMALL_NAME = re.compile(THUMBNAIL_NAME)
@@ -67,10 +71,15 @@ async def output(request: Request, services: ServicesOf, name: str) -> Response:
 @router.head(f"/{THUMBNAIL_PATH}/{{name}}", include_in_schema=False)
 @router.get(f"/{THUMBNAIL_PATH}/{{name}}")
 async def thumbnail(request: Request, services: ServicesOf, name: str) -> Response:
-    """A picture as a WebP of at most 256 pixels a side, made anew for each call."""
+    """A picture as a WebP of at most 256 pixels a side, made anew for each call.
+
+    Raises: RouteNotFound, ServerBusy, StorageUnavailable.
+    """
     if not SMALL_NAME.fullmatch(name):
         raise RouteNotFound
     key = f"{OUTPUT_FOLDER}/{name.removesuffix('.webp')}"
+    if services.picture_slots.statistics().tasks_waiting >= MAX_WAITING:
+        raise ServerBusy
     # The file is read once there is a thread for it, so that calls which wait hold no pictures.
     async with services.picture_slots:
         # Calls whose clients have gone meanwhile must not delay those of others.

@@ -16,6 +16,7 @@ from starlette.types import Message
 
 from server.api import outputs
 from server.api.app import running_services
+from server.core.errors import ServerBusy
 from server.core.metrics import Metrics
 from server.core.settings import Settings
 from server.storage.files import Storage
@@ -145,3 +146,26 @@ def test_gone_client_costs_no_thumbnail(settings: Settings, storage: Storage) ->
 
     answer = asyncio.run(ask())
     assert (answer.status_code, answer.body) == (499, b"")
+
+
+def test_queue_of_thumbnails_ends(settings: Settings, storage: Storage) -> None:
+    name = store(storage, saved(slope(64, 64)))
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def ask_many() -> list[object]:
+        async with running_services(settings, Metrics()) as services:
+            calls = [
+                outputs.thumbnail(
+                    Request({"type": "http", "method": "GET"}, receive), services, f"{name}.webp"
+                )
+                for _ in range(outputs.MAX_WAITING + 10)
+            ]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(ask_many())
+    refused = [answer for answer in answers if isinstance(answer, ServerBusy)]
+    made = [answer for answer in answers if isinstance(answer, Response)]
+    assert len(refused) + len(made) == len(answers)
+    assert 0 < len(refused) <= 10

@@ -14,8 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.support.browsers import Line, browser_program, program
+from tests.support.browsers import Line, browser_program
 from tests.support.processes import ServerProcess, image_host, serving
+from tests.support.programs import program
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
