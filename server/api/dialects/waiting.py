@@ -4,11 +4,7 @@ import asyncio
 
 from fastapi import Request
 
-from server.api.accept import accept
-from server.api.auth.keyring import Caller
-from server.api.bodies import release_body
-from server.api.dependencies import base_url_of, called_url_of, cancel
-from server.api.dialects.base import JobRequest
+from server.api.dependencies import cancel
 from server.api.services import Services
 from server.core.errors import JobFailed, JobTooSlow, ServerBusy
 from server.jobs.job import Failure, Job, JobState
@@ -16,24 +12,10 @@ from server.jobs.job import Failure, Job, JobState
 PICTURES_GONE = "The pictures are no longer there"
 
 
-async def make_pictures(
-    services: Services, request: Request, job_request: JobRequest, caller: Caller
-) -> Job:
-    """Make a job, and wait until it has finished.
-
-    A job whose client goes away is cancelled, because nobody could fetch its pictures.
-    Raises: as `accept`, and as `wait_for_pictures`.
-    """
-    base_url = base_url_of(request, services.settings)
-    submitted = await accept(services, job_request, caller, base_url, called_url_of(request))
-    # The call may wait long now, so its share of the body limit is released.
-    release_body(request)
-    return await wait_for_pictures(services, request, submitted.job)
-
-
 async def wait_for_pictures(services: Services, request: Request, job: Job) -> Job:
     """The job once it has finished with pictures.
 
+    A job whose client goes away is cancelled, because nobody could fetch its pictures.
     Raises: JobFailed; JobTooSlow or ServerBusy for a job that did not end, which is cancelled.
     """
     ended = await wait_for_end(services, request, job)

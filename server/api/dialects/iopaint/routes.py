@@ -6,14 +6,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from server.api.accept import accept
 from server.api.auth.keyring import Caller
-from server.api.bodies import parsed, read_fields
-from server.api.dependencies import CallerOf, ServicesOf, reading_policy
-from server.api.dialects.base import Dialect, JobRequest
+from server.api.bodies import parsed, read_fields, release_body
+from server.api.dependencies import CallerOf, ServicesOf, base_url_of, called_url_of, reading_policy
+from server.api.dialects.base import Dialect
 from server.api.dialects.iopaint import captions, reading, writing
-from server.api.dialects.waiting import make_pictures, read_pictures
+from server.api.dialects.waiting import read_pictures, wait_for_pictures
 from server.api.services import Services
 from server.core.errors import ImageProblem, ImageUnavailable, InvalidRequest
+from server.jobs.job import Job
 
 router = APIRouter(prefix=writing.PREFIX, tags=["iopaint"])
 
@@ -49,20 +51,28 @@ INPAINT_OPENAPI: dict[str, Any] = {
 @router.post("/inpaint", response_class=Response, openapi_extra=INPAINT_OPENAPI)
 async def inpaint(request: Request, services: ServicesOf, caller: CallerOf) -> Response:
     """Repaint the white part of a mask; the answer is the picture's file."""
-    job_request, ignored = await read_call(request, services, caller)
-    job = await make_pictures(services, request, job_request, caller)
+    job, ignored = await submit(request, services, caller)
+    release_body(request)  # the call may wait long now
+    job = await wait_for_pictures(services, request, job)
     (picture,) = await read_pictures(services, job)
     return writing.write_picture(job, picture, ignored)
 
 
-async def read_call(
-    request: Request, services: Services, caller: Caller
-) -> tuple[JobRequest, list[str]]:
-    """The call, and the names of fields that are not applied. Raises: as `read_inpaint`."""
+async def submit(request: Request, services: Services, caller: Caller) -> tuple[Job, list[str]]:
+    """Make a job of a call; the job, and the names of fields that are not applied.
+
+    The fields, which may hold megabytes, are gone when this returns.
+    Raises: as `read_inpaint`, `accept`.
+    """
     settings = services.settings
     fields = await read_fields(request, settings.max_body_bytes)
     policy = reading_policy(settings, caller)
-    return await reading.read_inpaint(fields, policy, settings.fetch.max_image_bytes)
+    job_request, ignored = await reading.read_inpaint(
+        fields, policy, settings.fetch.max_image_bytes
+    )
+    base_url, called_url = base_url_of(request, settings), called_url_of(request)
+    submitted = await accept(services, job_request, caller, base_url, called_url)
+    return submitted.job, ignored
 
 
 @router.get("/server-config")
