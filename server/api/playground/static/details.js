@@ -119,8 +119,11 @@ function webhookPanel(entry) {
     panel.replaceChildren(...(deliveries.length ? deliveries.map(deliveryOf) : [
       el("p", { class: "hint" }, entry.fields.webhook ? "No call yet: it is made when the job has ended." : "This request named no webhook. Give one below “Advanced”."),
     ]));
-    const isDue = deliveries.some((each) => each.next_attempt_at && Date.parse(each.next_attempt_at) - Date.now() < SOON_MS);
-    if (isDue) setTimeout(() => panel.isConnected && look(), 1_000);
+    const isAwaited = deliveries.some((each) => {
+      const isInProgress = each.attempts_total > (each.attempts.at(-1)?.attempt ?? 0);
+      return each.next_attempt_at && (isInProgress || Date.parse(each.next_attempt_at) - Date.now() < SOON_MS);
+    });
+    if (isAwaited) setTimeout(() => panel.isConnected && look(), 1_000);
   };
   const explain = (/** @type {Error} */ error) => panel.append(el("p", { class: "error" }, error.message));
 
@@ -130,7 +133,7 @@ function webhookPanel(entry) {
       callJson(`api/jobs/${entry.id}/deliveries/redeliver`, { method: "POST" }).then((answer) => show(answer.deliveries)).catch(explain));
     const rows = delivery.attempts.map((/** @type {any} */ each) => el("li", {},
       `${new Date(each.started_at).toLocaleString()}: ${each.status ?? each.outcome}${each.duration_ms === null ? "" : `, ${each.duration_ms} ms`}`));
-    return el("div", {}, el("p", {}, el("b", {}, delivery.state), ` · ${delivery.url} · ${delivery.attempts_total} attempts`),
+    return el("div", {}, el("p", {}, el("b", {}, delivery.state), ` · ${delivery.url} · attempts: ${delivery.attempts_total}`),
       el("ol", {}, ...rows), el("p", { class: "row" }, again, button("Look again", () => look())));
   }
 

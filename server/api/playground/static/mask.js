@@ -9,7 +9,7 @@ import { newCanvas, toBlob } from "./dom.js";
  * @typedef {{kind: "stroke", erase: boolean, points: Point[], size: number, hardness: number}
  *   | {kind: "box", erase: boolean, points: Point[]}
  *   | {kind: "lasso", erase: boolean, points: Point[]}
- *   | {kind: "image", image: HTMLCanvasElement}
+ *   | {kind: "image", image: HTMLCanvasElement, isSoft?: boolean}
  *   | {kind: "invert"} | {kind: "clear"}} Operation
  */
 
@@ -142,7 +142,7 @@ export class Mask {
     this.snapshots[this.applied / SNAPSHOT_EVERY] = copy;
   }
 
-  /** Share that is repainted, 0 to 1, and whether there is grey; looked up on a small copy. */
+  /** Share that is repainted, 0 to 1, looked up on a small copy; and whether soft edges were meant. */
   measure() {
     const scale = Math.min(1, 256 / Math.max(this.width, this.height));
     const [small, context] = newCanvas(Math.ceil(this.width * scale), Math.ceil(this.height * scale));
@@ -150,12 +150,10 @@ export class Mask {
     context.drawImage(this.canvas, 0, 0, small.width, small.height);
     const { data } = context.getImageData(0, 0, small.width, small.height);
     let painted = 0;
-    let grey = 0;
-    for (let index = 3; index < data.length; index += 4) {
-      if (data[index] >= 128) painted += 1;
-      if (data[index] > 32 && data[index] < 224) grey += 1;
-    }
-    return { coverage: painted / (data.length / 4), isSoft: grey > data.length / 4 / 500 };
+    for (let index = 3; index < data.length; index += 4) if (data[index] >= 128) painted += 1;
+    const isSoft = this.operations.slice(0, this.applied).some((each) =>
+      each.kind === "stroke" ? each.hardness < 1 && !each.erase : each.kind === "image" && each.isSoft);
+    return { coverage: painted / (data.length / 4), isSoft };
   }
 
   /** A PNG: white is repainted, black is kept. */
@@ -180,11 +178,14 @@ export function maskFromPicture(source, width, height, meaning) {
   context.drawImage(source, 0, 0, width, height);
   const pixels = context.getImageData(0, 0, width, height);
   const { data } = pixels;
+  let grey = 0;
   for (let index = 0; index < data.length; index += 4) {
     const luma = 0.299 * data[index] + 0.587 * data[index + 1] + 0.114 * data[index + 2];
     data[index + 3] = meaning === "light" ? (luma * data[index + 3]) / 255 : 255 - data[index + 3];
     data[index] = data[index + 1] = data[index + 2] = 255;
+    if (data[index + 3] > 32 && data[index + 3] < 224) grey += 1;
   }
   context.putImageData(pixels, 0, 0);
-  return { kind: "image", image };
+  // The edges of a hard mask that was scaled are grey too, but few.
+  return { kind: "image", image, isSoft: grey > data.length / 4 / 20 };
 }
