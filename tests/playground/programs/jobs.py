@@ -51,6 +51,7 @@ with chromium() as browser, watched(browser, "jobs") as at:
     page.click("text=Use as next picture")
     page.wait_for_selector("#stage:visible")
     page.locator(".card").first.get_by_role("button", name="Remove").click()
+    page.wait_for_selector(f".card >> nth={JOBS}", state="detached")
     page.reload()
     page.wait_for_selector(".card")
     page.wait_for_selector("#field-prompt")

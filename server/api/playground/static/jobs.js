@@ -210,9 +210,10 @@ export class Jobs {
   /** @param {Entry} entry */
   async remove(entry) {
     this.entries.delete(entry.key);
+    // The card goes last, so that what is no longer shown stays away after a reload.
+    await history.remove(entry.key);
     this.cards.get(entry.key)?.element.remove();
     this.cards.delete(entry.key);
-    await history.remove(entry.key);
     this.showCount();
   }
 
