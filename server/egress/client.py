@@ -124,15 +124,22 @@ def listeners_of(settings: Settings) -> list[Listener]:
     return listeners
 
 
+PEER = "peer"
+"""Extra information of a `BoundedStream`."""
+
+
 class BoundedStream(httpcore2.AsyncNetworkStream):
     """A connection that reads at most `max_bytes` from the host, framing included.
 
+    peer: the address that was dialled. The socket cannot name it once the host has closed the
+        connection, which may happen before its answer is read.
     A read beyond the limit raises httpcore2.ReadError.
     """
 
-    def __init__(self, inner: httpcore2.AsyncNetworkStream, max_bytes: int) -> None:
+    def __init__(self, inner: httpcore2.AsyncNetworkStream, max_bytes: int, peer: str) -> None:
         self._inner = inner
         self._max_bytes = max_bytes
+        self._peer = peer
         self._received = 0
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - the interface is httpcore2's
@@ -155,10 +162,10 @@ class BoundedStream(httpcore2.AsyncNetworkStream):
         timeout: float | None = None,  # noqa: ASYNC109 - as above
     ) -> httpcore2.AsyncNetworkStream:
         encrypted = await self._inner.start_tls(ssl_context, server_hostname, timeout)
-        return BoundedStream(encrypted, self._max_bytes)
+        return BoundedStream(encrypted, self._max_bytes, self._peer)
 
     def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
+        return self._peer if info == PEER else self._inner.get_extra_info(info)
 
 
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
@@ -187,21 +194,22 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         addresses = await self._checked_addresses(host, port)
-        first, *others = addresses[:MAX_DIALLED_ADDRESSES]
+        peer, *others = addresses[:MAX_DIALLED_ADDRESSES]
         try:
-            stream = await self._dialler.connect_tcp(first, port, timeout)
+            stream = await self._dialler.connect_tcp(peer, port, timeout)
         except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
             if not others:
                 raise
-            stream = await self._dialler.connect_tcp(others[0], port, timeout)
-        return BoundedStream(stream, self._max_bytes)
+            peer = others[0]
+            stream = await self._dialler.connect_tcp(peer, port, timeout)
+        return BoundedStream(stream, self._max_bytes, peer)
 
 
 class EgressResponse:
     """A response whose head has been received.
 
     headers: names in lower case, values as latin-1; the last of a repeated header counts.
-    peer: the address that was dialled, the host's or the proxy's.
+    peer: the host's address that was dialled, or the proxy as the settings name it.
     """
 
     def __init__(self, response: httpcore2.Response, max_body_bytes: int) -> None:
@@ -210,7 +218,7 @@ class EgressResponse:
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in response.headers
         }
-        self.peer = str(response.extensions["network_stream"].get_extra_info("server_addr")[0])
+        self.peer = str(response.extensions["network_stream"].get_extra_info(PEER))
         self._response = response
         self._max_body_bytes = max_body_bytes
 

@@ -137,10 +137,7 @@ class ImageDownloader:
             if response.status == 304 and cached:
                 return cached.body
             if response.status != 200:
-                peer = unwrap_ipv4(parse_address(response.peer), policy.nat64_prefixes)
-                is_public_host = not (
-                    self._client.has_proxy or policy.allows_explicitly(host_of(url), peer)
-                )
+                is_public_host = self._is_public_host(url, response.peer, policy)
                 problem = problem_of_status(response.status, is_public_host)
                 raise BadResponse(problem, f"status {response.status}")
             must_inflate = is_compressed(response.headers.get("content-encoding", ""))
@@ -151,6 +148,13 @@ class ImageDownloader:
             image = CachedImage(body, conditional_headers(response.headers))
             self._cache.put(key_id, str(url), image)
             return body
+
+    def _is_public_host(self, url: httpx2.URL, peer: str, policy: AddressPolicy) -> bool:
+        """Whether a host is known to be public. peer: the address that was dialled."""
+        if self._client.has_proxy:
+            return False
+        address = unwrap_ipv4(parse_address(peer), policy.nat64_prefixes)
+        return not policy.allows_explicitly(host_of(url), address)
 
 
 def problem_of_status(status: int, is_public_host: bool) -> ImageProblem:

@@ -22,7 +22,7 @@ from server.core.errors import RateLimited
 from server.core.logs import get_logger
 from server.core.rate_limits import TokenBuckets
 from server.core.settings import WebhookSettings
-from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient
+from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient, EgressFailed
 from server.egress.policy import AddressDenied, EgressGrant, checked_url
 from server.jobs.job import Job
 from server.jobs.outbox import host_of
@@ -105,7 +105,8 @@ class WebhookCaller:
             connect_timeout_s=self._settings.timeout_s,
             body=body,
         ) as response:
-            with contextlib.suppress(BodyTooLarge):
+            # The status is the answer. Receivers may close the connection before its body is read.
+            with contextlib.suppress(BodyTooLarge, EgressFailed):
                 await response.read()
             return response.status, to_seconds(response.headers.get("retry-after", ""))
 

@@ -2,10 +2,12 @@
 
 import json
 import queue
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -51,6 +53,33 @@ def receiver(*statuses: int) -> Iterator[tuple[str, "queue.Queue[Call]"]]:
     finally:
         server.shutdown()
         server.server_close()
+        thread.join()
+
+
+@contextmanager
+def abrupt_receiver(answer: bytes) -> Iterator[str]:
+    """A webhook receiver that answers each call and resets the connection at once; its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):  # the listener was shut down
+            while True:
+                connection, _ = listener.accept()
+                with connection, connection.makefile("rb") as call:
+                    lines = [*iter(call.readline, b"\r\n")]
+                    (size,) = [line for line in lines if line.lower().startswith(b"content-length")]
+                    call.read(int(size.split(b":")[1]))
+                    connection.sendall(answer)
+                    linger = struct.pack("ii", 1, 0)  # closing resets the connection
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/hook"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
         thread.join()
 
 

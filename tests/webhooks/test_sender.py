@@ -50,7 +50,7 @@ from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
 from tests.support.http_stub import answering, response, running_stub
 from tests.support.postgres import PostgresServer
-from tests.support.webhooks import WAIT_S, attempt, receiver
+from tests.support.webhooks import WAIT_S, abrupt_receiver, attempt, receiver
 
 LOOPBACK = WebhookSettings.model_validate({"allow_cidrs": "127.0.0.0/8"})
 
@@ -735,6 +735,15 @@ class TestClocks:
         postgres_server.drop(name)
         steady.now += MEASURE_S
         assert abs(there() - time.time() - MEASURE_S) < WAIT_S, "no answer: it goes on"
+
+
+@pytest.mark.parametrize("length", [0, 10], ids=["whole", "body cut off"])
+def test_receiver_that_resets_the_connection_has_answered(length: int) -> None:
+    """The socket no longer knows its peer then, and what is left of the body cannot be read."""
+    answer = f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode()
+    with abrupt_receiver(answer) as url:
+        statuses = [ping(url, LOOPBACK)[1].status for _ in range(20)]
+    assert statuses == [200] * 20
 
 
 def ping(url: str, settings: WebhookSettings) -> tuple[str, Attempt]:
