@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -16,6 +17,7 @@ from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
 from tests.support.jobs import seen_now, worker_status
 from tests.support.v3_calls import BODY, finish, post, submit
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.process
 
@@ -116,7 +118,14 @@ def test_readiness_with_details(app: LiveApp, admin: httpx2.Client, settings: Se
         failed = WorkerStatus("x", "cpu", "builtin", "failed", "/srv/model: no such file", 0)
         store.workers.report(seen_now(failed))
     submit(app.client)
-    details = admin.get("/readyz").json()
+    details: dict[str, Any] = {}
+
+    def is_job_counted() -> bool:
+        details.update(admin.get("/readyz").json())
+        return bool(details["queue"]["waiting"])
+
+    # A forecast that took long to make counts for a moment.
+    until(is_job_counted, ANSWER_S, "one job waits")
     assert details["status"] == "ok"
     assert {each["id"]: each["detail"] for each in details["workers"]} == {
         "w": "ready",
