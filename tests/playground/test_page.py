@@ -17,6 +17,7 @@ from PIL import Image
 from tests.support.browsers import Line, browser_program
 from tests.support.processes import ServerProcess, image_host, serving
 from tests.support.programs import program
+from tests.support.webhooks import receiver
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -148,8 +149,8 @@ def test_jobs_are_cancelled_and_survive_a_reload(
 def test_key_is_asked_for_and_never_shown(tmp_path: Path, shots: str) -> None:
     environment = {"INPAINT_AUTH__KEYS": KEY, "INPAINT_WEBHOOK__ALLOW_CIDRS": "127.0.0.0/8"}
     # A host of pictures takes no webhooks: it answers 501.
-    with serving(tmp_path / "data", environment) as server, image_host(tmp_path) as host:
-        call = {"base": server.url, "shots": shots, "key": KEY, "webhook": f"{host}/hook"}
+    with serving(tmp_path / "data", environment) as server, receiver(500, 200) as (webhook, _):
+        call = {"base": server.url, "shots": shots, "key": KEY, "webhook": webhook}
         with browser_program("keys.py", tmp_path, **call) as browser:
             seen = browser.next()
 
