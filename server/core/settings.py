@@ -646,11 +646,6 @@ class Settings(BaseSettings):
         """Ids of the models that a request may name."""
         return [self.model, *self.models]
 
-    def model_named(self, name: str) -> str | None:
-        """The id of the offered model with this name or alias; None for any other name."""
-        model = self.model_aliases.get(name, name)
-        return model if model in self.offered_models else None
-
     @property
     def offered_loras(self) -> list[str]:
         """Names of the LoRAs that a request may name."""

@@ -393,24 +393,16 @@ def test_proxies_are_networks_where_they_look_like_one(monkeypatch: pytest.Monke
             load_settings()
 
 
-def test_models_are_found_by_name_and_by_alias(environment: Environment) -> None:
-    environment(
-        MODELS="sd15,sdxl", MODEL_ALIASES='{"vendor/v1-5": "sd15", "Vendor XL [abc]": "sdxl"}'
-    )
-    settings = load_settings()
-    named = {
-        name: settings.model_named(name)
-        for name in ("builtin", "sd15", "vendor/v1-5", "Vendor XL [abc]", "vendor/V1-5", "")
-    }
-    assert [*named.values()] == ["builtin", "sd15", "sd15", "sdxl", None, None]
-
+def test_aliases_are_a_table_in_json(environment: Environment) -> None:
+    environment(MODELS="sd15", MODEL_ALIASES='{"vendor/v1-5": "sd15"}')
+    assert load_settings().model_aliases == {"vendor/v1-5": "sd15"}
     environment(MODEL_ALIASES="")
     assert load_settings().model_aliases == {}
 
 
 def test_aliases_of_a_file_are_a_table(tmp_path: Path) -> None:
     file = write_file(tmp_path, 'models = ["sd15"]\n[model_aliases]\n"vendor/v1-5" = "sd15"')
-    assert load_settings(file).model_named("vendor/v1-5") == "sd15"
+    assert load_settings(file).model_aliases == {"vendor/v1-5": "sd15"}
 
 
 @pytest.mark.parametrize(
