@@ -222,12 +222,6 @@ def read_choice(reader: FieldReader, name: str, default: Any) -> Any:
     return choices.get(word, default)
 
 
-def is_unusual(reader: FieldReader, name: str) -> bool:
-    """Whether a field of `NOT_APPLIED` asks for something that is not done."""
-    word = read_word(reader, name)
-    return word is not None and word not in NOT_APPLIED[name]
-
-
 def read_word(reader: FieldReader, name: str) -> str | None:
     """A short text in lower case."""
     text = reader.text(name, MAX_WORD_CHARS)
