@@ -58,7 +58,7 @@ demo: $(INSTALLED)  ## makes a picture through the API, into out/demo.png
 serve: $(INSTALLED)  ## serves the built-in model on http://127.0.0.1:8000
 	$(BIN)/inpaint-server serve
 
-test: $(INSTALLED)  ## runs all tests, some twenty minutes on two cores
+test: $(INSTALLED)  ## runs all tests, over half an hour on two cores
 	$(BIN)/pytest
 
 test-fast: $(INSTALLED)  ## runs the tests that start no process, a minute and a half

@@ -3,7 +3,9 @@
 No model runs here: a call that is accepted is looked for among the rows.
 """
 
+import base64
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +15,26 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from standardwebhooks import Webhook
 
+from server.api.auth.keys import digest_of
+from server.api.dialects.registry import BY_NAME
 from server.core.settings import Settings
+from server.jobs.job import Failure, Job
 from server.jobs.store import JobStore
 from tests.corpora.hostile_pictures import CORPUS
 from tests.support.apps import KEYS, client_of, settings_in, store_of
 from tests.support.dialect_calls import DialectCalls, Wish
 from tests.support.every_dialect import EVERY_CALLS
 from tests.support.http_stub import LiveApp, png_bytes, running_app
+from tests.support.jobs import claim_job, new_job
+from tests.support.webhooks import WAIT_S, receiver
 
 pytestmark = pytest.mark.process
 every_dialect = pytest.mark.parametrize("calls", EVERY_CALLS, ids=lambda calls: calls.name)
 
 FIRST, SECOND = KEYS
+SECRET = "whsec_" + base64.b64encode(bytes(32)).decode()
 
 
 def half_white() -> bytes:
@@ -170,3 +179,53 @@ def test_dialect_that_is_switched_off_has_no_routes(calls: DialectCalls, tmp_pat
     (other,) = {"native", "v3"} - {calls.name} if calls.name in ("native", "v3") else {"native"}
     with running_app(settings_in(tmp_path, dialects=[other])) as app:
         assert calls.send(app.client, WISH).status_code in (404, 405)
+
+
+@every_dialect
+def test_full_share_of_a_key_leaves_room_for_other_keys(
+    calls: DialectCalls, tmp_path: Path
+) -> None:
+    settings = settings_in(
+        tmp_path, auth={"keys": KEYS}, wait_s=0.2, queue={"max_waiting_per_key": 2}
+    )
+    first, second = (digest_of(key)[:12] for key in KEYS)
+    with (
+        running_app(settings) as app,
+        client_of(app, FIRST) as busy,
+        client_of(app, SECOND) as idle,
+    ):
+        busy.get("/healthz")
+        with store_of(settings) as store:
+            for _ in range(2):
+                store.submit(new_job(key_id=first))
+            refused = calls.send(busy, WISH)
+            calls.send(idle, WISH)
+            assert key_ids(store) == [first, first, second]
+    assert calls.is_refused(refused)
+    assert refused.headers["Retry-After"] == "30"
+
+
+@pytest.mark.parametrize("dialect", BY_NAME)
+def test_webhook_tells_how_the_job_ended(dialect: str, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, webhook={"allow_cidrs": "127.0.0.0/8", "secret": [SECRET]})
+    with running_app(settings) as app, receiver() as (url, received):
+        app.client.get("/healthz")
+        with store_of(settings) as store:
+            for end in (finish_job, fail_job, cancel_job):
+                job = store.submit(new_job(dialect=dialect, webhook=url, track_id="mine"))
+                end(store, job)
+                headers, body = received.get(timeout=WAIT_S)
+                Webhook(SECRET).verify(json.dumps(body), headers)
+                assert str(job.id) in json.dumps(body)
+
+
+def finish_job(store: JobStore, job: Job) -> None:
+    assert store.finish(claim_job(store, job.id), [False] * job.params.samples)
+
+
+def fail_job(store: JobStore, job: Job) -> None:
+    assert store.fail(claim_job(store, job.id), Failure.OUT_OF_MEMORY.sentence)
+
+
+def cancel_job(store: JobStore, job: Job) -> None:
+    assert store.cancel(job.id)
