@@ -6,7 +6,7 @@ what no API describes: the models on offer and the words of the enhanced prompt.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -27,7 +27,8 @@ MEDIA_TYPES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
 }
-INDEX, ICON = "index.html", "icon.svg"
+# The file that each path outside `/playground/` answers with.
+PAGES = {"/": "index.html", "/favicon.ico": "icon.svg"}
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (
@@ -84,15 +85,15 @@ def page_files() -> Iterator[tuple[str, PageFile]]:
 
 
 def playground_router() -> APIRouter:
-    """The page, its files, its icon and its facts."""
+    """The pages, their files, the icon and the facts."""
     router = APIRouter(include_in_schema=False)
     known = dict(page_files())
 
-    async def index(request: Request) -> Response:
-        return known[INDEX].to_response(request)
+    def page(name: str) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            return known[name].to_response(request)
 
-    async def icon(request: Request) -> Response:
-        return known[ICON].to_response(request)
+        return answer
 
     async def page_file(request: Request, name: str) -> Response:
         if name not in known:
@@ -103,8 +104,8 @@ def playground_router() -> APIRouter:
         return await page_file(request, f"{folder}/{name}")
 
     methods = ["GET", "HEAD"]
-    router.add_api_route("/", index, methods=methods)
-    router.add_api_route("/favicon.ico", icon, methods=methods)
+    for path, name in PAGES.items():
+        router.add_api_route(path, page(name), methods=methods)
     router.add_api_route("/playground/facts", facts, methods=["GET"])
     router.add_api_route("/playground/{name}", page_file, methods=methods)
     router.add_api_route("/playground/{folder}/{name}", example, methods=methods)
