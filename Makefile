@@ -8,6 +8,11 @@ TOOLS_INSTALLED := .venv/tools/installed
 CLIENTS := .venv/clients/bin
 CLIENTS_INSTALLED := .venv/clients/installed
 
+# Ray, and beside it what .venv has.
+CLUSTER := .venv/cluster/bin
+CLUSTER_INSTALLED := .venv/cluster/installed
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+
 LOCKS := configs/locks
 # From an index come only wheels whose digest stands in a lock; nothing is built but our own package.
 VERIFIED := --require-hashes --only-binary :all:
@@ -17,12 +22,12 @@ CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
 TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
 	&& echo torch-cpu || echo torch)
 
-.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs format bench chaos clients lock audit sbom \
-	licences
+.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs format bench chaos clients cluster cluster-demo \
+	lock audit sbom licences
 
 help:  ## lists these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
-		while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
+		while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
 
 install: $(INSTALLED)  ## installs what configs/locks lists into .venv
 
@@ -51,6 +56,18 @@ $(CLIENTS_INSTALLED): $(LOCKS)/clients.txt $(LOCKS)/iopaint.txt tests/clients/pa
 	touch $@
 
 clients: $(CLIENTS_INSTALLED)  ## installs the published clients that tests run, a minute; needs npm
+
+$(CLUSTER_INSTALLED): $(LOCKS)/cluster.txt | $(INSTALLED)
+	$(PYTHON) -m venv .venv/cluster
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PURELIB)')')" \
+		>"$$($(CLUSTER)/python -c '$(PURELIB)')/beside.pth"
+	$(CLUSTER)/pip install --quiet --no-deps $(VERIFIED) --requirement $<
+	touch $@
+
+cluster: $(CLUSTER_INSTALLED)  ## installs Ray for the tests of clusters, a minute
+
+cluster-demo: $(CLUSTER_INSTALLED)  ## breaks a Ray cluster on this machine, six minutes
+	$(CLUSTER)/python -m tests.cluster
 
 demo: $(INSTALLED)  ## makes a picture through the API, into out/demo.png
 	$(BIN)/inpaint-server demo
@@ -120,6 +137,9 @@ lock: $(TOOLS_INSTALLED)  ## renews configs/locks after a change of pyproject.to
 	cat out/runtime.txt $(LOCKS)/dev.txt >out/dev.txt
 	$(COMPILE) pyproject.toml --extra dev --constraint out/runtime.txt --output-file out/dev.txt
 	$(BEYOND) out/runtime.txt out/dev.txt >$(LOCKS)/dev.txt
+	cp $(LOCKS)/cluster.txt out/cluster.txt
+	$(COMPILE) pyproject.toml --extra cluster --constraint out/runtime.txt --output-file out/cluster.txt
+	$(BEYOND) out/runtime.txt out/cluster.txt >$(LOCKS)/cluster.txt
 	cp $(LOCKS)/tools.txt out/tools.txt
 	$(COMPILE) --group tools --constraint out/dev.txt --output-file out/tools.txt
 	cp out/tools.txt $(LOCKS)/tools.txt

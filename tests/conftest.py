@@ -40,7 +40,7 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 
-PROCESS_FOLDERS = ("tests/e2e/", "tests/chaos/", "tests/clients/")
+PROCESS_FOLDERS = ("tests/e2e/", "tests/chaos/", "tests/clients/", "tests/cluster/")
 """Each test there starts a server."""
 
 

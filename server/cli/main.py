@@ -1,4 +1,4 @@
-"""The command line, `inpaint-server`: serve, worker, health, demo, migrate, models, webhooks, keys.
+"""The command line, `inpaint-server`.
 
 Heavy imports stand inside the commands, so that `--help` is quick and the API process loads no
 torch.
@@ -101,6 +101,7 @@ def make_parser() -> Parser:
     for add in (add_serve, add_worker, add_health, add_demo, add_migrate, add_models):
         add(commands, shared)
     add_webhooks(commands, shared)
+    add_cluster(commands, shared)
     each = commands.add_parser("keys", help="create, list, revoke and rotate API keys")
     add_keys_commands(each.add_subparsers(required=True, metavar="COMMAND"), shared)
     return parser
@@ -191,6 +192,21 @@ def add_webhooks(commands: Commands, shared: Parser) -> None:
     each.set_defaults(run=ping_webhook)
 
 
+def add_cluster(commands: Commands, shared: Parser) -> None:
+    actions = commands.add_parser("cluster", help="run workers on a Ray cluster").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    for verb, text in (
+        ("up", "deploy the workers, or change their number"),
+        ("status", "show the nodes and their workers"),
+        ("down", "stop the workers"),
+    ):
+        each = actions.add_parser(verb, parents=[shared], help=text)
+        each.set_defaults(run=cluster, verb=verb)
+        if verb == "status":
+            each.add_argument("--json", action="store_true", help="for programs")
+
+
 def add_keys_commands(commands: Commands, shared: Parser) -> None:
     """The commands below `keys`."""
     add_keys_create(commands, shared)
@@ -277,6 +293,13 @@ def keys(options: argparse.Namespace) -> int:
     from server.cli.keys import run
 
     return run(options, settings_of(options))
+
+
+def cluster(options: argparse.Namespace) -> int:
+    """Deploy, show or stop the workers on a Ray cluster."""
+    from server.cli.cluster import run
+
+    return run(options)
 
 
 def models(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import platformdirs
@@ -416,6 +416,29 @@ class RetentionSettings(Section):
     """Time from a job's end until its row and its webhook history are removed."""
 
 
+class ClusterSettings(Section):
+    """Workers on a Ray cluster, which `inpaint-server cluster up` deploys."""
+
+    min_workers: int = Field(default=1, ge=0)
+    """Workers that always run. With 0 the first job after a pause waits until one has started."""
+    max_workers: int = Field(default=8, ge=1)
+    """The most workers. More than the cluster has room for do no harm."""
+    gpus_per_worker: float = Field(default=1, ge=0, le=1)
+    """GPUs that a worker takes of its node. 0 runs workers on the CPU."""
+    jobs_per_worker: int = Field(default=8, ge=1)
+    """Jobs, waiting or running, for which there is one worker."""
+    max_wait_s: float = Field(default=30, gt=0)
+    """Once a job has waited longer, one more worker is started."""
+    idle_s: float = Field(default=600, ge=0)
+    """How long fewer workers must suffice before one is stopped."""
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError("min_workers must not be above max_workers")
+        return self
+
+
 class EnhanceSettings(Section):
     """The texts that `enhance_prompt` of the vendor's APIs adds. The defaults are the vendor's."""
 
@@ -549,6 +572,7 @@ class Settings(BaseSettings):
     storage: StorageSettings = StorageSettings()
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
+    cluster: ClusterSettings = ClusterSettings()
     enhance: EnhanceSettings = EnhanceSettings()
     _removed: tuple[tuple[str, str], ...] = ()
 

@@ -17,7 +17,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -28,6 +28,7 @@ from sqlalchemy import (
     Row,
     bindparam,
     case,
+    func,
     insert,
     select,
     tuple_,
@@ -96,6 +97,21 @@ LIVE_PROGRESS = (
 )
 INSERT_RECEIPT = insert(receipts)
 ANY_OVERDUE = select(jobs.c.id).where(IS_OVERDUE).limit(1)
+
+DEMAND = (
+    select(jobs.c.state, func.count().label("count"), func.min(jobs.c.created_at).label("oldest"))
+    .where(IS_LIVE)
+    .group_by(jobs.c.state)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How many jobs wait and run. oldest_wait_s: since the oldest waiting job was submitted."""
+
+    queued: int
+    running: int
+    oldest_wait_s: float
 
 
 class JobStore:
@@ -384,6 +400,17 @@ class JobStore:
             devices = [each.device for each in ready]
             candidate = None if new is None else _candidate_of(connection, new)
             return read_forecast(connection, devices, places_on, self._clock(), candidate)
+
+    def demand(self) -> Demand:
+        """The jobs that workers are needed for."""
+        with read_only(self._engine) as connection:
+            found = {row.state: row for row in connection.execute(DEMAND)}
+        queued, running = found.get(JobState.QUEUED), found.get(JobState.RUNNING)
+        return Demand(
+            queued=0 if queued is None else queued.count,
+            running=0 if running is None else running.count,
+            oldest_wait_s=0 if queued is None else max(0.0, self._clock() - queued.oldest),
+        )
 
     def _run_s(self, job: Job) -> float | None:
         return None if job.claimed_s is None else max(0.0, self._steady_clock() - job.claimed_s)

@@ -20,7 +20,7 @@ from tests.support.repository import REPOSITORY
 WINGS = {
     "server": {
         "cli": "serving worker api webhooks egress jobs storage core",
-        "serving": "api jobs core",
+        "serving": "api jobs storage core",
         "api": "webhooks egress jobs sandbox storage core",
         "webhooks": "egress jobs storage core",
         "worker": "jobs sandbox storage core",

@@ -18,6 +18,7 @@ from tests.project.supply import licences
 from tests.project.supply.audit import CLEAN, HOLES, NOT_AUDITED, Findings, audit, main, report
 from tests.project.supply.locks import (
     CLIENTS,
+    CLUSTER,
     DEVELOPMENT,
     LOCKS,
     REPOSITORY,
@@ -83,7 +84,7 @@ def test_no_lock_names_an_address(lock: str) -> None:
 
 def test_each_name_has_one_version() -> None:
     versions: dict[str, set[str]] = {}
-    for pin in pins(*RUNTIME, "torch-cpu", *DEVELOPMENT, *TOOLS):
+    for pin in pins(*RUNTIME, "torch-cpu", *CLUSTER, *DEVELOPMENT, *TOOLS):
         versions.setdefault(pin.name, set()).add(pin.release)
 
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
@@ -95,11 +96,12 @@ def test_each_name_has_one_version() -> None:
         (PROJECT["project"]["dependencies"], RUNTIME),
         (PROJECT["build-system"]["requires"], RUNTIME),
         (PROJECT["project"]["optional-dependencies"]["dev"], RUNTIME + DEVELOPMENT),
+        (PROJECT["project"]["optional-dependencies"]["cluster"], RUNTIME + CLUSTER),
         (PROJECT["dependency-groups"]["tools"], TOOLS),
         (PROJECT["dependency-groups"]["clients"], CLIENTS),
         (PROJECT["dependency-groups"]["iopaint"], CLIENTS),
     ],
-    ids=["dependencies", "build-system", "dev", "tools", "clients", "iopaint"],
+    ids=["dependencies", "build-system", "dev", "cluster", "tools", "clients", "iopaint"],
 )
 def test_locks_hold_what_the_project_asks_for(wanted: list[str], locks: Sequence[str]) -> None:
     locked = {pin.name: pin.version for pin in pins(*locks)}
@@ -143,11 +145,11 @@ def made(*targets: str) -> str:
 @pytest.mark.parametrize("where", ["Dockerfile", "make"])
 def test_only_locked_wheels_and_our_own_code_are_installed(where: str) -> None:
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
-    text = dockerfile if where == "Dockerfile" else made("audit", "lock", "clients")
+    text = dockerfile if where == "Dockerfile" else made("audit", "lock", "clients", "cluster")
 
     installs = pip_installs(text)
 
-    assert len(installs) == {"Dockerfile": 2, "make": 4}[where]
+    assert len(installs) == {"Dockerfile": 2, "make": 5}[where]
     for words in installs:
         if "--editable" in words:
             assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(words)

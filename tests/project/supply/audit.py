@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.project.supply.locks import DEVELOPMENT, RUNTIME, TOOLS, Pin, pins
+from tests.project.supply.locks import CLUSTER, DEVELOPMENT, RUNTIME, TOOLS, Pin, pins
 
 CLEAN, HOLES, NOT_AUDITED = 0, 1, 3
 
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="exit 0 where the service gives no answers at all, for CI behind a wall",
     )
     options = parser.parse_args(arguments)
-    wanted = pins(*RUNTIME, *DEVELOPMENT, *TOOLS)
+    wanted = pins(*RUNTIME, *CLUSTER, *DEVELOPMENT, *TOOLS)
     findings = audit(shlex.split(options.command), wanted, options.limit_s)
     count = len({pin.release for pin in wanted})
     return report(findings, count, tolerate_unreachable=options.tolerate_unreachable)

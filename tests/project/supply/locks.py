@@ -16,6 +16,8 @@ DEVELOPMENT = ("dev",)
 """What `make install` adds; it may take `torch-cpu` in place of `torch`."""
 TOOLS = ("tools",)
 """What lies in `.venv/tools`."""
+CLUSTER = ("cluster",)
+"""What machines of a Ray cluster add, and `.venv/cluster` has."""
 CLIENTS = ("clients", "iopaint")
 """What lies in `.venv/clients`."""
 

@@ -1,0 +1,137 @@
+"""`inpaint-server cluster` and the demonstration, in `.venv/cluster`, which has Ray."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.core.settings import ClusterSettings
+from tests.support.programs import lacking
+from tests.support.repository import REPOSITORY
+
+CLUSTER = REPOSITORY / ".venv" / "cluster"
+CONFIGS = REPOSITORY / "configs" / "ray"
+MODULE = "server.cli.main"
+DEMONSTRATION_S = 900
+COMMAND_S = 120
+POSTGRESQL, BUCKET = "postgresql://somebody@127.0.0.1:1/jobs", "s3://pictures"
+JOBS = 12
+
+TRANSLATED = """
+import json
+from ray.serve.schema import ServeDeploySchema
+from server.core.settings import ClusterSettings
+from server.serving.cluster import build
+import sys, yaml
+
+(application,) = ServeDeploySchema.model_validate(yaml.safe_load(sys.stdin)).applications
+deployment = build(ClusterSettings(**application.args))._bound_deployment
+scaling = deployment._deployment_config.autoscaling_config
+print(json.dumps({
+    "path": application.import_path,
+    "limits": [scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s],
+    "policy": scaling.policy.policy_kwargs,
+    "gpus": deployment.ray_actor_options["num_gpus"],
+    "device": deployment.init_args[-1],
+}))
+"""
+
+
+def run(*words: str, told: str = "", timeout_s: float = COMMAND_S, **environment: str) -> Any:
+    """Run Python in `.venv/cluster`; the finished process."""
+    if not (CLUSTER / "installed").exists():
+        lacking("make cluster")
+    # rclone is a program of the environment beside it.
+    path = f"{REPOSITORY / '.venv' / 'bin'}:{os.environ['PATH']}"
+    return subprocess.run(
+        [CLUSTER / "bin" / "python", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "PATH": path, **environment},
+        input=told,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+@pytest.mark.slow
+def test_no_fault_loses_a_job() -> None:
+    finished = run("-m", "tests.cluster", "--jobs", str(JOBS), "--json", timeout_s=DEMONSTRATION_S)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = json.loads(finished.stdout.splitlines()[-1])
+    assert (found["jobs"], found["finished"], found["webhooks"]) == (JOBS, JOBS, JOBS)
+    assert found["answered differently"] == 0
+    assert found["connections beyond loopback"] == []
+    assert len(found["faults"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({}, "set INPAINT_DATABASE_URL"),
+        ({"INPAINT_DATABASE_URL": POSTGRESQL}, "set INPAINT_STORAGE__URL=s3://"),
+        (
+            {"INPAINT_DATABASE_URL": POSTGRESQL, "INPAINT_STORAGE__URL": BUCKET},
+            "set RAY_AUTH_MODE=token",
+        ),
+    ],
+)
+def test_unsafe_clusters_are_refused(
+    environment: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    words = ("-P", "-m", MODULE, "cluster", "up", "--data-dir", str(tmp_path))
+    refused = run(*words, **environment)
+    assert refused.returncode == 2
+    assert sentence in refused.stderr
+
+
+def test_command_without_a_cluster_says_so(tmp_path: Path) -> None:
+    environment = {
+        "INPAINT_DATABASE_URL": POSTGRESQL,
+        "INPAINT_STORAGE__URL": BUCKET,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+        "RAY_TMPDIR": str(tmp_path),
+    }
+    refused = run("-P", "-m", MODULE, "cluster", "up", **environment)
+    assert refused.returncode == 2, refused.stderr
+    assert "no Ray node of a cluster runs on this machine" in refused.stderr
+
+
+def test_file_for_serve_deploy_is_the_application() -> None:
+    environment = {
+        "INPAINT_DATABASE_URL": POSTGRESQL,
+        "INPAINT_STORAGE__URL": BUCKET,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+    }
+    file = (CONFIGS / "serve.yaml").read_text()
+    translated = run("-c", TRANSLATED, told=file, **environment)
+    assert translated.returncode == 0, translated.stderr
+    settings = ClusterSettings()
+    assert json.loads(translated.stdout.splitlines()[-1]) == {
+        "path": "server.serving.cluster:build",
+        "limits": [settings.min_workers, settings.max_workers, settings.idle_s],
+        "policy": {
+            "jobs_per_worker": settings.jobs_per_worker,
+            "max_wait_s": settings.max_wait_s,
+            "config": None,
+        },
+        "gpus": settings.gpus_per_worker,
+        "device": "cuda:0",
+    }
+
+
+def test_files_for_ray_agree() -> None:
+    deployed = yaml.safe_load((CONFIGS / "serve.yaml").read_text())
+    manifest = yaml.safe_load((CONFIGS / "rayservice.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    assert yaml.safe_load(manifest["spec"]["serveConfigV2"]) == deployed
+    cluster = manifest["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"]["mode"] == "token"
+    assert deployed["proxy_location"] == "Disabled"
+    assert deployed["applications"][0]["args"] == ClusterSettings().model_dump()
