@@ -78,13 +78,18 @@ def checkpoint_folder(family: str, scratch: Path) -> Path:
 
 def load(folder: Path) -> Components:
     """A fresh copy on the default device, by the server's own loader."""
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    quieten_libraries()
     device = default_device()
     return load_components(
         ModelSpec(id=folder.name, source=str(folder)), device, default_dtype(device)
     )
+
+
+def quieten_libraries() -> None:
+    """No progress bars, and no warnings of what a benchmark does on purpose."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def save_checkpoint(folder: Path, make_parts: Callable[[], dict[str, Any]]) -> None:
@@ -118,7 +123,7 @@ def make_sd15() -> dict[str, Any]:
         "tokenizer": make_tokenizer(),
         "text_encoder": CLIPTextModel(clip_l_config()),
         "vae": make_vae(scaling_factor=0.18215),
-        "unet": UNet2DConditionModel(sample_size=64, in_channels=9, cross_attention_dim=768),
+        "unet": make_sd15_unet(),
         "scheduler": make_scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False),
     }
 
@@ -141,25 +146,38 @@ def make_sdxl() -> dict[str, Any]:
             )
         ),
         "vae": make_vae(scaling_factor=0.13025),
-        "unet": UNet2DConditionModel(
-            sample_size=128,
-            in_channels=9,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
-            up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
-            attention_head_dim=(5, 10, 20),
-            transformer_layers_per_block=(1, 2, 10),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
+        "unet": make_sdxl_unet(),
         "scheduler": make_scheduler("EulerDiscreteScheduler", timestep_spacing="leading"),
     }
 
 
 FAMILIES = {"sd15": make_sd15, "sdxl": make_sdxl}
+
+
+def make_sd15_unet() -> Any:
+    """The UNet of SD 1.5 inpainting."""
+    return UNet2DConditionModel(sample_size=64, in_channels=9, cross_attention_dim=768)
+
+
+def make_sdxl_unet() -> Any:
+    """The UNet of SDXL inpainting."""
+    return UNet2DConditionModel(
+        sample_size=128,
+        in_channels=9,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+        up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+UNETS: dict[str, Callable[[], Any]] = {"sd15": make_sd15_unet, "sdxl": make_sdxl_unet}
 
 
 def make_scheduler(class_name: str, **special: Any) -> Any:
