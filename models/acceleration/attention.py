@@ -63,19 +63,9 @@ class MeasuredAttention:
         self._timer = timer
         self._orders: dict[CallSize, list[SDPBackend]] = {}
 
-    @property
-    def version(self) -> int:
-        return self._call.version
-
-    @property
-    def is_changing(self) -> bool:
-        return self._call.is_changing
-
     def __call__(self, inputs: UNetInputs) -> Tensor:
         size = CallSize.of(inputs)
-        # What may run is a setting of the whole process: while kernels are tried one by one, a
-        # compiler beside would find the others forbidden.
-        if size not in self._orders and not self._call.is_changing:
+        if size not in self._orders:
             self._orders[size] = self._measure(inputs)
         with in_order(self._orders.get(size, USUAL_ORDER)):
             return self._call(inputs)

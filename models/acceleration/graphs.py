@@ -164,7 +164,7 @@ class GraphedUNet:
     ) -> tuple[UNetInputs, Recording] | None:
         """The recording of a size, made if need be; None where the plain call is to be made."""
         if self._origin() != self._recorded_from:
-            logger.info("weights or code of the UNet have changed, its graphs are made anew")
+            logger.info("weights of the UNet have moved, its graphs are made anew")
             self.release()
             self._recorded_from = self._origin()
         known = self._sizes.get(size)
@@ -175,7 +175,7 @@ class GraphedUNet:
                 return known.by_rows[rows]
         is_worthwhile = rows * size.area <= LAUNCH_BOUND_AREA
         is_refused = self._calls < self._refused_until.get((size, rows), 0)
-        if self._is_broken or not is_worthwhile or is_refused or self._call.is_changing:
+        if self._is_broken or not is_worthwhile or is_refused:
             return None
         return self._record(size, rows, shares)
 
@@ -187,8 +187,6 @@ class GraphedUNet:
             inputs = UNetInputs.room_for(rows, shares[0])
             inputs.fill(shares)
             self._recorder.warm_up(self._call, inputs)
-            if self._call.is_changing:  # the warm-up has begun it
-                return None
             recording = self._recorder.record(self._call, inputs, recordings.pool)
         except torch.OutOfMemoryError:
             logger.warning("no memory for a graph of %s, %d rows", size, rows)
@@ -225,8 +223,8 @@ class GraphedUNet:
         self._refused_until[size, rows] = self._calls + self._limits.in_use_calls
 
     def _origin(self) -> tuple[int, ...]:
-        """What recordings depend on: the code of the call and the addresses of the weights."""
-        return (self._call.version, *[weight.data_ptr() for weight in self._weights])
+        """What recordings depend on: the addresses of the weights."""
+        return tuple(weight.data_ptr() for weight in self._weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from models.acceleration.attention import MeasuredAttention, cuda_timer
-from models.acceleration.compiling import CompiledUNet
 from models.acceleration.graphs import CudaRecorder, GraphedUNet, GraphLimits
 from models.acceleration.unet import BatchedUNet, EagerUNet, GatheredUNet, UNetCall
 
@@ -16,19 +15,12 @@ class Acceleration:
     """What is done on a CUDA device; on others calls are plain.
 
     graph_memory_share: of the device's memory, 0 to 1, that CUDA graphs may hold; 0 makes none.
-    is_compiled: also compile the UNet, beside the first calls; differs from plain calls by
-        rounding.
     is_reproducible: nothing that depends on load, on measurements or on the time since the start
         may move the last bits of a picture.
     """
 
     graph_memory_share: float = 0.1
-    is_compiled: bool = False
     is_reproducible: bool = False
-
-    def __post_init__(self) -> None:
-        if self.is_compiled and self.is_reproducible:
-            raise ValueError("compiled code replaces plain code while the server runs")
 
 
 USUAL = Acceleration()
@@ -40,7 +32,7 @@ def accelerated(unet: Any, acceleration: Acceleration = USUAL) -> BatchedUNet:
     device: torch.device = unet.device
     if device.type != "cuda":
         return GatheredUNet(plain)
-    call: UNetCall = CompiledUNet(unet, plain) if acceleration.is_compiled else plain
+    call: UNetCall = plain
     if acceleration.is_reproducible:
         # Or the algorithm may depend on how much memory is free for its workspace.
         torch.backends.cudnn.deterministic = True

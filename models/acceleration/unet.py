@@ -1,6 +1,6 @@
 """One UNet call for the rows of many samples: what goes in, and the plain way to make it.
 
-Other ways are in `graphs`, `compiling` and `attention`; each takes a `UNetCall` and is one.
+Other ways are in `graphs` and `attention`; each takes a `UNetCall` and is one.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class UNetInputs:
         """The rows of all shares, one after the other."""
         latents = torch.cat([share.latents for share in shares])
         return cls(
-            # Whose memory the rows had decides its order; compiled code is for one order.
+            # Whose memory the rows had decides its order, and kernels are chosen for an order.
             latents.contiguous(),
             upload(host_timesteps(shares), latents.device),
             torch.cat([share.conditioning for share in shares]),
@@ -111,17 +111,7 @@ def host_timesteps(shares: Sequence[UNetRows]) -> Tensor:
 
 
 class UNetCall(Protocol):
-    """A way to make a call.
-
-    version: changes whenever calls are made by other code than before, to the last bit.
-    is_changing: work on that is going on beside, and may use the device.
-    """
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def is_changing(self) -> bool: ...
+    """A way to make a call."""
 
     def __call__(self, inputs: UNetInputs) -> Tensor:
         """Predictions `(rows, 4, h/8, w/8)`."""
@@ -133,8 +123,6 @@ class EagerUNet:
     """Kernel by kernel, as diffusers does it."""
 
     unet: Any
-    version: int = 0
-    is_changing: bool = False
 
     def __call__(self, inputs: UNetInputs) -> Tensor:
         added = {"added_cond_kwargs": inputs.added} if inputs.added else {}

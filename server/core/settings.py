@@ -49,11 +49,13 @@ from server.core.settings_errors import explain
 
 ENV_PREFIX = "INPAINT_"
 REMOVED = {
-    ("http", "processes"): "one API process listens on a port; to use more cores, run several "
-    "servers on one database and file store behind a load balancer",
-    ("http", "one_core"): "threads run on any core; taskset keeps a server on some of them",
+    "http.processes": "one API process listens on a port; to use more cores, run several servers "
+    "on one database and file store behind a load balancer",
+    "http.one_core": "threads run on any core; taskset keeps a server on some of them",
+    "compile": "the UNet is no longer compiled: this was never shown to be quicker than CUDA "
+    "graphs with our own kernels, which are always used",
 }
-"""Settings of earlier versions by section and name, and what to do instead. A server that is
+"""Settings of earlier versions as in TOML, and what to do instead. A server that is
 given one of them warns and starts."""
 
 DATABASES = ("sqlite", "postgresql", "postgres")
@@ -524,9 +526,6 @@ class Settings(BaseSettings):
     """Share of a GPU's memory that CUDA graphs may use, 0 to 0.9. 0 makes no graphs."""
     warm_up: bool = True
     """On a GPU, make the first calls of the model before the worker is ready."""
-    compile: bool = False
-    """On a GPU, compile the UNet in the background, which takes minutes. It excludes
-    `reproducible`."""
     public_url: Annotated[str, AfterValidator(checked_public_url)] | None = Field(
         default=None, examples=["https://pictures.example"]
     )
@@ -574,7 +573,7 @@ class Settings(BaseSettings):
     retention: RetentionSettings = RetentionSettings()
     cluster: ClusterSettings = ClusterSettings()
     enhance: EnhanceSettings = EnhanceSettings()
-    _removed: tuple[tuple[str, str], ...] = ()
+    _removed: tuple[str, ...] = ()
 
     @classmethod
     def settings_customise_sources(
@@ -603,13 +602,7 @@ class Settings(BaseSettings):
     def _drop_removed(
         cls, given: dict[str, Any], validate: ModelWrapValidatorHandler["Settings"]
     ) -> "Settings":
-        found = tuple(
-            (section, name)
-            for section, name in REMOVED
-            if isinstance(values := given.get(section), dict) and name in values
-        )
-        for section, name in found:
-            del given[section][name]
+        found = tuple(name for name in REMOVED if take_removed(given, name))
         settings = validate(given)
         settings._removed = found
         return settings
@@ -617,15 +610,10 @@ class Settings(BaseSettings):
     @property
     def removed(self) -> list[str]:
         """A sentence for each given setting that no longer has an effect."""
-        return [f"{section}.{name}: {REMOVED[section, name]}" for section, name in self._removed]
+        return [f"{name}: {REMOVED[name]}" for name in self._removed]
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
-        if self.compile and self.reproducible:
-            raise ValueError(
-                "compile and reproducible exclude each other: compiled code replaces plain code "
-                "while the server runs, and differs in the last bits"
-            )
         self._check_aliases()
         return self
 
@@ -727,7 +715,7 @@ class Settings(BaseSettings):
 
     @property
     def compiled_dir(self) -> Path:
-        """Cache of compiled code, kept over restarts."""
+        """Cache of compiled kernels, kept over restarts."""
         return self.data_dir / "compiled"
 
     @property
@@ -756,9 +744,21 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         raise explain(error, Settings, ENV_PREFIX, config, given) from error
 
 
+def take_removed(given: dict[str, Any], name: str) -> bool:
+    """Delete a removed setting from the given values; whether it was given."""
+    *sections, field = name.split(".")
+    values = given.get(sections[0]) if sections else given
+    is_given = isinstance(values, dict) and field in values
+    if isinstance(values, dict):
+        values.pop(field, None)
+    # pydantic reads only variables of fields that exist.
+    return is_given or (not sections and ENV_PREFIX + field.upper() in os.environ)
+
+
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     """Refuse misspelt variables, which pydantic would ignore. Raises: ValueError."""
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    names = [*Settings.model_fields, *(name for name in REMOVED if "." not in name)]
+    known = {ENV_PREFIX + name.upper() for name in names}
     for variable in environment:
         if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known:
             near = did_you_mean(variable, known)

@@ -190,13 +190,10 @@ class Checkpoints:
         return pick_dtype(device, self.settings.dtype)
 
     def _acceleration(self) -> Acceleration:
-        # Caches of compiled code. Triton's default is in a home folder, which may not exist.
-        compiled_dir = self.settings.compiled_dir
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_dir))
-        os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_dir / "triton"))
+        # Triton's default is in a home folder, which may not exist.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(self.settings.compiled_dir / "triton"))
         return Acceleration(
             graph_memory_share=self.settings.graph_memory_share,
-            is_compiled=self.settings.compile,
             is_reproducible=self.settings.reproducible,
         )
 

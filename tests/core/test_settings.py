@@ -225,7 +225,7 @@ def test_wrong_value_is_refused(name: str, text: str, environment: Environment) 
         ("HOLD_S", "soon", "INPAINT_HOLD_S must be a number"),
         ("RETENTION__OUTPUTS_H", "0", "INPAINT_RETENTION__OUTPUTS_H must be more than 0"),
         ("GRAPH_MEMORY_SHARE", "1", "INPAINT_GRAPH_MEMORY_SHARE must be at most 0.9"),
-        ("COMPILE", "maybe", "INPAINT_COMPILE must be true or false"),
+        ("WARM_UP", "maybe", "INPAINT_WARM_UP must be true or false"),
         ("DEVICES", "", "INPAINT_DEVICES must not be empty"),
         ("STEPS_POLICY", "most", "INPAINT_STEPS_POLICY must be 'vendor' or 'exact'"),
         ("FETCH", "5", "INPAINT_FETCH must be a table"),
@@ -339,12 +339,6 @@ def test_example_gives_every_default() -> None:
     assert load_settings(settings_page.EXAMPLE) == load_settings()
 
 
-def test_compiled_and_reproducible_exclude_each_other(environment: Environment) -> None:
-    environment(COMPILE="true", REPRODUCIBLE="true")
-    with pytest.raises(ValueError, match="exclude each other"):
-        load_settings()
-
-
 @pytest.mark.parametrize(("name", "value"), [("DTYPE", "int8"), ("GRAPH_MEMORY_SHARE", "1.5")])
 def test_unknown_dtype_and_too_much_memory_are_refused(
     name: str, value: str, environment: Environment
@@ -365,16 +359,18 @@ def test_authorities_must_be_certificates(content: bytes | None, tmp_path: Path)
 
 @pytest.mark.parametrize("name", REMOVED)
 def test_removed_setting_is_read_past_and_told_of(
-    name: tuple[str, str], tmp_path: Path, environment: Environment
+    name: str, tmp_path: Path, environment: Environment
 ) -> None:
-    section, field = name
-    file = write_file(tmp_path, f"[{section}]\n{field} = 4\nkeep_alive_s = 5")
-    environment(**{f"{section}__{field}".upper(): "2"})
+    *sections, field = name.split(".")
+    table = f"[{sections[0]}]\n{field} = 4" if sections else f"{field} = true\n[http]"
+    file = write_file(tmp_path, f"{table}\nkeep_alive_s = 5")
+    (sentence,) = load_settings(file).removed
+    environment(**{name.replace(".", "__").upper(): "2"})
 
     settings = load_settings(file)
 
-    (sentence,) = settings.removed
-    assert sentence == f"{section}.{field}: {REMOVED[name]}"
+    assert load_settings().removed == settings.removed == [sentence]
+    assert sentence == f"{name}: {REMOVED[name]}"
     assert settings.model_copy(update={"port": 1}).removed == [sentence]
     assert settings.http.keep_alive_s == 5
     assert load_settings(file).http == settings.http

@@ -58,9 +58,7 @@ A start that still gives one of them warns and goes on.
 
 def page() -> str:
     """The content of `docs/settings.md`."""
-    removed = "".join(
-        f"| `{section}.{name}` | {text} |\n" for (section, name), text in REMOVED.items()
-    )
+    removed = "".join(f"| `{name}` | {text} |\n" for name, text in REMOVED.items())
     tables = [table("", "General", "Keys before the first table of the file.", Settings)]
     tables += [
         table(name, f"[{name}]", description(section.__doc__), section)

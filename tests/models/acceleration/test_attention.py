@@ -1,7 +1,6 @@
 """The quickest attention kernel is chosen by what a UNet really calls, once for each size."""
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from models.acceleration.attention import (
     MeasuredAttention,
     quickest_first,
 )
-from models.acceleration.unet import EagerUNet, UNetCall, UNetInputs
+from models.acceleration.unet import EagerUNet, UNetInputs
 from models.checkpoints.registry import ModelSpec, load_components
 from tests.support.tiny import save_tiny_checkpoint
 from tests.support.unet_calls import make_shares
@@ -88,35 +87,3 @@ def test_each_size_is_measured_once_and_results_stay(tmp_path: Path) -> None:
 
         call(UNetInputs.gather(make_shares(loaded, [2, 1], height=16)))
         assert len(asked) > sum(counts.values())
-
-
-def test_nothing_is_measured_beside_a_compiler(tmp_path: Path) -> None:
-    """It would find kernels forbidden that are only being left out of a measurement."""
-
-    @dataclass
-    class Changing:
-        plain: UNetCall
-        is_changing: bool = True
-        version: int = 0
-
-        def __call__(self, inputs: UNetInputs) -> torch.Tensor:
-            return self.plain(inputs)
-
-    folder = save_tiny_checkpoint(tmp_path / "tiny", 9)
-    loaded = load_components(ModelSpec("tiny", str(folder)), torch.device("cpu"), torch.float32)
-    asked: list[SDPBackend] = []
-
-    def timer(kernel: SDPBackend, shape: AttentionShape) -> float:
-        asked.append(kernel)
-        return 1.0
-
-    plain = EagerUNet(loaded.unet)
-    changing = Changing(plain)
-    call = MeasuredAttention(changing, plain, timer)
-    with torch.inference_mode():
-        inputs = UNetInputs.gather(make_shares(loaded, [2]))
-        torch.testing.assert_close(call(inputs), plain(inputs))
-        assert asked == []
-        changing.is_changing = False
-        call(inputs)
-        assert asked

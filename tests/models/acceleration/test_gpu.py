@@ -1,7 +1,7 @@
 """What only a CUDA device can show; on a machine with one: `pytest -m gpu`.
 
-Everything else about these parts is tested on the CPU, in test_graphs, test_uploads, test_attention
-and test_compiling. The built-in model is used where pictures are compared, as it makes real ones.
+Everything else about these parts is tested on the CPU, in test_graphs, test_transfers and
+test_attention. The built-in model is used where pictures are compared, as it makes real ones.
 """
 
 import copy
@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from models.acceleration.attention import KERNELS, MeasuredAttention, cuda_timer
-from models.acceleration.compiling import CompiledUNet
 from models.acceleration.fusion import fuse, fuse_modules
 from models.acceleration.graphs import CudaRecorder, GraphedUNet, GraphLimits
 from models.acceleration.stack import Acceleration, accelerated
@@ -284,19 +283,6 @@ def test_attention_is_measured_and_keeps_the_result(builtin: Components) -> None
     torch.testing.assert_close(call(inputs), plain(inputs), atol=1e-2, rtol=1e-2)
     ((first, *_),) = call._orders.values()
     assert first in KERNELS
-
-
-@torch.inference_mode()
-def test_compiled_unet_is_swapped_in_and_recorded(builtin: Components) -> None:
-    plain = EagerUNet(builtin.unet)
-    call = CompiledUNet(builtin.unet, plain)
-    unet = GraphedUNet(call, [], CudaRecorder(builtin.unet.device), GraphLimits(2**31))
-    shares = make_shares(builtin, [2])
-    expected = unet(shares)
-    call.settle(540)
-
-    assert call.version == 1
-    torch.testing.assert_close(unet(shares), expected, atol=1e-2, rtol=1e-2)
 
 
 @torch.inference_mode()
