@@ -1,14 +1,13 @@
-"""Which attention kernel a size of UNet call gets on this device: the quickest, by measurement.
+"""Which attention kernel each call gets on this device: the quickest, by measurement.
 
 `torch.nn.functional.scaled_dot_product_attention` has several kernels; which is quickest depends on
-the card, the head width and the number of latent pixels, and torch's own order of preference does
-not look at any of them. On a CPU there is one kernel and nothing is measured.
+the card, the head width, the number of rows and of latent pixels, and torch's own order of
+preference does not look at any of them. On a CPU there is one kernel and nothing is measured.
 """
 
 import logging
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,14 +28,23 @@ KERNELS = (
 """Kernels by default priority. Plain matrix products are no candidate and only the last resort,
 because they need gigabytes at 1024×1024."""
 
-USUAL_ORDER = [*KERNELS, SDPBackend.MATH]
+Order: TypeAlias = tuple[SDPBackend, ...]
+
+USUAL_ORDER: Order = (*KERNELS, SDPBackend.MATH)
 
 MEASURED_CALLS = 10
-"""Timed calls per kernel and shape, after two warm-up calls. All shapes of a UNet take some ms."""
+"""Timed calls per kernel and shape, after two warm-up calls."""
+
+
+Strides: TypeAlias = tuple[int, ...]
 
 
 class AttentionShape(NamedTuple):
-    """An attention call: query `(rows, heads, tokens, width)`, key, value `(…, keys, …)`."""
+    """An attention call: query `(rows, heads, tokens, width)`, key, value `(…, keys, …)`.
+
+    A UNet's heads lie beside one another in memory, token by token. Kernels may be slower on that,
+    so strides are part of what is measured.
+    """
 
     rows: int
     heads: int
@@ -44,6 +52,16 @@ class AttentionShape(NamedTuple):
     keys: int
     width: int
     dtype: torch.dtype
+    query_strides: Strides
+    key_strides: Strides
+    value_strides: Strides
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> "AttentionShape":
+        """The shape of the call with these arguments."""
+        strides = (each.stride() for each in (query, key, value))
+        rows, heads, tokens, width = query.shape
+        return cls(rows, heads, tokens, key.shape[2], width, query.dtype, *strides)
 
 
 Timer: TypeAlias = Callable[[SDPBackend, AttentionShape], float | None]
@@ -51,9 +69,10 @@ Timer: TypeAlias = Callable[[SDPBackend, AttentionShape], float | None]
 
 
 class MeasuredAttention:
-    """A UNet call with the attention kernels that are quickest for its size.
+    """A UNet call whose attention calls each have the kernel that is quickest for their shape.
 
-    They are measured at the first call of a size, and keep their place for the life of the process.
+    Kernels are measured when a size first comes up with so many rows, and a shape keeps its kernel
+    for the life of the process.
     plain: makes the call kernel by kernel, so that what it needs can be seen.
     """
 
@@ -61,52 +80,66 @@ class MeasuredAttention:
         self._call = call
         self._plain = plain
         self._timer = timer
-        self._orders: dict[CallSize, list[SDPBackend]] = {}
+        self._known: set[tuple[CallSize, int]] = set()
+        self._orders: dict[AttentionShape, Order] = {}
 
     def __call__(self, inputs: UNetInputs) -> Tensor:
-        size = CallSize.of(inputs)
-        if size not in self._orders:
-            self._orders[size] = self._measure(inputs)
-        with in_order(self._orders.get(size, USUAL_ORDER)):
+        kind = CallSize.of(inputs), inputs.rows
+        if kind not in self._known:
+            self._measure(inputs)
+            self._known.add(kind)
+        with ChosenKernels(self._orders):
             return self._call(inputs)
 
-    def _measure(self, inputs: UNetInputs) -> list[SDPBackend]:
+    def _measure(self, inputs: UNetInputs) -> None:
         with AttentionCalls() as calls:
             self._plain(inputs)
-        order = quickest_first(calls.counts, self._timer)
-        size = CallSize.of(inputs)
-        logger.info("attention of %s: %s", size, ", ".join(each.name for each in order))
-        return order
+        for shape in calls.shapes - self._orders.keys():
+            order = quickest_first(shape, self._timer)
+            self._orders[shape] = order
+            logger.info("attention of %s: %s", shape, ", ".join(each.name for each in order))
 
 
-def in_order(kernels: list[SDPBackend]) -> AbstractContextManager[Any]:
+def in_order(kernels: Sequence[SDPBackend]) -> AbstractContextManager[Any]:
     """Inside, each attention call takes the first of these kernels that can do it."""
-    context: AbstractContextManager[Any] = sdpa_kernel(kernels, set_priority=True)
+    context: AbstractContextManager[Any] = sdpa_kernel([*kernels], set_priority=True)
     return context
 
 
-def quickest_first(counts: Mapping[AttentionShape, int], timer: Timer) -> list[SDPBackend]:
-    """All kernels, with the one in front that makes all these calls in the least time.
+def quickest_first(shape: AttentionShape, timer: Timer) -> Order:
+    """All kernels in the order of their times for a shape; those that do not take it come last."""
+    times = {kernel: timer(kernel, shape) for kernel in KERNELS}
+    timed = sorted((seconds, place) for place, seconds in enumerate(times.values()) if seconds)
+    first = [KERNELS[place] for _, place in timed]
+    return (*first, *(each for each in USUAL_ORDER if each not in first))
 
-    counts: how often a UNet call needs each shape. For a shape that a kernel does not take it is
-        charged with the slowest one that does.
-    """
-    totals = dict.fromkeys(KERNELS, 0.0)
-    for shape, count in counts.items():
-        times = {kernel: timer(kernel, shape) for kernel in KERNELS}
-        slowest = max((each for each in times.values() if each is not None), default=0.0)
-        for kernel, seconds in times.items():
-            totals[kernel] += count * (slowest if seconds is None else seconds)
-    first = min(KERNELS, key=lambda kernel: totals[kernel])
-    return [first, *(each for each in USUAL_ORDER if each != first)]
+
+class ChosenKernels(TorchFunctionMode):
+    """Inside, each attention call takes the kernels in the order that was found for its shape."""
+
+    def __init__(self, orders: Mapping[AttentionShape, Order]) -> None:
+        super().__init__()
+        self._orders = orders
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with in_order(self._orders.get(AttentionShape.of(*args[:3]), USUAL_ORDER)):
+            return func(*args, **(kwargs or {}))
 
 
 class AttentionCalls(TorchFunctionMode):
-    """Notes the shapes of the attention calls made inside. counts: how often each came up."""
+    """Notes the shapes of the attention calls made inside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[AttentionShape] = Counter()
+        self.shapes: set[AttentionShape] = set()
 
     def __torch_function__(
         self,
@@ -116,9 +149,7 @@ class AttentionCalls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            query, key = args[:2]
-            rows, heads, tokens, width = query.shape
-            self.counts[AttentionShape(rows, heads, tokens, key.shape[2], width, query.dtype)] += 1
+            self.shapes.add(AttentionShape.of(*args[:3]))
         return func(*args, **(kwargs or {}))
 
 
@@ -131,12 +162,12 @@ def cuda_timer(device: torch.device) -> Timer:
             began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             try:
-                query, key = random_pair(shape, device)
+                query, key, value = random_arguments(shape, device)
                 with sdpa_kernel([kernel]):
                     for number in range(2 + MEASURED_CALLS):
                         if number == 2:
                             began.record()
-                        torch.nn.functional.scaled_dot_product_attention(query, key, key)
+                        torch.nn.functional.scaled_dot_product_attention(query, key, value)
                     ended.record()
             except RuntimeError:  # not for this shape
                 return None
@@ -146,10 +177,14 @@ def cuda_timer(device: torch.device) -> Timer:
     return timer
 
 
-def random_pair(shape: AttentionShape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A query, and a key that may be the value too."""
-    query, key = (
-        torch.randn(shape.rows, shape.heads, tokens, shape.width, device=device, dtype=shape.dtype)
-        for tokens in (shape.tokens, shape.keys)
-    )
-    return query, key
+def random_arguments(shape: AttentionShape, device: torch.device) -> Iterator[Tensor]:
+    """Query, key and value, with the strides that the call's own have."""
+    for tokens, strides in (
+        (shape.tokens, shape.query_strides),
+        (shape.keys, shape.key_strides),
+        (shape.keys, shape.value_strides),
+    ):
+        size = (shape.rows, shape.heads, tokens, shape.width)
+        last = sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
+        memory = torch.randn(last + 1, device=device, dtype=shape.dtype)
+        yield memory.as_strided(size, strides)

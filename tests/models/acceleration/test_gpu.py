@@ -281,8 +281,7 @@ def test_attention_is_measured_and_keeps_the_result(builtin: Components) -> None
     inputs = UNetInputs.gather(make_shares(builtin, [2]))
 
     torch.testing.assert_close(call(inputs), plain(inputs), atol=1e-2, rtol=1e-2)
-    ((first, *_),) = call._orders.values()
-    assert first in KERNELS
+    assert {first for first, *_ in call._orders.values()} <= {*KERNELS}
 
 
 @torch.inference_mode()
