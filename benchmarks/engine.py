@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks import checkpoints, measure, report
 from benchmarks.orders import Order, make_orders, mixed_steps
 from benchmarks.rivals.plain import build_pipeline, paint
-from models.acceleration.stack import USUAL, Acceleration, accelerated
+from models.acceleration.stack import USUAL, Acceleration
 from models.diffusion.pipeline import InpaintPipeline
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.errors import OutOfMemory
@@ -79,9 +78,7 @@ class OurEngine:
     def __init__(
         self, folder: Path, most_in_flight: int, acceleration: Acceleration = USUAL
     ) -> None:
-        pipeline = InpaintPipeline(
-            checkpoints.load(folder), partial(accelerated, acceleration=acceleration)
-        )
+        pipeline = InpaintPipeline(checkpoints.load(folder), acceleration)
         limits = EngineLimits(max_generations=most_in_flight)
         self._engine = InpaintEngine(ModelPool.of(MODEL, pipeline), limits)
         self._ids = count()

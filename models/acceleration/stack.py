@@ -1,5 +1,7 @@
 """What makes UNet calls fast on a device, put together: `docs/engine.md` says why each part."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,28 +17,44 @@ class Acceleration:
     """What is done on a CUDA device; on others calls are plain.
 
     graph_memory_share: of the device's memory, 0 to 1, that CUDA graphs may hold; 0 makes none.
+    measures_attention: each attention call has the kernel that was quickest for its shape.
     is_reproducible: nothing that depends on load, on measurements or on the time since the start
         may move the last bits of a picture.
     """
 
     graph_memory_share: float = 0.1
+    measures_attention: bool = True
     is_reproducible: bool = False
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Inside, torch's libraries choose their algorithms as asked for here.
+
+        The setting is the process's, in which other pipelines may ask for something else.
+        """
+        before = torch.backends.cudnn.deterministic
+        # Or the algorithm may depend on how much memory is free for its workspace.
+        torch.backends.cudnn.deterministic = self.is_reproducible
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.deterministic = before
 
 
 USUAL = Acceleration()
 
 
 def accelerated(unet: Any, acceleration: Acceleration = USUAL) -> BatchedUNet:
-    """Calls of a UNet, on the device where its weights are and must stay."""
+    """Calls of a UNet, on the device where its weights are and must stay.
+
+    They are to be made while the acceleration is `in_force`.
+    """
     plain = EagerUNet(unet)
     device: torch.device = unet.device
     if device.type != "cuda":
         return GatheredUNet(plain)
     call: UNetCall = plain
-    if acceleration.is_reproducible:
-        # Or the algorithm may depend on how much memory is free for its workspace.
-        torch.backends.cudnn.deterministic = True
-    else:
+    if acceleration.measures_attention and not acceleration.is_reproducible:
         call = MeasuredAttention(call, plain, cuda_timer(device))
     if acceleration.graph_memory_share == 0:
         return GatheredUNet(call)

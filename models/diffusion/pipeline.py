@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
 from models.acceleration.fusion import fuse
-from models.acceleration.stack import accelerated
+from models.acceleration.stack import USUAL, Acceleration, accelerated
 from models.acceleration.transfers import host_tables
 from models.acceleration.unet import BatchedUNet, UNetRows
 from models.checkpoints.registry import Components
@@ -131,7 +131,8 @@ class Picture:
 class InpaintPipeline:
     """A checkpoint on a device.
 
-    call_batches: how UNet calls are made, from the UNet; pictures are the same up to rounding.
+    acceleration: what is done on a GPU; pictures are the same up to rounding.
+    call_batches: how UNet calls are made, from the UNet and that.
     weights_sha256: see `Components`.
     """
 
@@ -140,14 +141,16 @@ class InpaintPipeline:
     def __init__(
         self,
         components: Components,
-        call_batches: Callable[[Any], BatchedUNet] = accelerated,
+        acceleration: Acceleration = USUAL,
+        call_batches: Callable[[Any, Acceleration], BatchedUNet] = accelerated,
     ) -> None:
+        self._acceleration = acceleration
         # Convolutions are a fifth quicker with the channels last, on CPUs as on tensor cores.
         vae = components.vae.to(memory_format=torch.channels_last)
         unet = components.unet.to(memory_format=torch.channels_last)
         fuse(vae)
         fuse(unet)
-        self._unet = call_batches(unet)
+        self._unet = call_batches(unet, acceleration)
         self._schedulers = SchedulerSource(components.scheduler_config)
         self._colours: Colours | None = None
         self.weights_sha256 = components.weights_sha256
@@ -221,7 +224,7 @@ class InpaintPipeline:
         """
         if not self.has_safety_checker and any(params.must_be_checked for params, _ in jobs):
             raise NoSafetyChecker
-        with translated_errors():
+        with self._at_work():
             canvases = [
                 prepare_canvas(params, source.init_image, source.mask) for params, source in jobs
             ]
@@ -240,7 +243,7 @@ class InpaintPipeline:
         samples: of one latent size and one conditioning length; all else may differ.
         Raises: OutOfMemory, DeviceLost.
         """
-        with translated_errors():
+        with self._at_work():
             shares = [self._unet_rows(sample) for sample in samples]
             predictions = self._unet(shares)  # (rows, 4, h/8, w/8)
             split = torch.split(predictions, [share.rows for share in shares])
@@ -273,7 +276,7 @@ class InpaintPipeline:
         samples: denoised, of one latent size.
         Raises: UnusablePicture, OutOfMemory, DeviceLost.
         """
-        with translated_errors():
+        with self._at_work():
             latents = torch.cat([sample.latents for sample in samples])
             decoded, decoded_again = self._codec.decode(latents)  # (n, 3, h, w)
             generated = to_pictures(decoded)
@@ -305,7 +308,7 @@ class InpaintPipeline:
         """
         if sample.model_input is None or sample.prediction is None:
             return None
-        with translated_errors():
+        with self._at_work():
             if self._colours is None:
                 self._colours = fit_colours(self._encoder.latents_of)
             timestep = float(sample.timesteps[sample.step_index - 1])
@@ -332,6 +335,12 @@ class InpaintPipeline:
         if self.device.type == "cuda":
             with translated_errors():
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Around the calls of models."""
+        with translated_errors(), self._acceleration.in_force():
+            yield
 
     def _judge(
         self, samples: Sequence[Sample], images: Sequence[NDArray[np.uint8]]

@@ -1,6 +1,5 @@
 """`Checkpoints`: loads the checkpoints of the settings and places them on the worker's device."""
 
-import functools
 import os
 import time
 import warnings
@@ -12,7 +11,7 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
-from models.acceleration.stack import Acceleration, accelerated
+from models.acceleration.stack import Acceleration
 from models.checkpoints.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
 from models.checkpoints.manifests import check_downloads, check_files, manifest_path
 from models.checkpoints.registry import (
@@ -183,8 +182,8 @@ class Checkpoints:
         return digest_of_all([*weights, *found_loras])
 
     def _place_on(self, device: torch.device) -> Callable[[Components], InpaintPipeline]:
-        call_batches = functools.partial(accelerated, acceleration=self._acceleration())
-        return lambda components: InpaintPipeline(components.to(device), call_batches)
+        acceleration = self._acceleration()
+        return lambda components: InpaintPipeline(components.to(device), acceleration)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         return pick_dtype(device, self.settings.dtype)

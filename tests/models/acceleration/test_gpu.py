@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from models.acceleration.attention import KERNELS, MeasuredAttention, cuda_timer
 from models.acceleration.fusion import fuse, fuse_modules
 from models.acceleration.graphs import CudaRecorder, GraphedUNet, GraphLimits
-from models.acceleration.stack import Acceleration, accelerated
+from models.acceleration.stack import Acceleration
 from models.acceleration.unet import EagerUNet, GatheredUNet, UNetInputs, UNetRows
 from models.builtin.training.scenes import make_scene
 from models.checkpoints.families import Family
@@ -66,7 +66,7 @@ def load(name: str, dtype: torch.dtype, scratch: Path, device: str = "cuda:0") -
 
 
 def build(components: Components, acceleration: Acceleration) -> InpaintPipeline:
-    return InpaintPipeline(components, functools.partial(accelerated, acceleration=acceleration))
+    return InpaintPipeline(components, acceleration)
 
 
 def scene_source() -> Source:

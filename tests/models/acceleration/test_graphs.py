@@ -119,7 +119,7 @@ def test_result_outlives_the_next_replay(components: Components, recorder: HostR
 def test_pictures_are_those_of_plain_calls(components: Components, recorder: HostRecorder) -> None:
     """The whole loop: samples of all kinds end at different steps, so that calls shrink."""
     plain = InpaintPipeline(components)
-    other = InpaintPipeline(components, lambda unet: graphed(components, recorder))
+    other = InpaintPipeline(components, call_batches=lambda *_: graphed(components, recorder))
     latents = []
     for pipeline in (plain, other):
         samples: list[Sample] = [pipeline.prepare(each, SOURCE)[0] for each in MIXED_BATCH]
@@ -136,7 +136,7 @@ def test_scheduler_that_keeps_predictions_is_not_disturbed(
     """PNDM keeps them as they are; without guidance they come straight from the UNet."""
     params = make_params(scheduler=SchedulerName.PNDM, guidance_scale=1.0, num_inference_steps=6)
     plain = InpaintPipeline(components)
-    other = InpaintPipeline(components, lambda unet: graphed(components, recorder))
+    other = InpaintPipeline(components, call_batches=lambda *_: graphed(components, recorder))
     (expected,), (sample,) = (pipeline.prepare(params, SOURCE) for pipeline in (plain, other))
     denoise(plain, [expected])
     denoise(other, [sample])
@@ -155,7 +155,7 @@ def test_bucket_is_the_next_larger(components: Components, recorder: HostRecorde
 def test_warm_up_records_what_pictures_of_that_size_need(
     components: Components, recorder: HostRecorder
 ) -> None:
-    pipeline = InpaintPipeline(components, lambda unet: graphed(components, recorder))
+    pipeline = InpaintPipeline(components, call_batches=lambda *_: graphed(components, recorder))
     pipeline.warm_up()
     side_px = components.unet.config.sample_size * pipeline.latent_scale
     params = make_params(width=side_px, height=side_px, num_inference_steps=2)
