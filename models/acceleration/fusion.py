@@ -166,7 +166,8 @@ class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
     """A residual block whose sums are made where their numbers are read anyway.
 
     inner_bias: of the first convolution, and of the time embedding where there is one.
-    outer_bias: of the second convolution, and of the shortcut's where there is one.
+    outer_bias: of the second convolution, and of the shortcut's where there is one; in float32,
+        because a copy of a VAE that is made to be exact must not inherit a rounded sum.
     """
 
     inner_bias: Tensor
@@ -193,9 +194,9 @@ class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
         if block.time_emb_proj is not None:
             inner = inner + block.time_emb_proj.bias
         if block.conv_shortcut is not None:
-            outer = outer + block.conv_shortcut.bias
+            outer = outer.float() + block.conv_shortcut.bias
         block.register_buffer("inner_bias", inner.detach().clone(), persistent=False)
-        block.register_buffer("outer_bias", outer.detach().clone(), persistent=False)
+        block.register_buffer("outer_bias", outer.detach().float().clone(), persistent=False)
         block.__class__ = cls
 
     def forward(
