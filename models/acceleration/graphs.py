@@ -10,7 +10,7 @@ which is copied out, and of the weights, which must not move.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,7 +58,7 @@ class RecordingBroken(Exception):
 
 
 class Recording(Protocol):
-    """A call that can be made again. held_bytes: device memory it has taken."""
+    """A call that can be made again. held_bytes: device memory that its pool has grown by."""
 
     @property
     def output(self) -> Tensor: ...
@@ -96,16 +96,18 @@ class SizeRecordings:
 
     A pool gives its memory back as a whole, so there is one for each size and not one for all.
     used_at: the latest call that was of this size, counted from the first one.
+    held_bytes: device memory of the pool, with that of recordings that were dropped one by one.
     """
 
     pool: Any
     used_at: int = 0
+    held_bytes: int = 0
     by_rows: dict[int, tuple[UNetInputs, Recording]] = field(default_factory=dict)
 
-    @property
-    def held_bytes(self) -> int:
-        """Device memory of all of them."""
-        return sum(recording.held_bytes for _, recording in self.by_rows.values())
+    def add(self, rows: int, inputs: UNetInputs, recording: Recording) -> None:
+        """Keep a recording that was made in the pool."""
+        self.by_rows[rows] = inputs, recording
+        self.held_bytes += recording.held_bytes
 
 
 class GraphedUNet:
@@ -198,7 +200,7 @@ class GraphedUNet:
             self._is_broken = True
             self.release()
             return None
-        recordings.by_rows[rows] = inputs, recording
+        recordings.add(rows, inputs, recording)
         recordings.used_at = self._calls
         self._sizes[size] = recordings
         self._sizes.move_to_end(size)
@@ -265,12 +267,13 @@ class CudaRecorder:
             torch.cuda.synchronize()
             if free_bytes() < SPARE_BYTES:
                 torch.cuda.empty_cache()
-            free_before = free_bytes()
+            before = held_by(pool)
             try:
                 graph, output = self._capture(call, inputs, pool)
             finally:
                 torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
-            return CudaRecording(graph, output, max(0, free_before - free_bytes()))
+            after = held_by(pool)
+            return CudaRecording(graph, output, after - before)
 
     def _capture(
         self, call: UNetCall, inputs: UNetInputs, pool: Any
@@ -289,6 +292,23 @@ class CudaRecorder:
         except RuntimeError as error:
             raise RecordingBroken from error
         return graph, output
+
+
+def held_by(pool: Any) -> int:
+    """Device memory of a pool now."""
+    return pool_bytes(torch.cuda.memory_snapshot(), pool)  # type: ignore[no-untyped-call]
+
+
+def pool_bytes(segments: Iterable[Mapping[str, Any]], pool: Any) -> int:
+    """Device memory that torch's allocator holds for a pool, of a `memory_snapshot`.
+
+    The difference of free memory would count what other threads and processes take meanwhile.
+    """
+    return sum(
+        segment["total_size"]
+        for segment in segments
+        if tuple(segment["segment_pool_id"]) == tuple(pool)
+    )
 
 
 def free_bytes() -> int:

@@ -19,6 +19,7 @@ from models.acceleration.graphs import (
     GraphedUNet,
     GraphLimits,
     RecordingBroken,
+    pool_bytes,
 )
 from models.acceleration.stack import Acceleration, accelerated
 from models.acceleration.unet import EagerUNet, GatheredUNet, UNetInputs, UNetRows
@@ -229,12 +230,30 @@ def test_sizes_that_take_turns_are_not_recorded_at_each_turn(
 def test_other_rows_of_a_size_stay_when_one_more_finds_no_room(
     components: Components, recorder: HostRecorder
 ) -> None:
-    unet = graphed(components, recorder, max_bytes=2)
+    """What was dropped stays in the size's pool, whose memory goes back as a whole."""
+    unet = graphed(components, recorder, max_bytes=2, in_use_calls=6)
     for rows in (2, 4, 2, 4):
         unet(make_shares(components, [1] * rows))
 
     assert recorder.rows == [2, 4]
-    assert unet.held_bytes == 2
+    assert unet.held_bytes == 6
+
+    for _ in range(7):
+        unet(make_shares(components, [1], height=16))
+    assert unet.held_bytes == 1
+
+
+def test_memory_of_a_pool_is_what_the_allocator_holds_for_it() -> None:
+    """Not what is free on the device, which other threads and processes use too."""
+    segments = [
+        {"segment_pool_id": (0, 3), "total_size": 2_097_152},
+        {"segment_pool_id": (0, 0), "total_size": 20_971_520},
+        {"segment_pool_id": [0, 3], "total_size": 4_194_304},
+        {"segment_pool_id": (0, 4), "total_size": 1},
+    ]
+
+    assert pool_bytes(segments, (0, 3)) == 6_291_456
+    assert pool_bytes(segments, (0, 5)) == 0
 
 
 def test_what_alone_exceeds_the_budget_is_not_tried_again_soon(
