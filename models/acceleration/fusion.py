@@ -8,6 +8,7 @@ in between are rounded to half precision.
 import functools
 import importlib.util
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +23,29 @@ ALIGNED_CHANNELS = 8
 """Matrix products on tensor cores want rows of 16 bytes."""
 
 
-def fuse(model: Any) -> None:
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """Which parts are made faster. Each can be left out, so that what it gains can be measured.
+
+    norms: group norm with channels last, and residual blocks with their sums in it. lines: layer
+    norm. transformers: the result's memory order. gates: of the feed-forward layers. pixelwise:
+    convolutions of 1×1.
+    """
+
+    norms: bool = True
+    lines: bool = True
+    transformers: bool = True
+    gates: bool = True
+    pixelwise: bool = True
+
+
+ALL_FUSIONS = Fusions()
+
+
+def fuse(model: Any, fusions: Fusions = ALL_FUSIONS) -> None:
     """Make the parts of a UNet or VAE faster; on a CPU, or without Triton, nothing is changed."""
     if model.device.type == "cuda" and can_run(model.device):
-        fuse_modules(model)
+        fuse_modules(model, fusions)
 
 
 @functools.cache
@@ -43,25 +63,36 @@ def can_run(device: torch.device) -> bool:
     return True
 
 
-def fuse_modules(model: nn.Module) -> None:
+def fuse_modules(model: nn.Module, fusions: Fusions = ALL_FUSIONS) -> None:
     """The same, wherever the weights are."""
     modules: list[Any] = [*model.modules()]
     for module in modules:
-        if isinstance(module, nn.GroupNorm):
-            module.__class__ = LastChannelNorm
-        elif type(module) is nn.LayerNorm and module.bias is not None:
+        if type(module) is nn.LayerNorm and module.bias is not None and fusions.lines:
             module.__class__ = LineNorm
-        elif type(module) is Transformer2DModel and module.is_input_continuous:
+        elif is_transformer(module) and fusions.transformers:
             module.__class__ = FusedTransformer
-        elif type(module) is GEGLU:
+        elif type(module) is GEGLU and fusions.gates:
             module.__class__ = FusedGEGLU
-        elif isinstance(module, nn.Conv2d) and is_matrix_product(module):
+        elif isinstance(module, nn.Conv2d) and is_matrix_product(module) and fusions.pixelwise:
             module.__class__ = PixelwiseConv
-        elif type(module) is ResnetBlock2D and FusedResnetBlock.can_be(module):
-            FusedResnetBlock.settle(module)
-        if is_silu(getattr(module, "conv_act", None)) and module.conv_norm_out is not None:
-            module.conv_norm_out.is_activated = True
-            module.conv_act = nn.Identity()
+        elif fusions.norms:
+            fuse_norms(module)
+
+
+def fuse_norms(module: Any) -> None:
+    """Give a group norm, or what contains one, its quick form."""
+    if isinstance(module, nn.GroupNorm):
+        module.__class__ = LastChannelNorm
+    elif type(module) is ResnetBlock2D and FusedResnetBlock.can_be(module):
+        FusedResnetBlock.settle(module)
+    elif is_silu(getattr(module, "conv_act", None)) and module.conv_norm_out is not None:
+        module.conv_norm_out.is_activated = True
+        module.conv_act = nn.Identity()
+
+
+def is_transformer(module: Any) -> bool:
+    """Whether a module is attention over an image."""
+    return type(module) is Transformer2DModel and bool(module.is_input_continuous)
 
 
 def is_matrix_product(conv: nn.Conv2d) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from models.acceleration.attention import MeasuredAttention, cuda_timer
+from models.acceleration.fusion import ALL_FUSIONS, Fusions
 from models.acceleration.graphs import CudaRecorder, GraphedUNet, GraphLimits
 from models.acceleration.unet import BatchedUNet, EagerUNet, GatheredUNet, UNetCall
 
@@ -18,12 +19,14 @@ class Acceleration:
 
     graph_memory_share: of the device's memory, 0 to 1, that CUDA graphs may hold; 0 makes none.
     measures_attention: each attention call has the kernel that was quickest for its shape.
+    fusions: of UNet and VAE.
     is_reproducible: nothing that depends on load, on measurements or on the time since the start
         may move the last bits of a picture.
     """
 
     graph_memory_share: float = 0.1
     measures_attention: bool = True
+    fusions: Fusions = ALL_FUSIONS
     is_reproducible: bool = False
 
     @contextmanager
