@@ -43,12 +43,16 @@ from server.jobs.retention import Janitor
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
 from server.sandbox.pool import DecoderPool
-from server.storage.database import migrate, open_engine
+from server.storage.database import LISTENERS, migrate, open_engine
 from server.storage.files import Storage
 from server.webhooks.deliveries import DeliveryStore
 from server.webhooks.sender import WebhookSender
 
 logger = get_logger(__name__)
+
+SUPERVISOR_CONNECTIONS = 2
+"""The part of the process's database connections that is left to `cli/serve.py` and the supervisor
+of its workers, whose statements are few and short."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -121,7 +125,10 @@ def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
     """The started parts of the API process; leaving ends them in reverse order."""
     async with AsyncExitStack() as stack:
-        engine = open_engine(settings.sqlalchemy_url)
+        engine = open_engine(
+            settings.sqlalchemy_url,
+            connections=settings.database_connections - SUPERVISOR_CONNECTIONS - LISTENERS,
+        )
         stack.callback(engine.dispose)
         migrate(engine)
         services = build_services(settings, metrics, engine)

@@ -10,7 +10,7 @@ from server.core.settings import Settings
 
 def run_server(options: argparse.Namespace) -> int:
     """Listen, migrate, start workers, answer until SIGTERM or SIGINT."""
-    from server.api.app import create_app
+    from server.api.app import SUPERVISOR_CONNECTIONS, create_app
     from server.api.auth.keys import KeyStore
     from server.cli.announcements import announce, ready_announced
     from server.jobs.store import JobStore
@@ -28,7 +28,7 @@ def run_server(options: argparse.Namespace) -> int:
     with refusing():
         settings, command = prepare_server(options)
         raise_open_file_limit()
-        engine = open_migrated(settings.sqlalchemy_url)
+        engine = open_migrated(settings.sqlalchemy_url, SUPERVISOR_CONNECTIONS)
         has_keys = KeyStore(engine).has_keys()
         settings.refuse_open_server(has_keys)
         listeners = listen(settings)

@@ -481,6 +481,9 @@ class Settings(BaseSettings):
     """The database, SQLite or PostgreSQL. Its URL is `sqlite:////srv/jobs.db` or
     `postgresql://user:password@host/database`. Unset means SQLite in the data folder. libpq's
     parameters after a `?` override the server's own timeouts."""
+    database_connections: int = Field(default=20, ge=8)
+    """Connections to PostgreSQL that an API process may have open, all kinds counted. A worker has
+    at most 5."""
     model: str = "builtin"
     """The model that makes the pictures. It is an id of `models_file`, a hub id, a folder in
     diffusers layout or a `.safetensors` file."""

@@ -28,11 +28,16 @@ logger = get_logger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
-POOL_SIZE = 24
-"""Connections that a process keeps open in its pool."""
+SQLITE_POOL, SQLITE_OVERFLOW = 24, 26
+"""Connections to a SQLite file that a process keeps open, and those opened at a peak besides. With
+them every thread of `api/services.py` has one."""
 
-POOL_OVERFLOW = 26
-"""Connections opened at a peak besides. With them every thread of `api/services.py` has one."""
+CONNECTIONS = 16
+"""PostgreSQL connections of an engine whose caller has no budget. A server has a fixed number for
+all its clients, so a thread waits for one of these instead of opening another."""
+
+LISTENERS = 1
+"""Connections of a process besides those of its engines: `listener.py` holds it all the time."""
 
 POOL_TIMEOUT_S = 5
 """The longest wait for a free connection of the pool."""
@@ -165,25 +170,28 @@ def open_engine(
     sqlite_version: SqliteVersion = sqlite.sqlite_version_info,
     *,
     must_exist: bool = False,
+    connections: int = CONNECTIONS,
 ) -> Engine:
     """An engine for a SQLAlchemy URL. A missing folder of a SQLite file is created.
 
     Errors hide statement parameters, because prompts are among them and errors are logged.
     must_exist: never create the SQLite file; transactions fail until another process creates it.
+    connections: the most that are open to PostgreSQL at a time. At least 2, because a transaction
+        may read the database's clock on another one.
     """
     if make_url(url).get_backend_name() == "sqlite":
         return _open_sqlite(url, sqlite_version, must_exist)
-    return _open_postgresql(url)
+    return _open_postgresql(url, connections)
 
 
-def _open_postgresql(url: str) -> Engine:
+def _open_postgresql(url: str, connections: int) -> Engine:
     parsed = make_url(url)
     return create_engine(
         # In the URL, because a listening connection is opened from the URL too.
         parsed.set(drivername=POSTGRESQL, query=_limits(parsed.query)),
         pool_pre_ping=True,
-        pool_size=POOL_SIZE,
-        max_overflow=POOL_OVERFLOW,
+        pool_size=connections,
+        max_overflow=0,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
@@ -198,6 +206,7 @@ def _limits(own: Mapping[str, Any]) -> dict[str, Any]:
     }
     options = [f"-c {name}={seconds}s" for name, seconds in settings.items()]
     return {
+        "fallback_application_name": "inpaint-server",
         "connect_timeout": str(CONNECT_TIMEOUT_S),
         "tcp_user_timeout": str(DEAD_PEER_TIMEOUT_S * 1000),
         "keepalives": "1",
@@ -218,8 +227,8 @@ def _open_sqlite(url: str, version: SqliteVersion, must_exist: bool) -> Engine:
         module=sqlite,
         connect_args={"isolation_level": None},
         pool_use_lifo=True,
-        pool_size=POOL_SIZE,
-        max_overflow=POOL_OVERFLOW,
+        pool_size=SQLITE_POOL,
+        max_overflow=SQLITE_OVERFLOW,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,
     )
@@ -320,10 +329,10 @@ def migrate(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
-def open_migrated(url: str) -> Engine:
+def open_migrated(url: str, connections: int = CONNECTIONS) -> Engine:
     """`open_engine` and `migrate`. Raises: ValueError, with one sentence for the operator."""
     try:
-        engine = open_engine(url)
+        engine = open_engine(url, connections=connections)
         migrate(engine)
     except (SQLAlchemyError, sqlite.Error, CommandError, OSError, ValueError) as error:
         raise ValueError(why_unusable(url, error)) from error

@@ -73,6 +73,10 @@ replaces it."""
 DRAIN_S = 20.0
 """Time for running jobs after a request to stop; less than the supervisor's grace."""
 
+CONNECTIONS = 4
+"""Connections to PostgreSQL, of which the loop and the finalizer need one each. `LISTENERS` come on
+top."""
+
 FAILURES_OF_FIELDS = {
     "clip_skip": Failure.CLIP_SKIP_TOO_LARGE,
     "noise_spacing": Failure.NO_SUCH_NOISE_SPACING,
@@ -411,7 +415,7 @@ def run(
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()  # Our bar covers the whole checkpoint.
         library.set_verbosity_error()
-    engine = open_engine(settings.sqlalchemy_url, must_exist=True)
+    engine = open_engine(settings.sqlalchemy_url, must_exist=True, connections=CONNECTIONS)
     store = JobStore(engine)
     storage = Storage(settings.storage_url)
     worker = Worker(worker_id, device, settings, store, storage, stopping, parent)
