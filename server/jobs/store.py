@@ -99,7 +99,7 @@ INSERT_RECEIPT = insert(receipts)
 ANY_OVERDUE = select(jobs.c.id).where(IS_OVERDUE).limit(1)
 
 DEMAND = (
-    select(jobs.c.state, func.count().label("count"), func.min(jobs.c.created_at).label("oldest"))
+    select(jobs.c.state, func.count().label("jobs"), func.min(jobs.c.created_at).label("oldest"))
     .where(IS_LIVE)
     .group_by(jobs.c.state)
 )
@@ -407,8 +407,8 @@ class JobStore:
             found = {row.state: row for row in connection.execute(DEMAND)}
         queued, running = found.get(JobState.QUEUED), found.get(JobState.RUNNING)
         return Demand(
-            queued=0 if queued is None else queued.count,
-            running=0 if running is None else running.count,
+            queued=0 if queued is None else queued.jobs,
+            running=0 if running is None else running.jobs,
             oldest_wait_s=0 if queued is None else max(0.0, self._clock() - queued.oldest),
         )
 

