@@ -7,9 +7,10 @@ import asyncio
 import functools
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy import Engine
@@ -21,6 +22,8 @@ from models.imaging.decoding import ImageLimits
 from server.api import outputs, probes
 from server.api.auth.keyring import REFRESH_S, KeyRing
 from server.api.auth.keys import KeyStore
+from server.api.dialects.base import Dialect
+from server.api.dialects.document import write_document
 from server.api.dialects.registry import enabled_dialects, write_webhook
 from server.api.errors import answer_error
 from server.api.health import Health, Store, write_nothing
@@ -61,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises: ValueError for an unknown name in the setting `dialects`.
     """
     metrics = Metrics()
+    dialects = enabled_dialects(settings.dialects)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,14 +72,14 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.services = services
             yield
 
-    # No docs page: it would load its scripts from another host. /openapi.json describes the API.
+    # FastAPI's own `/docs` is off: it loads scripts from another host. The playground has a page.
     app = FastAPI(title="inpaint-server", lifespan=lifespan, openapi_url=None)
     app.state.metrics = metrics
-    app.add_route("/openapi.json", openapi_endpoint(app), include_in_schema=False)
-    for dialect in enabled_dialects(settings.dialects):
-        app.include_router(dialect.router)
-    app.include_router(outputs.router)
-    app.include_router(probes.router)
+    app.add_route("/openapi.json", openapi_endpoint(app, dialects), include_in_schema=False)
+    for dialect in dialects:
+        app.include_router(dialect.router, tags=[dialect.name])
+    app.include_router(outputs.router, tags=["pictures"])
+    app.include_router(probes.router, tags=["health"])
     if settings.playground:
         app.include_router(playground_router())
     for kind in (ApiError, RequestValidationError, HTTPException):
@@ -84,15 +88,18 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def openapi_endpoint(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
+def openapi_endpoint(
+    app: FastAPI, dialects: Sequence[Dialect]
+) -> Callable[[Request], Awaitable[Response]]:
     """The endpoint of `/openapi.json`: the description is made and encoded once."""
 
     @functools.cache
     def description() -> bytes:
-        return json.dumps(app.openapi()).encode()
+        return json.dumps(write_document(app, dialects)).encode()
 
     async def openapi(_request: Request) -> Response:
-        return Response(description(), media_type="application/json")
+        content = await to_thread.run_sync(description)  # the first time takes a second
+        return Response(content, media_type="application/json")
 
     return openapi
 

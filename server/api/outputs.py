@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import PurePath
+from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
@@ -53,8 +54,21 @@ PICTURE_HEADERS = {
 OUTPUT_HEADERS = {**PICTURE_HEADERS, "Cache-Control": "public, max-age=86400, immutable"}
 
 
+def describe_file(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of the answers of a call for a file."""
+    return {
+        200: {"description": "The file", "content": {each: {} for each in media_types}},
+        404: {"description": "There is no such file, or no longer"},
+        "default": {"description": "Any other error"},
+    }
+
+
 @router.head(f"/{OUTPUT_FOLDER}/{{name}}", include_in_schema=False)
-@router.get(f"/{OUTPUT_FOLDER}/{{name}}")
+@router.get(
+    f"/{OUTPUT_FOLDER}/{{name}}",
+    response_class=Response,
+    responses=describe_file("image/*", "text/plain"),
+)
 async def output(request: Request, services: ServicesOf, name: str) -> Response:
     """A picture, or its base64 text. It is streamed, so that only one piece is in memory."""
     if not PICTURE_NAME.fullmatch(name):
@@ -69,7 +83,9 @@ async def output(request: Request, services: ServicesOf, name: str) -> Response:
 
 
 @router.head(f"/{THUMBNAIL_PATH}/{{name}}", include_in_schema=False)
-@router.get(f"/{THUMBNAIL_PATH}/{{name}}")
+@router.get(
+    f"/{THUMBNAIL_PATH}/{{name}}", response_class=Response, responses=describe_file("image/webp")
+)
 async def thumbnail(request: Request, services: ServicesOf, name: str) -> Response:
     """A picture as a WebP of at most 256 pixels a side, made anew for each call.
 
@@ -105,7 +121,9 @@ def make_thumbnail(picture: bytes) -> bytes:
 
 
 @router.head(f"/{UPLOAD_FOLDER}/{{name}}", include_in_schema=False)
-@router.get(f"/{UPLOAD_FOLDER}/{{name}}")
+@router.get(
+    f"/{UPLOAD_FOLDER}/{{name}}", response_class=Response, responses=describe_file("image/*")
+)
 async def upload(request: Request, services: ServicesOf, name: str) -> Response:
     """A picture that a client uploaded, until it is removed. No cache keeps it longer."""
     if not UPLOADED_NAME.fullmatch(name):

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,19 +23,38 @@ REPORTED_STATES = ("ready", "loading")
 NOT_READY_HEADERS = {"Retry-After": "5"}
 
 
+READINESS_SCHEMA = {
+    "type": "object",
+    "required": ["status", "reason", "workers"],
+    "properties": {
+        "status": {"enum": ["ok", "unavailable"]},
+        "reason": {"type": "string", "description": "What is missing, and the number of workers"},
+        "workers": {
+            "type": "object",
+            "description": "Their number by state",
+            "additionalProperties": {"type": "integer"},
+        },
+    },
+}
+READINESS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": READINESS_SCHEMA}}}
+    for status, text in ((200, "Ready"), (503, "Not ready"))
+}
+
+
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
     """Liveness: the event loop answers."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=READINESS)
 async def readyz(services: ServicesOf) -> JSONResponse:
     """Readiness of this process, with the reason and the number of workers."""
     return to_probe_answer(await readiness(services), needs_worker=False)
 
 
-@router.get("/readyz/workers")
+@router.get("/readyz/workers", responses=READINESS)
 async def readyz_workers(services: ServicesOf) -> JSONResponse:
     """Readiness of this process and of at least one worker."""
     return to_probe_answer(await readiness(services), needs_worker=True)

@@ -12,6 +12,7 @@ from models.diffusion.enhance import Enhancement
 from models.imaging.extension import NO_EXTENSION, Extension
 from models.imaging.mask_reading import MaskRule
 from models.params import InpaintParams
+from server.api.dialects.openapi import Description
 from server.core.errors import ApiError, InvalidBody
 from server.core.notices import Notice
 from server.core.settings import StepsPolicy
@@ -105,6 +106,7 @@ class Dialect:
     owns: whether errors under a path are written in this dialect.
     write_error: the response for an error.
     write_webhook: the body of the webhook call for a job that has ended.
+    description: what OpenAPI's document says of it besides its calls.
     to_api_error: turns FastAPI's validation error of path, query or headers into an `ApiError`.
     exposed_headers: names of the answers' headers that web pages of other origins may read (CORS).
     """
@@ -114,5 +116,6 @@ class Dialect:
     owns: Callable[[str], bool]
     write_error: Callable[[ApiError, Request], Response]
     write_webhook: Callable[[Job], dict[str, Any]]
+    description: Description
     to_api_error: Callable[[RequestValidationError], ApiError] = invalid_body
     exposed_headers: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ MEDIA_TYPES = {
     ".js": "text/javascript",
     ".png": "image/png",
     ".svg": "image/svg+xml",
+    ".webp": "image/webp",
 }
 # The file that each path outside `/playground/` answers with.
 PAGES = {"/": "index.html", "/favicon.ico": "icon.svg"}

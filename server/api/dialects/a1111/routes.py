@@ -24,7 +24,7 @@ from server.api.dependencies import (
     get_caller,
     reading_policy,
 )
-from server.api.dialects.a1111 import catalogue, reading, sampling, writing
+from server.api.dialects.a1111 import catalogue, description, reading, sampling, writing
 from server.api.dialects.a1111.checkpoints import title_of
 from server.api.dialects.a1111.leftovers import to_code
 from server.api.dialects.a1111.png_info import read_png_info
@@ -61,13 +61,12 @@ async def get_policy(services: ServicesOf, caller: CallerOf) -> ReadingPolicy:
 
 PolicyOf = Annotated[ReadingPolicy, Depends(get_policy)]
 
-# A1111's own description is what its clients are written for, so `/openapi.json` has no other.
-router = APIRouter(prefix=PREFIX, dependencies=[Depends(get_caller)], include_in_schema=False)
+router = APIRouter(prefix=PREFIX, dependencies=[Depends(get_caller)])
 
 Read = Callable[[Mapping[str, Any], ReadingPolicy], tuple[JobRequest, Call]]
 
 
-@router.post("/img2img")
+@router.post("/img2img", **description.IMG2IMG)
 async def img2img(
     request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
 ) -> Response:
@@ -75,7 +74,7 @@ async def img2img(
     return await make(request, services, fields, caller, reading.read_img2img)
 
 
-@router.post("/txt2img")
+@router.post("/txt2img", **description.TXT2IMG)
 async def txt2img(
     request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
 ) -> Response:
@@ -119,7 +118,7 @@ async def submit(
     return job, call
 
 
-@router.get("/progress")
+@router.get("/progress", **description.PROGRESS)
 async def progress(
     services: ServicesOf,
     caller: CallerOf,
@@ -135,14 +134,14 @@ async def progress(
     return writing.to_response(writing.write_progress(job, await eta_s(services, job), preview))
 
 
-@router.post("/interrupt")
+@router.post("/interrupt", **description.EMPTY_OBJECT)
 async def interrupt(services: ServicesOf, caller: CallerOf) -> Response:
     """Cancel the caller's own running jobs; where none runs, those that wait."""
     await cancel_own_jobs(services, caller.key_id)
     return writing.to_response({})
 
 
-@router.post("/skip")
+@router.post("/skip", **description.NOTHING)
 async def skip(services: ServicesOf, caller: CallerOf) -> Response:
     """As `interrupt`, because the pictures of a call are made side by side."""
     await cancel_own_jobs(services, caller.key_id)
@@ -186,39 +185,44 @@ async def read_preview(services: Services, job: Job) -> bytes | None:
         return None
 
 
-@router.get("/options")
+@router.get("/options", **description.OPTIONS)
 async def read_options(services: ServicesOf) -> Response:
+    """What holds for a call that overrides nothing."""
     return writing.to_response(catalogue.write_options(services.settings.offered_models))
 
 
-@router.post("/options")
+@router.post("/options", **description.SET_OPTIONS)
 async def set_options(fields: FieldsOf, policy: PolicyOf) -> Response:
     """Refuse every change, because options would hold for all clients."""
     catalogue.refuse_changes(fields, policy)
     return writing.to_response(None)
 
 
-@router.get("/sd-models")
+@router.get("/sd-models", **description.LISTS["sd-models"])
 async def list_models(services: ServicesOf) -> Response:
+    """The models that a call may name."""
     return writing.to_response(catalogue.list_models(services.settings.offered_models))
 
 
-@router.get("/loras")
+@router.get("/loras", **description.LISTS["loras"])
 async def list_loras(services: ServicesOf) -> Response:
+    """The LoRAs that a prompt may name."""
     return writing.to_response(catalogue.list_loras(services.settings.offered_loras))
 
 
-@router.get("/samplers")
+@router.get("/samplers", **description.LISTS["samplers"])
 async def list_samplers() -> Response:
+    """The samplers by A1111's names."""
     return writing.to_response(sampling.list_samplers())
 
 
-@router.get("/schedulers")
+@router.get("/schedulers", **description.LISTS["schedulers"])
 async def list_schedulers() -> Response:
+    """A1111's names of noise spacings."""
     return writing.to_response(sampling.list_schedulers())
 
 
-@router.post("/png-info")
+@router.post("/png-info", **description.PNG_INFO)
 async def png_info(fields: FieldsOf) -> Response:
     """What is written in a PNG about how it was made."""
     reader = FieldReader(fields)
@@ -238,9 +242,13 @@ def answering(body: Any) -> Callable[[], Awaitable[Response]]:
 
 
 for name, body in catalogue.NONE_HERE.items():
-    router.add_api_route(f"/{name}", answering(body), methods=["GET"])
+    router.add_api_route(
+        f"/{name}", answering(body), methods=["GET"], **description.describe_constant(name, body)
+    )
 for name in catalogue.REFRESHED:
-    router.add_api_route(f"/{name}", answering(None), methods=["POST"])
+    router.add_api_route(
+        f"/{name}", answering(None), methods=["POST"], **description.describe_constant(name, None)
+    )
 
 
 def owns(path: str) -> bool:
@@ -254,4 +262,5 @@ A1111 = Dialect(
     owns=owns,
     write_error=writing.write_error,
     write_webhook=writing.write_webhook,
+    description=description.DESCRIPTION,
 )

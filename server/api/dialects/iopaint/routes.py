@@ -1,7 +1,6 @@
 """IOPaint's API: a call that waits for its picture, and the calls that its page makes first."""
 
 from pathlib import PurePath
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -11,44 +10,16 @@ from server.api.auth.keyring import Caller
 from server.api.bodies import parsed, read_fields, release_body
 from server.api.dependencies import CallerOf, ServicesOf, base_url_of, called_url_of, reading_policy
 from server.api.dialects.base import Dialect
-from server.api.dialects.iopaint import captions, reading, writing
+from server.api.dialects.iopaint import captions, description, reading, writing
 from server.api.dialects.waiting import read_pictures, wait_for_pictures
 from server.api.services import Services
 from server.core.errors import ImageProblem, ImageUnavailable, InvalidRequest
 from server.jobs.job import Job
 
-router = APIRouter(prefix=writing.PREFIX, tags=["iopaint"])
+router = APIRouter(prefix=writing.PREFIX)
 
 
-INPAINT_OPENAPI: dict[str, Any] = {
-    "requestBody": {
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image", "mask"],
-                    "properties": {
-                        "image": {"type": "string", "description": "Data URI or base64"},
-                        "mask": {"type": "string", "description": "The same; white is repainted"},
-                        "prompt": {"type": "string"},
-                        "negative_prompt": {"type": "string"},
-                        "sd_steps": {"type": "integer", "default": reading.DEFAULT_STEPS},
-                        "sd_strength": {"type": "number", "default": 1.0},
-                        "sd_guidance_scale": {"type": "number", "default": 7.5},
-                        "sd_sampler": {"type": "string", "default": reading.DEFAULT_SAMPLER},
-                        "sd_seed": {"type": "integer", "default": reading.DEFAULT_SEED},
-                        "sd_mask_blur": {"type": "integer", "default": 11},
-                        "sd_match_histograms": {"type": "boolean", "default": False},
-                        "use_croper": {"type": "boolean", "default": False},
-                    },
-                }
-            }
-        }
-    }
-}
-
-
-@router.post("/inpaint", response_class=Response, openapi_extra=INPAINT_OPENAPI)
+@router.post("/inpaint", response_class=Response, **description.INPAINT)
 async def inpaint(request: Request, services: ServicesOf, caller: CallerOf) -> Response:
     """Repaint the white part of a mask; the answer is the picture's file."""
     job, ignored = await submit(request, services, caller)
@@ -75,19 +46,19 @@ async def submit(request: Request, services: Services, caller: Caller) -> tuple[
     return submitted.job, ignored
 
 
-@router.get("/server-config")
+@router.get("/server-config", **description.SERVER_CONFIG)
 async def server_config(services: ServicesOf, _caller: CallerOf) -> JSONResponse:
     """What the page may show."""
     return JSONResponse(writing.write_server_config(services.settings.model))
 
 
-@router.get("/model")
+@router.get("/model", **description.MODEL)
 async def current_model(services: ServicesOf, _caller: CallerOf) -> JSONResponse:
     """The server's model."""
     return JSONResponse(writing.write_model(services.settings.model))
 
 
-@router.post("/model")
+@router.post("/model", **description.SWITCH_MODEL)
 async def switch_model(request: Request, services: ServicesOf, _caller: CallerOf) -> JSONResponse:
     """The server's model, if it is named: one caller cannot switch it for all others."""
     fields = await read_fields(request, services.settings.max_body_bytes)
@@ -97,19 +68,19 @@ async def switch_model(request: Request, services: ServicesOf, _caller: CallerOf
     return JSONResponse(writing.write_model(model))
 
 
-@router.get("/samplers")
+@router.get("/samplers", **description.SAMPLERS)
 async def samplers(_caller: CallerOf) -> list[str]:
     """IOPaint's samplers that this server has."""
     return reading.offered_samplers()
 
 
-@router.get("/inputimage")
+@router.get("/inputimage", **description.INPUT_IMAGE)
 async def input_image(_caller: CallerOf) -> JSONResponse:
     """The picture that IOPaint's command line opens; there is none here."""
     return JSONResponse({"detail": "No input image configured"})
 
 
-@router.post("/gen-info")
+@router.post("/gen-info", **description.GEN_INFO)
 async def gen_info(request: Request, services: ServicesOf, _caller: CallerOf) -> JSONResponse:
     """The prompts that are written into a PNG, which the page fills in."""
     fields = await read_fields(request, services.settings.max_body_bytes)
@@ -126,5 +97,6 @@ IOPAINT = Dialect(
     owns=writing.owns,
     write_error=writing.write_error,
     write_webhook=writing.write_webhook,
+    description=description.DESCRIPTION,
     exposed_headers=writing.EXPOSED_HEADERS,
 )

@@ -1,12 +1,11 @@
 """The native dialect's errors: RFC 9457 problems from a closed list of codes and sentences."""
 
-from typing import Any
-
 from pydantic import BaseModel, Field
 
 from models.params import RANGES
-from server.api.dialects.explanations import CONFLICTS, EXPLANATIONS, IMAGE_SENTENCES, explain
+from server.api.dialects.explanations import IMAGE_SENTENCES, explain
 from server.api.dialects.native.reading import FieldProblem, write_field_problem
+from server.api.dialects.openapi import Responses, Schema, errors
 from server.core.errors import ApiError, DeadlineUnmeetable, ImageUnavailable, InvalidRequest
 
 MEDIA_TYPE = "application/problem+json"
@@ -76,27 +75,12 @@ def write_field(name: str, problem: FieldProblem) -> FieldError:
     return FieldError(field=shown, code=problem.value, message=message)
 
 
-def declare(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's description of an endpoint's errors; those of every endpoint are added.
-
-    The default stops FastAPI from adding its own form of validation error.
-    """
-    declared: dict[int | str, dict[str, Any]] = {
-        status: describe_answer(titles_of(status))
-        for status in sorted({*statuses, 401, 403, 429, 503, 500})
-    }
-    # One reference by class makes FastAPI list the schema that the others name.
-    return declared | {"default": {"model": Problem, **describe_answer("Any other error")}}
+def declare(*statuses: int) -> Responses:
+    """OpenAPI's description of an endpoint's errors; those of every endpoint are added."""
+    return errors("Problem", statuses, MEDIA_TYPE)
 
 
-def describe_answer(text: str) -> dict[str, Any]:
-    """A problem in OpenAPI, under the media type it is sent with."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {"description": text, "content": content}
-
-
-def titles_of(status: int) -> str:
-    """The titles of all problems with one status."""
-    titles = [title for each, _, title in EXPLANATIONS.values() if each == status]
-    titles += [title for each, title in CONFLICTS.values() if each == status]
-    return "; ".join(titles)
+def schemas() -> dict[str, Schema]:
+    """The schemas that `declare` refers to, by name."""
+    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**problem.pop("$defs"), "Problem": problem}

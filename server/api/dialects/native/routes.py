@@ -6,18 +6,16 @@ are raised; `server/api/errors.py` turns them into problems through `write_error
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.responses import JSONResponse, StreamingResponse
 
 from server.api.accept import accept
-from server.api.auth.keyring import Caller, key_in_headers
 from server.api.bodies import parsed, read_json
 from server.api.dependencies import (
+    CallerOf,
     ServicesOf,
-    admit,
     base_url_of,
     called_url_of,
     cancel,
@@ -26,7 +24,7 @@ from server.api.dependencies import (
 )
 from server.api.dialects.base import Dialect, JobRequest
 from server.api.dialects.explanations import headers_of
-from server.api.dialects.native import events, problems, reading, replays, writing
+from server.api.dialects.native import description, events, problems, reading, replays, writing
 from server.api.dialects.native.problems import declare
 from server.api.dialects.native.writing import (
     DeliveryAnswer,
@@ -43,30 +41,12 @@ from server.jobs.job import Job, JobState, Submitted
 from server.jobs.outbox import DeliveryState
 from server.jobs.watcher import Subscription
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter()
 
 MAX_PAGE = 100
 IDEMPOTENCY_KEY, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """`no` makes nginx pass on each event at once instead of buffering it."""
-
-Bearer = HTTPBearer(auto_error=False, description="The API key")
-KeyHeader = APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key")
-
-
-async def get_caller(
-    request: Request,
-    _bearer: Annotated[HTTPAuthorizationCredentials | None, Security(Bearer)],
-    _key: Annotated[str | None, Security(KeyHeader)],
-) -> Caller:
-    """The caller. The parameters only name both schemes for OpenAPI.
-
-    Raises: InvalidApiKey, RateLimited.
-    """
-    return admit(request, key_in_headers(request.headers))
-
-
-CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 async def get_key_id(caller: CallerOf) -> str:
@@ -80,12 +60,6 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Entries of a page")
 Before = Annotated[
     int | None, Query(ge=1, le=2**63 - 1, description="Jobs with smaller ids only: the next page")
 ]
-
-
-def describe_body(model: Any) -> dict[str, Any]:
-    """OpenAPI's description of a body that FastAPI does not read, because it sets no limits."""
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def get_body(request: Request, services: ServicesOf, _caller: CallerOf) -> bytes:
@@ -137,7 +111,7 @@ SubscriptionOf = Annotated[Subscription, Depends(get_subscription)]
         200: {"model": JobAnswer, "description": "Accepted before, with the same key"},
         **declare(400, 409, 413, 422),
     },
-    openapi_extra=describe_body(reading.NativeRequest),
+    openapi_extra=description.NEW_JOB,
 )
 async def create_job(
     request: Request,
@@ -306,7 +280,7 @@ async def list_deliveries(
 @router.post(
     "/api/webhooks/ping",
     responses=declare(400, 413, 422),
-    openapi_extra=describe_body(reading.PingRequest),
+    openapi_extra=description.PING,
 )
 async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnswer:
     """Send a signed test event to a URL, as a webhook would be sent, and report the answer.
@@ -367,5 +341,6 @@ NATIVE = Dialect(
     owns=problems.is_native,
     write_error=write_error,
     write_webhook=writing.write_webhook,
+    description=description.DESCRIPTION,
     to_api_error=reading.to_call_error,
 )

@@ -25,7 +25,7 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect, JobRequest, ReadingPolicy
-from server.api.dialects.openai import reading, writing
+from server.api.dialects.openai import description, reading, writing
 from server.api.dialects.openai.reading import Call
 from server.api.dialects.openai.stream import PictureStream
 from server.api.dialects.waiting import read_pictures, wait_for_pictures, with_pictures
@@ -46,13 +46,12 @@ async def get_cleanup() -> AsyncIterator[AsyncExitStack]:
 
 CleanupOf = Annotated[AsyncExitStack, Depends(get_cleanup)]
 
-# OpenAI's own description is what its clients are written for, so `/openapi.json` has no other.
-router = APIRouter(include_in_schema=False)
+router = APIRouter()
 
 Read = Callable[[Mapping[str, Any], ReadingPolicy], tuple[JobRequest, Call]]
 
 
-@router.post("/v1/images/edits")
+@router.post("/v1/images/edits", **description.EDIT)
 async def edit(
     request: Request, services: ServicesOf, caller: CallerOf, cleanup: CleanupOf
 ) -> Response:
@@ -61,7 +60,7 @@ async def edit(
     return await answer(request, services, caller, cleanup, (job, call))
 
 
-@router.post("/v1/images/generations")
+@router.post("/v1/images/generations", **description.GENERATION)
 async def generate(
     request: Request, services: ServicesOf, caller: CallerOf, cleanup: CleanupOf
 ) -> Response:
@@ -136,13 +135,13 @@ def open_stream(
     return StreamingResponse(stream.events(), 200, STREAM_HEADERS, "text/event-stream")
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **description.MODELS)
 async def list_models(services: ServicesOf, caller: CallerOf) -> JSONResponse:
     """The models that a call may name."""
     return JSONResponse(writing.write_models(reading_policy(services.settings, caller)))
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name}", **description.MODEL_CALL)
 async def read_model(services: ServicesOf, caller: CallerOf, name: str) -> JSONResponse:
     """A model by its id or alias. Raises: RouteNotFound."""
     if reading.find_model(name, reading_policy(services.settings, caller)) is None:
@@ -162,4 +161,5 @@ OPENAI = Dialect(
     owns=owns,
     write_error=writing.write_error,
     write_webhook=writing.write_webhook,
+    description=description.DESCRIPTION,
 )

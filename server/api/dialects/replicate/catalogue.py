@@ -7,7 +7,7 @@ import hashlib
 from pathlib import PurePath
 from typing import Any
 
-from models.params import RANGES, OutputFormat
+from models.params import RANGES, OutputFormat, Range
 from server.api.dialects.base import ReadingPolicy
 
 OWNER = "inpaint-server"
@@ -47,7 +47,15 @@ INPUTS: dict[str, tuple[str, str, Any]] = {
 }
 """Type, description and default of each input."""
 
-RANGE_NAMES = {"num_outputs": "samples", "prompt_strength": "strength"}
+STRENGTH_RANGE = Range(0, 1)
+OWN_RANGES = {
+    "num_outputs": RANGES["samples"],
+    "strength": STRENGTH_RANGE,
+    "prompt_strength": STRENGTH_RANGE,
+    "seed": None,
+}
+"""Ranges that differ from those of the parameter with the same name; None for any number."""
+
 FILES = ("image", "mask")
 
 
@@ -83,7 +91,7 @@ def input_schema() -> dict[str, Any]:
 def describe_input(name: str, order: int) -> dict[str, Any]:
     """The JSON schema of one input. order: where forms show it."""
     kind, text, default = INPUTS[name]
-    allowed = RANGES.get(RANGE_NAMES.get(name, name))
+    allowed = OWN_RANGES.get(name, RANGES.get(name))
     described: dict[str, Any] = {
         "type": kind,
         "title": name.replace("_", " ").capitalize(),

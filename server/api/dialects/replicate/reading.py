@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.params import RANGES, OutputFormat, Range
+from models.params import RANGES, OutputFormat
 from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.fields import FieldReader
 from server.api.dialects.replicate.catalogue import (
@@ -13,6 +13,7 @@ from server.api.dialects.replicate.catalogue import (
     DEFAULT_STEPS,
     FORMATS,
     INPUTS,
+    STRENGTH_RANGE,
     find_model,
     public_name,
     version_of,
@@ -24,7 +25,6 @@ from server.jobs.job import Job
 
 DIALECT = "replicate"
 
-STRENGTH_RANGE = Range(0, 1)
 IMAGE_STRENGTH = 0.8
 """The default for an image without a mask; with a mask it is 1."""
 

@@ -21,7 +21,7 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect
-from server.api.dialects.replicate import catalogue, reading, writing
+from server.api.dialects.replicate import description, reading, writing
 from server.api.dialects.uploads import Upload, store_upload
 from server.api.dialects.waiting import read_pictures
 from server.api.services import Services
@@ -29,7 +29,7 @@ from server.core.errors import ImageProblem, ImageUnavailable, JobFailed, RouteN
 from server.jobs.job import UPLOAD_FOLDER, UPLOAD_NAME, Job
 from server.jobs.retention import HOUR_S
 
-router = APIRouter(tags=["replicate"])
+router = APIRouter()
 
 PAGE = 20
 FILE_NAME = re.compile(UPLOAD_NAME)
@@ -43,22 +43,7 @@ async def get_job(services: ServicesOf, caller: CallerOf, prediction_id: str) ->
 JobOf = Annotated[Job, Depends(get_job)]
 
 
-def describe_body() -> dict[str, Any]:
-    """OpenAPI's description of a prediction's body, which is read leniently."""
-    properties = {
-        "version": {"type": "string", "description": "owner/name, owner/name:version or version"},
-        "input": catalogue.input_schema(),
-        "webhook": {"type": "string", "description": "Called when the prediction has completed"},
-        "webhook_events_filter": {
-            "type": "array",
-            "items": {"type": "string", "enum": [*reading.EVENTS]},
-        },
-    }
-    schema = {"type": "object", "required": ["input"], "properties": properties}
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
-
-
-@router.post("/v1/predictions", status_code=201, openapi_extra=describe_body())
+@router.post("/v1/predictions", status_code=201, **description.CREATE)
 async def create_prediction(
     request: Request, services: ServicesOf, caller: CallerOf
 ) -> JSONResponse:
@@ -67,7 +52,7 @@ async def create_prediction(
 
 
 @router.post(
-    "/v1/models/{owner}/{name}/predictions", status_code=201, openapi_extra=describe_body()
+    "/v1/models/{owner}/{name}/predictions", status_code=201, **description.CREATE_OF_MODEL
 )
 async def create_prediction_of_model(
     request: Request, services: ServicesOf, caller: CallerOf, owner: str, name: str
@@ -119,7 +104,7 @@ async def output_of(services: Services, job: Job, base_url: str) -> list[str] | 
     return [writing.data_uri(each, job.params.output_format) for each in pictures]
 
 
-@router.get("/v1/predictions")
+@router.get("/v1/predictions", **description.LIST)
 async def list_predictions(
     request: Request, services: ServicesOf, caller: CallerOf, cursor: str = ""
 ) -> JSONResponse:
@@ -144,13 +129,13 @@ async def list_predictions(
     return JSONResponse(body)
 
 
-@router.get("/v1/predictions/{prediction_id}")
+@router.get("/v1/predictions/{prediction_id}", **description.PREDICTION)
 async def read_prediction(request: Request, services: ServicesOf, job: JobOf) -> JSONResponse:
     """A prediction, as far as it is."""
     return await answer(request, services, job)
 
 
-@router.post("/v1/predictions/{prediction_id}/cancel")
+@router.post("/v1/predictions/{prediction_id}/cancel", **description.PREDICTION)
 async def cancel_prediction(request: Request, services: ServicesOf, job: JobOf) -> JSONResponse:
     """Cancel a prediction. One that has ended stays as it is."""
     return await answer(request, services, await cancel(services, job))
@@ -163,18 +148,7 @@ async def answer(request: Request, services: Services, job: Job) -> JSONResponse
     return JSONResponse(writing.write_prediction(job, base_url, output))
 
 
-UPLOAD_SCHEMA = {
-    "type": "object",
-    "required": ["content"],
-    "properties": {"content": {"type": "string", "format": "binary"}},
-}
-
-
-@router.post(
-    "/v1/files",
-    status_code=201,
-    openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": UPLOAD_SCHEMA}}}},
-)
+@router.post("/v1/files", status_code=201, **description.CREATE_FILE)
 async def create_file(request: Request, services: ServicesOf, caller: CallerOf) -> JSONResponse:
     """Store a picture for the predictions that follow. Its metadata is not kept."""
     fields = await read_fields(request, services.settings.max_body_bytes)
@@ -186,7 +160,7 @@ async def create_file(request: Request, services: ServicesOf, caller: CallerOf) 
     return JSONResponse(write_file(services, upload, content, time.time()), 201)
 
 
-@router.get("/v1/files/{file_id}")
+@router.get("/v1/files/{file_id}", **description.FILE)
 async def read_file(
     request: Request, services: ServicesOf, _caller: CallerOf, file_id: str
 ) -> JSONResponse:
@@ -217,7 +191,7 @@ def write_file(
     return writing.write_file(upload, content, created_at, kept_s)
 
 
-@router.get("/v1/models/{owner}/{name}")
+@router.get("/v1/models/{owner}/{name}", **description.MODEL)
 async def read_model(
     request: Request, services: ServicesOf, caller: CallerOf, owner: str, name: str
 ) -> JSONResponse:
@@ -227,7 +201,7 @@ async def read_model(
     return JSONResponse(writing.write_model(owner, name, version, base_url))
 
 
-@router.get("/v1/models/{owner}/{name}/versions")
+@router.get("/v1/models/{owner}/{name}/versions", **description.VERSIONS)
 async def list_versions(
     services: ServicesOf, caller: CallerOf, owner: str, name: str
 ) -> JSONResponse:
@@ -242,13 +216,13 @@ def version_behind(services: Services, caller: Caller, name: str) -> str:
     return facts.version
 
 
-@router.get("/v1/models/{owner}/{name}/versions/{version}")
+@router.get("/v1/models/{owner}/{name}/versions/{version}", **description.VERSION)
 async def read_version(_caller: CallerOf, owner: str, name: str, version: str) -> JSONResponse:
     """A version by any id: all have the same inputs. Clients ask for it after a prediction."""
     return JSONResponse(writing.write_version(version))
 
 
-@router.get("/v1/account")
+@router.get("/v1/account", **description.ACCOUNT)
 async def read_account(caller: CallerOf) -> JSONResponse:
     """Whose key it is."""
     return JSONResponse(writing.write_account(caller))
@@ -260,4 +234,5 @@ REPLICATE = Dialect(
     owns=writing.owns,
     write_error=writing.write_error,
     write_webhook=writing.write_webhook,
+    description=description.DESCRIPTION,
 )

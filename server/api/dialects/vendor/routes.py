@@ -6,9 +6,9 @@ for pictures is held until its job ends, at most for the hold time.
 
 import base64
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
@@ -209,55 +209,35 @@ def write_error(error: ApiError, request: Request) -> Response:
 def make_router(families: Iterable[Family]) -> APIRouter:
     """The calls for pictures and the fetches of families."""
     router = APIRouter()
+
+    def post(path: str, endpoint: Callable[..., Any], described: description.Call) -> None:
+        router.add_api_route(path, endpoint, methods=["POST"], **described)
+
     for family in families:
         for path, task in family.paths.items():
-            router.add_api_route(
-                path,
-                PictureCall(family, task).answer,
-                methods=["POST"],
-                openapi_extra=description.describe_call(family, task),
-                summary=task.value,
-            )
+            post(path, PictureCall(family, task).answer, description.describe_call(family, task))
         fetch, path = FetchCalls(family), f"{family.prefix}/fetch"
-        router.add_api_route(
-            path, fetch.by_field, methods=["POST"], openapi_extra=description.FETCH_OPENAPI
-        )
-        router.add_api_route(
-            f"{path}/{{job_id}}",
-            fetch.by_path,
-            methods=["POST"],
-            openapi_extra=description.KEY_OPENAPI,
-        )
+        post(path, fetch.by_field, description.describe_fetch(family, by_field=True))
+        by_path = description.describe_fetch(family, by_field=False)
+        post(f"{path}/{{job_id}}", fetch.by_path, by_path)
     return router
 
 
 def make_v3_router() -> APIRouter:
     """V3, with the calls that only it has."""
     router = make_router([V3_FAMILY])
-    router.add_api_route(
-        "/api/v3/base64_crop",
-        upload,
-        methods=["POST"],
-        openapi_extra=description.describe_upload("image"),
-    )
-    router.add_api_route(
-        "/api/v3/system_load",
-        system_load,
-        methods=["POST"],
-        openapi_extra=description.KEY_OPENAPI,
-    )
+    crop = description.describe_upload("V3", "image")
+    router.add_api_route("/api/v3/base64_crop", upload, methods=["POST"], **crop)
+    load = description.SYSTEM_LOAD
+    router.add_api_route("/api/v3/system_load", system_load, methods=["POST"], **load)
     return router
 
 
 def make_later_router() -> APIRouter:
     """All families but V3."""
     router = make_router(family for family in FAMILIES if family.is_later)
-    router.add_api_route(
-        "/api/v6/base64_to_url",
-        upload,
-        methods=["POST"],
-        openapi_extra=description.describe_upload("base64_string"),
-    )
+    to_url = description.describe_upload("Vendor", "base64_string")
+    router.add_api_route("/api/v6/base64_to_url", upload, methods=["POST"], **to_url)
     return router
 
 
@@ -267,6 +247,7 @@ VENDOR = Dialect(
     owns=is_later_path,
     write_error=write_error,
     write_webhook=writing.write_webhook,
+    description=description.LATER_DESCRIPTION,
 )
 """The vendor's APIs after V3. It stands before `V3`, which owns all paths below `/api/`."""
 
@@ -276,4 +257,5 @@ V3 = Dialect(
     owns=lambda path: path.startswith("/api/"),
     write_error=write_error,
     write_webhook=writing.write_webhook,
+    description=description.V3_DESCRIPTION,
 )
