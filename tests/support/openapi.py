@@ -50,7 +50,9 @@ class Call:
     def answer_schema(self, status: int, media_type: str) -> Any:
         """The schema of an answer; None for a file. Raises: KeyError for an undescribed one."""
         response = resolved(self.document, self.operation["responses"][str(status)])
-        return response["content"][media_type].get("schema")
+        content = response["content"]
+        is_any = media_type not in content and media_type.startswith("image/")
+        return content["image/*" if is_any else media_type].get("schema")
 
 
 def calls_of(document: Document) -> Iterator[Call]:

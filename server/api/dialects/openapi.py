@@ -132,24 +132,26 @@ def errors(
     media_type: str = JSON,
     *,
     has_422: bool = True,
+    has_conflicts: bool = False,
 ) -> Responses:
     """The errors of a call; those of every call are added.
 
-    has_422: whether wrong fields have a status other than 400. The entry `default` stops FastAPI
+    has_422: whether wrong fields have a status other than 400. has_conflicts: whether the call may
+    contradict what a job is already. The entry `default` stops FastAPI
     from adding its own form of validation error.
     """
     declared: Responses = {}
     for status in sorted({*statuses, *ALWAYS}):
         meant = (status,) if has_422 or status != 400 else (400, 422)
-        declared[status] = answer(titles_of(*meant), ref(schema), [media_type])
+        declared[status] = answer(titles_of(meant, has_conflicts), ref(schema), [media_type])
     return declared | {"default": answer("Any other error", ref(schema), [media_type])}
 
 
-def titles_of(*statuses: int) -> str:
+def titles_of(statuses: Sequence[int], has_conflicts: bool) -> str:
     """The titles of all errors with one of these statuses."""
     titles = [title for each, _, title in EXPLANATIONS.values() if each in statuses]
-    titles += [title for each, title in CONFLICTS.values() if each in statuses]
-    return "; ".join(titles)
+    conflicts = CONFLICTS.values() if has_conflicts else ()
+    return "; ".join([*titles, *(title for each, title in conflicts if each in statuses)])
 
 
 @functools.cache

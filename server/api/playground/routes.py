@@ -29,7 +29,7 @@ MEDIA_TYPES = {
     ".webp": "image/webp",
 }
 # The file that each path outside `/playground/` answers with.
-PAGES = {"/": "index.html", "/favicon.ico": "icon.svg"}
+PAGES = {"/": "index.html", "/docs": "docs.html", "/favicon.ico": "icon.svg"}
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (

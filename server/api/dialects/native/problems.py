@@ -77,7 +77,7 @@ def write_field(name: str, problem: FieldProblem) -> FieldError:
 
 def declare(*statuses: int) -> Responses:
     """OpenAPI's description of an endpoint's errors; those of every endpoint are added."""
-    return errors("Problem", statuses, MEDIA_TYPE)
+    return errors("Problem", statuses, MEDIA_TYPE, has_conflicts=True)
 
 
 def schemas() -> dict[str, Schema]:

@@ -1,7 +1,8 @@
 // @ts-check
 // What stands below a result: the request as code, the answer, the receipt, the webhook's calls.
 
-import { announce, button, el, save } from "./dom.js";
+import { block } from "./block.js";
+import { button, el, save } from "./dom.js";
 import { codeOf, dialectsIn, LANGUAGES } from "./code.js";
 import { callJson } from "./server.js";
 
@@ -49,32 +50,6 @@ function tabs(label, parts) {
 /** @param {any} value @param {string} otherwise @returns {HTMLElement} */
 function jsonPanel(value, otherwise) {
   return value ? block(JSON.stringify(value, null, 2)) : el("p", { class: "hint" }, otherwise);
-}
-
-/** A text that is shown shortened and copied whole. @param {string} text */
-function block(text) {
-  const shown = text.replace(/([A-Za-z0-9+/]{60})[A-Za-z0-9+/=]{200,}/g, (all, start) => `${start}… ${Math.round(all.length / 1024)} kB`);
-  const copy = button("Copy", async () => {
-    const isCopied = await copyText(text);
-    copy.textContent = isCopied ? "Copied" : "Not allowed here";
-    announce(isCopied ? "Copied." : "The browser did not allow to copy.");
-  }, { class: "copy" });
-  return el("div", { class: "block" }, copy, el("pre", { tabindex: 0 }, el("code", {}, shown)));
-}
-
-/** Pages without https have no clipboard but that of a selection. @param {string} text */
-async function copyText(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    const area = el("textarea", { value: text, class: "hidden", "aria-hidden": "true" });
-    document.body.append(area);
-    area.select();
-    const isCopied = document.execCommand("copy");
-    area.remove();
-    return isCopied;
-  }
 }
 
 /** @param {any} entry @param {any} openapi @returns {HTMLElement} */
