@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from io import BytesIO
 from typing import NamedTuple, TypeVar
 
@@ -142,6 +143,33 @@ class Stored(NamedTuple):
         return self.width, self.height
 
 
+class PixelMode(StrEnum):
+    """The kind of pixels that a file holds."""
+
+    BLACK_WHITE = "black_white"
+    GREY = "grey"
+    GREY_16 = "grey_16"
+    """16 bits."""
+    GREY_ALPHA = "grey_alpha"
+    PALETTE = "palette"
+    RGB = "rgb"
+    RGB_ALPHA = "rgb_alpha"
+    CMYK = "cmyk"
+
+
+_PIXEL_MODES = {
+    "1": PixelMode.BLACK_WHITE,
+    "L": PixelMode.GREY,
+    "I;16": PixelMode.GREY_16,
+    "LA": PixelMode.GREY_ALPHA,
+    "P": PixelMode.PALETTE,
+    "RGB": PixelMode.RGB,
+    "RGBA": PixelMode.RGB_ALPHA,
+    "CMYK": PixelMode.CMYK,
+}
+"""By Pillow's name. `_to_8_bit` refuses pictures of any other mode."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
     """An init image.
@@ -156,6 +184,7 @@ class DecodedImage:
     icc_profile: bytes
     is_profile_lost: bool
     is_alpha_lost: bool = False
+    mode: PixelMode = PixelMode.RGB
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +194,7 @@ class DecodedMask:
     pixels: NDArray[np.uint8]
     stored: Stored
     read_as: MaskReading
+    mode: PixelMode = PixelMode.GREY
 
 
 def decode_image(
@@ -199,8 +229,8 @@ def decode_image(
 
     with _translated_faults(data, field):
         reading = _Reading(field, Image.Resampling.LANCZOS)
-        image, stored, (profile, *losses) = _decode(data, limits, fit, reading, to_rgb)
-        return DecodedImage(np.array(image), stored, profile, *losses)
+        image, source, (profile, *losses) = _decode(data, limits, fit, reading, to_rgb)
+        return DecodedImage(np.array(image), source.stored, profile, *losses, source.mode)
 
 
 def decode_mask(
@@ -238,8 +268,8 @@ def decode_mask(
 
     with _translated_faults(data, field):
         reading = _Reading(field, Image.Resampling.BILINEAR, init_image)
-        image, stored, read_as = _decode(data, limits, fit, reading, to_levels)
-        return DecodedMask(np.array(image), stored, read_as)
+        image, source, read_as = _decode(data, limits, fit, reading, to_levels)
+        return DecodedMask(np.array(image), source.stored, read_as, source.mode)
 
 
 def _by_rule(plain: Image.Image, rule: MaskRule, field: str) -> tuple[Image.Image, MaskReading]:
@@ -264,13 +294,20 @@ class _Reading:
     like: Stored | None = None
 
 
+class _Source(NamedTuple):
+    """How a file holds its picture."""
+
+    stored: Stored
+    mode: PixelMode
+
+
 def _decode(
     data: bytes,
     limits: ImageLimits,
     fit: Fit | None,
     reading: _Reading,
     to_plain: Callable[[Image.Image, PngContent], tuple[Image.Image, Found]],
-) -> tuple[Image.Image, Stored, Found]:
+) -> tuple[Image.Image, _Source, Found]:
     """The picture as `to_plain` makes it, in the size asked for, upright."""
     if len(data) > limits.max_bytes:
         raise UnreadableImage(
@@ -289,11 +326,12 @@ def _decode(
         image, own_size = _load(ended, limits, fit, reading)
     stored = Stored(*own_size, _orientation(image, own_size, reading))
     plain, found = to_plain(image, png)
+    source = _Source(stored, _PIXEL_MODES[image.mode])
     del image  # at the largest size each copy costs over 100 MB
     if fit:
         plain = plain.resize(_fitted(stored, fit), reading.resampling)
     to_upright = _UPRIGHT.get(stored.orientation)
-    return plain if to_upright is None else plain.transpose(to_upright), stored, found
+    return plain if to_upright is None else plain.transpose(to_upright), source, found
 
 
 def _load(

@@ -23,6 +23,7 @@ from models.imaging.decoding import (
     DecodedImage,
     DecodedMask,
     ImageLimits,
+    PixelMode,
     Stored,
     decode_image,
     decode_mask,
@@ -56,14 +57,16 @@ REQUEST = struct.Struct("<BIHH?HHHHBHHB")
 whether the picture may keep its own size; the pixels by which it is extended on the left, at the
 top, on the right and at the bottom; the rule for a mask, an index in `RULES`; for a mask how the
 init image is stored, else zeros."""
-REPLY = struct.Struct("<BHHHHBBI")
-"""Outcome, and for a picture: width, height, how it is stored, a note, and the bytes of its colour
-profile. The pixels follow, then the profile. A mask's note is an index in `READINGS`. An init
-image's note is a sum of the flags `PROFILE_LOST` and `ALPHA_LOST`."""
+REPLY = struct.Struct("<BHHHHBBBI")
+"""Outcome, and for a picture: width, height, how it is stored, the kind of its pixels, an index in
+`MODES`, a note, and the bytes of its colour profile. The pixels follow, then the profile. A mask's
+note is an index in `READINGS`. An init image's note is a sum of the flags `PROFILE_LOST` and
+`ALPHA_LOST`."""
 PICTURE = 0
 PROFILE_LOST = 1
 ALPHA_LOST = 2
 READINGS = tuple(MaskReading)
+MODES = tuple(PixelMode)
 RULES = tuple(MaskRule)
 NOT_STORED = Stored(0, 0, 0)
 FAULTS = tuple(ImageFault)
@@ -147,7 +150,7 @@ def write_request(
 def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes | memoryview]:
     """A reply, in parts, so that the pixels are not copied."""
     if isinstance(picture, ImageFault):
-        return [REPLY.pack(1 + FAULTS.index(picture), 0, 0, *NOT_STORED, 0, 0)]
+        return [REPLY.pack(1 + FAULTS.index(picture), 0, 0, *NOT_STORED, 0, 0, 0)]
     profile = b""
     if isinstance(picture, DecodedImage):
         profile = picture.icc_profile
@@ -155,7 +158,8 @@ def write_reply(picture: DecodedImage | DecodedMask | ImageFault) -> list[bytes 
     else:
         note = READINGS.index(picture.read_as)
     height, width = picture.pixels.shape[:2]
-    head = REPLY.pack(PICTURE, width, height, *picture.stored, note, len(profile))
+    mode = MODES.index(picture.mode)
+    head = REPLY.pack(PICTURE, width, height, *picture.stored, mode, note, len(profile))
     return [head, np.ascontiguousarray(picture.pixels).data, profile]
 
 

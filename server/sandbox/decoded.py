@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from models.imaging.decoding import PixelMode, Stored
 from models.imaging.mask_reading import MaskReading
 from server.core.notices import Notice
 
@@ -23,11 +24,25 @@ PROFILE_SIZE = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
+class Sources:
+    """How the files of a pair held their pictures; for a picture without a file, how it was made.
+
+    An orientation of the mask may be the init image's, which was then applied to it.
+    """
+
+    init_image: Stored
+    init_mode: PixelMode
+    mask: Stored
+    mask_mode: PixelMode
+
+
+@dataclass(frozen=True, slots=True)
 class DecodedPair:
     """init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8.
 
     icc_profile: the init image's; empty for sRGB.
     read_as, notices: how the files were interpreted. Part of the job's row, not of `to_bytes`.
+    sources: what the files were, for checks; None in a pair that was read back by `from_bytes`.
     """
 
     init_image: NDArray[np.uint8]
@@ -35,6 +50,7 @@ class DecodedPair:
     icc_profile: bytes = b""
     read_as: MaskReading = MaskReading.WHITE
     notices: tuple[Notice, ...] = ()
+    sources: Sources | None = None
 
     def to_bytes(self) -> bytes:
         """Magic, version, height, width, size of the profile, profile, pixels of both pictures."""

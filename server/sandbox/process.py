@@ -30,6 +30,7 @@ from server.core.notices import Notice
 from server.sandbox.child import (
     ALPHA_LOST,
     FAULTS,
+    MODES,
     PICTURE,
     PROFILE_LOST,
     READINGS,
@@ -42,7 +43,7 @@ from server.sandbox.child import (
     limits_of,
     write_request,
 )
-from server.sandbox.decoded import DecodedPair
+from server.sandbox.decoded import DecodedPair, Sources
 
 logger = get_logger(__name__)
 
@@ -273,7 +274,7 @@ class DecoderProcess:
     ) -> Decoded:
         """Raises: InvalidReply, IncompleteReadError."""
         head = REPLY.unpack(await replies.readexactly(REPLY.size))
-        outcome, width, height, *numbers, note, profile_size = head
+        outcome, width, height, *numbers, mode, note, profile_size = head
         if outcome != PICTURE:
             if outcome > len(FAULTS):
                 raise InvalidReply
@@ -288,15 +289,16 @@ class DecoderProcess:
         own_size = stored.upright_size
         if not target.is_within(limits, *own_size) or target.fit(*own_size) != (width, height):
             raise InvalidReply
-        if note >= (len(READINGS) if is_mask else 1 + PROFILE_LOST + ALPHA_LOST):
+        notes = len(READINGS) if is_mask else 1 + PROFILE_LOST + ALPHA_LOST
+        if mode >= len(MODES) or note >= notes:
             raise InvalidReply
         pixels = await replies.readexactly(width * height * kind.channels)
         array = np.frombuffer(pixels, np.uint8).reshape(height, width, -1)
         if is_mask:
-            return DecodedMask(array[:, :, 0], stored, READINGS[note])
+            return DecodedMask(array[:, :, 0], stored, READINGS[note], MODES[mode])
         profile = await replies.readexactly(profile_size)
         losses = bool(note & PROFILE_LOST), bool(note & ALPHA_LOST)
-        return DecodedImage(array, stored, profile, *losses)
+        return DecodedImage(array, stored, profile, *losses, MODES[mode])
 
     async def _terminate_failed(self, process: Process, *, is_timeout: bool) -> ImageProblem:
         """Terminate a failed child and return the fault of its picture.
@@ -373,7 +375,12 @@ def pair_of(init_image: DecodedImage, mask: DecodedMask) -> DecodedPair:
     if init_image.is_alpha_lost:
         notices.append(Notice.TRANSPARENCY_NOT_KEPT)
     return DecodedPair(
-        init_image.pixels, mask.pixels, init_image.icc_profile, mask.read_as, tuple(notices)
+        init_image.pixels,
+        mask.pixels,
+        init_image.icc_profile,
+        mask.read_as,
+        tuple(notices),
+        Sources(init_image.stored, init_image.mode, mask.stored, mask.mode),
     )
 
 

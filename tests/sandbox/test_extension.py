@@ -125,7 +125,7 @@ def test_extended_text_to_image_is_grey(decoder: BlockingDecoder) -> None:
 def test_size_of_a_lying_child_gets_nowhere(
     size: tuple[int, int], stored: tuple[int, int], keeps_own_size: bool
 ) -> None:
-    claim = REPLY.pack(PICTURE, *size, *stored, 1, 0, 0)
+    claim = REPLY.pack(PICTURE, *size, *stored, 1, 0, 0, 0)
     lines = ["import os", "os.write(1, b'R')", "os.read(0, 9)", f"os.write(1, {claim!r})"]
     decoder = BlockingDecoder(LIMITS, program="\n".join(lines))
     target = TargetSize(keeps_own_size=keeps_own_size, extension=Extension(left=64))

@@ -18,13 +18,13 @@ import structlog
 from PIL import ExifTags, Image
 
 from models.errors import ImageFault
-from models.imaging.decoding import DecodedImage, ImageLimits, decode_image
+from models.imaging.decoding import DecodedImage, ImageLimits, PixelMode, Stored, decode_image
 from models.imaging.mask_reading import MaskReading, MaskRule
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.core.notices import Notice
 from server.sandbox import seccomp
 from server.sandbox.child import PICTURE, REPLY, Kind, TargetSize
-from server.sandbox.decoded import DecodedPair, UnknownFormat
+from server.sandbox.decoded import DecodedPair, Sources, UnknownFormat
 from server.sandbox.pool import DecoderPool
 from server.sandbox.process import OWN_SIZE, PROBLEM_OF_FAULT, DecoderProcess
 from tests.corpora import hostile_pictures as hostile
@@ -285,9 +285,39 @@ def test_reading_of_a_mask_crosses_the_pipe(decoder: BlockingDecoder) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("1", PixelMode.BLACK_WHITE),
+        ("L", PixelMode.GREY),
+        ("LA", PixelMode.GREY_ALPHA),
+        ("I;16", PixelMode.GREY_16),
+        ("P", PixelMode.PALETTE),
+        ("RGB", PixelMode.RGB),
+        ("RGBA", PixelMode.RGB_ALPHA),
+        ("CMYK", PixelMode.CMYK),
+    ],
+)
+def test_what_the_files_were_crosses_the_pipe(
+    mode: str, expected: PixelMode, decoder: BlockingDecoder
+) -> None:
+    file, plain = saved(Image.new(mode, (96, 48)), "JPEG" if mode == "CMYK" else "PNG"), png_bytes()
+    as_picture = decoder.decode_pair({"init_image": file, "mask_image": plain}).sources
+    as_mask = decoder.decode_pair({"init_image": plain, "mask_image": file}).sources
+    found = Stored(96, 48, 1)
+    assert as_picture == Sources(found, expected, Stored(64, 64, 1), PixelMode.RGB)
+    assert as_mask == Sources(Stored(64, 64, 1), PixelMode.RGB, found, expected)
+
+
+@pytest.mark.parametrize(
     "tail",
-    [(64, 64, 0, 0, 0), (0, 64, 1, 0, 0), (64, 64, 1, 200, 0), (64, 64, 1, 0, 2**20 + 1)],
-    ids=["orientation", "size", "note", "profile"],
+    [
+        (64, 64, 0, 0, 0, 0),
+        (0, 64, 1, 0, 0, 0),
+        (64, 64, 1, 200, 0, 0),
+        (64, 64, 1, 0, 200, 0),
+        (64, 64, 1, 0, 0, 2**20 + 1),
+    ],
+    ids=["orientation", "size", "mode", "note", "profile"],
 )
 @pytest.mark.parametrize("kind", Kind)
 def test_reply_that_cannot_be_ends_the_child(kind: Kind, tail: tuple[int, ...]) -> None:
@@ -581,7 +611,7 @@ def test_failed_child_costs_only_its_picture(statement: str, problem: ImageProbl
 @pytest.mark.parametrize("size", [(65_535, 65_535), (1, 2_001), (2_001, 1), (1_500, 1_500)])
 def test_no_room_is_made_for_a_picture_that_cannot_be(kind: Kind, size: tuple[int, int]) -> None:
     """A child that was taken over says that a picture of its own size is large."""
-    claim = REPLY.pack(PICTURE, *size, *size, 1, 0, 0)
+    claim = REPLY.pack(PICTURE, *size, *size, 1, 0, 0, 0)
     decoder = failing(f"os.write(1, {claim!r})")
     tracemalloc.start()
     try:
