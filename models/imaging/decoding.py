@@ -49,6 +49,7 @@ from models.imaging.repair import (
     read_png,
     with_end_of_image,
 )
+from models.params import OutputFormat
 
 Found = TypeVar("Found")
 
@@ -229,8 +230,9 @@ def decode_image(
 
     with _translated_faults(data, field):
         reading = _Reading(field, Image.Resampling.LANCZOS)
-        image, source, (profile, *losses) = _decode(data, limits, fit, reading, to_rgb)
-        return DecodedImage(np.array(image), source.stored, profile, *losses, source.mode)
+        image, source, (profile, is_lost, has_holes) = _decode(data, limits, fit, reading, to_rgb)
+        pixels = np.array(image)
+        return DecodedImage(pixels, source.stored, profile, is_lost, has_holes, source.mode)
 
 
 def decode_mask(
@@ -270,6 +272,13 @@ def decode_mask(
         reading = _Reading(field, Image.Resampling.BILINEAR, init_image)
         image, source, read_as = _decode(data, limits, fit, reading, to_levels)
         return DecodedMask(np.array(image), source.stored, read_as, source.mode)
+
+
+def format_of(data: bytes) -> OutputFormat:
+    """The format of a file that has been decoded."""
+    if data.startswith(PNG_SIGNATURE):
+        return OutputFormat.PNG
+    return OutputFormat.JPEG if data.startswith(JPEG_SIGNATURE) else OutputFormat.WEBP
 
 
 def _by_rule(plain: Image.Image, rule: MaskRule, field: str) -> tuple[Image.Image, MaskReading]:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 
 from anyio import to_thread
 
@@ -65,18 +66,38 @@ async def accept(
     if earlier is not None:
         return Submitted(earlier, is_new=False)
     with admission_slot(services, caller):
-        images, fetch_s = await fetch(services, request, caller, (base_url, called_url))
-        async with decoded(services, images, request, caller) as (pair, decode_s):
-            intake = await to_thread.run_sync(describe_intake, images, pair, fetch_s, decode_s)
-            new_job = make_new_job(request, caller, base_url, pair, intake)
-            new_job = await with_deadline(services, new_job, request.deadline_s, started)
+        async with prepared(services, request, caller, base_url, called_url) as ready:
+            new_job = await with_deadline(services, ready.new_job, request.deadline_s, started)
             # The input is durable before its row exists, so a claimed job always has its input.
-            await services.in_file_thread(put_input, services.storage, new_job, pair)
+            await services.in_file_thread(put_input, services.storage, new_job, ready.pair)
         submitted = await services.in_submit_thread(
             submit, services.store, services.storage, new_job, idempotency
         )
     log_notices(submitted.job)
     return submitted
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What there is before anything is stored. images: the files by parameter name."""
+
+    images: Mapping[str, bytes]
+    pair: DecodedPair
+    new_job: NewJob
+
+
+@asynccontextmanager
+async def prepared(
+    services: Services, request: JobRequest, caller: Caller, base_url: str, called_url: str
+) -> AsyncIterator[Prepared]:
+    """Fetch and decode, in an `admission_slot`. The pair must not be used after the block.
+
+    Raises: QueueFull, ImageUnavailable.
+    """
+    images, fetch_s = await fetch(services, request, caller, (base_url, called_url))
+    async with decoded(services, images, request, caller) as (pair, decode_s):
+        intake = await to_thread.run_sync(describe_intake, images, pair, fetch_s, decode_s)
+        yield Prepared(images, pair, make_new_job(request, caller, base_url, pair, intake))
 
 
 async def accept_copy(

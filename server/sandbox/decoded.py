@@ -36,13 +36,17 @@ class Sources:
     mask_mode: PixelMode
 
 
+UNKNOWN = Sources(Stored(0, 0, 1), PixelMode.RGB, Stored(0, 0, 1), PixelMode.GREY)
+"""Of a pair that `from_bytes` has read."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecodedPair:
     """init_image: `(h, w, 3)` uint8 RGB; mask: `(h, w)` uint8.
 
     icc_profile: the init image's; empty for sRGB.
     read_as, notices: how the files were interpreted. Part of the job's row, not of `to_bytes`.
-    sources: what the files were, for checks; None in a pair that was read back by `from_bytes`.
+    sources: what the files were, for checks. Not part of `to_bytes`.
     """
 
     init_image: NDArray[np.uint8]
@@ -50,7 +54,7 @@ class DecodedPair:
     icc_profile: bytes = b""
     read_as: MaskReading = MaskReading.WHITE
     notices: tuple[Notice, ...] = ()
-    sources: Sources | None = None
+    sources: Sources = UNKNOWN
 
     def to_bytes(self) -> bytes:
         """Magic, version, height, width, size of the profile, profile, pixels of both pictures."""

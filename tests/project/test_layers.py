@@ -58,7 +58,7 @@ WEB_AND_DATABASE = {
 HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers"}
 TORCH_FREE = (
     "params variants errors imaging.decoding imaging.images imaging.masks imaging.canvas "
-    "imaging.captions imaging.extension imaging.filling imaging.hiding "
+    "imaging.captions imaging.extension imaging.filling imaging.hiding imaging.mask_check "
     "diffusion.enhance diffusion.prompt_syntax checkpoints.registry checkpoints.fingerprint".split()
 )
 

@@ -368,6 +368,7 @@ def test_method_that_a_path_does_not_know() -> None:
         ("/api/jobs", True),
         ("/api/jobs/5/cancel", True),
         ("/api/webhooks/ping", True),
+        ("/api/masks/check", True),
         ("/api/deliveries", True),
         ("/api/v3/inpaint", False),
         ("/api/jobsx", False),

@@ -560,7 +560,7 @@ class TestCancel:
         assert read(client, job.id)["state"] == "finished"
 
 
-@pytest.mark.parametrize("path", ["/api/jobs", "/api/webhooks/ping"])
+@pytest.mark.parametrize("path", ["/api/jobs", "/api/masks/check", "/api/webhooks/ping"])
 def test_description_of_a_body_stands_by_itself(path: str, client: httpx2.Client) -> None:
     call = client.get("/openapi.json").json()["paths"][path]["post"]
     assert "$ref" not in json.dumps(call["requestBody"]["content"]["application/json"]["schema"])
@@ -571,11 +571,12 @@ def test_description_names_every_answer(client: httpx2.Client) -> None:
     declared = {
         (path, method): {*call["responses"]}
         for path, methods in paths.items()
-        if path.startswith(("/api/jobs", "/api/deliveries", "/api/webhooks"))
+        if path.startswith(("/api/jobs", "/api/masks", "/api/deliveries", "/api/webhooks"))
         for method, call in methods.items()
     }
     always = {"401", "403", "429", "500", "503", "default"}
     assert declared[("/api/jobs", "post")] == {"200", "202", "400", "409", "413", "422"} | always
+    assert declared[("/api/masks/check", "post")] == {"200", "400", "413", "422"} | always
     assert declared[("/api/jobs", "get")] == {"200", "422"} | always
     assert declared[("/api/jobs/{job_id}", "get")] == {"200", "404"} | always
     assert declared[("/api/jobs/{job_id}/replay", "post")] == {

@@ -55,6 +55,7 @@ from server.core.notices import prompt_notices
 from server.egress.policy import MAX_URL_CHARS
 from server.egress.sources import ImageSource
 from server.jobs.idempotency import Idempotency
+from server.sandbox.child import CROP_MAX_PIXELS
 
 DIALECT = "native"
 MAX_REPORTED_FIELDS = 50
@@ -345,7 +346,10 @@ class NativeRequest(BaseModel):
     soft_mask: bool = plain("soft_mask", "Grey is the share of the steps that repaint a pixel")
     mask_grow: int = ranged("mask_grow", "Pixels by which the repainted area grows or shrinks")
     only_masked: bool = plain(
-        "only_masked", "The model works on the masked part alone, and the picture keeps its size"
+        "only_masked",
+        "The model works on the masked part alone, and the picture keeps its size. The init image "
+        f"with its extension may then have at most {CROP_MAX_PIXELS} pixels (2048 x 2048), or the "
+        "job is refused",
     )
     only_masked_padding: int = ranged("only_masked_padding", "Pixels around it that it sees too")
     mask_blur: int = ranged("mask_blur", "Pixels of the Gaussian that softens the mask's edge")
@@ -390,6 +394,15 @@ class NativeRequest(BaseModel):
         return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
 
 
+class CheckRequest(NativeRequest):
+    """The JSON body of a check: that of a new job, of which the prompt may be left out.
+
+    Fields that do not concern the pictures are validated and have no effect.
+    """
+
+    prompt: Prompt = Field(default="", description="As in a job; it has no effect")
+
+
 class PingRequest(BaseModel):
     """The JSON body of a ping: the webhook receiver to test."""
 
@@ -405,13 +418,15 @@ PARAMETERS = DEFAULTS.keys() & NativeRequest.model_fields.keys() - {
 """Fields that go into `InpaintParams` unchanged."""
 
 
-def read_job(body: bytes, policy: ReadingPolicy) -> tuple[JobRequest, NativeRequest]:
-    """Read the body of a new job.
+def read_job(
+    body: bytes, policy: ReadingPolicy, kind: type[NativeRequest] = NativeRequest
+) -> tuple[JobRequest, NativeRequest]:
+    """Read the body of a new job, or of a check.
 
     Raises: InvalidBody; InvalidRequest, with every field at fault.
     """
     try:
-        request = NativeRequest.model_validate_json(body)
+        request = kind.model_validate_json(body)
     except ValidationError as error:
         raise to_api_error(error) from error
     if request.model is not None and policy.model_named(request.model) is None:

@@ -1,4 +1,4 @@
-"""The native API's endpoints: create, list, follow and cancel jobs; list and redeliver webhooks.
+"""The native API's endpoints: create, list, follow and cancel jobs; masks; webhooks.
 
 An endpoint reads with `reading`, calls `accept` or the stores, and writes with `writing`. Errors
 are raised; `server/api/errors.py` turns them into problems through `write_error`.
@@ -24,7 +24,16 @@ from server.api.dependencies import (
 )
 from server.api.dialects.base import Dialect, JobRequest
 from server.api.dialects.explanations import headers_of
-from server.api.dialects.native import description, events, problems, reading, replays, writing
+from server.api.dialects.native import (
+    checks,
+    description,
+    events,
+    problems,
+    reading,
+    replays,
+    writing,
+)
+from server.api.dialects.native.checks import CheckAnswer
 from server.api.dialects.native.problems import declare
 from server.api.dialects.native.writing import (
     DeliveryAnswer,
@@ -133,6 +142,29 @@ async def create_job(
     called_url = called_url_of(request)
     submitted = await accept(services, job_request, caller, base_url, called_url, once)
     return await answer_submitted(services, submitted, base_url)
+
+
+@router.post(
+    "/api/masks/check",
+    tags=["masks"],
+    responses=declare(400, 413, 422),
+    openapi_extra=describe_body(reading.CheckRequest),
+)
+async def check_mask(
+    request: Request, services: ServicesOf, caller: CallerOf, body: BodyOf
+) -> CheckAnswer:
+    """Look for mistakes in a mask before a job is sent: inverted, empty, stretched, noisy.
+
+    The body is that of a new job, and the same limits hold. Nothing is stored, and no device works.
+    """
+    policy = reading_policy(services.settings, caller)
+
+    def read(body: bytes) -> JobRequest:
+        return reading.read_job(body, policy, reading.CheckRequest)[0]
+
+    job_request = await parsed(read, body)
+    base_url = base_url_of(request, services.settings)
+    return await checks.check(services, job_request, caller, base_url, called_url_of(request))
 
 
 @router.get("/api/jobs", responses=declare(422))
