@@ -13,7 +13,7 @@ const EXAMPLES = [
 ];
 
 export class Editor {
-  /** @param {{onChange: () => void, onExample: (fields: Record<string, any>) => void, onExtend: () => void}} hooks */
+  /** @param {{onChange: () => void, onExample: (fields: Record<string, any>) => void, onExtend: () => void, onMaskFile: (file: {width: number, height: number}) => void}} hooks */
   constructor(hooks) {
     this.hooks = hooks;
     this.stage = new Stage(() => this.changed());
@@ -156,7 +156,7 @@ export class Editor {
 
   /** @param {Blob} file @param {"light" | "transparent"} meaning */
   async loadMask(file, meaning) {
-    if (!this.mask) return;
+    if (!this.mask) return null;
     const bitmap = await createImageBitmap(file).catch(() => null);
     if (!bitmap) throw new Error("This mask is not a picture that your browser can read.");
     if (this.picture && !this.picture.file) {
@@ -164,10 +164,17 @@ export class Editor {
       this.place({ ...this.picture, width: bitmap.width, height: bitmap.height }, new Mask(...maskSize(bitmap)));
     }
     this.stage.apply(maskFromPicture(bitmap, this.mask.width, this.mask.height, meaning));
+    return bitmap;
+  }
+
+  /** A mask of the user's own. @param {Blob} file @param {"light" | "transparent"} meaning */
+  async useMask(file, meaning) {
+    const loaded = await this.loadMask(file, meaning);
+    if (loaded) this.hooks.onMaskFile(loaded);
   }
 
   async maskFromAlpha() {
-    if (this.picture?.file) await this.loadMask(this.picture.file, "transparent");
+    if (this.picture?.file) await this.useMask(this.picture.file, "transparent");
   }
 
   async saveMask() {

@@ -6,6 +6,7 @@ import { Ask } from "./ask.js";
 import { ResultView } from "./compare.js";
 import { Editor } from "./editor.js";
 import { Jobs } from "./jobs.js";
+import { MaskCheck } from "./maskcheck.js";
 import { fileToSend, openPicture } from "./picture.js";
 import { callJson, onKeyRefused, readiness, ServerError, storeKey, storedKey } from "./server.js";
 import { buildTools } from "./tools.js";
@@ -29,7 +30,9 @@ const editor = new Editor({
     ask?.set("strength", 1);
     byId("hint").textContent = "Strength is set to 1, so that the new area is painted from nothing.";
   },
+  onMaskFile: (file) => maskCheck.loaded(file),
 });
+const maskCheck = new MaskCheck(editor, () => ask);
 const jobs = new Jobs({
   onOpen: (entry) => {
     result?.open(entry);
@@ -57,6 +60,7 @@ function showWhatIsMissing() {
   const reason = missing();
   byId("send").disabled = Boolean(reason) || isSending || wait > 0;
   byId("send-hint").textContent = reason || maskHint();
+  maskCheck.refresh();
   for (const each of document.querySelectorAll("[data-edit]")) {
     const mask = editor.mask;
     const isUndo = /** @type {HTMLElement} */ (each).dataset.edit === "undo";

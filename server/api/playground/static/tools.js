@@ -43,7 +43,7 @@ export function buildTools(editor) {
   const maskFile = el("input", { type: "file", accept: "image/*", hidden: true, id: "mask-file", "aria-label": "Mask file" });
   maskFile.addEventListener("change", () => {
     const file = maskFile.files[0];
-    if (file) editor.attempt(() => editor.loadMask(file, "light"));
+    if (file) editor.attempt(() => editor.useMask(file, "light"));
     maskFile.value = "";
   });
   const dialog = extendForm(editor);
