@@ -19,16 +19,17 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from models.imaging.decoding import ImageLimits
-from server.api import outputs, probes
+from server.api import outputs
 from server.api.auth.keyring import REFRESH_S, KeyRing
 from server.api.auth.keys import KeyStore
 from server.api.dialects.base import Dialect
 from server.api.dialects.document import write_document
 from server.api.dialects.registry import enabled_dialects, write_webhook
 from server.api.errors import answer_error
-from server.api.health import Health, Store, write_nothing
-from server.api.metrics import StoredFigures
 from server.api.middleware import CrossOrigin, ErrorAnswers, RequestContext
+from server.api.monitoring import probes
+from server.api.monitoring.health import Health, Store, write_nothing
+from server.api.monitoring.metrics import StoredFigures
 from server.api.playground.routes import playground_router
 from server.api.proxies import TrustedProxies
 from server.api.services import WEBHOOKS, Services

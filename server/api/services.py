@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 from anyio import CapacityLimiter, to_thread
 
 from server.api.auth.keyring import KeyRing
-from server.api.health import Health
+from server.api.monitoring.health import Health
 from server.core.background import Background
 from server.core.errors import StorageUnavailable
 from server.core.fairness import FairSemaphore, KeyedCounter

@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.health import Store
-from server.api.probes import readiness
+from server.api.monitoring.health import Store
+from server.api.monitoring.probes import readiness
 from server.api.services import Services
 from server.core.hosts import HOST, is_allowed
 from server.core.metrics import CONTENT_TYPE

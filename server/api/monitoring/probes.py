@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse
 
 from server.api.dependencies import ServicesOf
-from server.api.health import PROBE_TIMEOUT_S, Store
+from server.api.monitoring.health import PROBE_TIMEOUT_S, Store
 from server.api.services import WEBHOOKS, Services
 from server.jobs.workers import WorkerStatus
 
