@@ -30,6 +30,7 @@ from server.api.middleware import CrossOrigin, ErrorAnswers, RequestContext
 from server.api.monitoring import probes
 from server.api.monitoring.health import Health, Store, write_nothing
 from server.api.monitoring.metrics import StoredFigures
+from server.api.monitoring.status import StatusReader
 from server.api.playground.routes import playground_router
 from server.api.proxies import TrustedProxies
 from server.api.services import WEBHOOKS, Services
@@ -184,6 +185,7 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
         background=Background(),
         metrics=metrics,
         health=build_health(engine, store, storage),
+        status=StatusReader(engine, store, estimator, settings.data_dir),
     )
 
 

@@ -96,6 +96,9 @@ LIVE_PROGRESS = (
     .order_by(*ORDER)
 )
 INSERT_RECEIPT = insert(receipts)
+OLDEST_WAITING = (
+    select(jobs.c.submitted_s).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.id).limit(1)
+)
 ANY_OVERDUE = select(jobs.c.id).where(IS_OVERDUE).limit(1)
 
 DEMAND = (
@@ -389,6 +392,13 @@ class JobStore:
         with self._engine.begin() as connection:
             rows = self._changed_rows(connection, failing.returning(*CHANGED), now)
         return [input_key_of(row.file_prefix) for row in rows]
+
+    def oldest_wait_s(self) -> float | None:
+        """Seconds since the oldest waiting job was submitted; None where none waits."""
+        with read_only(self._engine) as connection:
+            submitted_s = connection.scalar(OLDEST_WAITING)
+        # Below 0 where the clocks of two processes differ a little.
+        return None if submitted_s is None else max(0.0, self._shared_clock() - submitted_s)
 
     def forecast(self, places_on: Callable[[str], int], new: NewJob | None = None) -> Forecast:
         """When all jobs will end. places_on: how many jobs a worker runs at a time, by device.

@@ -53,6 +53,7 @@ ALL_WELL: dict[str, int | str] = {
     "GET /api/jobs/JOB": 200,
     "GET /api/jobs/JOB/deliveries": 200,
     "POST /api/webhooks/ping": 200,
+    "GET /api/status": 200,
 }
 NO_NEW_JOBS: dict[str, int | str] = {
     "GET /readyz": 503,
@@ -67,6 +68,7 @@ NO_ROWS: dict[str, int | str] = {
     "GET /api/jobs": 503,
     "GET /api/jobs/JOB": 503,
     "GET /api/jobs/JOB/deliveries": 503,
+    "GET /api/status": 503,
 }
 
 

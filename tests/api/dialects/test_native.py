@@ -370,6 +370,7 @@ def test_method_that_a_path_does_not_know() -> None:
         ("/api/webhooks/ping", True),
         ("/api/masks/check", True),
         ("/api/deliveries", True),
+        ("/api/status", True),
         ("/api/v3/inpaint", False),
         ("/api/jobsx", False),
     ],

@@ -9,7 +9,7 @@ from server.api.dialects.openapi import Responses, Schema, errors
 from server.core.errors import ApiError, DeadlineUnmeetable, ImageUnavailable, InvalidRequest
 
 MEDIA_TYPE = "application/problem+json"
-PATHS = ("/api/jobs", "/api/masks", "/api/deliveries", "/api/webhooks")
+PATHS = ("/api/jobs", "/api/masks", "/api/deliveries", "/api/webhooks", "/api/status")
 MAX_NAME_CHARS = 100
 
 

@@ -1,4 +1,4 @@
-"""The native API's endpoints: create, list, follow and cancel jobs; masks; webhooks.
+"""The native API's endpoints: create, list, follow and cancel jobs; masks; webhooks; status.
 
 An endpoint reads with `reading`, calls `accept` or the stores, and writes with `writing`. Errors
 are raised; `server/api/errors.py` turns them into problems through `write_error`.
@@ -31,6 +31,7 @@ from server.api.dialects.native import (
     problems,
     reading,
     replays,
+    status,
     writing,
 )
 from server.api.dialects.native.checks import CheckAnswer
@@ -321,6 +322,16 @@ async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnsw
     """
     url = reading.read_ping(body, https_only=services.settings.webhook.https_only)
     return writing.write_ping(*await services.webhooks.ping(url, caller.webhook_grant))
+
+
+@router.get("/api/status", tags=["server"], responses=declare())
+async def read_status(services: ServicesOf, _caller: CallerOf) -> status.StatusAnswer:
+    """The server's workers, queue, last hour, webhooks and disk, of all keys together.
+
+    Numbers and states only. An answer may be three seconds old.
+    """
+    found = await services.status.latest(services.in_store_thread)
+    return status.write_status(found, services.settings)
 
 
 async def answer_submitted(services: Services, submitted: Submitted, base_url: str) -> Response:
