@@ -6,9 +6,10 @@ import { Ask } from "./ask.js";
 import { ResultView } from "./compare.js";
 import { Editor } from "./editor.js";
 import { Jobs } from "./jobs.js";
+import { acceptKey, setUpKeyForm } from "./key.js";
 import { MaskCheck } from "./maskcheck.js";
 import { fileToSend, openPicture } from "./picture.js";
-import { callJson, onKeyRefused, readiness, ServerError, storeKey, storedKey } from "./server.js";
+import { callJson, readiness, ServerError } from "./server.js";
 import { buildTools } from "./tools.js";
 
 /** @type {Ask | null} */
@@ -170,8 +171,7 @@ async function connect() {
     ask = new Ask(openapi, facts);
     if (kept) ask.write(kept);
     result ??= new ResultView({ openapi, onClose: () => (byId("editor").hidden = false), onNext: useAsNext, onEdit: edit, onAgain: again });
-    byId("key-form").hidden = true;
-    byId("key-change").hidden = !storedKey();
+    acceptKey();
     if (isFirst) await jobs.restore();
     else jobs.followAll();
   } catch (error) {
@@ -180,15 +180,6 @@ async function connect() {
     byId("server-state").dataset.level = "wait";
   }
   showWhatIsMissing();
-}
-
-function askForKey() {
-  const form = byId("key-form");
-  const text = storedKey() ? "The server does not know this key, or it has ended. Enter another one." : "This server asks for an API key. The page keeps it until you close this tab.";
-  if (byId("key-text").textContent !== text || form.hidden) announce(text);
-  byId("key-text").textContent = text;
-  byId("key-text").classList.toggle("error", Boolean(storedKey()));
-  form.hidden = false;
 }
 
 /** @returns {Promise<string | undefined>} how the server is */
@@ -209,18 +200,11 @@ async function watchServer() {
 }
 
 function start() {
-  onKeyRefused.call = askForKey;
+  setUpKeyForm(() => connect().then(() => byId("key-form").hidden && showServer()));
   buildTools(editor);
   byId("ask").addEventListener("submit", send);
   byId("ask").addEventListener("input", showWhatIsMissing);
   byId("clear-history").addEventListener("click", () => jobs.removeEnded());
-  byId("key-change").addEventListener("click", askForKey);
-  byId("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
-    event.preventDefault();
-    storeKey(byId("key").value.trim());
-    byId("key").value = "";
-    connect().then(() => byId("key-form").hidden && showServer());
-  });
   document.addEventListener("keydown", (event) => {
     if ((event.ctrlKey || event.metaKey) && event.key === "Enter") send(event);
     const isTyping = /^(TEXTAREA|INPUT|SELECT)$/.test(/** @type {HTMLElement} */ (event.target).tagName);

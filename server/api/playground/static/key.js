@@ -1,0 +1,32 @@
+// @ts-check
+// The form that asks for an API key, the same on every page.
+
+import { announce, byId } from "./dom.js";
+import { onKeyRefused, storedKey, storeKey } from "./server.js";
+
+/** @param {() => unknown} onKey called when a key was entered */
+export function setUpKeyForm(onKey) {
+  onKeyRefused.call = askForKey;
+  byId("key-change").addEventListener("click", askForKey);
+  byId("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
+    event.preventDefault();
+    storeKey(byId("key").value.trim());
+    byId("key").value = "";
+    onKey();
+  });
+}
+
+export function askForKey() {
+  const form = byId("key-form");
+  const text = storedKey() ? "The server does not know this key, or it has ended. Enter another one." : "This server asks for an API key. The page keeps it until you close this tab.";
+  if (byId("key-text").textContent !== text || form.hidden) announce(text);
+  byId("key-text").textContent = text;
+  byId("key-text").classList.toggle("error", Boolean(storedKey()));
+  form.hidden = false;
+}
+
+/** The server has answered a call. */
+export function acceptKey() {
+  byId("key-form").hidden = true;
+  byId("key-change").hidden = !storedKey();
+}
