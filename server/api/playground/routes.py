@@ -1,8 +1,8 @@
-"""Serves the playground: a page at `/` that calls this server's public APIs.
+"""Serves the playground: pages that call this server's public APIs.
 
-The page is plain files without a build step. They are read once and sent with an ETag and a content
-security policy that allows nothing from elsewhere. The endpoint `/playground/facts` tells the page
-what no API describes: the models on offer and the words of the enhanced prompt.
+The pages are plain files without a build step. They are read once and sent with an ETag and a
+content security policy that allows nothing from elsewhere. The endpoint `/playground/facts` tells
+the playground what no API describes: the models on offer and the words of the enhanced prompt.
 """
 
 import hashlib
@@ -29,7 +29,12 @@ MEDIA_TYPES = {
     ".webp": "image/webp",
 }
 # The file that each path outside `/playground/` answers with.
-PAGES = {"/": "index.html", "/docs": "docs.html", "/favicon.ico": "icon.svg"}
+PAGES = {
+    "/": "index.html",
+    "/status": "status.html",
+    "/docs": "docs.html",
+    "/favicon.ico": "icon.svg",
+}
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from server.api.playground.routes import MEDIA_TYPES, page_files
+from server.api.playground.routes import MEDIA_TYPES, PAGES, page_files
 from server.core.settings import load_settings
 from tests.support.apps import FIRST, KEYS, client_of, settings_in
 from tests.support.http_stub import running_app
@@ -17,7 +17,21 @@ pytestmark = pytest.mark.process
 
 STATIC = Path(str(files("server.api.playground"))) / "static"
 EXAMPLES = Path(str(files("models.builtin"))) / "examples"
-MAX_BYTES = 300_000
+FILES = dict(page_files())
+HTML = sorted(name for name in PAGES.values() if name.endswith(".html"))
+MAX_BYTES = {"index.html": 300_000, "status.html": 150_000}
+NAMED = re.compile(r'(?:(?:src|href)="playground/|from "\./)([^"]+)"')
+"""A file that a page or a module loads."""
+
+
+def files_loaded_by(name: str) -> set[str]:
+    """A page or module, and what it loads from its own folder."""
+    found, waiting = {name}, {name}
+    while waiting:
+        text = FILES[waiting.pop()].content.decode()
+        waiting |= {*NAMED.findall(text)} - found
+        found |= waiting
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +50,7 @@ def test_files_have_their_media_type(name: str, client: httpx2.Client) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", ["/", "/playground/index.html"])
+@pytest.mark.parametrize("path", ["/", "/status", "/playground/index.html"])
 def test_page_loads_nothing_from_elsewhere(path: str, client: httpx2.Client) -> None:
     policy = client.get(path).headers["content-security-policy"]
 
@@ -59,7 +73,15 @@ def test_files_name_no_other_host() -> None:
         for path in STATIC.iterdir()
         for host in re.findall(r"https?://([\w.-]+)", path.read_text())
     }
-    assert named <= {("icon.svg", "www.w3.org"), ("sheet.svg", "www.w3.org")}
+    # The name of a language, which nothing is loaded from.
+    assert named == {(name, "www.w3.org") for name in ("icon.svg", "sheet.svg", "plots.js")}
+
+
+@pytest.mark.parametrize("page", HTML)
+def test_what_a_page_loads_is_there(page: str, client: httpx2.Client) -> None:
+    named = files_loaded_by(page)
+    assert {"style.css", "dom.js", "server.js", "key.js", "icon.svg"} < named
+    assert {client.get(f"/playground/{name}").status_code for name in named} == {200}
 
 
 def test_icon_is_where_browsers_look_for_it(client: httpx2.Client) -> None:
@@ -110,7 +132,7 @@ def test_facts_tell_models_and_the_words_of_enhanced_prompts(tmp_path: Path) -> 
 
 def test_setting_switches_the_page_off(tmp_path: Path) -> None:
     with running_app(settings_in(tmp_path, playground=False)) as app:
-        for path in ("/", "/favicon.ico", "/playground/main.js", "/playground/facts"):
+        for path in ("/", "/status", "/favicon.ico", "/playground/main.js", "/playground/facts"):
             assert app.client.get(path).status_code == 404
 
 
@@ -118,10 +140,15 @@ def test_page_is_on_by_default() -> None:
     assert load_settings().playground
 
 
-def test_everything_is_small() -> None:
-    assert sum(len(file.content) for _, file in page_files()) <= MAX_BYTES
+@pytest.mark.parametrize("page", HTML)
+def test_each_page_is_small(page: str) -> None:
+    """With all that it loads, the examples included where it shows them."""
+    names = files_loaded_by(page)
+    examples = [name for name in FILES if name.startswith("examples/")]
+    loaded = [*names, *(examples if "picture.js" in names else [])]
+    assert sum(len(FILES[name].content) for name in loaded) <= MAX_BYTES[page]
 
 
 def test_page_is_not_part_of_the_api(client: httpx2.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    assert not [path for path in paths if path == "/" or path.startswith("/playground")]
+    assert not [path for path in paths if path in PAGES or path.startswith("/playground")]

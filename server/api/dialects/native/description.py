@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from server.api.dialects.native import problems
-from server.api.dialects.native.reading import NativeRequest, PingRequest
+from server.api.dialects.native.reading import CheckRequest, NativeRequest, PingRequest
 from server.api.dialects.openapi import (
     JSON,
     PROMPT,
@@ -29,6 +29,7 @@ EXAMPLES: dict[str, Any] = {
         "extend": {"right": 128},
         "strength": 1,
     },
+    "native_check": {"init_image": example_picture(), "mask_image": example_mask()},
 }
 
 DESCRIPTION = Description(
@@ -47,4 +48,5 @@ def describe_body(model: type[BaseModel], *examples: str) -> dict[str, Any]:
 
 
 NEW_JOB = describe_body(NativeRequest, "native_job", "native_outpainting")
+CHECK = describe_body(CheckRequest, "native_check")
 PING = describe_body(PingRequest)

@@ -149,7 +149,7 @@ async def create_job(
     "/api/masks/check",
     tags=["masks"],
     responses=declare(400, 413, 422),
-    openapi_extra=describe_body(reading.CheckRequest),
+    openapi_extra=description.CHECK,
 )
 async def check_mask(
     request: Request, services: ServicesOf, caller: CallerOf, body: BodyOf

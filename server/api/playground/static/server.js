@@ -76,7 +76,7 @@ async function readProblem(answer) {
 export async function readiness() {
   let answer;
   try {
-    answer = await fetch("readyz");
+    answer = await fetch("readyz", { signal: AbortSignal.timeout(10_000) });
   } catch {
     return { level: "bad", text: "The server does not answer. Trying again…" };
   }
