@@ -1,4 +1,4 @@
-"""The command line, `inpaint-server`.
+"""The command line, `inpaint-server`; one function for each command.
 
 Heavy imports stand inside the commands, so that `--help` is quick and the API process loads no
 torch.
@@ -100,6 +100,7 @@ def make_parser() -> Parser:
     shared.add_argument("--model", metavar="ID", help="id of configs/models.toml, folder or hub id")
     for add in (add_serve, add_worker, add_health, add_demo, add_migrate, add_models):
         add(commands, shared)
+    add_config(commands, shared)
     add_webhooks(commands, shared)
     add_cluster(commands, shared)
     each = commands.add_parser("keys", help="create, list, revoke and rotate API keys")
@@ -170,6 +171,19 @@ def add_models(commands: Commands, shared: Parser) -> None:
         each = actions.add_parser(verb, parents=[shared], help=text)
         each.add_argument("model_id", metavar="ID", help="id of models.toml, folder or hub id")
         each.set_defaults(verb=verb)
+
+
+def add_config(commands: Commands, shared: Parser) -> None:
+    actions = commands.add_parser("config", help="show and check the settings").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    for verb, text in (
+        ("show", "list the effective settings and where each comes from"),
+        ("check", "list every unknown or wrong setting; exit status 1 if there is one"),
+    ):
+        each = actions.add_parser(verb, parents=[shared], help=text)
+        each.add_argument("--json", action="store_true", help="print JSON")
+        each.set_defaults(run=config, verb=verb)
 
 
 def add_webhooks(commands: Commands, shared: Parser) -> None:
@@ -300,6 +314,13 @@ def cluster(options: argparse.Namespace) -> int:
     from server.cli.cluster import run
 
     return run(options)
+
+
+def config(options: argparse.Namespace) -> int:
+    """Show or check the settings."""
+    from server.cli.config import check, show
+
+    return {"show": show, "check": check}[options.verb](options)
 
 
 def models(options: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ from pydantic_settings import (
 
 from models.diffusion.enhance import Enhancement
 from models.spelling import did_you_mean
-from server.core.settings_errors import explain
+from server.core.settings_errors import InvalidSettings, explain
 
 ENV_PREFIX = "INPAINT_"
 REMOVED = {
@@ -734,17 +734,21 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """
     if config is not None and not config.is_file():
         raise FileNotFoundError(f"no such settings file: {config}")
-    refuse_unknown_variables(os.environ)
+    unknown = unknown_variables(os.environ)
     given = {name: value for name, value in flags.items() if value is not None}
     file: dict[str, Any] = {} if config is None else {"config": config}
     try:
-        return Settings(**given, **file)
+        settings = Settings(**given, **file)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{config}: {error}") from error
+        raise InvalidSettings([*unknown, f"{config}: {error}"]) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{config} is not text in UTF-8") from error
+        raise InvalidSettings([*unknown, f"{config} is not text in UTF-8"]) from error
     except ValidationError as error:
-        raise explain(error, Settings, ENV_PREFIX, config, given) from error
+        found = explain(error, Settings, ENV_PREFIX, config, given)
+        raise InvalidSettings([*unknown, *found.lines]) from error
+    if unknown:
+        raise InvalidSettings(unknown)
+    return settings
 
 
 def take_removed(given: dict[str, Any], name: str) -> bool:
@@ -758,14 +762,15 @@ def take_removed(given: dict[str, Any], name: str) -> bool:
     return is_given or (not sections and ENV_PREFIX + field.upper() in os.environ)
 
 
-def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    """Refuse misspelt variables, which pydantic would ignore. Raises: ValueError."""
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each misspelt variable, which pydantic would ignore."""
     names = [*Settings.model_fields, *(name for name in REMOVED if "." not in name)]
     known = {ENV_PREFIX + name.upper() for name in names}
-    for variable in environment:
-        if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known:
-            near = did_you_mean(variable, known)
-            raise ValueError(f"unknown setting {variable} in the environment{near}")
+    return [
+        f"unknown setting {variable} in the environment{did_you_mean(variable, known)}"
+        for variable in environment
+        if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known
+    ]
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """Validation errors of settings as sentences that name the operator's flag, variable or key."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -94,13 +94,19 @@ def _path_of(
 
 def _origin(names: list[str], prefix: str, file: object, flags: set[str]) -> str:
     """The origin of a setting: its flag, its variable, or the file and its key."""
+    key = ".".join(names)
+    return given_as(names, prefix, flags) or (key if file is None else f"{file}: {key}")
+
+
+def given_as(names: Sequence[str], prefix: str, flags: Container[str]) -> str | None:
+    """The flag or the environment variable that sets a setting; None where neither does.
+
+    names: of its section and itself. prefix, flags: as in `explain`.
+    """
     if len(names) == 1 and names[0] in flags:
         return f"--{names[0].replace('_', '-')}"
     variable = prefix + "__".join(names).upper()
-    if variable in (name.upper() for name in os.environ):
-        return variable
-    key = ".".join(names)
-    return key if file is None else f"{file}: {key}"
+    return variable if variable in (name.upper() for name in os.environ) else None
 
 
 def _words(problem: Mapping[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """Checks before the server listens: the worker command, the models' files and the devices."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from models.checkpoints.registry import check_lora, check_model, read_catalog
 from models.errors import ModelUnavailable
 from server.core.settings import Settings
+from server.core.settings_errors import InvalidSettings
 from server.serving.devices import expand_devices
 
 
@@ -21,12 +23,31 @@ def check_workers(settings: Settings, command: Sequence[str]) -> Settings:
         if shutil.which(command[0]) is None:
             raise ValueError(f"worker command {command[0]!r}: there is no such program")
         return settings
+    if problems := [*problems_of_models(settings).values()]:
+        raise InvalidSettings(problems)
+    return settings.model_copy(update={"devices": expand_devices(settings.devices)})
+
+
+def problems_of_models(settings: Settings) -> dict[str, str]:
+    """A sentence for each offered model and LoRA that cannot be there, by its name.
+
+    An unreadable `models.toml` is one problem, under the name of the file.
+    """
     try:
         catalog = read_catalog(settings.models_file)
-        for model in settings.offered_models:
-            check_model(model, catalog.models)
-        for lora in settings.offered_loras:
-            check_lora(lora, catalog.loras)
     except ModelUnavailable as error:
-        raise ValueError(str(error)) from error
-    return settings.model_copy(update={"devices": expand_devices(settings.devices)})
+        return {str(settings.models_file): str(error)}
+    checks: list[tuple[str, Callable[[], None]]] = [
+        *((each, partial(check_model, each, catalog.models)) for each in settings.offered_models),
+        *((each, partial(check_lora, each, catalog.loras)) for each in settings.offered_loras),
+    ]
+    return {name: problem for name, check in checks if (problem := problem_of(check))}
+
+
+def problem_of(check: Callable[[], None]) -> str:
+    """Why a check fails; "" if it does not."""
+    try:
+        check()
+    except ModelUnavailable as error:
+        return str(error)
+    return ""
