@@ -21,10 +21,7 @@ def file_sha256s(
     """
     known = _read_cache(cache)
     statuses = {path: path.stat() for path in files}
-    names = {
-        path: f"{path.resolve()} {each.st_ino} {each.st_size} {each.st_mtime_ns}"
-        for path, each in statuses.items()
-    }
+    names = {path: _name(path) for path in files}
     unread = [path for path in files if names[path] not in known]
     total = sum(statuses[path].st_size for path in unread)
     done = 0
@@ -39,6 +36,19 @@ def file_sha256s(
         if cache is not None:
             write_whole(cache, json.dumps(known, indent=1))
     return {str(path): known[names[path]] for path in files}
+
+
+def cached_sha256s(files: Iterable[Path], cache: Path) -> dict[str, str]:
+    """The digests that a cache has of these files as they are now, by path. Raises: OSError."""
+    known = _read_cache(cache)
+    names = {path: _name(path) for path in files}
+    return {str(path): known[name] for path, name in names.items() if name in known}
+
+
+def _name(path: Path) -> str:
+    """What a cache knows a file by."""
+    found = path.stat()
+    return f"{path.resolve()} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
 def digest_of_all(digests: Iterable[str]) -> str:

@@ -35,6 +35,18 @@ def check_files(
     """
     if missing := sorted(pinned.keys() - found.keys()):
         raise ModelUnavailable(f"{missing[0]} has a SHA-256 in models.toml, and is not there")
+    first = compare_files(model_id, found, manifest, pinned)
+    if first != (now := first | dict(found)):
+        write_whole(manifest, json.dumps(now, indent=1, sort_keys=True))
+
+
+def compare_files(
+    model_id: str, found: Mapping[str, str], manifest: Path, pinned: Mapping[str, str]
+) -> dict[str, str]:
+    """The same for some of a model's files, and without remembering any.
+
+    Returns what is remembered. Raises: ModelUnavailable.
+    """
     first = _read(manifest)
     for name, digest in found.items():
         if digest != pinned.get(name, digest):
@@ -44,8 +56,7 @@ def check_files(
                 f"{name} is not the file that was first used; where it was changed on purpose, "
                 f"run `inpaint-server models trust {model_id}`"
             )
-    if first != (now := first | dict(found)):
-        write_whole(manifest, json.dumps(now, indent=1, sort_keys=True))
+    return first
 
 
 def check_downloads(found: Mapping[str, str], files: Mapping[str, Path]) -> None:

@@ -8,6 +8,7 @@ model costs nothing.
 
 import glob
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ from models.checkpoints.folders import (
 from models.checkpoints.manifests import SHA256
 from models.checkpoints.parts import Part
 from models.checkpoints.single_file import single_file_parts, vae_part
-from models.checkpoints.weights import read_json
+from models.checkpoints.weights import read_header, read_json
 from models.errors import ModelUnavailable
 from models.params import SchedulerName
 from models.spelling import did_you_mean
@@ -311,6 +312,38 @@ def is_path(source: str) -> bool:
     path = Path(source).expanduser()
     is_written_so = source.startswith(("/", ".", "~")) or source.count("/") > 1
     return path.exists() or is_written_so or path.suffix == ".safetensors"
+
+
+def weight_files(spec: ModelSpec) -> dict[str, Path] | None:
+    """The weights that loading a model reads, by their names in `model_files`; needs no torch.
+
+    None where some are not on this machine. Raises: ModelUnavailable for an unreadable index.
+    """
+    own = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
+    found = [(own, _main_download(spec))]
+    if spec.vae is not None:
+        vae = _vae_download(spec.vae)
+        found.append((_if_here(vae), vae))
+    if spec.safety_checker is not None:
+        checker = _checker_download(spec.safety_checker)
+        found.append((_if_here(checker), checker))
+    paths = [Path(lora.path).expanduser() for lora in spec.loras]
+    for place, wanted in found:
+        if place is None:
+            return None
+        paths += [place] if place.is_file() else _chosen(place, wanted)
+    base = own if own is not None and own.is_dir() else Path()
+    return {_name_in(base, path): path for path in paths if path.is_file()}
+
+
+def _chosen(folder: Path, wanted: "Download") -> list[Path]:
+    names = [each.relative_to(folder).as_posix() for each in folder.rglob("*")]
+    return [folder / each for each in wanted.choose(folder, names)]
+
+
+def parameter_count(files: Iterable[Path]) -> int:
+    """Numbers in weight files, read from their headers. Raises: ModelUnavailable."""
+    return sum(math.prod(shape) for file in files for shape in read_header(file).shapes.values())
 
 
 def local_size(spec: ModelSpec) -> int | None:

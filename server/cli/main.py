@@ -98,7 +98,7 @@ def make_parser() -> Parser:
     shared.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML)")
     shared.add_argument("--data-dir", type=Path, metavar="DIR", help="database and files")
     shared.add_argument("--model", metavar="ID", help="id of configs/models.toml, folder or hub id")
-    for add in (add_serve, add_worker, add_health, add_demo, add_migrate, add_models):
+    for add in (add_serve, add_worker, add_health, add_doctor, add_demo, add_migrate, add_models):
         add(commands, shared)
     add_config(commands, shared)
     add_webhooks(commands, shared)
@@ -110,6 +110,15 @@ def make_parser() -> Parser:
 
 def add_serve(commands: Commands, shared: Parser) -> None:
     each = commands.add_parser("serve", parents=[shared], help="answer requests, start workers")
+    add_flags_of_serve(each)
+    each.add_argument(
+        "--worker-command", metavar="COMMAND", help="what starts a worker; default: this program"
+    )
+    each.set_defaults(run=run_server)
+
+
+def add_flags_of_serve(each: Parser) -> None:
+    """Flags for settings that all of a server has, but its workers do not."""
     each.add_argument("--host", help="address to listen on")
     each.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
     each.add_argument(
@@ -118,10 +127,6 @@ def add_serve(commands: Commands, shared: Parser) -> None:
     each.add_argument(
         "--workers", type=int, metavar="N", help="worker processes in all; 0 for none"
     )
-    each.add_argument(
-        "--worker-command", metavar="COMMAND", help="what starts a worker; default: this program"
-    )
-    each.set_defaults(run=run_server)
 
 
 def add_worker(commands: Commands, shared: Parser) -> None:
@@ -140,6 +145,26 @@ def add_health(commands: Commands, shared: Parser) -> None:
     each = commands.add_parser("health", parents=[shared], help="check whether a server answers")
     each.add_argument("--url", help="its address; default: this machine's, from the settings")
     each.set_defaults(run=health)
+
+
+def add_doctor(commands: Commands, shared: Parser) -> None:
+    each = commands.add_parser(
+        "doctor",
+        parents=[shared],
+        help="find out what is wrong and how to mend it; exit status 1 if something is",
+        description="Looks at what `serve` with the same flags would use. Changes nothing.",
+    )
+    add_flags_of_serve(each)
+    each.add_argument("--json", action="store_true", help="print JSON")
+    each.add_argument("--no-inpaint", action="store_true", help="leave out the test picture")
+    each.add_argument(
+        "--image-url",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="tell whether images of this host would be refused; may be repeated",
+    )
+    each.set_defaults(run=doctor)
 
 
 def add_demo(commands: Commands, _shared: Parser) -> None:
@@ -284,6 +309,13 @@ def health(options: argparse.Namespace) -> int:
     from server.cli.health import check, local_url
 
     return check(options.url or local_url(settings_of(options)))
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what is wrong with the machine, the settings and the stores."""
+    from server.cli.doctor import run
+
+    return run(options)
 
 
 def demo(options: argparse.Namespace) -> int:

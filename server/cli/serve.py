@@ -67,7 +67,19 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
         # A missing key file refuses the start; later it would count as empty.
         redact_secrets(read_keys_file(settings.auth.keys_file))
     command = shlex.split(options.worker_command or "")
-    return check_workers(settings, command), command
+    checked = check_workers(settings, command)
+    if checked.worker_devices and not command:
+        warn_of_devices(settings.devices, checked.devices)
+    return checked, command
+
+
+def warn_of_devices(asked: Sequence[str], devices: Sequence[str]) -> None:
+    """Log an old driver, and the CPU in place of a GPU. devices: as found for those asked for."""
+    from server.core.logs import get_logger
+    from server.serving.preflight import device_warnings
+
+    for sentence in device_warnings(asked, devices):
+        get_logger(__name__).warning("check the GPU", detail=sentence)
 
 
 def warn_operator(settings: Settings) -> None:
@@ -122,8 +134,10 @@ def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
 
     settings = settings_of(options)
     settings.make_data_dir()
-    (device, *_) = expand_devices([options.device])
+    devices = expand_devices([options.device])
     # On a terminal the server that started this worker announces these events.
     announced = STARTING if options.parent is not None else ()
     configure_logging(secrets=settings.secrets, shown_on_terminal=announced)
-    return settings, open_device(device)
+    if options.parent is None:  # else the server has warned
+        warn_of_devices([options.device], devices)
+    return settings, open_device(devices[0])

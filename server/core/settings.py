@@ -205,6 +205,9 @@ IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
 """Default number of concurrent jobs per worker. At two rows each they fill a GPU's largest UNet
 call; on a CPU more jobs only delay each other."""
 
+MODEL_MEMORY_SHARE = 0.6
+"""Share of a CUDA device's memory for loaded models; the rest is for activations."""
+
 
 class StepsPolicy(StrEnum):
     """`vendor`: the vendor's listed values, one step less; `exact`: as requested."""
@@ -679,20 +682,16 @@ class Settings(BaseSettings):
 
         An existing folder keeps its mode. Raises: ValueError if it cannot be created or written.
         """
-        folder, user = self.data_dir, f"uid {os.geteuid()}"
+        folder = self.data_dir
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except FileExistsError as error:
             raise ValueError(f"data folder {folder} is a file") from error
         except OSError as error:
-            reason = error.strerror
+            user, reason = f"uid {os.geteuid()}", error.strerror
             raise ValueError(f"data folder {folder} cannot be made by {user}: {reason}") from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            found = folder.stat()
-            raise ValueError(
-                f"data folder {folder} cannot be written by {user}: it belongs to uid "
-                f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}"
-            )
+        if problem := why_unwritable(folder):
+            raise ValueError(f"data folder {problem}")
 
     @property
     def open_data_dir(self) -> str:
@@ -771,6 +770,19 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
         for variable in environment
         if variable.startswith(ENV_PREFIX) and variable.split("__")[0] not in known
     ]
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why this process may not write to a folder, with its path and owner; "" if it may."""
+    if os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return ""
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"{folder} is mounted read-only"
+    found = folder.stat()
+    return (
+        f"{folder} cannot be written by uid {os.geteuid()}: it belongs to uid {found.st_uid}, "
+        f"mode {stat.S_IMODE(found.st_mode):04o}"
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -340,7 +340,7 @@ class EgressClient:
     ) -> Sequence[str]:
         """The host's addresses, all allowed. Raises: AddressDenied, OSError, UnicodeError."""
         addresses = policy.check(host, await self._resolver.resolve(host, port, owner), port)
-        self._deny_own(host, addresses, port, policy)
+        deny_own(host, addresses, port, policy, self._listeners)
         return addresses
 
     def _check_for_proxy(self, url: httpx2.URL, policy: AddressPolicy) -> None:
@@ -351,19 +351,25 @@ class EgressClient:
         host, port = host_of(url), port_of(url)
         literals = numeric_addresses(host, port)
         if literals:
-            self._deny_own(host, policy.check(host, literals, port), port, policy)
+            checked = policy.check(host, literals, port)
+            deny_own(host, checked, port, policy, self._listeners)
         elif not policy.allows_port(host, port):
             raise AddressDenied(f"port {port}")
 
-    def _deny_own(
-        self, host: str, addresses: Sequence[str], port: int, policy: AddressPolicy
-    ) -> None:
-        """Raises: AddressDenied; OSError where the network interfaces cannot be listed."""
-        for address in addresses:
-            if any(listener.accepts(address, port) for listener in self._listeners):
-                raise AddressDenied("this server's own address")
-            if is_own_network(host, address, policy):
-                raise AddressDenied(f"address {address} of this machine or its network")
+
+def deny_own(
+    host: str,
+    addresses: Sequence[str],
+    port: int,
+    policy: AddressPolicy,
+    listeners: Sequence[Listener],
+) -> None:
+    """Raises: AddressDenied; OSError where the network interfaces cannot be listed."""
+    for address in addresses:
+        if any(listener.accepts(address, port) for listener in listeners):
+            raise AddressDenied("this server's own address")
+        if is_own_network(host, address, policy):
+            raise AddressDenied(f"address {address} of this machine or its network")
 
 
 def is_own_network(host: str, address: str, policy: AddressPolicy) -> bool:

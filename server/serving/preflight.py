@@ -8,7 +8,13 @@ from models.checkpoints.registry import check_lora, check_model, read_catalog
 from models.errors import ModelUnavailable
 from server.core.settings import Settings
 from server.core.settings_errors import InvalidSettings
-from server.serving.devices import expand_devices
+from server.serving.devices import ALL, AUTO, CPU, expand_devices
+from server.serving.gpu_driver import (
+    driver_cure,
+    gpu_details,
+    installed_torch,
+    why_driver_is_too_old,
+)
 
 
 def check_workers(settings: Settings, command: Sequence[str]) -> Settings:
@@ -51,3 +57,27 @@ def problem_of(check: Callable[[], None]) -> str:
     except ModelUnavailable as error:
         return str(error)
     return ""
+
+
+def why_cpu(asked: Sequence[str], devices: Sequence[str]) -> str:
+    """A sentence if no GPU was found where the settings would take one, else "".
+
+    asked, devices: the devices before and after `expand_devices`.
+    """
+    if {*devices} != {CPU} or not {*asked} & {AUTO, ALL}:
+        return ""
+    torch = installed_torch()
+    need = "" if torch is None else f"; {torch.need}"
+    return f"no GPU was found, so pictures are made on the CPU, many times slower{need}"
+
+
+def device_warnings(asked: Sequence[str], devices: Sequence[str]) -> list[str]:
+    """What to warn an operator of at the start: the CPU in place of a GPU, an old driver."""
+    if {*devices} == {CPU}:
+        reason = why_cpu(asked, devices)
+        return [f"{reason}; `--devices cpu` says that it is meant"] if reason else []
+    torch = installed_torch()
+    if torch is None:
+        return []
+    reasons = [why_driver_is_too_old(gpu.driver, torch) for gpu in gpu_details()]
+    return [f"{reason}; {driver_cure(torch)}" for reason in dict.fromkeys(reasons) if reason]

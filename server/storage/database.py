@@ -12,6 +12,7 @@ from typing import Any
 import pysqlite3.dbapi2 as sqlite
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import (
     Connection,
@@ -327,6 +328,31 @@ def migrate(engine: Engine) -> None:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def open_for_reading(url: str) -> Engine:
+    """An engine that changes nothing, not even the files beside a SQLite database.
+
+    A SQLite file must be there: reading creates none.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return _open_postgresql(url)
+    path = Path(parsed.database or "").absolute()
+    # A file that no process has open has no shared memory. SQLite would create it, as the user who
+    # reads, and a server of another user could then not open its own database.
+    is_open = path.with_name(f"{path.name}-shm").exists()
+    address = f"{path.as_uri()}?{'mode=ro' if is_open else 'mode=ro&immutable=1'}"
+    return create_engine(
+        "sqlite://", module=sqlite, creator=lambda: sqlite.connect(address, uri=True)
+    )
+
+
+def known_schemas() -> list[str]:
+    """The schema versions that this program knows, the newest first."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
 
 
 def open_migrated(url: str, connections: int = CONNECTIONS) -> Engine:

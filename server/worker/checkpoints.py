@@ -33,13 +33,10 @@ from models.errors import DeviceUnavailable, ModelUnavailable, OutOfMemory, Unus
 from models.model_pool import ModelPool
 from models.variants import ModelVariant
 from server.core.logs import get_logger
-from server.core.settings import DtypeName, Settings
+from server.core.settings import MODEL_MEMORY_SHARE, DtypeName, Settings
 from server.jobs.receipts import Model
 
 logger = get_logger(__name__)
-
-MODEL_MEMORY_SHARE = 0.6
-"""Share of a CUDA device's memory for loaded models; the rest is for activations."""
 
 CHECKING = "checking"
 """Stage before loading, in which the digests of the files are checked."""
@@ -73,6 +70,8 @@ class Checkpoints:
         report_progress: gets a sentence. Raises: DeviceUnavailable, ModelUnavailable.
         """
         device = pick_device(self.device_name)
+        if self.device_name == "auto" and device.type == "cpu":
+            logger.warning("check the GPU", detail=f"the CPU is used: {why_no_cuda()}")
         if device.index is not None:
             torch.cuda.set_device(device)  # For code that takes the default device.
         models = ModelPool(

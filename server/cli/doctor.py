@@ -1,0 +1,86 @@
+"""`inpaint-server doctor`: looks at the machine, the settings and the stores, and changes nothing.
+
+The checks themselves are in `server/serving/diagnosis`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+
+from server.cli.options import Refusal, refusing, settings_of
+from server.core.settings import Settings
+from server.core.terminal import printable
+from server.serving.diagnosis.checkpoints import check_models
+from server.serving.diagnosis.database import Clocks, check_database
+from server.serving.diagnosis.findings import Finding, Level, error, ok, warning
+from server.serving.diagnosis.folders import check_folders
+from server.serving.diagnosis.gpus import check_gpus
+from server.serving.diagnosis.network import check_fetches, check_ports, check_proxies
+from server.serving.diagnosis.trial import check_inpaint
+
+SETTINGS = "settings"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings. Returns 1 where one is an error, else 0."""
+    found = []
+    for finding in diagnose(options):
+        found.append(finding)
+        if not options.json:
+            print_finding(finding)
+    worst = max(found, key=lambda each: [*Level].index(each.level)).level
+    if options.json:
+        print(  # noqa: T201 - the command's output
+            json.dumps(
+                {
+                    "ok": worst is not Level.ERROR,
+                    "version": version("inpaint-server"),
+                    "findings": [asdict(each) for each in found],
+                },
+                indent=2,
+            )
+        )
+    return 1 if worst is Level.ERROR else 0
+
+
+def print_finding(finding: Finding) -> None:
+    """One line, and one with the cure, as soon as the finding is there."""
+    print(f"{finding.level:7}  {finding.check:11}  {printable(finding.sentence)}")  # noqa: T201
+    if finding.cure:
+        print(f"{'':7}  {'':11}  -> {printable(finding.cure)}")  # noqa: T201
+    sys.stdout.flush()
+
+
+def diagnose(options: argparse.Namespace) -> Iterator[Finding]:
+    """All findings, the quick checks first."""
+    clocks = Clocks()
+    try:
+        with refusing():
+            settings = settings_of(options, "host", "port", "devices", "workers")
+    except Refusal as refusal:
+        for line in refusal.args:
+            yield error(
+                SETTINGS, str(line), "see docs/settings.md, and `inpaint-server config check`"
+            )
+        return
+    yield from check_settings(settings)
+    yield from check_folders(settings)
+    yield from check_ports(settings)
+    yield from check_proxies(settings)
+    yield from check_fetches(settings, options.image_url)
+    yield from check_gpus(settings)
+    if settings.worker_devices:
+        yield from check_models(settings)
+    yield from check_database(settings, clocks)
+    if not options.no_inpaint:
+        yield from check_inpaint(settings)
+
+
+def check_settings(settings: Settings) -> Iterator[Finding]:
+    """The settings could be read; some may have no effect any more."""
+    yield ok(SETTINGS, f"inpaint-server {version('inpaint-server')}, all settings can be used")
+    for sentence in settings.removed:
+        yield warning(SETTINGS, f"a setting has no effect any more: {sentence}", "remove it")

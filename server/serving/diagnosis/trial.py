@@ -1,0 +1,82 @@
+"""A test inpaint with the built-in model, in a process of its own, on each device."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from server.core.settings import Settings
+from server.serving.devices import AUTO, VISIBLE, expand_devices
+from server.serving.diagnosis.findings import Finding, error, ok, warning
+
+INPAINT = "inpaint"
+TRIAL = (sys.executable, "-P", "-m", "server.worker.trial")
+TIMEOUT_S = 300.0
+
+SLOW_S = 60.0
+"""On two cores of 2020 the picture takes 3 seconds."""
+
+
+def check_inpaint(settings: Settings) -> Iterator[Finding]:
+    """Make a picture on each device of the settings.
+
+    The built-in model is used, because a running server may already fill the GPU with its own.
+    """
+    try:
+        devices = expand_devices(settings.worker_devices)
+    except ValueError:
+        return  # The check of the GPUs says it.
+    for device in dict.fromkeys(devices):
+        yield finding_of(device, run_trial(device))
+
+
+def finding_of(device: str, answer: dict[str, Any]) -> Finding:
+    if "error" in answer:
+        return error(
+            INPAINT,
+            f"no picture could be made on {device}: {answer['error']}",
+            "see the findings about the GPU and its driver; `--devices cpu` goes without a GPU",
+        )
+    seconds = answer["picture_s"]
+    sentence = (
+        f"the built-in model made a picture of 512×512 in 20 steps on {answer['device']} in "
+        f"{seconds} s, after {answer['load_s']} s of loading"
+    )
+    if device == AUTO and answer["device"] == "cpu":
+        return warning(
+            INPAINT,
+            f"{sentence}: torch finds no GPU",
+            "set devices to cuda:0 to see why, or to cpu if that is meant",
+        )
+    if seconds > SLOW_S:
+        return warning(INPAINT, sentence, "see what else runs on this machine, and use a GPU")
+    return ok(INPAINT, sentence)
+
+
+def run_trial(device: str) -> dict[str, Any]:
+    """The answer of `server.worker.trial`, or an error in its form."""
+    environment = dict(os.environ)
+    if device.startswith(("GPU-", "MIG-")):
+        environment[VISIBLE], device = device, "cuda:0"
+    with tempfile.TemporaryDirectory(prefix="inpaint-doctor-") as folder:
+        environment |= {"TRITON_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
+        try:
+            done = subprocess.run(
+                [*TRIAL, device],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                env=environment,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"it took longer than {TIMEOUT_S:.0f} s"}
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"error": f"exit status {done.returncode}: {last}"}
+    return answer

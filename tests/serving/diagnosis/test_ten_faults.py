@@ -1,0 +1,330 @@
+"""`inpaint-server doctor` on prepared faults: each is named with its cure.
+
+The driver and the GPUs are a fake of hardware (`tests/support/devices.py`), and a wrong clock is
+passed in; everything else is real.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.checkpoints.registry import BUILTIN_FOLDER
+from server.cli.main import main
+from server.core.settings import load_settings
+from server.jobs.workers import WorkerRegistry, WorkerStatus
+from server.serving.diagnosis.database import Clocks, check_database
+from server.serving.diagnosis.network import check_fetches
+from server.serving.server import bind
+from server.storage.database import open_migrated
+from tests.support.devices import TWO_DETAILS, TWO_GPUS, install_nvidia_smi
+from tests.support.processes import COMMAND, START_TIMEOUT_S
+
+pytestmark = pytest.mark.process
+
+Doctor = Callable[..., list[dict[str, str]]]
+AS_NOBODY = (
+    *("setpriv", "--reuid=65534", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+"""A user who may read the interpreter wherever it is."""
+
+FAKE_TORCH = (
+    "__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
+)
+TMPFS_BYTES = 524_288
+"""Less than the input of a job."""
+
+
+@pytest.fixture(autouse=True)
+def _machine_without_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "programs").mkdir()
+    install_nvidia_smi(tmp_path / "programs", monkeypatch, "")
+
+
+@pytest.fixture
+def doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """Runs the command; gives what is no "ok", after a look at the exit status."""
+
+    def run(*words: str, check: str = "", data_dir: Path | None = None) -> list[dict[str, str]]:
+        place = ("--data-dir", str(data_dir or tmp_path / "data"), "--port", "0")
+        capsys.readouterr()
+        status = main(["doctor", "--no-inpaint", "--json", *place, *words])
+        return findings_in(capsys.readouterr().out, status, check)
+
+    return run
+
+
+def findings_in(text: str, status: int, check: str) -> list[dict[str, str]]:
+    answer: dict[str, Any] = json.loads(text)
+    found: list[dict[str, str]] = answer["findings"]
+    has_error = any(each["level"] == "error" for each in found)
+    assert (status, answer["ok"]) == (int(has_error), not has_error)
+    assert all(each["cure"] for each in found if each["level"] in ("warning", "error"))
+    return [each for each in found if each["level"] != "ok" and check in ("", each["check"])]
+
+
+def test_machine_without_faults(doctor: Doctor, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir(mode=0o700)
+    levels = {each["check"]: each["level"] for each in doctor("--devices", "cpu")}
+    assert levels == {"images": "note", "database": "note"}
+    assert [*(tmp_path / "data").iterdir()] == []
+
+
+def test_no_gpu(doctor: Doctor) -> None:
+    (found,) = doctor(check="gpu")
+    assert found["level"] == "warning"
+    assert found["sentence"].startswith("no GPU was found, so pictures are made on the CPU")
+    assert "torch " in found["sentence"]
+    assert "`nvidia-smi -L` lists the GPU" in found["cure"]
+    (found,) = doctor("--devices", "cuda:0", check="gpu")
+    assert found["level"] == "error"
+    assert found["sentence"] == "device cuda:0: no GPU is visible here"
+
+
+def test_old_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    details = TWO_DETAILS.replace("580.65.06", "535.104.05")
+    install_nvidia_smi(tmp_path / "programs", monkeypatch, TWO_GPUS, details=details)
+    (tmp_path / "site" / "torch").mkdir(parents=True)
+    (tmp_path / "site" / "torch" / "__init__.py").touch()
+    (tmp_path / "site" / "torch" / "version.py").write_text(FAKE_TORCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    (found,) = doctor_as((), "driver", tmp_path / "data")
+    assert found["level"] == "error"
+    assert found["sentence"] == (
+        "the GPU's driver 535.104.05 is too old: torch 2.13.0+cu130 is built with CUDA 13.0 and "
+        "needs NVIDIA driver 580 or newer"
+    )
+    assert found["cure"].startswith("install NVIDIA driver 580 or newer on the host")
+
+
+def doctor_as(user: tuple[str, ...], check: str, data_dir: Path) -> list[dict[str, str]]:
+    """In a process of its own."""
+    words = ("doctor", "--no-inpaint", "--json", "--port", "0", "--data-dir", str(data_dir))
+    done = subprocess.run(
+        [*user, *COMMAND, *words],
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return findings_in(done.stdout, done.returncode, check)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = f"size={TMPFS_BYTES},mode=0700"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_full_disk(doctor: Doctor, small_disk: Path) -> None:
+    (found,) = doctor(check="disk", data_dir=small_disk)
+    assert found["level"] == "error"
+    assert f"{small_disk} takes no file of 1 MB: No space left on device" in found["sentence"]
+    assert found["cure"].startswith("make room on the disk")
+    assert [*small_disk.iterdir()] == []
+
+
+def test_folder_that_is_mounted_read_only(doctor: Doctor, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    (found,) = doctor(data_dir=small_disk, check="data folder")
+    assert found["sentence"] == f"data folder {small_disk} is mounted read-only"
+    assert found["cure"].startswith("mount a volume there")
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    if not (os.geteuid() == 0 and shutil.which(AS_NOBODY[0])):
+        pytest.skip("needs root and setpriv, to start a process as somebody else")
+    folder = tmp_path / "data"
+    folder.mkdir(mode=0o755)
+    tmp_path.chmod(0o755)
+    found, _ = doctor_as(AS_NOBODY, "data folder", folder)
+    assert found["level"] == "error"
+    assert found["sentence"] == (
+        f"data folder {folder} cannot be written by uid 65534: it belongs to uid 0, mode 0755"
+    )
+    assert found["cure"] == f"`chown -R 65534 {folder}`, or run the server as uid 0"
+    found, *_ = doctor_as(AS_NOBODY, "data folder", folder / "deeper")
+    assert (
+        f"data folder {folder / 'deeper'} cannot be made: {folder} cannot be" in found["sentence"]
+    )
+
+
+def test_clock_behind_the_times_in_the_database(doctor: Doctor, tmp_path: Path) -> None:
+    url = load_settings(data_dir=tmp_path / "data").sqlalchemy_url
+    tomorrow = time.time() + 86_400
+    engine = open_migrated(url)
+    registry = WorkerRegistry(engine, lambda: tomorrow, time.monotonic)
+    registry.report(WorkerStatus("a", "cpu", "builtin", "ready", "", tomorrow))
+    engine.dispose()
+    (found,) = doctor(check="clock")
+    assert found["level"] == "error"
+    assert " s behind the newest time in the database" in found["sentence"]
+    assert found["cure"].startswith("set the clock")
+
+
+NOW_S = 4e9
+"""Long after the installation of any version."""
+
+
+@pytest.mark.parametrize(
+    ("started_s", "wall_s", "level", "sentence"),
+    [
+        (0, 0, "error", "the clock is wrong: it shows 1970-01-01 00:00:00 UTC, which is before"),
+        (NOW_S, NOW_S + 60, "warning", "the wall clock has jumped by +60.0 s"),
+        (NOW_S, NOW_S - 60, "warning", "the wall clock has jumped by -60.0 s"),
+    ],
+)
+def test_wrong_clock(
+    started_s: float, wall_s: float, level: str, sentence: str, tmp_path: Path
+) -> None:
+    clocks = Clocks(lambda: wall_s, lambda: 5.0, (started_s, 5.0))
+    found = [*check_database(load_settings(data_dir=tmp_path), clocks)][1]
+    assert (found.check, found.level) == ("clock", level)
+    assert found.sentence.startswith(sentence)
+    assert found.cure.startswith("set the clock")
+
+
+@pytest.mark.parametrize("ahead_s", [400.0, -30.0, 0.0])
+def test_clock_beside_the_databases(url: str, ahead_s: float) -> None:
+    """SQLite has no clock of its own, and no times are in this one yet."""
+    clocks = Clocks(
+        lambda: time.time() + ahead_s, started=(time.time() + ahead_s, time.monotonic())
+    )
+    found = [*check_database(load_settings(database_url=url), clocks)]
+    apart = [each for each in found if "the database server's clock" in each.sentence]
+    if url.startswith("sqlite"):
+        assert apart == []
+        return
+    levels = {400.0: "error", -30.0: "warning", 0.0: "ok"}
+    assert [each.level for each in apart] == [levels[ahead_s]]
+
+
+def test_bad_digest(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(BUILTIN_FOLDER, tmp_path / "model")
+    monkeypatch.setenv("INPAINT_MODEL", str(folder))
+    assert main(["models", "verify", str(folder), "--data-dir", str(tmp_path / "data")]) == 0
+    assert doctor(check="digests") == []
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (found,) = doctor(check="digests")
+    assert found["level"] == "error"
+    assert f"unet/{weights.name} is not the file that was first used" in found["sentence"]
+    assert found["cure"].startswith(f"inpaint-server models verify {folder}")
+
+
+def test_private_image_host(doctor: Doctor) -> None:
+    asked = ("--image-url", "http://10.1.2.3/a.png", "--image-url", "ftp://x/y")
+    _, private, no_url = doctor(*asked, check="images")
+    assert private["level"] == "error"
+    assert private["sentence"] == "images of 10.1.2.3 are refused: address 10.1.2.3 port 80"
+    assert private["cure"] == (
+        "set INPAINT_FETCH__ALLOW_CIDRS=10.1.2.3/32 or INPAINT_FETCH__ALLOW_HOSTS=10.1.2.3"
+    )
+    assert no_url["sentence"] == "'ftp://x/y' is refused: scheme or host of URL"
+
+
+@pytest.mark.parametrize(
+    ("settings", "url", "level", "cure"),
+    [
+        ({}, "http://pictures.internal/a", "error", "ALLOW_HOSTS=pictures.internal"),
+        ({"allow_hosts": "pictures.internal"}, "http://pictures.internal/a", "ok", ""),
+        ({"allow_cidrs": "10.1.0.0/16"}, "http://pictures.internal:9000/a", "ok", ""),
+        ({"allow_hosts": "x"}, "http://nowhere.internal/a", "error", "check the name and the DNS"),
+        ({}, "https://8.8.8.8/a", "ok", ""),
+        ({}, "https://8.8.8.8:8443/a", "error", "set INPAINT_FETCH__ALLOW_PORTS=8443"),
+    ],
+)
+def test_image_host(settings: dict[str, str], url: str, level: str, cure: str) -> None:
+    def resolve(host: str, _port: int) -> list[str]:
+        if host != "pictures.internal":
+            raise OSError("Name or service not known")
+        return ["10.1.2.3"]
+
+    *_, found = check_fetches(load_settings(fetch=settings), [url], resolve)
+    assert found.level == level
+    assert cure in found.cure
+
+
+@pytest.mark.parametrize(("offline", "level"), [("1", "error"), ("0", "warning")])
+def test_missing_weights(
+    offline: str, level: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    (found,) = doctor("--model", "nobody/nothing", check="model")
+    assert found["level"] == level
+    assert found["sentence"].startswith("nobody/nothing is not downloaded")
+    assert found["cure"].endswith("inpaint-server models pull nobody/nothing")
+
+
+def test_models_that_cannot_be_there(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_MODELS", "bultin,/nope/x")
+    monkeypatch.setenv("INPAINT_LORAS", "ink")
+    assert [each["level"] for each in doctor(check="model")] == ["error"] * 3
+
+
+def test_taken_port(doctor: Doctor) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        (found,) = doctor("--port", str(port), check="port")
+    assert found["level"] == "error"
+    assert found["sentence"].startswith(
+        f"cannot listen on 127.0.0.1:{port}: Address already in use"
+    )
+    assert found["sentence"].endswith(f"has it, pid {os.getpid()}")
+    assert found["cure"] == f"stop process {os.getpid()}, or choose another with --port"
+
+
+def test_untrusted_proxy(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_PUBLIC_URL", "https://pictures.example")
+    monkeypatch.setenv("INPAINT_AUTH__ALLOW_ANONYMOUS", "true")
+    (found,) = doctor("--host", "0.0.0.0", check="proxy")
+    assert found["level"] == "warning"
+    assert "trusted from 127.0.0.1 alone" in found["sentence"]
+    assert found["cure"].startswith("name the proxy in INPAINT_FORWARDED_ALLOW_IPS")
+    assert doctor("--host", "127.0.0.1", check="proxy") == [], "a proxy of this machine"
+    monkeypatch.setenv("INPAINT_FORWARDED_ALLOW_IPS", "127.0.0.1,172.18.0.0/16")
+    assert doctor("--host", "0.0.0.0", check="proxy") == []
+    monkeypatch.setenv("INPAINT_FORWARDED_ALLOW_IPS", "*")
+    (found,) = doctor("--host", "0.0.0.0", check="proxy")
+    assert "trusts everybody's X-Forwarded-* headers" in found["sentence"]
+
+
+def test_wrong_settings_and_missing_keys(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = doctor("--host", "0.0.0.0", check="keys")
+    assert found["level"] == "error"
+    assert found["cure"] == "inpaint-server keys create NAME"
+    monkeypatch.setenv("INPAINT_HOLDS", "1")
+    monkeypatch.setenv("INPAINT_HOLD_S", "long")
+    assert [each["check"] for each in doctor()] == ["settings", "settings"]
+
+
+def test_command_ends_with_one_for_an_error(tmp_path: Path) -> None:
+    words = ["doctor", "--no-inpaint", "--data-dir", str(tmp_path), "--devices", "gpu0"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "server.cli.main", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    line, cure = done.stdout[done.stdout.index("error ") :].splitlines()[:2]
+    assert line.startswith("error    gpu          unknown device 'gpu0'")
+    assert cure.strip() == "-> set devices to what `nvidia-smi -L` lists, or to auto"
