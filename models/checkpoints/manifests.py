@@ -76,7 +76,7 @@ def check_downloads(found: Mapping[str, str], files: Mapping[str, Path]) -> None
         ):
             raise ModelUnavailable(
                 f"{name} is damaged: the hub gave it another SHA-256; delete {kept_as} and run "
-                "`inpaint-server models download`"
+                "`inpaint-server models pull`"
             )
 
 

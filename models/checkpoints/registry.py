@@ -12,6 +12,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -79,6 +80,9 @@ OTHER_SAMPLING = ("EDM", "FlowMatch")
 """How the classes of schedulers begin whose models no other scheduler can sample."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+CARD = "README.md"
+"""A model's card. It is not among the files that loading needs, so that it may be missing."""
 
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
 """Where single files get their vocabulary; all three families use CLIP's."""
@@ -192,9 +196,18 @@ class Components:
 def read_catalog(path: Path) -> Catalog:
     """What a `models.toml` lists. Raises: ModelUnavailable, which names the entry and key."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelUnavailable(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelUnavailable(f"{path} is no TOML: {error}") from error
+    return parse_catalog(text, path)
+
+
+def parse_catalog(text: str, path: Path) -> Catalog:
+    """The same from the text of a file. Raises: ModelUnavailable."""
+    try:
+        document = tomllib.loads(text)
     except ValueError as error:
         raise ModelUnavailable(f"{path} is no TOML: {error}") from error
     for name in document:
@@ -319,7 +332,7 @@ def weight_files(spec: ModelSpec) -> dict[str, Path] | None:
 
     None where some are not on this machine. Raises: ModelUnavailable for an unreadable index.
     """
-    own = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
+    own = local_path(spec)
     found = [(own, _main_download(spec))]
     if spec.vae is not None:
         vae = _vae_download(spec.vae)
@@ -346,9 +359,20 @@ def parameter_count(files: Iterable[Path]) -> int:
     return sum(math.prod(shape) for file in files for shape in read_header(file).shapes.values())
 
 
+def local_path(spec: ModelSpec) -> Path | None:
+    """The folder or file of a model's own weights; None where some are not on this machine."""
+    return BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
+
+
+def sources_of(spec: ModelSpec) -> set[str]:
+    """The hub ids that a model is made of; folders and files here are left out."""
+    named = (spec.source, spec.config, spec.vae, spec.safety_checker)
+    return {each for each in named if each not in (None, "builtin") and not is_path(str(each))}
+
+
 def local_size(spec: ModelSpec) -> int | None:
     """Bytes of a model's own files that are on this machine; None where some are not here."""
-    own = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
+    own = local_path(spec)
     vae = None if spec.vae is None else _if_here(_vae_download(spec.vae))
     if own is None or (vae is None and spec.vae is not None):
         return None
@@ -449,10 +473,11 @@ def _ask_hub(wanted: Download) -> Path:
     try:
         return _snapshot(wanted, is_local=False)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
         raise ModelUnavailable(
             f"{wanted.source!r} is neither a folder here nor a hub id that can be reached or was "
             "downloaded before; give a diffusers folder or a .safetensors file, or download the "
-            "checkpoint once with network access"
+            f"checkpoint once with network access ({reason})"
         ) from error
 
 
@@ -510,9 +535,18 @@ def download(spec: ModelSpec) -> list[str]:
     found = []
     for each in wanted:
         if each.source != "builtin" and not Path(each.source).expanduser().exists():
-            _ask_hub(each)
+            _fetch_card(each.source, _ask_hub(each).name)
             found.append(each.source)
     return found
+
+
+def _fetch_card(source: str, commit: str) -> None:
+    """The model card, which names the licence, if the hub has one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    with suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        hf_hub_download(source, CARD, revision=commit)
 
 
 def load_components(

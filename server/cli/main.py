@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
+from server.cli.models.arguments import add_models_commands
 from server.cli.options import (
     Parser,
     Refusal,
@@ -98,9 +99,12 @@ def make_parser() -> Parser:
     shared.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML)")
     shared.add_argument("--data-dir", type=Path, metavar="DIR", help="database and files")
     shared.add_argument("--model", metavar="ID", help="id of configs/models.toml, folder or hub id")
-    for add in (add_serve, add_worker, add_health, add_doctor, add_demo, add_migrate, add_models):
+    for add in (add_serve, add_worker, add_health, add_doctor, add_demo, add_migrate):
         add(commands, shared)
     add_config(commands, shared)
+    each = commands.add_parser("models", parents=[shared], help="list, get, check and name models")
+    each.set_defaults(run=models, verb="list", json=False)
+    add_models_commands(each.add_subparsers(metavar="ACTION"), shared, models)
     add_webhooks(commands, shared)
     add_cluster(commands, shared)
     each = commands.add_parser("keys", help="create, list, revoke and rotate API keys")
@@ -179,23 +183,6 @@ def add_demo(commands: Commands, _shared: Parser) -> None:
 def add_migrate(commands: Commands, shared: Parser) -> None:
     each = commands.add_parser("migrate", parents=[shared], help="bring the database up to date")
     each.set_defaults(run=migrate)
-
-
-def add_models(commands: Commands, shared: Parser) -> None:
-    each = commands.add_parser("models", parents=[shared], help="list, download and verify models")
-    each.set_defaults(run=models, verb="list")
-    actions = each.add_subparsers(metavar="ACTION")
-    actions.add_parser(
-        "list", parents=[shared], help="list the models of models.toml"
-    ).set_defaults(verb="list")
-    for verb, text in (
-        ("download", "get a model as the hub has it now"),
-        ("verify", "compare a model's files with those it was first used with"),
-        ("trust", "accept a model's present files as the right ones"),
-    ):
-        each = actions.add_parser(verb, parents=[shared], help=text)
-        each.add_argument("model_id", metavar="ID", help="id of models.toml, folder or hub id")
-        each.set_defaults(verb=verb)
 
 
 def add_config(commands: Commands, shared: Parser) -> None:
@@ -356,8 +343,8 @@ def config(options: argparse.Namespace) -> int:
 
 
 def models(options: argparse.Namespace) -> int:
-    """List, download, verify or trust models."""
-    from server.cli.models import run
+    """List, download, verify, add or remove models."""
+    from server.cli.models.commands import run
 
     return run(options, settings_of(options))
 

@@ -100,10 +100,10 @@ def test_models_are_listed_with_size_and_use(
     monkeypatch.setenv("INPAINT_MODELS", str(tmp_path / "mine"))
     assert main(["models", "list"]) == 0
     header, builtin, hub, *_, mine = capsys.readouterr().out.splitlines()
-    assert header == "id\tuse\there\tsource"
-    assert builtin == "builtin\tdefault\t11 MB\tbuiltin"
-    assert hub.split("\t")[:3] == ["sd15-inpainting", "-", "-"]
-    assert mine.split("\t")[1:3] == ["offered", "1.5 kB"]
+    assert header == "id\tkind\tuse\there\tGPU memory\tlicence\tsource"
+    assert builtin == "builtin\tmodel\tdefault\t11 MB\t18 MB\tApache-2.0\tbuiltin"
+    assert hub.split("\t")[:6] == ["sd15-inpainting", "model", "-", "-", "-", "-"]
+    assert mine.split("\t")[2:5] == ["offered", "1.5 kB", "-"]
 
 
 def test_columns_are_aligned_on_a_terminal(tmp_path: Path) -> None:

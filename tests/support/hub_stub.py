@@ -16,11 +16,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass(slots=True)
 class Hub:
-    """One repository under any name. asked: the path of every request so far."""
+    """One repository under any name.
+
+    asked: the path of every request so far. ranges: the `Range` header of those that had one.
+    breaks: files whose next download ends in the middle.
+    """
 
     folder: Path
     url: str = ""
     asked: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    breaks: set[str] = field(default_factory=set)
 
     def files(self) -> dict[str, Path]:
         """The repository's files by their path in it."""
@@ -64,17 +70,35 @@ def running_hub(folder: Path) -> Iterator[Hub]:
                 # The real one names large files so, which are those with weights.
                 is_large = file.suffix in (".safetensors", ".bin")
                 digest = hashlib.sha256(content).hexdigest() if is_large else digest_of(content)
-                self.tell(content, ETag=f'"{digest}"', **{"X-Repo-Commit": COMMIT})
+                self.tell_file(file, content, digest)
             else:
                 self.send_error(404)
 
-        def tell(self, content: bytes, **headers: str) -> None:
-            self.send_response(200)
+        def tell_file(self, file: Path, content: bytes, digest: str) -> None:
+            headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
+            asked = self.headers.get("Range", "")
+            if asked:
+                hub.ranges.append(asked)
+                start = int(asked.removeprefix("bytes=").partition("-")[0])
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                content = content[start:]
+            name = file.relative_to(hub.folder).as_posix()
+            is_broken = self.command == "GET" and name in hub.breaks
+            hub.breaks -= {name} if is_broken else set()
+            length = len(content) // 2 if is_broken else len(content)
+            self.tell(content, length, 206 if asked else 200, **headers)
+
+        def tell(
+            self, content: bytes, sent: int | None = None, status: int = 200, **headers: str
+        ) -> None:
+            """sent: bytes after which the connection breaks off; None for all."""
+            self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(content))}).items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                self.wfile.write(content[:sent])
+                self.close_connection = sent not in (None, len(content))
 
         def log_message(self, *_arguments: Any) -> None:
             """Quiet."""

@@ -624,7 +624,7 @@ def test_folder_and_hub_id_give_the_same_weights(
     forms: tuple[tuple[str, ...], ...],
     chosen: tuple[str, ...],
 ) -> None:
-    """The hub gives what is read, and nothing else; a second start asks it no more."""
+    """The hub gives what is read, the card, and nothing else; a second start asks it no more."""
     known = make_variants(folder, dict(zip(WEIGHTS, forms, strict=True)))
     add_what_is_not_read(folder)
     expected = {name: known[name][form] for name, form in zip(WEIGHTS, chosen, strict=True)}
@@ -637,7 +637,7 @@ def test_folder_and_hub_id_give_the_same_weights(
         assert fetch(hub, cache, variant=variant) == (fetched, 0)
     assert_weights(load(fetched, variant), expected)
     files = [path.relative_to(fetched) for path in fetched.rglob("*") if path.is_file()]
-    weights = [path for path in files if path.suffix not in (".json", ".txt")]
+    weights = [path for path in files if path.suffix not in (".json", ".txt", ".md")]
     count = {"shards": 2}
     assert len(weights) == sum(count.get(form.split()[-1], 1) for form in chosen), weights
     assert {path.parent.name for path in files} <= {"", "tokenizer", "scheduler", *WEIGHTS}
