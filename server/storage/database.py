@@ -337,7 +337,7 @@ def open_for_reading(url: str) -> Engine:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return _open_postgresql(url)
+        return _open_postgresql(url, connections=2)
     path = Path(parsed.database or "").absolute()
     # A file that no process has open has no shared memory. SQLite would create it, as the user who
     # reads, and a server of another user could then not open its own database.
