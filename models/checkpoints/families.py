@@ -5,7 +5,9 @@ its family is shipped in `configs/`, one JSON file each, as published with the o
 """
 
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,6 +38,62 @@ class Family(StrEnum):
     """Stable Diffusion 2.x: the text encoder of OpenCLIP ViT-H/14 without its last layer."""
     SDXL = "sdxl"
     """Stable Diffusion XL base: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 side by side."""
+
+
+INPAINTING_CHANNELS = 9
+"""Of a UNet that sees the mask and the masked picture; others have 4."""
+
+CONTEXT_WIDTHS = {768: Family.SD15, 1024: Family.SD2}
+"""The width of a text's encoding by which a UNet's configuration shows its family."""
+
+MODEL_CARD = "README.md"
+CARD_BYTES = 64_000
+"""How much of a model card is read; its licence stands in the first lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a checkpoint is, by its configuration.
+
+    family: None where the configuration is that of no published family.
+    is_inpainting: its UNet sees the mask and the masked picture.
+    native_px: side of the pictures it was trained on; None where that is not said.
+    has_safety_checker: of its own, or borrowed.
+    licence: the identifier in its model card or metadata; None where they name none.
+    """
+
+    family: Family | None
+    is_inpainting: bool
+    native_px: int | None
+    has_safety_checker: bool
+    licence: str | None
+
+
+def traits_of(configs: Configs, licence: str | None = None) -> Traits:
+    """What the configurations of a checkpoint show. Raises: KeyError where parts are missing."""
+    unet, index = configs["unet"], configs.get("model_index", {})
+    family = CONTEXT_WIDTHS.get(unet.get("cross_attention_dim", 0))
+    sample_px, scale = unet.get("sample_size"), 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    return Traits(
+        family=Family.SDXL if "text_encoder_2" in configs else family,
+        is_inpainting=unet["in_channels"] == INPAINTING_CHANNELS,
+        native_px=sample_px * scale if isinstance(sample_px, int) else None,
+        has_safety_checker=all(index.get("safety_checker") or [None]),
+        licence=licence,
+    )
+
+
+def licence_in_card(folder: Path) -> str | None:
+    """The licence that the metadata of a folder's model card name, as hubs have it."""
+    card = folder / MODEL_CARD
+    if not card.is_file():
+        return None
+    with card.open(encoding="utf-8", errors="replace") as file:
+        before, *blocks = re.split(r"^---\s*$", file.read(CARD_BYTES), maxsplit=2, flags=re.M)
+    if before or not blocks:
+        return None
+    said = dict(re.findall(r"^(license(?:_name)?):[ \t]*[\"']?([\w.+-]+)", blocks[0], re.M))
+    return said.get("license_name") or said.get("license")
 
 
 TEXT_ENCODER_PREFIXES = {

@@ -13,10 +13,17 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from models.checkpoints.families import (
+    MODEL_CARD,
+    Traits,
+    licence_in_card,
+    read_configs,
+    traits_of,
+)
 from models.checkpoints.folders import (
     CHECKER,
     INDEX,
@@ -30,7 +37,7 @@ from models.checkpoints.folders import (
 )
 from models.checkpoints.manifests import SHA256
 from models.checkpoints.parts import Part
-from models.checkpoints.single_file import single_file_parts, vae_part
+from models.checkpoints.single_file import open_single_file, single_file_parts, vae_part
 from models.checkpoints.weights import read_header, read_json
 from models.errors import ModelUnavailable
 from models.params import SchedulerName
@@ -44,6 +51,7 @@ BUILTIN_DIGESTS = BUILTIN_FOLDER / "sha256.json"
 READ_SUFFIXES = (".safetensors", ".json", ".txt")
 CONFIG_PATTERNS = (
     INDEX,
+    MODEL_CARD,
     *(f"{part}/*.{end}" for part in (*REQUIRED, *XL_ONLY, *CHECKER) for end in ("json", "txt")),
 )
 CHECKER_PATTERNS = (
@@ -78,6 +86,9 @@ CHOICES = {
 
 OTHER_SAMPLING = ("EDM", "FlowMatch")
 """How the classes of schedulers begin whose models no other scheduler can sample."""
+
+SAID_LICENCE = "modelspec.license"
+"""The key of a single file's metadata that names its licence."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -378,6 +389,34 @@ def local_size(spec: ModelSpec) -> int | None:
         return None
     parts = [own] if vae is None else [own, lent_folder(vae, "vae")]
     return sum(map(_size_bytes, parts)) or None
+
+
+def local_traits(spec: ModelSpec) -> Traits | None:
+    """What a model is, by its files on this machine, of which no weights are read.
+
+    None where they are not here, or are no checkpoint that can be loaded.
+    """
+    try:
+        found = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
+        if found is None:
+            return None
+        traits = _file_traits(found, spec) if found.is_file() else _folder_traits(found)
+    except (ModelUnavailable, KeyError, OSError):
+        return None
+    has_checker = traits.has_safety_checker or spec.safety_checker is not None
+    return replace(traits, has_safety_checker=has_checker)
+
+
+def _folder_traits(folder: Path) -> Traits:
+    return traits_of(read_configs(folder), licence_in_card(folder))
+
+
+def _file_traits(path: Path, spec: ModelSpec) -> Traits:
+    """A single file has no safety checker, whatever its configuration was published with."""
+    lent = None if spec.config is None else _if_here(Download(spec.config, CONFIG_PATTERNS))
+    checkpoint = open_single_file(path, lent)
+    traits = traits_of(checkpoint.configs, checkpoint.header.metadata.get(SAID_LICENCE) or None)
+    return replace(traits, family=checkpoint.family, has_safety_checker=False)
 
 
 def _if_here(wanted: "Download") -> Path | None:

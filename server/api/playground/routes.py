@@ -2,23 +2,28 @@
 
 The pages are plain files without a build step. They are read once and sent with an ETag and a
 content security policy that allows nothing from elsewhere. The endpoint `/playground/facts` tells
-the playground what no API describes: the models on offer and the words of the enhanced prompt.
+the playground what no API describes: the models and LoRAs on offer and the words of the enhanced
+prompt.
 """
 
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import PurePath
 from typing import Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from models.checkpoints.registry import find_model, local_traits, read_catalog
+from models.errors import ModelUnavailable
 from server.api.auth.keyring import key_in_headers
-from server.api.dependencies import ServicesOf, admit
+from server.api.dependencies import ServicesOf, admit, base_url_of
 from server.core.errors import RouteNotFound
+from server.core.settings import Settings
 
 MEDIA_TYPES = {
     ".css": "text/css",
@@ -119,14 +124,31 @@ def playground_router() -> APIRouter:
 
 
 async def facts(request: Request, services: ServicesOf) -> dict[str, Any]:
-    """What the page shows beside the form. Raises: InvalidApiKey, RateLimited."""
+    """What the page shows beside the form. Raises: InvalidApiKey, RateLimited.
+
+    public_url: the address that the URLs of pictures begin with.
+    traits: of each model; None where this machine has none of its files.
+    """
     admit(request, key_in_headers(request.headers))
     settings = services.settings
     return {
         "model": settings.model,
         "models": settings.offered_models,
+        "traits": await to_thread.run_sync(traits_of_models, settings),
+        "loras": settings.offered_loras,
+        "public_url": base_url_of(request, settings),
         "enhance": {
             "suffix": settings.enhance.suffix,
             "negative_list": settings.enhance.negative_list,
         },
     }
+
+
+def traits_of_models(settings: Settings) -> dict[str, dict[str, Any] | None]:
+    """What each model on offer is, as far as this machine knows. Reads files."""
+    try:
+        catalog = read_catalog(settings.models_file).models
+    except ModelUnavailable:  # a machine without workers needs no list of models
+        catalog = {}
+    found = {name: local_traits(find_model(name, catalog)) for name in settings.offered_models}
+    return {name: None if traits is None else asdict(traits) for name, traits in found.items()}

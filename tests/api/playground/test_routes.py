@@ -121,13 +121,39 @@ def test_facts_are_for_callers(client: httpx2.Client) -> None:
     assert client.get("/playground/facts", headers={"X-API-Key": "wrong"}).status_code == 401
 
 
-def test_facts_tell_models_and_the_words_of_enhanced_prompts(tmp_path: Path) -> None:
+def test_facts_tell_models_loras_and_the_words_of_enhanced_prompts(tmp_path: Path) -> None:
     enhance = {"suffix": "in oil", "negative_list": "blurry"}
-    settings = settings_in(tmp_path, auth={"keys": KEYS}, models=["other"], enhance=enhance)
+    settings = settings_in(
+        tmp_path, auth={"keys": KEYS}, models=["other"], loras=["ink"], enhance=enhance
+    )
     with running_app(settings) as app, client_of(app, FIRST) as client:
         facts = client.get("/playground/facts").json()
+        own = str(client.base_url).rstrip("/")
 
-    assert facts == {"model": "builtin", "models": ["builtin", "other"], "enhance": enhance}
+    builtin = {
+        "family": None,
+        "is_inpainting": True,
+        "native_px": 512,
+        "has_safety_checker": True,
+        "licence": None,
+    }
+    assert facts == {
+        "model": "builtin",
+        "models": ["builtin", "other"],
+        "traits": {"builtin": builtin, "other": None},
+        "loras": ["ink"],
+        "public_url": own,
+        "enhance": enhance,
+    }
+
+
+def test_facts_need_no_list_of_models(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, models_file=tmp_path / "nowhere.toml", models=["sd15"])
+    with running_app(settings) as app:
+        facts = app.client.get("/playground/facts").json()
+
+    assert facts["models"] == ["builtin", "sd15"]
+    assert facts["traits"]["sd15"] is None
 
 
 def test_setting_switches_the_page_off(tmp_path: Path) -> None:

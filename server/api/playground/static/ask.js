@@ -27,19 +27,31 @@ const LABELS = {
   clip_skip: "CLIP skip",
   safety_check: "Safety check",
   model: "Model",
+  flagged_as: "Flagged pictures become",
+  output_format: "File format",
+  output_quality: "File quality",
+  deadline_s: "Needed within (seconds)",
   webhook: "Webhook URL",
+  track_id: "Track id",
 };
 const SHOWN_FIRST = ["prompt", "negative_prompt", "samples", "num_inference_steps", "strength", "guidance_scale", "width", "height", "seed"];
 /** What the stage and the page itself fill in, or what a form cannot show. */
-const NOT_IN_FORM = ["init_image", "mask_image", "extend", "previews", "track_id"];
-const PLACEHOLDERS = { seed: "random", width: "from picture", height: "from picture", webhook: "none" };
+const NOT_IN_FORM = ["init_image", "mask_image", "extend", "previews", "loras"];
+const PLACEHOLDERS = { seed: "random", width: "from picture", height: "from picture", webhook: "none", track_id: "none", deadline_s: "any time" };
+const FAMILIES = { sd15: "Stable Diffusion 1.x", sd2: "Stable Diffusion 2.x", sdxl: "Stable Diffusion XL" };
 
-/** @typedef {{name: string, schema: any, input: any, error: HTMLElement}} FormField */
+/**
+ * @typedef {{name: string, schema: any, input: any, error: HTMLElement}} FormField
+ * @typedef {{family: keyof typeof FAMILIES | null, is_inpainting: boolean, native_px: number | null,
+ *   has_safety_checker: boolean, licence: string | null}} Traits
+ * @typedef {{model: string, models: string[], traits: Record<string, Traits | null>, loras: string[],
+ *   public_url: string, enhance: {suffix: string, negative_list: string}}} Facts
+ */
 
 export class Ask {
   /**
    * @param {any} openapi
-   * @param {{model: string, models: string[], enhance: {suffix: string, negative_list: string}}} facts
+   * @param {Facts} facts
    */
   constructor(openapi, facts) {
     this.facts = facts;
@@ -54,8 +66,19 @@ export class Ask {
       const field = this.build(name, plainSchema(body.properties[name]));
       if (field) byId(SHOWN_FIRST.includes(name) ? "fields" : "more-fields").append(field);
     }
+    this.addLoras(body.properties.loras);
     this.addEnhance();
     this.showModel();
+  }
+
+  /** A number for each LoRA on offer; an empty one leaves it out. @param {any} schema */
+  addLoras(schema) {
+    const { minimum, maximum } = schema.items.properties.scale;
+    /** @type {Map<string, any>} */
+    this.loras = new Map(this.facts.loras.map((name) => [name, el("input", { type: "number", min: minimum, max: maximum, step: 0.05, placeholder: "off" })]));
+    if (!this.loras.size) return;
+    const rows = [...this.loras].map(([name, input]) => el("label", { class: "lora" }, el("span", {}, name), input));
+    byId("more-fields").append(el("fieldset", { class: "field field-loras", title: schema.description }, el("legend", { class: "label" }, "LoRAs and their scales"), ...rows));
   }
 
   /** @param {string} name @param {any} schema @returns {HTMLElement | null} */
@@ -97,11 +120,7 @@ export class Ask {
 
   showModel() {
     const model = this.fields.has("model") ? this.input("model").value || this.facts.model : this.facts.model;
-    const isBuiltin = model === "builtin";
-    byId("model-facts").replaceChildren(
-      el("p", {}, el("b", {}, model), isBuiltin ? ": a tiny model that paints coloured shapes, such as “a red circle” or “a green star”, and nothing else. Load a real checkpoint for anything else:" : ": a Stable Diffusion checkpoint on this server."),
-      ...(isBuiltin ? [el("code", {}, "inpaint-server serve --model sd15-inpainting")] : []),
-    );
+    byId("model-facts").replaceChildren(el("b", {}, model), ...(model === "builtin" ? builtinFacts() : modelFacts(this.facts.traits[model] ?? null)));
   }
 
   /** @param {string} name @returns {any} */
@@ -118,6 +137,8 @@ export class Ask {
       if (value !== null && value !== (schema.default ?? null)) values[name] = value;
     }
     values.prompt ??= "";
+    const loras = [...this.loras].filter(([, input]) => input.value !== "").map(([name, input]) => ({ name, scale: Number(input.value) }));
+    if (loras.length) values.loras = loras;
     if (!this.enhance?.checked) return values;
     const { suffix, negative_list: negative } = this.facts.enhance;
     return { ...values, prompt: `${values.prompt} ${suffix}`, negative_prompt: `${values.negative_prompt ?? ""} ${negative}` };
@@ -136,6 +157,9 @@ export class Ask {
       if (input.type === "checkbox") input.checked = Boolean(value);
       else input.value = value === null ? "" : String(value);
       input.dispatchEvent(new Event("input"));
+    }
+    for (const [name, input] of this.loras) {
+      input.value = values.loras?.find((/** @type {any} */ each) => each.name === name)?.scale ?? "";
     }
     if (this.enhance) {
       this.enhance.checked = typed !== null;
@@ -172,6 +196,29 @@ export class Ask {
     }
     return others;
   }
+}
+
+function builtinFacts() {
+  return [
+    el("p", {}, "Paints coloured shapes, such as “a red circle” or “a green star”, and nothing else. Load a real checkpoint for anything else:"),
+    el("code", {}, "inpaint-server serve --model sd15-inpainting"),
+  ];
+}
+
+/** What a checkpoint can and cannot do. @param {Traits | null} traits null where this server's machine lacks its files */
+function modelFacts(traits) {
+  if (!traits) return [el("p", {}, "The machine of this page has none of its files yet, so nothing more is known of it here.")];
+  const { family, is_inpainting: isInpainting, native_px: side, has_safety_checker: hasChecker, licence } = traits;
+  const lines = [
+    `${family ? FAMILIES[family] : "Of no published size"}, ${isInpainting ? "made for inpainting" : "not made for inpainting"}.`,
+    isInpainting
+      ? "It sees the picture around the mask (9 channels)."
+      : "It was trained without masks (4 channels): new parts may fit in less well, and a strength below 1 helps.",
+    side ? `Best near ${side}×${side} pixels; the masked part of a larger picture with “Only masked”.` : null,
+    hasChecker ? "Results are looked at by a safety checker." : "There is no safety checker: results are not checked.",
+    licence ? `Licence: ${licence}.` : null,
+  ];
+  return [el("ul", {}, ...lines.filter((each) => each !== null).map((each) => el("li", {}, each)))];
 }
 
 /** A schema without its null. @param {any} schema */
