@@ -24,6 +24,8 @@ export class Editor {
     /** Grows with each change, so that others see whether the user went on painting. */
     this.version = 0;
     this.shownUrl = "";
+    /** What the URLs of the server's own pictures begin with. */
+    this.publicUrl = "";
     this.showExamples();
     this.listen();
   }
@@ -58,22 +60,34 @@ export class Editor {
       event.preventDefault();
       this.attempt(() => this.openUrl(byId("url").value.trim()));
     });
-    const editor = byId("editor");
-    editor.addEventListener("dragover", (/** @type {DragEvent} */ event) => {
-      event.preventDefault();
-      editor.classList.add("dropping");
-    });
-    editor.addEventListener("dragleave", () => editor.classList.remove("dropping"));
-    editor.addEventListener("drop", (/** @type {DragEvent} */ event) => {
-      event.preventDefault();
-      editor.classList.remove("dropping");
-      this.attempt(() => this.take(event.dataTransfer));
-    });
+    this.listenToDrops(byId("editor"));
     document.addEventListener("paste", (event) => {
       const target = /** @type {HTMLElement} */ (event.target);
       const hasFile = event.clipboardData?.files.length;
       if (!hasFile && /^(INPUT|TEXTAREA)$/.test(target.tagName)) return;
       this.attempt(() => this.take(event.clipboardData));
+    });
+  }
+
+  /** Files dropped on the mask's zone, which shows once there is a picture, become the mask. @param {HTMLElement} element */
+  listenToDrops(element) {
+    const zone = byId("mask-zone");
+    const show = (/** @type {boolean} */ isDropping) => {
+      element.classList.toggle("dropping", isDropping);
+      zone.hidden = !isDropping || !this.mask;
+    };
+    element.addEventListener("dragover", (event) => {
+      event.preventDefault();
+      show(true);
+    });
+    element.addEventListener("dragleave", (event) => {
+      if (!element.contains(/** @type {Node | null} */ (event.relatedTarget))) show(false);
+    });
+    element.addEventListener("drop", (event) => {
+      event.preventDefault();
+      const file = zone.contains(/** @type {Node} */ (event.target)) ? event.dataTransfer?.files[0] : undefined;
+      show(false);
+      this.attempt(() => (file ? this.loadMask(file, "light") : this.take(event.dataTransfer)));
     });
   }
 
@@ -105,7 +119,7 @@ export class Editor {
 
   /** @param {string} url */
   async openUrl(url) {
-    this.show(await pictureOfUrl(url));
+    this.show(await pictureOfUrl(url, this.publicUrl));
   }
 
   /** @param {{name: string, fields: Record<string, any>}} example */

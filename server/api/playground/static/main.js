@@ -169,6 +169,7 @@ async function connect() {
     const isFirst = !ask;
     const kept = ask?.read();
     ask = new Ask(openapi, facts);
+    editor.publicUrl = facts.public_url;
     if (kept) ask.write(kept);
     result ??= new ResultView({ openapi, onClose: () => (byId("editor").hidden = false), onNext: useAsNext, onEdit: edit, onAgain: again });
     acceptKey();

@@ -2,6 +2,7 @@
 // Pictures on their way to the stage and to the server: files, URLs, extensions, sizes.
 
 import { newCanvas, toBlob } from "./dom.js";
+import { ownPath } from "./server.js";
 
 /** The longer side of a mask. The server stretches it; no result has more pixels than this squared. */
 const MAX_MASK_SIDE = 2048;
@@ -33,12 +34,14 @@ export async function openPicture(file, name) {
  * A picture by URL. The page's security policy loads this server's own pictures only; the server
  * fetches all others.
  * @param {string} url
+ * @param {string} publicUrl what the URLs of the server's pictures begin with, which may be another host than the page's
  * @returns {Promise<Picture>}
  */
-export async function pictureOfUrl(url) {
+export async function pictureOfUrl(url, publicUrl) {
   const name = url.split(/[?#]/)[0].split("/").pop() || "picture";
-  if (new URL(url).origin !== location.origin) return { file: null, url, name, width: 512, height: 512 };
-  const answer = await fetch(url);
+  const path = publicUrl && url.startsWith(`${publicUrl}/`) ? ownPath(url) : url;
+  if (new URL(path, document.baseURI).origin !== location.origin) return { file: null, url, name, width: 512, height: 512 };
+  const answer = await fetch(path);
   if (!answer.ok) throw new Error(`There is no picture at ${url} (status ${answer.status}).`);
   return { ...(await openPicture(await answer.blob(), name)), url };
 }

@@ -7,6 +7,8 @@ import { draw } from "./mask.js";
 
 const MIN_SCALE = 0.02;
 const MAX_SCALE = 32;
+/** A wheel that has panned goes on panning for so long; a trackpad's two fingers never move straight. */
+const PANNING_MS = 300;
 
 /** @typedef {"brush"|"eraser"|"rectangle"|"lasso"} Tool */
 
@@ -39,6 +41,9 @@ export class Stage {
     this.pointers = new Map();
     this.isPanning = false;
     this.isPaintDue = false;
+    /** How many points of the live operation the canvas shows. */
+    this.shownPoints = 0;
+    this.pannedAt = -Infinity;
     this.cursor = { x: 0, y: 0 };
     this.listen();
   }
@@ -133,27 +138,52 @@ export class Stage {
     return scale * ratio;
   }
 
-  /** The mask and the operation that is being drawn, in the overlay's colour. */
-  paint() {
-    const { context, canvas, mask } = this;
+  /**
+   * The mask and the operation that is being drawn, in the overlay's colour.
+   * @param {number} [from] where the canvas shows a stroke's points before this one, only what the others change
+   */
+  paint(from = 0) {
+    const { context, canvas, mask, live } = this;
     if (!mask) return;
+    const isGrowing = from > 0 && live?.kind === "stroke";
+    const [x, y, width, height] = isGrowing ? this.boxOf(live.points.slice(from - 1)) : [0, 0, canvas.width, canvas.height];
+    context.save();
     context.setTransform(1, 0, 0, 1, 0, 0);
+    context.beginPath();
+    context.rect(x, y, width, height);
+    context.clip();
     context.globalCompositeOperation = "copy";
     context.drawImage(this.base, 0, 0);
     context.globalCompositeOperation = "source-over";
-    if (this.live) {
-      const scale = this.toMaskPixels(context);
-      context.save();
-      context.beginPath();
-      context.rect(0, 0, mask.width, mask.height);
-      context.clip();
-      draw(context, this.live, scale);
-      context.restore();
-      context.setTransform(1, 0, 0, 1, 0, 0);
-    }
+    if (live) this.paintLive(live, mask);
     context.globalCompositeOperation = "source-in";
     context.fillStyle = this.colour;
-    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.fillRect(x, y, width, height);
+    context.restore();
+    this.shownPoints = live ? live.points.length : 0;
+  }
+
+  /** @param {any} live @param {import("./mask.js").Mask} mask */
+  paintLive(live, mask) {
+    const { context } = this;
+    context.save();
+    const scale = this.toMaskPixels(context);
+    context.beginPath();
+    context.rect(0, 0, mask.width, mask.height);
+    context.clip();
+    draw(context, live, scale);
+    context.restore();
+  }
+
+  /** Left, top, width, height of what a stroke through these points covers, in pixels of the canvas. @param {[number, number][]} points */
+  boxOf(points) {
+    const scale = (this.view.scale * this.canvas.width) / Math.max(1, this.element.clientWidth);
+    // A soft edge reaches beyond the brush.
+    const reach = this.live.size * scale * (this.live.hardness < 1 ? 0.9 : 0.5) + 2;
+    const across = points.map(([x]) => (x + this.view.x / this.view.scale) * scale);
+    const down = points.map(([, y]) => (y + this.view.y / this.view.scale) * scale);
+    const left = Math.floor(Math.min(...across) - reach), top = Math.floor(Math.min(...down) - reach);
+    return [left, top, Math.ceil(Math.max(...across) + reach) - left, Math.ceil(Math.max(...down) + reach) - top];
   }
 
   /** @param {{clientX: number, clientY: number}} event @returns {{x: number, y: number}} */
@@ -179,13 +209,13 @@ export class Stage {
       return;
     }
     this.isPanning = event.button === 1 || this.isPanKeyDown;
-    if (!this.isPanning && event.button !== 1) this.begin(this.local(event), event.button === 2);
+    if (!this.isPanning) this.begin(this.local(event), event.button === 2 || event.ctrlKey || event.metaKey);
   }
 
-  /** @param {{x: number, y: number}} at @param {boolean} isRight the right button erases */
-  begin(at, isRight) {
+  /** @param {{x: number, y: number}} at @param {boolean} isErasing as the right button and Ctrl do; it turns the eraser into a brush */
+  begin(at, isErasing) {
     const point = this.toMask(at);
-    const erase = isRight !== (this.tool === "eraser");
+    const erase = isErasing !== (this.tool === "eraser");
     const kind = { brush: "stroke", eraser: "stroke", rectangle: "box", lasso: "lasso" }[this.tool];
     this.live = { kind, erase, size: this.size, hardness: this.hardness, points: kind === "box" ? [point, point] : [point] };
     this.paint();
@@ -198,10 +228,12 @@ export class Stage {
     this.cursor = at;
     this.showRing(event.pointerType !== "touch");
     if (!before) return;
+    // The space bar pans in the middle of a stroke too, which goes on afterwards.
+    const isPan = this.isPanning || this.isPanKeyDown;
     if (this.pointers.size === 2) this.pinch(event.pointerId, before, at);
-    else if (this.isPanning) this.pan(at.x - before.x, at.y - before.y);
+    else if (isPan) this.pan(at.x - before.x, at.y - before.y);
     this.pointers.set(event.pointerId, at);
-    if (!this.live) return;
+    if (!this.live || isPan) return;
     const moves = event.getCoalescedEvents?.() ?? [];
     const points = (moves.length ? moves : [event]).map((each) => this.toMask(this.local(each)));
     if (this.live.kind === "box") this.live.points[1] = points[points.length - 1];
@@ -215,7 +247,7 @@ export class Stage {
     this.isPaintDue = true;
     requestAnimationFrame(() => {
       this.isPaintDue = false;
-      this.paint();
+      this.paint(this.shownPoints);
     });
   }
 
@@ -282,7 +314,12 @@ export class Stage {
   wheel(event) {
     event.preventDefault();
     const at = this.local(event);
+    const isTwoFingers = event.deltaX !== 0 || event.timeStamp - this.pannedAt < PANNING_MS;
     if (event.shiftKey) this.setSize(this.size * (event.deltaX + event.deltaY < 0 ? 1.15 : 1 / 1.15));
+    else if (isTwoFingers && !event.ctrlKey) {
+      this.pannedAt = event.timeStamp;
+      this.pan(-event.deltaX, -event.deltaY);
+    }
     // A trackpad's pinch comes as a wheel with Ctrl, in small steps.
     else this.zoom(Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.0015)), at.x, at.y);
   }

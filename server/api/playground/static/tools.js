@@ -106,16 +106,19 @@ function listenToKeys(editor, choose) {
     ["+", "Zoom in", () => stage.zoom(1.25)],
     ["-", "Zoom out", () => stage.zoom(1 / 1.25)],
     ["0", "Fit", () => stage.fit()],
+    ["h", "Show or hide this list", () => (byId("shortcuts").open = !byId("shortcuts").open)],
   ];
   const described = [
     ...plain.map(([key, text]) => [key.length === 1 ? key.toUpperCase() : key, text]),
     ["O (held)", "Hide the mask"],
-    ["Space + drag, middle button", "Pan"],
-    ["Right button", "Erase"],
+    ["Space + drag, middle button", "Pan, also in the middle of a stroke"],
+    ["Right button, Ctrl + drag", "Erase with any tool"],
     ["Wheel / Shift + wheel", "Zoom / brush size"],
+    ["Trackpad", "Pinch zooms, two fingers sideways pan"],
+    ["Ctrl+V", "Paste a picture"],
     ["Shift + [ or ]", "Brush size, ten times as much"],
     ["Ctrl+Z / Ctrl+Shift+Z, Ctrl+Y", "Undo / redo"],
-    ["Esc", "Give up the stroke"],
+    ["Esc", "Give up the stroke, leave the result"],
     ["Ctrl+Enter", "Send"],
     ["Shift+X", "Cancel the newest job"],
   ];
