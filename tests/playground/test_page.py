@@ -132,6 +132,100 @@ def test_painting(server: ServerProcess, tmp_path: Path, shots: str) -> None:
     assert [line["errors"] for line in lines if "errors" in line] == [[], [], []]
 
 
+@pytest.fixture(scope="module")
+def gestures(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Line]:
+    home = tmp_path_factory.mktemp("gestures")
+    half = np.zeros((512, 512), np.uint8)
+    half[:, :256] = 255
+    Image.fromarray(half).save(home / "mask.png")
+    Image.new("RGB", (320, 160), "navy").save(home / "wide.png")
+    transparent = np.full((64, 96, 4), 255, np.uint8)
+    transparent[:, 48:, 3] = 0
+    Image.fromarray(transparent).save(home / "transparent.png")
+    files = {name: str(home / f"{name}.png") for name in ("mask", "wide", "transparent")}
+    call = {"base": server.url, "shots": str(home), "url": "http://192.0.2.1/a.png", **files}
+    return steps_of("gestures.py", home, "ended", **call)
+
+
+def test_two_fingers_zoom_and_pan(gestures: dict[str, Line]) -> None:
+    before, pinched, panned = gestures["fingers"]["boxes"]
+
+    assert pinched["width"] == pytest.approx(2 * before["width"], rel=0.05)
+    assert panned["width"] == pytest.approx(pinched["width"], rel=0.02)
+    assert panned["y"] - pinched["y"] == pytest.approx(30, abs=3)
+    assert pixels(gestures["fingers"]["mask"]).max() == 0  # a pinch paints nothing
+
+
+def test_stroke_may_leave_the_picture_and_ctrl_subtracts(gestures: dict[str, Line]) -> None:
+    left, subtracted = (
+        pixels(gestures[each]["mask"]) for each in ("left the picture", "subtracted")
+    )
+
+    assert is_painted(left, 0.5, 0.5)
+    assert is_painted(left, 1, 0.5)
+    assert is_painted(subtracted, 0.6, 0.5)
+    assert not is_painted(subtracted, 0.8, 0.5)
+    assert gestures["swapped"]["pressed"] == "Eraser"
+
+
+def test_space_bar_pans_in_the_middle_of_a_stroke(gestures: dict[str, Line]) -> None:
+    mask = pixels(gestures["panned in a stroke"]["mask"]) > MASKED
+
+    assert all(mask[256, int(across * 511)] for across in (0.2, 0.4, 0.6, 0.8))
+    assert mask.any(axis=1).mean() < 0.2  # the pan itself painted nothing
+    assert gestures["ring"]["is_shown"] is True
+
+
+def test_two_fingers_on_a_trackpad_pan(gestures: dict[str, Line]) -> None:
+    before, after = gestures["trackpad"]["boxes"]
+
+    assert after["width"] == before["width"]
+    assert (after["x"] - before["x"], after["y"] - before["y"]) == pytest.approx((-30, -20), abs=1)
+
+
+def test_keys_that_another_window_sees_released_are_forgotten(gestures: dict[str, Line]) -> None:
+    assert gestures["blur"]["before"] == [1, 1]
+    assert gestures["blur"]["after"] == [0, 0]
+
+
+def test_keys_are_those_that_the_layout_writes(gestures: dict[str, Line]) -> None:
+    assert pixels(gestures["swiss undo"]["mask"]).max() == 0
+    assert is_painted(pixels(gestures["swiss redo"]["mask"]), 0.5, 0.5)
+    first, smaller, larger, comma, dot, twice = gestures["swiss brackets"]["sizes"]
+    assert smaller < first
+    assert larger > smaller
+    assert comma < larger
+    assert dot > comma
+    assert twice == 2 * dot
+    assert gestures["swiss brackets"]["is_list_open"] is True
+
+
+def test_masks_come_from_files_drops_and_transparency(gestures: dict[str, Line]) -> None:
+    assert gestures["dropped mask"]["is_zone_shown"] is True
+    for step in ("dropped mask", "mask file"):
+        mask = pixels(gestures[step]["mask"])
+        assert is_painted(mask, 0.2, 0.5)
+        assert not is_painted(mask, 0.8, 0.5)
+    alpha = pixels(gestures["from alpha"]["mask"])
+    assert alpha.shape == (64, 96)
+    assert not is_painted(alpha, 0.2, 0.5)
+    assert is_painted(alpha, 0.8, 0.5)
+
+
+def test_canvas_grows_on_every_side(gestures: dict[str, Line]) -> None:
+    mask = pixels(gestures["every side"]["mask"]) > MASKED
+
+    assert mask.shape == (24 + 160 + 56, 40 + 320 + 80)
+    kept = ~mask
+    rows, columns = np.flatnonzero(kept.any(axis=1)), np.flatnonzero(kept.any(axis=0))
+    seam = 8
+    assert (rows[0], rows[-1]) == (24 + seam, 24 + 160 - seam - 1)
+    assert (columns[0], columns[-1]) == (40 + seam, 40 + 320 - seam - 1)
+    assert kept[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+    assert gestures["every side"]["wrong"] == []
+    assert gestures["fingers"]["errors"] + gestures["ended"]["errors"] == []
+
+
 def test_jobs_are_cancelled_and_survive_a_reload(
     server: ServerProcess, tmp_path: Path, shots: str
 ) -> None:
