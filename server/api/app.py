@@ -156,7 +156,7 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
         max_waiting=settings.queue.max_waiting,
         max_waiting_per_key=settings.queue.max_waiting_per_key,
     )
-    storage = Storage(settings.storage_url)
+    storage = Storage(settings.storage_url, settings.store_options)
     keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
     estimator = Estimator(functools.partial(store.forecast, settings.places_on))
     metrics.registry.register(StoredFigures(engine, store, estimator))

@@ -4,11 +4,11 @@ import base64
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from models.imaging.decoding import ImageLimits, decode_image
 from models.imaging.images import encode_webp, fit_within
@@ -74,12 +74,34 @@ async def output(request: Request, services: ServicesOf, name: str) -> Response:
     if not PICTURE_NAME.fullmatch(name):
         raise RouteNotFound
     stored_name = stored_name_of(name)
+    if services.settings.storage.redirect and may_redirect(request, name):
+        return await redirect(request, services, f"{OUTPUT_FOLDER}/{stored_name}")
     size, pieces = await open_picture(services, f"{OUTPUT_FOLDER}/{stored_name}")
     media_type = MEDIA_TYPES[PurePath(stored_name).suffix]
     if name.endswith(".base64"):
         size, pieces, media_type = (size + 2) // 3 * 4, in_base64(pieces), "text/plain"
     headers = {**OUTPUT_HEADERS, "Content-Length": str(size), "Content-Type": media_type}
     return stream(request, services, pieces, headers)
+
+
+def may_redirect(request: Request, name: str) -> bool:
+    """Not for the base64 texts, which are not stored, nor for pages of this server.
+
+    The playground's Content-Security-Policy allows pictures from this server alone. A browser says
+    of its requests which page they come from.
+    """
+    is_own_page = request.headers.get("sec-fetch-site") == "same-origin"
+    return not (name.endswith(".base64") or is_own_page)
+
+
+async def redirect(request: Request, services: Services, key: str) -> Response:
+    """A redirect to a signed link. Raises: RouteNotFound, StorageUnavailable."""
+    storage, valid_s = services.storage, services.settings.storage.redirect_s
+    if not await services.in_file_thread(storage.has, key):
+        raise RouteNotFound
+    method: Literal["GET", "HEAD"] = "HEAD" if request.method == "HEAD" else "GET"
+    link = await services.in_file_thread(storage.sign, key, method, valid_s)
+    return RedirectResponse(link, 302, {"Cache-Control": "no-store"})
 
 
 @router.head(f"/{THUMBNAIL_PATH}/{{name}}", include_in_schema=False)

@@ -58,11 +58,13 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     from server.cli.announcements import STARTING
     from server.core.logs import configure_logging, redact_secrets
     from server.serving.preflight import check_workers
+    from server.storage.files import Storage
 
     settings = settings_of(options, "host", "port", "devices", "workers")
     settings.make_data_dir()
     configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
     warn_operator(settings)
+    Storage(settings.storage_url, settings.store_options)  # refuses unusable options
     if settings.auth.keys_file is not None:
         # A missing key file refuses the start; later it would count as empty.
         redact_secrets(read_keys_file(settings.auth.keys_file))
@@ -131,6 +133,7 @@ def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
     from server.cli.announcements import STARTING
     from server.core.logs import configure_logging
     from server.serving.devices import expand_devices, open_device
+    from server.storage.files import Storage
 
     settings = settings_of(options)
     settings.make_data_dir()
@@ -138,6 +141,7 @@ def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
     # On a terminal the server that started this worker announces these events.
     announced = STARTING if options.parent is not None else ()
     configure_logging(secrets=settings.secrets, shown_on_terminal=announced)
+    Storage(settings.storage_url, settings.store_options)  # refuses unusable options
     if options.parent is None:  # else the server has warned
         warn_of_devices([options.device], devices)
     return settings, open_device(devices[0])

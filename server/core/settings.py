@@ -59,6 +59,7 @@ REMOVED = {
 given one of them warns and starts."""
 
 DATABASES = ("sqlite", "postgresql", "postgres")
+FILE_STORES = ("file", "s3", "gs", "az")
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -185,6 +186,30 @@ def checked_database(url: str) -> str:
     if kind not in DATABASES:
         raise ValueError("must begin with sqlite:// or postgresql://: no other database is known")
     return url
+
+
+def checked_store(url: str) -> str:
+    """The URL of a file store. Raises: ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in FILE_STORES:
+        raise ValueError("must begin with file://, s3://, gs:// or az://")
+    if parts.scheme != "file" and not parts.netloc:
+        raise ValueError(f"names no bucket: {parts.scheme}://bucket/prefix")
+    return url
+
+
+def read_variables(path: Path) -> dict[str, str]:
+    """The `NAME=value` lines of a file that holds secrets; lines that start with # are comments.
+
+    Raises: OSError; ValueError for any other line, and for a file that other users may read.
+    """
+    if path.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ValueError(f"{path} holds secrets and others may read or write it: chmod 600")
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
+    if any(not separator for _, separator, _ in pairs):
+        raise ValueError(f"{path} has a line that is not NAME=value")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def checked_nat64(prefix: ipaddress.IPv6Network) -> ipaddress.IPv6Network:
@@ -349,9 +374,27 @@ class WebhookSettings(Section):
 class StorageSettings(Section):
     """Where inputs and pictures are stored."""
 
-    url: str | None = Field(default=None, examples=["s3://bucket/prefix"])
-    """The file store, a folder or S3. Its URL is `file:///folder` or `s3://bucket/prefix`. Unset
-    means the folder `files` in the data folder."""
+    url: Annotated[str, AfterValidator(checked_store)] | None = Field(
+        default=None, examples=["s3://bucket/prefix"]
+    )
+    """The file store: a folder, S3, Google Cloud Storage or Azure. Its URL is `file:///folder`,
+    `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`. Unset means the folder
+    `files` in the data folder."""
+    endpoint: str | None = Field(default=None, examples=["https://s3.internal:9000"])
+    """Address of an S3 service other than AWS. It takes precedence over `AWS_ENDPOINT`. An
+    address with http is allowed here."""
+    region: str | None = Field(default=None, examples=["eu-central-1"])
+    """Region of the S3 bucket. It takes precedence over `AWS_REGION`."""
+    credentials_file: Path | None = Field(default=None, examples=["/run/secrets/inpaint-bucket"])
+    """A file of lines such as `AWS_ACCESS_KEY_ID=…`, read at the start. The names are those of the
+    object store's environment variables, over which the file takes precedence. No other user may be
+    able to read it."""
+    redirect: bool = False
+    """Answer requests for pictures by a redirect to a link that the object store has signed, in
+    place of the picture. The bucket stays private. Clients must follow redirects and keep the
+    query of an address, and must reach the store."""
+    redirect_s: int = Field(default=900, ge=60, le=604_800)
+    """How long such a link is valid, 60 seconds to 7 days."""
 
 
 class HttpSettings(Section):
@@ -621,7 +664,18 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
         self._check_aliases()
+        self._check_storage()
         return self
+
+    def _check_storage(self) -> None:
+        scheme = urlsplit(self.storage_url).scheme
+        if self.storage.redirect and scheme == "file":
+            raise ValueError("storage.redirect needs an object store: a folder signs no links")
+        if (self.storage.endpoint or self.storage.region) and scheme != "s3":
+            raise ValueError(
+                "storage.endpoint and storage.region are for s3:// alone; gs:// and az:// take "
+                "theirs from GOOGLE_… and AZURE_… variables"
+            )
 
     def _check_aliases(self) -> None:
         for alias, model in self.model_aliases.items():
@@ -675,7 +729,10 @@ class Settings(BaseSettings):
         known = [each.get_secret_value() for each in (*self.auth.keys, *self.webhook.secret)]
         proxy = self.egress.proxy.get_secret_value() if self.egress.proxy else ""
         passwords = [urlsplit(url).password or "" for url in (self.sqlalchemy_url, proxy)]
-        return [*known, *passwords, *map(unquote, passwords)]
+        stored = [
+            value for name, value in self.store_options.items() if name.endswith(("KEY", "TOKEN"))
+        ]
+        return [*known, *passwords, *map(unquote, passwords), *stored]
 
     def make_data_dir(self) -> None:
         """Create the data folder with mode 0700, because it holds pictures and prompts.
@@ -724,6 +781,19 @@ class Settings(BaseSettings):
     def storage_url(self) -> str:
         """The file store; a folder in the data folder by default."""
         return self.storage.url or (self.data_dir / "files").absolute().as_uri()
+
+    @property
+    def store_options(self) -> dict[str, str]:
+        """Options of the object store's client, named as its environment variables.
+
+        Raises: OSError, ValueError for an unusable `credentials_file`.
+        """
+        given = {"AWS_ENDPOINT": self.storage.endpoint, "AWS_REGION": self.storage.region}
+        file = self.storage.credentials_file
+        return {
+            **(read_variables(file) if file else {}),
+            **{name: value for name, value in given.items() if value is not None},
+        }
 
 
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:

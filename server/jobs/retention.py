@@ -173,8 +173,7 @@ class Janitor:
             if self._is_stopping.is_set():
                 break
             due = [file.key for file in files if file.changed_at < due_at]
-            for key in due:
-                self._storage.delete(key)
+            self._storage.delete_all(due)
             count += len(due)
         return Removed(files=count)
 
@@ -205,9 +204,7 @@ class Janitor:
         # pictures that are about to be removed. The next sweep finds files whose removal failed.
         with self._engine.begin() as connection:
             rows = connection.execute(expire).all()
-        for files in rows:
-            for key in output_keys_of(*files):
-                self._storage.delete(key)
+        self._storage.delete_all([key for files in rows for key in output_keys_of(*files)])
         return len(rows)
 
     def _has_pending_delivery(self) -> ColumnElement[bool]:
@@ -289,9 +286,9 @@ class Janitor:
         for files in self._storage.list(folder, self._batch):
             if self._is_stopping.is_set():
                 break
-            for key in self._removable(files, unneeded):
-                self._storage.delete(key)
-                count += 1
+            removable = [*self._removable(files, unneeded)]
+            self._storage.delete_all(removable)
+            count += len(removable)
         return count
 
     def _removable(

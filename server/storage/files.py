@@ -3,20 +3,21 @@
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 from urllib.parse import unquote, urlsplit
 
+import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from server.core.errors import StorageUnavailable
 
 if TYPE_CHECKING:
-    from obstore import GetResult
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore import HTTP_METHOD, GetResult
+    from obstore.store import ClientConfig, RetryConfig, S3Config, S3Store
 
 CHUNK_BYTES = 65_536
 """Memory held for a client that receives its picture slowly."""
@@ -36,6 +37,8 @@ PUT_TIMEOUT_S, PUT_RETRY_S = 15, 10
 result."""
 
 MAX_RETRIES = 3
+
+NO_OPTIONS: Mapping[str, str] = {}
 
 CLIENT_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 """Prefix of the environment variables for an object store's client, by the URL's scheme."""
@@ -81,29 +84,25 @@ class StoredFile:
 class Storage:
     """Bytes under a key such as `generations/<uuid>-0.png`.
 
-    url: `file:///folder`, `s3://bucket/prefix` or what else obstore knows.
+    url: `file:///folder`, `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`.
+    options: of an object store's client, named as its environment variables, which they precede.
+    Raises: ValueError for options that the client does not know, or that lack something.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: Mapping[str, str] = NO_OPTIONS) -> None:
         self._folder: str | None = None
         if url.startswith("file:"):
             self._store: ObjectStore = LocalStore.from_url(url, mkdir=True)
             self._folder = unquote(urlsplit(url).path)
         else:
-            options = client_options(url)
             read: ClientConfig = {
                 "connect_timeout": f"{READ_TIMEOUT_S}s",
                 "read_timeout": f"{READ_TIMEOUT_S}s",
                 "timeout": f"{STREAM_TIMEOUT_S}s",
             }
-            self._store = from_url(
-                url, client_options=read | options, retry_config=retry_config(READ_RETRY_S)
-            )
-            self._puts = from_url(
-                url,
-                client_options={"timeout": f"{PUT_TIMEOUT_S}s", **options},
-                retry_config=retry_config(PUT_RETRY_S),
-            )
+            self._store = open_object_store(url, options, read, READ_RETRY_S)
+            put: ClientConfig = {"timeout": f"{PUT_TIMEOUT_S}s"}
+            self._puts = open_object_store(url, options, put, PUT_RETRY_S)
 
     def put(self, key: str, content: bytes) -> None:
         """Store a file atomically. It survives a power cut once this returns.
@@ -174,6 +173,29 @@ class Storage:
         with storage_errors(f"cannot delete {key}"), contextlib.suppress(*MISSING):
             self._store.delete(key)
 
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """Remove keys, any of which may be missing. S3 takes up to 1,000 in one request.
+
+        Raises: StorageUnavailable, when some may be removed already.
+        """
+        if not keys:
+            return
+        with storage_errors(f"cannot delete {len(keys)} files"), contextlib.suppress(*MISSING):
+            self._store.delete([*keys])
+            return
+        # A store without such a request has stopped at a missing key.
+        for key in keys:
+            self.delete(key)
+
+    def sign(self, key: str, method: "HTTP_METHOD", valid_s: int) -> str:
+        """A link to a key of an object store, which needs no credentials. The key may be missing.
+
+        Raises: StorageUnavailable, when the credentials' provider does not answer.
+        """
+        with storage_errors(f"cannot sign a link to {key}"):
+            store = cast("S3Store", self._store)
+            return obstore.sign(store, method, key, timedelta(seconds=valid_s))
+
     def list(self, folder: str, batch: int = 500) -> Iterator[list[StoredFile]]:
         """All files under a folder, in any order, up to `batch` at a time.
 
@@ -186,15 +208,43 @@ class Storage:
                 ]
 
 
-def client_options(url: str) -> "ClientConfig":
-    """Client options from the environment, which obstore ignores once it gets any options."""
-    prefix = CLIENT_VARIABLES.get(url.partition(":")[0], "AWS_")
+def open_object_store(
+    url: str, options: Mapping[str, str], client: "ClientConfig", retry_s: float
+) -> ObjectStore:
+    """A store of obstore. client: the limits of one call, unless the operator has set others.
+
+    Raises: ValueError.
+    """
+    ours, config = split_options(url, options)
+    try:
+        return from_url(
+            url,
+            config=cast("S3Config", config),
+            client_options=client | ours,
+            retry_config=retry_config(retry_s),
+        )
+    except BaseError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the file store {url} cannot be used: {reason}") from error
+
+
+def split_options(url: str, options: Mapping[str, str]) -> tuple["ClientConfig", Mapping[str, str]]:
+    """The options of the HTTP client, and those of the store.
+
+    Those of the client come from the environment too, because obstore ignores it once it gets any.
+    """
+    prefix = CLIENT_VARIABLES[url.partition(":")[0]]
     found = {
         name.removeprefix(prefix).lower(): value
-        for name, value in os.environ.items()
+        for name, value in {**os.environ, **options}.items()
         if name.startswith(prefix)
     }
-    return cast("ClientConfig", {name: found[name] for name in CLIENT_OPTIONS if name in found})
+    client = {name: found[name] for name in CLIENT_OPTIONS if name in found}
+    if options.get("AWS_ENDPOINT", "").startswith("http://"):
+        client["allow_http"] = "true"
+    names = {f"{prefix}{name}".upper() for name in CLIENT_OPTIONS}
+    config = {name.lower(): value for name, value in options.items() if name not in names}
+    return cast("ClientConfig", client), config
 
 
 def retry_config(timeout_s: float) -> "RetryConfig":

@@ -417,7 +417,7 @@ def run(
         library.set_verbosity_error()
     engine = open_engine(settings.sqlalchemy_url, must_exist=True, connections=CONNECTIONS)
     store = JobStore(engine)
-    storage = Storage(settings.storage_url)
+    storage = Storage(settings.storage_url, settings.store_options)
     worker = Worker(worker_id, device, settings, store, storage, stopping, parent)
     is_explained = False
     try:

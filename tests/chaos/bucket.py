@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class Bucket:
     """files: by key. kinds: their content types. is_away: every request is reset.
 
     is_hung: requests are read and not answered, until it is well again. tries: those that were
-    reset or hung.
+    reset or hung. calls: answered ones by method.
     """
 
     port: int = 0
@@ -31,6 +32,7 @@ class Bucket:
     is_away: bool = False
     is_hung: bool = False
     tries: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -47,6 +49,7 @@ class Bucket:
     def answer(self, method: str, target: str, content: bytes, kind: str = "") -> bytes:
         """The answer to a request for `/bucket/key`, or `/bucket?query`."""
         url = urlsplit(target)
+        self.calls[method] += 1
         key, query = unquote(url.path.removeprefix(f"/{NAME}").lstrip("/")), parse_qs(url.query)
         if method == "PUT":
             self.files[key], self.kinds[key] = content, kind

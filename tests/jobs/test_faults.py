@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,6 +230,11 @@ class FaultyStorage(Storage):
         """As the base class."""
         with self._at_risk():
             super().delete(key)
+
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """As the base class."""
+        with self._at_risk():
+            super().delete_all(keys)
 
     def list(self, folder: str, batch: int = 500) -> Iterator[list[StoredFile]]:
         """As the base class."""

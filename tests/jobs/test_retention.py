@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -303,11 +303,11 @@ class BrokenStorage(Storage):
         super().__init__(url)
         self.refused = threading.Semaphore(0)
 
-    def delete(self, key: str) -> None:
+    def delete_all(self, keys: Sequence[str]) -> None:
         if self.is_broken:
             self.refused.release()
             raise StorageUnavailable("cannot delete")
-        super().delete(key)
+        super().delete_all(keys)
 
 
 def test_store_that_fails_is_asked_again(house: House, engine: Engine) -> None:
@@ -329,11 +329,11 @@ class HastyStorage(Storage):
 
     meanwhile: Callable[[], object] | None = None
 
-    def delete(self, key: str) -> None:
+    def delete_all(self, keys: Sequence[str]) -> None:
         if self.meanwhile is not None:
             act, self.meanwhile = self.meanwhile, None
             act()
-        super().delete(key)
+        super().delete_all(keys)
 
 
 def test_webhook_is_not_made_again_during_expiry(house: House, engine: Engine) -> None:
@@ -363,10 +363,11 @@ class TellingStorage(Storage):
         super().__init__(url)
         self.deleted = threading.Semaphore(0)
 
-    def delete(self, key: str) -> None:
+    def delete_all(self, keys: Sequence[str]) -> None:
         """As the base class."""
-        super().delete(key)
-        self.deleted.release()
+        super().delete_all(keys)
+        if keys:
+            self.deleted.release()
 
 
 def test_uploads_are_removed_after_their_time(house: House) -> None:
