@@ -1,0 +1,156 @@
+"""The systemd units and Kubernetes manifests in `configs/`: their shape, and what they tell us.
+
+The schema of `tests/corpora` is Kubernetes' own (Apache-2.0), of the four kinds used here and
+without its descriptions. KEDA's kind has none there.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import yaml
+from pydantic import BaseModel
+from sqlalchemy import Engine, text
+
+from server.cli.main import make_parser
+from server.core.settings import ENV_PREFIX, Settings
+from server.serving.supervisor import GRACE_S
+from tests.support.jobs import new_job
+from tests.support.repository import REPOSITORY
+
+UNITS = sorted((REPOSITORY / "configs" / "systemd").glob("*.service"))
+MANIFESTS = sorted((REPOSITORY / "configs" / "kubernetes").glob("*.yaml"))
+SCHEMA = json.loads((REPOSITORY / "tests" / "corpora" / "kubernetes-1.37.json").read_text())
+KINDS = {name.rpartition(".")[2]: name for name in SCHEMA["$defs"]}
+COMMAND = "/opt/inpaint-server/.venv/bin/inpaint-server"
+
+
+def documents() -> list[dict[str, Any]]:
+    return [each for path in MANIFESTS for each in yaml.safe_load_all(path.read_text()) if each]
+
+
+def of_kind(kind: str) -> list[dict[str, Any]]:
+    return [each for each in documents() if each["kind"] == kind]
+
+
+def setting_names(model: type[BaseModel] = Settings, prefix: str = ENV_PREFIX) -> Iterator[str]:
+    """The environment variables of all settings."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from setting_names(kind, f"{prefix}{name.upper()}__")
+        else:
+            yield f"{prefix}{name.upper()}"
+
+
+@pytest.mark.parametrize("path", [*UNITS, *MANIFESTS], ids=lambda path: path.name)
+def test_every_variable_is_a_setting(path: Path) -> None:
+    found = {*re.findall(r"INPAINT_[A-Z0-9_]*[A-Z0-9]", path.read_text())}
+    assert found <= {*setting_names()}
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda each: each["metadata"]["name"])
+def test_manifests_have_the_shape_of_their_kind(document: dict[str, Any]) -> None:
+    if document["kind"] == "ScaledObject":
+        assert document["apiVersion"] == "keda.sh/v1alpha1"
+        return
+    schema = {**SCHEMA, "$ref": f"#/$defs/{KINDS[document['kind']]}"}
+    errors = [
+        f"{'/'.join(map(str, error.instance_path))}: {error.message}"
+        for error in jsonschema_rs.validator_for(schema).iter_errors(document)
+    ]
+    assert errors == []
+
+
+def test_schema_refuses_what_is_misspelt() -> None:
+    (document, *_) = of_kind("Deployment")
+    document["spec"]["template"]["spec"]["containers"][0]["redinessProbe"] = {}
+    schema = {**SCHEMA, "$ref": f"#/$defs/{KINDS['Deployment']}"}
+    assert not jsonschema_rs.validator_for(schema).is_valid(document)
+
+
+def test_selectors_find_the_pods_they_are_meant_for() -> None:
+    labels = {
+        each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
+        for each in of_kind("Deployment")
+    }
+    assert {*labels} == {"inpaint-api", "inpaint-worker"}
+    for budget in of_kind("PodDisruptionBudget"):
+        assert budget["spec"]["selector"]["matchLabels"] == labels[budget["metadata"]["name"]]
+    (service,) = of_kind("Service")
+    assert service["spec"]["selector"] == labels["inpaint-api"]
+    (scaled,) = of_kind("ScaledObject")
+    assert scaled["spec"]["scaleTargetRef"]["name"] in labels
+
+
+@pytest.mark.parametrize("name", ["inpaint-api", "inpaint-worker"])
+def test_pods_are_given_what_they_name(name: str) -> None:
+    (deployment,) = [each for each in of_kind("Deployment") if each["metadata"]["name"] == name]
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert {*mounts} == {each["name"] for each in pod["volumes"]}
+    (settings,) = of_kind("ConfigMap")
+    values = {**settings["data"], **{e["name"]: e.get("value", "") for e in container["env"]}}
+    files = [value for variable, value in values.items() if variable.endswith("_FILE")]
+    assert all(any(file.startswith(f"{at}/") for at in mounts.values()) for file in files)
+    assert all(isinstance(value, str) for value in values.values())
+    assert pod["terminationGracePeriodSeconds"] > GRACE_S
+    words = [word.replace("$(POD_NAME)", "pod") for word in container["command"]]
+    assert words[0] == "inpaint-server"
+    make_parser().parse_args(words[1:])
+
+
+def test_probes_ask_what_restarts_and_routes_need() -> None:
+    (api,) = [each for each in of_kind("Deployment") if each["metadata"]["name"] == "inpaint-api"]
+    (container,) = api["spec"]["template"]["spec"]["containers"]
+    paths = {each: container[each]["httpGet"]["path"] for each in container if "Probe" in each}
+    assert paths == {
+        "startupProbe": "/healthz",
+        "livenessProbe": "/healthz",
+        "readinessProbe": "/readyz",
+    }
+
+
+@pytest.mark.postgres
+def test_scaler_counts_running_jobs_too(engine: Engine) -> None:
+    from server.jobs.store import JobStore
+
+    (scaled,) = of_kind("ScaledObject")
+    (trigger,) = scaled["spec"]["triggers"]
+    store = JobStore(engine)
+    for number in range(3):
+        store.submit(new_job(file_prefix=f"{number:036}"))
+    assert len(store.claim("worker", 1)) == 1
+    with engine.connect() as connection:
+        assert connection.execute(text(trigger["metadata"]["query"])).scalar_one() == 3
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_units_start_a_command_of_ours_and_wait_for_its_end(unit: Path) -> None:
+    (command,) = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    program, *words = command.replace("%i", "0").replace("%H", "box").split()
+    assert program == COMMAND
+    make_parser().parse_args(words)
+    (stop_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit.read_text(), re.MULTILINE)
+    assert int(stop_s) > GRACE_S
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_systemd_reads_the_units(unit: Path, tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    copy = tmp_path / unit.name.replace("@", "@0")
+    copy.write_text(unit.read_text().replace(COMMAND, "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(copy)], capture_output=True, text=True, timeout=60
+    )
+    told = [line for line in done.stderr.splitlines() if unit.stem.rstrip("@") in line]
+    assert (done.returncode, told) == (0, [])
