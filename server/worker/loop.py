@@ -401,6 +401,21 @@ def failure_of(error: Exception) -> Failure:
     return FAILURES.get(type(error), Failure.UNKNOWN)
 
 
+def requeue_left(store: JobStore, worker_id: str) -> None:
+    """Queue the jobs again that an earlier process of this id held when it was killed.
+
+    A service manager gives the next process the same id, and its jobs need not wait for their
+    leases to expire. Two processes must not share an id.
+    """
+    try:
+        count = store.requeue_of(worker_id)
+    except SQLAlchemyError:
+        logger.exception("jobs not requeued, their leases run out", worker_id=worker_id)
+        return
+    if count:
+        logger.warning("jobs of an earlier run requeued", worker_id=worker_id, count=count)
+
+
 def run(
     settings: Settings,
     worker_id: str,
@@ -420,6 +435,7 @@ def run(
     storage = Storage(settings.storage_url, settings.store_options)
     worker = Worker(worker_id, device, settings, store, storage, stopping, parent)
     is_explained = False
+    requeue_left(store, worker_id)
     try:
         worker.run()
     except (DeviceUnavailable, ModelUnavailable) as error:

@@ -151,6 +151,21 @@ def test_job_of_a_killed_worker_is_made_by_the_other(fleet: Fleet, oracle: Oracl
     fleet.start_worker(killed).wait_for("worker ready")
 
 
+def test_worker_that_is_started_again_gives_its_job_back_at_once(
+    fleet: Fleet, oracle: Oracle
+) -> None:
+    """As a service manager does, by the same id."""
+    job = fleet.site.accept(Script(tag="restarted", step_s=0.3), num_inference_steps=20)
+    until(lambda: bool(fleet.holder_of(job)), 30, "a worker has it")
+    killed = fleet.holder_of(job)
+    fleet.workers[killed].kill()
+
+    fleet.start_worker(killed).wait_for("worker ready")
+
+    until(lambda: oracle.row(job)["attempt"] == 2, 10, "a worker claims it again")
+    fleet.apis[1].ended(job)
+
+
 def get(url: str) -> bytes:
     answer = httpx2.get(url, trust_env=False)
     assert answer.status_code == 200
