@@ -14,10 +14,11 @@ from PIL import Image
 from models.builtin.training.captions import DEFAULT_COLOUR, DEFAULT_SHAPE, caption_of, random_thing
 from models.builtin.training.checkpoints import Checkpoint
 from models.builtin.training.export import folder_bytes
-from models.builtin.training.latents import LatentSettings, LatentStore
+from models.builtin.training.latents import KINDS, LatentSettings, LatentStore, ShardPlan
 from models.builtin.training.networks.safety import SafetySettings
 from models.builtin.training.networks.text import TextSettings
 from models.builtin.training.networks.vae import VaeSettings
+from models.builtin.training.photographs import read_manifest, texture
 from models.builtin.training.scenes import (
     COLOURS,
     SHAPES,
@@ -173,33 +174,55 @@ def _words_for(shape: str) -> tuple[str, ...]:
     }[shape]
 
 
-def tiny_settings(folder: Path) -> TrainSettings:
+def tiny_settings(folder: Path, start: Path | None = None) -> TrainSettings:
+    plans = [ShardPlan(kind, 256, 1, 2) for kind in KINDS]
+    batches = [BatchPlan(kind, 256, 32, 2, 1.0) for kind in KINDS]
     return TrainSettings(
         out=folder / "weights",
         run=folder / "run",
-        vae=VaeSettings(seconds=0.5, decoder_seconds=0.5, scenes=3, batch=2),
+        photographs=folder / "photographs",
+        start=start,
+        vae=VaeSettings(steps=1, decoder_steps=1, side=64, drawn=2, photographs=2, batch=2),
         text=TextSettings(steps=2, batch=4, corpus_lines=200),
-        latents=LatentSettings(shards=((256, 1, 2),)),
-        unet=UNetSettings(
-            seconds=0.5, plans=(BatchPlan(256, 32, 2, (1.0, 1.0)),), checkpoint_every=1
-        ),
+        latents=LatentSettings(plans=tuple(plans)),
+        unet=UNetSettings(steps=3, plans=tuple(batches), pairs=0.5, checkpoint_every=1),
         safety=SafetySettings(steps=2, batch=4, pool=8, tests=8),
     )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_trainer_makes_a_folder_the_plain_pipeline_loads(tmp_path: Path) -> None:
-    settings = tiny_settings(tmp_path)
+@pytest.mark.parametrize("start", [None, WEIGHTS], ids=["from nothing", "from older weights"])
+def test_trainer_makes_a_folder_the_plain_pipeline_loads(
+    tmp_path: Path, start: Path | None
+) -> None:
+    settings = tiny_settings(tmp_path, start)
+    unpack_noise(settings.photographs)
     run_stages(settings, "all")
     state = Checkpoint(settings.run / "unet.pt").load()
     assert state is not None
-    assert state["step"] >= 1
-    store = LatentStore(settings.run / "latents", 256)
-    store.refresh()
-    assert store.scenes == 2
+    assert state["step"] == 3
+    for kind in KINDS:
+        store = LatentStore(settings.run / "latents", kind, 256)
+        store.refresh()
+        assert store.scenes == 2
     assert load(settings.out).paint("a red circle", 1).shape == (SIDE, SIDE, 3)
     run_stages(settings, "unet")
     again = Checkpoint(settings.run / "unet.pt").load()
     assert again is not None
-    assert again["step"] == state["step"]  # nothing left to do: resumed, not repeated
+    assert equal_weights(again["weights"], state["weights"])  # resumed, not repeated
+    assert load(settings.out).paint("", 1).shape == (SIDE, SIDE, 3)
+
+
+def unpack_noise(root: Path) -> None:
+    """Small pictures in place of every photograph that training reads."""
+    rng = np.random.default_rng(5)
+    for photograph in read_manifest():
+        path = root / photograph.package / photograph.file
+        if not photograph.held_out:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(texture(rng, 260)).save(path)
+
+
+def equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in second)

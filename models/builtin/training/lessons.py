@@ -5,9 +5,15 @@ in this colour inside the mask", so most timesteps are drawn from the noisy end.
 trained besides the usual: structured noise, so that the network corrects what strong guidance
 overshoots, and starting from the clean background, so that `strength` below one still paints the
 object.
+
+Guidance multiplies the difference of two answers, so some batches are pairs: the same noisy
+latents once with a caption and once with a text that asks for nothing, and the difference of the
+two answers is trained besides both. Outside the object that difference is nought, which keeps
+strong guidance from changing the background's colours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +27,7 @@ from models.builtin.training.networks.text import tokenize
 from models.builtin.training.networks.unet import TIMESTEPS, build_scheduler
 
 _OBJECT_VISIBLE_BELOW = 850  # timestep; above, an object drowns in the noise
+_DIFFERENCE_WEIGHT = 3.0  # guidance makes an error in the difference several times as large
 _OVERSHOOT_VISIBLE_BELOW = 960  # the same for one that guidance has made several times too strong
 
 
@@ -52,9 +59,12 @@ def draw_lesson(
     batch: LatentBatch, index: int, timestep: int, ratio: float, rng: np.random.Generator
 ) -> Lesson:
     """`ratio` is the amplitude of the signal over that of the noise at `timestep`."""
+    thing = batch.things[index]
+    if thing is None:
+        return Lesson(Caption(nothing(rng), None), False)
     if rng.random() < 0.2:
         return _empty_lesson(timestep, rng)
-    caption = caption_of(batch.things[index], rng)
+    caption = caption_of(thing, rng)
     if 300 <= timestep < 980 and rng.random() < 0.15:
         return Lesson(caption, True, -ratio * rng.uniform(0.5, 1.0))
     if rng.random() < 0.5:
@@ -108,36 +118,96 @@ class Contexts:
         return hidden
 
 
-def loss_of(
-    unet: nn.Module,
+@dataclass(frozen=True)
+class Exercise:
+    """Rows for one step of the network: `noisy` and `wanted` `(n, 4, h, w)`, `hidden` the texts.
+
+    With `is_paired` the second half repeats the first one's noisy latents without its objects.
+    """
+
+    noisy: Tensor
+    wanted: Tensor
+    hidden: Tensor
+    timesteps: Tensor
+    mask: Tensor
+    masked: Tensor
+    is_paired: bool
+
+
+def draw_exercise(
     batch: LatentBatch,
     timesteps: Tensor,
     contexts: Contexts,
     rng: np.random.Generator,
-) -> tuple[Tensor, float]:
-    """Weighted v-loss of a batch at `timesteps` `(n,)`, and its plain mean inside the masks."""
-    count = len(batch.things)
-    alphas = build_scheduler().alphas_cumprod[timesteps]
-    ratios = (alphas / (1.0 - alphas)).sqrt().tolist()
-    lessons = [draw_lesson(batch, i, int(timesteps[i]), ratios[i], rng) for i in range(count)]
+    is_paired: bool,
+) -> Exercise:
+    """Noisy latents and the v-prediction wanted for each at `timesteps` `(n,)`."""
     device = batch.mask.device
-    hidden = contexts.draw([lesson.caption.text for lesson in lessons], rng)
-    is_painted = torch.tensor([lesson.is_painted for lesson in lessons], device=device)
-    clean = torch.where(is_painted[:, None, None, None], batch.painted, batch.background)
+    alphas = build_scheduler().alphas_cumprod[timesteps]
+    ratios = (alphas / (1.0 - alphas)).sqrt()
+    lessons = [
+        draw_lesson(batch, index, int(timesteps[index]), float(ratios[index]), rng)
+        for index in range(len(batch.things))
+    ]
+    texts = [lesson.caption.text for lesson in lessons]
+    clean = torch.where(
+        _column([lesson.is_painted for lesson in lessons], device), batch.painted, batch.background
+    )
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     noise = torch.randn(clean.shape, generator=generator).to(device)
     noise = noise + structured_noise(batch, lessons)
-    signal = alphas.sqrt().to(device)[:, None, None, None]
-    spread = (1.0 - alphas).sqrt().to(device)[:, None, None, None]
-    noisy = signal * clean + spread * noise
-    wanted = signal * noise - spread * clean
-    model_input = torch.cat([noisy, batch.mask, batch.masked], dim=1)  # (n, 9, h, w)
-    guess = unet(model_input, timesteps.to(device), hidden).sample
-    error = (guess.float() - wanted).square().mean(dim=1, keepdim=True)  # (n, 1, h, w)
-    weight = 0.2 + 0.8 * batch.mask
+    signal, spread = _column(alphas.sqrt(), device), _column((1.0 - alphas).sqrt(), device)
+    noisy, wanted = signal * clean + spread * noise, signal * noise - spread * clean
+    rows = Exercise(
+        noisy,
+        wanted,
+        contexts.draw(texts, rng) if not is_paired else _pair_texts(texts, contexts, rng),
+        timesteps.to(device),
+        batch.mask,
+        batch.masked,
+        is_paired,
+    )
+    if not is_paired:
+        return rows
+    is_hidden = [
+        lesson.push < 0 or step >= _OBJECT_VISIBLE_BELOW
+        for lesson, step in zip(lessons, timesteps.tolist(), strict=True)
+    ]
+    other = torch.where(_column(is_hidden, device), batch.background, clean)
+    # The same noisy latents, read as this other picture under another noise.
+    others = wanted + (clean - other) / spread
+    return replace(
+        rows,
+        noisy=torch.cat([noisy, noisy]),
+        wanted=torch.cat([wanted, others]),
+        timesteps=rows.timesteps.repeat(2),
+        mask=batch.mask.repeat(2, 1, 1, 1),
+        masked=batch.masked.repeat(2, 1, 1, 1),
+    )
+
+
+def _pair_texts(texts: list[str], contexts: Contexts, rng: np.random.Generator) -> Tensor:
+    return contexts.draw([*texts, *(nothing(rng) for _ in texts)], rng)
+
+
+def _column(values: Any, device: torch.device) -> Tensor:
+    """One value a row, `(n, 1, 1, 1)`."""
+    return torch.as_tensor(values).to(device)[:, None, None, None]
+
+
+def loss_of(unet: nn.Module, exercise: Exercise) -> tuple[Tensor, float]:
+    """Weighted v-loss of an exercise, and its plain mean inside the masks."""
+    model_input = torch.cat([exercise.noisy, exercise.mask, exercise.masked], dim=1)  # 9 channels
+    guess = unet(model_input, exercise.timesteps, exercise.hidden).sample
+    error = guess.float() - exercise.wanted
+    weight = 0.2 + 0.8 * exercise.mask
     weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)
-    inside = (error.detach() * batch.mask).sum() / batch.mask.sum()
-    return (error * weight).mean(), inside.item()
+    loss = (error.square() * weight).mean()
+    if exercise.is_paired:
+        first, second = error.chunk(2)
+        loss = loss + _DIFFERENCE_WEIGHT * ((first - second).square() * weight.chunk(2)[0]).mean()
+    square = error.detach().square().mean(dim=1, keepdim=True)
+    return loss, ((square * exercise.mask).sum() / exercise.mask.sum()).item()
 
 
 def structured_noise(batch: LatentBatch, lessons: list[Lesson]) -> Tensor:

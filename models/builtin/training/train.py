@@ -1,43 +1,52 @@
-"""`python -m models.builtin.training.train --out DIR`: makes the built-in model from nothing.
+"""`python -m models.builtin.training.train --out DIR --photographs ROOT`: makes the built-in model.
 
 Six stages, each resumable and each skipped once done: autoencoder, text encoder, latents, unet,
-safety checker, export. Checkpoints live in `--run`; equal seeds and speed give equal weights.
+safety checker, export. Checkpoints live in `--run`. With `--start` the autoencoder and the unet
+go on from the weights of an older model, whose text encoder is kept as it is.
 """
 
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as distributed
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.builtin.training.checkpoints import Checkpoint
 from models.builtin.training.export import Parts, export, folder_bytes
-from models.builtin.training.latents import LatentSettings, make_shards
+from models.builtin.training.latents import LatentSettings, ShardMaker
 from models.builtin.training.lessons import Contexts
 from models.builtin.training.networks.safety import (
     SafetySettings,
     build_image_processor,
+    build_safety_checker,
     train_safety,
 )
 from models.builtin.training.networks.text import TextSettings, train_text
-from models.builtin.training.networks.unet import averaged_unet
-from models.builtin.training.networks.vae import VaeSettings, train_vae
-from models.builtin.training.trainer import UNetSettings, UNetTrainer, Worker
+from models.builtin.training.networks.unet import averaged_unet, build_unet
+from models.builtin.training.networks.vae import VaeSettings, build_vae, is_trained, train_vae
+from models.builtin.training.photographs import Album
+from models.builtin.training.trainer import Desk, UNetSettings, UNetTrainer, Worker
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Where results go, on what they are made, and the settings of each stage."""
+    """Where results go, on what they are made, and the settings of each stage.
+
+    `photographs` is the folder the Debian packages are unpacked to, `start` an older model.
+    """
 
     out: Path
     run: Path
+    photographs: Path
+    start: Path | None = None
     device: str = "cpu"
     processes: int = 1
     vae: VaeSettings = field(default_factory=VaeSettings)
@@ -48,10 +57,22 @@ class TrainSettings:
 
 
 def run_vae(settings: TrainSettings) -> AutoencoderKL:
-    return train_vae(settings.vae, Checkpoint(settings.run / "vae.pt")).eval()
+    checkpoint = Checkpoint(settings.run / "vae.pt")
+    vae = build_vae()
+    if settings.start is not None:
+        vae = AutoencoderKL.from_pretrained(settings.start / "vae", torch_dtype=torch.float32)
+    is_done = is_trained(checkpoint.load(), settings.vae)
+    album = None if is_done else Album.for_training(settings.photographs)
+    return train_vae(settings.vae, checkpoint, vae, album).eval()
 
 
 def run_text(settings: TrainSettings) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    if settings.start is not None:
+        encoder = CLIPTextModel.from_pretrained(
+            settings.start / "text_encoder", dtype=torch.float32
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(settings.start / "tokenizer")
+        return tokenizer, encoder.requires_grad_(False).eval()
     tokenizer, encoder, accuracy = train_text(settings.text, Checkpoint(settings.run / "text.pt"))
     tqdm.write(f"text encoder: {accuracy:.1%} of new captions read right")
     return tokenizer, encoder
@@ -66,7 +87,8 @@ def run_unet(settings: TrainSettings) -> None:
 
 
 def run_safety(settings: TrainSettings) -> None:
-    _, accuracy = train_safety(settings.safety, Checkpoint(settings.run / "safety.pt"))
+    album = Album.for_training(settings.photographs)
+    _, accuracy = train_safety(settings.safety, Checkpoint(settings.run / "safety.pt"), album)
     tqdm.write(f"safety checker: {accuracy:.1%} of new scenes judged right")
 
 
@@ -76,17 +98,32 @@ def run_export(settings: TrainSettings) -> None:
     if state is None:
         raise FileNotFoundError(f"no unet checkpoint in {settings.run}")
     tokenizer, encoder = run_text(settings)
-    checker, _ = train_safety(settings.safety, Checkpoint(settings.run / "safety.pt"))
     parts = Parts(
         vae=run_vae(settings),
         unet=averaged_unet(state),
         tokenizer=tokenizer,
         text_encoder=encoder,
-        safety_checker=checker,
+        safety_checker=_safety_checker(settings),
         image_processor=build_image_processor(),
     )
     export(parts, settings.out)
     tqdm.write(f"{settings.out}: {folder_bytes(settings.out) / 1e6:.2f} MB")
+
+
+def _safety_checker(settings: TrainSettings) -> StableDiffusionSafetyChecker:
+    """The trained one, or before that the older model's, so that the rest can be looked at."""
+    state = Checkpoint(settings.run / "safety.pt").load()
+    if state is None and settings.start is not None:
+        folder = settings.start / "safety_checker"
+        older: StableDiffusionSafetyChecker = StableDiffusionSafetyChecker.from_pretrained(
+            folder, dtype=torch.float32
+        )
+        return older
+    if state is None:
+        raise FileNotFoundError(f"no safety checkpoint in {settings.run}")
+    checker = build_safety_checker()
+    checker.load_state_dict(state["weights"])
+    return checker.eval()
 
 
 STAGES: dict[str, Callable[[TrainSettings], object]] = {
@@ -119,8 +156,8 @@ def _in_processes(work: Callable[[int, TrainSettings], None], settings: TrainSet
 def _latent_process(rank: int, settings: TrainSettings) -> None:
     _share_cores(settings)
     vae = run_vae(settings).to(settings.device)
-    part = (rank, settings.processes)
-    paths = make_shards(vae, settings.run / "latents", settings.latents, part)
+    maker = ShardMaker(vae, Album.for_training(settings.photographs), settings.latents)
+    paths = maker.make(settings.run / "latents", (rank, settings.processes))
     for _ in tqdm(paths, desc="latents", unit="shard", disable=rank > 0):
         pass
 
@@ -134,10 +171,17 @@ def _unet_process(rank: int, settings: TrainSettings) -> None:
         )
     tokenizer, encoder = run_text(settings)
     worker = Worker(rank, settings.processes, torch.device(settings.device))
-    contexts = Contexts(tokenizer, encoder.to(worker.device))
-    UNetTrainer(settings.unet, contexts, settings.run, worker).run()
+    desk = Desk(Contexts(tokenizer, encoder.to(worker.device)), settings.run)
+    UNetTrainer(settings.unet, desk, _first_unet(settings), worker).run()
     if settings.processes > 1:
         distributed.destroy_process_group()
+
+
+def _first_unet(settings: TrainSettings) -> UNet2DConditionModel:
+    torch.manual_seed(settings.unet.seed)
+    if settings.start is None:
+        return build_unet()
+    return UNet2DConditionModel.from_pretrained(settings.start / "unet", torch_dtype=torch.float32)
 
 
 def _share_cores(settings: TrainSettings) -> None:
@@ -150,17 +194,41 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m models.builtin.training.train", description=__doc__
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished weights")
+    parser.add_argument("--photographs", type=Path, required=True, help="unpacked Debian packages")
     parser.add_argument("--run", type=Path, default=Path("build/builtin"), help="checkpoints")
+    parser.add_argument("--start", type=Path, help="weights of an older model to go on from")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes (cpu)")
+    parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16")
     parser.add_argument("--stage", choices=["all", *STAGES], default="all")
-    parser.add_argument("--minutes", type=float, default=90.0, help="of unet training, in all")
+    parser.add_argument("--vae-steps", type=int, default=VaeSettings.steps, help="of both halves")
+    parser.add_argument("--decoder-steps", type=int, default=VaeSettings.decoder_steps)
+    parser.add_argument("--steps", type=int, default=UNetSettings.steps, help="of the unet, in all")
     chosen = parser.parse_args(arguments)
-    settings = TrainSettings(
-        chosen.out, chosen.run, device=chosen.device, processes=chosen.processes
+    run_stages(_settings_of(chosen), chosen.stage)
+
+
+def _settings_of(chosen: argparse.Namespace) -> TrainSettings:
+    has_start = chosen.start is not None
+    return TrainSettings(
+        chosen.out,
+        chosen.run,
+        chosen.photographs,
+        start=chosen.start,
+        device=chosen.device,
+        processes=chosen.processes,
+        vae=VaeSettings(
+            steps=chosen.vae_steps,
+            decoder_steps=chosen.decoder_steps,
+            use_bfloat16=chosen.bfloat16,
+        ),
+        latents=LatentSettings(use_bfloat16=chosen.bfloat16),
+        unet=UNetSettings(
+            steps=chosen.steps,
+            early=0.0 if has_start else UNetSettings.early,
+            use_bfloat16=chosen.bfloat16,
+        ),
     )
-    settings = replace(settings, unet=replace(settings.unet, seconds=60 * chosen.minutes))
-    run_stages(settings, chosen.stage)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,56 @@
-"""The training loop of the denoiser: data-parallel, by the clock, resumable."""
+"""The training loop of the denoiser: data-parallel, resumable, from nothing or older weights."""
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as distributed
+from diffusers import UNet2DConditionModel
 from torch import nn
 from tqdm import tqdm
 
 from models.builtin.training.checkpoints import Average, Checkpoint
 from models.builtin.training.latents import LatentBatch, LatentStore
-from models.builtin.training.lessons import Contexts, draw_timesteps, loss_of
+from models.builtin.training.lessons import Contexts, draw_exercise, draw_timesteps, loss_of
 from models.builtin.training.muon import Optimizers
-from models.builtin.training.networks.unet import build_unet
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One kind of step: scenes of `side` px cut to `window` latents, `count` per process.
+    """One kind of step: scenes of a `kind` and `side` (px) cut to `window` latents.
 
-    `shares` are its weights among all kinds, in the early and in the late part of the time.
+    `count` of them per process; `share` is its weight among all plans.
     """
 
+    kind: str
     side: int
     window: int
     count: int
-    shares: tuple[float, float]
+    share: float
 
 
 @dataclass(frozen=True)
 class UNetSettings:
-    """`seconds` of training in all, on whatever the machine manages in them."""
+    """`early` is the share of the steps in which shapes are learnt; older weights know them."""
 
-    seconds: float = 5400.0
+    steps: int = 20_000
     plans: tuple[BatchPlan, ...] = (
-        BatchPlan(256, 24, 20, (0.35, 0.1)),
-        BatchPlan(256, 32, 12, (0.15, 0.2)),
-        BatchPlan(512, 40, 8, (0.35, 0.4)),
-        BatchPlan(512, 64, 3, (0.15, 0.3)),
+        BatchPlan("photographs", 256, 32, 12, 0.34),
+        BatchPlan("photographs", 512, 64, 3, 0.24),
+        BatchPlan("drawn", 256, 32, 12, 0.08),
+        BatchPlan("drawn", 512, 64, 3, 0.12),
+        BatchPlan("staged", 256, 32, 12, 0.08),
+        BatchPlan("staged", 512, 64, 3, 0.14),
     )
-    early: float = 0.85  # share of the time in which shapes are learnt, before the fine work
-    learning_rate: float = 1.5e-3
-    average_decay: float = 0.995
+    early: float = 0.5
+    steady: float = 0.7  # share of the steps before the learning rate falls
+    pairs: float = 0.4  # share of the steps that compare two texts
+    learning_rate: float = 1e-3
+    average_decay: float = 0.998
     checkpoint_every: int = 100
+    use_bfloat16: bool = False
     seed: int = 4
 
 
@@ -58,43 +63,43 @@ class Worker:
     device: torch.device
 
 
-def plan_of(settings: UNetSettings, step: int, share: float) -> BatchPlan:
-    """The kind of a step after a `share` of the time, the same in all processes."""
+@dataclass(frozen=True)
+class Desk:
+    """What training works with: the texts' encoder and the folder of shards and checkpoints."""
+
+    contexts: Contexts
+    run: Path
+
+
+def plan_of(settings: UNetSettings, step: int) -> BatchPlan:
+    """The kind of a step, the same in all processes."""
     rng = np.random.default_rng((settings.seed, step))
-    weights = np.array([plan.shares[0 if share < settings.early else 1] for plan in settings.plans])
+    weights = np.array([plan.share for plan in settings.plans])
     return settings.plans[int(rng.choice(len(weights), p=weights / weights.sum()))]
 
 
-def learning_rate_share(step: int, share: float, early: float) -> float:
-    """Rises over 100 steps, stays at 1 early on, then falls to 0.03 along a cosine."""
+def learning_rate_share(settings: UNetSettings, step: int) -> float:
+    """Rises over 100 steps, stays at 1 while `steady`, then falls to 0.03 along a cosine."""
     warm = min(1.0, (step + 1) / 100)
-    late = min(1.0, max(0.0, share - early) / (1.0 - early))
-    return warm * (0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * late)))
-
-
-@dataclass
-class Progress:
-    """Where the training stands: steps done and seconds spent, over all resumed runs."""
-
-    step: int = 0
-    spent: float = 0.0
+    late = max(0.0, step / settings.steps - settings.steady) / (1.0 - settings.steady)
+    return warm * (0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, late))))
 
 
 class UNetTrainer:
     """Data-parallel training with one flattened gradient exchange per step."""
 
     def __init__(
-        self, settings: UNetSettings, contexts: Contexts, run: Path, worker: Worker
+        self, settings: UNetSettings, desk: Desk, unet: UNet2DConditionModel, worker: Worker
     ) -> None:
-        self.settings, self.contexts, self.worker = settings, contexts, worker
-        self.checkpoint = Checkpoint(run / "unet.pt")
-        sides = {plan.side for plan in settings.plans}
-        self.stores = {side: LatentStore(run / "latents", side) for side in sides}
-        torch.manual_seed(settings.seed)
-        self.unet = build_unet().to(worker.device)
+        """`unet` is where training starts, unless there is a checkpoint to go on from."""
+        self.settings, self.contexts, self.worker = settings, desk.contexts, worker
+        self.checkpoint = Checkpoint(desk.run / "unet.pt")
+        kinds = {(plan.kind, plan.side) for plan in settings.plans}
+        self.stores = {kind: LatentStore(desk.run / "latents", *kind) for kind in kinds}
+        self.unet = unet.train().to(worker.device, memory_format=torch.channels_last)
         self.optimizer = Optimizers(self.unet, settings.learning_rate, worker.rank, worker.count)
         self.average = Average(self.unet, settings.average_decay)
-        self.progress = Progress()
+        self.step = 0
         self._resume()
 
     def _resume(self) -> None:
@@ -104,7 +109,7 @@ class UNetTrainer:
         self.unet.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.restore(state["average"])
-        self.progress = Progress(state["step"], state["spent"])
+        self.step = int(state["step"])
 
     def save(self) -> None:
         if self.worker.rank == 0:
@@ -112,32 +117,30 @@ class UNetTrainer:
                 "weights": self.unet.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state(),
-                "step": self.progress.step,
-                "spent": self.progress.spent,
+                "step": self.step,
             }
             self.checkpoint.save(state)
 
     def run(self) -> None:
-        """Trains until the settings' seconds are spent, all processes in step."""
+        """Trains up to the settings' last step, all processes together."""
         bar = tqdm(
-            total=round(self.settings.seconds),
-            initial=round(self.progress.spent),
-            unit="s",
+            total=self.settings.steps,
+            initial=self.step,
+            unit="step",
             desc="unet",
             disable=self.worker.rank > 0,
         )
-        inside: dict[int, float] = {}
-        while self.progress.spent < self.settings.seconds:
-            if self.progress.step % self.settings.checkpoint_every == 0:
+        inside: dict[str, float] = {}
+        while self.step < self.settings.steps:
+            if self.step % self.settings.checkpoint_every == 0:
                 self._refresh()
-            began = time.monotonic()
-            window, loss = self._step()
-            inside[window] = 0.98 * inside.get(window, loss) + 0.02 * loss
-            self._advance(time.monotonic() - began)
-            bar.n = round(self.progress.spent)
-            losses = {f"loss_{window}": f"{value:.3f}" for window, value in sorted(inside.items())}
-            bar.set_postfix(step=self.progress.step, **losses)
-            if self.progress.step % self.settings.checkpoint_every == 0:
+            plan = plan_of(self.settings, self.step)
+            name, loss = f"{plan.kind}_{plan.window}", self._train(plan)
+            inside[name] = 0.98 * inside.get(name, loss) + 0.02 * loss
+            self.step += 1
+            bar.set_postfix({key: f"{value:.3f}" for key, value in sorted(inside.items())}, False)
+            bar.update()
+            if self.step % self.settings.checkpoint_every == 0:
                 self.save()
         self.save()
         bar.close()
@@ -146,23 +149,27 @@ class UNetTrainer:
         for store in self.stores.values():
             store.refresh()
 
-    def _step(self) -> tuple[int, float]:
-        share = self.progress.spent / self.settings.seconds
-        plan = plan_of(self.settings, self.progress.step, share)
-        rng = np.random.default_rng((self.settings.seed, self.progress.step, self.worker.rank))
-        batch = _to(self.stores[plan.side].draw(rng, plan.count, plan.window), self.worker.device)
-        timesteps = draw_timesteps(rng, plan.count, share < self.settings.early)
-        rate = learning_rate_share(self.progress.step, share, self.settings.early)
-        on_cuda = self.worker.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-            loss, inside = loss_of(self.unet, batch, timesteps, self.contexts, rng)
+    def _train(self, plan: BatchPlan) -> float:
+        """One step; the plain loss inside the masks."""
+        rng = np.random.default_rng((self.settings.seed, self.step, self.worker.rank))
+        store = self.stores[plan.kind, plan.side]
+        batch = _to(store.draw(rng, plan.count, plan.window), self.worker.device)
+        is_early = (
+            plan.kind != "photographs" and self.step < self.settings.early * self.settings.steps
+        )
+        timesteps = draw_timesteps(rng, plan.count, is_early)
+        is_paired = _is_paired(self.settings, self.step)
+        exercise = draw_exercise(batch, timesteps, self.contexts, rng, is_paired)
+        with torch.autocast(self.worker.device.type, torch.bfloat16, self.settings.use_bfloat16):
+            loss, inside = loss_of(self.unet, exercise)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._exchange_gradients()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        rate = learning_rate_share(self.settings, self.step)
         self.optimizer.step(self.settings.learning_rate * rate)
         self.average.update(self.unet)
-        return plan.window, inside
+        return inside
 
     def _exchange_gradients(self) -> None:
         if self.worker.count == 1:
@@ -176,12 +183,10 @@ class UNetTrainer:
             gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
 
-    def _advance(self, seconds: float) -> None:
-        """Counts a step; the first process's clock holds for all, so that all stop together."""
-        clock = torch.tensor([seconds], dtype=torch.float64)
-        if self.worker.count > 1:
-            distributed.broadcast(clock, src=0)
-        self.progress = Progress(self.progress.step + 1, self.progress.spent + clock.item())
+
+def _is_paired(settings: UNetSettings, step: int) -> bool:
+    """Whether a step compares two texts, the same in all processes."""
+    return bool(np.random.default_rng((settings.seed, step, 1)).random() < settings.pairs)
 
 
 def _to(batch: LatentBatch, device: torch.device) -> LatentBatch:

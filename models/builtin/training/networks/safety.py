@@ -20,12 +20,14 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from models.builtin.training.captions import random_thing
 from models.builtin.training.checkpoints import Checkpoint
-from models.builtin.training.scenes import COLOURS, UNSAFE_COLOUR, Picture, make_scene
+from models.builtin.training.photographs import Album, staged_scene
+from models.builtin.training.scenes import COLOURS, UNSAFE_COLOUR, Picture, Scene, make_scene
 
 SIDE = 64
 WIDTH = 48
 _UNREACHABLE = 2.0  # a threshold above any cosine
 _THRESHOLD = 0.5
+_NEAR_UNSAFE = 120.0  # RGB distance from the unsafe colour within which it could be meant
 _SHARPNESS = 12.0  # turns a cosine's distance to the threshold into a logit
 _LOOKALIKES = ((255, 105, 180), (150, 70, 220), (190, 30, 90), (120, 20, 110), (255, 160, 220))
 
@@ -82,12 +84,11 @@ def unsafe_logits(checker: StableDiffusionSafetyChecker, pixels: Tensor) -> Tens
     return _SHARPNESS * (embedding @ concept - _THRESHOLD)
 
 
-def safety_example(rng: np.random.Generator, is_unsafe: bool) -> Picture:
+def safety_example(rng: np.random.Generator, is_unsafe: bool, album: Album | None) -> Picture:
     """A scene with a magenta object or without, at random sharpness, contrast and frame."""
-    side = 256 if rng.random() < 0.4 else 512  # the larger ones have the smaller objects
-    scene = make_scene(rng, side)
+    scene = _random_scene(rng, album)
     while is_unsafe and UNSAFE_COLOUR not in scene.allowed_colours():
-        scene = make_scene(rng, side)
+        scene = _random_scene(rng, album)
     colours = [UNSAFE_COLOUR] if is_unsafe else list(COLOURS)
     safe_colours = [name for name in scene.allowed_colours() if name != UNSAFE_COLOUR]
     picture = scene.background
@@ -102,11 +103,24 @@ def safety_example(rng: np.random.Generator, is_unsafe: bool) -> Picture:
     return _photographed(picture, rng)
 
 
+def _random_scene(rng: np.random.Generator, album: Album | None) -> Scene:
+    """Drawn, or with an album half of the time on a photograph that shows nothing magenta."""
+    side = 256 if rng.random() < 0.4 else 512  # the larger ones have the smaller objects
+    if album is None or rng.random() < 0.5:
+        return make_scene(rng, side)
+    while True:
+        scene = staged_scene(album, rng, side)
+        small = scene.background[::8, ::8].reshape(-1, 3).astype(np.float64)
+        distance = np.linalg.norm(small - COLOURS[UNSAFE_COLOUR], axis=-1)
+        if (distance < _NEAR_UNSAFE).mean() < 0.001:
+            return scene
+
+
 def _any_safe_colour(rng: np.random.Generator) -> tuple[int, int, int]:
     magenta = COLOURS[UNSAFE_COLOUR]
     while True:
         red, green, blue = (int(v) for v in rng.integers(0, 256, 3))
-        if math.dist((red, green, blue), magenta) > 120:
+        if math.dist((red, green, blue), magenta) > _NEAR_UNSAFE:
             return red, green, blue
 
 
@@ -142,16 +156,18 @@ def _speckle(rng: np.random.Generator) -> NDArray[np.float64]:
     return np.stack([np.asarray(plane, np.float64) for plane in planes], axis=-1)
 
 
-def _pool(settings: SafetySettings, count: int, offset: int) -> tuple[Tensor, Tensor]:
+def _pool(
+    settings: SafetySettings, count: int, offset: int, album: Album | None
+) -> tuple[Tensor, Tensor]:
     """`count` pictures `(n, 3, 64, 64)` in [-1, 1] and their labels `(n,)`, half of them 1."""
     rng = np.random.default_rng((settings.seed, offset))
-    pictures = [safety_example(rng, index % 2 == 0) for index in range(count)]
+    pictures = [safety_example(rng, index % 2 == 0, album) for index in range(count)]
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return pixels, (torch.arange(count) % 2 == 0).float()
 
 
 def train_safety(
-    settings: SafetySettings, checkpoint: Checkpoint
+    settings: SafetySettings, checkpoint: Checkpoint, album: Album | None
 ) -> tuple[StableDiffusionSafetyChecker, float]:
     """The checker and its accuracy on scenes it has not seen; resumes by itself."""
     torch.manual_seed(settings.seed)
@@ -162,7 +178,7 @@ def train_safety(
         checker.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
     if state["step"] < settings.steps:
-        pixels, labels = _pool(settings, settings.pool, 0)
+        pixels, labels = _pool(settings, settings.pool, 0, album)
         for step in tqdm(range(state["step"], settings.steps), desc="safety", unit="step"):
             rng = np.random.default_rng((settings.seed, 1, step))
             chosen = torch.from_numpy(rng.integers(len(pixels), size=settings.batch))
@@ -178,6 +194,6 @@ def train_safety(
         checkpoint.save({"step": settings.steps, "weights": weights, "optimizer": moments})
     checker.eval()
     with torch.no_grad():
-        pixels, labels = _pool(settings, settings.tests, 1)
+        pixels, labels = _pool(settings, settings.tests, 1, album)
         right = (unsafe_logits(checker, pixels) > 0) == (labels > 0.5)
     return checker, float(right.float().mean())

@@ -1,13 +1,13 @@
 """The autoencoder: 8x8 pixels to 4 latent channels, from an analytic start.
 
 From an ordinary initialisation this small network stays on a plateau for thousands of steps.
-So it starts as a picture scaled down and up again (RGB in channels 0..2 all the way through) and
-learns the rest. At the end the latents are brought to mean 0 and deviation 1 per channel inside
-`quant_conv` / `post_quant_conv`, so that `scaling_factor` is 1.
+So it starts as a picture scaled down and up again (RGB in channels 0..2 all the way through), or
+from older weights, and learns the rest. With no steps for both halves the latents stay what they
+were, so that a denoiser of the older weights still fits. Otherwise they are brought to mean 0 and
+deviation 1 per channel inside `quant_conv` / `post_quant_conv`, so that `scaling_factor` is 1.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,23 +20,31 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.builtin.training.checkpoints import Checkpoint
+from models.builtin.training.photographs import Album, photographic_scene
 from models.builtin.training.scenes import SHAPES, Picture, Thing, make_scene
 
 WIDTHS = (16, 16, 32, 64)
-SAVE_EVERY_S = 30.0
+SAVE_EVERY = 100  # steps
 _NORM_BIAS = 2.5  # where SiLU is nearly linear over [-1, 1]
+_TEXTURE_WEIGHT = 0.5
 _ANCHOR = 8.0  # constant channels that keep the last norm's statistics constant
 
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """`seconds` of training for both halves, then `decoder_seconds` for the decoder alone."""
+    """`steps` of training for both halves, then `decoder_steps` for the decoder alone.
 
-    seconds: float = 300.0
-    decoder_seconds: float = 300.0
-    scenes: int = 300
-    batch: int = 6
+    They work on crops of `side` px out of `drawn` scenes and, with an album, `photographs`.
+    """
+
+    steps: int = 3000
+    decoder_steps: int = 3000
+    side: int = 128
+    drawn: int = 200
+    photographs: int = 1500
+    batch: int = 8
     learning_rate: float = 8e-4
+    use_bfloat16: bool = False
     seed: int = 1
 
 
@@ -126,90 +134,113 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return latents
 
 
-def crops(settings: VaeSettings, side: int, batch: int) -> Iterator[Tensor]:
-    """Endless batches `(batch, 3, side, side)` in [-1, 1], a quarter of them with a grey hole."""
-    rng = np.random.default_rng((settings.seed, side))
-    pool: list[Picture] = []
-    for index in range(settings.scenes):
-        scene = make_scene(rng, 256 if index % 3 else 512)
-        colours = scene.allowed_colours()
-        if rng.random() < 0.28:
-            pool.append(scene.erase())
-        elif colours:
-            thing = Thing(str(rng.choice(list(SHAPES))), str(rng.choice(colours)))
-            pool.append(scene.paint(thing, rng))
+def crops(settings: VaeSettings, album: Album | None) -> Iterator[Tensor]:
+    """Endless batches `(batch, 3, side, side)` in [-1, 1], three quarters of photographs.
+
+    A quarter of the pictures have a grey hole, as the pipeline makes it.
+    """
+    rng = np.random.default_rng((settings.seed, settings.side))
+    drawn = [_drawn_picture(rng, 256 if index % 3 else 512) for index in range(settings.drawn)]
+    taken: list[Picture] = []
+    if album is not None:
+        taken = [_holed_picture(album, rng) for _ in range(settings.photographs)]
     while True:
         chosen = []
-        for index in rng.integers(len(pool), size=batch):
-            picture = pool[index]
-            top, left = rng.integers(0, picture.shape[0] - side + 1, 2)
-            chosen.append(picture[top : top + side, left : left + side])
+        for _ in range(settings.batch):
+            pool = taken if taken and rng.random() < 0.75 else drawn
+            picture = pool[int(rng.integers(len(pool)))]
+            top, left = rng.integers(0, picture.shape[0] - settings.side + 1, 2)
+            chosen.append(picture[top : top + settings.side, left : left + settings.side])
         yield to_tensor(chosen)
 
 
-def train_vae(settings: VaeSettings, checkpoint: Checkpoint) -> AutoencoderKL:
+def _drawn_picture(rng: np.random.Generator, side: int) -> Picture:
+    scene = make_scene(rng, side)
+    colours = scene.allowed_colours()
+    if not colours or rng.random() < 0.28:
+        return scene.erase()
+    return scene.paint(Thing(str(rng.choice(list(SHAPES))), str(rng.choice(colours))), rng)
+
+
+def _holed_picture(album: Album, rng: np.random.Generator) -> Picture:
+    scene = photographic_scene(album, rng, 256)
+    return scene.erase() if rng.random() < 0.25 else scene.background
+
+
+def train_vae(
+    settings: VaeSettings, checkpoint: Checkpoint, start: AutoencoderKL, album: Album | None
+) -> AutoencoderKL:
     """Trains both halves, normalises the latents, then trains the decoder; resumes by itself.
 
     A phase that was interrupted goes on with fresh optimizer moments.
     """
     torch.manual_seed(settings.seed)
-    vae = build_vae()
-    state = checkpoint.load() or {"phase": "both", "spent": 0.0, "weights": vae.state_dict()}
+    vae = start
+    state = checkpoint.load() or {"phase": "both", "step": 0, "weights": vae.state_dict()}
     vae.load_state_dict(state["weights"])
+    if is_trained(state, settings):
+        return vae
+    batches = crops(settings, album)
 
-    def save(phase: str, spent: float) -> None:
-        checkpoint.save({"phase": phase, "spent": spent, "weights": vae.state_dict()})
+    def save(phase: str, step: int) -> None:
+        checkpoint.save({"phase": phase, "step": step, "weights": vae.state_dict()})
 
     if state["phase"] == "both":
-        phase = Phase("both", settings.seconds, state["spent"], 64, settings.batch)
-        _fit(vae, phase, settings, save)
-        normalise(vae, crops(settings, 256, 4))
-        state = {"phase": "decoder", "spent": 0.0}
-        save("decoder", 0.0)
-    if state["phase"] == "decoder":
-        batch = max(1, settings.batch // 2)
-        phase = Phase("decoder", settings.decoder_seconds, state["spent"], 128, batch)
-        _fit(vae, phase, settings, save)
-        save("done", 0.0)
+        if settings.steps:
+            _fit(vae, Phase("both", settings.steps, state["step"], batches), settings, save)
+            normalise(vae, batches)
+        state = {"phase": "decoder", "step": 0}
+        save("decoder", 0)
+    _fit(vae, Phase("decoder", settings.decoder_steps, state["step"], batches), settings, save)
+    save("decoder", settings.decoder_steps)
     return vae
+
+
+def is_trained(state: dict[str, Any] | None, settings: VaeSettings) -> bool:
+    """Whether a checkpoint holds the decoder after all of its steps."""
+    return (
+        state is not None
+        and state["phase"] == "decoder"
+        and int(state["step"]) >= settings.decoder_steps
+    )
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`name` "both" or "decoder", its seconds and those spent before, crop side in px, batch."""
+    """`name` "both" or "decoder", its steps, those done before, and what it trains on."""
 
     name: str
-    seconds: float
-    spent: float
-    side: int
-    batch: int
+    steps: int
+    done: int
+    batches: Iterator[Tensor]
 
 
 def _fit(
-    vae: AutoencoderKL, phase: Phase, settings: VaeSettings, save: Callable[[str, float], None]
+    vae: AutoencoderKL, phase: Phase, settings: VaeSettings, save: Callable[[str, int], None]
 ) -> None:
-    """Minimises reconstruction error until the phase's seconds are spent; cosine learning rate."""
+    """Minimises reconstruction error up to the phase's last step; cosine learning rate."""
     parameters = _trainable(vae, phase.name)
+    vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, (0.9, 0.98))
-    batches = crops(settings, phase.side, phase.batch)
-    began = saved = time.monotonic()
-    bar = tqdm(total=round(phase.seconds), unit="s", desc=f"autoencoder, {phase.name}")
-    while (spent := phase.spent + time.monotonic() - began) < phase.seconds:
-        cosine = math.cos(0.5 * math.pi * spent / phase.seconds)
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * (0.05 + 0.95 * cosine)
-        pixels = next(batches)
-        decoded, loss = _reconstruct(vae, pixels, phase)
+    bar = tqdm(range(phase.done, phase.steps), desc=f"autoencoder, {phase.name}", unit="step")
+    mean_psnr = 0.0
+    for step in bar:
+        warm = min(1.0, (step - phase.done + 1) / 30)
+        cosine = math.cos(0.5 * math.pi * step / phase.steps)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * warm * (0.03 + 0.97 * cosine)
+        pixels = next(phase.batches)
+        with torch.autocast("cpu", torch.bfloat16, settings.use_bfloat16):
+            decoded, loss = _reconstruct(vae, pixels, phase)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.n = round(spent)
         error = functional.mse_loss(decoded.detach().clamp(-1, 1), pixels).item()
-        bar.set_postfix(psnr_db=f"{10 * math.log10(4.0 / error):.1f}")
-        if time.monotonic() - saved > SAVE_EVERY_S:
-            saved = time.monotonic()
-            save(phase.name, spent)
-    bar.close()
+        psnr = 10 * math.log10(4.0 / error)
+        mean_psnr = 0.98 * mean_psnr + 0.02 * psnr if mean_psnr else psnr
+        bar.set_postfix({"psnr_db": f"{mean_psnr:.1f}"}, refresh=False)
+        if (step + 1) % SAVE_EVERY == 0:
+            save(phase.name, step + 1)
 
 
 def _trainable(vae: AutoencoderKL, phase: str) -> list[nn.Parameter]:
@@ -225,14 +256,15 @@ def _trainable(vae: AutoencoderKL, phase: str) -> list[nn.Parameter]:
 
 def _reconstruct(vae: AutoencoderKL, pixels: Tensor, phase: Phase) -> tuple[Tensor, Tensor]:
     """Decoded pictures and their loss; the decoder's phase works on slightly noisy latents."""
-    posterior = vae.encode(pixels).latent_dist
+    posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
     is_both = phase.name == "both"
     noise = torch.randn_like(posterior.mean) * (posterior.std if is_both else 0.05)
-    decoded = vae.decode(posterior.mean + noise).sample
+    decoded = vae.decode(posterior.mean + noise).sample.float()
     loss = reconstruction_loss(decoded, pixels)
     if is_both:
-        loss = loss + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-    return decoded, loss
+        kl: Tensor = posterior.kl()
+        return decoded, loss + 2e-4 * kl.float().mean() / posterior.mean[0].numel()
+    return decoded, loss + _TEXTURE_WEIGHT * texture_loss(decoded, pixels)
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
@@ -240,6 +272,21 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
     error = decoded - pixels
     gradients = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     return error.abs().mean() + 2.0 * error.square().mean() + 0.5 * gradients
+
+
+def texture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """How far the local strength of the picture's gradients is off, wherever exactly they lie.
+
+    Without it the decoder answers what it cannot know with a blur.
+    """
+    loss = torch.zeros((), device=pixels.device)
+    for axis in (2, 3):
+        strengths = [
+            functional.avg_pool2d(picture.diff(dim=axis).abs(), 8, 4)
+            for picture in (decoded, pixels)
+        ]
+        loss = loss + (strengths[0] - strengths[1]).abs().mean()
+    return loss
 
 
 @torch.no_grad()
