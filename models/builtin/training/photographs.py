@@ -98,8 +98,7 @@ class Album:
             crop = crop[:, ::-1]
         chance = rng.random()
         if chance < _GREY_SHARE:
-            grey = crop.mean(axis=-1, keepdims=True).astype(np.uint8)
-            return np.repeat(grey, 3, axis=-1)
+            return np.asarray(np.repeat(crop.mean(axis=-1, keepdims=True), 3, axis=-1), np.uint8)
         is_tinted = chance < _GREY_SHARE + _TINTED_SHARE
         return _tint(crop, rng) if is_tinted else np.ascontiguousarray(crop)
 
@@ -122,7 +121,7 @@ def _tint(crop: Picture, rng: np.random.Generator) -> Picture:
     grey = values.mean(axis=-1, keepdims=True)
     values = grey + (values - grey) * rng.uniform(0.4, 1.4)
     values *= np.exp(rng.uniform(-0.2, 0.2, 3) + rng.uniform(-0.25, 0.15))
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
 
 
 def texture(rng: np.random.Generator, side: int) -> Picture:
