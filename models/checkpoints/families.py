@@ -12,7 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from models.checkpoints.weights import read_json
+from models.checkpoints.weights import SUFFIX, read_header, read_json
+from models.errors import ModelUnavailable
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 
@@ -50,6 +51,9 @@ MODEL_CARD = "README.md"
 CARD_BYTES = 64_000
 """How much of a model card is read; its licence stands in the first lines."""
 
+SAID_LICENCE = "modelspec.license"
+"""The key of a single file's metadata that names its licence."""
+
 
 @dataclass(frozen=True, slots=True)
 class Traits:
@@ -59,17 +63,15 @@ class Traits:
     is_inpainting: its UNet sees the mask and the masked picture.
     native_px: side of the pictures it was trained on; None where that is not said.
     has_safety_checker: of its own, or borrowed.
-    licence: the identifier in its model card or metadata; None where they name none.
     """
 
     family: Family | None
     is_inpainting: bool
     native_px: int | None
     has_safety_checker: bool
-    licence: str | None
 
 
-def traits_of(configs: Configs, licence: str | None = None) -> Traits:
+def traits_of(configs: Configs) -> Traits:
     """What the configurations of a checkpoint show. Raises: KeyError where parts are missing."""
     unet, index = configs["unet"], configs.get("model_index", {})
     family = CONTEXT_WIDTHS.get(unet.get("cross_attention_dim", 0))
@@ -79,17 +81,21 @@ def traits_of(configs: Configs, licence: str | None = None) -> Traits:
         is_inpainting=unet["in_channels"] == INPAINTING_CHANNELS,
         native_px=sample_px * scale if isinstance(sample_px, int) else None,
         has_safety_checker=all(index.get("safety_checker") or [None]),
-        licence=licence,
     )
 
 
-def licence_in_card(folder: Path) -> str | None:
-    """The licence that the metadata of a folder's model card name, as hubs have it."""
-    card = folder / MODEL_CARD
-    if not card.is_file():
+def licence_in(path: Path) -> str | None:
+    """The licence that a folder's model card or a safetensors file names; None where none does.
+
+    In a card it stands in the metadata at its beginning, as hubs have them.
+    """
+    try:
+        if path.suffix == SUFFIX:
+            return read_header(path).metadata.get(SAID_LICENCE) or None
+        with (path / MODEL_CARD).open(encoding="utf-8", errors="replace") as file:
+            before, *blocks = re.split(r"^---\s*$", file.read(CARD_BYTES), maxsplit=2, flags=re.M)
+    except (OSError, ModelUnavailable):
         return None
-    with card.open(encoding="utf-8", errors="replace") as file:
-        before, *blocks = re.split(r"^---\s*$", file.read(CARD_BYTES), maxsplit=2, flags=re.M)
     if before or not blocks:
         return None
     said = dict(re.findall(r"^(license(?:_name)?):[ \t]*[\"']?([\w.+-]+)", blocks[0], re.M))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from models.checkpoints.families import (
     MODEL_CARD,
     Traits,
-    licence_in_card,
+    licence_in,
     read_configs,
     traits_of,
 )
@@ -87,13 +87,7 @@ CHOICES = {
 OTHER_SAMPLING = ("EDM", "FlowMatch")
 """How the classes of schedulers begin whose models no other scheduler can sample."""
 
-SAID_LICENCE = "modelspec.license"
-"""The key of a single file's metadata that names its licence."""
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-CARD = "README.md"
-"""A model's card. It is not among the files that loading needs, so that it may be missing."""
 
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
 """Where single files get their vocabulary; all three families use CLIP's."""
@@ -400,22 +394,24 @@ def local_traits(spec: ModelSpec) -> Traits | None:
         found = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
         if found is None:
             return None
-        traits = _file_traits(found, spec) if found.is_file() else _folder_traits(found)
+        traits = _file_traits(found, spec) if found.is_file() else traits_of(read_configs(found))
     except (ModelUnavailable, KeyError, OSError):
         return None
     has_checker = traits.has_safety_checker or spec.safety_checker is not None
     return replace(traits, has_safety_checker=has_checker)
 
 
-def _folder_traits(folder: Path) -> Traits:
-    return traits_of(read_configs(folder), licence_in_card(folder))
+def licence_of(spec: ModelSpec) -> str | None:
+    """The licence that a model's card or file names; None where none does, or it is not here."""
+    path = BUILTIN_FOLDER.parent if spec.source == "builtin" else local_path(spec)
+    return None if path is None else licence_in(path)
 
 
 def _file_traits(path: Path, spec: ModelSpec) -> Traits:
     """A single file has no safety checker, whatever its configuration was published with."""
     lent = None if spec.config is None else _if_here(Download(spec.config, CONFIG_PATTERNS))
     checkpoint = open_single_file(path, lent)
-    traits = traits_of(checkpoint.configs, checkpoint.header.metadata.get(SAID_LICENCE) or None)
+    traits = traits_of(checkpoint.configs)
     return replace(traits, family=checkpoint.family, has_safety_checker=False)
 
 
@@ -585,7 +581,7 @@ def _fetch_card(source: str, commit: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     with suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        hf_hub_download(source, CARD, revision=commit)
+        hf_hub_download(source, MODEL_CARD, revision=commit)
 
 
 def load_components(

@@ -18,7 +18,13 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from models.checkpoints.registry import find_model, local_traits, read_catalog
+from models.checkpoints.registry import (
+    ModelSpec,
+    find_model,
+    licence_of,
+    local_traits,
+    read_catalog,
+)
 from models.errors import ModelUnavailable
 from server.api.auth.keyring import key_in_headers
 from server.api.dependencies import ServicesOf, admit, base_url_of
@@ -150,5 +156,9 @@ def traits_of_models(settings: Settings) -> dict[str, dict[str, Any] | None]:
         catalog = read_catalog(settings.models_file).models
     except ModelUnavailable:  # a machine without workers needs no list of models
         catalog = {}
-    found = {name: local_traits(find_model(name, catalog)) for name in settings.offered_models}
-    return {name: None if traits is None else asdict(traits) for name, traits in found.items()}
+    return {name: model_traits(find_model(name, catalog)) for name in settings.offered_models}
+
+
+def model_traits(spec: ModelSpec) -> dict[str, Any] | None:
+    traits = local_traits(spec)
+    return None if traits is None else {**asdict(traits), "licence": licence_of(spec)}

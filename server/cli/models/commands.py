@@ -18,6 +18,7 @@ from models.checkpoints.registry import (
     check_model,
     download,
     find_model,
+    licence_of,
     model_files,
     parse_catalog,
     pinned_digests,
@@ -27,7 +28,7 @@ from models.checkpoints.weights import SUFFIX, read_header
 from models.errors import ModelUnavailable
 from server.cli.models.arguments import KEYS
 from server.cli.models.entries import read_text, with_entry, write_checked
-from server.cli.models.listing import licence_of, print_list
+from server.cli.models.listing import print_list
 from server.cli.models.removal import carry_out, is_confirmed, lines_of, plan_removal
 from server.core.settings import Settings
 from server.core.terminal import printable

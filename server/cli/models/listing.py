@@ -1,36 +1,24 @@
 """`inpaint-server models list`: what is named, what is here, and what it needs."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from models.checkpoints.families import licence_in
 from models.checkpoints.registry import (
-    CARD,
     Catalog,
     ModelSpec,
     find_model,
-    local_path,
+    licence_of,
     local_size,
     parameter_count,
     weight_files,
 )
-from models.checkpoints.weights import SUFFIX, read_header
 from models.errors import ModelUnavailable
 from server.core.settings import Settings
 from server.core.terminal import print_table, size_text
 from server.serving.diagnosis.checkpoints import gpu_bytes_needed
-
-CARD_BYTES = 8_192
-"""A model card names the licence at its beginning."""
-
-LICENCE = re.compile(r"^licen[cs]e:[ \t]*[\"']?([\w.+-]+)", re.IGNORECASE | re.MULTILINE)
-NAMED_LICENCE = re.compile(r"^license_name:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
-"""Of a licence that is "other" to the hub."""
-
-METADATA = "modelspec.license"
-"""Of a single file."""
 
 COLUMNS = ("id", "kind", "use", "here", "GPU memory", "licence", "source")
 
@@ -97,26 +85,3 @@ def gpu_memory(spec: ModelSpec) -> int | None:
         return gpu_bytes_needed(parameter_count(files.values())) if files else None
     except (ModelUnavailable, OSError):
         return None
-
-
-def licence_of(spec: ModelSpec) -> str | None:
-    """The licence that a model's card or file names; None where none does."""
-    path = local_path(spec)
-    if path is None:
-        return None
-    return licence_in(path.parent if spec.source == "builtin" else path)
-
-
-def licence_in(path: Path) -> str | None:
-    """The same of a folder with a card, or of a safetensors file."""
-    try:
-        if path.suffix == SUFFIX:
-            return read_header(path).metadata.get(METADATA)
-        with (path / CARD).open(encoding="utf-8", errors="replace") as file:
-            text = file.read(CARD_BYTES)
-    except (OSError, ModelUnavailable):
-        return None
-    found = LICENCE.search(text)
-    if found is not None and found[1] == "other":
-        found = NAMED_LICENCE.search(text) or found
-    return None if found is None else found[1].rstrip(".")

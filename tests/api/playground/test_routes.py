@@ -19,7 +19,7 @@ STATIC = Path(str(files("server.api.playground"))) / "static"
 EXAMPLES = Path(str(files("models.builtin"))) / "examples"
 FILES = dict(page_files())
 HTML = sorted(name for name in PAGES.values() if name.endswith(".html"))
-MAX_BYTES = {"index.html": 300_000, "status.html": 150_000}
+MAX_BYTES = {"index.html": 300_000, "status.html": 150_000, "docs.html": 80_000}
 NAMED = re.compile(r'(?:(?:src|href)="playground/|from "\./)([^"]+)"')
 """A file that a page or a module loads."""
 
@@ -50,7 +50,7 @@ def test_files_have_their_media_type(name: str, client: httpx2.Client) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", ["/", "/status", "/playground/index.html"])
+@pytest.mark.parametrize("path", ["/", "/status", "/docs", "/playground/index.html"])
 def test_page_loads_nothing_from_elsewhere(path: str, client: httpx2.Client) -> None:
     policy = client.get(path).headers["content-security-policy"]
 
@@ -135,7 +135,7 @@ def test_facts_tell_models_loras_and_the_words_of_enhanced_prompts(tmp_path: Pat
         "is_inpainting": True,
         "native_px": 512,
         "has_safety_checker": True,
-        "licence": None,
+        "licence": "apache-2.0",
     }
     assert facts == {
         "model": "builtin",

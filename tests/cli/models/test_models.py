@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from server.cli.main import main
-from server.cli.models.listing import licence_in
 from tests.support.hub_stub import running_hub
 from tests.support.processes import COMMAND
 from tests.support.tiny import save_tiny_checkpoint
@@ -159,19 +158,3 @@ def test_what_cannot_be_removed(models_file: Path, capsys: pytest.CaptureFixture
     ):
         assert sentence in said(capsys, "remove", *words, "--yes", status=2)
     assert models_file.read_text() == ENTRIES
-
-
-@pytest.mark.parametrize(
-    ("card", "licence"),
-    [
-        ("---\nlicense: mit\n---\n", "mit"),
-        ("---\nlicense: 'other'\nlicense_name: stability-x\n---\n", "stability-x"),
-        ("---\nlicense: other\n---\n", "other"),
-        ("Licence: Apache-2.0, code and weights.", "Apache-2.0"),
-        ("# A model\n", None),
-    ],
-)
-def test_licence_of_a_card(card: str, licence: str | None, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(card)
-    assert licence_in(tmp_path) == licence
-    assert licence_in(tmp_path / "nowhere") is None

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoints.families import CONFIG_FILES, Family, Traits, published_configs
-from models.checkpoints.registry import ModelSpec, local_traits
+from models.checkpoints.families import (
+    CONFIG_FILES,
+    Family,
+    Traits,
+    licence_in,
+    published_configs,
+)
+from models.checkpoints.registry import ModelSpec, licence_of, local_traits
 from tests.support.ldm_layout import save_single_file
 from tests.support.tiny import save_tiny_checkpoint
 
@@ -40,7 +46,7 @@ def test_folder_shows_family_channels_and_size(
     save_configs(tmp_path, family, is_inpainting)
     (tmp_path / "model_index.json").write_text(json.dumps(NO_CHECKER))
 
-    assert traits_in(tmp_path) == Traits(family, is_inpainting, native_px, False, None)
+    assert traits_in(tmp_path) == Traits(family, is_inpainting, native_px, False)
 
 
 def test_safety_checker_is_the_models_own_or_borrowed(tmp_path: Path) -> None:
@@ -67,12 +73,9 @@ def test_safety_checker_is_the_models_own_or_borrowed(tmp_path: Path) -> None:
     ],
 )
 def test_licence_is_that_of_the_model_card(card: str, licence: str | None, tmp_path: Path) -> None:
-    save_configs(tmp_path, Family.SD15, True)
     (tmp_path / "README.md").write_text(card)
-    traits = traits_in(tmp_path)
-
-    assert traits is not None
-    assert traits.licence == licence
+    assert licence_in(tmp_path) == licence
+    assert licence_in(tmp_path / "nowhere") is None
 
 
 @pytest.mark.slow
@@ -82,7 +85,8 @@ def test_single_file_shows_the_same(channels: int, tmp_path: Path) -> None:
     said = {"modelspec.license": "openrail++"}
     file = save_single_file(folder, tmp_path / "x.safetensors", Family.SDXL, said)
 
-    expected = Traits(Family.SDXL, channels == 9, 1024, False, "openrail++")
+    expected = Traits(Family.SDXL, channels == 9, 1024, False)
+    assert licence_in(file) == "openrail++"
     assert traits_in(file) == expected
     assert traits_in(file, "somebody/checker") == dataclasses.replace(
         expected, has_safety_checker=True
@@ -90,7 +94,8 @@ def test_single_file_shows_the_same(channels: int, tmp_path: Path) -> None:
 
 
 def test_built_in_model_is_of_no_published_family() -> None:
-    assert local_traits(ModelSpec("builtin", "builtin")) == Traits(None, True, 512, True, None)
+    assert local_traits(ModelSpec("builtin", "builtin")) == Traits(None, True, 512, True)
+    assert licence_of(ModelSpec("builtin", "builtin")) == "apache-2.0"
 
 
 @pytest.mark.parametrize("source", ["nobody/nothing", "/nowhere/x.safetensors", "/nowhere"])

@@ -2,9 +2,10 @@
 // The API reference: the list of calls, the chosen one by the address's hash, and the key.
 
 import { announce, byId, el } from "./dom.js";
+import { setUpKeyForm } from "./key.js";
 import { buildCall } from "./operation.js";
 import { Api, inCode } from "./schema.js";
-import { readiness, storedKey, storeKey } from "./server.js";
+import { readiness, storedKey } from "./server.js";
 
 /** @type {Api | null} */
 let api = null;
@@ -17,7 +18,7 @@ function show() {
   if (!api) return;
   const found = api.find(chosenId());
   document.body.classList.toggle("open", Boolean(found));
-  byId("call").replaceChildren(...(found ? buildCall(api, found.tag, found.call, askForKey) : overview(api)));
+  byId("call").replaceChildren(...(found ? buildCall(api, found.tag, found.call) : overview(api)));
   document.title = `${found ? `${found.call.method.toUpperCase()} ${found.call.path}` : "API reference"} – inpaint-server`;
   for (const link of document.querySelectorAll("#call-list a")) {
     const isChosen = link.getAttribute("href") === `#${found?.call.id}`;
@@ -103,24 +104,13 @@ function moveInList(event) {
   next.focus();
 }
 
-/** @param {boolean} isRefused whether the server refused the key of this tab, or its absence */
-function askForKey(isRefused) {
-  const text = !isRefused ? "The page keeps the key until you close this tab, and sends it with each call. An empty one is none."
-    : storedKey() ? "The server does not know this key, or it has ended. Enter another one."
-      : "This server asks for an API key. The page keeps it until you close this tab.";
-  byId("key-text").textContent = text;
-  byId("key-text").classList.toggle("error", isRefused && Boolean(storedKey()));
-  byId("key-form").hidden = false;
-  announce(text);
-  if (!isRefused) byId("key").focus();
+function showKeyState() {
+  byId("key-change").textContent = storedKey() ? "Change key" : "Enter a key";
 }
 
-function takeKey(/** @type {Event} */ event) {
-  event.preventDefault();
-  storeKey(byId("key").value.trim());
-  byId("key").value = "";
+function keepKey() {
   byId("key-form").hidden = true;
-  byId("key-change").textContent = storedKey() ? "Change key" : "Enter a key";
+  showKeyState();
   announce(storedKey() ? "The key is kept for this tab." : "No key is sent.");
 }
 
@@ -148,9 +138,8 @@ async function load() {
 }
 
 function start() {
-  byId("key-change").textContent = storedKey() ? "Change key" : "Enter a key";
-  byId("key-change").addEventListener("click", () => askForKey(false));
-  byId("key-form").addEventListener("submit", takeKey);
+  showKeyState();
+  setUpKeyForm(keepKey);
   byId("filter").addEventListener("input", filter);
   byId("calls").addEventListener("keydown", moveInList);
   window.addEventListener("hashchange", () => {

@@ -6,8 +6,8 @@ import { onKeyRefused, storedKey, storeKey } from "./server.js";
 
 /** @param {() => unknown} onKey called when a key was entered */
 export function setUpKeyForm(onKey) {
-  onKeyRefused.call = askForKey;
-  byId("key-change").addEventListener("click", askForKey);
+  onKeyRefused.call = () => askForKey(true);
+  byId("key-change").addEventListener("click", () => askForKey(false));
   byId("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
     storeKey(byId("key").value.trim());
@@ -16,13 +16,17 @@ export function setUpKeyForm(onKey) {
   });
 }
 
-export function askForKey() {
+/** @param {boolean} isRefused whether the server refused the key of this tab, or its absence */
+export function askForKey(isRefused) {
   const form = byId("key-form");
-  const text = storedKey() ? "The server does not know this key, or it has ended. Enter another one." : "This server asks for an API key. The page keeps it until you close this tab.";
+  const text = !isRefused ? "The page keeps the key until you close this tab, and sends it with each call."
+    : storedKey() ? "The server does not know this key, or it has ended. Enter another one."
+      : "This server asks for an API key. The page keeps it until you close this tab.";
   if (byId("key-text").textContent !== text || form.hidden) announce(text);
   byId("key-text").textContent = text;
-  byId("key-text").classList.toggle("error", Boolean(storedKey()));
+  byId("key-text").classList.toggle("error", isRefused && Boolean(storedKey()));
   form.hidden = false;
+  if (!isRefused) byId("key").focus();
 }
 
 /** The server has answered a call. */

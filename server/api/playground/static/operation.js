@@ -9,17 +9,16 @@ import { buildTrial } from "./trial.js";
  * @param {import("./schema.js").Api} api
  * @param {import("./schema.js").Tag} tag
  * @param {import("./schema.js").Call} call
- * @param {(isRefused: boolean) => void} askForKey
  * @returns {HTMLElement[]}
  */
-export function buildCall(api, tag, call, askForKey) {
+export function buildCall(api, tag, call) {
   const { operation } = call;
   const texts = (operation.description ?? call.sentence).split("\n\n");
   return [
     el("p", { class: "crumbs" }, el("a", { href: "#", class: "back" }, "All calls"), ` ${tag.title}`),
     el("h2", { class: "call-title" }, el("span", { class: `method ${call.method}` }, call.method.toUpperCase()), " ", el("span", { class: "path" }, call.path)),
     ...texts.map((/** @type {string} */ text) => el("p", {}, ...inCode(text))),
-    buildTrial(api, tag, call, askForKey),
+    buildTrial(api, tag, call),
     ...parameters(api, operation),
     ...body(api, operation),
     el("h3", {}, "Answers"),

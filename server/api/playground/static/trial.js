@@ -3,6 +3,7 @@
 
 import { block, shortened } from "./block.js";
 import { announce, button, el, toDataUri } from "./dom.js";
+import { askForKey } from "./key.js";
 import { curlOf, findPictures, isDataUri, requestOf, withPicture } from "./request.js";
 import { storedKey } from "./server.js";
 
@@ -17,14 +18,11 @@ class Trial {
    * @param {import("./schema.js").Api} api
    * @param {import("./schema.js").Tag} tag
    * @param {import("./schema.js").Call} call
-   * @param {(isRefused: boolean) => void} askForKey
    */
-  constructor(api, tag, call, askForKey) {
-    Object.assign(this, { api, tag, call, askForKey });
+  constructor(api, tag, call) {
     this.api = api;
     this.tag = tag;
     this.call = call;
-    this.askForKey = askForKey;
     this.content = call.operation.requestBody?.content ?? {};
     /** @type {AbortController | null} */
     this.running = null;
@@ -178,8 +176,8 @@ class Trial {
     this.answer.dataset.status = String(answer.status);
     if (answer.status === KEY_REFUSED) {
       const text = storedKey() ? "The server does not know this key, or it has ended." : "This call needs an API key.";
-      shown.prepend(el("p", { class: "error" }, text, " ", button("Enter a key", () => this.askForKey(false))));
-      this.askForKey(true);
+      shown.prepend(el("p", { class: "error" }, text, " ", button("Enter a key", () => askForKey(false))));
+      askForKey(true);
     }
     announce(`Answer ${answer.status} after ${time}.`);
   }
@@ -256,9 +254,8 @@ function sizeText(bytes) {
  * @param {import("./schema.js").Api} api
  * @param {import("./schema.js").Tag} tag
  * @param {import("./schema.js").Call} call
- * @param {(isRefused: boolean) => void} askForKey
  * @returns {HTMLElement}
  */
-export function buildTrial(api, tag, call, askForKey) {
-  return new Trial(api, tag, call, askForKey).build();
+export function buildTrial(api, tag, call) {
+  return new Trial(api, tag, call).build();
 }
