@@ -67,7 +67,7 @@ def test_page_follows_its_server(tmp_path: Path, shots: str) -> None:
         assert (view["wrong"], view["errors"]) == ([], [])
         assert view["overflow"] <= 0
     assert "The figures below are of" in away["old"]
-    assert away["tiles"] == busy["tiles"]
+    assert away["tiles"][2:] == busy["tiles"][2:]
     assert away["wrong"] == []
     assert any(each.startswith("Finished in the last hour\n2\n") for each in back["tiles"])
     assert back["errors"] == []

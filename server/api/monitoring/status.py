@@ -44,7 +44,7 @@ HELD = (
 )
 
 
-def counted(state: DeliveryState) -> Select[tuple[int, int]]:
+def counted(state: DeliveryState) -> Select[int, int]:
     """How many calls are in a state, at most `MAX_COUNTED`, and how many of them were tried."""
     some = select(deliveries.c.attempt).where(deliveries.c.state == state).limit(MAX_COUNTED)
     attempt = some.subquery().c.attempt
