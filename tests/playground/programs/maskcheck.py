@@ -13,14 +13,14 @@ def load(at: Watched, name: str) -> None:
 
 def codes(at: Watched) -> list[str]:
     """What is found, once it is shown."""
-    at.page.wait_for_selector("#mask-check details")
+    at.page.wait_for_selector("#mask-findings details")
     found = at.page.locator(".finding").all()
     return [each.get_attribute("data-code") or "" for each in found]
 
 
 def ask(at: Watched) -> None:
     with at.page.expect_response(CHECKS):
-        at.page.get_by_role("button", name="Check the mask").click()
+        at.page.get_by_role("button", name="Check mask").click()
 
 
 def cure_inverted(at: Watched) -> None:
@@ -74,10 +74,10 @@ def count_checks(at: Watched) -> None:
     codes(at)
     at.page.fill("#field-width", "100")
     at.page.locator("#field-width").press("Tab")
-    at.page.wait_for_selector("#mask-check details", state="detached")
+    at.page.wait_for_selector("#mask-findings details", state="detached")
     ask(at)
     at.page.wait_for_selector("text=The mask could not be checked")
-    text = at.page.locator("#mask-check").inner_text()
+    text = at.page.locator("#mask-findings").inner_text()
     say(step="counted", before=before, text=text, wrong=at.look("6-refused"))
 
 

@@ -247,11 +247,11 @@ def write_fault(fault: MaskFault, check: MaskCheck, params: InpaintParams) -> Fi
         MaskFault.EMPTY: "The mask marks no pixel, so the picture would come back as it is.",
         MaskFault.FULL: "The mask marks every pixel, so nothing of the picture is kept.",
         MaskFault.PROBABLY_INVERTED: (
-            f"{check.coverage:.0%} of the picture and {check.border:.0%} of its border are "
-            "repainted, and what is kept lies inside: black and white are probably swapped."
+            f"{percent(check.coverage)} of the picture and {percent(check.border)} of its border "
+            "are repainted, and what is kept lies inside: black and white are probably swapped."
         ),
         MaskFault.GREY_LEVELS: (
-            f"{check.grey:.1%} of the mask is grey. Without soft_mask half-grey is the border "
+            f"{percent(check.grey)} of the mask is grey. Without soft_mask half-grey is the border "
             "between kept and repainted."
         ),
         MaskFault.NOISY_EDGE: (
@@ -356,6 +356,10 @@ def compare_result(request: JobRequest, stored: Stored, params: InpaintParams) -
         else "only_masked keeps the size of a picture of at most 2048 × 2048 pixels.",
         fields={"only_masked": True} if may_keep else {},
     )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def in_words(size: tuple[int, int]) -> str:

@@ -11,7 +11,8 @@ import { callJson, ServerError } from "./server.js";
 const NOT_OF_THIS_PAGE = ["exif_turned", "other_size", "other_proportions"];
 /** Proportions that differ by less come from sides of whole pixels. */
 const SAME_PROPORTIONS = 0.02;
-const ASK = "Check the mask";
+const ASK = "Check mask";
+const FINE = "The mask looks fine.";
 
 /** @typedef {{code: string, level: string, message: string, cure: string, fields: Record<string, boolean>}} Finding */
 
@@ -27,17 +28,15 @@ export class MaskCheck {
     this.checked = "";
     /** The operation that loaded the newest mask, and what is to be said if it stretched the file. @type {{operation: any, finding: Finding | null}} */
     this.loading = { operation: null, finding: null };
-    this.element = byId("mask-check");
-    this.asking = button(ASK, () => this.run(true), { id: "check-mask", class: "quiet" });
-    this.found = el("div", { class: "findings" });
-    this.element.append(this.asking, this.found);
-    this.refresh();
+    this.asking = byId("check-mask");
+    this.asking.addEventListener("click", () => this.run(true));
+    this.found = byId("mask-findings");
   }
 
   /** After each change of the page: an answer about another mask is not shown. */
   refresh() {
     const { picture, mask } = this.editor;
-    this.element.hidden = !picture || !mask || !this.ask();
+    this.asking.hidden = !picture || !mask || !this.ask();
     if (this.found.hasChildNodes() && this.state() !== this.checked) this.found.replaceChildren();
   }
 
@@ -95,14 +94,9 @@ export class MaskCheck {
     const own = answer.findings.filter((/** @type {Finding} */ each) => !NOT_OF_THIS_PAGE.includes(each.code));
     /** @type {Finding[]} */
     const findings = [...(this.stretched ? [this.stretched] : []), ...own];
-    const warnings = findings.filter((each) => each.level === "warning");
-    const list = el("ul", {}, ...findings.map((each) => this.item(each)));
-    this.found.replaceChildren(
-      ...(findings.length ? [list] : []),
-      el("p", { class: "hint" }, warnings.length ? "" : "The mask looks fine. ", estimate(answer)),
-      overlay(answer),
-    );
-    if (isAsked || warnings.length) announce(warnings[0]?.message ?? "The mask looks fine.");
+    const list = findings.length ? el("ul", {}, ...findings.map((each) => this.item(each))) : el("p", {}, FINE);
+    this.found.replaceChildren(list, el("p", { class: "hint" }, estimate(answer)), overlay(answer));
+    if (isAsked || findings.length) announce(findings[0]?.message ?? FINE);
   }
 
   /** @param {ServerError} error */
@@ -118,7 +112,7 @@ export class MaskCheck {
   item(finding) {
     const cure = this.cure(finding);
     return el("li", { class: `finding ${finding.level}`, "data-code": finding.code },
-      el("p", {}, finding.message, cure ? null : ` ${finding.cure}`), cure);
+      el("p", {}, el("b", {}, `${inWords(finding.code)}: `), finding.message, cure ? null : ` ${finding.cure}`), cure);
   }
 
   /** A button where one click is enough. @param {Finding} finding */
@@ -156,6 +150,11 @@ function stretching(file, picture) {
   };
 }
 
+/** @param {string} code */
+function inWords(code) {
+  return `${code[0].toUpperCase()}${code.slice(1).replaceAll("_", " ")}`;
+}
+
 /** @param {any} answer */
 function estimate({ eta_s: seconds, position, canvas }) {
   const time = seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
@@ -164,9 +163,11 @@ function estimate({ eta_s: seconds, position, canvas }) {
 }
 
 /** The picture with mask and crop, folded away. @param {any} answer */
-function overlay({ overlay: source, crop: [left, top, right, bottom], mask }) {
+function overlay({ overlay: source, crop: [left, top, right, bottom], mask, result }) {
   const share = `${(mask.coverage * 100).toFixed(1)} % in ${mask.regions} ${mask.regions === 1 ? "area" : "areas"}`;
+  const isWhole = right - left === result.width && bottom - top === result.height;
+  const crop = isWhole ? "The model works on the whole picture." : `The model works on the box of ${right - left} × ${bottom - top} pixels.`;
   return el("details", { class: "overlay" }, el("summary", {}, "What the server sees"),
-    el("img", { src: source, alt: "The picture with the mask in colour, and the part that the model works on in a box" }),
-    el("p", { class: "hint" }, `Repainted: ${share}. The box, ${right - left} × ${bottom - top} pixels, is what the model works on.`));
+    el("img", { src: source, alt: "The picture with the mask in colour, and a box around what the model works on" }),
+    el("p", { class: "hint" }, `Repainted: ${share}. ${crop}`));
 }
