@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import os
+import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from models.checkpoints.families import Family
 from tests.support.browsers import Line, browser_program
 from tests.support.dialect_calls import polled
 from tests.support.processes import ServerProcess, image_host, serving
 from tests.support.programs import program
+from tests.support.published import save_configs
 from tests.support.webhooks import receiver
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -24,6 +28,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 MAX_BYTES = 300_000
 KEY = "key-of-the-playground"
 MASKED = 127
+VIEWS = ("light", "dark", "phone")
 
 
 def pixels(text: str) -> NDArray[np.uint8]:
@@ -46,12 +51,15 @@ def steps_of(program: str, home: Path, last: str, **call: Any) -> dict[str, Line
     return found
 
 
-@pytest.mark.parametrize("view", ["light", "dark", "phone"])
+@pytest.mark.parametrize("view", VIEWS)
 def test_example_takes_three_clicks_and_its_curl_command_works(
     view: str, examples: dict[str, Line], tmp_path: Path
 ) -> None:
     seen = examples[view]
     assert "0 pixels changed outside the mask" in seen["facts"]
+    corner, changed = seen["difference"]
+    assert corner == 0
+    assert 0.02 < changed / 512**2 < 0.5
     assert seen["wrong"] == []
     assert seen["errors"] == []
     assert seen["overflow"] <= 0
@@ -133,8 +141,9 @@ def test_code_makes_the_picture(
 @pytest.fixture(scope="module")
 def examples(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Line]:
     home = tmp_path_factory.mktemp("example")
-    with browser_program("example.py", home, base=server.url, shots=str(home)) as browser:
-        return {view: browser.next() for view in ("light", "dark", "phone")}
+    call = {"base": server.url, "shots": str(home), "views": VIEWS}
+    with browser_program("example.py", home, **call) as browser:
+        return {view: browser.next() for view in VIEWS}
 
 
 def test_page_is_small(examples: dict[str, Line]) -> None:
@@ -282,7 +291,14 @@ def test_jobs_are_cancelled_and_survive_a_reload(
     assert seen["cancelled by key"]["states"] == ["Cancelled", "Cancelled"]
     assert seen["twenty"]["cards"] == 20
     assert seen["twenty"]["is_editor_open"] is False
-    assert seen["removed"]["cards"] == 20
+    again = seen["again"]
+    seed = again["sent"]["seed"]
+    assert again["sent"]["samples"] == 1
+    assert f"seed {seed}\n" in again["facts"]
+    assert all(name.endswith(f"-seed-{seed}.png") for name in again["names"])
+    first, second = (pixels(each).astype(int) for each in again["pictures"])
+    assert np.abs(first - second).max() <= 2
+    assert seen["removed"]["cards"] == 21
     assert seen["twenty"]["wrong"] + seen["removed"]["wrong"] == []
     assert seen["removed"]["errors"] == []
 
@@ -326,12 +342,17 @@ def test_page_outlives_the_server(tmp_path: Path, shots: str) -> None:
 def test_refusals_are_plain_sentences(tmp_path: Path, shots: str) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (256, 192), "navy").save(tmp_path / "pictures" / "navy.png")
+    model = str(save_configs(tmp_path / "xl", Family.SDXL, is_inpainting=False))
     # No worker, so that the queue of one is full at once.
-    environment = {"INPAINT_QUEUE__MAX_WAITING": "1"}
+    environment = {
+        "INPAINT_QUEUE__MAX_WAITING": "1",
+        "INPAINT_MODELS": f"{model},away",
+        "INPAINT_LORAS": "ink",
+    }
     server = ServerProcess(tmp_path / "data", environment, "--workers", "0")
     try:
         with image_host(tmp_path / "pictures") as host:
-            call = {"base": server.url, "shots": shots, "url": f"{host}/navy.png"}
+            call = {"base": server.url, "shots": shots, "url": f"{host}/navy.png", "model": model}
             with browser_program("refusals.py", tmp_path, **call) as browser:
                 seen = browser.next()
     finally:
@@ -342,7 +363,32 @@ def test_refusals_are_plain_sentences(tmp_path: Path, shots: str) -> None:
     assert "Too many jobs are waiting. Try again in" in seen["full"]
     assert seen["is_enabled"] is False
     assert seen["sent"]["init_image"].endswith("/navy.png")
+    assert seen["sent"]["loras"] == [{"name": "ink", "scale": 0.5}]
+    known, away = seen["models"]
+    assert "Stable Diffusion XL, not made for inpainting" in known
+    assert "1024×1024" in known
+    assert "no safety checker" in known
+    assert "nothing more is known" in away
     assert seen["wrong"] == []
+    assert seen["errors"] == []
+
+
+def test_pictures_show_whose_urls_are_of_another_origin(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    public_url = f"http://localhost:{port}"
+    environment = {"INPAINT_PUBLIC_URL": public_url}
+    with serving(tmp_path / "data", environment, "--port", str(port)) as server:
+        call = {"base": server.url, "shots": str(tmp_path)}
+        with browser_program("origin.py", tmp_path, **call) as browser:
+            seen = browser.next()
+
+    assert seen["url"].startswith(f"{public_url}/")
+    assert not seen["page"].startswith(public_url)
+    assert seen["shown"] == [512, 512]
+    assert seen["hint"] == ""
+    assert seen["sent"]["init_image"] == seen["url"]
     assert seen["errors"] == []
 
 

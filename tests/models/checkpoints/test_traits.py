@@ -6,30 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoints.families import (
-    CONFIG_FILES,
-    Family,
-    Traits,
-    licence_in,
-    published_configs,
-)
+from models.checkpoints.families import Family, Traits, licence_in
 from models.checkpoints.registry import ModelSpec, licence_of, local_traits
 from tests.support.ldm_layout import save_single_file
+from tests.support.published import save_configs
 from tests.support.tiny import save_tiny_checkpoint
 
 CARD = "---\nlanguage: en\nlicense: {licence}\ntags:\n- x\n---\n\n# A model\n"
 CHECKER = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
 NO_CHECKER = {"safety_checker": [None, None]}
-
-
-def save_configs(folder: Path, family: Family, is_inpainting: bool) -> None:
-    """A published checkpoint's folder without its weights."""
-    configs = published_configs(family, is_inpainting)
-    configs["unet"] |= {"in_channels": 9 if is_inpainting else 4}
-    for name in configs.keys() & CONFIG_FILES.keys():
-        path = folder / CONFIG_FILES[name]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(configs[name]))
 
 
 def traits_in(source: Path, safety_checker: str | None = None) -> Traits | None:
@@ -44,7 +29,6 @@ def test_folder_shows_family_channels_and_size(
     family: Family, native_px: int, is_inpainting: bool, tmp_path: Path
 ) -> None:
     save_configs(tmp_path, family, is_inpainting)
-    (tmp_path / "model_index.json").write_text(json.dumps(NO_CHECKER))
 
     assert traits_in(tmp_path) == Traits(family, is_inpainting, native_px, False)
 

@@ -1,5 +1,8 @@
 """Several jobs: one is cancelled, twenty fill the history, and a reload finds them."""
 
+import base64
+from pathlib import Path
+
 from page import chromium, say, watched
 
 JOBS = 20
@@ -48,10 +51,29 @@ with chromium() as browser, watched(browser, "jobs") as at:
     page.locator(".card").first.get_by_role("button", name="Open").click()
     page.wait_for_selector(".strip button >> nth=3")
     wrong = at.look("samples")
+    page.locator(".strip button").nth(2).click()
+    facts = page.inner_text(".facts")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    sample = base64.b64encode(Path(download.value.path()).read_bytes()).decode()
+    with page.expect_response("**/api/jobs") as answered:
+        page.click("text=Again with this seed")
+    page.wait_for_selector(".card[data-state=finished] >> nth=21")
+    page.locator(".card").first.get_by_role("button", name="Open").click()
+    page.wait_for_selector(".facts")
+    with page.expect_download() as repeated:
+        page.get_by_role("button", name="Download").click()
+    say(
+        step="again",
+        facts=facts,
+        names=[download.value.suggested_filename, repeated.value.suggested_filename],
+        sent=answered.value.request.post_data_json,
+        pictures=[sample, base64.b64encode(Path(repeated.value.path()).read_bytes()).decode()],
+    )
     page.click("text=Use as next picture")
     page.wait_for_selector("#stage:visible")
     page.locator(".card").first.get_by_role("button", name="Remove").click()
-    page.wait_for_selector(f".card >> nth={JOBS}", state="detached")
+    page.wait_for_selector(f".card >> nth={JOBS + 1}", state="detached")
     page.reload()
     page.wait_for_selector(".card")
     page.wait_for_selector("#field-prompt")
