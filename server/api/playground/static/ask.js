@@ -27,10 +27,10 @@ const LABELS = {
   clip_skip: "CLIP skip",
   safety_check: "Safety check",
   model: "Model",
-  flagged_as: "Flagged pictures become",
+  flagged_as: "Flagged become",
   output_format: "File format",
   output_quality: "File quality",
-  deadline_s: "Needed within (seconds)",
+  deadline_s: "Needed within (s)",
   webhook: "Webhook URL",
   track_id: "Track id",
 };
@@ -64,7 +64,8 @@ export class Ask {
     const known = Object.keys(LABELS).filter((name) => names.includes(name));
     for (const name of [...known, ...names.filter((each) => !known.includes(each))]) {
       const field = this.build(name, plainSchema(body.properties[name]));
-      if (field) byId(SHOWN_FIRST.includes(name) ? "fields" : "more-fields").append(field);
+      const isFirst = SHOWN_FIRST.includes(name) || (name === "model" && facts.models.length > 1);
+      if (field) byId(isFirst ? "fields" : "more-fields").append(field);
     }
     this.addLoras(body.properties.loras);
     this.addEnhance();
@@ -229,8 +230,8 @@ function plainSchema(schema) {
 
 /** @param {string} name @param {any} schema @param {{models: string[]}} facts @returns {any} */
 function inputFor(name, schema, facts) {
-  if (name === "model") return select(facts.models, "the server's own");
-  if (schema.enum) return select(schema.enum, schema.isNullable ? "the model's own" : null, schema.default);
+  if (name === "model") return select(facts.models, "server's own");
+  if (schema.enum) return select(schema.enum, schema.isNullable ? "model's own" : null, schema.default);
   if (schema.type === "boolean") return el("input", { type: "checkbox", checked: Boolean(schema.default) });
   if (name.endsWith("prompt")) return el("textarea", { rows: name === "prompt" ? 3 : 2, maxLength: schema.maxLength, required: name === "prompt" });
   const placeholder = /** @type {Record<string, string>} */ (PLACEHOLDERS)[name] ?? "";

@@ -92,7 +92,9 @@ export class Jobs {
     /** @type {Entry} */
     const entry = { ...request, key, id: job.id, state: job.state, createdAt: job.created_at, thumb, answer: null };
     await history.put(entry);
-    this.add(entry).showEta(job.eta_s);
+    const card = this.add(entry);
+    card.showEta(job.eta_s);
+    card.element.scrollIntoView({ block: "nearest" });
     await this.forgetOldest();
     this.followAll();
     return entry;

@@ -36,16 +36,21 @@ const editor = new Editor({
 const maskCheck = new MaskCheck(editor, () => ask);
 const jobs = new Jobs({
   onOpen: (entry) => {
-    result?.open(entry);
-    byId("result").scrollIntoView({ block: "start" });
+    openResult(entry);
   },
   onEnd: (entry) => {
     // What ends while its user goes on painting does not take the stage away.
     const isUnchanged = editor.version === sentVersion && !result?.isOpen;
-    if (entry.state === "finished" && isUnchanged && entry.key === newestSent) result?.open(entry);
+    if (entry.state === "finished" && isUnchanged && entry.key === newestSent) openResult(entry);
   },
 });
 let newestSent = "";
+
+/** @param {any} entry */
+function openResult(entry) {
+  result?.open(entry);
+  byId("result").scrollIntoView({ block: "start" });
+}
 
 /** Why the request cannot be sent yet; "" where it can. */
 function missing() {

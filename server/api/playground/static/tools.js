@@ -47,12 +47,13 @@ export function buildTools(editor) {
     maskFile.value = "";
   });
   const dialog = extendForm(editor);
-  const undo = button("Undo", () => editor.undo(), { title: "Undo (Ctrl+Z)", "data-edit": "undo" });
-  const redo = button("Redo", () => editor.redo(), { title: "Redo (Ctrl+Shift+Z)", "data-edit": "redo" });
+  const undo = button("↶", () => editor.undo(), { title: "Undo (Ctrl+Z)", "aria-label": "Undo", "data-edit": "undo" });
+  const redo = button("↷", () => editor.redo(), { title: "Redo (Ctrl+Shift+Z)", "aria-label": "Redo", "data-edit": "redo" });
   byId("tools").append(
     group("Tool", ...radios),
+    group("Undo", undo, redo),
     group("Brush", size.label, hardness.label),
-    group("Edit", undo, redo, button("Invert", () => stage.apply({ kind: "invert" }), { title: "Invert (Shift+V)" }),
+    group("Edit", button("Invert", () => stage.apply({ kind: "invert" }), { title: "Invert (Shift+V)" }),
       button("Clear", () => stage.apply({ kind: "clear" }), { title: "Clear (Shift+C)" })),
     group("View", button("−", () => stage.zoom(1 / 1.25), { "aria-label": "Zoom out", title: "Zoom out (-)" }),
       button("+", () => stage.zoom(1.25), { "aria-label": "Zoom in", title: "Zoom in (+)" }),
@@ -89,7 +90,7 @@ function range(name, bounds, onChange) {
     output.textContent = input.value;
     onChange(Number(input.value));
   });
-  return { input, output, label: el("label", { class: "range" }, name, input, output) };
+  return { input, output, label: el("label", { class: "range" }, el("span", {}, name), output, input) };
 }
 
 /** @param {import("./editor.js").Editor} editor @param {(tool: string) => void} choose */
