@@ -22,8 +22,8 @@ CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
 TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
 	&& echo torch-cpu || echo torch)
 
-.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs format bench chaos clients cluster cluster-demo \
-	lock audit sbom licences
+.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs pictures format bench chaos clients cluster \
+	cluster-demo lock audit sbom licences
 
 help:  ## lists these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -91,6 +91,9 @@ check: $(INSTALLED)  ## runs ruff and mypy
 
 docs: $(INSTALLED)  ## writes docs/settings.md and configs/example.toml from the settings
 	$(BIN)/python -m tests.support.settings_page
+
+pictures: $(INSTALLED) $(CLIENTS_INSTALLED)  ## writes the playground's pictures in docs/; needs Chromium
+	$(BIN)/python -m tests.support.playground_pictures
 
 format: $(INSTALLED)  ## formats the code and mends what ruff can
 	$(BIN)/ruff format
