@@ -24,14 +24,12 @@ from numpy.typing import NDArray
 from benchmarks import checkpoints, measure, report
 from benchmarks.orders import Order, make_orders, mixed_steps
 from benchmarks.rivals.plain import build_pipeline, paint
-from models.acceleration.stack import USUAL, Acceleration
 from models.diffusion.pipeline import InpaintPipeline
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.errors import OutOfMemory
 from models.model_pool import ModelPool
 
 OURS, PLAIN, BATCHED, COMPILED = "ours", "plain", "plain, batched", "plain, compiled"
-OURS_EAGER = "ours, eager"
 Pictures: TypeAlias = list[NDArray[np.uint8]]
 Painter: TypeAlias = Callable[[Sequence[Order]], Pictures]
 """Makes the pictures of some orders, in any order it likes; result in order of the orders."""
@@ -75,10 +73,8 @@ class EngineCase:
 class OurEngine:
     """`InpaintEngine` as a worker uses it; it keeps what it learns about batches."""
 
-    def __init__(
-        self, folder: Path, most_in_flight: int, acceleration: Acceleration = USUAL
-    ) -> None:
-        pipeline = InpaintPipeline(checkpoints.load(folder), acceleration)
+    def __init__(self, folder: Path, most_in_flight: int) -> None:
+        pipeline = InpaintPipeline(checkpoints.load(folder))
         limits = EngineLimits(max_generations=most_in_flight)
         self._engine = InpaintEngine(ModelPool.of(MODEL, pipeline), limits)
         self._ids = count()
@@ -128,10 +124,6 @@ def make_painters(folder: Path, most_in_flight: int, *, with_compiled: bool) -> 
         PLAIN: paint_singly(pipeline),
         BATCHED: paint_grouped(pipeline),
     }
-    if checkpoints.default_device().type == "cuda":
-        # What CUDA graphs and the choice of attention kernels bring; a CPU has neither.
-        eager = Acceleration(graph_memory_share=0, is_reproducible=True)
-        painters[OURS_EAGER] = OurEngine(folder, most_in_flight, eager)
     if with_compiled:
         compiled = build_pipeline(checkpoints.load(folder))
         compiled.unet = torch.compile(compiled.unet, fullgraph=True, dynamic=False)
@@ -159,7 +151,7 @@ def warm_up(painters: dict[str, Painter], case: EngineCase, deadline: measure.De
     orders = make_orders(case.side_px, [8] * case.in_flight, seed=1)
     for name, painter in painters.items():
         if deadline.left_s > 0:
-            timed(painter, orders if name in (OURS, BATCHED, OURS_EAGER) else orders[:1])
+            timed(painter, orders if name in (OURS, BATCHED) else orders[:1])
     ours, plain = painters[OURS](orders[:1])[0], painters[PLAIN](orders[:1])[0]
     error = float(np.mean((ours.astype(np.float64) - plain) ** 2))
     return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))

@@ -63,13 +63,16 @@ class Scope:
         with ExitStack() as stack:
             for name, module in model.named_modules():
                 enter = module.register_forward_pre_hook(self._entering(name))
-                leave = module.register_forward_hook(lambda *_: self.names.pop() and None)
+                leave = module.register_forward_hook(self._leave)
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
             yield
 
     def _entering(self, name: str) -> Callable[..., None]:
         return lambda *_: self.names.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        self.names.pop()
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -33,8 +33,10 @@ def test_each_kernel_is_counted_with_its_work_and_place() -> None:
     block.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.empty(3, 8, 4, 4, device=META, dtype=torch.float16)
 
-    kernels = kernels_of(block, lambda: block(images))
+    results: list[object] = []
+    kernels = kernels_of(block, lambda: results.append(block(images)))
 
+    assert isinstance(results[0], torch.Tensor), "a hook that returns something replaces the result"
     assert kernels == [
         Kernel("convolution", "conv", 2 * 48 * 16 * 72, 2 * (384 + 1152 + 768), (48, 16, 72)),
         Kernel("convolution's bias", "conv", 0, 2 * (768 + 16 + 768), (3, 16, 4, 4)),

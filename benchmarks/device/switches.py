@@ -1,0 +1,136 @@
+"""Phase 3: every switch of `Acceleration` by itself, all of them, and all but one."""
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.device import subjects
+from benchmarks.device.bench import Bench, relative_error, replayed
+from benchmarks.device.shapes import quickest_convolutions
+from models.acceleration.attention import MeasuredAttention, cuda_timer
+from models.acceleration.fusion import Fusions, fuse, fuse_modules
+from models.acceleration.unet import EagerUNet, UNetCall, UNetInputs
+
+BLOCKS = 5
+NO_FUSIONS = Fusions(*(False for _ in fields(Fusions)))
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """One way to make the call. convolutions: cuDNN tries all its kernels at the first call."""
+
+    fusions: Fusions
+    measures_attention: bool
+    convolutions: bool
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of all switches."""
+        return [field.name for field in fields(Fusions)] + ["measures_attention", "convolutions"]
+
+    def turned(self, name: str, value: bool) -> "Switches":
+        """The same but for one switch."""
+        if name in {field.name for field in fields(Fusions)}:
+            return replace(self, fusions=replace(self.fusions, **{name: value}))
+        changed: dict[str, Any] = {name: value}
+        return replace(self, **changed)
+
+
+NONE = Switches(NO_FUSIONS, measures_attention=False, convolutions=False)
+ALL = Switches(Fusions(), measures_attention=True, convolutions=True)
+
+
+def variants(is_complete: bool = True) -> Iterator[tuple[str, Switches]]:
+    """By name; the first two are the same, so that their difference is the noise."""
+    yield "none", NONE
+    yield "none again", NONE
+    yield "all", ALL
+    for name in Switches.names() if is_complete else ():
+        yield f"only {name}", NONE.turned(name, True)
+        yield f"all but {name}", ALL.turned(name, False)
+
+
+@torch.inference_mode()
+def run(bench: Bench) -> None:
+    """SD 1.5 with each switch; SDXL with none and all."""
+    for family, side_px, rows in bench.scale.compared:
+        name = f"{family} {side_px}², {rows} rows"
+        bench.attempt(name, lambda: compared(bench, family, side_px, rows))  # noqa: B023
+    if bench.is_cuda:
+        for rows in (2, 4):
+            name = f"sdxl 1024², {rows} rows"
+            bench.attempt(name, lambda: compared(bench, "sdxl", 1024, rows, False))  # noqa: B023
+
+
+def compared(
+    bench: Bench, family: str, side_px: int, rows: int, is_complete: bool = True
+) -> dict[str, Any]:
+    """ms per replay of each variant in interleaved blocks; errors against float32."""
+    unet = subjects.placed(bench, subjects.UNETS[family])
+    inputs = subjects.inputs_of(bench, unet, side_px, rows)
+    exact = exact_call(unet, inputs)
+    runs: dict[str, Callable[[], object]] = {}
+    errors: dict[str, float] = {}
+    faults: dict[str, str] = {}
+    for name, switches in variants(is_complete):
+        try:
+            call = made(bench, unet, switches)
+            errors[name] = relative_error(call(inputs), exact)
+            runs[name] = replayed(bench, lambda call=call: call(inputs))  # type: ignore[misc]
+        except RuntimeError as error:
+            faults[name] = str(error)[:300]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for block in range(BLOCKS):
+        for name in measure.rotated([*runs], block):
+            times[name].append(bench.ms_in_queue(runs[name]))
+    return {"variants": {n: summary(times[n], errors[n]) for n in runs}, "faults": faults}
+
+
+def summary(times: list[float], error: float) -> dict[str, float]:
+    """Of one variant."""
+    return {"ms": statistics.median(times), "spread_ms": max(times) - min(times), "error": error}
+
+
+def made(bench: Bench, unet: Any, switches: Switches) -> Callable[[UNetInputs], Tensor]:
+    """A call by a UNet of its own, which shares the weights."""
+    own = copy.deepcopy(unet, {id(each): each for each in unet.parameters()})
+    if bench.is_cuda:
+        fuse(own, switches.fusions)
+    elif subjects.kernels_are_interpreted():
+        fuse_modules(own, switches.fusions)
+    plain = EagerUNet(own)
+    call: UNetCall = plain
+    if switches.measures_attention and bench.is_cuda:
+        call = MeasuredAttention(plain, plain, cuda_timer(bench.device))
+    if not switches.convolutions:
+        return call
+
+    def with_quickest_convolutions(inputs: UNetInputs) -> Tensor:
+        with quickest_convolutions():
+            return call(inputs)
+
+    return with_quickest_convolutions
+
+
+def exact_call(unet: Any, inputs: UNetInputs) -> Tensor:
+    """In float32, without TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        exact = copy.deepcopy(unet).float()
+        moved = dataclasses.replace(
+            inputs,
+            latents=inputs.latents.float(),
+            conditioning=inputs.conditioning.float(),
+            added={name: each.float() for name, each in inputs.added.items()},
+        )
+        return EagerUNet(exact)(moved)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

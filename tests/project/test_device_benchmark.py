@@ -1,0 +1,82 @@
+"""The benchmark of a GPU runs here too, on small models, and keeps what a killed phase found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.device.__main__ import PHASES, main, parse, run_phase
+from benchmarks.device.summary import to_text
+from benchmarks.device.switches import ALL, NONE, Switches, variants
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+SLACK = "20"
+"""Other tests run beside, and the limits are for a machine of its own."""
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_each_phase_runs_on_a_cpu(name: str, tmp_path: Path) -> None:
+    main(["--out", str(tmp_path), "--phases", name, "--slack", SLACK, "--budget-s", "600"])
+
+    phase = json.loads((tmp_path / "device.json").read_text())["phases"][name]
+    assert phase["end"] == "done", phase
+    assert phase["findings"]
+    assert faults_in(phase["findings"]) == []
+    assert f"| {name} |" in (tmp_path / "device.md").read_text()
+
+
+def faults_in(findings: Any) -> list[str]:
+    """What went wrong; a CPU has not all of torch's attention kernels."""
+    if not isinstance(findings, dict):
+        return []
+    own = [str(findings["error"])] if isinstance(findings.get("error"), str) else []
+    own += [str(each) for each in findings.get("faults", {}).values()]
+    inner = [fault for each in findings.values() for fault in faults_in(each)]
+    return [fault for fault in own + inner if "No viable backend" not in fault]
+
+
+def test_phase_is_killed_at_its_limit_and_keeps_what_it_found(tmp_path: Path) -> None:
+    options = parse(["--out", str(tmp_path), "--tiny"])
+    part = tmp_path / "http.part"
+
+    phase = run_phase("http", 1.0, options)
+
+    assert phase["end"].startswith("killed after 1 s")
+    assert phase["seconds"] < 20
+    assert not part.exists()
+    assert "killed after 1 s" in to_text({"scale": "tiny", "phases": {"http": phase}})
+
+
+def test_phases_without_time_left_are_named(tmp_path: Path) -> None:
+    main(["--out", str(tmp_path), "--budget-s", "0", "--phases", "ceilings,http"])
+
+    phases = json.loads((tmp_path / "device.json").read_text())["phases"]
+    assert {each["end"] for each in phases.values()} == {"no time left"}
+
+
+def test_limits_fit_into_one_command_of_ten_minutes() -> None:
+    assert sum(PHASES.values()) <= 520 < parse(["--out", "x"]).budget_s < 600
+
+
+def test_unknown_phase_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.device", "--out", "x", "--phases", "http,nope"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "no such phase: nope" in done.stderr
+
+
+def test_every_switch_is_tried_alone_and_left_out() -> None:
+    made = dict(variants())
+
+    for name in Switches.names():
+        assert made[f"only {name}"] != NONE
+        assert made[f"only {name}"].turned(name, False) == NONE
+        assert made[f"all but {name}"].turned(name, True) == ALL
+    assert made["none"] == made["none again"] == NONE
