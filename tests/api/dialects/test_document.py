@@ -77,7 +77,9 @@ def test_tags_name_pages_that_exist(document: Document) -> None:
 
 
 def test_calls_of_dialects_name_the_ways_of_a_key(document: Document) -> None:
-    schemes = [{name: []} for name in document["components"]["securitySchemes"]]
+    schemes: list[dict[str, list[str]]] = [
+        {name: []} for name in document["components"]["securitySchemes"]
+    ]
     for call in calls_of(document):
         assert call.operation.get("security", []) == ([] if call.tag in ALWAYS else schemes)
 

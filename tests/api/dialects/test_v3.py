@@ -80,7 +80,7 @@ class TestReading:
         )
 
     @pytest.mark.parametrize("nothing", NOTHING)
-    @pytest.mark.parametrize("name", sorted(set(description.INPAINT_FIELDS) - set(REQUIRED)))
+    @pytest.mark.parametrize("name", sorted(set(description.FIELDS) - set(REQUIRED)))
     def test_nothing_means_absent(self, name: str, nothing: str | None) -> None:
         absent, given = read(seed=5), read(**({"seed": 5} | {name: nothing}))
         assert replace(given, params=replace(given.params, seed=5)) == absent
@@ -339,7 +339,7 @@ class TestFieldErrors:
     @hypothesis_settings(deadline=None, derandomize=True)
     @given(
         st.dictionaries(
-            st.sampled_from(sorted({*description.INPAINT_FIELDS, "prompt_strength"})),
+            st.sampled_from(sorted({*description.FIELDS, "prompt_strength"})),
             st.none()
             | st.booleans()
             | st.integers()

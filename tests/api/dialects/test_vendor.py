@@ -328,7 +328,7 @@ class TestReading:
     @hypothesis_settings(deadline=None, derandomize=True)
     @given(
         st.dictionaries(
-            st.sampled_from(sorted({*description.INPAINT_FIELDS, *description.LATER_FIELDS})),
+            st.sampled_from(sorted({*description.FIELDS, *description.LATER_FIELDS})),
             st.none()
             | st.booleans()
             | st.integers()

@@ -5,7 +5,7 @@ import functools
 import pytest
 from sqlalchemy import Engine, event
 
-from server.api.metrics import COST_FACTOR, QUICK_S, StoredFigures
+from server.api.monitoring.metrics import COST_FACTOR, QUICK_S, StoredFigures
 from server.jobs.estimates import Estimator
 from server.jobs.store import JobStore
 from tests.support.clocks import Clock
