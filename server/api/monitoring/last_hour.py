@@ -20,7 +20,7 @@ from server.storage.tables import deliveries, jobs
 MINUTE_S = 60.0
 MINUTES = 60
 
-MAX_JOBS = 20_000
+MAX_JOBS = 10_000
 """Jobs that one look reads, the newest ones. A server that ends more within the hour is told of a
 shorter time, because a look must not cost the more the busier the server is."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, case, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, case, func, literal, select
 
 from server.api.monitoring.last_hour import LastHour, read_last_hour
 from server.jobs.estimates import Estimator
@@ -32,6 +32,16 @@ two questions of a page, so that none is told the same twice."""
 MAX_COUNTED = 10_000
 """Webhook calls of a state that are counted. Dead ones stay for weeks, and may be many."""
 
+
+def in_text(state: JobState | DeliveryState) -> ColumnElement[str]:
+    """A state as part of a statement's text.
+
+    For a parameter PostgreSQL would take, from the sixth execution on, one plan that fits every
+    state, and read the whole table.
+    """
+    return literal(state.value, literal_execute=True)
+
+
 HELD = (
     select(
         jobs.c.worker_id,
@@ -39,15 +49,15 @@ HELD = (
         func.sum(jobs.c.step).label("step"),
         func.sum(jobs.c.total_steps).label("total_steps"),
     )
-    .where(jobs.c.state == JobState.RUNNING)
+    .where(jobs.c.state == in_text(JobState.RUNNING))
     .group_by(jobs.c.worker_id)
 )
 
 
 def counted(state: DeliveryState) -> Select[int, int]:
     """How many calls are in a state, at most `MAX_COUNTED`, and how many of them were tried."""
-    some = select(deliveries.c.attempt).where(deliveries.c.state == state).limit(MAX_COUNTED)
-    attempt = some.subquery().c.attempt
+    some = select(deliveries.c.attempt).where(deliveries.c.state == in_text(state))
+    attempt = some.limit(MAX_COUNTED).subquery().c.attempt
     return select(func.count(), func.coalesce(func.sum(case((attempt > 0, 1), else_=0)), 0))
 
 

@@ -6,7 +6,7 @@
 
 import { el } from "./dom.js";
 
-const LEFT = 40;
+const LEFT = 46;
 const RIGHT = 8;
 const TOP = 8;
 const BOTTOM = 20;

@@ -112,7 +112,7 @@ function showPlots(hour) {
     { name: "p50", text: "p50", values: minutes.map((each) => each.latency_s?.p50 ?? null) },
     { name: "wait", text: "p50 of the wait", values: minutes.map((each) => each.wait_s?.p50 ?? null) },
   ]);
-  const span = minutes.length < 60 ? `The newest 20000 jobs ended within ${counted(minutes.length, "minute")}; of these, ` : "In the last hour ";
+  const span = minutes.length < 60 ? `The newest 10000 jobs ended within ${counted(minutes.length, "minute")}; of these, ` : "In the last hour ";
   byId("throughput-text").textContent = `${span}${counted(hour.finished, "job")} finished, ${hour.failed} failed, ${counted(hour.cancelled, "was", "were")} cancelled. ${busiest(minutes)}`;
   byId("latency-text").textContent = hour.latency_s
     ? `Half of the finished jobs took at most ${duration(hour.latency_s.p50)}, 95 % at most ${duration(hour.latency_s.p95)}. ${parts(hour)}`
