@@ -156,7 +156,7 @@ def measure_greys(levels: NDArray[np.uint8]) -> tuple[float, float, float]:
 def is_frame(repaint: NDArray[np.bool_], picture: NDArray[np.uint8]) -> bool:
     """Whether a canvas that was extended on all sides is repainted around the picture in it."""
     box = bounding_box(~repaint)
-    if box is None:
+    if box is None or min(repaint.shape) == 1:
         return False
     kept = repaint.size - np.count_nonzero(repaint)
     if kept < FRAME_FILL * box.width * box.height:
@@ -165,7 +165,12 @@ def is_frame(repaint: NDArray[np.bool_], picture: NDArray[np.uint8]) -> bool:
         return True
     flat = find_flat(picture)
     outside = repaint[1:, 1:]
-    return bool(flat[outside].mean() >= FLAT_OUTSIDE and flat[~outside].mean() <= FLAT_INSIDE)
+    return share_in(outside, flat) >= FLAT_OUTSIDE and share_in(~outside, flat) <= FLAT_INSIDE
+
+
+def share_in(area: NDArray[np.bool_], found: NDArray[np.bool_]) -> float:
+    """Share of an area's pixels that are among those found; 0 for no area."""
+    return float(np.count_nonzero(found & area) / max(1, np.count_nonzero(area)))
 
 
 def find_flat(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.imaging.canvas import Canvas, crop_box, prepare_canvas, repainted_area, widen
+from models.imaging.canvas import (
+    Canvas,
+    crop_box,
+    masked_area,
+    prepare_canvas,
+    repainted_area,
+    strengths_of,
+    widen,
+)
 from models.imaging.masks import Box, blur_reach, bounding_box, seam_weights
 from models.params import InpaintParams
 
@@ -345,3 +353,19 @@ def test_repainted_area_is_all_that_may_change(changes: dict[str, Any]) -> None:
     assert changed.any()
     assert not changed[~area].any()
     assert area.mean() < 1
+
+
+@pytest.mark.parametrize("grow_px", [-9, 0, 9])
+@pytest.mark.parametrize("is_soft", [True, False])
+@pytest.mark.parametrize("is_inverted", [True, False])
+def test_masked_area_is_where_strengths_are(grow_px: int, is_soft: bool, is_inverted: bool) -> None:
+    spots = np.random.default_rng(0).integers(0, 256, (6, 8), np.uint8)
+    mask = np.kron(spots, np.ones((12, 12), np.uint8))
+    mask[:30, :40] = 0
+    mask[30:60] = 255
+    params = InpaintParams(
+        prompt="", seed=0, mask_grow=grow_px, soft_mask=is_soft, invert_mask=is_inverted
+    )
+    area = masked_area(params, mask)
+    assert 0 < area.mean() < 1
+    np.testing.assert_array_equal(area, strengths_of(params, mask) > 0)

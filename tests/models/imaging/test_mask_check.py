@@ -135,6 +135,16 @@ def test_overlay_of_the_smallest_picture() -> None:
     assert {*map(tuple, overlay[0])} <= {CROP_COLOUR, BELOW_CROP}
 
 
+@pytest.mark.parametrize("size", [(1, 600), (600, 1), (2, 300), (1, 1)])
+@pytest.mark.parametrize("kept", [0, 1, 12])
+def test_narrow_picture(size: tuple[int, int], kept: int) -> None:
+    levels = np.full(size, 255, np.uint8)
+    levels.ravel()[5 : 5 + kept] = 0
+    found = check_mask(levels, np.full((*size, 3), 90, np.uint8))
+    assert (found.coverage == 1) is (kept == 0 or size == (1, 1))
+    assert found.border == pytest.approx(found.coverage, abs=0.01)
+
+
 def test_noise_is_no_trouble() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), np.uint8)
     found = check_mask(noise, PICTURE)

@@ -7,7 +7,7 @@ import { announce, byId, button, el, toDataUri } from "./dom.js";
 import { fileToSend } from "./picture.js";
 import { callJson, ServerError } from "./server.js";
 
-/** Browsers turn picture and mask by EXIF themselves, and the mask of this page has the picture's size. */
+/** Browsers turn a file by EXIF themselves, and its mask is made here in its proportions. */
 const NOT_OF_THIS_PAGE = ["exif_turned", "other_size", "other_proportions"];
 /** Proportions that differ by less come from sides of whole pixels. */
 const SAME_PROPORTIONS = 0.02;
@@ -91,7 +91,8 @@ export class MaskCheck {
   /** @param {any} answer @param {boolean} isAsked */
   show(answer, isAsked) {
     this.checked = this.state();
-    const own = answer.findings.filter((/** @type {Finding} */ each) => !NOT_OF_THIS_PAGE.includes(each.code));
+    const isShown = Boolean(this.editor.picture?.file);
+    const own = answer.findings.filter((/** @type {Finding} */ each) => !isShown || !NOT_OF_THIS_PAGE.includes(each.code));
     /** @type {Finding[]} */
     const findings = [...(this.stretched ? [this.stretched] : []), ...own];
     const list = findings.length ? el("ul", {}, ...findings.map((each) => this.item(each))) : el("p", {}, FINE);
