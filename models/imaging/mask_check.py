@@ -170,7 +170,8 @@ def is_frame(repaint: NDArray[np.bool_], picture: NDArray[np.uint8]) -> bool:
 
 def share_in(area: NDArray[np.bool_], found: NDArray[np.bool_]) -> float:
     """Share of an area's pixels that are among those found; 0 for no area."""
-    return float(np.count_nonzero(found & area) / max(1, np.count_nonzero(area)))
+    pixels = int(np.count_nonzero(area))
+    return float(np.count_nonzero(found & area) / max(1, pixels))
 
 
 def find_flat(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
