@@ -276,9 +276,7 @@ class TestReading:
 
 
 def test_description_has_the_ranges_that_are_read() -> None:
-    schema = description.describe_call(V3_FAMILY, Task.INPAINT)["requestBody"]["content"][
-        "application/json"
-    ]["schema"]
+    schema = description.V3_DESCRIPTION.schemas["V3Inpaint"]
     described = schema["properties"]
     assert (described["strength"]["minimum"], described["strength"]["maximum"]) == (0, 1)
     assert (described["samples"]["minimum"], described["samples"]["maximum"]) == (1, 4)
@@ -339,7 +337,7 @@ class TestFieldErrors:
     @hypothesis_settings(deadline=None, derandomize=True)
     @given(
         st.dictionaries(
-            st.sampled_from(sorted({*description.FIELDS, "prompt_strength"})),
+            st.sampled_from(sorted({*description.FIELDS})),
             st.none()
             | st.booleans()
             | st.integers()
