@@ -161,8 +161,10 @@ class LatentStore:
         """`count` random scenes, half of them mirrored, each with one of its things if it has any.
 
         A `window` (latents) smaller than the scene is cut out of it around the whole mask;
-        scenes whose mask is larger are passed over.
+        scenes whose mask is larger are passed over. Raises `ValueError` before there is a shard.
         """
+        if not self._shards:
+            raise ValueError(f"no {self.kind} of {self.side} px in {self.folder}")
         rows: list[Tensor] = []
         masks: list[Tensor] = []
         things: list[Thing | None] = []

@@ -12,7 +12,7 @@ two answers is trained besides both. Outside the object that difference is nough
 strong guidance from changing the background's colours.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from models.builtin.training.networks.text import tokenize
 from models.builtin.training.networks.unet import TIMESTEPS, build_scheduler
 
 _OBJECT_VISIBLE_BELOW = 850  # timestep; above, an object drowns in the noise
-_DIFFERENCE_WEIGHT = 3.0  # guidance makes an error in the difference several times as large
+_DIFFERENCE_WEIGHT = 1.5  # guidance makes an error in the difference several times as large
 _OVERSHOOT_VISIBLE_BELOW = 960  # the same for one that guidance has made several times too strong
 
 
@@ -120,74 +120,72 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Exercise:
-    """Rows for one step of the network: `noisy` and `wanted` `(n, 4, h, w)`, `hidden` the texts.
+    """Rows for one step of the network: `noisy`, `wanted` and `masked` `(n, 4, h, w)`.
 
-    With `is_paired` the second half repeats the first one's noisy latents without its objects.
+    With `is_paired` the second half repeats the first one's noisy latents, and its texts ask for
+    nothing.
     """
 
+    texts: list[str]
     noisy: Tensor
     wanted: Tensor
-    hidden: Tensor
-    timesteps: Tensor
     mask: Tensor
     masked: Tensor
-    is_paired: bool
+    timesteps: Tensor
+    is_paired: bool = False
 
 
 def draw_exercise(
-    batch: LatentBatch,
-    timesteps: Tensor,
-    contexts: Contexts,
-    rng: np.random.Generator,
-    is_paired: bool,
+    batch: LatentBatch, timesteps: Tensor, rng: np.random.Generator, is_paired: bool
 ) -> Exercise:
     """Noisy latents and the v-prediction wanted for each at `timesteps` `(n,)`."""
-    device = batch.mask.device
     alphas = build_scheduler().alphas_cumprod[timesteps]
-    ratios = (alphas / (1.0 - alphas)).sqrt()
+    ratios = (alphas / (1.0 - alphas)).sqrt().tolist()
     lessons = [
-        draw_lesson(batch, index, int(timesteps[index]), float(ratios[index]), rng)
+        draw_lesson(batch, index, int(timesteps[index]), ratios[index], rng)
         for index in range(len(batch.things))
     ]
-    texts = [lesson.caption.text for lesson in lessons]
-    clean = torch.where(
-        _column([lesson.is_painted for lesson in lessons], device), batch.painted, batch.background
-    )
+    device = batch.mask.device
+    is_painted = _column([lesson.is_painted for lesson in lessons], device)
+    clean = torch.where(is_painted, batch.painted, batch.background)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     noise = torch.randn(clean.shape, generator=generator).to(device)
     noise = noise + structured_noise(batch, lessons)
     signal, spread = _column(alphas.sqrt(), device), _column((1.0 - alphas).sqrt(), device)
-    noisy, wanted = signal * clean + spread * noise, signal * noise - spread * clean
-    rows = Exercise(
-        noisy,
-        wanted,
-        contexts.draw(texts, rng) if not is_paired else _pair_texts(texts, contexts, rng),
-        timesteps.to(device),
+    single = Exercise(
+        [lesson.caption.text for lesson in lessons],
+        signal * clean + spread * noise,
+        signal * noise - spread * clean,
         batch.mask,
         batch.masked,
-        is_paired,
+        timesteps.to(device),
     )
     if not is_paired:
-        return rows
-    is_hidden = [
+        return single
+    other = torch.where(_column(_hides_object(lessons, timesteps), device), batch.background, clean)
+    # The same noisy latents, read as the other picture under another noise.
+    wanted = single.wanted + (clean - other) / spread
+    return _paired(single, wanted, [nothing(rng) for _ in lessons])
+
+
+def _hides_object(lessons: list[Lesson], timesteps: Tensor) -> list[bool]:
+    """Whether nobody could tell from the noisy latents that an object is meant."""
+    return [
         lesson.push < 0 or step >= _OBJECT_VISIBLE_BELOW
         for lesson, step in zip(lessons, timesteps.tolist(), strict=True)
     ]
-    other = torch.where(_column(is_hidden, device), batch.background, clean)
-    # The same noisy latents, read as this other picture under another noise.
-    others = wanted + (clean - other) / spread
-    return replace(
-        rows,
-        noisy=torch.cat([noisy, noisy]),
-        wanted=torch.cat([wanted, others]),
-        timesteps=rows.timesteps.repeat(2),
-        mask=batch.mask.repeat(2, 1, 1, 1),
-        masked=batch.masked.repeat(2, 1, 1, 1),
+
+
+def _paired(single: Exercise, wanted: Tensor, texts: list[str]) -> Exercise:
+    return Exercise(
+        single.texts + texts,
+        torch.cat([single.noisy, single.noisy]),
+        torch.cat([single.wanted, wanted]),
+        torch.cat([single.mask, single.mask]),
+        torch.cat([single.masked, single.masked]),
+        torch.cat([single.timesteps, single.timesteps]),
+        is_paired=True,
     )
-
-
-def _pair_texts(texts: list[str], contexts: Contexts, rng: np.random.Generator) -> Tensor:
-    return contexts.draw([*texts, *(nothing(rng) for _ in texts)], rng)
 
 
 def _column(values: Any, device: torch.device) -> Tensor:
@@ -195,10 +193,10 @@ def _column(values: Any, device: torch.device) -> Tensor:
     return torch.as_tensor(values).to(device)[:, None, None, None]
 
 
-def loss_of(unet: nn.Module, exercise: Exercise) -> tuple[Tensor, float]:
-    """Weighted v-loss of an exercise, and its plain mean inside the masks."""
+def loss_of(unet: nn.Module, exercise: Exercise, hidden: Tensor) -> tuple[Tensor, float]:
+    """Weighted v-loss of an exercise under its texts' states, and its plain mean in the masks."""
     model_input = torch.cat([exercise.noisy, exercise.mask, exercise.masked], dim=1)  # 9 channels
-    guess = unet(model_input, exercise.timesteps, exercise.hidden).sample
+    guess = unet(model_input, exercise.timesteps, hidden).sample
     error = guess.float() - exercise.wanted
     weight = 0.2 + 0.8 * exercise.mask
     weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)

@@ -63,7 +63,7 @@ def run_vae(settings: TrainSettings) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(settings.start / "vae", torch_dtype=torch.float32)
     is_done = is_trained(checkpoint.load(), settings.vae)
     album = None if is_done else Album.for_training(settings.photographs)
-    return train_vae(settings.vae, checkpoint, vae, album).eval()
+    return train_vae(settings.vae, checkpoint, vae.to(settings.device), album).eval()
 
 
 def run_text(settings: TrainSettings) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -99,7 +99,7 @@ def run_export(settings: TrainSettings) -> None:
         raise FileNotFoundError(f"no unet checkpoint in {settings.run}")
     tokenizer, encoder = run_text(settings)
     parts = Parts(
-        vae=run_vae(settings),
+        vae=run_vae(settings).cpu(),
         unet=averaged_unet(state),
         tokenizer=tokenizer,
         text_encoder=encoder,
@@ -155,7 +155,7 @@ def _in_processes(work: Callable[[int, TrainSettings], None], settings: TrainSet
 
 def _latent_process(rank: int, settings: TrainSettings) -> None:
     _share_cores(settings)
-    vae = run_vae(settings).to(settings.device)
+    vae = run_vae(settings)
     maker = ShardMaker(vae, Album.for_training(settings.photographs), settings.latents)
     paths = maker.make(settings.run / "latents", (rank, settings.processes))
     for _ in tqdm(paths, desc="latents", unit="shard", disable=rank > 0):
@@ -200,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel processes (cpu)")
     parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16")
+    parser.add_argument("--batch-factor", type=int, default=1, help="more rows a step, for a GPU")
     parser.add_argument("--stage", choices=["all", *STAGES], default="all")
     parser.add_argument("--vae-steps", type=int, default=VaeSettings.steps, help="of both halves")
     parser.add_argument("--decoder-steps", type=int, default=VaeSettings.decoder_steps)
@@ -225,6 +226,7 @@ def _settings_of(chosen: argparse.Namespace) -> TrainSettings:
         latents=LatentSettings(use_bfloat16=chosen.bfloat16),
         unet=UNetSettings(
             steps=chosen.steps,
+            batch_factor=chosen.batch_factor,
             early=0.0 if has_start else UNetSettings.early,
             use_bfloat16=chosen.bfloat16,
         ),

@@ -44,6 +44,7 @@ class UNetSettings:
         BatchPlan("staged", 256, 32, 12, 0.08),
         BatchPlan("staged", 512, 64, 3, 0.14),
     )
+    batch_factor: int = 1
     early: float = 0.5
     steady: float = 0.7  # share of the steps before the learning rate falls
     pairs: float = 0.4  # share of the steps that compare two texts
@@ -153,15 +154,17 @@ class UNetTrainer:
         """One step; the plain loss inside the masks."""
         rng = np.random.default_rng((self.settings.seed, self.step, self.worker.rank))
         store = self.stores[plan.kind, plan.side]
-        batch = _to(store.draw(rng, plan.count, plan.window), self.worker.device)
+        count = plan.count * self.settings.batch_factor
+        batch = _to(store.draw(rng, count, plan.window), self.worker.device)
         is_early = (
             plan.kind != "photographs" and self.step < self.settings.early * self.settings.steps
         )
-        timesteps = draw_timesteps(rng, plan.count, is_early)
+        timesteps = draw_timesteps(rng, count, is_early)
         is_paired = _is_paired(self.settings, self.step)
-        exercise = draw_exercise(batch, timesteps, self.contexts, rng, is_paired)
+        exercise = draw_exercise(batch, timesteps, rng, is_paired)
+        hidden = self.contexts.draw(exercise.texts, rng)
         with torch.autocast(self.worker.device.type, torch.bfloat16, self.settings.use_bfloat16):
-            loss, inside = loss_of(self.unet, exercise)
+            loss, inside = loss_of(self.unet, exercise, hidden)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._exchange_gradients()

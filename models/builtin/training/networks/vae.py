@@ -168,19 +168,20 @@ def _holed_picture(album: Album, rng: np.random.Generator) -> Picture:
 
 
 def train_vae(
-    settings: VaeSettings, checkpoint: Checkpoint, start: AutoencoderKL, album: Album | None
+    settings: VaeSettings, checkpoint: Checkpoint, vae: AutoencoderKL, album: Album | None
 ) -> AutoencoderKL:
     """Trains both halves, normalises the latents, then trains the decoder; resumes by itself.
 
-    A phase that was interrupted goes on with fresh optimizer moments.
+    Works on the device of `vae`, and changes it. A phase that was interrupted goes on with fresh
+    optimizer moments.
     """
     torch.manual_seed(settings.seed)
-    vae = start
     state = checkpoint.load() or {"phase": "both", "step": 0, "weights": vae.state_dict()}
     vae.load_state_dict(state["weights"])
     if is_trained(state, settings):
         return vae
-    batches = crops(settings, album)
+    device = next(vae.parameters()).device
+    batches = (pixels.to(device) for pixels in crops(settings, album))
 
     def save(phase: str, step: int) -> None:
         checkpoint.save({"phase": phase, "step": step, "weights": vae.state_dict()})
@@ -229,7 +230,7 @@ def _fit(
         cosine = math.cos(0.5 * math.pi * step / phase.steps)
         optimizer.param_groups[0]["lr"] = settings.learning_rate * warm * (0.03 + 0.97 * cosine)
         pixels = next(phase.batches)
-        with torch.autocast("cpu", torch.bfloat16, settings.use_bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16, settings.use_bfloat16):
             decoded, loss = _reconstruct(vae, pixels, phase)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
