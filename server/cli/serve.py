@@ -36,6 +36,9 @@ def run_server(options: argparse.Namespace) -> int:
         app = create_app(settings)
         store = JobStore(engine)
         workers = configured_workers(settings, shared_flags(options), store, command)
+        if workers and not command:
+            # At the end, because a start that is refused need not be warned of.
+            warn_of_devices(settings_of(options, "devices").devices, settings.devices)
     supervisor = Supervisor(workers)
     server = Server(app, settings, settings.admin.port, supervisor)
     urls = {event: url_of(listener) for event, listener in listeners.items()}
@@ -69,10 +72,7 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
         # A missing key file refuses the start; later it would count as empty.
         redact_secrets(read_keys_file(settings.auth.keys_file))
     command = shlex.split(options.worker_command or "")
-    checked = check_workers(settings, command)
-    if checked.worker_devices and not command:
-        warn_of_devices(settings.devices, checked.devices)
-    return checked, command
+    return check_workers(settings, command), command
 
 
 def warn_of_devices(asked: Sequence[str], devices: Sequence[str]) -> None:
