@@ -8,8 +8,8 @@ and 71.4 ms for 2, 8 and 32 rows), so other sizes are predictions. Needs Triton 
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks import checkpoints, report
 from benchmarks.kernel_list import META, Kernel, kernels_of
-from models.acceleration.fusion import fuse_modules
+from models.acceleration.fusion import ALL_FUSIONS, Fusions, fuse_modules
 
 TILES = {
     **{(128, 256): 1.0, (256, 128): 1.0, (128, 192): 0.97, (128, 160): 0.93},
@@ -108,19 +108,23 @@ def tiled_s(m: int, n: int, k: int, tile: tuple[int, int], card: Card) -> float:
     return rounds * (2 * height * width * math.ceil(k / 64) * 64 / rate + TILE_S)
 
 
-def on_meta(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float16) -> nn.Module:
+def on_meta(
+    make: Callable[[], nn.Module],
+    dtype: torch.dtype = torch.float16,
+    fusions: Fusions = ALL_FUSIONS,
+) -> nn.Module:
     """A model without weights, laid out and fused as on a CUDA device."""
     checkpoints.quieten_libraries()
     with META:
         model = make()
     model.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fuse_modules(model)
+    fuse_modules(model, fusions)
     return model
 
 
-def step_of(family: str, side_px: int, rows: int) -> CountedCall:
+def step_of(family: str, side_px: int, rows: int, fusions: Fusions = ALL_FUSIONS) -> CountedCall:
     """A UNet call."""
-    unet: Any = on_meta(checkpoints.UNETS[family])
+    unet: Any = on_meta(checkpoints.UNETS[family], fusions=fusions)
     config = unet.config
     side = side_px // 8
     with META:
@@ -165,6 +169,15 @@ def all_calls() -> list[CountedCall]:
     ]
 
 
+def without_each() -> dict[str, CountedCall]:
+    """A step of SD 1.5 with all fusions, and with all but one."""
+    found = {"all": step_of("sd15", 512, 2)}
+    for field in fields(Fusions):
+        left = replace(ALL_FUSIONS, **{field.name: False})
+        found[f"all but {field.name}"] = step_of("sd15", 512, 2, left)
+    return found
+
+
 def by_kind(call: CountedCall) -> dict[str, list[Kernel]]:
     """The kernels of each kind, those that take longest first."""
     kinds: dict[str, list[Kernel]] = {}
@@ -173,9 +186,13 @@ def by_kind(call: CountedCall) -> dict[str, list[Kernel]]:
     return dict(sorted(kinds.items(), key=lambda item: -sum(map(seconds_of, item[1]))))
 
 
-def findings_of(calls: Sequence[CountedCall]) -> dict[str, Any]:
-    """For the report."""
+def findings_of(calls: Sequence[CountedCall], fusions: Mapping[str, CountedCall]) -> dict[str, Any]:
+    """For the report. fusions: the same step with other fusions, by name."""
     return {
+        "fusions": {
+            name: {"kernels": len(call.kernels), "modelled_ms": call.modelled_ms}
+            for name, call in fusions.items()
+        },
         "calls": {
             call.label: {
                 "kernels": len(call.kernels),
@@ -194,7 +211,7 @@ def findings_of(calls: Sequence[CountedCall]) -> dict[str, Any]:
                 },
             }
             for call in calls
-        }
+        },
     }
 
 
@@ -211,6 +228,14 @@ def to_text(findings: dict[str, Any]) -> str:
             [[label, *(call[key] for key in keys)] for label, call in findings["calls"].items()],
         ),
     ]
+    lines += [
+        "A step of SD 1.5 of 2 rows without each of the fusions:",
+        "",
+        report.table(
+            ["fusions", "kernels", "modelled, ms"],
+            [[name, *each.values()] for name, each in findings["fusions"].items()],
+        ),
+    ]
     for label, call in findings["calls"].items():
         rows = [[kind, *kinds.values()] for kind, kinds in call["kinds"].items()]
         lines += [f"## {label}", "", report.table(["kind", "kernels", "GFLOP", "MB", "ms"], rows)]
@@ -222,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    findings = findings_of(all_calls())
+    findings = findings_of(all_calls(), without_each())
     report.write_report(options.out, "roofline", findings, to_text(findings))
 
 

@@ -17,6 +17,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from models.acceleration.joining import (
+    join_self_attention,
+    join_text_attention,
+    join_times,
+    simplify_attention,
+)
+
 logger = logging.getLogger(__name__)
 
 ALIGNED_CHANNELS = 8
@@ -29,7 +36,8 @@ class Fusions:
 
     norms: group norm with channels last, and residual blocks with their sums in it. lines: layer
     norm. transformers: the result's memory order. gates: of the feed-forward layers. pixelwise:
-    convolutions of 1×1.
+    convolutions of 1×1. attention: no division by 1. self_attention, text, times: products that
+    are made as one, see `joining`; the last one needs `norms`.
     """
 
     norms: bool = True
@@ -37,6 +45,10 @@ class Fusions:
     transformers: bool = True
     gates: bool = True
     pixelwise: bool = True
+    attention: bool = True
+    self_attention: bool = True
+    text: bool = True
+    times: bool = True
 
 
 ALL_FUSIONS = Fusions()
@@ -77,6 +89,20 @@ def fuse_modules(model: nn.Module, fusions: Fusions = ALL_FUSIONS) -> None:
             module.__class__ = PixelwiseConv
         elif fusions.norms:
             fuse_norms(module)
+    join_modules(model, fusions)
+
+
+def join_modules(model: Any, fusions: Fusions) -> None:
+    """What concerns several modules, once these have their classes."""
+    if fusions.attention:
+        simplify_attention(model)
+    if fusions.self_attention:
+        join_self_attention(model)
+    if fusions.text:
+        join_text_attention(model)
+    blocks = [each for each in model.modules() if isinstance(each, ResnetBlock2D)]
+    if fusions.times and all(isinstance(each, FusedResnetBlock) for each in blocks):
+        join_times(model, blocks)
 
 
 def fuse_norms(module: Any) -> None:
@@ -197,12 +223,14 @@ class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
     """A residual block whose sums are made where their numbers are read anyway.
 
     inner_bias: of the first convolution, and of the time embedding where there is one.
+    time_offset: where this block's channels begin in a product for all; None for one of its own.
     outer_bias: of the second convolution, and of the shortcut's where there is one; in float32,
         because a copy of a VAE that is made to be exact must not inherit a rounded sum.
     """
 
     inner_bias: Tensor
     outer_bias: Tensor
+    time_offset: int | None = None
 
     @staticmethod
     def can_be(block: Any) -> bool:
@@ -233,21 +261,26 @@ class FusedResnetBlock(ResnetBlock2D):  # type: ignore[misc]
     def forward(
         self, input_tensor: Tensor, temb: Tensor | None, *_args: Any, **_kwargs: Any
     ) -> Tensor:
-        """input_tensor: `(n, c, h, w)`; temb: `(n, d)`, None in a VAE."""
+        """input_tensor: `(n, c, h, w)`; temb: `(n, d)`, None in a VAE, or see `JoinedTimes`."""
         from models.acceleration.kernels import add_bias
 
         pixels = pixels_of(input_tensor)
         hidden = images_of(self.norm1.normed(pixels, is_activated=True), input_tensor)
         hidden = convolved(hidden, self.conv1)
-        shift = self.inner_bias[None]
-        if self.time_emb_proj is not None:
-            activated = self.nonlinearity(temb)
-            shift = nn.functional.linear(activated, self.time_emb_proj.weight, self.inner_bias)
-        hidden_pixels = self.norm2.normed(pixels_of(hidden), shift, is_activated=True)
+        hidden_pixels = self.norm2.normed(pixels_of(hidden), self.shift(temb), is_activated=True)
         hidden = convolved(images_of(hidden_pixels, hidden), self.conv2)
         if self.conv_shortcut is not None:
             pixels = nn.functional.linear(pixels, self.conv_shortcut.weight.flatten(1))
         return images_of(add_bias(pixels_of(hidden), pixels, self.outer_bias), hidden)
+
+    def shift(self, temb: Tensor | None) -> Tensor:
+        """What is added before the second norm, `(n, c)` or `(1, c)`."""
+        if self.time_emb_proj is None or temb is None:
+            return self.inner_bias[None]
+        if self.time_offset is not None:
+            return temb.narrow(1, self.time_offset, self.time_emb_proj.out_features)
+        activated = self.nonlinearity(temb)
+        return nn.functional.linear(activated, self.time_emb_proj.weight, self.inner_bias)
 
 
 def convolved(images: Tensor, conv: Any) -> Tensor:

@@ -41,11 +41,12 @@ def group_norm(
     """`silu(group_norm(hidden + shift))`, or without the activation or the shift.
 
     hidden: `(rows, pixels, channels)`, contiguous; the result is another of its kind.
-    weight, bias: `(channels,)`. shift: `(rows, channels)` or `(1, channels)`.
+    weight, bias: `(channels,)`. shift: `(rows, channels)` or `(1, channels)`, perhaps cut out of
+        wider rows.
     """
     rows, pixels, channels = hidden.shape
     normed = torch.empty_like(hidden)
-    shift_stride = 0 if shift is None or shift.shape[0] == 1 else channels
+    shift_stride = 0 if shift is None or shift.shape[0] == 1 else shift.stride(0)
     group_pixels = triton.next_power_of_2(pixels)
     group_channels = triton.next_power_of_2(channels // groups)
     if group_pixels * group_channels <= SMALL_GROUP:
