@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import describe_machine, machine_line, rotated
 from benchmarks.report import Cell, table, write_report
-from server.api.metrics import StoredFigures
+from server.api.monitoring.metrics import StoredFigures
 from server.jobs.estimates import Estimator, Forecast
 from server.jobs.job import JobState
 from server.jobs.store import JobStore
