@@ -96,13 +96,10 @@ LIVE_PROGRESS = (
     .order_by(*ORDER)
 )
 INSERT_RECEIPT = insert(receipts)
-OLDEST_WAITING = (
-    select(jobs.c.submitted_s).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.id).limit(1)
-)
 ANY_OVERDUE = select(jobs.c.id).where(IS_OVERDUE).limit(1)
 
 DEMAND = (
-    select(jobs.c.state, func.count().label("jobs"), func.min(jobs.c.created_at).label("oldest"))
+    select(jobs.c.state, func.count().label("jobs"), func.min(jobs.c.submitted_s).label("first_s"))
     .where(IS_LIVE)
     .group_by(jobs.c.state)
 )
@@ -110,11 +107,14 @@ DEMAND = (
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """How many jobs wait and run. oldest_wait_s: since the oldest waiting job was submitted."""
+    """How many jobs wait and run.
+
+    oldest_wait_s: since the oldest waiting job was submitted; None where none waits.
+    """
 
     queued: int
     running: int
-    oldest_wait_s: float
+    oldest_wait_s: float | None
 
 
 class JobStore:
@@ -393,13 +393,6 @@ class JobStore:
             rows = self._changed_rows(connection, failing.returning(*CHANGED), now)
         return [input_key_of(row.file_prefix) for row in rows]
 
-    def oldest_wait_s(self) -> float | None:
-        """Seconds since the oldest waiting job was submitted; None where none waits."""
-        with read_only(self._engine) as connection:
-            submitted_s = connection.scalar(OLDEST_WAITING)
-        # Below 0 where the clocks of two processes differ a little.
-        return None if submitted_s is None else max(0.0, self._shared_clock() - submitted_s)
-
     def forecast(self, places_on: Callable[[str], int], new: NewJob | None = None) -> Forecast:
         """When all jobs will end. places_on: how many jobs a worker runs at a time, by device.
 
@@ -415,11 +408,13 @@ class JobStore:
         """The jobs that workers are needed for."""
         with read_only(self._engine) as connection:
             found = {row.state: row for row in connection.execute(DEMAND)}
-        queued, running = found.get(JobState.QUEUED), found.get(JobState.RUNNING)
+        jobs_in = {state: row.jobs for state, row in found.items()}
+        first_s = found[JobState.QUEUED].first_s if JobState.QUEUED in found else None
         return Demand(
-            queued=0 if queued is None else queued.jobs,
-            running=0 if running is None else running.jobs,
-            oldest_wait_s=0 if queued is None else max(0.0, self._clock() - queued.oldest),
+            queued=jobs_in.get(JobState.QUEUED, 0),
+            running=jobs_in.get(JobState.RUNNING, 0),
+            # Below 0 where the clocks of two processes differ a little.
+            oldest_wait_s=None if first_s is None else max(0.0, self._shared_clock() - first_s),
         )
 
     def _run_s(self, job: Job) -> float | None:

@@ -29,7 +29,7 @@ def wanted_workers(
     run now, because the jobs are larger than `jobs_per_worker` expects.
     """
     wanted = math.ceil((demand.queued + demand.running) / jobs_per_worker)
-    if demand.queued and demand.oldest_wait_s > max_wait_s:
+    if demand.oldest_wait_s is not None and demand.oldest_wait_s > max_wait_s:
         return max(wanted, running + 1)
     return wanted
 

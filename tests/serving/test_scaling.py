@@ -35,14 +35,14 @@ def settings_file(folder: Path, database_url: str) -> str:
 @pytest.mark.parametrize(
     ("demand", "running", "wanted"),
     [
-        (Demand(0, 0, 0), 3, 0),
+        (Demand(0, 0, None), 3, 0),
         (Demand(1, 0, 0.1), 0, 1),
         (Demand(8, 0, 0.1), 0, 1),
         (Demand(9, 0, 0.1), 0, 2),
-        (Demand(0, 8, 0), 1, 1),  # all run, and their worker is still wanted
+        (Demand(0, 8, None), 1, 1),  # all run, and their worker is still wanted
         (Demand(4, 20, 1), 3, 3),
         (Demand(1, 8, 31), 2, 3),  # one has waited too long
-        (Demand(0, 8, 31), 2, 1),
+        (Demand(0, 9, None), 1, 2),
         (Demand(80, 0, 31), 2, 10),
     ],
 )
@@ -77,4 +77,6 @@ def test_policy_keeps_the_target_while_the_database_hangs(tmp_path: Path) -> Non
 
 
 def test_demand_of_an_empty_queue(tmp_path: Path) -> None:
-    assert JobStore(open_migrated(f"sqlite:///{tmp_path / 'jobs.db'}")).demand() == Demand(0, 0, 0)
+    assert JobStore(open_migrated(f"sqlite:///{tmp_path / 'jobs.db'}")).demand() == Demand(
+        0, 0, None
+    )

@@ -163,7 +163,7 @@ class StatusReader:
     def read(self) -> ServerStatus:
         """A look at the database and the disk. Raises: SQLAlchemyError."""
         forecast = self._estimator.forecast()
-        oldest_s = self._store.oldest_wait_s()
+        oldest_s = self._store.demand().oldest_wait_s
         alive = self._store.workers.alive()
         now = self._clock()
         with read_only(self._engine) as connection:
