@@ -73,18 +73,18 @@ def test_every_example_works_and_its_answer_is_described(
     assert {media_type for _, media_type in seen} == {JSON, MULTIPART, FORM}
 
 
-def values_of(server: ServerProcess) -> dict[str, str]:
-    """Values of the parameters in paths, of a job and an upload that there are."""
-    client = server.client
-    job = client.get("/api/jobs", params={"state": "finished"}).json()["jobs"][0]
-    name = job["outputs"][0]["url"].rpartition("/")[2]
+@pytest.fixture(scope="module")
+def values(server: ServerProcess, document: Document) -> dict[str, str]:
+    """Values of the parameters in paths: a finished job and its picture."""
+    example = document["components"]["examples"]["v3_inpaint"]["value"]
+    job = server.inpaint(**example)
+    name = job["output"][0].rpartition("/")[2]
     return {"job_id": str(job["id"]), "prediction_id": str(job["id"]), "name": name}
 
 
 def test_answers_about_what_was_made_are_described(
-    server: ServerProcess, document: Document
+    server: ServerProcess, document: Document, values: dict[str, str]
 ) -> None:
-    values = values_of(server)
     model = {"owner": "inpaint-server", "name": "builtin", "version": "1"}
     asked = 0
     for call in calls_of(document):
@@ -103,8 +103,10 @@ def test_answers_about_what_was_made_are_described(
     assert asked > 40
 
 
-def test_fetches_of_finished_jobs_are_described(server: ServerProcess, document: Document) -> None:
-    job_id = values_of(server)["job_id"]
+def test_fetches_of_finished_jobs_are_described(
+    server: ServerProcess, document: Document, values: dict[str, str]
+) -> None:
+    job_id = values["job_id"]
     for call in calls_of(document):
         if call.path.endswith(("/fetch", "/fetch/{job_id}")):
             path = call.path.format(job_id=job_id)
