@@ -19,6 +19,7 @@ with chromium() as browser, watched(browser, "refusals") as at:
     page.select_option("#field-model", "")
     page.fill("#field-width", "1032")
     at.send()
+    page.wait_for_selector("#error-width:not(:empty)")
     field = page.inner_text("#error-width")
     page.fill("#field-width", "")
     at.send()
