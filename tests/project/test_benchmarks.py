@@ -164,14 +164,19 @@ def modules_needed_by(name: str) -> set[str]:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 package = node.module or ""
-                is_package = package == "benchmarks"
+                is_package = package in ("benchmarks", "benchmarks.device")
                 names = [f"{package}.{a.name}" if is_package else package for a in node.names]
             waiting |= {*names} - found
     return found
 
 
-def test_engine_benchmark_needs_no_web_and_no_database() -> None:
-    needed = {module.split(".")[0] for module in modules_needed_by("engine")}
+DEVICE_PHASES = "ceilings profiles shapes switches stages pictures".split()
+
+
+@pytest.mark.parametrize("name", ["engine", *(f"device.{each}" for each in DEVICE_PHASES)])
+def test_benchmarks_of_the_engine_need_no_web_and_no_database(name: str) -> None:
+    """A machine with a GPU may have torch and little else."""
+    needed = {module.split(".")[0] for module in modules_needed_by(name)}
 
     assert "models" in needed
     assert not needed & {"server", "tests", "fastapi", "httpx", "psutil", "sqlalchemy", "uvicorn"}
