@@ -147,7 +147,6 @@ async def create_job(
 
 @router.post(
     "/api/masks/check",
-    tags=["masks"],
     responses=declare(400, 413, 422),
     openapi_extra=description.CHECK,
 )
@@ -324,7 +323,7 @@ async def ping(services: ServicesOf, caller: CallerOf, body: BodyOf) -> PingAnsw
     return writing.write_ping(*await services.webhooks.ping(url, caller.webhook_grant))
 
 
-@router.get("/api/status", tags=["server"], responses=declare())
+@router.get("/api/status", responses=declare())
 async def read_status(services: ServicesOf, _caller: CallerOf) -> status.StatusAnswer:
     """The server's workers, queue, last hour, webhooks and disk, of all keys together.
 
