@@ -144,7 +144,12 @@ def masked(value: Any, secrets: Sequence[str]) -> Any:
         return MASK  # pydantic's own mask
     for secret in filter(None, secrets):
         value = value.replace(secret, MASK)
-    return QUERY_PASSWORD.sub(rf"\1{MASK}", URL_PASSWORD.sub(rf"\1:{MASK}@", value))
+    return without_passwords(value)
+
+
+def without_passwords(text: str) -> str:
+    """The text with the passwords of its URLs replaced."""
+    return QUERY_PASSWORD.sub(rf"\1{MASK}", URL_PASSWORD.sub(rf"\1:{MASK}@", text))
 
 
 def key_lines(text: str) -> dict[str, int]:

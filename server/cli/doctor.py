@@ -7,9 +7,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 
+from server.cli.config import without_passwords
 from server.cli.options import Refusal, refusing, settings_of
 from server.core.settings import Settings
 from server.core.terminal import printable
@@ -27,7 +28,7 @@ SETTINGS = "settings"
 def run(options: argparse.Namespace) -> int:
     """Print the findings. Returns 1 where one is an error, else 0."""
     found = []
-    for finding in diagnose(options):
+    for finding in map(without_secrets, diagnose(options)):
         found.append(finding)
         if not options.json:
             print_finding(finding)
@@ -44,6 +45,12 @@ def run(options: argparse.Namespace) -> int:
             )
         )
     return 1 if worst is Level.ERROR else 0
+
+
+def without_secrets(finding: Finding) -> Finding:
+    """Messages of libraries quote URLs, and people paste what doctor prints into public issues."""
+    sentence, cure = map(without_passwords, (finding.sentence, finding.cure))
+    return replace(finding, sentence=sentence, cure=cure)
 
 
 def print_finding(finding: Finding) -> None:

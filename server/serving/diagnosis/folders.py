@@ -159,13 +159,13 @@ def check_store(settings: Settings) -> Iterator[Finding]:
     place = f"{parts.scheme}://{parts.hostname}{parts.path}"
     started = time.perf_counter()
     try:
-        Storage(url).has("probe")
-    except (StorageUnavailable, ValueError) as problem:
+        Storage(url, settings.store_options).has("probe")
+    except (StorageUnavailable, OSError, ValueError) as problem:
         reason = problem.__cause__ or problem
         yield error(
             STORE,
             f"{place} cannot be read: {str(reason).partition(chr(10))[0][:300]}",
-            "check storage.url, the AWS_… variables, and the bucket's policy",
+            "check the settings of storage, the AWS_… variables, and the bucket's policy",
         )
     else:
         yield ok(STORE, f"{place} answers in {(time.perf_counter() - started) * 1000:.0f} ms")

@@ -1,6 +1,10 @@
 """`inpaint-server doctor` beside a running server: it changes nothing, and makes a test picture."""
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -145,6 +149,54 @@ def test_file_store_elsewhere(tmp_path: Path) -> None:
     assert found(tmp_path.as_uri()).startswith(f"file store {tmp_path} can be written by uid")
     (tmp_path / "x").touch()
     assert found((tmp_path / "x").as_uri()) == f"file store {tmp_path}/x is a file"
+
+
+def test_object_store_is_asked_with_the_settings_keys_and_no_password_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its keys the client would ask the cloud's metadata service for some."""
+    keys = tmp_path / "keys"
+    keys.write_text("AWS_ACCESS_KEY_ID=an-id\nAWS_SECRET_ACCESS_KEY=a-secret\n")
+    keys.chmod(0o600)
+    with refusing_store() as (port, asked):
+        endpoint = f"http://operator:canary@127.0.0.1:{port}"
+        monkeypatch.setenv("INPAINT_STORAGE__URL", "s3://bucket/folder")
+        monkeypatch.setenv("INPAINT_STORAGE__ENDPOINT", endpoint)
+        monkeypatch.setenv("INPAINT_STORAGE__REGION", "us-east-1")
+        monkeypatch.setenv("INPAINT_STORAGE__CREDENTIALS_FILE", str(keys))
+        words = ["doctor", "--no-inpaint", "--workers", "0", "--data-dir", str(tmp_path / "data")]
+        for more in ([], ["--json"]):
+            assert main([*words, *more]) == 1
+            said = capsys.readouterr().out
+            assert "s3://bucket/folder cannot be read" in said
+            assert f"127.0.0.1:{port}/bucket" in said
+            assert "canary" not in said
+    assert {path for path, _ in asked} == {"/bucket/folder/probe"}
+    assert all("Credential=an-id/" in signature for _, signature in asked)
+
+
+@contextmanager
+def refusing_store() -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """An S3 store that refuses every call: its port, and path and signature of the calls."""
+    asked: list[tuple[str, str]] = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization", "")))
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Store) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port, asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize(
