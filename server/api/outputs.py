@@ -116,10 +116,10 @@ async def thumbnail(request: Request, services: ServicesOf, name: str) -> Respon
     if not SMALL_NAME.fullmatch(name):
         raise RouteNotFound
     key = f"{OUTPUT_FOLDER}/{name.removesuffix('.webp')}"
-    if services.picture_slots.statistics().tasks_waiting >= MAX_WAITING:
+    if services.picture_slots.waiting(THUMBNAIL_PATH) >= MAX_WAITING:
         raise ServerBusy
     # The file is read once there is a thread for it, so that calls which wait hold no pictures.
-    async with services.picture_slots:
+    async with services.picture_slots.held_by(THUMBNAIL_PATH):
         # Calls whose clients have gone meanwhile must not delay those of others.
         if await request.is_disconnected():
             return Response(status_code=CLIENT_CLOSED)

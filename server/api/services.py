@@ -48,7 +48,8 @@ FILE_THREADS = 32
 caller's timeout. A file store that hangs therefore takes these threads and no others."""
 
 PICTURES = 2
-"""Stored pictures decoded at a time, for thumbnails and comparisons, because each takes a core."""
+"""Pictures worked on at a time, for thumbnails, comparisons and checks, because each takes a core.
+Thumbnails, which need no key, and each key take turns."""
 
 FILE_TIMEOUT_S = 10.0
 """Timeout of a file call, including the time until a thread is free."""
@@ -83,7 +84,7 @@ class Services:
     file_threads: FairSemaphore = field(
         default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
     )
-    picture_slots: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PICTURES))
+    picture_slots: FairSemaphore = field(default_factory=lambda: FairSemaphore(PICTURES, PICTURES))
     uploads: TokenBuckets = field(default_factory=TokenBuckets)
     upload_bytes: TokenBuckets = field(default_factory=TokenBuckets)
     quotes: QuotedEstimates = field(default_factory=QuotedEstimates)

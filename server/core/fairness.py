@@ -57,6 +57,10 @@ class FairSemaphore:
                 raise NoSlot from error
             raise
 
+    def waiting(self, owner: str) -> int:
+        """How many calls of this owner wait for a slot."""
+        return len(self._waiting.get(owner, ()))
+
     def release(self, owner: str) -> None:
         """Release a slot of this owner, for the next waiting call."""
         self._free += 1

@@ -1,9 +1,11 @@
 """Thumbnails: made of stored pictures when they are asked for."""
 
 import asyncio
+import base64
 import io
+import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -16,6 +18,10 @@ from starlette.types import Message
 
 from server.api import outputs
 from server.api.app import running_services
+from server.api.auth.keyring import Caller
+from server.api.dialects.base import ReadingPolicy
+from server.api.dialects.native import checks, reading
+from server.api.services import Services
 from server.core.errors import ServerBusy
 from server.core.metrics import Metrics
 from server.core.settings import Settings
@@ -169,3 +175,44 @@ def test_queue_of_thumbnails_ends(settings: Settings, storage: Storage) -> None:
     made = [answer for answer in answers if isinstance(answer, Response)]
     assert len(refused) + len(made) == len(answers)
     assert 0 < len(refused) <= 10
+
+
+def test_key_with_many_checks_delays_no_thumbnails(settings: Settings, storage: Storage) -> None:
+    """More checks of one key than thumbnails may wait neither refuse one nor come before it."""
+    name = store(storage, saved(slope(64, 64)))
+    key, picture, mask = "a-key", slope(64, 64), Image.new("L", (64, 64), 255)
+    images = {"init_image": saved(picture), "mask_image": saved(mask)}
+    body = {name: base64.b64encode(content).decode() for name, content in images.items()}
+    policy = ReadingPolicy(models=["builtin"])
+    job_request = reading.read_job(json.dumps(body).encode(), policy, reading.CheckRequest)[0]
+    ended: list[str] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def until(is_so: Callable[[], bool]) -> None:
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    async def check(services: Services) -> None:
+        caller = Caller(key_id=key)
+        await checks.check(services, job_request, caller, "http://here", "http://here")
+        ended.append("check")
+
+    async def ask() -> Response:
+        async with running_services(settings, Metrics()) as services:
+            slots = services.picture_slots
+            async with slots.held_by("others"), slots.held_by("others"):
+                crowd = [asyncio.create_task(check(services)) for _ in range(outputs.MAX_WAITING)]
+                await until(lambda: slots.waiting(key) == outputs.MAX_WAITING)
+                request = Request({"type": "http", "method": "GET"}, receive)
+                asked = asyncio.create_task(outputs.thumbnail(request, services, f"{name}.webp"))
+                asked.add_done_callback(lambda _: ended.append("thumbnail"))
+                await until(lambda: asked.done() or slots.waiting("thumbnails") == 1)
+            answer = await asked
+            await asyncio.gather(*crowd)
+            return answer
+
+    assert asyncio.run(ask()).status_code == 200
+    assert len(ended) == outputs.MAX_WAITING + 1
+    assert ended.index("thumbnail") < outputs.MAX_WAITING // 2

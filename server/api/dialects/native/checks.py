@@ -151,7 +151,7 @@ async def check(
     await check_admission(services, caller, None)
     with admission_slot(services, caller):
         async with prepared(services, request, caller, base_url, called_url) as ready:
-            async with services.picture_slots:
+            async with services.picture_slots.held_by(caller.key_id):
                 seen = await to_thread.run_sync(look_at, request, ready)
     forecast = await services.in_store_thread(services.estimator.read, ready.new_job)
     return write_check(request, ready, seen, forecast)

@@ -128,16 +128,19 @@ async def read_replay(services: Services, job: Job) -> Replay | None:
         return Replay(of=original_id, pictures=None)
     pairs = zip(original.output_keys, job.output_keys, strict=True)
     try:
-        found = [await compare_stored(services, *pair) for pair in pairs]
+        found = [await compare_stored(services, job.key_id, *pair) for pair in pairs]
     except StorageUnavailable:  # the rest of the answer needs no files
         return Replay(of=original_id, pictures=None)
     pictures = [each for each in found if each is not None]
     return Replay(of=original_id, pictures=pictures if len(pictures) == len(found) else None)
 
 
-async def compare_stored(services: Services, *keys: str) -> PictureComparison | None:
-    """Compare two stored pictures; None where one is missing. Raises: StorageUnavailable."""
-    async with services.picture_slots:
+async def compare_stored(services: Services, key_id: str, *keys: str) -> PictureComparison | None:
+    """Compare two stored pictures of a key; None where one is missing.
+
+    Raises: StorageUnavailable.
+    """
+    async with services.picture_slots.held_by(key_id):
         files = [await services.in_file_thread(services.storage.get, key) for key in keys]
         first, second = files
         if first is None or second is None:
