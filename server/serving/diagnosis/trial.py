@@ -62,7 +62,7 @@ def run_trial(device: str) -> dict[str, Any]:
     if device.startswith(("GPU-", "MIG-")):
         environment[VISIBLE], device = device, "cuda:0"
     with tempfile.TemporaryDirectory(prefix="inpaint-doctor-") as folder:
-        environment |= {"TRITON_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
+        environment["TRITON_CACHE_DIR"] = folder
         try:
             done = subprocess.run(
                 [*TRIAL, device],
