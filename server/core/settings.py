@@ -595,7 +595,8 @@ class Settings(BaseSettings):
     """Wire languages that have routes, by their names in docs/clients.md. An empty list means all
     of them."""
     playground: bool = True
-    """Serve the playground at `/` and the page at `/status`, which call this server's own APIs."""
+    """Serve the pages at `/` (the playground), `/status` and `/docs`, which call this server's own
+    APIs."""
     wait_s: float = Field(default=600, gt=0)
     """How long a call waits for its pictures in a dialect that cannot be polled, such as OpenAI's.
     Its job is then cancelled."""
