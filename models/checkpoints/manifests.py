@@ -49,14 +49,22 @@ def compare_files(
     """
     first = _read(manifest)
     for name, digest in found.items():
-        if digest != pinned.get(name, digest):
-            raise ModelUnavailable(f"{name} is not the file that was expected: SHA-256 {digest}")
+        check_digest(name, digest, pinned.get(name))
         if name not in pinned and digest != first.get(name, digest):
             raise ModelUnavailable(
                 f"{name} is not the file that was first used; where it was changed on purpose, "
                 f"run `inpaint-server models trust {model_id}`"
             )
     return first
+
+
+def check_digest(name: str, digest: str, expected: str | None) -> None:
+    """Compare a file's digest with the one that was named beforehand, if any.
+
+    Raises: ModelUnavailable.
+    """
+    if expected not in (None, digest):
+        raise ModelUnavailable(f"{name} is not the file that was expected: SHA-256 {digest}")
 
 
 def check_downloads(found: Mapping[str, str], files: Mapping[str, Path]) -> None:

@@ -13,7 +13,12 @@ from tqdm import tqdm
 
 from models.acceleration.stack import Acceleration
 from models.checkpoints.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
-from models.checkpoints.manifests import check_downloads, check_files, manifest_path
+from models.checkpoints.manifests import (
+    check_digest,
+    check_downloads,
+    check_files,
+    manifest_path,
+)
 from models.checkpoints.registry import (
     Catalog,
     Components,
@@ -213,10 +218,7 @@ def with_loras(spec: ModelSpec, variant: ModelVariant, entries: Sequence[LoraEnt
 def check_loras(entries: Iterable[LoraEntry], digests: Iterable[str]) -> None:
     """Compare LoRA files with the digests that the operator names. Raises: ModelUnavailable."""
     for entry, digest in zip(entries, digests, strict=True):
-        if entry.sha256 not in (None, digest):
-            raise ModelUnavailable(
-                f"{entry.path} is not the file that was expected: SHA-256 {digest}"
-            )
+        check_digest(entry.path, digest, entry.sha256)
 
 
 def warm_up(pipeline: WarmedUp) -> None:

@@ -9,7 +9,12 @@ from typing import TypeAlias
 from tqdm import tqdm
 
 from models.checkpoints.fingerprint import file_sha256s
-from models.checkpoints.manifests import check_downloads, check_files, manifest_path
+from models.checkpoints.manifests import (
+    check_digest,
+    check_downloads,
+    check_files,
+    manifest_path,
+)
 from models.checkpoints.registry import (
     Catalog,
     LoraEntry,
@@ -114,8 +119,7 @@ def verify_lora(name: str, entry: LoraEntry) -> int:
     read_header(path)
     digest = read_digests([path])[str(path)]
     print_digest(digest, path.name)
-    if entry.sha256 not in (None, digest):
-        raise ModelUnavailable(f"LoRA {name!r}: {path} is not the file that was expected")
+    check_digest(f"LoRA {name!r}: {path}", digest, entry.sha256)
     return 0
 
 

@@ -7,7 +7,12 @@ from pathlib import Path
 import psutil
 
 from models.checkpoints.fingerprint import CACHE_FILE, cached_sha256s, file_sha256s
-from models.checkpoints.manifests import check_downloads, compare_files, manifest_path
+from models.checkpoints.manifests import (
+    check_digest,
+    check_downloads,
+    compare_files,
+    manifest_path,
+)
 from models.checkpoints.registry import (
     Catalog,
     ModelSpec,
@@ -157,12 +162,10 @@ def check_loras(
             continue
         entry = find_lora(name, catalog.loras)
         path = Path(entry.path).expanduser()
-        digest = file_sha256s([path], None)[str(path)]
-        if entry.sha256 not in (None, digest):
-            yield error(
-                LORA,
-                f"{name}: {path} is not the file that was expected: SHA-256 {digest}",
-                f"put the right file back, or change sha256 of [loras.{name}]",
-            )
+        try:
+            check_digest(str(path), file_sha256s([path], None)[str(path)], entry.sha256)
+        except ModelUnavailable as problem:
+            cure = f"put the right file back, or change sha256 of [loras.{name}]"
+            yield error(LORA, f"{name}: {problem}", cure)
         else:
             yield ok(LORA, f"{name}: {size_text(path.stat().st_size)} are here")

@@ -1,5 +1,6 @@
 """`inpaint-server doctor` beside a running server: it changes nothing, and makes a test picture."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.checkpoints.registry import Catalog, LoraEntry
 from server.cli.main import main
 from server.core.settings import load_settings
-from server.serving.diagnosis.checkpoints import bytes_per_number, memory_finding
+from server.serving.diagnosis.checkpoints import bytes_per_number, check_loras, memory_finding
 from server.serving.diagnosis.database import sqlite_finding
 from server.serving.diagnosis.findings import Level
 from server.serving.diagnosis.folders import check_store
@@ -135,6 +137,20 @@ def test_model_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     on_cpu = memory_finding("sd15", 1_000_000_000, load_settings(devices="cpu"))
     assert on_cpu.sentence.startswith("sd15: about 4 GB of parameters; ")
     assert bytes_per_number(load_settings(dtype="bfloat16").dtype, is_on_gpu=False) == 2
+
+
+def test_lora_that_is_another_file(tmp_path: Path) -> None:
+    file = tmp_path / "ink.safetensors"
+    file.write_bytes(b"ink")
+    settings = load_settings(loras=["ink", "pen"])
+    entries = {
+        "ink": LoraEntry(str(file), "0" * 64),
+        "pen": LoraEntry(str(file), hashlib.sha256(b"ink").hexdigest()),
+    }
+    other, same = check_loras(Catalog({}, entries), settings, {})
+    assert (other.level, same.level) == (Level.ERROR, Level.OK)
+    assert other.sentence.startswith(f"ink: {file} is not the file that was expected")
+    assert other.cure.endswith("change sha256 of [loras.ink]")
 
 
 def test_sqlite_that_can_lose_commits() -> None:
