@@ -38,9 +38,9 @@ def run(options: argparse.Namespace) -> int:
 def show(status: "ClusterStatus", settings: Settings, *, as_json: bool) -> None:
     """Print what Ray knows of the nodes, and the database of the workers on each."""
     from server.jobs.store import JobStore
-    from server.storage.database import open_migrated
+    from server.storage.database import open_engine
 
-    store = JobStore(open_migrated(settings.sqlalchemy_url))
+    store = JobStore(open_engine(settings.sqlalchemy_url, must_exist=True))
     workers, demand = store.workers.alive(), store.demand()
     if as_json:
         shown = {**asdict(status), "demand": asdict(demand), "workers": [*map(asdict, workers)]}
