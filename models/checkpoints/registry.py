@@ -391,7 +391,7 @@ def local_traits(spec: ModelSpec) -> Traits | None:
     None where they are not here, or are no checkpoint that can be loaded.
     """
     try:
-        found = BUILTIN_FOLDER if spec.source == "builtin" else _if_here(_main_download(spec))
+        found = local_path(spec)
         if found is None:
             return None
         traits = _file_traits(found, spec) if found.is_file() else traits_of(read_configs(found))

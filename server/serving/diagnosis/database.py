@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,8 +59,10 @@ def check_database(settings: Settings, clocks: Clocks) -> Iterator[Finding]:
         return
     try:
         engine = open_for_reading(url)
-        with closing(Closing(engine)):
+        try:
             yield from check_content(settings, engine, clocks)
+        finally:
+            engine.dispose()
     except (SQLAlchemyError, OSError, ValueError) as problem:
         yield error(
             DATABASE,
@@ -69,16 +70,6 @@ def check_database(settings: Settings, clocks: Clocks) -> Iterator[Finding]:
             "check database_url, the database server and the rights of the file; "
             "restore a damaged file from a backup",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Closing:
-    """Gives an engine the `close` that `contextlib.closing` calls."""
-
-    engine: Engine
-
-    def close(self) -> None:
-        self.engine.dispose()
 
 
 def sqlite_finding(version: SqliteVersion) -> Finding:
