@@ -166,4 +166,3 @@ def test_description(client: httpx2.Client) -> None:
     reference = call["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
     assert reference.endswith("/StatusAnswer")
     assert {"401", "429", "503"} <= call["responses"].keys()
-    assert {"HTTPBearer", "APIKeyHeader"} == {name for each in call["security"] for name in each}
