@@ -48,14 +48,14 @@ from server.jobs.retention import Janitor
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
 from server.sandbox.pool import DecoderPool
-from server.storage.database import LISTENERS, migrate, open_engine
+from server.storage.database import LEAST_CONNECTIONS, LISTENERS, migrate, open_engine
 from server.storage.files import Storage
 from server.webhooks.deliveries import DeliveryStore
 from server.webhooks.sender import WebhookSender
 
 logger = get_logger(__name__)
 
-SUPERVISOR_CONNECTIONS = 2
+SUPERVISOR_CONNECTIONS = LEAST_CONNECTIONS
 """The part of the process's database connections that is left to `cli/serve.py` and the supervisor
 of its workers, whose statements are few and short."""
 

@@ -65,5 +65,4 @@ def rows_of(status: "ClusterStatus", workers: Sequence[WorkerStatus]) -> list[Se
 
 
 def runs_on(node: "Node", worker: WorkerStatus) -> bool:
-    """Whether a worker runs on the node's host, which its id begins with."""
-    return worker.id.rpartition("-")[0] == node.host
+    return worker.host == node.host

@@ -33,6 +33,16 @@ class WorkerStatus:
     detail: str
     seen_at: float
 
+    @property
+    def host(self) -> str:
+        """The name of its machine, with which an id begins unless the operator has chosen it."""
+        return self.id.rpartition("-")[0]
+
+    @property
+    def name(self) -> str:
+        """What distinguishes it from other workers of its machine."""
+        return self.id.rpartition("-")[2]
+
 
 class WorkerRegistry:
     """All access to the rows of workers. Synchronous; safe for several threads and processes.

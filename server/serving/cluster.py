@@ -27,7 +27,7 @@ from server.core.settings import ClusterSettings, Settings, load_settings
 from server.jobs.store import JobStore
 from server.serving.scaling import QueueDepth
 from server.serving.supervisor import GRACE_S, Supervisor, worker_children
-from server.storage.database import open_engine
+from server.storage.database import LEAST_CONNECTIONS, open_engine
 
 APPLICATION = "inpaint-server"
 DEPLOYMENT = "Worker"
@@ -48,7 +48,7 @@ class Worker:
         settings = load_settings(Path(config) if config else None)
         refuse_unprotected(os.environ)
         configure_logging(secrets=settings.secrets)
-        self._engine = open_engine(settings.sqlalchemy_url)
+        self._engine = open_engine(settings.sqlalchemy_url, connections=LEAST_CONNECTIONS)
         flags = ["--config", config] if config else []
         stalls_s = settings.worker_stall_s, settings.worker_load_stall_s
         self._supervisor = Supervisor(

@@ -90,7 +90,8 @@ def demand_reader(config: str | None) -> "Callable[[], Demand]":
     """Reads the demand from the database of this process's settings. Raises: ValueError."""
     from server.core.settings import load_settings
     from server.jobs.store import JobStore
-    from server.storage.database import open_engine
+    from server.storage.database import LEAST_CONNECTIONS, open_engine
 
     settings = load_settings(Path(config) if config else None)
-    return JobStore(open_engine(settings.sqlalchemy_url)).demand
+    engine = open_engine(settings.sqlalchemy_url, connections=LEAST_CONNECTIONS)
+    return JobStore(engine).demand

@@ -37,6 +37,9 @@ CONNECTIONS = 16
 """PostgreSQL connections of an engine whose caller has no budget. A server has a fixed number for
 all its clients, so a thread waits for one of these instead of opening another."""
 
+LEAST_CONNECTIONS = 2
+"""Of an engine: a transaction may read the database's clock on another connection."""
+
 LISTENERS = 1
 """Connections of a process besides those of its engines: `listener.py` holds it all the time."""
 
@@ -177,8 +180,7 @@ def open_engine(
 
     Errors hide statement parameters, because prompts are among them and errors are logged.
     must_exist: never create the SQLite file; transactions fail until another process creates it.
-    connections: the most that are open to PostgreSQL at a time. At least 2, because a transaction
-        may read the database's clock on another one.
+    connections: the most that are open to PostgreSQL at a time, at least `LEAST_CONNECTIONS`.
     """
     if make_url(url).get_backend_name() == "sqlite":
         return _open_sqlite(url, sqlite_version, must_exist)
@@ -337,7 +339,7 @@ def open_for_reading(url: str) -> Engine:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return _open_postgresql(url, connections=2)
+        return _open_postgresql(url, LEAST_CONNECTIONS)
     path = Path(parsed.database or "").absolute()
     # A file that no process has open has no shared memory. SQLite would create it, as the user who
     # reads, and a server of another user could then not open its own database.

@@ -124,7 +124,7 @@ def write_worker(load: WorkerLoad) -> WorkerAnswer:
     """A worker. Why it failed is left out, because that names paths and libraries."""
     worker = load.status
     return WorkerAnswer(
-        name=worker.id.rpartition("-")[2],
+        name=worker.name,
         device=worker.device,
         model=worker.model,
         state=worker.state,
