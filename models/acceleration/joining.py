@@ -143,7 +143,7 @@ def simplify_attention(unet: nn.Module) -> None:
 
 
 def join_self_attention(unet: nn.Module) -> None:
-    """Of attention in transformer blocks."""
+    """Make query, key and value of each self-attention one product."""
     for block in transformer_blocks(unet):
         attention = block.attn1
         if attention.is_cross_attention or not PlainAttention.can_be(attention):
@@ -155,7 +155,10 @@ def join_self_attention(unet: nn.Module) -> None:
 
 
 def join_text_attention(unet: Any) -> None:
-    """Of all blocks or of none: the text is replaced for all of them."""
+    """Make the keys and values of all text attention one product.
+
+    All blocks or none take part, because the text is replaced for all of them.
+    """
     blocks = [*transformer_blocks(unet)]
     attentions = [block.attn2 for block in blocks]
     if type(unet) is not UNet2DConditionModel or not all(map(is_text_attention, attentions)):

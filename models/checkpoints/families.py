@@ -42,7 +42,7 @@ class Family(StrEnum):
 
 
 INPAINTING_CHANNELS = 9
-"""Of a UNet that sees the mask and the masked picture; others have 4."""
+"""A UNet that sees the mask and the masked picture has 9 channels; others have 4."""
 
 CONTEXT_WIDTHS = {768: Family.SD15, 1024: Family.SD2}
 """The width of a text's encoding by which a UNet's configuration shows its family."""

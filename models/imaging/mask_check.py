@@ -76,7 +76,7 @@ NOISE_WIDTH_PX = 1.5
 of 60 and less have more; they have at least twice as many as grey ones, soft edges fewer."""
 
 COLOURS = np.array([(255, 0, 80), (0, 200, 255)], np.uint8)
-"""Of the overlay: the one that differs more from the picture below the mask is taken."""
+"""The overlay takes the colour that differs more from the picture below the mask."""
 
 CROP_COLOUR, BELOW_CROP = (255, 220, 0), (0, 0, 0)
 OVERLAY_SHARE = 0.55

@@ -37,7 +37,7 @@ class Sources:
 
 
 UNKNOWN = Sources(Stored(0, 0, 1), PixelMode.RGB, Stored(0, 0, 1), PixelMode.GREY)
-"""Of a pair that `from_bytes` has read."""
+"""What a pair has that `from_bytes` has read."""
 
 
 @dataclass(frozen=True, slots=True)

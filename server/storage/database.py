@@ -38,7 +38,7 @@ CONNECTIONS = 16
 all its clients, so a thread waits for one of these instead of opening another."""
 
 LEAST_CONNECTIONS = 2
-"""Of an engine: a transaction may read the database's clock on another connection."""
+"""An engine needs 2, because a transaction may read the database's clock on another connection."""
 
 LISTENERS = 1
 """Connections of a process besides those of its engines: `listener.py` holds it all the time."""

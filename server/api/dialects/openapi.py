@@ -17,6 +17,8 @@ from server.api.dialects.explanations import CONFLICTS, EXPLANATIONS
 
 Schema = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
+Call = dict[str, Any]
+"""What a route is given to describe its call, as keyword arguments."""
 
 JSON, MULTIPART, FORM = MEDIA_TYPES = (
     "application/json",

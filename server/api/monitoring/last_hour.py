@@ -21,8 +21,8 @@ MINUTE_S = 60.0
 MINUTES = 60
 
 MAX_JOBS = 10_000
-"""Jobs that one look reads, the newest ones. A server that ends more within the hour is told of a
-shorter time, because a look must not cost the more the busier the server is."""
+"""The most jobs that one look reads, the newest ones. Where more have ended, the figures cover less
+than an hour, so that a busy server's look costs no more."""
 
 MAX_AHEAD_S = 60.0
 """How far another machine's clock may be ahead. Its jobs count for the present minute."""
@@ -106,7 +106,7 @@ def read_last_hour(connection: Connection, now: float, limit: int = MAX_JOBS) ->
     for row in rows:
         by_minute[min(math.floor(row.finished_at / MINUTE_S), present)].append(row)
     if len(rows) == limit and len(by_minute) > 1:
-        # Of the earliest minute some jobs may be left out.
+        # Some jobs of the earliest minute may be left out.
         first = min(by_minute) + 1
     kept = [row for minute in range(first, present + 1) for row in by_minute[minute]]
     errors = Counter(row.error for row in kept if row.error is not None)

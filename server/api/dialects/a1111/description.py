@@ -22,6 +22,7 @@ from server.api.dialects.openapi import (
     ALL_FIELDS,
     JSON,
     PROMPT,
+    Call,
     Description,
     Schema,
     answer,
@@ -36,9 +37,6 @@ from server.api.dialects.openapi import (
     request_body,
     value,
 )
-
-Call = dict[str, Any]
-"""Arguments of a route."""
 
 SETTINGS = entity(
     {

@@ -21,6 +21,7 @@ from server.api.dialects.openapi import (
     JSON,
     MULTIPART,
     PROMPT,
+    Call,
     Description,
     Schema,
     answer,
@@ -34,9 +35,6 @@ from server.api.dialects.openapi import (
     request_body,
     value,
 )
-
-Call = dict[str, Any]
-"""Arguments of a route."""
 
 FIELDS: dict[str, Schema] = {
     "image": picture("Data URI or base64 of a PNG, JPEG or WebP picture"),

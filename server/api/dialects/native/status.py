@@ -59,7 +59,7 @@ class FailureCount(JobError):
 
 
 class LastHourAnswer(PeriodAnswer):
-    """The last 60 minutes. A very busy server tells of a shorter time, see `starts_at`."""
+    """The last 60 minutes. On a very busy server they cover a shorter time, see `starts_at`."""
 
     minutes: list[PeriodAnswer] = Field(description="The last one is not over yet")
     failures: list[FailureCount] = Field(description="The most frequent reason first")

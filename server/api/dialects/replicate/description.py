@@ -8,6 +8,7 @@ from server.api.dialects.openapi import (
     JSON,
     MULTIPART,
     PROMPT,
+    Call,
     Description,
     Responses,
     Schema,
@@ -25,9 +26,6 @@ from server.api.dialects.openapi import (
 from server.api.dialects.replicate.catalogue import input_schema
 from server.api.dialects.replicate.reading import EVENTS, MAX_WAIT_S
 from server.api.dialects.replicate.writing import MEDIA_TYPE, STATUS
-
-Call = dict[str, Any]
-"""Arguments of a route."""
 
 WEBHOOK_FIELDS = {
     "webhook": value("string", "URL that is called when the prediction has completed"),

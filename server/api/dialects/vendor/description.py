@@ -6,6 +6,7 @@ from typing import Any
 from models.params import RANGES
 from server.api.dialects.openapi import (
     PROMPT,
+    Call,
     Description,
     Schema,
     answer,
@@ -27,9 +28,6 @@ from server.api.dialects.vendor.reading import (
     LATER_DEFAULT_STEPS,
     STRENGTH_RANGE,
 )
-
-Call = dict[str, Any]
-"""Arguments of a route."""
 
 KEY_FIELD = value("string", "API key; also as header or bearer token")
 PICTURES = ("init_image", "mask_image")

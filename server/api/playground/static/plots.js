@@ -46,7 +46,7 @@ export class Plot {
   constructor(host, options) {
     this.options = options;
     this.drawing = svg("svg", { "aria-hidden": "true" });
-    // A slider, because the arrow keys choose the minute that the legend tells of.
+    // A slider, because the arrow keys choose the minute whose values the legend shows.
     this.element = el("div", { class: "plot", role: "slider", tabindex: 0, "aria-label": options.label, "aria-valuemin": 0 }, this.drawing);
     this.legend = el("ul", { class: "legend" });
     host.append(this.element, this.legend);
