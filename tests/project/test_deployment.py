@@ -8,16 +8,15 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pytest
 import yaml
-from pydantic import BaseModel
 from sqlalchemy import Engine, text
 
+from server.cli.config import names_of
 from server.cli.main import make_parser
 from server.core.settings import ENV_PREFIX, Settings
 from server.serving.supervisor import GRACE_S
@@ -39,20 +38,10 @@ def of_kind(kind: str) -> list[dict[str, Any]]:
     return [each for each in documents() if each["kind"] == kind]
 
 
-def setting_names(model: type[BaseModel] = Settings, prefix: str = ENV_PREFIX) -> Iterator[str]:
-    """The environment variables of all settings."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from setting_names(kind, f"{prefix}{name.upper()}__")
-        else:
-            yield f"{prefix}{name.upper()}"
-
-
 @pytest.mark.parametrize("path", [*UNITS, *MANIFESTS], ids=lambda path: path.name)
 def test_every_variable_is_a_setting(path: Path) -> None:
     found = {*re.findall(r"INPAINT_[A-Z0-9_]*[A-Z0-9]", path.read_text())}
-    assert found <= {*setting_names()}
+    assert found <= {ENV_PREFIX + "__".join(names).upper() for names in names_of(Settings)}
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda each: each["metadata"]["name"])
