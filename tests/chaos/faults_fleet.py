@@ -131,7 +131,7 @@ def expect_alive(api: Site) -> None:
     expect(took_s < LIVENESS_WITHIN_S, f"liveness took {took_s:.1f} s")
 
 
-@fault("F32", "several machines: PostgreSQL killed, S3 killed, hanging", 60, is_patient=True)
+@fault("F33", "several machines: PostgreSQL killed, S3 killed, hanging", 60, is_patient=True)
 def shared_stores(room: Path) -> Found:
     """Refuse at both APIs, say what fails, lose nothing, go on."""
     with fleet_of_its_own(room) as (fleet, oracle):

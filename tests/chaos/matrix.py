@@ -97,6 +97,8 @@ def fault(
     """Decorator: put a function into the matrix."""
 
     def register(strike: Callable[[Path], Found]) -> Callable[[Path], Found]:
+        if number in FAULTS:
+            raise ValueError(f"{number} is {FAULTS[number].title!r} already")
         FAULTS[number] = Fault(number, title, within_s, strike, is_patient)
         return strike
 

@@ -1,4 +1,4 @@
-"""Outages of stores that several machines share, for seconds; F32 of the matrix: for a minute."""
+"""Outages of stores that several machines share, for seconds; F33 of the matrix: for a minute."""
 
 from collections.abc import Iterator
 
