@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.device.bench import FULL, TINY, Bench, write_whole
+from benchmarks.device.bench import FULL, TINY, Bench
 from benchmarks.device.summary import phase_table, to_text
+from models.checkpoints.fingerprint import write_whole
 
 PHASES = {
     "ceilings": 20.0,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import checkpoints, measure, report
+from models.checkpoints.fingerprint import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +146,6 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     """Of norms, against the exact result in double precision."""
     difference = found.double() - exact.double()
     return float(difference.norm() / exact.double().norm())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Readers see the old text or the new one, and nothing between."""
-    beside = path.with_suffix(path.suffix + ".new")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def fields_of(value: Any) -> dict[str, Any]:
