@@ -19,7 +19,7 @@ from server.serving.diagnosis.database import Clocks, check_database
 from server.serving.diagnosis.findings import Finding, Level, error, ok, warning
 from server.serving.diagnosis.folders import check_folders
 from server.serving.diagnosis.gpus import check_gpus
-from server.serving.diagnosis.network import check_fetches, check_ports, check_proxies
+from server.serving.diagnosis.network import check_fetches, check_ports, check_proxies, check_tls
 from server.serving.diagnosis.trial import check_inpaint
 
 SETTINGS = "settings"
@@ -76,6 +76,7 @@ def diagnose(options: argparse.Namespace) -> Iterator[Finding]:
     yield from check_settings(settings)
     yield from check_folders(settings)
     yield from check_ports(settings)
+    yield from check_tls(settings)
     yield from check_proxies(settings)
     yield from check_fetches(settings, options.image_url)
     yield from check_gpus(settings)

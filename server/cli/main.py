@@ -118,7 +118,7 @@ def add_serve(commands: Commands, shared: Parser) -> None:
     each.add_argument(
         "--worker-command", metavar="COMMAND", help="what starts a worker; default: this program"
     )
-    each.set_defaults(run=run_server)
+    each.set_defaults(run=run_server, tls=None, allowed_hosts=None)
 
 
 def add_flags_of_serve(each: Parser) -> None:
@@ -293,9 +293,9 @@ def add_keys_create(commands: Commands, shared: Parser) -> None:
 
 def health(options: argparse.Namespace) -> int:
     """Exit status 0 where a server answers `/healthz`."""
-    from server.cli.health import check, local_url
+    from server.cli.health import check, check_local
 
-    return check(options.url or local_url(settings_of(options)))
+    return check(options.url) if options.url else check_local(settings_of(options))
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from server.cli.options import Refusal, refusing, settings_of, shared_flags
 from server.core.settings import Settings
 
+FLAGS = ("host", "port", "devices", "workers", "tls", "allowed_hosts")
+"""Settings that `serve` takes from its options. `takeover serve` sets the last two."""
+
 
 def run_server(options: argparse.Namespace) -> int:
     """Listen, migrate, start workers, answer until SIGTERM or SIGINT."""
@@ -40,9 +43,10 @@ def run_server(options: argparse.Namespace) -> int:
             # At the end, because a start that is refused need not be warned of.
             warn_of_devices(settings_of(options, "devices").devices, settings.devices)
     supervisor = Supervisor(workers)
-    server = Server(app, settings, settings.admin.port, supervisor)
-    urls = {event: url_of(listener) for event, listener in listeners.items()}
-    url = urls.pop(LISTENING)
+    with refusing():
+        server = Server(app, settings, settings.admin.port, supervisor)
+    url = url_of(listeners[LISTENING], settings.scheme)
+    urls = {event: url_of(each) for event, each in listeners.items() if event != LISTENING}
     worker_ids = [worker.label["worker_id"] for worker in workers]
     with supervisor, ready_announced(store, worker_ids, url):
         announce(settings, url, settings.access(has_keys), urls)
@@ -61,9 +65,10 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     from server.cli.announcements import STARTING
     from server.core.logs import configure_logging, redact_secrets
     from server.serving.preflight import check_workers
+    from server.serving.tls import load_context
     from server.storage.files import Storage
 
-    settings = settings_of(options, "host", "port", "devices", "workers")
+    settings = settings_of(options, *FLAGS)
     settings.make_data_dir()
     configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
     warn_operator(settings)
@@ -71,6 +76,8 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     if settings.auth.keys_file is not None:
         # A missing key file refuses the start; later it would count as empty.
         redact_secrets(read_keys_file(settings.auth.keys_file))
+    if settings.tls.certificate_file is not None:
+        load_context(settings.tls)  # refuses unusable files
     command = shlex.split(options.worker_command or "")
     return check_workers(settings, command), command
 

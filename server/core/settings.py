@@ -419,6 +419,41 @@ class HttpSettings(Section):
     """Event streams of one key at a time."""
 
 
+class TlsSettings(Section):
+    """HTTPS on the server's port, TLS 1.2 or newer. The second port stays HTTP."""
+
+    certificate_file: Path | None = Field(
+        default=None, examples=["/etc/letsencrypt/live/pictures.example/fullchain.pem"]
+    )
+    """The certificate, then those of intermediate authorities, in PEM. With it the server speaks
+    HTTPS alone. Changed files are taken up within ten seconds, without a restart."""
+    key_file: Path | None = Field(
+        default=None, examples=["/etc/letsencrypt/live/pictures.example/privkey.pem"]
+    )
+    """The certificate's private key in PEM. Unset means that `certificate_file` holds it too. No
+    other user may be able to read it."""
+    password_file: Path | None = Field(default=None, examples=["/run/secrets/tls-password"])
+    """A file with the password of an encrypted key. No other user may be able to read it."""
+
+    @model_validator(mode="after")
+    def _check_certificate(self) -> Self:
+        if self.certificate_file is None and self.files:
+            raise ValueError("needs certificate_file besides key_file and password_file")
+        return self
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that are set."""
+        given = (self.certificate_file, self.key_file, self.password_file)
+        return [file for file in given if file is not None]
+
+    @property
+    def secret_files(self) -> list[Path]:
+        """The files with the key and its password."""
+        given = (self.key_file or self.certificate_file, self.password_file)
+        return [file for file in given if file is not None]
+
+
 class AdminSettings(Section):
     """The second port, with `/metrics` and detailed `/readyz`. It asks for no key."""
 
@@ -612,6 +647,7 @@ class Settings(BaseSettings):
     """Names that a request's `Host` may have. `*.example` means all names below. An empty list
     allows any name, and names of this machine alone while the server has no keys."""
     http: HttpSettings = HttpSettings()
+    tls: TlsSettings = TlsSettings()
     admin: AdminSettings = AdminSettings()
     auth: AuthSettings = AuthSettings()
     safety: SafetySettings = SafetySettings()
@@ -761,6 +797,11 @@ class Settings(BaseSettings):
     def may_be_open(self) -> bool:
         """Whether the server may run without keys."""
         return self.auth.allow_anonymous or is_loopback(self.host)
+
+    @property
+    def scheme(self) -> str:
+        """Of the server's own port, `http` or `https`."""
+        return "http" if self.tls.certificate_file is None else "https"
 
     @property
     def worker_devices(self) -> list[str]:

@@ -6,6 +6,7 @@ uvicorn waits without limit for a head, a body and a slow reader; each gets a de
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from server.api.auth.keyring import network_of, plain_address
 from server.api.bodies import RELEASE, RESERVE_BODY
 from server.core.settings import HttpSettings
 from server.serving.connections import ConnectionLimiter
+from server.serving.tls import ServerTls
 
 MAX_HEADERS = 100
 
@@ -26,6 +28,12 @@ MAX_HEAD_BYTES = 65_536
 
 MAX_HEADER_BYTES = 8_192
 """Most bytes of one header, name and value, as in common proxies."""
+
+CLOSE_TIMEOUT_S = 120.0
+"""Longest time from closing a TLS connection until the client has read all and closed it too."""
+
+MAX_UNENCRYPTED = 65_536
+"""Most bytes that wait for encryption before the application is paused, as without TLS."""
 
 INVALID_REQUEST = "Invalid HTTP request received."
 
@@ -42,7 +50,14 @@ server would notice a slow reader late."""
 
 
 class GuardedConfig(uvicorn.Config):
-    """uvicorn's configuration, with the limiter and the limits of `GuardedProtocol`."""
+    """uvicorn's configuration, with the limiter and the limits of `GuardedProtocol`.
+
+    tls: for connections to all ports but `plain_port`; None for HTTP. uvicorn's own `ssl_…` options
+    are not used: with these a connection is counted only after its handshake.
+    """
+
+    tls: ServerTls | None = None
+    plain_port: int | None = None
 
     def __init__(
         self,
@@ -59,11 +74,16 @@ class GuardedConfig(uvicorn.Config):
             app, http=GuardedProtocol, timeout_keep_alive=limits.keep_alive_s, **options
         )
 
+    def tls_context_for(self, port: int | None) -> ssl.SSLContext | None:
+        """For a new connection to this port of ours; None where it is HTTP."""
+        return None if self.tls is None or port == self.plain_port else self.tls.context
+
 
 class GuardedProtocol(HttpToolsProtocol):
     """One connection, with a deadline for the client's next step.
 
     new, or bytes after a pause ──head_timeout_s──> head ──body_timeout_s──> whole request
+    with TLS: new ──head_timeout_s──> handshake made and head
     answer written ──keep_alive_s──> closed;  answer not read ──send_timeout_s──> closed
     """
 
@@ -72,6 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.address = ""
         self.body_bytes = 0
         self.unsent_bytes = 0
+        self._tls_context_for = config.tls_context_for
         self._limiter = config.limiter
         self._limits = config.limits
         # Twice the limit, because chunked encoding adds bytes to each chunk.
@@ -87,21 +108,59 @@ class GuardedProtocol(HttpToolsProtocol):
         self._received = 0
         """Complete requests so far."""
         self._answered = 0
+        self._handshake: asyncio.Task[None] | None = None
+        self._early: list[bytes] = []
+        """Decrypted bytes that arrived before `_encrypt` knew of the handshake's end."""
+        self._below: asyncio.Transport | None = None
+        """With TLS, the transport that gets the encrypted bytes."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self._use(transport)
         if self.client:
-            # The scope holds an IPv4 address unmapped, as settings name trusted proxies.
-            self.client = plain_address(self.client[0]), self.client[1]
             self.address = network_of(self.client[0])
             connection = transport.get_extra_info("socket")
             connection.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_IN_KERNEL
             )
-        if self._limiter.opened(self):
-            self._expect_within(self._limits.head_timeout_s)
-        else:
+        if not self._limiter.opened(self):
             self.cut()
+            return
+        self._expect_within(self._limits.head_timeout_s)
+        context = self._tls_context_for(self.server[1] if self.server else None)
+        if context is not None:
+            self._handshake = self.loop.create_task(self._encrypt(transport, context))
+
+    def _use(self, transport: asyncio.Transport) -> None:
+        """Read from and write to this transport."""
+        super().connection_made(transport)
+        if self.client:
+            # The scope holds an IPv4 address unmapped, as settings name trusted proxies.
+            self.client = plain_address(self.client[0]), self.client[1]
+
+    async def _encrypt(self, below: asyncio.Transport, context: ssl.SSLContext) -> None:
+        """Make the TLS handshake, then go on with the transport that encrypts."""
+        try:
+            encrypted = await self.loop.start_tls(
+                below,
+                self,
+                context,
+                server_side=True,
+                # The head's deadline is over before; it cuts the connection.
+                ssl_handshake_timeout=2 * self._limits.head_timeout_s,
+                ssl_shutdown_timeout=CLOSE_TIMEOUT_S,
+            )
+        except OSError:
+            encrypted = None
+        self._handshake = None
+        if encrypted is None:  # asyncio tells of no end during the handshake
+            self.connection_lost(None)
+            return
+        encrypted.set_write_buffer_limits(MAX_UNENCRYPTED)
+        self._below = below
+        self._use(encrypted)
+        early, self._early = self._early, []
+        for data in early:
+            self.data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
@@ -118,6 +177,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self._handshake is not None:
+            self._early.append(data)
+            return
         if self.transport.is_closing():
             return
         self._count_sent()
@@ -204,7 +266,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._is_in_head and self._deadline is None:
             self._expect_within(self._limits.body_timeout_s)
         super().on_response_complete()
-        if self.transport.get_write_buffer_size():
+        if self._unsent_size():
             self._start_send_deadline()
 
     def pause_writing(self) -> None:
@@ -232,12 +294,17 @@ class GuardedProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _unsent_size(self) -> int:
+        """Bytes that are written and not in the kernel, those before and after encryption."""
+        below = 0 if self._below is None else self._below.get_write_buffer_size()
+        return self.transport.get_write_buffer_size() + below
+
     def _count_sent(self) -> None:
         """Count bytes that have left the write buffer since the last call as read by the client.
 
         Must be called before each write, because new bytes in the buffer hide those that left it.
         """
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self._unsent_size()
         self._sent_bytes += max(0, self.unsent_bytes - unsent)
         self._limiter.unsent(self, unsent)
 

@@ -19,6 +19,7 @@ from server.serving.admin import ByPort, create_admin_app
 from server.serving.connections import ConnectionLimiter
 from server.serving.protocol import GuardedConfig
 from server.serving.supervisor import Supervisor
+from server.serving.tls import ServerTls
 from server.serving.watchdog import CHECK_S, Watchdog
 
 BACKLOG = 2_048
@@ -38,7 +39,8 @@ class Server(uvicorn.Server):
     After SIGTERM the server goes on answering until its workers have ended: new jobs are refused,
     earlier jobs can be fetched.
 
-    admin_port: connections to it get the admin application.
+    admin_port: connections to it get the admin application, without TLS.
+    Raises: ValueError, OSError for unusable TLS files.
     """
 
     def __init__(
@@ -61,21 +63,23 @@ class Server(uvicorn.Server):
         if admin_port is not None:
             admin_app = create_admin_app(app, self.limiter, settings.admin.allowed_hosts)
             served = ByPort(app, admin_app, admin_port)
-        super().__init__(
-            GuardedConfig(
-                served,
-                self.limiter,
-                limits,
-                settings.max_body_bytes,
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,  # `proxies.py` reads more of them
-                timeout_graceful_shutdown=GRACE_S,
-            )
+        config = GuardedConfig(
+            served,
+            self.limiter,
+            limits,
+            settings.max_body_bytes,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # `proxies.py` reads more of them
+            timeout_graceful_shutdown=GRACE_S,
         )
+        config.plain_port = admin_port
+        if settings.tls.certificate_file is not None:
+            config.tls = ServerTls(settings.tls)
+        super().__init__(config)
 
     def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
@@ -162,9 +166,9 @@ def listen_errors(host: str, port: int, setting: str) -> Iterator[None]:
         raise ValueError(f"cannot listen on {where}: {error.strerror}{hint}") from error
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """The base URL of a listening socket."""
-    return f"http://{address_of(*listener.getsockname()[:2])}"
+    return f"{scheme}://{address_of(*listener.getsockname()[:2])}"
 
 
 def address_of(host: str, port: int) -> str:

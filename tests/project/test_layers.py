@@ -181,7 +181,7 @@ READS_URLS = {"egress/policy.py", "egress/downloads.py"}
 OPENS_CONNECTIONS = {"egress/client.py", "egress/resolver.py"}
 # The demo is a client of a server of its own, the health check of this machine's.
 CLIENTS = {"cli/demo.py", "cli/health.py"}
-LISTENS = {"serving/protocol.py", "serving/server.py"}
+LISTENS = {"serving/protocol.py", "serving/server.py", "serving/tls.py"}
 # The type of a listening socket, and the machine's name.
 NAMES_SOCKETS = {"cli/serve.py", "serving/supervisor.py"}
 # What is this machine's own, asked of its kernel.

@@ -15,6 +15,7 @@ def write_certificate(file: Path, name: str) -> Path:
         capture_output=True,
     )
     file.write_bytes(file.read_bytes() + Path(f"{file}.crt").read_bytes())
+    file.chmod(0o600)
     return file
 
 
@@ -23,3 +24,8 @@ def server_tls(certificate: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     return context
+
+
+def client_tls(authority: Path) -> ssl.SSLContext:
+    """For a client that trusts this certificate alone."""
+    return ssl.create_default_context(cafile=authority)

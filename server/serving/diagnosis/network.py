@@ -25,8 +25,9 @@ from server.egress.policy import (
 from server.egress.resolver import Resolver, numeric_addresses, system_addresses
 from server.serving.diagnosis.findings import Finding, error, note, ok, warning
 from server.serving.server import address_of, bind, listen_errors
+from server.serving.tls import load_context
 
-PORT, PROXY, FETCH = "port", "proxy", "images"
+PORT, TLS, PROXY, FETCH = "port", "tls", "proxy", "images"
 
 OWN_NAMES = ("inpaint-server", "server.cli.main")
 """In the command line of a server of this program."""
@@ -84,6 +85,19 @@ def is_own(process: psutil.Process) -> bool:
     except psutil.Error:
         return False
     return "serve" in words and any(os.path.basename(word) in OWN_NAMES for word in words)
+
+
+def check_tls(settings: Settings) -> Iterator[Finding]:
+    """Whether the certificate and its key can be used; nothing where the server speaks HTTP."""
+    certificate = settings.tls.certificate_file
+    if certificate is None:
+        return
+    try:
+        load_context(settings.tls)
+    except (ValueError, OSError) as problem:
+        yield error(TLS, str(problem), "the server does not start: mend the files or unset `tls`")
+    else:
+        yield ok(TLS, f"{certificate} and its key fit")
 
 
 def check_proxies(settings: Settings) -> Iterator[Finding]:
