@@ -27,6 +27,7 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect
+from server.api.dialects.openapi import Call
 from server.api.dialects.uploads import store_upload
 from server.api.dialects.vendor import description, problems, reading, writing
 from server.api.dialects.vendor.families import (
@@ -210,7 +211,7 @@ def make_router(families: Iterable[Family]) -> APIRouter:
     """The calls for pictures and the fetches of families."""
     router = APIRouter()
 
-    def post(path: str, endpoint: Callable[..., Any], described: description.Call) -> None:
+    def post(path: str, endpoint: Callable[..., Any], described: Call) -> None:
         router.add_api_route(path, endpoint, methods=["POST"], **described)
 
     for family in families:
