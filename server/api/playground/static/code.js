@@ -4,6 +4,7 @@
 // They need nothing but their language: PHP's curl and Python's requests are often not installed.
 
 import { newCanvas, toBlob, toDataUri } from "./dom.js";
+import { quoted } from "./shell.js";
 
 export const LANGUAGES = ["curl", "Python", "JavaScript", "PHP"];
 
@@ -204,9 +205,6 @@ function source(value, style, indent = "") {
   const entries = Object.entries(value).map(([name, each]) => `${inner}${style.entry(name, source(each, style, inner))},\n`);
   return `${style.open}\n${entries.join("")}${indent}${style.close}`;
 }
-
-/** @param {string} text for a POSIX shell */
-const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
 /** @param {Call} call */
 function curl({ url, headers, json, form }) {

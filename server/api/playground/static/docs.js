@@ -6,6 +6,7 @@ import { setUpKeyForm } from "./key.js";
 import { buildCall } from "./operation.js";
 import { Api, inCode } from "./schema.js";
 import { readiness, storedKey } from "./server.js";
+import { showServerState } from "./state.js";
 
 /** @type {Api | null} */
 let api = null;
@@ -116,10 +117,7 @@ function keepKey() {
 
 async function watchServer() {
   const { level, text } = document.hidden ? { level: "", text: "" } : await readiness();
-  if (text) {
-    byId("server-state").textContent = text;
-    byId("server-state").dataset.level = level;
-  }
+  if (text) showServerState({ level, text });
   if (!api && level !== "bad") await load();
   setTimeout(watchServer, level === "bad" ? 2_000 : 10_000);
 }

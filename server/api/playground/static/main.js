@@ -10,6 +10,7 @@ import { acceptKey, setUpKeyForm } from "./key.js";
 import { MaskCheck } from "./maskcheck.js";
 import { fileToSend, openPicture } from "./picture.js";
 import { callJson, readiness, ServerError } from "./server.js";
+import { showServerState } from "./state.js";
 import { buildTools } from "./tools.js";
 
 /** @type {Ask | null} */
@@ -192,10 +193,8 @@ async function connect() {
 async function showServer() {
   const state = byId("server-state");
   const { level, text } = document.hidden ? { level: state.dataset.level, text: state.textContent } : await readiness();
-  if (state.textContent !== text && state.dataset.level) announce(`Server: ${text}`);
   const isBack = level !== "bad" && state.dataset.level === "bad";
-  state.textContent = text;
-  state.dataset.level = level;
+  showServerState({ level, text });
   if ((isBack || !ask) && level !== "bad" && byId("key-form").hidden) await connect();
   return level;
 }

@@ -1,6 +1,8 @@
 // @ts-check
 // A call of the reference as a request and as a curl command, and the pictures in a JSON value.
 
+import { quoted } from "./shell.js";
+
 const BASE64_PICTURE = /^(iVBORw0KGgo|\/9j\/|UklGR)[A-Za-z0-9+/=\s]{60,}$/;
 const TYPES = { i: "png", "/": "jpeg", U: "webp" };
 const OWN_PICTURE = /\/((?:generations|uploads)\/[\w.-]+\.(?:png|jpg|webp))$/;
@@ -92,9 +94,6 @@ function toFile(uri) {
 function fileName(name, uri) {
   return `${name}.${/^data:image\/([a-z]+)/.exec(uri)?.[1]}`;
 }
-
-/** @param {string} text for a POSIX shell */
-const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
 /** @param {ReturnType<requestOf>} request @returns {string} */
 export function curlOf({ url, method, headers, body, value, mediaType }) {

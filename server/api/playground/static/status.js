@@ -1,10 +1,11 @@
 // @ts-check
 // The status page: asks `/api/status` every few seconds while its tab is seen.
 
-import { announce, byId, el } from "./dom.js";
+import { byId, el } from "./dom.js";
 import { acceptKey, setUpKeyForm } from "./key.js";
 import { clockTime, Plot } from "./plots.js";
 import { callJson, readiness, ServerError } from "./server.js";
+import { showServerState } from "./state.js";
 
 const ASK_MS = 5_000;
 const AWAY_MS = 2_000;
@@ -239,14 +240,6 @@ async function refresh() {
   }
 }
 
-/** @param {{level: string, text: string}} found */
-function showServer({ level, text }) {
-  const state = byId("server-state");
-  if (state.textContent !== text && state.dataset.level) announce(`Server: ${text}`);
-  state.textContent = text;
-  state.dataset.level = level;
-}
-
 /** One question, and the next one later. A hidden tab asks nothing until it is seen again. */
 async function watch() {
   clearTimeout(timer);
@@ -254,7 +247,7 @@ async function watch() {
   isAsking = true;
   try {
     const [isNew, server] = await Promise.all([byId("key-form").hidden ? refresh() : false, readiness()]);
-    showServer(server);
+    showServerState(server);
     timer = setTimeout(watch, isNew || server.level !== "bad" ? ASK_MS : AWAY_MS);
   } finally {
     isAsking = false;
