@@ -195,7 +195,13 @@ def checked_store(url: str) -> str:
         raise ValueError("must begin with file://, s3://, gs:// or az://")
     if parts.scheme != "file" and not parts.netloc:
         raise ValueError(f"names no bucket: {parts.scheme}://bucket/prefix")
+    if "@" in parts.netloc:
+        raise ValueError("must hold no keys: name their file in storage.credentials_file")
     return url
+
+
+SECRET_NAME = re.compile("key|token|secret", re.IGNORECASE)
+"""In the names of an object store's options that are secrets. The client takes both cases."""
 
 
 def read_variables(path: Path) -> dict[str, str]:
@@ -765,10 +771,10 @@ class Settings(BaseSettings):
         """Texts to redact from logs."""
         known = [each.get_secret_value() for each in (*self.auth.keys, *self.webhook.secret)]
         proxy = self.egress.proxy.get_secret_value() if self.egress.proxy else ""
-        passwords = [urlsplit(url).password or "" for url in (self.sqlalchemy_url, proxy)]
-        stored = [
-            value for name, value in self.store_options.items() if name.endswith(("KEY", "TOKEN"))
-        ]
+        options = self.store_options
+        urls = [self.sqlalchemy_url, proxy, *(each for each in options.values() if "://" in each)]
+        passwords = [urlsplit(url).password or "" for url in urls]
+        stored = [value for name, value in options.items() if SECRET_NAME.search(name)]
         return [*known, *passwords, *map(unquote, passwords), *stored]
 
     def make_data_dir(self) -> None:

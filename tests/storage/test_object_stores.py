@@ -231,6 +231,10 @@ def test_google_by_url(tmp_path: Path) -> None:
     [
         ({"url": "ftp://host/folder"}, "must begin with file://, s3://, gs:// or az://"),
         ({"url": "s3:///prefix"}, "names no bucket"),
+        (
+            {"url": "s3://id:secret@bucket"},
+            "^storage.url must hold no keys: name their file in [a-z_.]+$",
+        ),
         ({"redirect": True}, "needs an object store"),
         ({"url": "gs://bucket", "region": "x"}, "are for s3:// alone"),
         ({"url": "s3://bucket", "redirect": True, "redirect_s": 1}, "at least 60"),
@@ -260,6 +264,12 @@ def test_file_of_credentials_is_private_and_plain(tmp_path: Path) -> None:
     file.chmod(0o600)
     assert settings.store_options == {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b=c"}
     assert "b=c" in settings.secrets
+    file.write_text(
+        "aws_secret_access_key=lower\nAWS_SSE_CUSTOMER_KEY_BASE64=sse\n"
+        "AZURE_CLIENT_SECRET=azure\nAWS_PROXY_URL=http://u:proxy@proxy\nAWS_ALLOW_HTTP=true\n"
+    )
+    assert {"lower", "sse", "azure", "proxy"} <= {*settings.secrets}
+    assert "true" not in settings.secrets
     file.write_text("no pair")
     with pytest.raises(ValueError, match="not NAME=value"):
         _ = settings.store_options
