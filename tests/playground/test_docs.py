@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,5 +105,7 @@ def test_key_is_asked_for_and_kept_for_the_tab(tmp_path: Path, shots: str) -> No
     assert KEY not in line["curl"]
     local, session = json.loads(line["stored"])
     assert (local, session) == ({}, {"inpaint-key": KEY})
+    overview = [f"inpaint-server {version('inpaint-server')}"]
+    assert line["headings"] == 5 * [overview], "an odd address leaves the page empty"
     assert line["wrong"] == []
     assert line["errors"] == []

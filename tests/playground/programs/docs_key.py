@@ -1,4 +1,4 @@
-"""The API reference of a server with keys: no key, a wrong one, the right one."""
+"""The API reference of a server with keys: no key, a wrong one, the right one; odd addresses."""
 
 from page import CALL, chromium, say, watched
 
@@ -22,4 +22,11 @@ with chromium() as browser, watched(browser, "docs-key") as at:
     stored = page.evaluate("JSON.stringify([{ ...localStorage }, { ...sessionStorage }])")
     page.locator("summary", has_text="curl").click()
     curl = page.inner_text(".curl pre")
-    say(said=said, status=status, stored=stored, curl=curl, wrong=wrong, errors=at.errors)
+    headings = []
+    for odd in ("%", "%E0%A4%A", "__proto__", "constructor", "get/<img src=x onerror=alert(1)>"):
+        page.goto("about:blank")
+        page.goto(f"{CALL['base']}docs#{odd}")
+        page.wait_for_selector("#call-list a", state="attached")
+        headings.append(page.locator("#call h2").all_inner_texts())
+    found = {"said": said, "status": status, "stored": stored, "curl": curl, "headings": headings}
+    say(**found, wrong=wrong, errors=at.errors)

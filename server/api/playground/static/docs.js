@@ -11,8 +11,13 @@ import { showServerState } from "./state.js";
 /** @type {Api | null} */
 let api = null;
 
+/** The chosen call; "" for a hash that is no encoded text. */
 function chosenId() {
-  return decodeURIComponent(location.hash.slice(1));
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return "";
+  }
 }
 
 function show() {
