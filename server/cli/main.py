@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Call the command's function. Unexpected errors of `serve` and `worker` go to the log."""
-    if options.run not in (run_server, run_worker):
+    if options.run not in (run_server, run_takeover_server, run_worker):
         with refusing(), database_refusing():
             return int(options.run(options))
     try:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         from server.core.logs import get_logger
 
         get_logger(__name__).exception(
-            "serve failed" if options.run is run_server else "worker failed"
+            "worker failed" if options.run is run_worker else "serve failed"
         )
         return 1
 
@@ -107,6 +107,7 @@ def make_parser() -> Parser:
     add_models_commands(each.add_subparsers(metavar="ACTION"), shared, models)
     add_webhooks(commands, shared)
     add_cluster(commands, shared)
+    add_takeover(commands, shared)
     each = commands.add_parser("keys", help="create, list, revoke and rotate API keys")
     add_keys_commands(each.add_subparsers(required=True, metavar="COMMAND"), shared)
     return parser
@@ -233,6 +234,31 @@ def add_cluster(commands: Commands, shared: Parser) -> None:
             each.add_argument("--json", action="store_true", help="for programs")
 
 
+def add_takeover(commands: Commands, shared: Parser) -> None:
+    actions = commands.add_parser(
+        "takeover", help="answer in the vendor's place, under its host names"
+    ).add_subparsers(required=True, metavar="ACTION")
+    folder = Parser(add_help=False)
+    folder.add_argument(
+        "--folder", type=Path, metavar="DIR", help="certificates; default: in the data folder"
+    )
+    each = actions.add_parser(
+        "init", parents=[shared, folder], help="make certificates, say what to do on clients"
+    )
+    each.add_argument(
+        "--host-name", action="append", metavar="NAME", help="in place of the vendor's; repeatable"
+    )
+    each.add_argument("--address", help="of this machine, as clients reach it")
+    each.set_defaults(run=takeover, verb="init")
+    each = actions.add_parser(
+        "serve", parents=[shared, folder], help="as `serve`, with these certificates, on port 443"
+    )
+    add_flags_of_serve(each)
+    each.set_defaults(run=run_takeover_server, worker_command=None, allowed_hosts=None)
+    each = actions.add_parser("undo", parents=[shared, folder], help="delete what `init` made")
+    each.set_defaults(run=takeover, verb="undo")
+
+
 def add_keys_commands(commands: Commands, shared: Parser) -> None:
     """The commands below `keys`."""
     add_keys_create(commands, shared)
@@ -326,6 +352,22 @@ def keys(options: argparse.Namespace) -> int:
     from server.cli.keys import run
 
     return run(options, settings_of(options))
+
+
+def takeover(options: argparse.Namespace) -> int:
+    """Make certificates for the vendor's hosts, or delete them."""
+    from server.cli.takeover import run
+
+    return run(options)
+
+
+def run_takeover_server(options: argparse.Namespace) -> int:
+    """`serve` with these certificates."""
+    from server.cli.takeover import prepare_server
+
+    with refusing():
+        prepare_server(options)
+    return run_server(options)
 
 
 def cluster(options: argparse.Namespace) -> int:
