@@ -26,9 +26,13 @@ def find_binaries() -> Path | None:
 
 
 class PostgresServer:
-    """A running server, whose databases are cheap: nothing of them must survive a power cut."""
+    """A running server, whose databases are cheap: nothing of them must survive a power cut.
 
-    def __init__(self, binaries: Path, folder: Path) -> None:
+    is_durable: they do survive one, for measurements.
+    """
+
+    def __init__(self, binaries: Path, folder: Path, *, is_durable: bool = False) -> None:
+        self._fsync = "on" if is_durable else "off"
         self._binaries = binaries
         self._folder = folder
         # It refuses to run as root.
@@ -39,7 +43,7 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        options = {"listen_addresses": "''", "fsync": "off", "max_connections": 60}
+        options = {"listen_addresses": "''", "fsync": self._fsync, "max_connections": 60}
         flags = [f"-k {self._folder}", *(f"-c {name}={value}" for name, value in options.items())]
         self._run("pg_ctl", "-w", "-o", " ".join(flags), "-l", str(self._folder / "log"), "start")
 
@@ -100,11 +104,11 @@ class PostgresServer:
 
 
 @contextmanager
-def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
+def running_postgres(binaries: Path, *, is_durable: bool = False) -> Iterator[PostgresServer]:
     """A server that runs until the end of the block."""
     # A short path: that of a socket has little room.
     with tempfile.TemporaryDirectory(prefix="inpaint-pg-") as folder:
-        server = PostgresServer(binaries, Path(folder))
+        server = PostgresServer(binaries, Path(folder), is_durable=is_durable)
         server.start()
         try:
             yield server
