@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+from sqlalchemy import URL
 from tqdm import tqdm
 
 from benchmarks.disks import filesystem_of, fsync_ms
@@ -51,32 +52,51 @@ class Size:
 
 def measure(server: PostgresServer, binaries: Path, size: Size) -> dict[str, dict[int, float]]:
     """How often a second, by script and number of clients."""
-    # Debian links the programs that it puts on the path, and not all of them.
-    pgbench = (binaries / "initdb").resolve().with_name("pgbench")
     url = server.url(server.create_migrated())
-    engine = open_engine(str(url))
-    store = JobStore(engine)
-    for number in range(max(size.clients)):
-        store.submit(new_job(key_id=f"key-{number}"))
-    store.claim("worker", max(size.clients))
-    engine.dispose()
+    fill(url, max(size.clients))
+    address = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    # Debian links the programs that it puts on the path, and not all of them.
+    bench = PgBench((binaries / "initdb").resolve().with_name("pgbench"), url, size.seconds)
     found: dict[str, dict[int, float]] = {name: {} for name in SCRIPTS}
     with ExitStack() as stack:
         for _ in range(size.listeners):
-            address = url.set(drivername="postgresql").render_as_string(hide_password=False)
             listener = stack.enter_context(psycopg.connect(address, autocommit=True))
             listener.execute(f"LISTEN {Topic.PROGRESS}".encode())
-        script = Path(stack.enter_context(tempfile.TemporaryDirectory()), "script.sql")
         for clients in tqdm(size.clients, desc="clients"):
-            for name, content in SCRIPTS.items():
-                script.write_text(content.replace("; ", ";\n") + "\n")
-                flags = ["-n", "-f", str(script), "-c", str(clients), "-T", str(size.seconds)]
-                where = ["-h", str(url.query["host"]), "-U", "inpaint", str(url.database)]
-                command = [str(pgbench), *flags, *where]
-                told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                (rate,) = RATE.findall(told)
-                found[name][clients] = float(rate)
+            for name, script in SCRIPTS.items():
+                found[name][clients] = bench.rate(script, clients)
     return found
+
+
+def fill(url: URL, count: int) -> None:
+    """Write a running job for each client."""
+    engine = open_engine(str(url))
+    store = JobStore(engine)
+    for number in range(count):
+        store.submit(new_job(key_id=f"key-{number}"))
+    store.claim("worker", count)
+    engine.dispose()
+
+
+@dataclass(frozen=True, slots=True)
+class PgBench:
+    """PostgreSQL's own load generator, which takes less of the cores than Python would."""
+
+    program: Path
+    url: URL
+    seconds: int
+
+    def rate(self, script: str, clients: int) -> float:
+        """How often a second so many clients ran the script."""
+        with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
+            file.write(script.replace("; ", ";\n") + "\n")
+            file.flush()
+            flags = ["-n", "-f", file.name, "-c", str(clients), "-T", str(self.seconds)]
+            where = ["-h", str(self.url.query["host"]), "-U", "inpaint", str(self.url.database)]
+            command = [str(self.program), *flags, *where]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        (rate,) = RATE.findall(told)
+        return float(rate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -322,29 +322,41 @@ def check(measured: dict[str, Any]) -> list[list[Cell]]:
     """
     by_workers = measured["by_workers"]
     speed = Speed(((1, by_workers["1"]["full"]["pictures_per_s"]),), places=IN_FLIGHT_ON_CPU)
-    rows = []
-    for name, each in by_workers.items():
-        workers = int(name)
-        full = Simulation(workers, speed)
-        full.run((0.0, 1.0) for _ in range(10 * IN_FLIGHT_ON_CPU * workers))
-        seconds = max(end for _, end in full.ended)
-        open_loop = Simulation(workers, speed, measured["figures"]["overhead_p50_s"])
-        open_loop.run((arrival_s, 1.0) for arrival_s in each["open"]["arrivals_s"])
-        latencies = [end - began for began, end in open_loop.ended]
-        # Nothing is submitted while the queue is full, so there is a write less per picture.
-        writes = database_load(full, workers, seconds)["writes_per_s"] - len(full.ended) / seconds
+    overhead_s = measured["figures"]["overhead_p50_s"]
+    rows: list[list[Cell]] = []
+    for workers, each in by_workers.items():
         pairs = [
-            (each["full"]["pictures_per_s"], len(full.ended) / seconds),
-            (each["open"]["p50_s"], percentile(latencies, 50)),
-            (each["open"]["p95_s"], percentile(latencies, 95)),
-            (each["full"]["writes_per_s"], writes),
+            *pairs_of_full_queue(each["full"], int(workers), speed),
+            *pairs_of_open_loop(each["open"], Simulation(int(workers), speed, overhead_s)),
         ]
-        rows.append([name, *itertools.chain(*((*pair, error(*pair)) for pair in pairs))])
+        rows.append([workers, *itertools.chain(*((*pair, error(*pair)) for pair in pairs))])
     return rows
 
 
+def pairs_of_full_queue(
+    measured: dict[str, float], workers: int, speed: Speed
+) -> list[tuple[float, float]]:
+    """Pictures and writes a second, measured and simulated."""
+    simulation = Simulation(workers, speed)
+    simulation.run((0.0, 1.0) for _ in range(10 * speed.places * workers))
+    seconds = max(end for _, end in simulation.ended)
+    pictures = len(simulation.ended) / seconds
+    # Nothing is submitted while this is measured, so there is a write less per picture.
+    writes = database_load(simulation, workers, seconds)["writes_per_s"] - pictures
+    return [(measured["pictures_per_s"], pictures), (measured["writes_per_s"], writes)]
+
+
+def pairs_of_open_loop(
+    measured: dict[str, Any], simulation: Simulation
+) -> list[tuple[float, float]]:
+    """p50 and p95, measured and simulated with the arrivals of the measured run."""
+    simulation.run((arrival_s, 1.0) for arrival_s in measured["arrivals_s"])
+    latencies = [end - began for began, end in simulation.ended]
+    return [(measured[f"p{each}_s"], percentile(latencies, each)) for each in (50, 95)]
+
+
 CHECK_HEAD = ["workers"]
-for measured_figure in ("pictures/s", "p50, s", "p95, s", "writes/s"):
+for measured_figure in ("pictures/s", "writes/s", "p50, s", "p95, s"):
     CHECK_HEAD += [measured_figure, "simulated", "error"]
 
 
@@ -371,10 +383,10 @@ def parse_mix(words: str) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", default="10,100,1000", help="numbers, with commas")
+    parser.add_argument("--workers", type=parse_numbers, default="10,100,1000", help="with commas")
     parser.add_argument("--speed", type=parse_speed, default="serving_h100")
     parser.add_argument("--mix", type=parse_mix, default="512x20")
     rate = parser.add_mutually_exclusive_group()
@@ -382,15 +394,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rate.add_argument("--load", type=float, default=0.7, help="the same, as a share of capacity")
     parser.add_argument("--burst", type=float, default=1.0, help="that arrive together, mean")
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--p95-s", type=float, help="with --per-s: how many workers keep this")
+    parser.add_argument("--p95-s", type=float, help="how many workers keep this, for --per-s")
     parser.add_argument("--check", type=Path, help="a report of benchmarks.fleet")
     options = parser.parse_args(arguments)
+    if options.p95_s and not options.per_s:
+        parser.error("--p95-s needs --per-s")
+    return options
+
+
+def parse_numbers(words: str) -> list[int]:
+    return [int(each) for each in words.split(",")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table."""
+    options = parse(arguments)
     if options.check:
         print(table(CHECK_HEAD, check(json.loads(options.check.read_text()))))
         return
     costs = Costs.measured()
     load = Load(options.per_s or 1.0, options.seconds, options.mix, options.burst)
-    numbers = [int(each) for each in options.workers.split(",")]
+    numbers = options.workers
     if options.p95_s:
         numbers = [workers_needed(load, options.speed, costs, options.p95_s)]
     rows = []

@@ -114,6 +114,11 @@ def test_larger_pictures_load_the_store_and_the_workers_more() -> None:
     assert large["p50_s"] >= 2 * small["p50_s"]
 
 
+def test_latency_without_a_rate_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        main(["--p95-s", "2"])
+
+
 def test_words_of_the_command_line() -> None:
     assert parse_mix("512x20:0.7,1024x30:0.3") == (Kind(512, 20, 0.7), Kind(1024, 30, 0.3))
     assert parse_speed("8:6.5,1:4").pictures_per_s == ((1, 4.0), (8, 6.5))
