@@ -29,12 +29,12 @@ def add_models_commands(commands: Commands, shared: Parser, run: Run) -> None:
     each = commands.add_parser("list", parents=[shared], help="list models and LoRAs (default)")
     each.add_argument("--json", action="store_true", help="print JSON")
     each.set_defaults(run=run, verb="list")
-    for verb, aliases, text in (
-        ("pull", ["download"], "download a model as the hub has it now, and trust it"),
-        ("verify", [], "compare the files of a model or LoRA with those it was first used with"),
-        ("trust", [], "accept a model's present files as the right ones"),
+    for verb, text in (
+        ("pull", "download a model as the hub has it now, and trust it"),
+        ("verify", "compare the files of a model or LoRA with those it was first used with"),
+        ("trust", "accept a model's present files as the right ones"),
     ):
-        each = commands.add_parser(verb, parents=[shared], aliases=aliases, help=text)
+        each = commands.add_parser(verb, parents=[shared], help=text)
         each.add_argument("model_id", metavar="ID", help="id of models.toml, folder or hub id")
         each.set_defaults(run=run, verb=verb)
     add_adding(commands, shared, run)

@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from models.imaging.mask_check import MaskFault
-from server.api.dialects.native.checks import CURES, FindingCode
+from server.api.dialects.native.findings import CURES, FindingCode
 from server.core.settings import Settings
 from tests.corpora.masks import blob, photograph
 from tests.support.apps import KEYS, SECOND, client_of, settings_in

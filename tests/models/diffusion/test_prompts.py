@@ -163,7 +163,7 @@ def test_hostile_prompts_are_read_quickly(prompt: str) -> None:
     started = time.process_time()
     for section in parse_prompt(prompt):
         assert all(abs(weight) <= MAX_WEIGHT for _, weight in section)
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 2
 
 
 # Chunks
