@@ -106,15 +106,16 @@ def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
         "INPAINT_AUTH__KEYS": "sixteen-letters-a",
         "INPAINT_EGRESS__PROXY": "http://me:proxy%20word@10.0.0.9:3128",
         "INPAINT_DATABASE_URL": "postgresql://me:data%20word@host/jobs?sslpassword=pem-word",
-        "INPAINT_STORAGE__URL": "s3://id:bucket-word@host/prefix",
+        "INPAINT_STORAGE__URL": "s3://bucket/prefix",
+        "INPAINT_STORAGE__ENDPOINT": "http://id:store-word@host:9000",
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     shown = {each.name: each.value for each in effective_settings(load_settings(), None, ())}
     assert shown["auth.keys"] == ["***"]
     assert shown["database_url"] == "postgresql://me:***@host/jobs?sslpassword=***"
-    assert shown["storage.url"] == "s3://id:***@host/prefix"
-    for part in ("sixteen", "proxy", "data%20", "pem-word", "bucket-word"):
+    assert shown["storage.endpoint"] == "http://id:***@host:9000"
+    for part in ("sixteen", "proxy", "data%20", "pem-word", "store-word"):
         assert part not in str([*shown.values()])
 
 
