@@ -142,11 +142,50 @@ class TestAuthority:
             for name in VENDOR_HOSTS:
                 assert why_refused(port, name, folder / AUTHORITY) == ""
 
+    @pytest.mark.parametrize("language", ["java", "node", "php"])
+    def test_other_languages_do_the_same(self, language: str, folder: Path, tmp_path: Path) -> None:
+        stolen = shutil.copytree(folder, tmp_path / "stolen")
+        make_server_certificate(stolen, ["bank.example"])
+        with shown(folder) as port:
+            assert handshake(language, folder, HOST, port).returncode == 0
+        with shown(stolen) as port:
+            refused = handshake(language, folder, "bank.example", port)
+        assert refused.returncode == 1
+        assert REASONS[language] in refused.stdout + refused.stderr
+
     def test_certificate_is_short_lived(self, folder: Path) -> None:
         check = [program("openssl"), "x509", "-noout", "-in", str(folder / CHAIN), "-checkend"]
         days = 86_400
         assert subprocess.run([*check, str(395 * days)], check=False).returncode == 0
         assert subprocess.run([*check, str(397 * days)], check=False).returncode == 1
+
+
+REASONS = {
+    "java": "name constraints check failed",
+    "node": "permitted subtree violation",
+    "php": "certificate verify failed",
+}
+
+
+def handshake(
+    language: str, folder: Path, name: str, port: int
+) -> "subprocess.CompletedProcess[str]":
+    """What a program of this language that trusts the folder's authority makes of a server."""
+    authority = str(folder / AUTHORITY)
+    words = {
+        "java": ["Handshake.java", authority, name],
+        "node": ["handshake.mjs", name],
+        "php": ["handshake.php", authority, name],
+    }[language]
+    return subprocess.run(
+        [program(language), *words, str(port)],
+        cwd=PYTHON_CLIENT.parent,
+        env={**os.environ, "NODE_EXTRA_CA_CERTS": authority},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
 
 
 @contextmanager
