@@ -101,7 +101,7 @@ def test_models_are_listed_with_size_and_use(
     assert main(["models", "list"]) == 0
     header, builtin, hub, *_, mine = capsys.readouterr().out.splitlines()
     assert header == "id\tkind\tuse\there\tGPU memory\tlicence\tsource"
-    assert builtin == "builtin\tmodel\tdefault\t11 MB\t18 MB\tApache-2.0\tbuiltin"
+    assert builtin == "builtin\tmodel\tdefault\t11 MB\t18 MB\tapache-2.0\tbuiltin"
     assert hub.split("\t")[:6] == ["sd15-inpainting", "model", "-", "-", "-", "-"]
     assert mine.split("\t")[2:5] == ["offered", "1.5 kB", "-"]
 
