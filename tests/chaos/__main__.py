@@ -21,7 +21,7 @@ from tests.chaos import (  # noqa: F401 - they fill the matrix
 from tests.chaos.matrix import FAILS, FAULTS, Fault, Outcome, total_line, try_fault, write
 from tests.chaos.rounds import kill_in_rounds
 
-BOUND_S = 15 * 60.0
+BOUND_S = 20 * 60.0
 """Promised for the whole matrix on two cores."""
 
 

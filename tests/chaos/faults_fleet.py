@@ -1,5 +1,7 @@
-"""Faults of what several machines share: PostgreSQL and S3, away or hanging under two APIs."""
+"""Faults of several machines: the stores that they share, away or hanging, and deaths in Ray."""
 
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from tests.chaos.matrix import Found, NotCovered, fault
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import Script
 from tests.chaos.site import Site, expect
+from tests.support.repository import REPOSITORY
 from tests.support.s3 import locate_rclone, running_s3
 from tests.support.waiting import until
 
@@ -22,6 +25,9 @@ AWAY_S = 60.0
 
 LIVENESS_WITHIN_S = 1.0
 BACK_WITHIN_S = 60.0
+
+RAY = REPOSITORY / ".venv" / "cluster"
+DEMONSTRATION_S = 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +156,22 @@ def shared_stores(room: Path) -> Found:
             f"200, running jobs ended at their first attempt; {drain(fleet.site, oracle)}"
         )
         return Found(f"each for {AWAY_S:g} s under two APIs and two workers", checked, slowest_s)
+
+
+@fault("F21", "death of a worker, replica, node or head of Ray")
+def ray_dies(_room: Path) -> Found:
+    """The demonstration of a cluster, which runs where Ray is. Raises: Broken, NotCovered."""
+    if not (RAY / "installed").exists():
+        raise NotCovered("make cluster was not run")
+    command = [str(RAY / "bin" / "python"), "-m", "tests.cluster", "--jobs", "12", "--json"]
+    finished = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEMONSTRATION_S
+    )
+    expect(finished.returncode == 0, (finished.stdout + finished.stderr)[-2_000:])
+    found = json.loads(finished.stdout.splitlines()[-1])
+    return Found(
+        "; ".join(row["fault"] for row in found["faults"]),
+        f"{found['finished']} of {found['jobs']} jobs finished, no picture changed, "
+        f"{found['webhooks']} webhooks delivered",
+        max(row["recovery_s"] for row in found["faults"]),
+    )

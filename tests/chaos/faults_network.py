@@ -21,7 +21,7 @@ from server.webhooks.sender import CALLS_PER_HOST
 from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
 from tests.chaos.hosts import Host, running_host
-from tests.chaos.matrix import Found, NotCovered, fault
+from tests.chaos.matrix import Found, fault
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import FaultKind, Script, Stage
 from tests.chaos.site import INLINE_IMAGE, INLINE_MASK, Site, expect, outside_world, running_site
@@ -422,12 +422,6 @@ def is_closed(connection: socket.socket) -> bool:
     except OSError:
         return True
     return True
-
-
-@fault("F21", "death of a Ray replica, proxy or head")
-def ray_dies(_room: Path) -> Found:
-    """Raises: NotCovered."""
-    raise NotCovered("server/cluster.py does not exist yet")
 
 
 @fault("F25", "too few file descriptors, too little memory", within_s=10)
