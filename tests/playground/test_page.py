@@ -302,6 +302,17 @@ def test_jobs_are_cancelled_and_survive_a_reload(
     assert seen["removed"]["errors"] == []
 
 
+def test_flagged_and_failed_jobs_say_so(server: ServerProcess, tmp_path: Path, shots: str) -> None:
+    unsafe = {"unsafe": "a magenta circle", "clip_skip": "8"}
+    seen = steps_of("endings.py", tmp_path, VIEWS[-1], base=server.url, shots=shots, **unsafe)
+
+    for view in VIEWS:
+        assert "flagged by the safety checker and replaced" in seen[view]["flagged"]
+        assert "fewer text encoder layers than clip_skip skips" in seen[view]["failed"]
+        assert seen[view]["wrong"] == []
+        assert seen[view]["errors"] == []
+
+
 def test_key_is_asked_for_and_never_shown(tmp_path: Path, shots: str) -> None:
     environment = {"INPAINT_AUTH__KEYS": KEY, "INPAINT_WEBHOOK__ALLOW_CIDRS": "127.0.0.0/8"}
     # A host of pictures takes no webhooks: it answers 501.
