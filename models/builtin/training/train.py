@@ -60,7 +60,7 @@ def run_vae(settings: TrainSettings) -> AutoencoderKL:
     checkpoint = Checkpoint(settings.run / "vae.pt")
     vae = build_vae()
     if settings.start is not None:
-        vae = AutoencoderKL.from_pretrained(settings.start / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(settings.start / "vae", dtype=torch.float32)
     is_done = is_trained(checkpoint.load(), settings.vae)
     album = None if is_done else Album.for_training(settings.photographs)
     return train_vae(settings.vae, checkpoint, vae.to(settings.device), album).eval()
@@ -181,7 +181,7 @@ def _first_unet(settings: TrainSettings) -> UNet2DConditionModel:
     torch.manual_seed(settings.unet.seed)
     if settings.start is None:
         return build_unet()
-    return UNet2DConditionModel.from_pretrained(settings.start / "unet", torch_dtype=torch.float32)
+    return UNet2DConditionModel.from_pretrained(settings.start / "unet", dtype=torch.float32)
 
 
 def _share_cores(settings: TrainSettings) -> None:
