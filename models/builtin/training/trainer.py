@@ -48,7 +48,7 @@ class UNetSettings:
     early: float = 0.5
     steady: float = 0.7  # share of the steps before the learning rate falls
     pairs: float = 0.4  # share of the steps that compare two texts
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     average_decay: float = 0.998
     checkpoint_every: int = 100
     use_bfloat16: bool = False
