@@ -70,6 +70,8 @@ class Server(uvicorn.Server):
             settings.max_body_bytes,
             ws="none",
             lifespan="on",
+            # uvloop, which Ray brings along, is not what the protocol's tests run on.
+            loop="asyncio",
             log_config=None,
             access_log=False,
             server_header=False,
