@@ -1,5 +1,6 @@
 """HTTPS by the server itself: certificates, limits of handshakes, renewal, and what is refused."""
 
+import logging
 import select
 import socket
 import ssl
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import structlog
 
 from server.cli.main import main
 from server.core.settings import TlsSettings
@@ -36,6 +38,17 @@ OPEN = {"auth": {"allow_anonymous": True}}
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_certificate(tmp_path_factory.mktemp("tls") / "server.pem", NAME)
+
+
+@pytest.fixture
+def kept_log() -> Iterator[None]:
+    """Give pytest's log back after a command has set up its own."""
+    root, configuration = logging.getLogger(), structlog.get_config()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.configure(**configuration)
 
 
 @contextmanager
@@ -246,6 +259,7 @@ class TestFiles:
                     TlsSettings(certificate_file=certificate, key_file=key, password_file=given)
                 )
 
+    @pytest.mark.usefixtures("kept_log")
     @pytest.mark.parametrize(
         "case", ["missing", "open", "mismatch", "no key", "no PEM", "key only"]
     )
