@@ -393,7 +393,7 @@ class TestPaths:
         ("method", "path", "status", "code"),
         [
             ("POST", "/", 405, "method_not_allowed"),
-            ("GET", "/docs", 404, "not_found"),
+            ("GET", "/redoc", 404, "not_found"),
             ("GET", "/generations/x.png", 404, "not_found"),
             ("POST", "/generations/x.png", 405, "method_not_allowed"),
             ("POST", "/readyz", 405, "method_not_allowed"),
