@@ -513,7 +513,7 @@ class ClusterSettings(Section):
     max_workers: int = Field(default=8, ge=1)
     """The most workers. More than the cluster has room for do no harm."""
     gpus_per_worker: float = Field(default=1, ge=0, le=1)
-    """GPUs that a worker takes of its node. 0 runs workers on the CPU."""
+    """GPUs that a worker takes of its node. 0 runs workers on the CPU, at most one on each node."""
     jobs_per_worker: int = Field(default=8, ge=1)
     """Jobs, waiting or running, for which there is one worker."""
     max_wait_s: float = Field(default=30, gt=0)

@@ -99,6 +99,8 @@ def application(cluster: ClusterSettings, config: str | None = None) -> serve.Ap
             downscale_to_zero_delay_s=cluster.idle_s,
             policy=policy,
         ),
+        # A worker on a CPU takes all cores of its node.
+        max_replicas_per_node=None if cluster.gpus_per_worker else 1,
         graceful_shutdown_timeout_s=STOP_S,
         health_check_period_s=5,
         health_check_timeout_s=30,
