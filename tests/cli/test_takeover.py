@@ -208,8 +208,11 @@ def show_until_closed(listener: socket.socket, context: ssl.SSLContext) -> None:
         except OSError:
             return
         with plain:
+            plain.settimeout(LIMIT_S)
             try:
-                context.wrap_socket(plain, server_side=True).close()
+                with context.wrap_socket(plain, server_side=True) as encrypted:
+                    # Until the client closes: to close first would reset what it still sends.
+                    encrypted.recv(1)
             except OSError:
                 pass  # the client has refused
 
