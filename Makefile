@@ -66,7 +66,7 @@ $(CLUSTER_INSTALLED): $(LOCKS)/cluster.txt | $(INSTALLED)
 
 cluster: $(CLUSTER_INSTALLED)  ## installs Ray for the tests of clusters, a minute
 
-cluster-demo: $(CLUSTER_INSTALLED)  ## breaks a Ray cluster on this machine, six minutes
+cluster-demo: $(CLUSTER_INSTALLED)  ## breaks a Ray cluster on this machine, two minutes
 	$(CLUSTER)/python -m tests.cluster
 
 demo: $(INSTALLED)  ## makes a picture through the API, into out/demo.png

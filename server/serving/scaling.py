@@ -81,7 +81,7 @@ class QueueDepth:
             if self._read is None:
                 self._read = demand_reader(self._config)
             self._demand = self._read()
-        except (SQLAlchemyError, ValueError) as error:
+        except (SQLAlchemyError, OSError, ValueError) as error:
             self._demand = None
             get_logger(__name__).warning("queue not read", detail=str(error))
 
