@@ -18,6 +18,7 @@ from PIL import Image
 from server.api.app import create_app
 from server.core.settings import Settings
 from server.serving.server import Server, bind
+from tests.support.waiting import until
 
 Behaviour = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 """What a stub does with a request's path; the connection is closed afterwards."""
@@ -144,6 +145,8 @@ def running_app(settings: Settings, host: str = "127.0.0.1") -> Iterator[LiveApp
         server.handle_exit(signal.SIGTERM, None)
 
     try:
+        # Its sockets take connections before it has migrated the database that tests look into.
+        until(lambda: server.started or not thread.is_alive(), ANSWER_S, "the server has started")
         # Long before the server closes a connection, which may happen as a call is sent.
         limits = httpx2.Limits(keepalive_expiry=1)
         url = f"http://127.0.0.1:{port}"
