@@ -18,7 +18,6 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from server.core.codings import CODINGS, inflate
 from server.core.errors import (
     BodyTooLarge,
     EncodedBody,
@@ -27,6 +26,7 @@ from server.core.errors import (
     ServerBusy,
     TooManyFields,
 )
+from server.core.http import CODINGS, inflate
 
 MAX_FIELDS = 200
 """Most fields of a form, a query string or a JSON object."""

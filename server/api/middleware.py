@@ -29,7 +29,7 @@ from server.core.errors import (
     ServerBusy,
     StorageUnavailable,
 )
-from server.core.hosts import KNOWN_HOSTS, is_allowed
+from server.core.http import KNOWN_HOSTS, is_allowed
 from server.core.logs import get_logger
 from server.core.metrics import UNKNOWN_ROUTE, Metrics
 from server.core.settings import Settings, is_loopback

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.core.hosts import HOST, MAX_PORT, is_allowed
+from server.core.http import HOST, MAX_PORT, is_allowed
 
 BASE_URL = "inpaint.base_url"
 """Key of the ASGI scope: scheme, host and prefix under which the client reached the proxy."""

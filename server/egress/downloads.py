@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import anyio.to_thread
 import httpx2
 
-from server.core.codings import CODINGS, inflate
 from server.core.errors import ImageProblem
 from server.core.fairness import FairSemaphore
+from server.core.http import CODINGS, inflate
 from server.core.logs import get_logger
 from server.core.settings import FetchSettings
 from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient

@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 import anyio.to_thread
 
 from server.core.errors import ImageProblem, ImageUnavailable
-from server.core.hosts import is_allowed
+from server.core.http import is_allowed
 from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.interfaces import is_local
 from server.egress.policy import AddressDenied, EgressGrant, checked_url, host_of, is_localhost

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.monitoring.health import Store
 from server.api.monitoring.probes import readiness
 from server.api.services import Services
-from server.core.hosts import HOST, is_allowed
+from server.core.http import HOST, is_allowed
 from server.core.metrics import CONTENT_TYPE
 from server.serving.connections import ConnectionLimiter
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.core.codings import inflate
+from server.core.http import inflate
 from tests.support.apps import settings_in
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
 from tests.support.programs import program
