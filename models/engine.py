@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.acceleration.moments import Moment
 from models.batching import BatchKey, BatchSizer, CallKind, stall_s
 from models.diffusion.pipeline import Picture, Sample, Source
 from models.errors import DeviceLost, EngineError, OutOfMemory
@@ -27,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+LATENT_SCALE = 8
+"""Sides of a picture in sides of its latents."""
+
+KEPT_CALLS = 1_000
+"""UNet calls whose times are kept until somebody asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,25 @@ class EngineLimits:
     is_reproducible: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class UNetCall:
+    """A UNet call that was started. area: of one row, in latent pixels."""
+
+    area: int
+    rows: int
+    begin: Moment
+    end: Moment
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """A UNet call that is done. pixels: of one row's picture. seconds: on the device."""
+
+    pixels: int
+    rows: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class InpaintEngine:
     """Runs generations step by step, many at a time."""
@@ -128,6 +154,7 @@ class InpaintEngine:
     _is_resting: bool = True
     _rows: BatchSizer = field(init=False)
     _pictures: BatchSizer = field(init=False)
+    _calls: deque[UNetCall] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
 
     def __post_init__(self) -> None:
         limits = self.limits
@@ -158,6 +185,18 @@ class InpaintEngine:
         self._waiting = deque(each for each in self._waiting if each.id != generation_id)
         self._running.pop(generation_id, None)
         self.models.forget_loads({each.model for each in self._waiting})
+
+    def take_step_times(self) -> list[StepTime]:
+        """The UNet calls that the device has done since this was last asked, oldest first."""
+        found = []
+        while self._calls:
+            call = self._calls[0]
+            seconds = call.begin.seconds_to(call.end)
+            if seconds is None:
+                break
+            found.append(StepTime(call.area * LATENT_SCALE**2, call.rows, seconds))
+            self._calls.popleft()
+        return found
 
     def preview(self, generation_id: int) -> NDArray[np.uint8] | None:
         """How a generation's first picture comes along: see `InpaintPipeline.preview`.
@@ -314,8 +353,12 @@ class InpaintEngine:
         """The UNet call, timed where that helps to find the best number of rows."""
         samples = [member.sample for member in batch]
         rows = sum(sample.rows for sample in samples)
+        pipeline = self.models.pipeline(kind.model)
         with self._timed(self._rows, kind, rows):
-            return self.models.pipeline(kind.model).denoise_step(samples)
+            begin = pipeline.mark()
+            predictions = pipeline.denoise_step(samples)
+            self._calls.append(UNetCall(kind.area, rows, begin, pipeline.mark()))
+        return predictions
 
     def _shrink_rows(self, kind: CallKind, batch: Sequence[RunningSample]) -> None:
         self._rows.shrink(kind, sum(member.sample.rows for member in batch))

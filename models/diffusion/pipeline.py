@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
 from models.acceleration.fusion import fuse
+from models.acceleration.moments import Moment
 from models.acceleration.stack import USUAL, Acceleration, accelerated
 from models.acceleration.transfers import host_tables
 from models.acceleration.unet import BatchedUNet, UNetRows
@@ -327,6 +328,11 @@ class InpaintPipeline:
             with translated_errors():
                 torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def mark(self) -> Moment:
+        """Now, on the device, without waiting for it. Raises: OutOfMemory, DeviceLost."""
+        with translated_errors():
+            return Moment.now(self.device)
 
     def release_memory(self) -> None:
         """Give cached device memory back, after something did not fit."""

@@ -177,7 +177,9 @@ async def fetch(
         caller.fetch_grant,
         OwnPictures(own_urls, own_names, functools.partial(read_own_picture, services)),
     )
-    return images, time.perf_counter() - started
+    took_s = time.perf_counter() - started
+    services.metrics.intake.labels("fetch").observe(took_s)
+    return images, took_s
 
 
 async def read_own_picture(services: Services, key: str) -> bytes | None:
@@ -197,8 +199,10 @@ async def decoded(
     size = decode_size_of(request)
     try:
         async with services.sandbox.decoded(images, size, caller.key_id, request.mask_rule) as pair:
+            took_s = time.perf_counter() - started
             services.metrics.decodes.labels("decoded").inc()
-            yield pair, time.perf_counter() - started
+            services.metrics.intake.labels("decode").observe(took_s)
+            yield pair, took_s
     except ImageUnavailable:
         services.metrics.decodes.labels("refused").inc()
         raise

@@ -24,12 +24,12 @@ from server.api.auth.keyring import REFRESH_S, KeyRing
 from server.api.auth.keys import KeyStore
 from server.api.dialects.base import Dialect
 from server.api.dialects.document import write_document
-from server.api.dialects.registry import enabled_dialects, write_webhook
+from server.api.dialects.registry import enabled_dialects, name_of_owner, write_webhook
 from server.api.errors import answer_error
 from server.api.middleware import CrossOrigin, ErrorAnswers, RequestContext
 from server.api.monitoring import probes
 from server.api.monitoring.health import Health, Store, write_nothing
-from server.api.monitoring.metrics import StoredFigures
+from server.api.monitoring.metrics import ProcessFigures, StoredFigures
 from server.api.monitoring.status import StatusReader
 from server.api.playground.routes import playground_router
 from server.api.proxies import TrustedProxies
@@ -126,7 +126,7 @@ def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
             name for each in enabled_dialects(settings.dialects) for name in each.exposed_headers
         ]
         app.add_middleware(CrossOrigin, settings.cors_origins, exposed, serves_loopback_only)
-    app.add_middleware(RequestContext, metrics)
+    app.add_middleware(RequestContext, metrics, name_of_owner)
     app.add_middleware(TrustedProxies, settings.forwarded_allow_ips, settings.allowed_hosts)
 
 
@@ -159,11 +159,21 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
     storage = Storage(settings.storage_url, settings.store_options)
     keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
     estimator = Estimator(functools.partial(store.forecast, settings.places_on))
-    metrics.registry.register(StoredFigures(engine, store, estimator))
+    figures = StoredFigures(engine, store, estimator, max_waiting=settings.queue.max_waiting)
+    metrics.registry.register(figures)
     # A client each, so that images and webhooks do not wait for each other's DNS look-ups.
     listeners = listeners_of(settings)
     image_client, webhook_client = (EgressClient(settings.egress, listeners) for _ in range(2))
     deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
+    webhooks = WebhookSender(
+        settings.webhook,
+        deliveries,
+        store,
+        write_webhook,
+        webhook_client,
+        grant_of=lambda key_id: keys.caller_of(key_id).webhook_grant,
+    )
+    metrics.registry.register(ProcessFigures(webhooks, settings.data_dir))
     return Services(
         settings=settings,
         keys=keys,
@@ -174,14 +184,7 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
         sandbox=DecoderPool(ImageLimits(settings.fetch.max_image_bytes)),
         watcher=JobWatcher(store, settings.http.max_streams_per_key),
         deliveries=deliveries,
-        webhooks=WebhookSender(
-            settings.webhook,
-            deliveries,
-            store,
-            write_webhook,
-            webhook_client,
-            grant_of=lambda key_id: keys.caller_of(key_id).webhook_grant,
-        ),
+        webhooks=webhooks,
         background=Background(),
         metrics=metrics,
         health=build_health(engine, store, storage),

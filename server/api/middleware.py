@@ -31,7 +31,7 @@ from server.core.errors import (
 )
 from server.core.http import KNOWN_HOSTS, is_allowed
 from server.core.logs import get_logger
-from server.core.metrics import UNKNOWN_ROUTE, Metrics
+from server.core.metrics import CLIENT_CLOSED, OUTCOME, UNKNOWN_ROUTE, Metrics, Outcome
 from server.core.settings import Settings, is_loopback
 
 logger = get_logger(__name__)
@@ -63,11 +63,15 @@ ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class RequestContext:
-    """Gives every request an id, and every answer its headers, metrics and log line."""
+    """Gives every request an id, and every answer its headers, metrics and log line.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    dialect_of: the name of the dialect that owns a path.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, dialect_of: Callable[[str], str]) -> None:
         self._app = app
         self._metrics = metrics
+        self._dialect_of = dialect_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -97,7 +101,8 @@ class RequestContext:
     def _record(self, scope: Scope, status: int | None, duration_s: float) -> None:
         """Count and log a request. status: None where no answer was started."""
         route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
-        self._metrics.requests.labels(route, str(status or 0)).inc()
+        dialect, outcome = self._dialect_of(scope["path"]), outcome_of(scope, status)
+        self._metrics.requests.labels(route, str(status or 0), dialect, outcome).inc()
         self._metrics.latency.labels(route).observe(duration_s)
         # Probes come every few seconds and would fill the log.
         log = logger.debug if scope["path"] in PROBES else logger.info
@@ -108,6 +113,17 @@ class RequestContext:
             status=status,
             duration_ms=round(duration_s * 1000, 1),
         )
+
+
+def outcome_of(scope: Scope, status: int | None) -> Outcome:
+    """What became of a request. status: None where no answer was started."""
+    if status is None or status == CLIENT_CLOSED:
+        return Outcome.LEFT
+    if OUTCOME in scope:
+        return Outcome(scope[OUTCOME])
+    if status >= 500:
+        return Outcome.FAILED
+    return Outcome.REFUSED if status >= 400 else Outcome.ANSWERED
 
 
 class CrossOrigin(CORSMiddleware):

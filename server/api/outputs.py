@@ -16,6 +16,7 @@ from models.params import OutputFormat
 from server.api.dependencies import ServicesOf
 from server.api.services import Services
 from server.core.errors import RouteNotFound, ServerBusy
+from server.core.metrics import CLIENT_CLOSED
 from server.jobs.job import (
     OUTPUT_FOLDER,
     OUTPUT_NAME,
@@ -39,9 +40,6 @@ THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
 
 OWN_LIMITS = ImageLimits(max_bytes=64_000_000, max_pixels=8_000_000)
 """For pictures of our own, which have 4 megapixels at most."""
-
-CLIENT_CLOSED = 499
-"""The status in metrics and logs of a call whose client has gone, as in nginx's."""
 
 MEDIA_TYPES = {each.suffix: each.media_type for each in OutputFormat}
 

@@ -4,24 +4,66 @@ Labels come only from routes, enums and our own tables, never from a client's te
 processes together are read from the database at each scrape.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from enum import StrEnum
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from server.core.errors import ImageProblem
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 UNKNOWN_ROUTE = "unknown"
+
+CLIENT_CLOSED = 499
+"""The status in metrics and logs of a call whose client has gone, as in nginx's."""
 
 ESTIMATE_BUCKETS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10)
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
+INTAKE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
+
+
+OUTCOME = "inpaint.outcome"
+"""The key of a request's `Outcome` in its ASGI scope, where an error has decided it."""
+
+
+class Outcome(StrEnum):
+    """What became of a request. Some dialects answer errors with status 200."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    """By a rule, a limit or the job's own failure."""
+    FAILED = "failed"
+    """By a fault of the server or its stores."""
+    LEFT = "left"
+    """The client had gone before its answer."""
+
+
+def new_registry() -> CollectorRegistry:
+    """An empty registry. Its counters do not tell when they were made, which doubles a scrape."""
+    disable_created_metrics()
+    return CollectorRegistry()
+
+
 class Metrics:
     """The counters of one API process. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = new_registry()
         self.requests = Counter(
-            "inpaint_requests", "Requests answered", ["route", "status"], registry=self.registry
+            "inpaint_requests",
+            "Requests answered",
+            ["route", "status", "dialect", "outcome"],
+            registry=self.registry,
         )
         self.latency = Histogram(
             "inpaint_request_seconds",
@@ -39,8 +81,17 @@ class Metrics:
             ["problem"],
             registry=self.registry,
         )
+        for problem in ImageProblem:
+            self.image_problems.labels(problem)  # a rate needs the 0 before the first one
         self.decodes = Counter(
             "inpaint_decodes", "Pairs of pictures decoded", ["outcome"], registry=self.registry
+        )
+        self.intake = Histogram(
+            "inpaint_intake_seconds",
+            "Stages of requests before their job is submitted",
+            ["stage"],
+            buckets=INTAKE_BUCKETS_S,
+            registry=self.registry,
         )
         self.estimates = Histogram(
             "inpaint_estimate_ratio",

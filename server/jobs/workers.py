@@ -4,16 +4,17 @@ A worker is alive while its reports arrive. A `HeartbeatMonitor` measures that b
 of the reading process, because wall clocks of machines differ and jump.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
-from sqlalchemy import Connection, Engine, select, tuple_
+from sqlalchemy import Column, Connection, Engine, select, tuple_
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from server.jobs.leases import HeartbeatMonitor
 from server.storage.database import read_only
-from server.storage.tables import workers
+from server.storage.tables import worker_figures, workers
 
 ALIVE_S = 30.0
 """A worker that has not reported for so long counts as dead."""
@@ -57,13 +58,18 @@ class WorkerRegistry:
         self._clock = clock
         self._monitor = HeartbeatMonitor[str](steady_clock)
 
-    def report(self, status: WorkerStatus) -> None:
-        """Write a worker's status in place of its earlier one."""
+    def report(self, status: WorkerStatus, figures: str | None = None) -> None:
+        """Write a worker's status in place of its earlier one.
+
+        figures: its metrics in Prometheus' text format, in place of the earlier ones; None leaves
+            these as they are.
+        """
         values = {each.name: getattr(status, each.name) for each in fields(status)}
-        is_sqlite = self._engine.dialect.name == "sqlite"
-        upsert = (sqlite_insert if is_sqlite else postgresql_insert)(workers).values(values)
         with self._engine.begin() as connection:
-            connection.execute(upsert.on_conflict_do_update(index_elements=["id"], set_=values))
+            _write(connection, workers.c.id, values)
+            if figures is not None:
+                counted = {"worker_id": status.id, "figures": figures}
+                _write(connection, worker_figures.c.worker_id, counted)
 
     def remove(self, worker_id: str) -> None:
         """Remove the row of a worker that has ended."""
@@ -76,6 +82,12 @@ class WorkerRegistry:
         with read_only(self._engine) as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else WorkerStatus(**row._mapping)
+
+    def figures_of(self, worker_ids: Collection[str]) -> dict[str, str]:
+        """The last figures of each of these workers that has reported some."""
+        query = select(worker_figures).where(worker_figures.c.worker_id.in_(worker_ids))
+        with read_only(self._engine) as connection:
+            return {row.worker_id: row.figures for row in connection.execute(query)}
 
     def alive(self) -> list[WorkerStatus]:
         """The last reports of the workers that are alive."""
@@ -112,3 +124,10 @@ class WorkerRegistry:
             return min(abs(self._clock() - seen_at), ALIVE_S)
 
         return self._monitor.silent_s(reports, initial_s)
+
+
+def _write(connection: Connection, key: Column[str], values: Mapping[str, Any]) -> None:
+    """Write a row in place of the one that has the same key."""
+    insert = sqlite_insert if connection.dialect.name == "sqlite" else postgresql_insert
+    upsert = insert(key.table).values(values)
+    connection.execute(upsert.on_conflict_do_update(index_elements=[key], set_=values))

@@ -199,6 +199,14 @@ workers = Table(
     CheckConstraint("state IN ('loading', 'ready', 'failed')", name="state_known"),
 )
 
+# Apart from `workers`, whose rows every claim reads.
+worker_figures = Table(
+    "worker_figures",
+    metadata,
+    Column("worker_id", Text, ForeignKey("workers.id", ondelete="CASCADE"), primary_key=True),
+    Column("figures", Text, nullable=False),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

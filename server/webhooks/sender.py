@@ -53,6 +53,19 @@ OPERATOR = EgressGrant("operator")
 
 NOT_ALLOWED = "address not allowed"
 NOT_MADE = "could not be made"
+NO_ANSWER = "no answer"
+NOT_REACHABLE = "not reachable"
+
+CLASSES = {
+    NO_ANSWER: "no_answer",
+    NOT_REACHABLE: "not_reachable",
+    NOT_ALLOWED: "not_allowed",
+    NOT_MADE: "not_made",
+}
+"""Of calls without a response."""
+
+OUTCOMES = ("2xx", "3xx", "4xx", "5xx", "other", *CLASSES.values())
+"""All values of `class_of`."""
 
 
 class WebhookCaller:
@@ -139,6 +152,8 @@ class WebhookSender:
         self._manual_calls = TokenBuckets()
         self._call_ended = asyncio.Event()
         self._threads = anyio.CapacityLimiter(DATABASE_THREADS)
+        self.outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+        """How many calls this process has made, by `class_of` their result."""
 
     async def run(self) -> None:
         """Run until cancelled. The lease of an interrupted call runs out, and it is made again."""
@@ -205,6 +220,7 @@ class WebhookSender:
             attempt = await self._attempt(delivery)
             if attempt is None:
                 return
+            self.outcomes[class_of(attempt)] += 1
             state = await self._in_thread(self._deliveries.record, delivery, attempt)
             await self._update_breaker(delivery.host, attempt)
             logger.info(
@@ -261,7 +277,14 @@ def outcome_of(error: Exception) -> str:
     """Why there was no response, for operators only: clients could map our network with it."""
     if isinstance(error, AddressDenied):
         return NOT_ALLOWED
-    return "no answer" if isinstance(error, TimeoutError) else "not reachable"
+    return NO_ANSWER if isinstance(error, TimeoutError) else NOT_REACHABLE
+
+
+def class_of(attempt: Attempt) -> str:
+    """The class of the response's status, or why there was none, for metrics."""
+    if attempt.status is None:
+        return CLASSES[attempt.outcome]
+    return f"{attempt.status // 100}xx" if 200 <= attempt.status < 600 else "other"
 
 
 def to_seconds(retry_after: str) -> float | None:

@@ -40,6 +40,7 @@ from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.storage.database import DatabaseFileGone, Topic, open_engine
 from server.storage.files import Storage
 from server.worker.checkpoints import Checkpoints
+from server.worker.figures import WorkerFigures
 from server.worker.finalizer import Finalizer
 from server.worker.previews import DaemonThread, PreviewFiles
 from server.worker.results import Result, Stages, Stores
@@ -124,6 +125,7 @@ class Worker:
     _max_in_flight: int = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
     _models: ModelPool = field(init=False)
+    _figures: WorkerFigures = field(init=False)
     _stores: Stores = field(init=False)
     _finalizer: Finalizer = field(init=False)
     _previews: PreviewFiles = field(init=False)
@@ -132,7 +134,8 @@ class Worker:
         self._max_in_flight = self.settings.places_on(self.device)
         self._checkpoints = Checkpoints(self.settings, self.device)
         keeps_inputs = self.settings.retention.keep_inputs
-        self._stores = Stores(self.store, self.storage, keeps_inputs)
+        self._figures = WorkerFigures()
+        self._stores = Stores(self.store, self.storage, keeps_inputs, self._figures)
         self._finalizer = Finalizer(self._stores.steps_to_fail)
         self._previews = PreviewFiles(self.storage, DaemonThread("previews"))
 
@@ -166,6 +169,7 @@ class Worker:
                         self._claim(engine, capacity)
                 for event in engine.step():
                     self._handle(event)
+                self._figures.observe_steps(engine.take_step_times())
                 if engine.is_resting:
                     time.sleep(IDLE_POLL_S)  # Costs half as much CPU as waiting for the event.
             self._release_remaining()
@@ -300,6 +304,7 @@ class Worker:
         for job in claimed:
             stages = Stages()
             logger.info("job claimed", job_id=job.id)
+            self._figures.observe_claim(job)
             try:
                 source = self._read_input(job)
             except StorageUnavailable:
@@ -389,7 +394,8 @@ class Worker:
                 state=state,
                 detail=detail,
                 seen_at=time.time(),
-            )
+            ),
+            self._figures.text(),
         )
 
 

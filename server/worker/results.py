@@ -20,6 +20,7 @@ from server.jobs.job import Failure, Job, JobState
 from server.jobs.receipts import Model, PictureReceipt, Receipt, RunTimes
 from server.jobs.store import JobStore
 from server.storage.files import Storage
+from server.worker.figures import WorkerFigures
 from server.worker.finalizer import Step
 
 logger = get_logger(__name__)
@@ -30,17 +31,20 @@ class Stores:
     """The stores that take the ends of jobs.
 
     keeps_inputs: those of finished jobs stay, so that they can be replayed.
+    figures: count what the stores have taken.
     """
 
     jobs: JobStore
     files: Storage
     keeps_inputs: bool = False
+    figures: WorkerFigures = field(default_factory=WorkerFigures)
 
     def steps_to_fail(self, job: Job, failure: Failure) -> list[Step]:
         """The steps of an end without pictures."""
 
         def fail() -> None:
             if self.jobs.fail(job, failure.sentence):
+                self.figures.count_failed(job, failure)
                 self.drop_input(job)
 
         return [fail]
@@ -95,7 +99,8 @@ class Result:
     caption: Callable[[Picture], str]
     model: Model
     _files: list[bytes] = field(default_factory=list)
-    _commit: Callable[[], bool] = field(init=False)
+    _flagged: Sequence[bool | None] = ()
+    _receipt: Callable[[], Receipt] = field(init=False)
     _coverage: float | None = None
 
     @property
@@ -116,30 +121,28 @@ class Result:
         encoded_s = time.perf_counter()
         if repaired := repaired_parts(self.pictures):
             logger.warning("the VAE needed float32", job_id=self.job.id, detail=repaired)
-        flagged = [each.is_flagged for each in self.pictures]
-
-        def commit() -> bool:
-            receipt = Receipt(
-                model=self.model,
-                versions=versions(),
-                times=run_times(self.stages, encoded_s),
-                coverage=coverage,
-                box=box,
-                pictures=tuple(receipts),
-            )
-            return self.stores.jobs.finish(self.job, flagged, receipt)
-
-        self._commit = commit
+        self._flagged = [each.is_flagged for each in self.pictures]
+        self._receipt = lambda: Receipt(
+            model=self.model,
+            versions=versions(),
+            times=run_times(self.stages, encoded_s),
+            coverage=coverage,
+            box=box,
+            pictures=tuple(receipts),
+        )
         self.pictures = ()
 
     def _put(self, index: int) -> None:
         self.stores.files.put(self.job.output_keys[index], self._files[index])
 
     def _finish(self) -> None:
-        is_ours = self._commit() or self._was_ours()
-        if not is_ours:
+        receipt = self._receipt()
+        is_ours = self.stores.jobs.finish(self.job, self._flagged, receipt) or self._was_ours()
+        if is_ours:
+            self.stores.figures.count_finished(self.job, receipt)
+        else:
             self.stores.drop_pictures(self.job)
-        elif not self.stores.keeps_inputs:
+        if is_ours and not self.stores.keeps_inputs:
             self.stores.drop_input(self.job)
         intake = self.job.request.intake
         logger.info(

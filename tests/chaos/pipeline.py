@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from models.acceleration.moments import Moment
 from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
 from models.errors import DeviceLost, OutOfMemory, UnusablePicture
 from models.imaging.canvas import prepare_canvas
@@ -95,6 +96,9 @@ class ScriptedPipeline(InpaintPipeline):
 
     def device_time_s(self) -> float:
         return time.perf_counter()
+
+    def mark(self) -> Moment:
+        return Moment(time.perf_counter())
 
     def release_memory(self) -> None:
         """Nothing is kept."""

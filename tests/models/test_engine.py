@@ -15,9 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from models.acceleration.moments import Moment
 from models.checkpoints.registry import Components
 from models.diffusion.pipeline import InpaintPipeline, Picture, Source
-from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
+from models.engine import (
+    EngineLimits,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    InpaintEngine,
+    Progress,
+    StepTime,
+)
 from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture, Violation
 from models.model_pool import ModelPool
 from models.params import InpaintParams, SchedulerName
@@ -126,6 +136,9 @@ class ToyPipeline:
 
     def device_time_s(self) -> float:
         return self.now_s
+
+    def mark(self) -> Moment:
+        return Moment(self.now_s)
 
     def release_memory(self) -> None:
         """There is none."""
@@ -239,6 +252,37 @@ def test_previews_change_no_picture(tiny_pipeline: InpaintPipeline) -> None:
         pairs = zip(pictures_of(ends[generation_id]), pictures_of(end), strict=True)
         for picture, expected in pairs:
             np.testing.assert_array_equal(picture.image, expected.image)
+
+
+def test_times_of_unet_calls_are_told_once() -> None:
+    engine = make_engine(ToyPipeline(row_s=0.25), samples_per_call=2)
+    run_all(engine, make_generation(1, samples=2, num_inference_steps=3, width=64, height=128))
+
+    times = engine.take_step_times()
+
+    assert times == 3 * [StepTime(pixels=64 * 128, rows=4, seconds=1.0)]
+    assert engine.take_step_times() == []
+
+
+class LateEvent:
+    """An event of a device that comes to it when it is told."""
+
+    def __init__(self, at_ms: float) -> None:
+        self.at_ms, self.is_past = at_ms, False
+
+    def query(self) -> bool:
+        return self.is_past
+
+    def elapsed_time(self, later: "LateEvent") -> float:
+        return later.at_ms - self.at_ms
+
+
+def test_calls_under_way_have_no_time_yet() -> None:
+    begin, end = LateEvent(1_000), LateEvent(1_500)
+    moments = [Moment(0.0, cast(torch.cuda.Event, each)) for each in (begin, end)]
+    assert moments[0].seconds_to(moments[1]) is None
+    end.is_past = True
+    assert moments[0].seconds_to(moments[1]) == 0.5
 
 
 CULPRIT_PROMPT = "poison"

@@ -31,7 +31,7 @@ WINGS = {
         "core": "",
     },
     "models": {
-        "engine": "batching model_pool diffusion params errors",
+        "engine": "batching model_pool diffusion acceleration params errors",
         "batching": "diffusion",
         "model_pool": "diffusion checkpoints errors",
         "builtin": "diffusion",
@@ -239,7 +239,8 @@ def in_wing(wing: str) -> set[str]:
 
 
 def test_only_the_worker_imports_the_engine_and_torch() -> None:
-    assert importers_of("models.engine") == {"worker/loop.py", "worker/trial.py"}
+    users = {"worker/figures.py", "worker/loop.py", "worker/trial.py"}
+    assert importers_of("models.engine") == users
     assert importers_of("models.diffusion.pipeline") <= in_wing("worker")
     assert importers_of(*HEAVY - {"ray"}) <= in_wing("worker")
 

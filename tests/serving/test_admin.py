@@ -74,8 +74,9 @@ def test_figures_follow_what_happens(
     figures = figures_of(admin)
 
     expected = {
-        "inpaint_requests_total{/api/v3/inpaint}{200}": 5,
-        "inpaint_requests_total{unknown}{404}": 1,
+        "inpaint_requests_total{v3}{answered}{/api/v3/inpaint}{200}": 3,
+        "inpaint_requests_total{v3}{refused}{/api/v3/inpaint}{200}": 2,
+        "inpaint_requests_total{none}{refused}{unknown}{404}": 1,
         "inpaint_request_seconds_count{/api/v3/inpaint}": 5,
         "inpaint_refusals_total{ImageUnavailable}": 2,
         "inpaint_refusals_total{RouteNotFound}": 1,
@@ -83,6 +84,8 @@ def test_figures_follow_what_happens(
         "inpaint_image_problems_total{not_an_image}": 1,
         "inpaint_decodes_total{decoded}": 3,
         "inpaint_decodes_total{refused}": 1,
+        "inpaint_intake_seconds_count{fetch}": 4,
+        "inpaint_intake_seconds_count{decode}": 3,
         "inpaint_jobs{finished}": 1,
         "inpaint_jobs{cancelled}": 1,
         "inpaint_jobs{queued}": 0,
@@ -106,7 +109,7 @@ def test_figures_without_a_database(app: LiveApp, admin: httpx2.Client, settings
     engine.dispose()
     figures = figures_of(admin)
     assert figures["inpaint_database_up"] == 0
-    assert figures["inpaint_requests_total{/healthz}{200}"] == 1
+    assert figures["inpaint_requests_total{none}{answered}{/healthz}{200}"] == 1
 
 
 def test_readiness_with_details(app: LiveApp, admin: httpx2.Client, settings: Settings) -> None:

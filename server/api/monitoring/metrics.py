@@ -1,15 +1,22 @@
-"""Prometheus metrics read from the database: queue, jobs, workers, webhooks.
+"""Prometheus metrics that are read at each scrape, from the database and from parts of the process.
 
-What a scrape must see at once is read at each scrape. Counts of whole tables are kept for a while
-when they take long, because each API process is scraped and the tables hold a month of jobs.
+Queue, jobs and webhooks are counted in their tables. Workers report their own figures, see
+`worker/figures`, which are given on with one label more. What a scrape must see at once is read at
+each scrape. Counts of whole tables are kept for a while when they take long, because each API
+process is scraped and the tables hold a month of jobs.
 """
 
+import shutil
 import time
 from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from prometheus_client.core import GaugeMetricFamily as Metric
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from sqlalchemy import Column, ColumnElement, Connection, Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,6 +27,7 @@ from server.jobs.store import JobStore
 from server.jobs.workers import WorkerStatus
 from server.storage.database import read_only
 from server.storage.tables import deliveries, delivery_attempts, jobs
+from server.webhooks.sender import WebhookSender
 
 QUICK_S = 0.2
 """A count of whole tables that takes no longer is made at each scrape."""
@@ -41,8 +49,29 @@ class TableCounts:
     attempts: Sequence[tuple[str, int]]
 
 
+class ProcessFigures(Collector):
+    """What parts of this process have counted. data_dir: the folder whose disk is reported."""
+
+    def __init__(self, webhooks: WebhookSender, data_dir: Path) -> None:
+        self._webhooks = webhooks
+        self._data_dir = data_dir
+
+    def collect(self) -> Iterator[Metric]:
+        """The present values."""
+        calls = CounterMetricFamily(
+            "inpaint_webhook_calls", "Webhook calls made", labels=["outcome"]
+        )
+        for outcome, count in self._webhooks.outcomes.items():
+            calls.add_metric([outcome], count)
+        yield calls
+        with suppress(OSError):
+            disk = shutil.disk_usage(self._data_dir)
+            sizes = [("total", disk.total), ("free", disk.free)]
+            yield gauge("inpaint_disk_bytes", "Of the data folder's disk", "kind", sizes)
+
+
 class StoredFigures(Collector):
-    """The collector of these metrics. clock: monotonic seconds."""
+    """What the database knows. max_waiting: jobs in a full queue. clock: monotonic seconds."""
 
     def __init__(
         self,
@@ -50,10 +79,12 @@ class StoredFigures(Collector):
         store: JobStore,
         estimator: Estimator,
         clock: Callable[[], float] = time.monotonic,
+        max_waiting: int = 1_000,
     ) -> None:
         self._engine = engine
         self._store = store
         self._estimator = estimator
+        self._max_waiting = max_waiting
         self._clock = clock
         self._counts: TableCounts | None = None
         self._count_at = clock()
@@ -68,12 +99,14 @@ class StoredFigures(Collector):
             found = list(self._read())
         except SQLAlchemyError:
             found = []
-        yield Metric("inpaint_database_up", "Whether it answers", float(bool(found)))
+        yield GaugeMetricFamily("inpaint_database_up", "Whether it answers", float(bool(found)))
         yield from found
 
     def _read(self) -> Iterator[Metric]:
         wait_s = self._estimator.forecast().wait_s
+        oldest_s = self._store.demand().oldest_wait_s or 0.0
         seen = self._store.workers.alive()
+        reports = self._store.workers.figures_of([worker.id for worker in seen])
         with read_only(self._engine) as connection:
             counts = self._count_tables(connection)
             live = count_by(connection, jobs.c.state, jobs.c.state.in_(LIVE))
@@ -83,11 +116,16 @@ class StoredFigures(Collector):
         yield gauge(
             "inpaint_failed_jobs", "Failed jobs by reason", "reason", by_reason(counts.failures)
         )
-        yield Metric("inpaint_queue_wait_seconds", "Until a new job would start", wait_s)
+        yield GaugeMetricFamily("inpaint_queue_wait_seconds", "Until a new job would start", wait_s)
+        yield GaugeMetricFamily(
+            "inpaint_queue_oldest_seconds", "How long the oldest job has waited", oldest_s
+        )
+        yield GaugeMetricFamily("inpaint_queue_limit", "Jobs that may wait", self._max_waiting)
         yield gauge("inpaint_webhooks", "Webhook calls by state", "state", counts.calls)
         yield gauge("inpaint_webhook_attempts", "Attempts by outcome", "outcome", counts.attempts)
         workers = by_worker_state(seen)
         yield gauge("inpaint_workers", "Workers with a recent report", "state", workers)
+        yield from figures_by_worker(reports)
 
     def _count_tables(self, connection: Connection) -> TableCounts:
         """The counts of now, or the last ones while they would take long."""
@@ -103,6 +141,19 @@ class StoredFigures(Collector):
             took_s = self._clock() - started
             self._count_at = started + (COST_FACTOR * took_s if took_s > QUICK_S else 0.0)
         return self._counts
+
+
+def figures_by_worker(reports: Mapping[str, str]) -> list[Metric]:
+    """The figures of all workers, with the label `worker`. reports: in text format, by worker."""
+    merged: dict[str, Metric] = {}
+    for worker_id, report in reports.items():
+        for family in text_string_to_metric_families(report):
+            whole = Metric(family.name, family.documentation, family.type)
+            merged.setdefault(family.name, whole).samples += [
+                sample._replace(labels={"worker": worker_id, **sample.labels})
+                for sample in family.samples
+            ]
+    return [*merged.values()]
 
 
 def by_worker_state(seen: Sequence[WorkerStatus]) -> list[tuple[str, int]]:
@@ -129,7 +180,7 @@ def count_by(
 
 def gauge(name: str, text: str, label: str, values: Iterable[tuple[str, int]]) -> Metric:
     """A gauge with one label."""
-    family = Metric(name, text, labels=[label])
+    family = GaugeMetricFamily(name, text, labels=[label])
     for value, count in values:
         family.add_metric([value], count)
     return family
