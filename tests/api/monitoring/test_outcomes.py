@@ -1,0 +1,46 @@
+"""What became of a request, and of a webhook call, in metrics."""
+
+from typing import Any
+
+import pytest
+
+from server.api.middleware import outcome_of
+from server.core.metrics import CLIENT_CLOSED, OUTCOME, Outcome
+from server.webhooks.deliveries import Attempt
+from server.webhooks.sender import NO_ANSWER, NOT_ALLOWED, NOT_MADE, NOT_REACHABLE, class_of
+
+
+@pytest.mark.parametrize(
+    ("status", "scope", "outcome"),
+    [
+        (200, {}, Outcome.ANSWERED),
+        (307, {}, Outcome.ANSWERED),
+        (200, {OUTCOME: Outcome.REFUSED}, Outcome.REFUSED),
+        (200, {OUTCOME: Outcome.FAILED}, Outcome.FAILED),
+        (404, {}, Outcome.REFUSED),
+        (503, {}, Outcome.FAILED),
+        (429, {OUTCOME: Outcome.REFUSED}, Outcome.REFUSED),
+        (None, {}, Outcome.LEFT),
+        (CLIENT_CLOSED, {}, Outcome.LEFT),
+    ],
+)
+def test_outcome_of_a_request(status: int | None, scope: dict[str, Any], outcome: Outcome) -> None:
+    assert outcome_of(scope, status) is outcome
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "name"),
+    [
+        (204, "answered", "2xx"),
+        (302, "answered", "3xx"),
+        (410, "answered", "4xx"),
+        (503, "answered", "5xx"),
+        (999, "answered", "other"),
+        (None, NO_ANSWER, "no_answer"),
+        (None, NOT_REACHABLE, "not_reachable"),
+        (None, NOT_ALLOWED, "not_allowed"),
+        (None, NOT_MADE, "not_made"),
+    ],
+)
+def test_class_of_a_webhook_call(status: int | None, outcome: str, name: str) -> None:
+    assert class_of(Attempt(0.0, 0.1, status, outcome)) == name
