@@ -143,6 +143,9 @@ lock: $(TOOLS_INSTALLED)  ## renews configs/locks after a change of pyproject.to
 	cp $(LOCKS)/cluster.txt out/cluster.txt
 	$(COMPILE) pyproject.toml --extra cluster --constraint out/runtime.txt --output-file out/cluster.txt
 	$(BEYOND) out/runtime.txt out/cluster.txt >$(LOCKS)/cluster.txt
+	cat $(LOCKS)/runtime.txt $(LOCKS)/torch.txt $(LOCKS)/tracing.txt >out/tracing.txt
+	$(COMPILE) pyproject.toml --extra tracing --constraint out/runtime.txt --output-file out/tracing.txt
+	$(BEYOND) out/runtime.txt out/tracing.txt >$(LOCKS)/tracing.txt
 	cp $(LOCKS)/tools.txt out/tools.txt
 	$(COMPILE) --group tools --constraint out/dev.txt --output-file out/tools.txt
 	cp out/tools.txt $(LOCKS)/tools.txt

@@ -19,6 +19,7 @@ from models.imaging.mask_reading import MaskReading, marks_nothing
 from server.api.auth.keyring import Caller
 from server.api.dialects.base import JobRequest
 from server.api.services import Services
+from server.core import tracing
 from server.core.errors import (
     ApiError,
     Conflict,
@@ -65,13 +66,13 @@ async def accept(
     earlier = await check_admission(services, caller, idempotency)
     if earlier is not None:
         return Submitted(earlier, is_new=False)
-    with admission_slot(services, caller):
+    with admission_slot(services, caller), tracing.span("accept", dialect=request.dialect):
         async with prepared(services, request, caller, base_url, called_url) as ready:
             new_job = await with_deadline(services, ready.new_job, request.deadline_s, started)
             # The input is durable before its row exists, so a claimed job always has its input.
             await services.in_file_thread(put_input, services.storage, new_job, ready.pair)
         submitted = await services.in_submit_thread(
-            submit, services.store, services.storage, new_job, idempotency
+            submit, services.store, services.storage, traced(new_job), idempotency
         )
     log_notices(submitted.job)
     return submitted
@@ -115,11 +116,16 @@ async def accept_copy(
     earlier = await check_admission(services, caller, idempotency)
     if earlier is not None:
         return Submitted(earlier, is_new=False)
-    with admission_slot(services, caller):
+    with admission_slot(services, caller), tracing.span("accept", dialect=new_job.dialect):
         await services.in_file_thread(copy_input, services.storage, input_key, new_job)
         return await services.in_submit_thread(
-            submit, services.store, services.storage, new_job, idempotency
+            submit, services.store, services.storage, traced(new_job), idempotency
         )
+
+
+def traced(new_job: NewJob) -> NewJob:
+    """The job with the current span, below which its worker puts the spans of its run."""
+    return dataclasses.replace(new_job, traceparent=tracing.traceparent())
 
 
 async def check_admission(
@@ -179,6 +185,7 @@ async def fetch(
     )
     took_s = time.perf_counter() - started
     services.metrics.intake.labels("fetch").observe(took_s)
+    tracing.record("fetch", took_s)
     return images, took_s
 
 
@@ -202,6 +209,7 @@ async def decoded(
             took_s = time.perf_counter() - started
             services.metrics.decodes.labels("decoded").inc()
             services.metrics.intake.labels("decode").observe(took_s)
+            tracing.record("decode images", took_s)
             yield pair, took_s
     except ImageUnavailable:
         services.metrics.decodes.labels("refused").inc()

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from server.api.bodies import refuse_many_fields
+from server.core import tracing
 from server.core.errors import (
     InvalidHost,
     LoopbackOnly,
@@ -83,6 +84,7 @@ class RequestContext:
         # One task of uvicorn may serve several requests, so the context of the last one is cleared.
         clear_contextvars()
         bind_contextvars(request_id=request_id)
+        tracing.follow(Headers(scope=scope))
         started = time.perf_counter()
         status: int | None = None
 

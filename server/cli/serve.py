@@ -63,6 +63,7 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     """
     from server.api.auth.keyring import read_keys_file
     from server.cli.announcements import STARTING
+    from server.core import tracing
     from server.core.logs import configure_logging, redact_secrets
     from server.serving.preflight import check_workers
     from server.serving.tls import load_context
@@ -71,6 +72,7 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     settings = settings_of(options, *FLAGS)
     settings.make_data_dir()
     configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
+    tracing.start(settings.tracing_url, "inpaint-api")
     warn_operator(settings)
     Storage(settings.storage_url, settings.store_options)  # refuses unusable options
     if settings.auth.keys_file is not None:
@@ -138,6 +140,7 @@ def run_worker(options: argparse.Namespace) -> int:
 def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
     """The settings, and torch's name of the device. Starts the log. Raises: ValueError, OSError."""
     from server.cli.announcements import STARTING
+    from server.core import tracing
     from server.core.logs import configure_logging
     from server.serving.devices import expand_devices, open_device
     from server.storage.files import Storage
@@ -148,6 +151,7 @@ def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
     # On a terminal the server that started this worker announces these events.
     announced = STARTING if options.parent is not None else ()
     configure_logging(secrets=settings.secrets, shown_on_terminal=announced)
+    tracing.start(settings.tracing_url, "inpaint-worker")
     Storage(settings.storage_url, settings.store_options)  # refuses unusable options
     if options.parent is None:  # else the server has warned
         warn_of_devices([options.device], devices)

@@ -638,6 +638,10 @@ class Settings(BaseSettings):
     playground: bool = True
     """Serve the pages at `/` (the playground), `/status` and `/docs`, which call this server's own
     APIs."""
+    tracing_url: str = Field(default="", pattern=r"^(https?://[^\s/@]+.*)?$")
+    """Where traces of jobs are sent: an OpenTelemetry collector that takes OTLP over HTTP, such as
+    `http://collector:4318`. It needs the extra `tracing`; nothing is traced by default. Variables
+    of OpenTelemetry work too, such as `OTEL_EXPORTER_OTLP_HEADERS` for credentials."""
     wait_s: float = Field(default=600, gt=0)
     """How long a call waits for its pictures in a dialect that cannot be polled, such as OpenAI's.
     Its job is then cancelled."""

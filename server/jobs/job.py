@@ -145,6 +145,7 @@ class NewJob:
     work: size of the job in pixel steps, for estimates of time.
     track_id: any JSON scalar, given back as it came.
     deadline_s: seconds from the submission after which it is not started; None for no limit.
+    traceparent: of the span that submits it; None where nothing is traced.
     """
 
     dialect: str
@@ -157,6 +158,7 @@ class NewJob:
     track_id: Any = None
     share: QueueShare = USUAL_SHARE
     deadline_s: float | None = None
+    traceparent: str | None = None
 
     @property
     def input_key(self) -> str:
@@ -179,6 +181,7 @@ class Job:
     expired_at: when the pictures of a finished job were removed; None while they are there.
     deadline_at: no worker starts it from then on, by a clock that all processes share; None for no
         limit.
+    traceparent: as in `NewJob`.
     claimed_s: when it was claimed, by the steady clock of the process that did; None in any other.
     """
 
@@ -209,6 +212,7 @@ class Job:
     preview_step: int | None = None
     queued_s: float | None = None
     deadline_at: float | None = None
+    traceparent: str | None = None
     claimed_s: float | None = field(default=None, compare=False, repr=False)
 
     @classmethod

@@ -103,6 +103,7 @@ class Submissions:
             "created_at": self._clock(),
             "submitted_s": now,
             "deadline_at": None if new.deadline_s is None else now + new.deadline_s,
+            "traceparent": new.traceparent,
         }
 
     def _find_replayed(

@@ -77,6 +77,7 @@ jobs = Table(
     Column("error", Text),
     Column("expired_at", Float),
     Column("deadline_at", Float),
+    Column("traceparent", Text),
     CheckConstraint(
         "state IN ('queued', 'running', 'finished', 'failed', 'cancelled')", name="state_known"
     ),

@@ -18,6 +18,7 @@ import anyio
 import anyio.to_thread
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.core import tracing
 from server.core.errors import RateLimited
 from server.core.logs import get_logger
 from server.core.rate_limits import TokenBuckets
@@ -270,7 +271,9 @@ class WebhookSender:
         if job is None:
             return None
         grant = self._grant_of(job.key_id)
-        return await self._caller.send(delivery.url, delivery.id, self._render(job), grant)
+        attempt = await self._caller.send(delivery.url, delivery.id, self._render(job), grant)
+        trace_call(job, delivery, attempt)
+        return attempt
 
 
 def outcome_of(error: Exception) -> str:
@@ -278,6 +281,19 @@ def outcome_of(error: Exception) -> str:
     if isinstance(error, AddressDenied):
         return NOT_ALLOWED
     return NO_ANSWER if isinstance(error, TimeoutError) else NOT_REACHABLE
+
+
+def trace_call(job: Job, delivery: Delivery, attempt: Attempt) -> None:
+    """The span of a call that has just ended, in the trace of its job."""
+    tracing.record(
+        "webhook",
+        attempt.duration_s,
+        job.traceparent,
+        failure="" if attempt.is_success else class_of(attempt),
+        job_id=job.id,
+        attempt=delivery.attempt,
+        status=attempt.status,
+    )
 
 
 def class_of(attempt: Attempt) -> str:

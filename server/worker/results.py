@@ -22,6 +22,7 @@ from server.jobs.store import JobStore
 from server.storage.files import Storage
 from server.worker.figures import WorkerFigures
 from server.worker.finalizer import Step
+from server.worker.traces import trace_failed, trace_finished
 
 logger = get_logger(__name__)
 
@@ -45,6 +46,7 @@ class Stores:
         def fail() -> None:
             if self.jobs.fail(job, failure.sentence):
                 self.figures.count_failed(job, failure)
+                trace_failed(job, failure)
                 self.drop_input(job)
 
         return [fail]
@@ -140,6 +142,7 @@ class Result:
         is_ours = self.stores.jobs.finish(self.job, self._flagged, receipt) or self._was_ours()
         if is_ours:
             self.stores.figures.count_finished(self.job, receipt)
+            trace_finished(self.job, receipt)
         else:
             self.stores.drop_pictures(self.job)
         if is_ours and not self.stores.keeps_inputs:

@@ -24,6 +24,7 @@ from tests.project.supply.locks import (
     REPOSITORY,
     RUNTIME,
     TOOLS,
+    TRACING,
     Pin,
     pins,
     read_lock,
@@ -84,7 +85,7 @@ def test_no_lock_names_an_address(lock: str) -> None:
 
 def test_each_name_has_one_version() -> None:
     versions: dict[str, set[str]] = {}
-    for pin in pins(*RUNTIME, "torch-cpu", *CLUSTER, *DEVELOPMENT, *TOOLS):
+    for pin in pins(*RUNTIME, "torch-cpu", *CLUSTER, *DEVELOPMENT, *TRACING, *TOOLS):
         versions.setdefault(pin.name, set()).add(pin.release)
 
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
@@ -97,11 +98,21 @@ def test_each_name_has_one_version() -> None:
         (PROJECT["build-system"]["requires"], RUNTIME),
         (PROJECT["project"]["optional-dependencies"]["dev"], RUNTIME + DEVELOPMENT),
         (PROJECT["project"]["optional-dependencies"]["cluster"], RUNTIME + CLUSTER),
+        (PROJECT["project"]["optional-dependencies"]["tracing"], RUNTIME + TRACING),
         (PROJECT["dependency-groups"]["tools"], TOOLS),
         (PROJECT["dependency-groups"]["clients"], CLIENTS),
         (PROJECT["dependency-groups"]["iopaint"], CLIENTS),
     ],
-    ids=["dependencies", "build-system", "dev", "cluster", "tools", "clients", "iopaint"],
+    ids=[
+        "dependencies",
+        "build-system",
+        "dev",
+        "cluster",
+        "tracing",
+        "tools",
+        "clients",
+        "iopaint",
+    ],
 )
 def test_locks_hold_what_the_project_asks_for(wanted: list[str], locks: Sequence[str]) -> None:
     locked = {pin.name: pin.version for pin in pins(*locks)}

@@ -63,6 +63,7 @@ EXCUSED = {
 """Licences accepted of one distribution only, and why."""
 
 _SPELLINGS = {
+    "3-Clause BSD License": "BSD-3-Clause",
     "Apache": "Apache-2.0",
     "Apache 2.0": "Apache-2.0",
     "Apache 2.0 License": "Apache-2.0",

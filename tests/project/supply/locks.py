@@ -18,6 +18,8 @@ TOOLS = ("tools",)
 """What lies in `.venv/tools`."""
 CLUSTER = ("cluster",)
 """What machines of a Ray cluster add, and `.venv/cluster` has."""
+TRACING = ("tracing",)
+"""What the extra `tracing` adds; `dev` has it too."""
 CLIENTS = ("clients", "iopaint")
 """What lies in `.venv/clients`."""
 

@@ -27,6 +27,7 @@ from server.api.auth.keyring import Caller
 from server.api.dialects.base import JobRequest
 from server.api.dialects.native.findings import Finding, Level, find
 from server.api.services import Services
+from server.core import tracing
 from server.jobs.estimates import CANDIDATE_ID, Forecast
 
 OVERLAY_PX, OVERLAY_QUALITY = 512, 80
@@ -106,7 +107,7 @@ async def check(
     Raises: ServerBusy, QueueFull, ImageUnavailable, StorageUnavailable.
     """
     await check_admission(services, caller, None)
-    with admission_slot(services, caller):
+    with admission_slot(services, caller), tracing.span("check masks"):
         async with prepared(services, request, caller, base_url, called_url) as ready:
             async with services.picture_slots.held_by(caller.key_id):
                 seen = await to_thread.run_sync(look_at, request, ready)
