@@ -259,9 +259,8 @@ def line_cut(room: Path) -> Found:
         thread = stack.enter_context(LoopThread())
         host = stack.enter_context(running_host(thread))
         url = running.url(running.create_database())
-        socket_path = str(next(Path(url.query["host"]).glob(".s.PGSQL.*[0-9]")))
         proxy = stack.enter_context(
-            running_proxy(thread, lambda: asyncio.open_unix_connection(socket_path))
+            running_proxy(thread, lambda: asyncio.open_unix_connection(running.socket))
         )
         files = {"INPAINT_STORAGE__URL": (room / "files").as_uri()}
         other = Site(room / "other", host, files | {"INPAINT_DATABASE_URL": str(url)})
@@ -283,7 +282,7 @@ def line_cut(room: Path) -> Found:
         reset_site.stop()
         injected, gaps = "the node's line reset after 5 s", []
         try:
-            line = stack.enter_context(running_relay(socket_path))
+            line = stack.enter_context(running_relay(running.socket))
             silent_site = node("silent", FAR, PORT)
             slowest_s = max(slowest_s, silent_line(silent_site, other, line, oracle))
             injected += "; of another silent, without a reset, until its job's lease had run out"
@@ -460,7 +459,7 @@ def jobs_of_today(room: Path, host: Host) -> tuple[list[dict[str, Any]], Path]:
     lease = {"lease_until": 0.0, "beaten_at": 0.0, "heartbeat_at": 0.0}
     rows = [queued | dict.fromkeys(lease), running | lost | lease]
     rows = [row | {"claim": row["fencing_token"]} for row in rows]
-    return rows, site.data_dir / "files"
+    return rows, site.files
 
 
 def write_old_schema(url: str, version: str, rows: Sequence[Mapping[str, Any]]) -> None:

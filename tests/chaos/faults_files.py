@@ -85,7 +85,7 @@ def files_gone(room: Path) -> Found:
         gone = site.accept(Script(tag="gone"), webhook=f"{site.host.url}/ok/gone")
         site.ended(gone)
         url = site.fetch(gone)["output"][0]
-        generations, inputs = (site.data_dir / "files" / each for each in ("generations", "inputs"))
+        generations, inputs = (site.files / each for each in ("generations", "inputs"))
         for path in generations.iterdir():
             path.unlink()
         expect(site.client.get(url).status_code == 404, "a missing picture is no 404")

@@ -1,21 +1,28 @@
 """Faults of several machines: the stores that they share, away or hanging, and deaths in Ray."""
 
+import asyncio
 import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from server.jobs.leases import LEASE_S
 from tests.chaos.faults_database import postgres, takes_jobs
 from tests.chaos.faults_processes import drain
 from tests.chaos.faults_storage import HUNG_SUBMIT_S, TOLD_S
 from tests.chaos.fleet import Fleet, running_fleet
 from tests.chaos.matrix import Found, NotCovered, fault
 from tests.chaos.oracle import Oracle
-from tests.chaos.scripts import Script
-from tests.chaos.site import Site, expect
+from tests.chaos.relay import NEAR, running_machine
+from tests.chaos.scripts import FOLDER_VARIABLE, Script
+from tests.chaos.shifted_clock import FILE_VARIABLE
+from tests.chaos.site import Site, expect, outside_world
+from tests.support.processes import Process
+from tests.support.proxies import TcpProxy, close_server
 from tests.support.repository import REPOSITORY
 from tests.support.s3 import locate_rclone, running_s3
 from tests.support.waiting import until
@@ -156,6 +163,90 @@ def shared_stores(room: Path) -> Found:
             f"200, running jobs ended at their first attempt; {drain(fleet.site, oracle)}"
         )
         return Found(f"each for {AWAY_S:g} s under two APIs and two workers", checked, slowest_s)
+
+
+class TwoMachines:
+    """An API and, in a network of its own behind `line`, a machine for workers.
+
+    They share PostgreSQL and S3, which the far one reaches by `NEAR` alone. Everything ends with
+    the stack. Raises: NotCovered.
+    """
+
+    def __init__(self, room: Path, stack: ExitStack) -> None:
+        if locate_rclone() is None:
+            raise NotCovered("rclone is not installed")
+        self.room, self._stack = room, stack
+        self._thread, self.host = stack.enter_context(outside_world())
+        server = stack.enter_context(postgres())
+        s3 = stack.enter_context(running_s3(room / "s3"))
+        url = server.url(server.create_database())
+        self._near = {**s3.environment, "INPAINT_DATABASE_URL": str(url)}
+        self.api = Site(room / "api", self.host, self._near)
+        stack.callback(self.api.close)
+        self.api.start(0, is_ready=False)
+        self.oracle = Oracle(self.api, files=s3.bucket / "fleet", orphans=1)
+        self.line = stack.enter_context(running_machine())
+        port = self._pass_on(lambda: asyncio.open_unix_connection(server.socket))
+        s3_port = self._pass_on(lambda: asyncio.open_connection("127.0.0.1", s3.port))
+        self._far = {
+            **s3.environment,
+            "INPAINT_DATABASE_URL": str(url.set(host=NEAR, port=port, query={})),
+            "AWS_ENDPOINT": f"http://{NEAR}:{s3_port}",
+        }
+
+    def start_worker(self, name: str, *, is_far: bool) -> Process:
+        """`inpaint-server worker` on either machine."""
+        marks = {FOLDER_VARIABLE: str(self.api.marks), FILE_VARIABLE: str(self.api.marks / "clock")}
+        worker = Process(
+            (self._far if is_far else self._near) | marks,
+            *("--data-dir", str(self.room / name), "--worker-id", name),
+            program="tests.chaos.backend",
+            under=self.line.inside if is_far else (),
+        )
+        self._stack.callback(worker.stop)
+        return worker
+
+    def _pass_on(self, connect: Callable[[], Any]) -> int:
+        """A port of `NEAR` behind which a store of this machine answers."""
+        proxy = TcpProxy(connect)
+        listening = self._thread.call(proxy.start(NEAR))
+        self._stack.callback(lambda: self._thread.call(close_server(listening)))
+        return proxy.port
+
+
+@fault("F34", "a worker's machine is cut off", within_s=60, is_patient=True)
+def machine_cut_off(room: Path) -> Found:
+    """A worker loses PostgreSQL and S3 in silence, in the middle of a job, and finds them again."""
+    with ExitStack() as stack:
+        machines = TwoMachines(room, stack)
+        api, oracle, host = machines.api, machines.oracle, machines.host
+        cut_off = machines.start_worker("far", is_far=True)
+        until(lambda: api.readiness() == 200, 60, "the far worker is ready")
+        script = Script(tag="cut-off", step_s=0.3, unrepeatable=True)
+        job = api.accept(script, num_inference_steps=50, webhook=f"{host.url}/ok/cut-off")
+        until(lambda: oracle.row(job)["step"] > 0, 60, "the far worker makes it")
+        machines.line.cut()
+        other = machines.start_worker("near", is_far=False)
+        api.ended(job, within_s=LEASE_S + 60)
+        expect(made_by(other, job), "the near worker did not make it")
+        oracle.check()
+        other.stop()
+        machines.line.heal()
+        after = api.accept(Script(tag="after"))
+        recovery_s = api.ended(after, within_s=120)
+        expect(made_by(cut_off, after), "the far worker takes no jobs")
+        expect(oracle.row(job)["attempt"] == 2, "not two attempts")
+        until(lambda: len(host.calls_for(job)) > 0, 60, "the webhook is called")
+        checked = drain(api, oracle)
+        expect(len(host.calls_for(job)) == 1, "the webhook was called twice")
+    injected = "packets of a worker in a network namespace lost until its lease ran out"
+    checked = f"another worker made the job, the late result changed nothing; {checked}"
+    return Found(injected, checked, recovery_s)
+
+
+def made_by(worker: Process, job_id: int) -> bool:
+    """Whether a worker has said so."""
+    return any(each["job_id"] == job_id for each in worker.events("job finished"))
 
 
 @fault("F21", "death of a worker, replica, node or head of Ray")

@@ -305,7 +305,7 @@ def lateness_s(
         "the late worker learns of it",
     )
     expect(picture_of(site, job) == before, f"the late worker changed the picture ({stage})")
-    files = site.data_dir / "files" / "generations"
+    files = site.files / "generations"
     prefix = oracle.row(job)["file_prefix"]
     until(lambda: len([*files.glob(f"{prefix}*")]) == 1, 10, "the late worker's picture is gone")
     oracle.check()

@@ -165,7 +165,7 @@ def read_only_files(site: Site) -> float:
 
     Files that are open already can still be written: the database's cannot be had this way.
     """
-    folder = str(site.data_dir / "files")
+    folder = str(site.files)
 
     def in_its_view(*command: str) -> None:
         enter = ["nsenter", "--target", str(site.pid), "--mount"]

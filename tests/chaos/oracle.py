@@ -223,7 +223,7 @@ class Oracle:
         return [f"files without a row: {strays}"] if len(strays) > self.orphans else []
 
     def _folder(self, name: str) -> Path:
-        return (self.files or self.site.data_dir / "files") / name
+        return (self.files or self.site.files) / name
 
 
 def written_at(path: Path) -> float:

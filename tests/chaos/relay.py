@@ -24,7 +24,7 @@ NEAR, FAR = "10.213.77.1", "10.213.77.2"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A running relay at `FAR`:`PORT`. pid: its process. name: of its end, in its network."""
+    """To a network of its own. pid: a process there. name: of the line's end there."""
 
     pid: int
     name: str
@@ -39,7 +39,7 @@ class Line:
 
     @property
     def inside(self) -> list[str]:
-        """Before a command: it runs in the relay's network."""
+        """Before a command: it runs in that network."""
         return ["nsenter", "--target", str(self.pid), "--net"]
 
 
@@ -52,27 +52,42 @@ def run(*command: str) -> None:
 
 
 @contextmanager
-def running_relay(socket_path: str) -> Iterator[Line]:
-    """A line to a Unix socket. Raises: NotCovered."""
+def running_machine() -> Iterator[Line]:
+    """A network of its own, as another machine has one, at the end of a line to it.
+
+    Raises: NotCovered.
+    """
     run("unshare", "--net", "true")
     near = f"chaos{os.getpid()}a"
     with ExitStack() as stack:
-        relay = subprocess.Popen(
-            ["unshare", "--net", sys.executable, "-m", "tests.chaos.relay", str(PORT), socket_path],
+        machine = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "echo ready; exec sleep infinity"],
             stdout=subprocess.PIPE,
-            cwd=REPOSITORY,
         )
-        stack.callback(relay.communicate)
-        stack.callback(relay.kill)
-        assert relay.stdout is not None
-        relay.stdout.readline()  # it listens
-        line = Line(relay.pid, f"chaos{os.getpid()}b")
-        pair = ("type", "veth", "peer", "name", line.name, "netns", str(relay.pid))
+        stack.callback(machine.communicate)
+        stack.callback(machine.kill)
+        assert machine.stdout is not None
+        machine.stdout.readline()  # it has its network
+        line = Line(machine.pid, f"chaos{os.getpid()}b")
+        pair = ("type", "veth", "peer", "name", line.name, "netns", str(machine.pid))
         run("ip", "link", "add", near, *pair)
         run("ip", "address", "add", f"{NEAR}/30", "dev", near)
         run("ip", "link", "set", near, "up")
         run(*line.inside, "ip", "address", "add", f"{FAR}/30", "dev", line.name)
         line.heal()
+        yield line
+
+
+@contextmanager
+def running_relay(socket_path: str) -> Iterator[Line]:
+    """A line to a Unix socket, by `FAR`:`PORT`. Raises: NotCovered."""
+    with running_machine() as line, ExitStack() as stack:
+        program = [sys.executable, "-m", "tests.chaos.relay", str(PORT), socket_path]
+        relay = subprocess.Popen([*line.inside, *program], stdout=subprocess.PIPE, cwd=REPOSITORY)
+        stack.callback(relay.communicate)
+        stack.callback(relay.kill)
+        assert relay.stdout is not None
+        relay.stdout.readline()  # it listens
         yield line
 
 

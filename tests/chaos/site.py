@@ -26,6 +26,7 @@ from tests.chaos.shifted_clock import FILE_VARIABLE, shift
 from tests.support.http_stub import png_bytes
 from tests.support.proxies import LoopThread
 from tests.support.repository import REPOSITORY
+from tests.support.shared_stores import environment_of, files_of
 from tests.support.waiting import until
 
 START_S = 120.0
@@ -131,6 +132,7 @@ class Site:
             "OMP_NUM_THREADS": "1",
             FOLDER_VARIABLE: str(self.marks),
             FILE_VARIABLE: str(self._clock),
+            **environment_of(self.data_dir),
             **(environment or {}),
         }
         self._log_seen = 0
@@ -141,6 +143,11 @@ class Site:
         """As the server finds it."""
         given = self._environment.get("INPAINT_DATABASE_URL")
         return given or f"sqlite:///{self.data_dir / 'inpaint.db'}"
+
+    @property
+    def files(self) -> Path:
+        """The folder of its files, where it was given none of its own."""
+        return files_of(self.data_dir)
 
     @property
     def url(self) -> str:

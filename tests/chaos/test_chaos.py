@@ -91,7 +91,7 @@ def begun(site: Site, tag: str) -> tuple[int, int]:
 
 
 def test_picture_waits_for_the_file_store(site: Site, oracle: Oracle) -> None:
-    pictures = site.data_dir / "files" / "generations"
+    pictures = site.files / "generations"
     aside = pictures.with_name("aside")
     job, pid = begun(site, "kept")
     pictures.mkdir(exist_ok=True)  # where no other test has made a picture
@@ -243,7 +243,7 @@ def test_oracle_notices_what_is_wrong(site: Site) -> None:
     job = site.accept(webhook=f"{site.host.url}/ok/oracle")
     site.ended(job)
     oracle.check()
-    pictures = site.data_dir / "files" / "generations"
+    pictures = site.files / "generations"
     picture = pictures / f"{oracle.row(job)['file_prefix']}-0.png"
     content, stray = picture.read_bytes(), pictures / "stray.png"
 

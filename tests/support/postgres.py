@@ -55,6 +55,11 @@ class PostgresServer:
         """SQLAlchemy's address of a database."""
         return make_url(f"postgresql://inpaint@/{database}?host={self._folder}")
 
+    @property
+    def socket(self) -> str:
+        """The path of its socket, where it runs."""
+        return str(next(self._folder.glob(".s.PGSQL.*[0-9]")))
+
     def create_database(self, template: str = "template0") -> str:
         """A new database; its name."""
         name = f"test_{uuid.uuid4().hex}"

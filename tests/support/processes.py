@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx2
+
+from tests.support.shared_stores import environment_of
 
 COMMAND = (sys.executable, "-P", "-m", "server.cli.main")
 """As the console script: nothing is imported from the working directory."""
@@ -29,6 +31,7 @@ class Process:
     """A command of ours, followed through its log.
 
     program: the module that is run, in place of the installed command. folder: where it is called.
+    under: a command that becomes it.
     """
 
     def __init__(
@@ -37,10 +40,11 @@ class Process:
         *arguments: str,
         program: str | None = None,
         folder: Path | None = None,
+        under: Sequence[str] = (),
     ) -> None:
         command = COMMAND if program is None else (sys.executable, "-m", program)
         self._process = subprocess.Popen(
-            [*command, *arguments],
+            [*under, *command, *arguments],
             stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=folder,
@@ -118,7 +122,8 @@ class ServerProcess(Process):
         self.data_dir = data_dir
         ours = {"INPAINT_FETCH__ALLOW_CIDRS": "127.0.0.0/8", "INPAINT_HOLD_S": str(HOLD_S)}
         arguments = ["serve", "--port", "0", "--data-dir", str(data_dir), *flags]
-        super().__init__({**ours, **environment}, *arguments, program=program, folder=folder)
+        given = {**ours, **environment_of(data_dir), **environment}
+        super().__init__(given, *arguments, program=program, folder=folder)
         self.url: str = self.wait_for("listening")["url"]
         self.client = httpx2.Client(
             base_url=self.url,
@@ -138,7 +143,7 @@ class WorkerProcess(Process):
     """`inpaint-server worker` beside a server of its own."""
 
     def __init__(self, data_dir: Path) -> None:
-        super().__init__({}, "worker", "--data-dir", str(data_dir))
+        super().__init__(environment_of(data_dir), "worker", "--data-dir", str(data_dir))
 
 
 @contextmanager
