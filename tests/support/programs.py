@@ -5,8 +5,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -130,3 +132,26 @@ def read_answer(line: dict[str, Any]) -> Answer:
 
 def pixels(content: bytes) -> Pixels:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+@contextmanager
+def started(
+    command: Sequence[str | Path], folder: Path, environment: Mapping[str, str]
+) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
+    """A program and the file of what it prints. All that it has started ends with it."""
+    log = folder / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        yield process, log
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(TIMEOUT_S)
