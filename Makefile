@@ -89,8 +89,9 @@ check: $(INSTALLED)  ## runs ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-docs: $(INSTALLED)  ## writes docs/settings.md and configs/example.toml from the settings
+docs: $(INSTALLED)  ## writes docs/settings.md, configs/example.toml and docs/benchmarks.md
 	$(BIN)/python -m tests.support.settings_page
+	$(BIN)/python -m tests.support.benchmarks_page
 
 pictures: $(INSTALLED) $(CLIENTS_INSTALLED)  ## writes the playground's pictures in docs/; needs Chromium
 	$(BIN)/python -m tests.support.playground_pictures
