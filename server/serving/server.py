@@ -52,6 +52,7 @@ class Server(uvicorn.Server):
     ) -> None:
         self._app = app
         self._workers = workers
+        self._was_told_to_stop = False
         self._watchdog: Watchdog | None = None
         limits = settings.http
         self.limiter = ConnectionLimiter(
@@ -85,10 +86,11 @@ class Server(uvicorn.Server):
 
     def run_until_stopped(self, *listeners: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT, then return."""
-        # After serving, uvicorn raises the signal again for the handlers installed before its own.
-        # With the default handlers the process would die here, before its workers are stopped.
+        # A signal that comes before uvicorn has its own handlers is kept until the first tick.
+        # After serving, uvicorn raises its signals again for these handlers; with the default ones
+        # the process would die here, before its workers are stopped.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, self._note_stop)
         with Watchdog() as self._watchdog:
             self.run(sockets=list(listeners))
 
@@ -101,6 +103,9 @@ class Server(uvicorn.Server):
             # 65 ms.
             gc.collect()
             gc.freeze()
+
+    def _note_stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._was_told_to_stop = True
 
     def _tick(self, watchdog: Watchdog, loop: asyncio.AbstractEventLoop) -> None:
         """Report to the watchdog that the loop runs, twice for each of its checks."""
@@ -120,7 +125,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to close the listening sockets and end."""
-        if self._workers is not None and self._workers.failure and not self.should_exit:
+        has_failed = self._workers is not None and self._workers.failure
+        if (has_failed or self._was_told_to_stop) and not self.should_exit:
             self.handle_exit(signal.SIGTERM, None)
         must_exit = await super().on_tick(counter)
         have_workers_ended = self._workers is None or self._workers.has_ended

@@ -1,11 +1,17 @@
-"""A process whose event loop has stopped ends."""
+"""A process whose event loop has stopped ends, and one that is told to end before its loop runs."""
 
+import signal
+import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from server.api.app import create_app
+from server.serving.server import Server, bind
 from server.serving.watchdog import EXIT_CODE, Watchdog
+from tests.support.apps import settings_in
 from tests.support.processes import ServerProcess
 
 pytestmark = pytest.mark.process
@@ -62,3 +68,31 @@ def test_sigterm_ends_a_server_even_when_its_loop_does_not_come_back(
     said = server.events("the event loop has stopped, ending")
     assert len(said) == is_loop_stopped
     assert all("never_return" in line["exception"] for line in said), "where it hangs is told"
+
+
+class StoppedEarly(Server):
+    """Gets SIGTERM before uvicorn has installed its handlers."""
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        super().run(sockets)
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_sigterm_before_the_loop_runs_is_obeyed(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    server = StoppedEarly(create_app(settings), settings)
+
+    with bind("127.0.0.1", 0) as listener:
+        server.run_until_stopped(listener)
+
+    assert server.should_exit
