@@ -23,7 +23,7 @@ TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_
 	&& echo torch-cpu || echo torch)
 
 .PHONY: help install demo serve test test-fast fuzz fuzz-api check docs pictures format bench chaos clients cluster \
-	cluster-demo lock audit sbom licences
+	cluster-demo lock audit sbom licences dist release-check
 
 help:  ## lists these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -121,6 +121,15 @@ sbom: $(INSTALLED) $(TOOLS_INSTALLED)  ## writes a CycloneDX bill of materials t
 
 licences: $(INSTALLED)  ## writes docs/licences.md
 	$(BIN)/python -m tests.project.supply.licences
+
+# What a build left behind would go into the next wheel.
+dist: $(INSTALLED)  ## builds the wheel and the source distribution into dist/
+	rm -rf build dist inpaint_server.egg-info
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist, build_wheel; \
+		build_sdist('dist'); build_wheel('dist')" >/dev/null
+
+release-check: dist sbom  ## tells what keeps this state from being a release
+	$(BIN)/python -m tests.project.supply.release --dist dist --sbom out/sbom.json
 
 # Renews the locks after a change of pyproject.toml from what has been out for AGE; pins stay as far as
 # they fit. UPGRADE=--upgrade raises all, UPGRADE='--upgrade-package NAME' one; AGE='0 days' lets in a

@@ -1,6 +1,6 @@
 """From a model id to loaded weights.
 
-A model id is a name in `configs/models.toml`, "builtin", a folder in diffusers layout, a single
+A model id is a name in `models/models.toml`, "builtin", a folder in diffusers layout, a single
 `.safetensors` file or a hub id. Only safetensors files are read and no code from a checkpoint is
 run: the classes are ours to choose. The heavy imports stand inside functions, so that naming a
 model costs nothing.

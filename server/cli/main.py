@@ -98,7 +98,7 @@ def make_parser() -> Parser:
     shared = Parser(add_help=False)
     shared.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML)")
     shared.add_argument("--data-dir", type=Path, metavar="DIR", help="database and files")
-    shared.add_argument("--model", metavar="ID", help="id of configs/models.toml, folder or hub id")
+    shared.add_argument("--model", metavar="ID", help="id of models/models.toml, folder or hub id")
     for add in (add_serve, add_worker, add_health, add_doctor, add_demo, add_migrate):
         add(commands, shared)
     add_config(commands, shared)

@@ -588,9 +588,9 @@ class Settings(BaseSettings):
     """Memory for the parameters of all loaded models. Beyond that the model that was used least
     recently is unloaded. Unset means 60 % of a GPU's memory, and no limit on a CPU."""
     models_file: Path = Field(
-        default=REPOSITORY / "configs" / "models.toml", examples=["configs/models.toml"]
+        default=REPOSITORY / "models" / "models.toml", examples=["models/models.toml"]
     )
-    """The list of models. The default is `configs/models.toml` of the installation."""
+    """The list of models. The default is `models/models.toml` of the installation."""
     devices: Annotated[ListOf[str], Field(min_length=1)] = ("auto",)
     """The device of each worker. `auto` is the first GPU if there is one, else the CPU. `all` is
     every GPU that `nvidia-smi -L` and `CUDA_VISIBLE_DEVICES` show, MIG instances one by one.

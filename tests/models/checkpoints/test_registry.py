@@ -39,7 +39,7 @@ from tests.support.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
-CATALOG_FILE = Path(__file__).parents[3] / "configs" / "models.toml"
+CATALOG_FILE = Path(__file__).parents[3] / "models" / "models.toml"
 CPU = torch.device("cpu")
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
