@@ -238,7 +238,8 @@ def text_here(block: Block, folder: Path, server: ServerProcess) -> str:
         "cd inpaint-server ": f"cd inpaint-server{give_environment()}",
         "whsec_…": SECRET,
         ".venv/bin/python": sys.executable,
-        "DATA/": f"{server.data_dir}/",
+        "DATA/inpaint.db": f"{server.data_dir}/inpaint.db",
+        "/var/lib/inpaint-server": str(server.data_dir),
         "/backup/": f"{folder}/",
     }
     text = BEFORE.get(block.page, "") * (block.language == "python") + block.text
@@ -265,6 +266,8 @@ touch .venv/bin/pip .venv/installed
 @pytest.mark.parametrize("block", params(RUN_HERE))
 def test_block_runs(block: Block, folder: Path, server: ServerProcess) -> None:
     environment = {**environment_of(folder), "REPLICATE_BASE_URL": server.url.rstrip("/")}
+    if block.page.startswith("examples/"):  # elsewhere it would be an unknown setting
+        environment["INPAINT_URL"] = server.url.rstrip("/")
     with started([*command_of(block), text_here(block, folder, server)], folder, environment) as (
         process,
         log,
