@@ -288,7 +288,7 @@ def test_nginx_reads_the_block(block: Block, tmp_path: Path) -> None:
     text = block.text.replace("127.0.0.1:8080", f"unix:{socket}")
     file = tmp_path / "nginx.conf"
     file.write_text(f"pid {tmp_path}/pid; events {{}} http {{ access_log off; {text} }}")
-    words = [program("nginx"), "-t", "-e", "stderr", "-p", tmp_path, "-c", file]
+    words = [program("nginx"), "-t", "-e", "stderr", "-p", str(tmp_path), "-c", str(file)]
     told = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
     assert told.returncode == 0, told.stderr
 

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 
 from tests.project.supply import release
+from tests.project.supply.locks import RUNTIME, pins
 from tests.support.programs import program, run, started
 from tests.support.repository import REPOSITORY
 from tests.support.waiting import until
@@ -55,8 +56,8 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`inpaint-server` of an empty environment that got the wheel, and reads our libraries."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--python", folder / "bin" / "python"]
-    install = ["install", "--no-index", "--no-deps", "--disable-pip-version-check", wheel]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(folder / "bin" / "python")]
+    install = ["install", "--no-index", "--no-deps", "--disable-pip-version-check", str(wheel)]
     subprocess.run([*pip, *install], check=True, timeout=BUILD_S)
     (libraries,) = folder.glob("lib/python3*/site-packages")
     ours = [path for path in sys.path if path.endswith("site-packages")]
@@ -108,7 +109,7 @@ def test_server_of_the_wheel_makes_a_picture(command: Path, tmp_path: Path) -> N
         process,
         log,
     ):
-        until(lambda: said(log, "ready") or process.poll() is not None, SERVE_S, "ready")
+        until(lambda: said(log, "ready") != {} or process.poll() is not None, SERVE_S, "ready")
         url = said(log, "listening")["url"]
         picture = make_picture(url)
 
@@ -167,7 +168,7 @@ def bill(name: str, version: str, of: str = "inpaint-server") -> dict[str, objec
 
 
 def test_bill_of_materials_is_of_what_is_locked() -> None:
-    (pin, *_) = release.pins(*release.RUNTIME)
+    (pin, *_) = pins(*RUNTIME)
 
     assert [*release.wrong_bill(bill(pin.name, pin.version))] == []
     assert len([*release.wrong_bill(bill(pin.name, "0.0.1"))]) == 1
