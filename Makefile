@@ -23,7 +23,7 @@ TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_
 	&& echo torch-cpu || echo torch)
 
 .PHONY: help install demo serve test test-fast fuzz fuzz-api check docs pictures format bench chaos clients cluster \
-	cluster-demo lock audit sbom licences dist release-check
+	cluster-demo image lock audit sbom licences dist release-check
 
 help:  ## lists these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -68,6 +68,10 @@ cluster: $(CLUSTER_INSTALLED)  ## installs Ray for the tests of clusters, a minu
 
 cluster-demo: $(CLUSTER_INSTALLED)  ## breaks a Ray cluster on this machine, two minutes
 	$(CLUSTER)/python -m tests.cluster
+
+image: $(INSTALLED) $(TOOLS_INSTALLED)  ## builds the image for CPUs with podman and tries it, minutes; as root
+	$(TOOLS)/hadolint Dockerfile
+	.ci/image
 
 demo: $(INSTALLED)  ## makes a picture through the API, into out/demo.png
 	$(BIN)/inpaint-server demo
