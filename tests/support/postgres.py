@@ -28,10 +28,17 @@ def find_binaries() -> Path | None:
 class PostgresServer:
     """A running server, whose databases are cheap: nothing of them must survive a power cut.
 
-    is_durable: they do survive one, for measurements.
+    is_durable: they do survive one, for measurements. password: what connections then need.
     """
 
-    def __init__(self, binaries: Path, folder: Path, *, is_durable: bool = False) -> None:
+    def __init__(
+        self,
+        binaries: Path,
+        folder: Path,
+        *,
+        is_durable: bool = False,
+        password: str | None = None,
+    ) -> None:
         self._fsync = "on" if is_durable else "off"
         self._binaries = binaries
         self._folder = folder
@@ -39,7 +46,8 @@ class PostgresServer:
         self._user = "nobody" if os.geteuid() == 0 else None
         if self._user:
             shutil.chown(folder, self._user)
-        self._run("initdb", "--auth=trust", "--username=inpaint", "--no-sync", "--encoding=UTF8")
+        self._password = password
+        self._run("initdb", *self._access(), "--username=inpaint", "--no-sync", "--encoding=UTF8")
 
     def start(self) -> None:
         """Start, and wait until it answers."""
@@ -79,6 +87,13 @@ class PostgresServer:
         """Remove a database, whoever is connected."""
         self._execute(f"DROP DATABASE {name} WITH (FORCE)")
 
+    def _access(self) -> list[str]:
+        if self._password is None:
+            return ["--auth=trust"]
+        file = self._folder / "password"
+        file.write_text(self._password)
+        return ["--auth=scram-sha-256", f"--pwfile={file}"]
+
     def _has_template(self) -> bool:
         with self._connect() as connection:
             query = "SELECT 1 FROM pg_database WHERE datname = %s"
@@ -90,7 +105,11 @@ class PostgresServer:
 
     def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
         return psycopg.connect(
-            host=str(self._folder), user="inpaint", dbname="postgres", autocommit=True
+            host=str(self._folder),
+            user="inpaint",
+            password=self._password,
+            dbname="postgres",
+            autocommit=True,
         )
 
     def _run(self, program: str, *arguments: str) -> None:
@@ -109,11 +128,13 @@ class PostgresServer:
 
 
 @contextmanager
-def running_postgres(binaries: Path, *, is_durable: bool = False) -> Iterator[PostgresServer]:
+def running_postgres(
+    binaries: Path, *, is_durable: bool = False, password: str | None = None
+) -> Iterator[PostgresServer]:
     """A server that runs until the end of the block."""
     # A short path: that of a socket has little room.
     with tempfile.TemporaryDirectory(prefix="inpaint-pg-") as folder:
-        server = PostgresServer(binaries, Path(folder), is_durable=is_durable)
+        server = PostgresServer(binaries, Path(folder), is_durable=is_durable, password=password)
         server.start()
         try:
             yield server
