@@ -34,6 +34,7 @@ from server.api.monitoring.status import StatusReader
 from server.api.playground.routes import playground_router
 from server.api.proxies import TrustedProxies
 from server.api.services import WEBHOOKS, Services
+from server.api.shadow import Shadow, read_vendor_keys
 from server.core.background import Background
 from server.core.errors import ApiError, StorageUnavailable
 from server.core.logs import get_logger
@@ -144,6 +145,7 @@ async def running_services(settings: Settings, metrics: Metrics) -> AsyncIterato
         await stack.enter_async_context(services.background)
         await stack.enter_async_context(services.watcher)
         await stack.enter_async_context(services.sandbox)
+        await stack.enter_async_context(services.shadow)
         services.sandbox.warm()
         start_background_tasks(services, engine)
         yield services
@@ -163,7 +165,9 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
     metrics.registry.register(figures)
     # A client each, so that images and webhooks do not wait for each other's DNS look-ups.
     listeners = listeners_of(settings)
-    image_client, webhook_client = (EgressClient(settings.egress, listeners) for _ in range(2))
+    image_client, webhook_client, vendor_client = (
+        EgressClient(settings.egress, listeners) for _ in range(3)
+    )
     deliveries = DeliveryStore(engine, lease_s=settings.webhook.timeout_s * 4)
     webhooks = WebhookSender(
         settings.webhook,
@@ -189,6 +193,12 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
         metrics=metrics,
         health=build_health(engine, store, storage),
         status=StatusReader(engine, store, estimator, settings.data_dir),
+        shadow=Shadow(
+            settings.shadow,
+            read_vendor_keys(settings.shadow),
+            vendor_client,
+            lambda outcome: metrics.shadow_calls.labels(outcome).inc(),
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from server.api.auth.keyring import KeyRing
 from server.api.monitoring.health import Health
 from server.api.monitoring.status import StatusReader
+from server.api.shadow import Shadow
 from server.core.background import Background
 from server.core.errors import StorageUnavailable
 from server.core.fairness import FairSemaphore, KeyedCounter
@@ -78,6 +79,7 @@ class Services:
     metrics: Metrics
     health: Health
     status: StatusReader
+    shadow: Shadow
     admitted: KeyedCounter = field(default_factory=KeyedCounter)
     store_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(STORE_THREADS))
     submit_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(SUBMIT_THREADS))

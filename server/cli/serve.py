@@ -62,6 +62,7 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     Raises: ValueError, OSError.
     """
     from server.api.auth.keyring import read_keys_file
+    from server.api.shadow import read_vendor_keys
     from server.cli.announcements import STARTING
     from server.core import tracing
     from server.core.logs import configure_logging, redact_secrets
@@ -78,6 +79,7 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     if settings.auth.keys_file is not None:
         # A missing key file refuses the start; later it would count as empty.
         redact_secrets(read_keys_file(settings.auth.keys_file))
+    read_vendor_keys(settings.shadow)  # refuses an unusable file
     if settings.tls.certificate_file is not None:
         load_context(settings.tls)  # refuses unusable files
     command = shlex.split(options.worker_command or "")

@@ -93,6 +93,12 @@ class Metrics:
             buckets=INTAKE_BUCKETS_S,
             registry=self.registry,
         )
+        self.shadow_calls = Counter(
+            "inpaint_shadow_calls",
+            "Calls that were to be sent to the vendor too, by what became of them",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.estimates = Histogram(
             "inpaint_estimate_ratio",
             "First estimate given to a client divided by the true seconds until its job's end",

@@ -180,6 +180,15 @@ def checked_public_url(url: str) -> str:
     return url
 
 
+def checked_vendor_url(url: str) -> str:
+    """`https://host[:port]`; http on loopback alone. Raises: ValueError."""
+    parts = urlsplit(checked_public_url(url))
+    is_safe = parts.scheme == "https" or is_loopback(parts.hostname or "")
+    if not is_safe or "@" in parts.netloc or parts.path.strip("/"):
+        raise ValueError("must be a URL such as https://stablediffusionapi.com, without a path")
+    return url
+
+
 def checked_database(url: str) -> str:
     """The URL of a supported database. Raises: ValueError."""
     kind = url.partition(":")[0].partition("+")[0]
@@ -528,6 +537,29 @@ class ClusterSettings(Section):
         return self
 
 
+class ShadowSettings(Section):
+    """Shadow mode: a share of the calls of the vendor's APIs is also sent to the vendor, and the
+    log tells where the shapes of both answers differ. Prompts and pictures leave this server with
+    them, and the vendor charges for them."""
+
+    share: float = Field(default=0, ge=0, le=1)
+    """The share of calls, from 0 for none to 1 for all. It needs `base_url` and `keys_file`."""
+    base_url: Annotated[str, AfterValidator(checked_vendor_url)] | None = Field(
+        default=None, examples=["https://stablediffusionapi.com"]
+    )
+    """Where they are sent. Addresses that are not public are not dialled."""
+    keys_file: Path | None = Field(default=None, examples=["/run/secrets/vendor-keys"])
+    """A file of the vendor's API keys, one a line. A call is sent only if its key is listed here.
+    Keys that this server has made are refused, and so is the file of `auth.keys_file`. No other
+    user may be able to read it. It is read at the start."""
+
+    @model_validator(mode="after")
+    def _check_complete(self) -> Self:
+        if self.share and (self.base_url is None or self.keys_file is None):
+            raise ValueError("share needs base_url and keys_file")
+        return self
+
+
 class EnhanceSettings(Section):
     """The texts that `enhance_prompt` of the vendor's APIs adds. The defaults are the vendor's."""
 
@@ -669,6 +701,7 @@ class Settings(BaseSettings):
     retention: RetentionSettings = RetentionSettings()
     cluster: ClusterSettings = ClusterSettings()
     enhance: EnhanceSettings = EnhanceSettings()
+    shadow: ShadowSettings = ShadowSettings()
     _removed: tuple[str, ...] = ()
 
     @classmethod
@@ -712,7 +745,16 @@ class Settings(BaseSettings):
     def _check_combinations(self) -> "Settings":
         self._check_aliases()
         self._check_storage()
+        self._check_shadow()
         return self
+
+    def _check_shadow(self) -> None:
+        own, sent = self.auth.keys_file, self.shadow.keys_file
+        if own is not None and sent is not None and own.resolve() == sent.resolve():
+            raise ValueError(
+                "shadow.keys_file is auth.keys_file, and would send this server's own keys to the "
+                "vendor: list the vendor's keys in a file of their own"
+            )
 
     def _check_storage(self) -> None:
         scheme = urlsplit(self.storage_url).scheme

@@ -194,12 +194,13 @@ NETWORK_MODULES = (
 
 
 def test_only_the_egress_client_opens_connections() -> None:
-    """SSRF is stopped in one place: fetches and webhooks both go through it."""
+    """SSRF is stopped in one place: fetches, webhooks and shadow mode all go through it."""
     outwards = READS_URLS | OPENS_CONNECTIONS | CLIENTS
     assert importers_of(*NETWORK_MODULES) <= outwards | LISTENS | NAMES_SOCKETS | ASKS_THE_KERNEL
     assert importers_of("httpx2") <= READS_URLS | {"cli/demo.py", "egress/client.py"}
     assert importers_of("httpcore2") == {"egress/client.py"}
     users = {"api/app.py", "cli/webhooks.py", "egress/downloads.py", "webhooks/sender.py"}
+    users |= {"api/shadow.py"}
     # It tells which addresses are refused, and connects to none.
     users |= {"serving/diagnosis/network.py"}
     assert importers_of("server.egress.client") == users

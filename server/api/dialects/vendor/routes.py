@@ -81,9 +81,23 @@ class PictureCall:
         self, request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
     ) -> JSONResponse:
         """Make pictures."""
-        hold_until = time.monotonic() + hold_s_of(services, caller)
         if reading.is_fetch(fields):
             return await FetchCalls(self.family).by_field(request, services, fields, caller.key_id)
+        key = reading.read_key(fields, request.headers)
+        with services.shadow.beside(request, fields, key) as take:
+            try:
+                response = await self.make(request, services, fields, caller)
+            except ApiError as error:
+                take(write_error(error, request))
+                raise
+            take(response)
+            return response
+
+    async def make(
+        self, request: Request, services: Services, fields: Fields, caller: Caller
+    ) -> JSONResponse:
+        """Submit a job and wait for its end, at most for the hold time."""
+        hold_until = time.monotonic() + hold_s_of(services, caller)
         job = await self.submit(request, services, fields, caller)
         if reading.VendorFacts.of(job).is_instant:
             hold_until = 0
