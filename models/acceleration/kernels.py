@@ -58,9 +58,9 @@ def group_norm(
             normed,
             pixels,
             channels,
-            channels // groups,
             shift_stride,
             eps,
+            GROUP_CHANNELS=channels // groups,
             HAS_SHIFT=shift is not None,
             IS_ACTIVATED=is_activated,
             PIXELS=group_pixels,
@@ -214,24 +214,28 @@ def _norm_small_group(
     normed: tl.tensor,
     pixels: tl.tensor,
     channels: tl.tensor,
-    group_channels: tl.tensor,
     shift_stride: tl.tensor,
     eps: tl.tensor,
+    GROUP_CHANNELS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     IS_ACTIVATED: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    """A group of a row in one go."""
+    """A group of a row in one go.
+
+    Its width is known at compile time: only then does the compiler see that the channels of a group
+    begin at a multiple of 16 bytes, and reads eight numbers at a time where it had read one.
+    """
     group, row = tl.program_id(0), tl.program_id(1)
     pixel = tl.arange(0, PIXELS)
-    channel = group * group_channels + tl.arange(0, CHANNELS)
-    end = (group + 1) * group_channels
+    channel = group * GROUP_CHANNELS + tl.arange(0, CHANNELS)
+    end = (group + 1) * GROUP_CHANNELS
     tile = _shifted_tile(
         hidden, shift, row, pixel, channel, pixels, channels, end, shift_stride, HAS_SHIFT
     )
     is_inside = (pixel[:, None] < pixels) & (channel[None, :] < end)
-    count = (pixels * group_channels).to(tl.float32)
+    count = (pixels * GROUP_CHANNELS).to(tl.float32)
     apart = tl.where(is_inside, tile - tl.sum(tile) / count, 0.0)
     rstd = tl.rsqrt(tl.sum(apart * apart) / count + eps)
     _store_normed(

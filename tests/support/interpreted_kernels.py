@@ -1,6 +1,7 @@
 """A program: kernels and fused modules against torch on the CPU, with TRITON_INTERPRET=1.
 
-Errors are relative, against float64 for kernels and against the plain modules for models.
+Errors are relative, against float64 for kernels and against the plain modules for models. Results
+begin as NaN, so that a number which no kernel wrote is seen.
 """
 
 import copy
@@ -47,6 +48,14 @@ def check(what: str, found: Tensor, expected: Tensor, bound: float) -> None:
     error = relative_error(found, expected)
     assert found.shape == expected.shape, what
     assert error <= bound, f"{what}: {error:.2e} apart"  # NaN is not below it
+
+
+def poison_results() -> None:
+    """Have torch fill new memory with NaN, as it does where it is to be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    like = torch.zeros(2, dtype=torch.float16)
+    assert torch.empty_like(like).isnan().all()
+    assert like.new_empty((2, 3), dtype=torch.float32).isnan().all()
 
 
 def check_norms(generator: torch.Generator) -> None:
@@ -154,6 +163,7 @@ def check_switches(unet: Any, generator: torch.Generator) -> None:
 
 def main() -> None:
     """Raises: AssertionError."""
+    poison_results()
     generator = torch.Generator().manual_seed(0)
     check_norms(generator)
     check_line_norms(generator)

@@ -1,0 +1,110 @@
+"""The kernels as a Hopper card would run them, at the sizes of SD 1.5 at 512².
+
+Nothing is run. This shows that no number leaves the registers for memory and that memory is
+accessed in wide words, and not how long that takes.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+]
+
+
+class Bounds(NamedTuple):
+    """Of a thread's registers, and of the narrowest access to global memory, in bits."""
+
+    most_registers: int
+    load_bits: int
+    store_bits: int
+
+
+TILES = {
+    "_tile_moments": Bounds(64, 128, 32),  # stores two numbers a channel
+    "_combine_moments": Bounds(64, 32, 32),  # a thousandth of the traffic
+    "_norm_tile": Bounds(80, 32, 128),  # loads two statistics a channel besides
+}
+KERNELS = {
+    # A group's channels are 40, 20 or 10, which are whole words of 16, 8 and 4 bytes.
+    "norm of 16², 1280 channels": {"_norm_small_group": Bounds(128, 128, 128)},
+    "norm of 16², 640 channels": {"_norm_small_group": Bounds(80, 64, 64)},
+    "norm of 32², 320 channels": {"_norm_small_group": Bounds(168, 32, 32)},
+    "norm of 64², 320 channels": TILES,
+    "layer norm of 320": {"_norm_lines": Bounds(64, 64, 128)},
+    "layer norm of 1280": {"_norm_lines": Bounds(64, 64, 128)},
+    "sum of 320 channels": {"_add_bias": Bounds(80, 64, 128)},
+    "gate of 1280": {"_gated_gelu": Bounds(80, 128, 128)},
+}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With Triton's cache, in which sizes of one kernel find it compiled."""
+    return tmp_path_factory.mktemp("machine-code")
+
+
+def call_of(name: str) -> Callable[[], object]:
+    """What starts the kernels of a row of the table."""
+    from models.acceleration.kernels import add_bias, gated_gelu, group_norm, layer_norm
+    from tests.support.machine_code import meta
+
+    def norm(rows: int, pixels: int, channels: int) -> object:
+        shift, line = meta(rows, channels), meta(channels)
+        hidden = meta(rows, pixels, channels)
+        return group_norm(hidden, 32, line, line, 1e-5, shift=shift, is_activated=True)
+
+    return {
+        "norm of 16², 1280 channels": lambda: norm(2, 16 * 16, 1280),
+        "norm of 16², 640 channels": lambda: norm(2, 16 * 16, 640),
+        "norm of 32², 320 channels": lambda: norm(2, 32 * 32, 320),
+        "norm of 64², 320 channels": lambda: norm(2, 64 * 64, 320),
+        "layer norm of 320": lambda: layer_norm(meta(2, 4096, 320), meta(320), meta(320), 1e-5),
+        "layer norm of 1280": lambda: layer_norm(meta(2, 256, 1280), meta(1280), meta(1280), 1e-5),
+        "sum of 320 channels": lambda: add_bias(meta(2, 4096, 320), meta(2, 4096, 320), meta(320)),
+        "gate of 1280": lambda: gated_gelu(meta(2, 4096, 2 * 1280)),
+    }[name]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_stay_in_registers_and_access_wide_words(
+    name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support.machine_code import launches_of, machine_code
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(scratch / "cache"))
+    codes = [machine_code(launch, scratch) for launch in launches_of(call_of(name))]
+
+    assert [code.kernel for code in codes] == [*KERNELS[name]]
+    for code, bounds in zip(codes, KERNELS[name].values(), strict=True):
+        assert code.local_bytes == 0, code
+        assert code.registers <= bounds.most_registers, code
+        assert min(code.loads) >= bounds.load_bits, code
+        assert min(code.stores) >= bounds.store_bits, code
+
+
+def test_narrow_accesses_and_spills_would_be_seen() -> None:
+    """On lines as the disassembler prints them."""
+    from tests.support.machine_code import parsed
+
+    usage = "Function k:\n  REG:255 STACK:64 SHARED:0 LOCAL:0 CONSTANT[0]:600 TEXTURE:0\n"
+    assembly = """
+        /*0010*/ LDG.E.U16 R2, desc[UR4][R2.64] ;
+        /*0020*/ LDG.E.128.CONSTANT R4, desc[UR4][R8.64] ;
+        /*0030*/ @!P0 LDG.E R3, desc[UR4][R8.64] ;
+        /*0040*/ STL [R1], R4 ;
+        /*0050*/ HGMMA.64x64x16.F32 R24, gdesc[UR8] ;
+        /*0060*/ STG.E.64 desc[UR4][R2.64], R4 ;
+    """
+    code = parsed("k", usage, assembly)
+
+    assert code.registers == 255
+    assert code.local_bytes > 64
+    assert code.loads == {16: 1, 128: 1, 32: 1}
+    assert code.stores == {64: 1}
+    assert code.products == {"HGMMA.64x64x16.F32": 1}
