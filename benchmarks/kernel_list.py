@@ -26,7 +26,7 @@ NO_KERNEL = {
 }
 """Operations that only describe memory anew, or ask for some."""
 
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 
 
 @dataclass(frozen=True, slots=True)

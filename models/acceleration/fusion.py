@@ -23,6 +23,7 @@ from models.acceleration.joining import (
     join_times,
     simplify_attention,
 )
+from models.acceleration.residuals import sum_in_products
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class Fusions:
     norms: group norm with channels last, and residual blocks with their sums in it. lines: layer
     norm. transformers: the result's memory order. gates: of the feed-forward layers. pixelwise:
     convolutions of 1×1. attention: no division by 1. self_attention, text, times: products that
-    are made as one, see `joining`; the last one needs `norms`.
+    are made as one, see `joining`; the last one needs `norms`. residuals: sums inside products;
+    needs `transformers`, and `attention` or both of the joined ones.
     """
 
     norms: bool = True
@@ -49,6 +51,7 @@ class Fusions:
     self_attention: bool = True
     text: bool = True
     times: bool = True
+    residuals: bool = True
 
 
 ALL_FUSIONS = Fusions()
@@ -103,6 +106,8 @@ def join_modules(model: Any, fusions: Fusions) -> None:
     blocks = [each for each in model.modules() if isinstance(each, ResnetBlock2D)]
     if fusions.times and all(isinstance(each, FusedResnetBlock) for each in blocks):
         join_times(model, blocks)
+    if fusions.residuals:
+        sum_in_products([each for each in model.modules() if isinstance(each, FusedTransformer)])
 
 
 def fuse_norms(module: Any) -> None:
@@ -180,23 +185,39 @@ class LineNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: `(…, d)`."""
+        return self.shifted(input, None)
+
+    def shifted(self, input: Tensor, shift: Tensor | None) -> Tensor:
+        """shift: added before, `(d,)`."""
         from models.acceleration.kernels import layer_norm
 
-        return layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
+        return layer_norm(input.contiguous(), self.weight, self.bias, self.eps, shift=shift)
 
 
 class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
     """Attention layers over an image, whose result stays in the order of memory it has.
 
     The plain one brings channels to the front, for the convolution behind that brings them back.
+    outer_bias: of the last projection, with what its input lacks; only where `is_summing`.
     """
+
+    outer_bias: Tensor
+    is_summing = False
+
+    def set_missing(self, missing: Tensor) -> None:
+        """missing: `(d,)` float32, what the blocks' result is to be increased by."""
+        weight = self.proj_out.weight.detach().flatten(1)
+        bias = self.proj_out.bias.detach().float() + weight.float() @ missing
+        self.register_buffer("outer_bias", bias.to(weight.dtype), persistent=False)
+        self.is_summing = True
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, **_sizes: int
     ) -> Tensor:
         """hidden_states: `(n, h * w, d)`; residual, result: `(n, c, h, w)`."""
         weight = self.proj_out.weight.flatten(1)  # of a linear layer, or of a convolution of 1×1
-        pixels = nn.functional.linear(hidden_states, weight, self.proj_out.bias)
+        bias = self.outer_bias if self.is_summing else self.proj_out.bias
+        pixels = nn.functional.linear(hidden_states, weight, bias)
         return images_of(pixels + pixels_of(residual), residual)
 
 

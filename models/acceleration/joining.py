@@ -37,18 +37,26 @@ class PlainAttention(Attention):  # type: ignore[misc]
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_masks: Any
     ) -> Tensor:
-        """hidden_states, result: `(n, tokens, d)`; encoder_hidden_states: `(n, 77, d)`."""
-        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        return self.attended(self.to_q(hidden_states), self.to_k(seen), self.to_v(seen))
+        """hidden_states, result: `(n, tokens, d)`; encoder_hidden_states: see `projected`."""
+        result: Tensor = self.to_out[0](self.mixed(hidden_states, encoder_hidden_states))
+        return result
 
-    def attended(self, *projected: Tensor) -> Tensor:
-        """projected: query, key and value, `(n, tokens, heads * width)` each."""
+    def mixed(self, hidden_states: Tensor, text: Tensor | None) -> Tensor:
+        """The values as each token sees them, `(n, tokens, heads * width)`."""
         query, key, value = (
-            torch.unflatten(each, -1, (self.heads, -1)).transpose(1, 2) for each in projected
+            torch.unflatten(each, -1, (self.heads, -1)).transpose(1, 2)
+            for each in self.projected(hidden_states, text)
         )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)
-        result: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
-        return result
+        return mixed.transpose(1, 2).flatten(2)
+
+    def projected(self, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
+        """Query, key and value, `(n, tokens, heads * width)` each.
+
+        text: `(n, 77, d)`; None in self-attention.
+        """
+        seen = hidden_states if text is None else text
+        return self.to_q(hidden_states), self.to_k(seen), self.to_v(seen)
 
 
 class JoinedSelfAttention(PlainAttention):
@@ -56,11 +64,9 @@ class JoinedSelfAttention(PlainAttention):
 
     joined: Tensor
 
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_masks: Any
-    ) -> Tensor:
-        """hidden_states, result: `(n, tokens, d)`."""
-        return self.attended(*nn.functional.linear(hidden_states, self.joined).chunk(3, dim=-1))
+    def projected(self, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
+        """As `PlainAttention.projected`."""
+        return nn.functional.linear(hidden_states, self.joined).chunk(3, dim=-1)
 
 
 class JoinedTextAttention(PlainAttention):
@@ -68,14 +74,12 @@ class JoinedTextAttention(PlainAttention):
 
     offset: int
 
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_masks: Any
-    ) -> Tensor:
-        """encoder_hidden_states: `(n, 77, all keys and values)`."""
-        if encoder_hidden_states is None:
+    def projected(self, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
+        """text: `(n, 77, all keys and values)`."""
+        if text is None:
             raise ValueError("text attention needs the projected text")
-        own = encoder_hidden_states.narrow(-1, self.offset, 2 * self.inner_kv_dim)
-        return self.attended(self.to_q(hidden_states), *own.chunk(2, dim=-1))
+        own = text.narrow(-1, self.offset, 2 * self.inner_kv_dim)
+        return self.to_q(hidden_states), *own.chunk(2, dim=-1)
 
 
 class JoinedUNet(UNet2DConditionModel):  # type: ignore[misc]

@@ -123,10 +123,13 @@ def group_norm(
     return normed
 
 
-def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Over the last dimension. hidden: `(…, channels)`, contiguous; the result is as it is.
+def layer_norm(
+    hidden: Tensor, weight: Tensor, bias: Tensor, eps: float, *, shift: Tensor | None = None
+) -> Tensor:
+    """Over the last dimension of `hidden + shift`, or without the shift.
 
-    weight, bias: `(channels,)`.
+    hidden: `(…, channels)`, contiguous; the result is another of its kind.
+    weight, bias, shift: `(channels,)`.
     """
     normed = torch.empty_like(hidden)
     channels = hidden.shape[-1]
@@ -135,12 +138,14 @@ def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     at_once = max(1, LINE_NUMBERS // padded)
     _norm_lines[(triton.cdiv(lines, at_once),)](
         hidden,
+        hidden if shift is None else shift,
         weight,
         bias,
         normed,
         lines,
         channels,
         eps,
+        HAS_SHIFT=shift is not None,
         LINES=at_once,
         CHANNELS=padded,
         num_warps=4,
@@ -397,12 +402,14 @@ def _store_normed(
 @jit
 def _norm_lines(
     hidden: tl.tensor,
+    shift: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     normed: tl.tensor,
     lines: tl.tensor,
     channels: tl.tensor,
     eps: tl.tensor,
+    HAS_SHIFT: tl.constexpr,
     LINES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
@@ -412,6 +419,8 @@ def _norm_lines(
     is_inside = (line[:, None] < lines) & is_channel[None, :]
     place = line[:, None] * channels + channel[None, :]
     tile = tl.load(hidden + place, is_inside, 0.0).to(tl.float32)
+    if HAS_SHIFT:
+        tile += tl.load(shift + channel, is_channel, 0.0).to(tl.float32)[None, :]
     mean = tl.sum(tile, 1) / channels
     apart = tl.where(is_inside, tile - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(apart * apart, 1) / channels + eps)

@@ -97,6 +97,12 @@ def check_line_norms(generator: torch.Generator) -> None:
             check(f"norm of lines {lines, channels, dtype}", found, expected, bound)
             alone = layer_norm(hidden[1:, -1:].contiguous(), weight, bias, EPS)
             assert torch.equal(alone, found[1:, -1:]), "a line depends on itself alone"
+            shift = torch.randn(channels, generator=generator)
+            expected = torch.nn.functional.layer_norm(
+                hidden.double() + shift.double(), (channels,), weight.double(), bias.double(), EPS
+            )
+            found = layer_norm(hidden, weight, bias, EPS, shift=shift)
+            check(f"norm of shifted lines {lines, channels, dtype}", found, expected, bound)
 
 
 def check_sums(generator: torch.Generator) -> None:

@@ -64,7 +64,7 @@ def call_of(name: str) -> Callable[[], object]:
         "norm of 16², 640 channels": lambda: norm(2, 16 * 16, 640),
         "norm of 32², 320 channels": lambda: norm(2, 32 * 32, 320),
         "norm of 64², 320 channels": lambda: norm(2, 64 * 64, 320),
-        "layer norm of 320": lambda: layer_norm(meta(2, 4096, 320), meta(320), meta(320), 1e-5),
+        "layer norm of 320": lambda: layer_norm(meta(2, 4096, 320), *[meta(320)] * 2, 1e-5),
         "layer norm of 1280": lambda: layer_norm(meta(2, 256, 1280), meta(1280), meta(1280), 1e-5),
         "sum of 320 channels": lambda: add_bias(meta(2, 4096, 320), meta(2, 4096, 320), meta(320)),
         "gate of 1280": lambda: gated_gelu(meta(2, 4096, 2 * 1280)),
