@@ -25,9 +25,10 @@ ROW_BUCKETS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
 """Rows of recordings. Calls of fewer are padded: most have an even number, which costs them a
 seventh at most, and that only from 14 rows on."""
 
-LAUNCH_BOUND_AREA = 16 * 64 * 64
-"""Latent pixels of all rows beyond which the device is busy for longer than the host needs to start
-the kernels, on the fastest cards there are; a recording would gain nothing, and padding costs."""
+LAUNCH_BOUND_AREA = 32 * 64 * 64
+"""Latent pixels of all rows beyond which no call is recorded. The fastest cards are busy with so
+many for some 50 ms, and a host starts the kernels one by one in 25 to 35 ms, in which it does
+nothing else; beyond that a recording would gain little, and its memory grows with the rows."""
 
 WARM_UPS = 2
 """Calls before a recording, in which libraries choose their kernels and get their workspaces."""
@@ -253,17 +254,16 @@ class CudaRecorder:
         return torch.cuda.graph_pool_handle()
 
     def warm_up(self, call: UNetCall, inputs: UNetInputs) -> None:
+        # On the current stream: the allocator's cache of freed memory is one for each stream, and
+        # what the recording's stream had left over, up to gigabytes, no later call could use.
         with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
-                    call(inputs)
-            current.wait_stream(self._stream)
+            for _ in range(WARM_UPS):
+                call(inputs)
 
     def record(self, call: UNetCall, inputs: UNetInputs, pool: Any) -> CudaRecording:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
+            self._get_workspace(inputs.latents.dtype)
             torch.cuda.synchronize()
             if free_bytes() < SPARE_BYTES:
                 torch.cuda.empty_cache()
@@ -274,6 +274,12 @@ class CudaRecorder:
                 torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
             after = held_by(pool)
             return CudaRecording(graph, output, after - before)
+
+    def _get_workspace(self, dtype: torch.dtype) -> None:
+        """Have cuBLAS allocate what it keeps for a stream, which must not come from a pool."""
+        with torch.cuda.stream(self._stream):
+            numbers = torch.zeros(16, 16, dtype=dtype, device=self._device)
+            torch.nn.functional.linear(numbers @ numbers, numbers, numbers[0])
 
     def _capture(
         self, call: UNetCall, inputs: UNetInputs, pool: Any

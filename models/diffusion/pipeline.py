@@ -9,7 +9,7 @@ same formulas); families differ in `conditioning` only.
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,9 +199,11 @@ class InpaintPipeline:
         )
         (sample,) = self.prepare(params, source)
         # The largest first: the graphs of a size share memory.
-        recorded = reversed(self._unet.recorded_rows(sample.mask.numel()))
-        for count in [*(rows // sample.rows for rows in recorded if rows % sample.rows == 0), 1]:
-            (prediction, *_) = self.denoise_step([sample] * count)
+        for rows in reversed(self._unet.recorded_rows(sample.mask.numel())):
+            if rows % sample.rows == 0:
+                with suppress(OutOfMemory):  # a smaller call may fit
+                    self.denoise_step([sample] * (rows // sample.rows))
+        (prediction,) = self.denoise_step([sample])
         self.advance(sample, prediction)
         self.decode([sample])
 

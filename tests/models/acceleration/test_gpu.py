@@ -162,6 +162,21 @@ def test_dropped_graphs_give_their_memory_back(builtin: Components) -> None:
 
 
 @torch.inference_mode()
+def test_recording_leaves_no_cache_that_other_calls_cannot_use(builtin: Components) -> None:
+    """Such as warm-ups on the recording's stream would."""
+    graphs = graphed(builtin)
+    graphs(make_shares(builtin, [2] * 8))
+    stranded = sum(
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["stream"] == graphs._recorder._stream.cuda_stream  # type: ignore[attr-defined]
+        and tuple(segment["segment_pool_id"]) == (0, 0)
+    )
+
+    assert stranded <= 128 * 2**20, "cuBLAS keeps a workspace for each stream"
+
+
+@torch.inference_mode()
 def test_graph_without_memory_leaves_the_eager_call(builtin: Components) -> None:
     """The allocator is given too little for the graph's pool, in the middle of things."""
     plain = GatheredUNet(EagerUNet(builtin.unet))

@@ -172,6 +172,20 @@ def test_warm_up_records_what_pictures_of_that_size_need(
     assert recorder.rows == recorded
 
 
+def test_warm_up_goes_on_with_the_calls_that_fit(
+    components: Components, recorder: HostRecorder
+) -> None:
+    def call(inputs: UNetInputs) -> Tensor:
+        if inputs.rows > 6:
+            raise torch.OutOfMemoryError("none")
+        return EagerUNet(components.unet)(inputs)
+
+    graphs = GraphedUNet(call, [], recorder, GraphLimits(1000))
+    InpaintPipeline(components, call_batches=lambda *_: graphs).warm_up()
+
+    assert recorder.rows == [6, 4, 2]
+
+
 def test_buckets_waste_little_on_even_rows() -> None:
     for rows in range(2, 33, 2):
         bucket = next(each for each in ROW_BUCKETS if each >= rows)
@@ -348,7 +362,7 @@ def test_moved_weights_are_noticed(components: Components, recorder: HostRecorde
 
 
 def test_large_calls_are_not_recorded(components: Components, recorder: HostRecorder) -> None:
-    """The device is busy for longer than the host; the call itself is not worth its time here."""
+    """The device is busy for longer than the host."""
 
     def nothing(inputs: UNetInputs) -> Tensor:
         return inputs.latents[:, :4]
