@@ -143,9 +143,11 @@ def step_of(family: str, side_px: int, rows: int, fusions: Fusions = ALL_FUSIONS
     return CountedCall(f"{family} {side_px}², step of {rows} rows", tuple(kernels))
 
 
-def decode_of(side_px: int, dtype: torch.dtype = torch.float16) -> CountedCall:
+def decode_of(
+    side_px: int, dtype: torch.dtype = torch.float16, fusions: Fusions = ALL_FUSIONS
+) -> CountedCall:
     """One picture out of the VAE."""
-    vae: Any = on_meta(lambda: checkpoints.make_vae(1.0), dtype)
+    vae: Any = on_meta(lambda: checkpoints.make_vae(1.0), dtype, fusions)
     latents = torch.empty(1, 4, side_px // 8, side_px // 8, dtype=dtype, device=META)
     kernels = kernels_of(vae, lambda: vae.decode(latents, return_dict=False))
     return CountedCall(f"VAE {side_px}², decode", tuple(kernels))
@@ -166,15 +168,21 @@ def all_calls() -> list[CountedCall]:
         *(step_of("sdxl", 1024, rows) for rows in (2, 4)),
         encode_of(512),
         decode_of(512),
+        decode_of(1024),
     ]
 
 
 def without_each() -> dict[str, CountedCall]:
-    """A step of SD 1.5 with all fusions, and with all but one."""
+    """A step of SD 1.5 with all fusions, and with all but one; a decoder for what UNets lack."""
     found = {"all": step_of("sd15", 512, 2)}
     for field in fields(Fusions):
         left = replace(ALL_FUSIONS, **{field.name: False})
-        found[f"all but {field.name}"] = step_of("sd15", 512, 2, left)
+        if field.name != "wide_attention":
+            found[f"all but {field.name}"] = step_of("sd15", 512, 2, left)
+    found["decoder, all"] = decode_of(512)
+    found["decoder, all but wide_attention"] = decode_of(
+        512, fusions=replace(ALL_FUSIONS, wide_attention=False)
+    )
     return found
 
 
@@ -229,7 +237,7 @@ def to_text(findings: dict[str, Any]) -> str:
         ),
     ]
     lines += [
-        "A step of SD 1.5 of 2 rows without each of the fusions:",
+        "A step of SD 1.5 of 2 rows, and its decoder, without each of the fusions:",
         "",
         report.table(
             ["fusions", "kernels", "modelled, ms"],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.device import subjects
 from benchmarks.device.bench import Bench, relative_error, replayed
 from models.acceleration.attention import KERNELS, AttentionCalls, AttentionShape, random_arguments
+from models.acceleration.fusion import ALIGNED_CHANNELS
 from models.acceleration.unet import EagerUNet
 
 
@@ -84,7 +85,25 @@ def convolution(
     with quickest_convolutions():
         found["benchmark"] = timed(bench, plain, flops, exact)
     found["unfold"] = timed(bench, unfolded, flops, exact.flatten(2).transpose(1, 2))
+    if shape[1] % ALIGNED_CHANNELS or channels % ALIGNED_CHANNELS:
+        widened = padded_convolution(images, weight, stride)
+        found["padded"] = timed(bench, widened, flops, exact)
     return found
+
+
+def padded_convolution(images: Tensor, weight: Tensor, stride: int) -> Callable[[], Tensor]:
+    """With zeros for the channels that tensor cores want besides; the picture's are added anew."""
+    channels, inputs = weight.shape[:2]
+    missing = -inputs % ALIGNED_CHANNELS
+    grown = nn.functional.pad(weight, (0, 0, 0, 0, 0, missing, 0, -channels % ALIGNED_CHANNELS))
+    grown = grown.contiguous(memory_format=torch.channels_last)
+    padding = weight.shape[-1] // 2
+
+    def convolved() -> Tensor:
+        wide = nn.functional.pad(images, (0, 0, 0, 0, 0, missing))
+        return nn.functional.conv2d(wide, grown, None, stride, padding)[:, :channels]
+
+    return convolved
 
 
 @contextmanager

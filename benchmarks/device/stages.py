@@ -1,24 +1,23 @@
 """Phase 4: what stands before the first step and behind the last one."""
 
 import copy
+import math
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import checkpoints
 from benchmarks.device import subjects
 from benchmarks.device.bench import Bench, replayed
 from benchmarks.orders import make_orders
 from models.acceleration.attention import KERNELS
-from models.acceleration.fusion import fuse
+from models.acceleration.autoencoder import attended, halve
+from models.acceleration.fusion import Fusions, fuse
 from models.diffusion.pipeline import InpaintPipeline
 from models.imaging.canvas import prepare_canvas
-
-QUERIES = 2048
-"""Of a chunk of attention by two products."""
 
 
 def run(bench: Bench) -> None:
@@ -28,6 +27,8 @@ def run(bench: Bench) -> None:
     bench.attempt("prepare", lambda: prepared(bench, pipeline))
     bench.attempt("decode", lambda: decoded(bench, pipeline))
     bench.attempt("decoder", lambda: decoder(bench, bench.scale.side_px, bench.dtype))
+    side_px = 1024 if bench.is_cuda else bench.scale.side_px
+    bench.attempt("decoder scaled into float16", lambda: scaled_decoder(bench, side_px))
     tokens = (bench.scale.side_px // 8) ** 2
     bench.attempt("attention of width 512", lambda: wide_attention(bench, tokens))
     if bench.is_cuda:
@@ -76,12 +77,11 @@ def decoded(bench: Bench, pipeline: InpaintPipeline) -> dict[str, float]:
 @torch.inference_mode()
 def decoder(bench: Bench, side_px: int, dtype: torch.dtype) -> dict[str, float]:
     """ms of the VAE alone, plain and fused, as it is and as a graph."""
-    is_tiny = side_px == 64
-    make = subjects.make_tiny_vae if is_tiny else lambda: checkpoints.make_vae(0.18215)
-    vae = subjects.placed(bench, make, dtype)
+    vae = make_vae(bench, side_px, dtype)
     latents = bench.random(1, 4, side_px // 8, side_px // 8, dtype=dtype)
-    fused = copy.deepcopy(vae)
+    fused, narrow = copy.deepcopy(vae), copy.deepcopy(vae)
     fuse(fused)
+    fuse(narrow, Fusions(wide_attention=False))
 
     def decode_with(model: Any) -> Callable[[], object]:
         return lambda: model.decode(latents, return_dict=False)
@@ -89,8 +89,33 @@ def decoder(bench: Bench, side_px: int, dtype: torch.dtype) -> dict[str, float]:
     return {
         "plain": bench.ms_of(decode_with(vae)),
         "fused": bench.ms_of(decode_with(fused)),
+        "fused but for wide_attention": bench.ms_of(decode_with(narrow)),
         "plain, graph": bench.ms_of(replayed(bench, decode_with(vae))),
         "fused, graph": bench.ms_of(replayed(bench, decode_with(fused))),
+    }
+
+
+def make_vae(bench: Bench, side_px: int, dtype: torch.dtype) -> Any:
+    """On the device; the full one or, for the smallest pictures, the tiny one."""
+    is_tiny = side_px == 64
+    make = subjects.make_tiny_vae if is_tiny else lambda: checkpoints.make_vae(0.18215)
+    return subjects.placed(bench, make, dtype)
+
+
+@torch.inference_mode()
+def scaled_decoder(bench: Bench, side_px: int) -> dict[str, float]:
+    """ms of a float32 decoder and of the same in float16, and how far apart their pictures are."""
+    exact = make_vae(bench, side_px, torch.float32)
+    scaled = halve(copy.deepcopy(exact))
+    fuse(exact)
+    fuse(scaled)
+    latents = bench.random(1, 4, side_px // 8, side_px // 8, dtype=torch.float32)
+    expected, found = (vae.decode(latents.to(vae.dtype)).sample.double() for vae in (exact, scaled))
+    error = float((found - expected).square().mean())
+    return {
+        "float32, ms": bench.ms_of(lambda: exact.decode(latents)),
+        "scaled, ms": bench.ms_of(lambda: scaled.decode(latents.half())),
+        "PSNR of values that span 2, dB": 10 * math.log10(4 / max(error, 1e-20)),
     }
 
 
@@ -98,16 +123,8 @@ def decoder(bench: Bench, side_px: int, dtype: torch.dtype) -> dict[str, float]:
 def wide_attention(bench: Bench, tokens: int) -> dict[str, Any]:
     """The VAE's only head, by each kernel and by two products in chunks."""
     query, key, value = (bench.random(1, 1, tokens + n, 512)[:, :, :tokens] for n in range(3))
-
-    def products() -> Tensor:
-        chunks = [
-            (part.float() @ key.float().transpose(-1, -2) / 512**0.5).softmax(-1).to(value.dtype)
-            @ value
-            for part in torch.split(query, QUERIES, dim=2)
-        ]
-        return torch.cat(chunks, dim=2)
-
-    found: dict[str, Any] = {"products": bench.ms_of(replayed(bench, products))}
+    parts = [each[:, 0].contiguous() for each in (query / 512**0.5, key, value)]
+    found: dict[str, Any] = {"products": bench.ms_of(replayed(bench, lambda: attended(*parts)))}
     for kernel in KERNELS:
         with torch.nn.attention.sdpa_kernel([kernel]):
             try:

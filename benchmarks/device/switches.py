@@ -19,6 +19,8 @@ from models.acceleration.fusion import Fusions, fuse, fuse_modules
 from models.acceleration.unet import EagerUNet, UNetCall, UNetInputs
 
 BLOCKS = 5
+OF_VAES = ("wide_attention",)
+"""Fusions that no UNet has; `stages` compares decoders with and without."""
 NO_FUSIONS = Fusions(*(False for _ in fields(Fusions)))
 
 
@@ -32,8 +34,9 @@ class Switches:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Of all switches."""
-        return [field.name for field in fields(Fusions)] + ["measures_attention", "convolutions"]
+        """Of all switches that a UNet's call knows."""
+        fusions = [field.name for field in fields(Fusions) if field.name not in OF_VAES]
+        return [*fusions, "measures_attention", "convolutions"]
 
     def turned(self, name: str, value: bool) -> "Switches":
         """The same but for one switch."""

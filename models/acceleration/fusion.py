@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from models.acceleration.autoencoder import widen_attention
 from models.acceleration.joining import (
     join_self_attention,
     join_text_attention,
@@ -39,7 +40,8 @@ class Fusions:
     norm. transformers: the result's memory order. gates: of the feed-forward layers. pixelwise:
     convolutions of 1×1. attention: no division by 1. self_attention, text, times: products that
     are made as one, see `joining`; the last one needs `norms`. residuals: sums inside products;
-    needs `transformers`, and `attention` or both of the joined ones.
+    needs `transformers`, and `attention` or both of the joined ones. wide_attention: a VAE's, by
+    two products.
     """
 
     norms: bool = True
@@ -52,6 +54,7 @@ class Fusions:
     text: bool = True
     times: bool = True
     residuals: bool = True
+    wide_attention: bool = True
 
 
 ALL_FUSIONS = Fusions()
@@ -99,6 +102,8 @@ def join_modules(model: Any, fusions: Fusions) -> None:
     """What concerns several modules, once these have their classes."""
     if fusions.attention:
         simplify_attention(model)
+    if fusions.wide_attention:
+        widen_attention(model)
     if fusions.self_attention:
         join_self_attention(model)
     if fusions.text:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from models.acceleration.fusion import fuse
 from models.acceleration.moments import Moment
-from models.acceleration.stack import USUAL, Acceleration, accelerated
+from models.acceleration.stack import USUAL, Acceleration, accelerated, prepared_vae
 from models.acceleration.transfers import host_tables
 from models.acceleration.unet import BatchedUNet, UNetRows
 from models.checkpoints.registry import Components
@@ -146,10 +146,8 @@ class InpaintPipeline:
         call_batches: Callable[[Any, Acceleration], BatchedUNet] = accelerated,
     ) -> None:
         self._acceleration = acceleration
-        # Convolutions are a fifth quicker with the channels last, on CPUs as on tensor cores.
-        vae = components.vae.to(memory_format=torch.channels_last)
+        vae = prepared_vae(components.vae, components.unet.dtype, acceleration)
         unet = components.unet.to(memory_format=torch.channels_last)
-        fuse(vae, acceleration.fusions)
         fuse(unet, acceleration.fusions)
         self._unet = call_batches(unet, acceleration)
         self._schedulers = SchedulerSource(components.scheduler_config)

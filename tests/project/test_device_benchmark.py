@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from benchmarks.device.__main__ import PHASES, main, parse, run_phase
 from benchmarks.device.summary import to_text
-from benchmarks.device.switches import ALL, NONE, Switches, variants
+from benchmarks.device.switches import ALL, NONE, OF_VAES, Switches, variants
+from models.acceleration.fusion import Fusions
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -75,6 +77,7 @@ def test_unknown_phase_is_refused() -> None:
 def test_every_switch_is_tried_alone_and_left_out() -> None:
     made = dict(variants())
 
+    assert {field.name for field in fields(Fusions)} <= {*Switches.names(), *OF_VAES}
     for name in Switches.names():
         assert made[f"only {name}"] != NONE
         assert made[f"only {name}"].turned(name, False) == NONE
