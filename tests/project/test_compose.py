@@ -19,7 +19,7 @@ import yaml
 from server.cli.config import names_of
 from server.core.settings import ENV_PREFIX, Settings
 from tests.support.postgres import find_binaries, running_postgres
-from tests.support.processes import ServerProcess
+from tests.support.processes import COMMAND, ServerProcess
 from tests.support.programs import lacking
 from tests.support.repository import REPOSITORY
 from tests.support.s3 import locate_rclone
@@ -137,7 +137,8 @@ def test_image_is_tried_as_the_service_is_started(name: str) -> None:
     service = SERVICES[name]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     (tmp,) = service["tmpfs"]
-    words = f"--pids-limit {service['pids_limit']} --tmpfs {tmp} "
+    kept = f"--pids-limit {service['pids_limit']} --tmpfs {tmp} "
+    words = f"--read-only --cap-drop ALL --security-opt no-new-privileges {kept}"
     assert words in re.sub(r"\s*\\\n\s*", " ", IMAGE_CHECK)
 
 
@@ -226,9 +227,8 @@ def test_postgres_profile_is_reached_by_its_password_file(
     binaries = find_binaries()
     if binaries is None:
         lacking("PostgreSQL")
-    password, line = (
-        secrets[name].read_text() for name in ("postgres-password", "inpaint-database")
-    )
+    password = secrets["postgres-password"].read_text().strip()
+    line = secrets["inpaint-database"].read_text()
     (url,) = documented("INPAINT_DATABASE_").values()
     with running_postgres(binaries, password=password) as postgres:
         name = postgres.create_database()
@@ -240,8 +240,21 @@ def test_postgres_profile_is_reached_by_its_password_file(
         url = url.replace(f"{SECRETS}/inpaint-database", str(file))
         accept_a_job(tmp_path / "data", {"INPAINT_DATABASE_URL": url})
         file.write_text(file.read_text().replace(password, "another"))
-        with pytest.raises(AssertionError, match="password authentication failed"):
-            accept_a_job(tmp_path / "data", {"INPAINT_DATABASE_URL": url})
+        refused = subprocess.run(
+            [*COMMAND, "migrate"],
+            env={**os.environ, "INPAINT_DATABASE_URL": url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert refused.returncode != 0
+    assert "password authentication failed" in refused.stderr
+
+
+def test_takeover_asks_for_the_workers_model() -> None:
+    models = {each: environment(each, {})["INPAINT_MODEL"] for each in SERVERS}
+    assert models["takeover"] == models["inpaint"]
+    assert f"`INPAINT_MODEL={models['inpaint-cpu']}`" in PAGE
 
 
 # --- the image ---
