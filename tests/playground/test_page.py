@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from models.checkpoints.families import Family
+from server.core.settings import Settings
+from server.jobs.retention import Janitor
+from server.storage.database import open_engine
+from server.storage.files import Storage
 from tests.support.browsers import Line, browser_program
 from tests.support.dialect_calls import polled
 from tests.support.processes import ServerProcess, image_host, serving
@@ -347,6 +352,32 @@ def test_page_outlives_the_server(tmp_path: Path, shots: str) -> None:
     assert away["wrong"] == []
     assert back["states"] == ["Finished"]
     assert back["errors"] == []
+
+
+def test_removed_pictures_and_a_stopping_server_are_told(tmp_path: Path, shots: str) -> None:
+    with serving(tmp_path / "data") as server:
+        call = {"base": server.url, "shots": shots, "reason": "draining"}
+        with browser_program("leaving.py", tmp_path, **call) as browser:
+            browser.next()
+            server.wait_for("job finished")
+            expire_pictures(tmp_path / "data")
+            browser.go_on()
+            expired, draining = browser.next(), browser.next()
+
+    assert "removed" in expired["result"]
+    assert draining["text"] == "The server is stopping and takes no new jobs."
+    assert expired["wrong"] + draining["wrong"] == []
+    assert draining["errors"] == []
+
+
+def expire_pictures(data_dir: Path) -> None:
+    """As the server does a week after the jobs' ends."""
+    settings = Settings(data_dir=data_dir)
+    engine = open_engine(settings.sqlalchemy_url)
+    in_a_week = time.time() + 8 * 24 * 3_600
+    janitor = Janitor(engine, Storage(settings.storage_url), settings.retention, lambda: in_a_week)
+    assert janitor.expire().outputs == 1
+    engine.dispose()
 
 
 def test_refusals_are_plain_sentences(tmp_path: Path, shots: str) -> None:
