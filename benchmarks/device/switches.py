@@ -21,6 +21,9 @@ from models.acceleration.unet import EagerUNet, UNetCall, UNetInputs
 BLOCKS = 5
 OF_VAES = ("wide_attention",)
 """Fusions that no UNet has; `stages` compares decoders with and without."""
+PREPARED = tuple(field.name for field in fields(Fusions) if not field.default)
+"""Fusions that are off until a card has shown that they gain."""
+
 NO_FUSIONS = Fusions(*(False for _ in fields(Fusions)))
 
 
@@ -56,6 +59,9 @@ def variants(is_complete: bool = True) -> Iterator[tuple[str, Switches]]:
     yield "none again", NONE
     yield "all", ALL
     for name in Switches.names() if is_complete else ():
+        if name in PREPARED:
+            yield f"all and {name}", ALL.turned(name, True)
+            continue
         yield f"only {name}", NONE.turned(name, True)
         yield f"all but {name}", ALL.turned(name, False)
 

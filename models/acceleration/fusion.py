@@ -22,6 +22,7 @@ from models.acceleration.joining import (
     join_self_attention,
     join_text_attention,
     join_times,
+    narrow_heads,
     simplify_attention,
 )
 from models.acceleration.residuals import sum_in_products
@@ -41,7 +42,8 @@ class Fusions:
     convolutions of 1×1. attention: no division by 1. self_attention, text, times: products that
     are made as one, see `joining`; the last one needs `norms`. residuals: sums inside products;
     needs `transformers`, and `attention` or both of the joined ones. wide_attention: a VAE's, by
-    two products.
+    two products. narrow_attention: by our own kernel where heads have 40, 80 or 160 numbers and
+    `attention` or the joined ones are on; off until a card has shown that it is quicker.
     """
 
     norms: bool = True
@@ -55,6 +57,7 @@ class Fusions:
     times: bool = True
     residuals: bool = True
     wide_attention: bool = True
+    narrow_attention: bool = False
 
 
 ALL_FUSIONS = Fusions()
@@ -108,6 +111,8 @@ def join_modules(model: Any, fusions: Fusions) -> None:
         join_self_attention(model)
     if fusions.text:
         join_text_attention(model)
+    if fusions.narrow_attention:
+        narrow_heads(model)
     blocks = [each for each in model.modules() if isinstance(each, ResnetBlock2D)]
     if fusions.times and all(isinstance(each, FusedResnetBlock) for each in blocks):
         join_times(model, blocks)

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 
 class PlainAttention(Attention):  # type: ignore[misc]
-    """Attention without the division by 1 that diffusers ends with, and without a mask."""
+    """Attention without the division by 1 that diffusers ends with, and without a mask.
+
+    is_narrow: by our own kernel.
+    """
+
+    is_narrow = False
 
     @staticmethod
     def can_be(attention: Any) -> bool:
@@ -43,9 +48,14 @@ class PlainAttention(Attention):  # type: ignore[misc]
 
     def mixed(self, hidden_states: Tensor, text: Tensor | None) -> Tensor:
         """The values as each token sees them, `(n, tokens, heads * width)`."""
+        query, key, value = self.projected(hidden_states, text)
+        if self.is_narrow:
+            from models.acceleration.narrow_attention import narrow_attention
+
+            return narrow_attention(query, key, value, self.heads)
         query, key, value = (
             torch.unflatten(each, -1, (self.heads, -1)).transpose(1, 2)
-            for each in self.projected(hidden_states, text)
+            for each in (query, key, value)
         )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)
         return mixed.transpose(1, 2).flatten(2)
@@ -144,6 +154,15 @@ def simplify_attention(unet: nn.Module) -> None:
         for attention in (block.attn1, block.attn2):
             if PlainAttention.can_be(attention):
                 attention.__class__ = PlainAttention
+
+
+def narrow_heads(unet: nn.Module) -> None:
+    """Have our own kernel attend where it takes the heads' width."""
+    from models.acceleration.narrow_attention import can_attend
+
+    for module in unet.modules():
+        if isinstance(module, PlainAttention):
+            module.is_narrow = can_attend(module.inner_dim // module.heads)
 
 
 def join_self_attention(unet: nn.Module) -> None:

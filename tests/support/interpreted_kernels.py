@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
@@ -20,7 +21,9 @@ from models.acceleration.fusion import (
     PixelwiseConv,
     fuse_modules,
 )
+from models.acceleration.joining import narrow_heads, simplify_attention
 from models.acceleration.kernels import add_bias, gated_gelu, group_norm, layer_norm
+from models.acceleration.narrow_attention import narrow_attention
 from models.checkpoints.registry import ModelSpec, load_components
 
 GROUPS = 32
@@ -115,6 +118,45 @@ def check_sums(generator: torch.Generator) -> None:
     check("gate", gated_gelu(hidden), value * gelu(gate), EXACT)
 
 
+def check_attention(generator: torch.Generator) -> None:
+    """Heads as they lie in joined products; tokens and keys that fill no block."""
+    for tokens, keys, heads, width, dtype in (
+        (256, 256, 2, 40, torch.float16),
+        (200, 77, 2, 80, torch.float16),
+        (130, 150, 1, 160, torch.float32),
+    ):
+        channels = heads * width
+        query = torch.randn(2, tokens, 3 * channels, generator=generator).to(dtype)[..., :channels]
+        pair = torch.randn(2, keys, 2 * channels, generator=generator).to(dtype)
+        key, value = pair.chunk(2, dim=-1)
+        found = narrow_attention(query, key, value, heads)
+        query, key, value = (
+            torch.unflatten(each.double(), -1, (heads, -1)).transpose(1, 2)
+            for each in (query, key, value)
+        )
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        bound = HALF if dtype == torch.float16 else EXACT
+        expected = expected.transpose(1, 2).flatten(2)
+        check(f"attention {tokens, keys, heads, width}", found, expected, bound)
+
+
+@torch.inference_mode()
+def check_narrow_heads(generator: torch.Generator) -> None:
+    """In a transformer block as Stable Diffusion 1.5 has it."""
+    block = BasicTransformerBlock(80, 2, 40, cross_attention_dim=32)
+    arguments = {
+        "hidden_states": torch.randn(2, 140, 80, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 77, 32, generator=generator),
+    }
+    expected = block(**arguments)
+    model = torch.nn.Sequential(block)
+    simplify_attention(model)
+    narrow_heads(model)
+    assert block.attn1.is_narrow
+    assert block.attn2.is_narrow
+    check("narrow heads", block(**arguments), expected, 1e-5)
+
+
 @torch.inference_mode()
 def check_models(generator: torch.Generator) -> None:
     """The built-in UNet and VAE."""
@@ -174,6 +216,8 @@ def main() -> None:
     check_norms(generator)
     check_line_norms(generator)
     check_sums(generator)
+    check_attention(generator)
+    check_narrow_heads(generator)
     check_models(generator)
 
 

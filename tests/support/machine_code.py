@@ -105,8 +105,8 @@ def taken_apart(view: str, program: Path) -> str:
 def parsed(kernel: str, usage: str, assembly: str) -> MachineCode:
     """usage, assembly: as `cuobjdump` prints them."""
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    accesses: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
-    for name, suffixes in re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", assembly):
+    accesses: dict[str, Counter[int]] = {"LDG": Counter(), "LDGSTS": Counter(), "STG": Counter()}
+    for name, suffixes in re.findall(r"\b(LDG|LDGSTS|STG)\.E((?:\.\w+)*)", assembly):
         known = [BITS[each] for each in suffixes.split(".") if each in BITS]
         accesses[name][known[0] if known else 32] += 1
     spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
@@ -115,7 +115,7 @@ def parsed(kernel: str, usage: str, assembly: str) -> MachineCode:
         kernel=kernel,
         registers=used["REG"],
         local_bytes=used["STACK"] + used["LOCAL"] + spills,
-        loads=accesses["LDG"],
+        loads=accesses["LDG"] + accesses["LDGSTS"],
         stores=accesses["STG"],
         products=products,
     )

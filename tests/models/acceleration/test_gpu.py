@@ -168,7 +168,7 @@ def test_recording_leaves_no_cache_that_other_calls_cannot_use(builtin: Componen
     graphs(make_shares(builtin, [2] * 8))
     stranded = sum(
         segment["total_size"]
-        for segment in torch.cuda.memory_snapshot()
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if segment["stream"] == graphs._recorder._stream.cuda_stream  # type: ignore[attr-defined]
         and tuple(segment["segment_pool_id"]) == (0, 0)
     )
@@ -297,6 +297,27 @@ def test_attention_is_measured_and_keeps_the_result(builtin: Components) -> None
 
     torch.testing.assert_close(call(inputs), plain(inputs), atol=1e-2, rtol=1e-2)
     assert {first for first, *_ in call._orders.values()} <= {*KERNELS}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [40, 80, 160])
+@pytest.mark.parametrize("keys", [1024, 77])
+def test_narrow_attention_computes_what_torch_does(width: int, keys: int) -> None:
+    from models.acceleration.narrow_attention import narrow_attention
+
+    channels = 8 * width
+    query = torch.randn(2, 1024, 3 * channels, device="cuda", dtype=torch.float16)[..., :channels]
+    pair = torch.randn(2, keys, 2 * channels, device="cuda", dtype=torch.float16)
+    key, value = pair.chunk(2, dim=-1)
+    found = narrow_attention(query, key, value, 8)
+    query, key, value = (
+        torch.unflatten(each.double(), -1, (8, width)).transpose(1, 2)
+        for each in (query, key, value)
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    expected = expected.transpose(1, 2).flatten(2)
+
+    assert (found.double() - expected).norm() / expected.norm() <= 1e-3
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.process,
@@ -18,12 +19,18 @@ pytestmark = [
 
 
 class Bounds(NamedTuple):
-    """Of a thread's registers, and of the narrowest access to global memory, in bits."""
+    """Of a thread's registers, and of the narrowest access to global memory, in bits.
+
+    products: what tensor cores are given at a time, rows by columns by depth.
+    """
 
     most_registers: int
     load_bits: int
     store_bits: int
+    products: frozenset[str] = frozenset()
 
+
+HEADS_OF_40 = frozenset(f"HGMMA.64x{columns}x16.F32" for columns in (16, 32, 128))
 
 TILES = {
     "_tile_moments": Bounds(64, 128, 32),  # stores two numbers a channel
@@ -37,9 +44,11 @@ KERNELS = {
     "norm of 32², 320 channels": {"_norm_small_group": Bounds(168, 32, 32)},
     "norm of 64², 320 channels": TILES,
     "layer norm of 320": {"_norm_lines": Bounds(64, 64, 128)},
+    "layer norm of 320, shifted": {"_norm_lines": Bounds(64, 64, 128)},
     "layer norm of 1280": {"_norm_lines": Bounds(64, 64, 128)},
     "sum of 320 channels": {"_add_bias": Bounds(80, 64, 128)},
     "gate of 1280": {"_gated_gelu": Bounds(80, 128, 128)},
+    "heads of 40": {"_narrow_attention": Bounds(168, 128, 128, HEADS_OF_40)},
 }
 
 
@@ -52,6 +61,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call_of(name: str) -> Callable[[], object]:
     """What starts the kernels of a row of the table."""
     from models.acceleration.kernels import add_bias, gated_gelu, group_norm, layer_norm
+    from models.acceleration.narrow_attention import narrow_attention
     from tests.support.machine_code import meta
 
     def norm(rows: int, pixels: int, channels: int) -> object:
@@ -59,15 +69,25 @@ def call_of(name: str) -> Callable[[], object]:
         hidden = meta(rows, pixels, channels)
         return group_norm(hidden, 32, line, line, 1e-5, shift=shift, is_activated=True)
 
+    def lines(pixels: int, channels: int, shift: torch.Tensor | None = None) -> object:
+        line = meta(channels)
+        return layer_norm(meta(2, pixels, channels), line, line, 1e-5, shift=shift)
+
+    def heads(tokens: int, channels: int) -> object:
+        query, key, value = meta(2, tokens, 3 * channels).chunk(3, dim=-1)
+        return narrow_attention(query, key, value, 8)
+
     return {
         "norm of 16², 1280 channels": lambda: norm(2, 16 * 16, 1280),
         "norm of 16², 640 channels": lambda: norm(2, 16 * 16, 640),
         "norm of 32², 320 channels": lambda: norm(2, 32 * 32, 320),
         "norm of 64², 320 channels": lambda: norm(2, 64 * 64, 320),
-        "layer norm of 320": lambda: layer_norm(meta(2, 4096, 320), *[meta(320)] * 2, 1e-5),
-        "layer norm of 1280": lambda: layer_norm(meta(2, 256, 1280), meta(1280), meta(1280), 1e-5),
+        "layer norm of 320": lambda: lines(4096, 320),
+        "layer norm of 320, shifted": lambda: lines(4096, 320, meta(320, dtype=torch.float32)),
+        "layer norm of 1280": lambda: lines(256, 1280),
         "sum of 320 channels": lambda: add_bias(meta(2, 4096, 320), meta(2, 4096, 320), meta(320)),
         "gate of 1280": lambda: gated_gelu(meta(2, 4096, 2 * 1280)),
+        "heads of 40": lambda: heads(4096, 320),
     }[name]
 
 
@@ -86,6 +106,21 @@ def test_kernels_stay_in_registers_and_access_wide_words(
         assert code.registers <= bounds.most_registers, code
         assert min(code.loads) >= bounds.load_bits, code
         assert min(code.stores) >= bounds.store_bits, code
+        assert frozenset(code.products) == bounds.products, code
+
+
+def test_heads_of_40_are_48_numbers_to_the_tensor_cores(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of depth 16 make the scores, and 32 + 16 columns the result: not 64."""
+    from tests.support.machine_code import launches_of, machine_code
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(scratch / "cache"))
+    (launch,) = launches_of(call_of("heads of 40"))
+    products = machine_code(launch, scratch).products
+
+    assert products["HGMMA.64x128x16.F32"] == 3
+    assert products["HGMMA.64x32x16.F32"] == products["HGMMA.64x16x16.F32"]
 
 
 def test_narrow_accesses_and_spills_would_be_seen() -> None:
