@@ -31,7 +31,7 @@ class Moment:
         if self.event is None or later.event is None:
             return later.host_s - self.host_s
         try:
-            is_past = later.event.query()
+            is_past = later.event.query()  # type: ignore[no-untyped-call]
             return self.event.elapsed_time(later.event) / 1000 if is_past else None
         except RuntimeError:  # of a lost device: the next call of a model reports it
             return None
