@@ -32,9 +32,13 @@ FINISHED = "finished"
 
 
 class WorkerFigures:
-    """The counters of one worker. Safe to use from several threads."""
+    """The counters of one worker. Safe to use from several threads.
 
-    def __init__(self) -> None:
+    device: its own; the memory of a GPU is reported once torch uses it.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         registry = self._registry = new_registry()
         self._steps = Summary(
             "inpaint_step_seconds",
@@ -104,8 +108,9 @@ class WorkerFigures:
 
     def text(self) -> str:
         """All figures in Prometheus' text format."""
-        for kind, size in gpu_memory().items():
-            self._memory.labels(kind).set(size)
+        if self._device != "cpu":
+            for kind, size in gpu_memory().items():
+                self._memory.labels(kind).set(size)
         return generate_latest(self._registry).decode()
 
 

@@ -134,7 +134,7 @@ class Worker:
         self._max_in_flight = self.settings.places_on(self.device)
         self._checkpoints = Checkpoints(self.settings, self.device)
         keeps_inputs = self.settings.retention.keep_inputs
-        self._figures = WorkerFigures()
+        self._figures = WorkerFigures(self.device)
         self._stores = Stores(self.store, self.storage, keeps_inputs, self._figures)
         self._finalizer = Finalizer(self._stores.steps_to_fail)
         self._previews = PreviewFiles(self.storage, DaemonThread("previews"))
