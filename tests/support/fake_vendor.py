@@ -4,7 +4,7 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -43,10 +43,11 @@ def running_vendor() -> Iterator[FakeVendor]:
             vendor.calls.put(VendorCall(self.path, headers, fields))
             vendor.may_answer.wait()
             body = vendor.answer.encode()
-            self.send_response(vendor.status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the server has stopped meanwhile
+                self.send_response(vendor.status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, *_arguments: Any) -> None:
             """Quiet."""
