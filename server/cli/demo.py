@@ -119,6 +119,8 @@ def running_server(folder: Path) -> Iterator[str]:
     # Settings of a real server in the environment must not change the temporary one.
     environment = {name: value for name, value in os.environ.items() if ENV_PREFIX not in name}
     environment["INPAINT_FETCH__ALLOW_CIDRS"] = "127.0.0.0/8"
+    # A slow machine's answer is late and not "processing".
+    environment["INPAINT_HOLD_S"] = str(REQUEST_TIMEOUT_S)
     command = [*PROGRAM, "serve", "--port", "0", "--model", "builtin"]
     with log.open("wb") as file:
         process = subprocess.Popen(
