@@ -24,7 +24,7 @@ from server.api.auth.keyring import REFRESH_S, KeyRing
 from server.api.auth.keys import KeyStore
 from server.api.dialects.base import Dialect
 from server.api.dialects.document import write_document
-from server.api.dialects.registry import enabled_dialects, name_of_owner, write_webhook
+from server.api.dialects.registry import enabled_dialects, names_by_route, write_webhook
 from server.api.errors import answer_error
 from server.api.middleware import CrossOrigin, ErrorAnswers, RequestContext
 from server.api.monitoring import probes
@@ -127,7 +127,7 @@ def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
             name for each in enabled_dialects(settings.dialects) for name in each.exposed_headers
         ]
         app.add_middleware(CrossOrigin, settings.cors_origins, exposed, serves_loopback_only)
-    app.add_middleware(RequestContext, metrics, name_of_owner)
+    app.add_middleware(RequestContext, metrics, names_by_route())
     app.add_middleware(TrustedProxies, settings.forwarded_allow_ips, settings.allowed_hosts)
 
 

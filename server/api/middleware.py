@@ -11,7 +11,7 @@ import functools
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -66,13 +66,13 @@ ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 class RequestContext:
     """Gives every request an id, and every answer its headers, metrics and log line.
 
-    dialect_of: the name of the dialect that owns a path.
+    dialects: names by the path of a route; others belong to none.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, dialect_of: Callable[[str], str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, dialects: Mapping[str, str]) -> None:
         self._app = app
         self._metrics = metrics
-        self._dialect_of = dialect_of
+        self._dialects = dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,7 +103,7 @@ class RequestContext:
     def _record(self, scope: Scope, status: int | None, duration_s: float) -> None:
         """Count and log a request. status: None where no answer was started."""
         route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
-        dialect, outcome = self._dialect_of(scope["path"]), outcome_of(scope, status)
+        dialect, outcome = self._dialects.get(route, "none"), outcome_of(scope, status)
         self._metrics.requests.labels(route, str(status or 0), dialect, outcome).inc()
         self._metrics.latency.labels(route).observe(duration_s)
         # Probes come every few seconds and would fill the log.

@@ -109,7 +109,8 @@ class ServedHere:
         self._thread.start()
         assert self._has_started.wait(TIMEOUT_S)
         # One call, so that the server's own tasks are there, and all is imported that it needs.
-        assert httpx2.get(f"{self.url}/healthz", trust_env=False).status_code == 200
+        answer = httpx2.get(f"{self.url}/healthz", trust_env=False, timeout=TIMEOUT_S)
+        assert answer.status_code == 200
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -32,17 +32,16 @@ def enabled_dialects(names: Sequence[str]) -> list[Dialect]:
 
 def dialect_of(path: str) -> Dialect:
     """The dialect in which errors under a path are written."""
-    return _owner_of(path) or DIALECTS[0]
+    return next((dialect for dialect in DIALECTS if dialect.owns(path)), DIALECTS[0])
 
 
-def name_of_owner(path: str) -> str:
-    """The name of the dialect that owns a path; "none" for pictures, probes and pages."""
-    owner = _owner_of(path)
-    return "none" if owner is None else owner.name
-
-
-def _owner_of(path: str) -> Dialect | None:
-    return next((dialect for dialect in DIALECTS if dialect.owns(path)), None)
+def names_by_route() -> dict[str, str]:
+    """The dialect of each route's path, such as `/api/jobs/{job_id}`."""
+    return {
+        getattr(route, "path", ""): dialect.name
+        for dialect in DIALECTS
+        for route in dialect.router.routes
+    }
 
 
 def write_webhook(job: Job) -> dict[str, Any]:
