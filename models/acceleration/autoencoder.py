@@ -64,7 +64,8 @@ class WideAttention(Attention):  # type: ignore[misc]
         projected = nn.functional.linear(normed, self.joined, self.joined_bias)
         query, key, value = projected.chunk(3, dim=-1)
         mixed = attended(query * self.scale, key, value)
-        return (self.to_out[0](mixed) + pixels).unflatten(1, sides).permute(0, 3, 1, 2)
+        total: Tensor = self.to_out[0](mixed) + pixels
+        return torch.unflatten(total, 1, sides).permute(0, 3, 1, 2)
 
 
 def widen_attention(vae: nn.Module) -> None:
