@@ -7,13 +7,15 @@ import argparse
 import signal
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
 
-from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
-from models.imaging.canvas import prepare_canvas
+from models.acceleration.transfers import HostMark
+from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Sample
+from models.imaging.canvas import Canvas
 from models.model_pool import ModelPool
 from models.params import InpaintParams
 from server.core.logs import configure_logging
@@ -34,12 +36,13 @@ class NoopPipeline(InpaintPipeline):
         self.dtype = torch.float32
         self._safety = None
 
-    def prepare_together(self, jobs: Sequence[tuple[InpaintParams, Source]]) -> list[list[Sample]]:
+    def prepare_together(
+        self, jobs: Sequence[tuple[InpaintParams, Canvas]]
+    ) -> list[Queued[list[Sample]]]:
         """Samples of the right shapes and of one step."""
-        return [self._samples(params, source) for params, source in jobs]
+        return [Queued(HostMark(), partial(self._samples, *job)) for job in jobs]
 
-    def _samples(self, params: InpaintParams, source: Source) -> list[Sample]:
-        canvas = prepare_canvas(params, source.init_image, source.mask)
+    def _samples(self, params: InpaintParams, canvas: Canvas) -> list[Sample]:
         latents = torch.zeros(1, 4, params.height // 8, params.width // 8)
         return [
             Sample(
@@ -69,9 +72,9 @@ class NoopPipeline(InpaintPipeline):
         """Nothing changes but the count."""
         sample.step_index += 1
 
-    def decode(self, samples: Sequence[Sample]) -> list[Picture]:
+    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture]]:
         """The init image, put together with itself as any picture is."""
-        return [self._paste(sample) for sample in samples]
+        return [Queued(HostMark(), partial(self._paste, sample)) for sample in samples]
 
     def _paste(self, sample: Sample) -> Picture:
         generated = sample.canvas.init_image

@@ -1,31 +1,34 @@
 """`InpaintEngine`: which samples run next, and who hears of it. Policy only.
 
-No tensor mathematics (that is `InpaintPipeline`), no threads or I/O: the worker calls `step` in a
-loop, and each call does one bounded piece of work: prepare some generations, take one denoising
-step of a batch, or decode some pictures.
+No tensor mathematics (that is `InpaintPipeline`) and no I/O: the worker calls `step` in a loop, and
+each call queues one bounded piece of work on the device: prepare some generations, take one
+denoising step of a batch, or decode some pictures. It never waits for a piece, but for the device
+when that has two UNet calls left to make. What a picture needs of the host before and after, such
+as pasting, is done in the background.
 """
 
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.acceleration.moments import Moment
 from models.batching import BatchKey, BatchSizer, CallKind, stall_s
-from models.diffusion.pipeline import Picture, Sample, Source
+from models.diffusion.pipeline import Picture, Queued, Sample, Source
 from models.errors import DeviceLost, EngineError, OutOfMemory
 from models.model_pool import ModelPool, Readiness
 from models.params import InpaintParams
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -34,6 +37,13 @@ LATENT_SCALE = 8
 
 KEPT_CALLS = 1_000
 """UNet calls whose times are kept until somebody asks for them."""
+
+BACKGROUND_THREADS = 2
+"""One pastes while another waits for its picture."""
+
+QUEUED_CALLS = 2
+"""UNet calls in the device's queue at most. With fewer the device may have to wait for the host;
+behind more, new generations, cancellations and previews wait for the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +89,42 @@ class Failed:
 Event: TypeAlias = Progress | Finished | Failed
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A generation that is not begun. canvas: what its model is given, made in the background."""
+
+    generation: Generation
+    canvas: Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """A generation whose samples the device prepares."""
+
+    generation: Generation
+    samples: Queued[list[Sample]]
+
+
+@dataclass(slots=True, eq=False)
+class Decoding:
+    """A picture that the device decodes, and what the background makes of it."""
+
+    queued: Queued[Picture]
+    picture: Future[Picture]
+
+
 @dataclass(slots=True, eq=False)
 class RunningSample:
     """A sample among those of its generation.
 
     last_turn: when it last took a step, in turns of the engine.
-    picture: once it is decoded.
+    decoding: its last piece of work.
     """
 
     generation: Generation
     sample: Sample
     last_turn: int = 0
-    picture: Picture | None = None
+    decoding: Decoding | None = None
 
     @property
     def generation_id(self) -> int:
@@ -100,6 +134,29 @@ class RunningSample:
     def key(self) -> BatchKey:
         """Samples of equal key may share a UNet call."""
         return BatchKey.of(self.sample, self.generation.model)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A call of so many units that a sizer wants to know the duration of, and its two ends."""
+
+    sizer: BatchSizer
+    kind: CallKind
+    units: int
+    began: Queued[None]
+    ended: Queued[None]
+
+
+class InlineExecutor(Executor):
+    """Makes calls at once, in the thread that submits them."""
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        future: Future[R] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - `Future.result` raises it
+            future.set_exception(error)
+        return future
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +185,8 @@ class UNetCall:
 
     area: int
     rows: int
-    begin: Moment
-    end: Moment
+    began: Queued[None]
+    ended: Queued[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +200,20 @@ class StepTime:
 
 @dataclass(slots=True)
 class InpaintEngine:
-    """Runs generations step by step, many at a time."""
+    """Runs generations step by step, many at a time.
+
+    background: makes what a picture needs of the host besides the device's work. By default that is
+        done in between, which is as quick where the device is the host.
+    """
 
     models: ModelPool
     limits: EngineLimits = EngineLimits()
-    _waiting: deque[Generation] = field(default_factory=deque)
+    background: Executor = field(default_factory=InlineExecutor)
+    _waiting: dict[int, Waiting] = field(default_factory=dict)
+    _preparing: dict[int, Preparing] = field(default_factory=dict)
     _running: dict[int, list[RunningSample]] = field(default_factory=dict)
+    _queued_calls: deque[Queued[None]] = field(default_factory=deque)
+    _measurements: deque[Measurement] = field(default_factory=deque)
     _turn: int = 0
     _may_stall: bool = True
     _is_resting: bool = True
@@ -164,38 +229,53 @@ class InpaintEngine:
     @property
     def free_places(self) -> int:
         """How many generations `add` takes before the engine is full."""
-        return self.limits.max_generations - len(self._waiting) - len(self._running)
+        held = len(self._waiting) + len(self._preparing) + len(self._running)
+        return self.limits.max_generations - held
 
     @property
     def is_idle(self) -> bool:
         """True without any generation."""
-        return not self._waiting and not self._running
+        return not (self._waiting or self._preparing or self._running)
 
     @property
     def is_resting(self) -> bool:
-        """True if the last `step` found nothing to do: none is there, or models are loading."""
+        """True if the last `step` found nothing to do: none is there, models are loading, or the
+        background is at work, for which `wait` waits."""
         return self._is_resting
 
     def add(self, generation: Generation) -> None:
         """Queue a generation; it is prepared in a later `step`."""
-        self._waiting.append(generation)
+        canvas = self.background.submit(generation.source.canvas, generation.params)
+        self._waiting[generation.id] = Waiting(generation, canvas)
+
+    def release_memory(self) -> None:
+        """Release cached device memory of all models."""
+        self.models.release_memory()
 
     def cancel(self, generation_id: int) -> None:
         """Forget a generation; takes effect before the next step. Unknown ids are ignored."""
-        self._waiting = deque(each for each in self._waiting if each.id != generation_id)
-        self._running.pop(generation_id, None)
-        self.models.forget_loads({each.model for each in self._waiting})
+        self._forget(generation_id)
+        self.models.forget_loads({each.generation.model for each in self._waiting.values()})
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until the background has done something; False if it has nothing to do."""
+        futures: list[Future[Any]] = [each.canvas for each in self._waiting.values()]
+        decodings = [member.decoding for member in self._members() if member.decoding]
+        pending = [
+            future
+            for future in [*futures, *(each.picture for each in decodings)]
+            if not future.done()
+        ]
+        wait(pending, timeout_s, FIRST_COMPLETED)
+        return bool(pending)
 
     def take_step_times(self) -> list[StepTime]:
         """The UNet calls that the device has done since this was last asked, oldest first."""
         found = []
-        while self._calls:
-            call = self._calls[0]
-            seconds = call.begin.seconds_to(call.end)
-            if seconds is None:
-                break
+        while self._calls and self._calls[0].ended.is_done:
+            call = self._calls.popleft()
+            seconds = call.ended.mark.s_since(call.began.mark)
             found.append(StepTime(call.area * LATENT_SCALE**2, call.rows, seconds))
-            self._calls.popleft()
         return found
 
     def preview(self, generation_id: int) -> NDArray[np.uint8] | None:
@@ -216,8 +296,27 @@ class InpaintEngine:
             logger.warning("no preview could be made", exc_info=True)
             return None
 
+    def warm_up(self, model: str) -> None:
+        """Make a model's first calls, and learn how large calls of its own size should be.
+
+        Raises: UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        pipeline = self.models.pipeline(model)
+        pipeline.warm_up()
+        if self.limits.is_reproducible:
+            return
+        params, source = pipeline.usual_job()
+        (sample,) = pipeline.prepare(params, source)
+        member = RunningSample(Generation(0, model, params, source), sample)
+        rows, pictures = member.key.kind, member.generation.picture_kind
+        prediction = self._learn(
+            lambda: self._call_unet([member] * (self._rows.units(rows) // sample.rows))
+        )
+        pipeline.advance(sample, prediction)
+        self._learn(lambda: self._call_decoder([member] * self._pictures.units(pictures)))
+
     def step(self) -> list[Event]:
-        """Do one piece of work and say what came of it.
+        """Queue one piece of work, and say what came of earlier ones.
 
         A piece of encoding or decoding stands between two denoising steps, never next to another
         while samples run, and is as large as lets these wait for about two steps at most. An error
@@ -226,41 +325,92 @@ class InpaintEngine:
         """
         self._turn += 1
         self._is_resting = False
-        members = [member for each in self._running.values() for member in each]
-        denoised = [each for each in members if each.sample.is_denoised and each.picture is None]
+        if events := self._settle():
+            return events
+        members = self._members()
+        denoised = [each for each in members if each.sample.is_denoised and each.decoding is None]
         runnable = [each for each in members if not each.sample.is_denoised]
         if self._may_stall or not runnable:
             self._may_stall = False
             if denoised:
                 return self._decode(self._select_pictures(denoised, runnable))
-            if self._waiting:
-                ready, failures = self._ask_for_models()
-                prepared = self._prepare(self._select_waiting(ready, runnable)) if ready else []
-                if failures or prepared:
-                    return [*failures, *prepared]
+            ready, failures = self._ask_for_models()
+            prepared = self._prepare(self._select_waiting(ready, runnable)) if ready else []
+            if ready or failures:
+                return [*failures, *prepared]
         self._may_stall = True
-        self._is_resting = not runnable
-        return self._denoise(self._select_batch(runnable)) if runnable else []
+        return self._denoise(self._select_batch(runnable)) if runnable else self._rest()
 
-    def _ask_for_models(self) -> tuple[list[Generation], list[Event]]:
-        """The waiting generations whose models are there, and the ends of those of bad ones.
+    def _rest(self) -> list[Event]:
+        """Nothing can be queued: wait for the device if it prepares a generation."""
+        for preparing in self._preparing.values():
+            return [self._begin(preparing)]
+        self._is_resting = True
+        return []
+
+    def _settle(self) -> list[Event]:
+        """What became of the pieces that the device and the background are done with."""
+        self._observe()
+        prepared = [each for each in self._preparing.values() if each.samples.is_done]
+        ends = [self._end(*each) for each in [*self._running.items()]]
+        return [*map(self._begin, prepared), *(event for event in ends if event is not None)]
+
+    def _begin(self, preparing: Preparing) -> Event:
+        """Have the samples run, once they are there."""
+        generation = preparing.generation
+        try:
+            samples = self._retried(preparing.samples.result)
+        except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
+            return self._failed(generation.id, error)
+        del self._preparing[generation.id]
+        self._running[generation.id] = [RunningSample(generation, sample) for sample in samples]
+        return self._progress(generation.id)
+
+    def _end(self, generation_id: int, members: Sequence[RunningSample]) -> Event | None:
+        """None while a picture is missing and none has failed."""
+        made = [each.decoding for each in members if each.decoding and each.decoding.picture.done()]
+        try:
+            pictures = [self._picture_of(decoding) for decoding in made]
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failed(generation_id, error)
+        if len(pictures) < len(members):
+            return None
+        self._forget(generation_id)
+        return Finished(generation_id, tuple(pictures))
+
+    def _picture_of(self, decoding: Decoding) -> Picture:
+        """Raises: what the background raised; it lacks memory twice at least."""
+        if isinstance(decoding.picture.exception(), OutOfMemory):
+            decoding.picture = InlineExecutor().submit(self._retried, decoding.queued.result)
+        return decoding.picture.result()
+
+    def _forget(self, generation_id: int) -> None:
+        for stage in (self._waiting, self._preparing, self._running):
+            stage.pop(generation_id, None)
+
+    def _members(self) -> list[RunningSample]:
+        return [member for each in self._running.values() for member in each]
+
+    def _ask_for_models(self) -> tuple[list[Waiting], list[Event]]:
+        """The waiting generations that can begin, and the ends of those of bad models.
 
         Behind one whose model finds no room nobody begins, so that the running ones make room.
         """
-        in_use = {members[0].generation.model for members in self._running.values()}
-        ready: list[Generation] = []
+        in_use = {member.generation.model for member in self._members()}
+        in_use |= {each.generation.model for each in self._preparing.values()}
+        ready: list[Waiting] = []
         failures: list[Event] = []
-        for generation in [*self._waiting]:
+        for waiting in [*self._waiting.values()]:
+            generation = waiting.generation
             try:
                 readiness = self.models.request(generation.model, in_use)
-            except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
-                self._waiting = deque(each for each in self._waiting if each is not generation)
+            except Exception as error:  # noqa: BLE001 - as above
                 failures.append(self._failed(generation.id, error))
                 continue
             if readiness is Readiness.CROWDED:
                 break
-            if readiness is Readiness.READY:
-                ready.append(generation)
+            if readiness is Readiness.READY and waiting.canvas.done():
+                ready.append(waiting)
                 in_use.add(generation.model)
         return ready, failures
 
@@ -292,18 +442,15 @@ class InpaintEngine:
         return same[: self._pictures_per_call(first.generation, runnable)]
 
     def _select_waiting(
-        self, ready: Sequence[Generation], runnable: Sequence[RunningSample]
-    ) -> list[Generation]:
-        """The first that is ready, and others of its model and size; no longer waiting.
+        self, ready: Sequence[Waiting], runnable: Sequence[RunningSample]
+    ) -> list[Waiting]:
+        """The first that is ready, and others of its model and size.
 
         Two encodings take about as long as one decoding, which is what was measured.
         """
-        first = ready[0]
-        same = [each for each in ready if each.picture_kind == first.picture_kind]
-        selected = same[: self._pictures_per_call(first, runnable)]
-        taken = {each.id for each in selected}
-        self._waiting = deque(each for each in self._waiting if each.id not in taken)
-        return selected
+        first = ready[0].generation
+        same = [each for each in ready if each.generation.picture_kind == first.picture_kind]
+        return same[: self._pictures_per_call(first, runnable)]
 
     def _pictures_per_call(self, generation: Generation, runnable: Sequence[RunningSample]) -> int:
         if self.limits.is_reproducible:
@@ -314,29 +461,33 @@ class InpaintEngine:
         patience_s = stall_s(self._rows, running)
         return self._pictures.units_within(generation.picture_kind, patience_s)
 
-    def _prepare(self, generations: Sequence[Generation]) -> list[Event]:
-        pipeline = self.models.pipeline(generations[0].model)
+    def _prepare(self, batch: Sequence[Waiting]) -> list[Event]:
+        first = batch[0].generation
+        pipeline = self.models.pipeline(first.model)
 
-        def work(some: Sequence[Generation]) -> list[list[Sample]]:
-            return pipeline.prepare_together([(each.params, each.source) for each in some])
+        def work(some: Sequence[Waiting]) -> list[Queued[list[Sample]]]:
+            return pipeline.prepare_together(
+                [(each.generation.params, each.canvas.result()) for each in some]
+            )
 
-        events: list[Event] = []
-        shrink = partial(self._shrink_pictures, generations[0].picture_kind)
-        for generation, samples in self._attempt(generations, work, shrink):
+        failures: list[Event] = []
+        shrink = partial(self._shrink_pictures, first.picture_kind)
+        for waiting, samples in self._attempt(batch, work, shrink):
+            generation = waiting.generation
             if isinstance(samples, Exception):
-                events.append(self._failed(generation.id, samples))
+                failures.append(self._failed(generation.id, samples))
                 continue
-            self._running[generation.id] = [RunningSample(generation, sample) for sample in samples]
-            events.append(self._progress(generation.id))
-        return events
+            del self._waiting[generation.id]
+            self._preparing[generation.id] = Preparing(generation, samples)
+        return [*failures, *self._settle()]
 
     def _denoise(self, batch: Sequence[RunningSample]) -> list[Event]:
         """One step of a batch; one progress event for each of its generations that goes on."""
+        while len(self._queued_calls) >= QUEUED_CALLS:
+            self._queued_calls.popleft().result()
         failures: list[Event] = []
-        kind = batch[0].key.kind
-        pipeline = self.models.pipeline(kind.model)
-        shrink = partial(self._shrink_rows, kind)
-        for member, prediction in self._attempt(batch, partial(self._predict, kind), shrink):
+        pipeline = self.models.pipeline(batch[0].generation.model)
+        for member, prediction in self._call_unet(batch):
             if member.generation_id not in self._running:
                 continue  # another sample of it has failed just now
             member.last_turn = self._turn
@@ -344,56 +495,58 @@ class InpaintEngine:
                 if isinstance(prediction, Exception):
                     raise prediction
                 pipeline.advance(member.sample, prediction)
-            except Exception as error:  # noqa: BLE001 - whatever it is, this generation hears of it
+            except Exception as error:  # noqa: BLE001 - as above
                 failures.append(self._failed(member.generation_id, error))
+        self._queued_calls.append(pipeline.mark())
         touched = dict.fromkeys(member.generation_id for member in batch)
         return [*failures, *(self._progress(each) for each in touched if each in self._running)]
 
-    def _predict(self, kind: CallKind, batch: Sequence[RunningSample]) -> list[torch.Tensor]:
-        """The UNet call, timed where that helps to find the best number of rows."""
-        samples = [member.sample for member in batch]
-        rows = sum(sample.rows for sample in samples)
+    def _call_unet(
+        self, batch: Sequence[RunningSample]
+    ) -> list[tuple[RunningSample, torch.Tensor | Exception]]:
+        """Timed where that helps to find the best number of rows."""
+        kind = batch[0].key.kind
         pipeline = self.models.pipeline(kind.model)
-        with self._timed(self._rows, kind, rows):
-            begin = pipeline.mark()
-            predictions = pipeline.denoise_step(samples)
-            self._calls.append(UNetCall(kind.area, rows, begin, pipeline.mark()))
-        return predictions
+
+        def work(some: Sequence[RunningSample]) -> list[torch.Tensor]:
+            rows = sum(member.sample.rows for member in some)
+            began = pipeline.mark()
+            with self._timed(self._rows, kind, rows):
+                predictions = pipeline.denoise_step([member.sample for member in some])
+            self._calls.append(UNetCall(kind.area, rows, began, pipeline.mark()))
+            return predictions
+
+        return self._attempt(batch, work, partial(self._shrink_rows, kind))
 
     def _shrink_rows(self, kind: CallKind, batch: Sequence[RunningSample]) -> None:
         self._rows.shrink(kind, sum(member.sample.rows for member in batch))
 
-    def _shrink_pictures(self, kind: CallKind, batch: Sequence[Generation | RunningSample]) -> None:
+    def _shrink_pictures(self, kind: CallKind, batch: Sequence[Waiting | RunningSample]) -> None:
         self._pictures.shrink(kind, len(batch))
 
-    def _decode(self, members: Sequence[RunningSample]) -> list[Event]:
-        kind = members[0].generation.picture_kind
-        pipeline = self.models.pipeline(kind.model)
-
-        def work(some: Sequence[RunningSample]) -> list[Picture]:
-            with self._timed(self._pictures, kind, len(some)):
-                return pipeline.decode([member.sample for member in some])
-
-        events: list[Event] = []
-        shrink = partial(self._shrink_pictures, kind)
-        for member, picture in self._attempt(members, work, shrink):
+    def _decode(self, batch: Sequence[RunningSample]) -> list[Event]:
+        failures: list[Event] = []
+        for member, queued in self._call_decoder(batch):
             if member.generation_id not in self._running:
                 continue  # as above
-            if isinstance(picture, Exception):
-                events.append(self._failed(member.generation_id, picture))
+            if isinstance(queued, Exception):
+                failures.append(self._failed(member.generation_id, queued))
                 continue
-            member.picture = picture
-            events += self._finish(member.generation_id)
-        return events
+            member.decoding = Decoding(queued, self.background.submit(queued.result))
+        return [*failures, *self._settle()]
 
-    def _finish(self, generation_id: int) -> list[Event]:
-        """Its end, if no picture is missing."""
-        pictures = [member.picture for member in self._running[generation_id]]
-        finished = tuple(picture for picture in pictures if picture is not None)
-        if len(finished) < len(pictures):
-            return []
-        del self._running[generation_id]
-        return [Finished(generation_id, finished)]
+    def _call_decoder(
+        self, batch: Sequence[RunningSample]
+    ) -> list[tuple[RunningSample, Queued[Picture] | Exception]]:
+        """Timed where that helps to find the best number of pictures."""
+        kind = batch[0].generation.picture_kind
+        pipeline = self.models.pipeline(kind.model)
+
+        def work(some: Sequence[RunningSample]) -> list[Queued[Picture]]:
+            with self._timed(self._pictures, kind, len(some)):
+                return pipeline.decode_together([member.sample for member in some])
+
+        return self._attempt(batch, work, partial(self._shrink_pictures, kind))
 
     def _attempt(
         self,
@@ -422,15 +575,36 @@ class InpaintEngine:
         return [each for part in parts for each in self._attempt(part, work, shrink)]
 
     @contextmanager
-    def _timed(self, budget: BatchSizer, kind: CallKind, units: int) -> Iterator[None]:
-        """Tells the budget how long a call took, where that helps to find the best size."""
-        if not budget.wants_measurement(kind, units):
+    def _timed(self, sizer: BatchSizer, kind: CallKind, units: int) -> Iterator[None]:
+        """Has the sizer told how long a call takes, where that helps to find the best size."""
+        if not sizer.wants_measurement(kind, units):
             yield
             return
         pipeline = self.models.pipeline(kind.model)
-        started_s = pipeline.device_time_s()
+        began = pipeline.mark()
         yield
-        budget.observe(kind, units, pipeline.device_time_s() - started_s)
+        self._measurements.append(Measurement(sizer, kind, units, began, pipeline.mark()))
+
+    def _learn(self, call: Callable[[], list[tuple[RunningSample, R | Exception]]]) -> R:
+        """Make a call as long as its duration helps to find the best size; what came of it at last.
+
+        Raises: what making it raised.
+        """
+        while True:
+            for _, result in (results := call()):
+                if isinstance(result, Exception):
+                    raise result
+            if not self._measurements:
+                return cast(R, results[0][1])
+            self._measurements[-1].ended.result()
+            self._observe()
+
+    def _observe(self) -> None:
+        """Tell the sizers of the calls that the device has made."""
+        while self._measurements and self._measurements[0].ended.is_done:
+            each = self._measurements.popleft()
+            if each.sizer.wants_measurement(each.kind, each.units):  # still
+                each.sizer.observe(each.kind, each.units, each.ended.mark.s_since(each.began.mark))
 
     def _retried(self, work: Callable[[], T]) -> T:
         """Work for a single sample, done once more after memory was given back.
@@ -457,8 +631,23 @@ class InpaintEngine:
             raise error
         if not isinstance(error, EngineError):
             logger.exception("generation failed", exc_info=error)
-        self._running.pop(generation_id, None)
+        self._forget(generation_id)
         return Failed(generation_id, error)
+
+
+def background_of(device: torch.device, *, is_reproducible: bool) -> Executor:
+    """The background of an engine for this device, the current one of its type.
+
+    On a GPU it is threads. Where pictures must be reproducible there are none, because settings of
+    torch that are in force for one thread would be so for all.
+    """
+    if device.type != "cuda" or is_reproducible:
+        return InlineExecutor()
+    # A thread begins with the first device as its current one.
+    current = torch.cuda.current_device()
+    return ThreadPoolExecutor(
+        BACKGROUND_THREADS, "background", initializer=torch.cuda.set_device, initargs=(current,)
+    )
 
 
 def halves(batch: Sequence[T]) -> list[list[T]]:

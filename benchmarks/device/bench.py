@@ -107,6 +107,16 @@ class Bench:
             times.append(1e3 * (time.perf_counter() - began))
         return statistics.median(times)
 
+    def host_ms_of(self, work: Callable[[], object]) -> float:
+        """Median milliseconds until one run returns, whose queue is empty before and after."""
+        times = []
+        for _ in range(self.scale.replays):
+            began = time.perf_counter()
+            work()
+            times.append(1e3 * (time.perf_counter() - began))
+            self.wait()
+        return statistics.median(times)
+
     def ms_in_queue(self, work: Callable[[], object], count: int | None = None) -> float:
         """Mean milliseconds of runs that the device does one after the other without a pause."""
         work()

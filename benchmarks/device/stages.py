@@ -17,7 +17,6 @@ from models.acceleration.attention import KERNELS
 from models.acceleration.autoencoder import attended, halve
 from models.acceleration.fusion import Fusions, fuse
 from models.diffusion.pipeline import InpaintPipeline
-from models.imaging.canvas import prepare_canvas
 
 
 def run(bench: Bench) -> None:
@@ -38,7 +37,10 @@ def run(bench: Bench) -> None:
 
 
 def prepared(bench: Bench, pipeline: InpaintPipeline) -> dict[str, float]:
-    """ms of each part, waited for. new: neither text nor picture was seen before."""
+    """ms of each part, waited for. new: neither text nor picture was seen before.
+
+    The host's part of it is what the engine's thread is busy for.
+    """
     seeds = count(1)
 
     def order() -> Any:
@@ -55,12 +57,15 @@ def prepared(bench: Bench, pipeline: InpaintPipeline) -> dict[str, float]:
     def new_picture() -> None:
         pipeline.prepare(params, order().source())
 
+    orders = [order() for _ in range(bench.scale.replays)]
+    jobs = iter([(each.params(), each.source().canvas(each.params())) for each in orders])
     return {
         "making an order (not ours)": bench.ms_of(order),
-        "canvas": bench.ms_of(lambda: prepare_canvas(params, source.init_image, source.mask)),
+        "canvas": bench.ms_of(lambda: source.canvas(params)),
         "new": bench.ms_of(new),
         "known text, new picture": bench.ms_of(new_picture),
         "all known": bench.ms_of(lambda: pipeline.prepare(params, source)),
+        "host's part of new": bench.host_ms_of(lambda: pipeline.prepare_together([next(jobs)])),
     }
 
 
@@ -68,10 +73,12 @@ def decoded(bench: Bench, pipeline: InpaintPipeline) -> dict[str, float]:
     """ms until the pictures are on the host, pasted back."""
     (order,) = make_orders(bench.scale.side_px, [1], 1)
     (sample,) = pipeline.prepare(order.params(), order.source())
-    return {
+    found = {
         f"{number} pictures": bench.ms_of(lambda: pipeline.decode([sample] * number))  # noqa: B023
         for number in (1, 4)
     }
+    host_ms = bench.host_ms_of(lambda: pipeline.decode_together([sample]))
+    return {**found, "host's part of 1 picture": host_ms}
 
 
 @torch.inference_mode()

@@ -1,14 +1,17 @@
-"""From the host to the device without waiting, for the loop of denoising steps.
+"""Between host and device without waiting.
 
 A device works through a queue; the host may run ahead of it as long as it asks for no result and
-copies nothing from pageable memory. diffusers' schedulers keep their tables where the samples are
+copies nothing from or to pageable memory. Results are copied to pinned memory, and a `Mark` behind
+the copy tells when they are there. diffusers' schedulers keep their tables where the samples are
 and copy numbers to and fro; here the tables stay on the host, and numbers travel as arguments of
 the operations that use them.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +31,75 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Mark(Protocol):
+    """A place in the device's queue."""
+
+    @property
+    def is_past(self) -> bool:
+        """Whether the device has done all that was queued before."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until it is past."""
+        ...
+
+    def s_since(self, earlier: Any) -> float:
+        """Seconds of the device since an earlier mark of its kind; both are past."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostMark:
+    """Of a CPU, which has no queue: calls return when their work is done."""
+
+    at_s: float = field(default_factory=time.perf_counter)
+    is_past: bool = True
+
+    def wait(self) -> None:
+        """It is past."""
+
+    def s_since(self, earlier: "HostMark") -> float:
+        return self.at_s - earlier.at_s
+
+
+class CudaMark:
+    """An event in the current stream of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Blocking: a thread that waits sleeps, and leaves its core to the others.
+        new_event: Any = torch.cuda.Event
+        self._event = new_event(enable_timing=True, blocking=True)
+        self._event.record(torch.cuda.current_stream(device))
+
+    @property
+    def is_past(self) -> bool:
+        is_past: bool = self._event.query()
+        return is_past
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def s_since(self, earlier: "CudaMark") -> float:
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1000
+
+
+QUEUES: dict[str, Callable[[torch.device], Mark]] = {"cuda": CudaMark}
+"""The types of devices that have a queue, and their marks."""
+
+
+def mark(device: torch.device) -> Mark:
+    """The end of what is queued now."""
+    return QUEUES[device.type](device) if device.type in QUEUES else HostMark()
+
+
+def download(tensor: Tensor) -> Tensor:
+    """The tensor on the host, whose values are there once a later mark is past."""
+    if tensor.device.type not in QUEUES:
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def host_tables(device: torch.device) -> AbstractContextManager[Any]:

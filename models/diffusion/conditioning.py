@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.acceleration.transfers import upload
 from models.checkpoints.registry import Components
 from models.diffusion.prompts import Layer, PromptEncoder, PromptKey
 from models.errors import ModelUnavailable
@@ -98,8 +99,10 @@ class DualClipConditioner:
             pooled = self._pooled(params, "prompt")
         else:
             states, pooled = self._guided(params)
-        time_ids = self._time_ids(height, width)[-len(states) :]
-        return Conditioning(states, {"text_embeds": pooled, "time_ids": time_ids.to(states)})
+        time_ids = self._time_ids(height, width)[-len(states) :].to(states.dtype)
+        return Conditioning(
+            states, {"text_embeds": pooled, "time_ids": upload(time_ids, states.device)}
+        )
 
     def _guided(self, params: InpaintParams) -> tuple[Tensor, Tensor]:
         """States `(2, n, d)` and pooled embeddings `(2, d)`, [negative, positive]."""

@@ -7,7 +7,7 @@ every sample draws its own values from them.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.acceleration.transfers import download, upload
 from models.diffusion.vae import LatentCodec
 from models.imaging.canvas import Canvas
 from models.imaging.filling import fill_from_around
@@ -35,6 +36,7 @@ class EncodedCanvas:
     mask: `(1, 1, h/8, w/8)`, 0 or 1. strengths: likewise, 0 to 1, see `Sample`.
     init_image, masked_image, filled_image: the VAE's distributions; None while no job has needed
         them. In the last one the colours around the mask are blurred into it.
+    is_usable: flags of these by name, 0-d on the host, there once the device has encoded them.
     is_encoded_again: see `Picture`.
     """
 
@@ -43,6 +45,7 @@ class EncodedCanvas:
     init_image: Any = None
     masked_image: Any = None
     filled_image: Any = None
+    is_usable: dict[str, Tensor] = field(default_factory=dict)
     is_encoded_again: bool = False
 
 
@@ -67,7 +70,10 @@ class CanvasEncoder:
         self._kept: OrderedDict[bytes, EncodedCanvas] = OrderedDict()
 
     def encode(self, jobs: Sequence[tuple[InpaintParams, Canvas]]) -> list[EncodedCanvas]:
-        """Each job's canvas, with the images that it needs. Raises: UnusablePicture."""
+        """Each job's canvas, with the images that it needs, which the device may yet be encoding.
+
+        They are to be repaired when it has.
+        """
         found = [self._recall(canvas) for _, canvas in jobs]
         missing: dict[str, dict[EncodedCanvas, Canvas]] = {}
         for encoded, (params, canvas) in zip(found, jobs, strict=True):
@@ -76,13 +82,30 @@ class CanvasEncoder:
                     missing.setdefault(name, {})[encoded] = canvas
         for name, canvases in missing.items():
             for same_size in by_size(canvases):
-                images = self._pictures_of(name, [*same_size.values()])
-                for encoded, image, is_again in self._encoded(same_size, images):
-                    setattr(encoded, name, image)
-                    encoded.is_encoded_again |= is_again
+                self._encode_as(name, same_size)
         while len(self._kept) > KEPT_CANVASES:
             self._kept.popitem(last=False)
         return found
+
+    def repair(self, encoded: EncodedCanvas, canvas: Canvas) -> None:
+        """Encode in float32 what came out unusable; waits only if there is any.
+
+        Raises: UnusablePicture; then the image is not remembered.
+        """
+        unusable = [name for name, is_usable in encoded.is_usable.items() if not is_usable]
+        for name in unusable:
+            setattr(encoded, name, None)
+            (image,) = self._codec.encode_again(self._pictures_of(name, [canvas]))
+            setattr(encoded, name, image)
+            del encoded.is_usable[name]
+            encoded.is_encoded_again = True
+
+    def _encode_as(self, name: str, canvases: Mapping[EncodedCanvas, Canvas]) -> None:
+        """Fill in an image of canvases of one size."""
+        images, is_usable = self._codec.encode(self._pictures_of(name, [*canvases.values()]))
+        for encoded, image, flag in zip(canvases, images, download(is_usable), strict=True):
+            setattr(encoded, name, image)
+            encoded.is_usable[name] = flag
 
     def _needed_images(self, params: InpaintParams) -> Iterator[str]:
         """Names of the fields of `EncodedCanvas` that a run needs."""
@@ -135,11 +158,14 @@ class CanvasEncoder:
         return noise if fill is Fill.NOISE else torch.zeros_like(noise)
 
     def latents_of(self, picture: NDArray[np.uint8]) -> Tensor:
-        """The most probable latents `(1, 4, h/8, w/8)` of any picture `(h, w, 3)`.
+        """The most probable latents `(1, 4, h/8, w/8)` of any picture `(h, w, 3)`. Waits.
 
         Raises: UnusablePicture.
         """
-        (distribution,), _ = self._codec.encode(self._images([picture]))
+        images = self._images([picture])
+        (distribution,), is_usable = self._codec.encode(images)
+        if not is_usable.all():
+            (distribution,) = self._codec.encode_again(images)
         return self._codec.middle(distribution)
 
     def forget(self) -> None:
@@ -151,11 +177,10 @@ class CanvasEncoder:
         return not self._has_masked_image or params.strength < 1
 
     def _recall(self, canvas: Canvas) -> EncodedCanvas:
-        digest = canvas.digest()
-        if digest not in self._kept:
-            self._kept[digest] = self._without_images(canvas)
-        self._kept.move_to_end(digest)
-        return self._kept[digest]
+        if canvas.digest not in self._kept:
+            self._kept[canvas.digest] = self._without_images(canvas)
+        self._kept.move_to_end(canvas.digest)
+        return self._kept[canvas.digest]
 
     def _without_images(self, canvas: Canvas) -> EncodedCanvas:
         # "nearest" and before the cast to half precision, as the original does.
@@ -170,18 +195,12 @@ class CanvasEncoder:
     def _images(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Pictures `(h, w, 3)` of one size as `(n, 3, h, w)` float32 in [-1, 1]."""
         pixels = torch.from_numpy(np.stack(pictures))
-        return pixels.to(self._device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        return upload(pixels, self._device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
     def _strengths(self, canvases: Iterable[Canvas]) -> Tensor:
         """`(n, 1, h, w)` uint8."""
         strengths = torch.from_numpy(np.stack([canvas.strengths for canvas in canvases]))
-        return strengths.to(self._device)[:, None]
-
-    def _encoded(
-        self, canvases: Iterable[EncodedCanvas], images: Tensor
-    ) -> Iterator[tuple[EncodedCanvas, Any, bool]]:
-        """Whose image it is, its distribution, and whether it was encoded again."""
-        return zip(canvases, *self._codec.encode(images), strict=True)
+        return upload(strengths, self._device)[:, None]
 
 
 def by_size(

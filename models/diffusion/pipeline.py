@@ -1,5 +1,8 @@
 """The mathematics of inpainting, in four verbs: prepare, denoise_step, advance, decode.
 
+No verb waits for the device: they queue their work there, and what the host makes of it afterwards
+is a `Queued`.
+
 `InpaintPipeline` holds weights and never a request: all that changes from step to step lives in
 `Sample`. For one sample on a CPU in float32 the pictures equal those of diffusers'
 `StableDiffusionInpaintPipeline` and `StableDiffusionXLInpaintPipeline` (same order of random draws,
@@ -7,11 +10,11 @@ same formulas); families differ in `conditioning` only.
 """
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +22,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
 from models.acceleration.fusion import fuse
-from models.acceleration.moments import Moment
 from models.acceleration.stack import USUAL, Acceleration, accelerated, prepared_vae
-from models.acceleration.transfers import host_tables
+from models.acceleration.transfers import Mark, download, host_tables, mark
 from models.acceleration.unet import BatchedUNet, UNetRows
 from models.checkpoints.registry import Components
 from models.diffusion.conditioning import Conditioning, create_conditioner
@@ -35,6 +37,8 @@ from models.errors import DeviceLost, ModelUnavailable, NoSafetyChecker, OutOfMe
 from models.imaging.canvas import Canvas, prepare_canvas
 from models.imaging.hiding import hide
 from models.params import FlaggedAs, InpaintParams, SchedulerName
+
+T = TypeVar("T")
 
 PREVIEW_SIDE_PX = 128
 """Longest side of a preview, which is that of the largest picture's latents."""
@@ -51,6 +55,10 @@ class Source:
     init_image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
     icc_profile: bytes = b""
+
+    def canvas(self, params: InpaintParams) -> Canvas:
+        """What a job's model is given of it."""
+        return prepare_canvas(params, self.init_image, self.mask)
 
 
 @dataclass(slots=True)
@@ -129,6 +137,39 @@ class Picture:
     scheduler: SchedulerName | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """All that the samples of a job have in common."""
+
+    params: InpaintParams
+    canvas: Canvas
+    conditioning: Conditioning
+    encoded: EncodedCanvas
+
+
+@dataclass(frozen=True, slots=True)
+class Queued(Generic[T]):
+    """Work in the device's queue, and what the host makes of it.
+
+    mark: the work's end. complete: for any thread, once the mark is past.
+    """
+
+    mark: Mark
+    complete: Callable[[], T]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` need not wait. Raises: DeviceLost."""
+        with translated_errors():
+            return self.mark.is_past
+
+    def result(self) -> T:
+        """Waits for the device. Raises: as the verb that queued it."""
+        with translated_errors():
+            self.mark.wait()
+            return self.complete()
+
+
 class InpaintPipeline:
     """A checkpoint on a device.
 
@@ -176,13 +217,8 @@ class InpaintPipeline:
         """False for checkpoints that were published without one."""
         return self._safety is not None
 
-    def warm_up(self) -> None:
-        """Make the calls of a picture of the model's own size, and those of several at once.
-
-        A device's libraries choose their kernels at first calls, and graphs are recorded then: a
-        few seconds, which else the first clients would wait for.
-        Raises: UnusablePicture, OutOfMemory, DeviceLost.
-        """
+    def usual_job(self) -> tuple[InpaintParams, Source]:
+        """A job of one step of the model's own size, white all over."""
         side_px = self._usual_side_px
         params = InpaintParams(
             prompt="",
@@ -192,10 +228,17 @@ class InpaintPipeline:
             num_inference_steps=1,
             safety_check=False,
         )
-        source = Source(
-            np.zeros((side_px, side_px, 3), np.uint8), np.full((side_px, side_px), 255, np.uint8)
-        )
-        (sample,) = self.prepare(params, source)
+        shape = (side_px, side_px)
+        return params, Source(np.zeros((*shape, 3), np.uint8), np.full(shape, 255, np.uint8))
+
+    def warm_up(self) -> None:
+        """Make the calls of a picture of the model's own size, and those of several at once.
+
+        A device's libraries choose their kernels at first calls, and graphs are recorded then: a
+        few seconds, which else the first clients would wait for.
+        Raises: UnusablePicture, OutOfMemory, DeviceLost.
+        """
+        (sample,) = self.prepare(*self.usual_job())
         # The largest first: the graphs of a size share memory.
         for rows in reversed(self._unet.recorded_rows(sample.mask.numel())):
             if rows % sample.rows == 0:
@@ -205,37 +248,42 @@ class InpaintPipeline:
         self.advance(sample, prediction)
         self.decode([sample])
 
-    @torch.inference_mode()
     def prepare(self, params: InpaintParams, source: Source) -> list[Sample]:
-        """The samples of a job, before their first step.
+        """The samples of a job, before their first step. Waits.
 
         The images are encoded once; each sample draws its own values from the VAE's distributions,
         so that sample i is what a job of one sample with seed + i would be.
         Raises: InvalidInput, NoSafetyChecker, UnusablePicture, OutOfMemory, DeviceLost.
         """
-        (samples,) = self.prepare_together([(params, source)])
-        return samples
+        (samples,) = self.prepare_together([(params, source.canvas(params))])
+        return samples.result()
 
     @torch.inference_mode()
-    def prepare_together(self, jobs: Sequence[tuple[InpaintParams, Source]]) -> list[list[Sample]]:
+    def prepare_together(
+        self, jobs: Sequence[tuple[InpaintParams, Canvas]]
+    ) -> list[Queued[list[Sample]]]:
         """The samples of several jobs, which share calls of the text encoder and of the VAE.
 
-        Those of a job equal what `prepare` makes of it alone, up to rounding.
+        Those of a job equal what `prepare` makes of it alone, up to rounding. Their results are for
+        the thread that makes the calls.
         Raises: as `prepare`, for any of them.
         """
         if not self.has_safety_checker and any(params.must_be_checked for params, _ in jobs):
             raise NoSafetyChecker
         with self._at_work():
-            canvases = [
-                prepare_canvas(params, source.init_image, source.mask) for params, source in jobs
-            ]
             if len(jobs) > 1:
                 self._conditioner.remember([params for params, _ in jobs])
-            all_params = [params for params, _ in jobs]
-            encoded = self._encoder.encode([*zip(all_params, canvases, strict=True)])
-            return [
-                self._start_all(*each) for each in zip(all_params, canvases, encoded, strict=True)
+            encoded = self._encoder.encode(jobs)
+            starts = [
+                Start(*job, self._conditioner.encode(job[0], *job[1].size), each)
+                for job, each in zip(jobs, encoded, strict=True)
             ]
+            prepared = [self._start_all(start) for start in starts]
+            end = mark(self.device)
+        return [
+            Queued(end, partial(self._repaired, *each))
+            for each in zip(starts, prepared, strict=True)
+        ]
 
     @torch.inference_mode()
     def denoise_step(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
@@ -270,34 +318,29 @@ class InpaintPipeline:
             if sample.image_latents is not None:
                 sample.latents = blend_outside(sample, sample.image_latents)
 
-    @torch.inference_mode()
     def decode(self, samples: Sequence[Sample]) -> list[Picture]:
-        """Finished pictures, in the order of the samples.
+        """Finished pictures, in the order of the samples. Waits.
 
         samples: denoised, of one latent size.
         Raises: UnusablePicture, OutOfMemory, DeviceLost.
         """
+        return [each.result() for each in self.decode_together(samples)]
+
+    @torch.inference_mode()
+    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture]]:
+        """As `decode`, by one call of the VAE. To paste and to check a picture is for its result.
+
+        Raises: OutOfMemory, DeviceLost.
+        """
         with self._at_work():
             latents = torch.cat([sample.latents for sample in samples])
-            decoded, decoded_again = self._codec.decode(latents)  # (n, 3, h, w)
-            generated = to_pictures(decoded)
-            images = [
-                sample.canvas.put_back(each)
-                for sample, each in zip(samples, generated, strict=True)
-            ]
-            verdicts = self._judge(samples, images)
-            return [
-                Picture(
-                    sample.seed,
-                    shown(images[index], sample.params.flagged_as, verdicts[index]),
-                    generated[index],
-                    verdicts[index],
-                    sample.is_encoded_again,
-                    decoded_again[index],
-                    SchedulerName(type(sample.scheduler).__name__),
-                )
-                for index, sample in enumerate(samples)
-            ]
+            decoded, is_usable = self._codec.decode(latents)  # (n, 3, h, w), (n,)
+            pixels, flags = download(to_pixels(decoded)), download(is_usable)
+            end = mark(self.device)
+        return [
+            Queued(end, partial(self._picture, *each))
+            for each in zip(samples, pixels, flags, strict=True)
+        ]
 
     @torch.inference_mode()
     def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
@@ -319,20 +362,11 @@ class InpaintPipeline:
             image = sample.canvas.put_back_small(
                 paint(latents, self._colours), self.latent_scale, PREVIEW_SIDE_PX
             )
-            (verdict,) = self._judge([sample], [image])
-        return shown(image, FlaggedAs.BLANK, verdict)
+            return shown(image, FlaggedAs.BLANK, self._verdict(sample, image))
 
-    def device_time_s(self) -> float:
-        """A clock for timing device work: waits until all that was started is done."""
-        if self.device.type == "cuda":
-            with translated_errors():
-                torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def mark(self) -> Moment:
-        """Now, on the device, without waiting for it. Raises: OutOfMemory, DeviceLost."""
-        with translated_errors():
-            return Moment.now(self.device)
+    def mark(self) -> Queued[None]:
+        """All that is in the device's queue now."""
+        return Queued(mark(self.device), lambda: None)
 
     def release_memory(self) -> None:
         """Give cached device memory back, after something did not fit."""
@@ -348,40 +382,54 @@ class InpaintPipeline:
         with translated_errors(), self._acceleration.in_force():
             yield
 
-    def _judge(
-        self, samples: Sequence[Sample], images: Sequence[NDArray[np.uint8]]
-    ) -> list[bool | None]:
-        """The safety checker's verdicts, in one call; None where it is not to be asked."""
-        verdicts: list[bool | None] = [None] * len(samples)
-        asked = [place for place, sample in enumerate(samples) if sample.params.safety_check]
-        if asked and self._safety is not None:
-            found = self._safety.is_flagged([images[place] for place in asked])
-            for place, is_flagged in zip(asked, found, strict=True):
-                verdicts[place] = is_flagged
-        return verdicts
+    @torch.inference_mode()
+    def _repaired(self, start: Start, samples: list[Sample]) -> list[Sample]:
+        """The samples, begun once more where an image had to be encoded again."""
+        with self._at_work():
+            self._encoder.repair(start.encoded, start.canvas)
+            is_same = start.encoded.is_encoded_again == samples[0].is_encoded_again
+            return samples if is_same else self._start_all(start)
 
-    def _start_all(
-        self, params: InpaintParams, canvas: Canvas, encoded: EncodedCanvas
-    ) -> list[Sample]:
-        conditioning = self._conditioner.encode(params, *canvas.strengths.shape)
+    @torch.inference_mode()
+    def _picture(self, sample: Sample, pixels: torch.Tensor, is_usable: torch.Tensor) -> Picture:
+        """What becomes of a decoded picture. pixels: `(h, w, 3)` uint8 on the host."""
+        is_decoded_again = not is_usable
+        with self._at_work():
+            if is_decoded_again:
+                pixels = to_pixels(self._codec.decode_again(sample.latents))[0].cpu()
+            generated: NDArray[np.uint8] = pixels.numpy()
+            image = sample.canvas.put_back(generated)
+            is_flagged = self._verdict(sample, image)
+        return Picture(
+            sample.seed,
+            shown(image, sample.params.flagged_as, is_flagged),
+            generated,
+            is_flagged,
+            sample.is_encoded_again,
+            is_decoded_again,
+            SchedulerName(type(sample.scheduler).__name__),
+        )
+
+    def _verdict(self, sample: Sample, image: NDArray[np.uint8]) -> bool | None:
+        """The safety checker's; None where it is not to be asked."""
+        if self._safety is None or not sample.params.safety_check:
+            return None
+        (is_flagged,) = self._safety.is_flagged([image])
+        return is_flagged
+
+    def _start_all(self, start: Start) -> list[Sample]:
         return [
-            self._start(params, canvas, params.sample_seed(index), conditioning, encoded)
-            for index in range(params.samples)
+            self._start(start, start.params.sample_seed(index))
+            for index in range(start.params.samples)
         ]
 
-    def _start(
-        self,
-        params: InpaintParams,
-        canvas: Canvas,
-        seed: int,
-        conditioning: Conditioning,
-        encoded: EncodedCanvas,
-    ) -> Sample:
+    def _start(self, start: Start, seed: int) -> Sample:
+        params, encoded = start.params, start.encoded
         scheduler = self._schedulers.new(params.scheduler, params.noise_spacing)
         timesteps = run_timesteps(scheduler, params.num_inference_steps, params.strength)
         # A generator on the host gives the same numbers on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
-        with rounded_noise(self.dtype):
+        with host_tables(self.device), rounded_noise(self.dtype):
             draws = self._encoder.draw(params, encoded, generator)
         image_latents, noise, masked_image_latents = draws
         latents = noise * scheduler.init_noise_sigma
@@ -393,13 +441,13 @@ class InpaintPipeline:
         is_blended = self.channels != INPAINT_CHANNELS or params.soft_mask
         return Sample(
             params=params,
-            canvas=canvas,
+            canvas=start.canvas,
             seed=seed,
             scheduler=scheduler,
             step_arguments=step_arguments(scheduler, generator),
             timesteps=timesteps,
-            conditioning=conditioning.prompt_embeds,
-            added_conditions=conditioning.added,
+            conditioning=start.conditioning.prompt_embeds,
+            added_conditions=start.conditioning.added,
             latents=latents,
             noise=noise,
             mask=encoded.mask,
@@ -464,11 +512,10 @@ def blend_outside(sample: Sample, image_latents: torch.Tensor) -> torch.Tensor:
     return torch.where(is_repainted, sample.latents, kept)
 
 
-def to_pictures(decoded: torch.Tensor) -> NDArray[np.uint8]:
+def to_pixels(decoded: torch.Tensor) -> torch.Tensor:
     """Decoder output `(n, 3, h, w)` in [-1, 1] to `(n, h, w, 3)` uint8, rounded to nearest."""
     unit = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-    pictures: NDArray[np.uint8] = (unit * 255).round().to(torch.uint8).cpu().numpy()
-    return pictures
+    return (unit * 255).round().to(torch.uint8)
 
 
 DEVICE_LIBRARIES = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "cuBLAS error")

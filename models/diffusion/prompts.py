@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from models.acceleration.transfers import upload
 from models.diffusion.prompt_syntax import without_extra_networks
 from models.errors import InvalidInput, Violation
 from models.params import BREAK, CHUNK_TOKENS, MAX_PROMPT_CHUNKS
@@ -335,7 +336,7 @@ class PromptEncoder:
         for start in range(0, len(chunks), call_chunks):
             ids = [self._padded_ids(chunk) for chunk in chunks[start : start + call_chunks]]
             output = self._text_encoder(
-                torch.tensor(ids, device=self._device), output_hidden_states=True
+                upload(torch.tensor(ids), self._device), output_hidden_states=True
             )
             pooled = output.get("text_embeds")
             found += [
@@ -372,7 +373,7 @@ class PromptEncoder:
         weights += [1.0] * (states.shape[1] - len(weights))
         if all(weight == 1 for weight in weights):
             return states
-        return emphasise(states, torch.tensor(weights, device=self._device))
+        return emphasise(states, upload(torch.tensor(weights), self._device))
 
 
 def emphasise(states: Tensor, weights: Tensor) -> Tensor:
@@ -386,6 +387,5 @@ def emphasise(states: Tensor, weights: Tensor) -> Tensor:
     weighted = plain * weights[:, None]
     before, after = plain.mean(), weighted.mean()
     noise = 1e-4 * plain.std()
-    if min(before.abs(), after.abs()) < noise:
-        return weighted
-    return weighted * (before / after)
+    is_noise = torch.minimum(before.abs(), after.abs()) < noise
+    return torch.where(is_noise, weighted, weighted * (before / after))

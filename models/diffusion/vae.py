@@ -2,6 +2,7 @@
 
 The VAE stays in the dtype it was loaded in (`registry.vae_dtype`). A result that cannot be right
 is computed once more in float32 before it counts as a failure, on the way in as on the way out.
+Whether it can be right is a tensor of the device, for which nobody has to wait at once.
 """
 
 import copy
@@ -30,19 +31,21 @@ class LatentCodec:
         self.scale: int = 2 ** (len(vae.config.block_out_channels) - 1)
         """Picture pixels per latent pixel, along each side."""
 
-    def encode(self, images: Tensor) -> tuple[list[Any], list[bool]]:
-        """For each image the VAE's distribution over latents, and whether it was encoded again.
+    def encode(self, images: Tensor) -> tuple[list[Any], Tensor]:
+        """For each image the VAE's distribution over latents, and whether it is usable, `(n,)`.
 
         images: `(n, 3, h, w)` float32 in [-1, 1]. `draw` takes a sample of a distribution.
-        Raises: UnusablePicture.
         """
         moments = self._encode_with(self._vae, images)
-        unusable = ~is_finite(moments)
-        flags: list[bool] = unusable.tolist()
-        if any(flags):
-            moments = moments.float()
-            moments[unusable] = self._encode_again(images[unusable])
-        return [DiagonalGaussianDistribution(each) for each in torch.split(moments, 1)], flags
+        return distributions(moments), is_finite(moments)
+
+    def encode_again(self, images: Tensor) -> list[Any]:
+        """In float32, what `encode` found unusable. Waits. Raises: UnusablePicture."""
+        if self._vae.dtype != torch.float32:
+            moments = self._encode_with(self._exact_vae(), images)
+            if is_finite(moments).all():
+                return distributions(moments)
+        raise UnusablePicture("the encoder returned values that are not finite")
 
     def draw(self, distribution: Any, generator: torch.Generator) -> Tensor:
         """Scaled latents `(n, 4, h/8, w/8)`."""
@@ -57,30 +60,18 @@ class LatentCodec:
         scaled: Tensor = self._vae.config.scaling_factor * latents.to(self._dtype)
         return scaled
 
-    def decode(self, latents: Tensor) -> tuple[Tensor, list[bool]]:
-        """Pictures `(n, 3, h, w)` around [-1, 1], and for each whether it was decoded again.
+    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures `(n, 3, h, w)` around [-1, 1], and for each whether it is usable, `(n,)`.
 
         latents: `(n, 4, h/8, w/8)`.
-        Raises: UnusablePicture.
         """
-        if not torch.isfinite(latents).all():
-            raise UnusablePicture("the latents hold values that are not finite")
         pictures = self._decode_with(self._vae, latents)
-        unusable = is_unusable(pictures, latents)
-        flags: list[bool] = unusable.tolist()
-        if any(flags):
-            pictures = pictures.float()
-            pictures[unusable] = self._decode_again(latents[unusable])
-        return pictures, flags
+        return pictures, is_finite(latents) & ~is_unusable(pictures, latents)
 
-    def _encode_again(self, images: Tensor) -> Tensor:
-        if self._vae.dtype != torch.float32:
-            moments = self._encode_with(self._exact_vae(), images)
-            if is_finite(moments).all():
-                return moments
-        raise UnusablePicture("the encoder returned values that are not finite")
-
-    def _decode_again(self, latents: Tensor) -> Tensor:
+    def decode_again(self, latents: Tensor) -> Tensor:
+        """In float32, what `decode` found unusable. Waits. Raises: UnusablePicture."""
+        if not is_finite(latents).all():
+            raise UnusablePicture("the latents hold values that are not finite")
         if self._vae.dtype != torch.float32:
             pictures = self._decode_with(self._exact_vae(), latents)
             if not is_unusable(pictures, latents).any():
@@ -101,6 +92,11 @@ class LatentCodec:
             latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False
         )[0]
         return pictures
+
+
+def distributions(moments: Tensor) -> list[Any]:
+    """One for each row of means and log variances."""
+    return [DiagonalGaussianDistribution(each) for each in torch.split(moments, 1)]
 
 
 def is_unusable(pictures: Tensor, latents: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Canvas:
         between only with soft masks.
     picture: `(H, W, 3)` uint8, the whole init image, of which the canvas shows `box`.
     weights: for each pixel of the box, the share of the generated picture in the result.
+    digest: names what the model is given by its content.
     """
 
     init_image: NDArray[np.uint8] = field(repr=False)
@@ -42,13 +43,19 @@ class Canvas:
     box: Box
     weights: NDArray[np.float32] = field(repr=False)
     is_colour_matched: bool = False
+    digest: bytes = field(init=False)
 
-    def digest(self) -> bytes:
-        """Names what the model is given by its content."""
+    def __post_init__(self) -> None:
         hasher = hashlib.sha256(repr(self.strengths.shape).encode())
         hasher.update(self.init_image.tobytes())
         hasher.update(self.strengths.tobytes())
-        return hasher.digest()
+        object.__setattr__(self, "digest", hasher.digest())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width at the model's size."""
+        height, width = self.strengths.shape
+        return height, width
 
     def put_back(self, generated: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The whole picture with the generated canvas `(h, w, 3)` in its place.

@@ -241,9 +241,9 @@ def checked_authorities(file: Path) -> Path:
     return file
 
 
-IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 16, 8
-"""Default number of concurrent jobs per worker. At two rows each they fill a GPU's largest UNet
-call; on a CPU more jobs only delay each other."""
+IN_FLIGHT_ON_GPU, IN_FLIGHT_ON_CPU = 20, 8
+"""Default number of concurrent jobs per worker. At two rows each, 16 fill a GPU's largest UNet
+call while four are prepared, decoded or pasted; on a CPU more jobs only delay each other."""
 
 MODEL_MEMORY_SHARE = 0.6
 """Share of a CUDA device's memory for loaded models; the rest is for activations."""
@@ -634,8 +634,8 @@ class Settings(BaseSettings):
     again."""
     worker_load_stall_s: float = Field(default=1_800, ge=10)
     """The same while the worker loads a model. A download reports no progress."""
-    max_in_flight: int | None = Field(default=None, ge=1, examples=[16])
-    """Jobs that a worker makes side by side. Unset means 16 on a GPU and 8 on a CPU."""
+    max_in_flight: int | None = Field(default=None, ge=1, examples=[20])
+    """Jobs that a worker makes side by side. Unset means 20 on a GPU and 8 on a CPU."""
     reproducible: bool = False
     """Pictures are equal bit for bit whatever else runs. It is slower under load."""
     png_metadata: bool = False

@@ -23,7 +23,7 @@ from server.storage.notify import ChangeSignal
 logger = get_logger(__name__)
 
 POLL_S = 0.01
-"""Between two checks of the change signal."""
+"""Longest wait for the change signal, in which a new client is not noticed."""
 
 PAUSE_FACTOR = 10
 """The pause after a read, as a multiple of its time, so that reads take a tenth of a core."""
@@ -184,7 +184,7 @@ class JobWatcher:
         """In a thread: wait for a commit of another connection, or a new client."""
         while not (self._must_read.is_set() or signal.has_changed()):
             if len(self):
-                time.sleep(POLL_S)
+                signal.wait(POLL_S)
             else:
                 self._must_read.wait()
         self._must_read.clear()

@@ -22,18 +22,25 @@ class Notifications:
         self._refresh_s = refresh_s
         self._connection: psycopg.Connection[Any] | None = None
         self._reported_at = 0.0
+        self._has_news = False
 
     def poll(self) -> bool:
         if self._connection is None:
             self._connection = self._listen()
             is_new = True
         else:
-            is_new = bool([*self._connection.notifies(timeout=0)])
+            is_new = bool([*self._connection.notifies(timeout=0)]) or self._has_news
+        self._has_news = False
         now = time.monotonic()
         if is_new or now - self._reported_at >= self._refresh_s:
             self._reported_at = now
             return True
         return False
+
+    def wait(self, timeout_s: float) -> None:
+        self._connection = self._connection or self._listen()
+        notifies = self._connection.notifies(timeout=timeout_s, stop_after=1)
+        self._has_news = bool([*notifies]) or self._has_news
 
     def _listen(self) -> psycopg.Connection[Any]:
         # Not from the pool, which would reset the connection and so end its LISTEN.

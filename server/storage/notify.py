@@ -1,5 +1,6 @@
 """`ChangeSignal`: detects commits of other connections, for threads that wait for them."""
 
+import time
 from collections.abc import Collection
 from typing import ClassVar, Protocol
 
@@ -8,7 +9,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
-from server.storage.database import Topic
+from server.storage.bells import Bell
+from server.storage.database import Topic, bells_of
 
 REFRESH_S = 1.0
 """Without a notification from PostgreSQL a change is reported after so long all the same, because
@@ -45,6 +47,14 @@ class ChangeSignal:
             self._source.close()
             return True
 
+    def wait(self, timeout_s: float) -> None:
+        """Wait until there may be a change, at most so long."""
+        try:
+            self._source.wait(timeout_s)
+        except self._source.errors:
+            self._source.close()
+            time.sleep(timeout_s)  # Or a database that is down would keep the caller busy.
+
     def __enter__(self) -> "ChangeSignal":
         return self
 
@@ -64,6 +74,9 @@ class ChangeSource(Protocol):
     def poll(self) -> bool:
         """Whether there were commits since the last poll; connects first if necessary."""
 
+    def wait(self, timeout_s: float) -> None:
+        """As `ChangeSignal.wait`."""
+
     def close(self) -> None:
         """Disconnect. The next poll connects again and reports a change."""
 
@@ -77,6 +90,7 @@ class DataVersion:
         self._engine = engine
         self._connection: PoolProxiedConnection | None = None
         self._version: int | None = None
+        self._bell: Bell | None = None
 
     def poll(self) -> bool:
         # The driver's own connection, because a poll happens a hundred times a second.
@@ -88,7 +102,13 @@ class DataVersion:
         is_new, self._version = version != self._version, version
         return is_new
 
+    def wait(self, timeout_s: float) -> None:
+        self._bell = self._bell or Bell(bells_of(self._engine))
+        self._bell.wait(timeout_s)
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._connection = self._version = None
+        if self._bell is not None:
+            self._bell.close()
+        self._connection = self._version = self._bell = None

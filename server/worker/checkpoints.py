@@ -48,9 +48,9 @@ CHECKING = "checking"
 
 
 class WarmedUp(Protocol):
-    """The part of `InpaintPipeline` that `warm_up` uses."""
+    """The part of `InpaintEngine` that `warm_up` uses."""
 
-    def warm_up(self) -> None: ...
+    def warm_up(self, model: str) -> None: ...
     def release_memory(self) -> None: ...
 
 
@@ -96,12 +96,15 @@ class Checkpoints:
 
             report(0.0, "files")
             self._report_load = report
-            pipeline = models.wait_for(name)
+            models.wait_for(name)
         self._report_load = None
-        if self.settings.warm_up and device.type == "cuda":  # a CPU would gain nothing
-            report_progress("warming up")
-            warm_up(pipeline)
         return models
+
+    @property
+    def must_warm_up(self) -> bool:
+        """Whether a model's first calls are made before the worker is ready."""
+        is_on_gpu = pick_device(self.device_name).type == "cuda"  # a CPU would gain nothing
+        return self.settings.warm_up and is_on_gpu
 
     def _load(self, model: str, device: torch.device) -> Components:
         """Read a checkpoint into the host's memory. Raises: ModelUnavailable."""
@@ -221,17 +224,17 @@ def check_loras(entries: Iterable[LoraEntry], digests: Iterable[str]) -> None:
         check_digest(entry.path, digest, entry.sha256)
 
 
-def warm_up(pipeline: WarmedUp) -> None:
-    """Compile and record before the first job what its first calls would otherwise wait for.
+def warm_up(engine: WarmedUp, model: str) -> None:
+    """Compile, record and measure before the first job what its first calls would wait for.
 
     Raises: models.errors.DeviceLost.
     """
     started = time.perf_counter()
     try:
-        pipeline.warm_up()
+        engine.warm_up(model)
     except (OutOfMemory, UnusablePicture) as error:
         # A large model on a small card may still serve smaller pictures.
-        pipeline.release_memory()
+        engine.release_memory()
         logger.warning("no warm-up", error=type(error).__name__)
         return
     logger.info("warmed up", seconds=round(time.perf_counter() - started, 2))

@@ -17,7 +17,16 @@ import transformers.utils.logging
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.diffusion.pipeline import Picture, Source
-from models.engine import EngineLimits, Event, Failed, Finished, Generation, InpaintEngine, Progress
+from models.engine import (
+    EngineLimits,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    InpaintEngine,
+    Progress,
+    background_of,
+)
 from models.errors import (
     DeviceUnavailable,
     InvalidInput,
@@ -39,7 +48,7 @@ from server.jobs.workers import WorkerStatus
 from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.storage.database import DatabaseFileGone, Topic, open_engine
 from server.storage.files import Storage
-from server.worker.checkpoints import Checkpoints
+from server.worker.checkpoints import Checkpoints, pick_device, warm_up
 from server.worker.figures import WorkerFigures
 from server.worker.finalizer import Finalizer
 from server.worker.previews import DaemonThread, PreviewFiles
@@ -48,7 +57,8 @@ from server.worker.results import Result, Stages, Stores
 logger = get_logger(__name__)
 
 IDLE_POLL_S = 0.01
-"""Interval of polls for new jobs while the engine is idle. A poll costs microseconds."""
+"""Longest wait of an idle engine. A new job ends it, and all else is found by polling, which costs
+microseconds."""
 
 HEARTBEAT_S = 0.5
 """Interval of heartbeats, which renew the leases of running jobs and write their progress."""
@@ -149,7 +159,11 @@ class Worker:
             is_reproducible=self.settings.reproducible,
         )
         self._models = models = self._open_models()
-        engine = InpaintEngine(models, limits)
+        background = background_of(pick_device(self.device), is_reproducible=limits.is_reproducible)
+        engine = InpaintEngine(models, limits, background)
+        if self._checkpoints.must_warm_up:
+            self.report("loading", "warming up")
+            warm_up(engine, self.settings.model)
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
         with (
@@ -170,8 +184,8 @@ class Worker:
                 for event in engine.step():
                     self._handle(event)
                 self._figures.observe_steps(engine.take_step_times())
-                if engine.is_resting:
-                    time.sleep(IDLE_POLL_S)  # Costs half as much CPU as waiting for the event.
+                if engine.is_resting and not engine.wait(IDLE_POLL_S):
+                    signal.wait(IDLE_POLL_S)
             self._release_remaining()
 
     def _must_end(self) -> bool:

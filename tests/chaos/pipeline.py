@@ -6,14 +6,15 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from models.acceleration.moments import Moment
-from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
+from models.acceleration.transfers import HostMark
+from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Sample
 from models.errors import DeviceLost, OutOfMemory, UnusablePicture
-from models.imaging.canvas import prepare_canvas
+from models.imaging.canvas import Canvas
 from models.params import InpaintParams
 from tests.chaos.scripts import FaultKind, Script, Stage
 
@@ -48,13 +49,14 @@ class ScriptedPipeline(InpaintPipeline):
     def __init__(self) -> None:
         self._safety = None
 
-    def prepare_together(self, jobs: Sequence[tuple[InpaintParams, Source]]) -> list[list[Sample]]:
+    def prepare_together(
+        self, jobs: Sequence[tuple[InpaintParams, Canvas]]
+    ) -> list[Queued[list[Sample]]]:
         """Samples of the right shapes, of as many steps as were asked for."""
-        return [self._samples(params, source) for params, source in jobs]
+        return [Queued(HostMark(), partial(self._samples, *job)) for job in jobs]
 
-    def _samples(self, params: InpaintParams, source: Source) -> list[Sample]:
+    def _samples(self, params: InpaintParams, canvas: Canvas) -> list[Sample]:
         strike(params.prompt, Stage.PREPARED)
-        canvas = prepare_canvas(params, source.init_image, source.mask)
         latents: Any = np.zeros((1, 4, params.height // 8, params.width // 8), np.float32)
         conditioning: Any = np.zeros((2, 77, 1), np.float32)
         timesteps: Any = [*range(params.num_inference_steps)]
@@ -90,15 +92,13 @@ class ScriptedPipeline(InpaintPipeline):
         """Nothing changes but the count."""
         sample.step_index += 1
 
-    def decode(self, samples: Sequence[Sample]) -> list[Picture]:
+    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture]]:
         """Noise of the seed, put into the hole."""
-        return [self._paint(sample) for sample in samples]
+        return [Queued(HostMark(), partial(self._paint, sample)) for sample in samples]
 
-    def device_time_s(self) -> float:
-        return time.perf_counter()
-
-    def mark(self) -> Moment:
-        return Moment(time.perf_counter())
+    def mark(self) -> Queued[None]:
+        """There is no queue."""
+        return Queued(HostMark(), lambda: None)
 
     def release_memory(self) -> None:
         """Nothing is kept."""

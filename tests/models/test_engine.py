@@ -4,9 +4,10 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.acceleration.moments import Moment
+from models.acceleration.transfers import HostMark
 from models.checkpoints.registry import Components
-from models.diffusion.pipeline import InpaintPipeline, Picture, Source
+from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Source
 from models.engine import (
     EngineLimits,
     Event,
@@ -29,6 +30,7 @@ from models.engine import (
     StepTime,
 )
 from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture, Violation
+from models.imaging.canvas import Canvas
 from models.model_pool import ModelPool
 from models.params import InpaintParams, SchedulerName
 from tests.support.engines import MODEL, drain, error_of, make_generation, pictures_of, run_all
@@ -44,6 +46,9 @@ from tests.support.pipelines import (
 )
 
 pytestmark = pytest.mark.slow
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -74,7 +79,7 @@ class ToyPipeline:
     calls: the samples of each UNet call.
     prepared, decoded: how many jobs and pictures each call of these verbs was for.
     most_pictures: what memory suffices for in one call.
-    row_s, picture_s: what a row of a UNet call takes, and a picture's decoding.
+    call_s, row_s, picture_s: what a UNet call takes, each of its rows, and a picture's decoding.
     """
 
     faults: dict[tuple[str, int], Exception] = field(default_factory=dict)
@@ -82,16 +87,18 @@ class ToyPipeline:
     prepared: list[int] = field(default_factory=list)
     decoded: list[int] = field(default_factory=list)
     most_pictures: int = 99
+    call_s: float = 0.0
     row_s: float = 0.0
     picture_s: float = 0.0
     now_s: float = 0.0
+    is_warm: bool = False
 
     def prepare_together(
-        self, jobs: Sequence[tuple[InpaintParams, Source]]
-    ) -> list[list[ToySample]]:
+        self, jobs: Sequence[tuple[InpaintParams, Canvas]]
+    ) -> list[Queued[list[ToySample]]]:
         self.prepared.append(len(jobs))
         self._fail_for_many(len(jobs))
-        return [self._prepare(params) for params, _ in jobs]
+        return [self._queued(self._prepare(params), "prepared", params.seed) for params, _ in jobs]
 
     def _prepare(self, params: InpaintParams) -> list[ToySample]:
         self._fail_for("prepare", params.seed)
@@ -109,7 +116,7 @@ class ToyPipeline:
 
     def denoise_step(self, samples: Sequence[ToySample]) -> list[int]:
         self.calls.append([*samples])
-        self.now_s += self.row_s * sum(sample.rows for sample in samples)
+        self.now_s += self.call_s + self.row_s * sum(sample.rows for sample in samples)
         for sample in samples:
             self._fail_for("denoise_step", sample.seed)
         return [sample.seed for sample in samples]
@@ -119,7 +126,7 @@ class ToyPipeline:
         self._fail_for("advance", sample.seed)
         sample.step_index += 1
 
-    def decode(self, samples: Sequence[ToySample]) -> list[Picture]:
+    def decode_together(self, samples: Sequence[ToySample]) -> list[Queued[Picture]]:
         self.decoded.append(len(samples))
         self._fail_for_many(len(samples))
         self.now_s += self.picture_s * len(samples) ** 0.9
@@ -128,17 +135,33 @@ class ToyPipeline:
             assert sample.is_denoised
             self._fail_for("decode", sample.seed)
         blank = np.zeros((1, 1, 3), np.uint8)
-        return [Picture(sample.seed, blank, blank) for sample in samples]
+        return [
+            self._queued(Picture(sample.seed, blank, blank), "paste", sample.seed)
+            for sample in samples
+        ]
 
     def preview(self, sample: ToySample) -> NDArray[np.uint8] | None:
         self._fail_for("preview", sample.seed)
         return np.full((1, 1, 3), sample.seed, np.uint8) if sample.step_index else None
 
-    def device_time_s(self) -> float:
-        return self.now_s
+    def mark(self) -> Queued[None]:
+        return Queued(HostMark(self.now_s), lambda: None)
 
-    def mark(self) -> Moment:
-        return Moment(self.now_s)
+    def warm_up(self) -> None:
+        self.is_warm = True
+
+    def usual_job(self) -> tuple[InpaintParams, Source]:
+        return make_params(width=512, height=512, num_inference_steps=1), SOURCE
+
+    def prepare(self, params: InpaintParams, source: Source) -> list[ToySample]:
+        return self._prepare(params)
+
+    def _queued(self, result: T, verb: str, seed: int) -> Queued[T]:
+        def complete() -> T:
+            self._fail_for(verb, seed)
+            return result
+
+        return Queued(HostMark(self.now_s), complete)
 
     def release_memory(self) -> None:
         """There is none."""
@@ -158,7 +181,8 @@ FAULTS: list[Callable[[], Exception]] = [
     lambda: UnusablePicture("not finite"),
     lambda: ValueError("a bug"),
 ]
-VERBS = ["prepare", "denoise_step", "advance", "decode"]
+VERBS = ["prepare", "prepared", "denoise_step", "advance", "decode", "paste"]
+"""Also what the host makes of prepared samples and of decoded pictures."""
 
 
 def make_engine(
@@ -264,25 +288,35 @@ def test_times_of_unet_calls_are_told_once() -> None:
     assert engine.take_step_times() == []
 
 
-class LateEvent:
-    """An event of a device that comes to it when it is told."""
+@dataclass
+class LateMark:
+    """A mark that the device comes to when it is told."""
 
-    def __init__(self, at_ms: float) -> None:
-        self.at_ms, self.is_past = at_ms, False
+    at_s: float
+    is_past: bool = False
 
-    def query(self) -> bool:
-        return self.is_past
+    def wait(self) -> None:
+        self.is_past = True
 
-    def elapsed_time(self, later: "LateEvent") -> float:
-        return later.at_ms - self.at_ms
+    def s_since(self, earlier: "LateMark") -> float:
+        return self.at_s - earlier.at_s
+
+
+class LatePipeline(ToyPipeline):
+    """Its device is behind its host."""
+
+    def mark(self) -> Queued[None]:
+        return Queued(LateMark(self.now_s), lambda: None)
 
 
 def test_calls_under_way_have_no_time_yet() -> None:
-    begin, end = LateEvent(1_000), LateEvent(1_500)
-    moments = [Moment(0.0, cast(torch.cuda.Event, each)) for each in (begin, end)]
-    assert moments[0].seconds_to(moments[1]) is None
-    end.is_past = True
-    assert moments[0].seconds_to(moments[1]) == 0.5
+    engine = make_engine(LatePipeline(row_s=0.25))
+    engine.add(make_generation(1, num_inference_steps=1))
+    while not engine._calls:
+        engine.step()
+    assert engine.take_step_times() == []
+    engine._calls[0].ended.result()
+    assert [each.seconds for each in engine.take_step_times()] == [0.5]
 
 
 CULPRIT_PROMPT = "poison"
@@ -712,6 +746,80 @@ def test_call_of_the_vae_too_large_for_memory_is_done_in_parts() -> None:
     assert pipeline.decoded == [2, 2, 2, 1], "what preparing them taught"
 
 
+def test_lack_of_memory_behind_the_decoder_is_tried_again() -> None:
+    tries = itertools.count()
+
+    class Crowded(ToyPipeline):
+        def _fail_for(self, verb: str, seed: int) -> None:
+            if verb == "paste" and next(tries) == 0:
+                raise OutOfMemory("full")
+
+    (end,) = run_all(make_engine(Crowded()), make_generation(1)).values()
+
+    assert [each.seed for each in pictures_of(end)] == [10]
+    assert next(tries) == 2
+
+
+def test_warm_up_learns_how_large_calls_should_be() -> None:
+    """The first calls for clients are as large as pays, and none is needed to find out."""
+    pipeline = ToyPipeline(call_s=1.0, row_s=0.01, picture_s=0.1)
+    limits = EngineLimits(max_generations=16)
+    engine = InpaintEngine(ModelPool.of(MODEL, cast(InpaintPipeline, pipeline)), limits)
+    engine.warm_up(MODEL)
+    assert pipeline.is_warm
+    assert engine.is_idle
+    pipeline.calls.clear()
+    pipeline.decoded.clear()
+
+    run_all(engine, *(make_generation(n, width=512, height=512) for n in range(1, 17)))
+
+    assert pipeline.prepared == pipeline.decoded == [16]
+    assert {len(call) for call in pipeline.calls} == {16}
+
+
+def test_background_works_while_samples_run() -> None:
+    """Neither a canvas nor a picture that is not there yet keeps the others from their steps."""
+    background = HeldBack()
+    pipeline = ToyPipeline()
+    engine = make_engine(pipeline, samples_per_call=4)
+    engine.background = background
+    engine.add(make_generation(1, num_inference_steps=2))
+    assert engine.step() == []
+    assert engine.is_resting
+    background.run()
+    engine.step()
+    engine.add(make_generation(2, num_inference_steps=9))
+    background.run()
+    while engine.step() != [Progress(2, 0, 9)]:
+        assert not engine.is_resting
+    engine.add(make_generation(3))
+    events = [event for _ in range(12) for event in engine.step()]
+    assert Progress(2, 9, 9) in events
+    assert not any(isinstance(event, Finished) for event in events)
+    assert engine.is_resting
+    assert engine.wait(0.0)
+    background.run()
+
+    assert [type(event) for event in engine.step()] == [Finished, Finished]
+
+
+class HeldBack(Executor):
+    """Makes calls when it is told to."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.append(lambda: future.set_result(fn(*args, **kwargs)))
+        return future
+
+    def run(self) -> None:
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A generation to be, and the verb that fails for its n-th sample."""
@@ -738,7 +846,7 @@ class Plan:
     def faults(self, generation_id: int) -> dict[tuple[str, int], Exception]:
         if self.verb is None:
             return {}
-        index = 0 if self.verb == "prepare" else self.culprit % self.samples
+        index = 0 if self.verb.startswith("prepare") else self.culprit % self.samples
         return {(self.verb, 10 * generation_id + index): FAULTS[self.error]()}
 
 

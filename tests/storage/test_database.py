@@ -424,6 +424,17 @@ class TestChangeSignal:
                 assert not signal.has_changed()
             assert [hears(signal), signal.has_changed()] == [True, False]
 
+    def test_commit_ends_a_wait(self, engine: Engine) -> None:
+        with watching(engine) as signal, ThreadPoolExecutor(1) as pool:
+            signal.has_changed()
+            signal.wait(0.0)  # from now on it can be woken
+            waiting = pool.submit(signal.wait, HEARING_S)
+            report(engine, "new")
+            began = time.monotonic()
+            waiting.result()
+            assert time.monotonic() - began < HEARING_S / 2
+            assert signal.has_changed()
+
     def test_what_is_rolled_back_is_not_seen(self, engine: Engine) -> None:
         with watching(engine) as signal:
             signal.has_changed()

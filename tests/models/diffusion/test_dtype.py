@@ -26,13 +26,13 @@ def test_dtype_is_the_settings_or_the_devices(
 
 
 class Crowded:
-    """A pipeline whose first calls fail."""
+    """An engine whose first calls fail."""
 
     def __init__(self, error: EngineError) -> None:
         self._error = error
         self.has_released = False
 
-    def warm_up(self) -> None:
+    def warm_up(self, model: str) -> None:
         raise self._error
 
     def release_memory(self) -> None:
@@ -42,7 +42,7 @@ class Crowded:
 @pytest.mark.parametrize("error", [OutOfMemory("none"), UnusablePicture("black")])
 def test_worker_starts_without_a_warm_up(error: EngineError) -> None:
     """Smaller pictures may do."""
-    pipeline = Crowded(error)
-    warm_up(pipeline)
+    engine = Crowded(error)
+    warm_up(engine, "inpaint")
 
-    assert pipeline.has_released
+    assert engine.has_released

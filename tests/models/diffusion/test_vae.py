@@ -49,8 +49,14 @@ def flat(vae: Any, bias: float = 0.3) -> Any:
 
 @torch.inference_mode()
 def decode(vae: Any, latents: torch.Tensor = LATENTS) -> tuple[torch.Tensor, list[bool]]:
-    dtype = vae.dtype
-    return LatentCodec(vae, dtype).decode(latents.to(dtype))
+    """Pictures, and which of them were decoded again."""
+    codec = LatentCodec(vae, vae.dtype)
+    latents = latents.to(vae.dtype)
+    pictures, is_usable = codec.decode(latents)
+    if not is_usable.all():
+        pictures = pictures.float()
+        pictures[~is_usable] = codec.decode_again(latents[~is_usable])
+    return pictures, [not each for each in is_usable.tolist()]
 
 
 def test_usable_pictures_are_decoded_once() -> None:
@@ -137,9 +143,14 @@ def overflowing_encoder(vae: Any) -> Any:
 
 @torch.inference_mode()
 def encode(vae: Any, images: torch.Tensor = IMAGES) -> tuple[list[torch.Tensor], list[bool]]:
-    """The distributions' means."""
-    distributions, encoded_again = LatentCodec(vae, vae.dtype).encode(images)
-    return [each.mean for each in distributions], encoded_again
+    """The distributions' means, and which of them were encoded again."""
+    codec = LatentCodec(vae, vae.dtype)
+    found, is_usable = codec.encode(images)
+    means = [
+        (each if flag else codec.encode_again(image[None])[0]).mean
+        for each, flag, image in zip(found, is_usable, images, strict=True)
+    ]
+    return means, [not each for each in is_usable.tolist()]
 
 
 def test_usable_latents_are_encoded_once_and_given_singly() -> None:

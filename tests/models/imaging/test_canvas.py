@@ -307,16 +307,16 @@ def test_soft_mask_keeps_its_greys_at_another_size() -> None:
 
 def test_canvases_are_told_apart_by_what_the_model_sees() -> None:
     mask = mask_of(96, 128, Box(40, 40, 80, 60))
-    plain = canvas_of(mask).digest()
+    plain = canvas_of(mask).digest
 
-    assert plain == canvas_of(mask, mask_blur=9, soft_mask=True, match_colours=True).digest()
+    assert plain == canvas_of(mask, mask_blur=9, soft_mask=True, match_colours=True).digest
     others = [
         canvas_of(mask, invert_mask=True),
         canvas_of(mask, mask_grow=1),
         canvas_of(mask // 2, soft_mask=True),
         prepare_canvas(make_params(), noise(96, 128), mask),
     ]
-    assert len({plain, *(other.digest() for other in others)}) == 5
+    assert len({plain, *(other.digest for other in others)}) == 5
 
 
 def test_source_arrays_are_left_as_they_were() -> None:
