@@ -25,12 +25,10 @@ COPY configs/locks/runtime.txt configs/locks/
 RUN python3 -m venv .venv \
     && pip install --no-deps --require-hashes --only-binary :all: \
         --requirement configs/locks/runtime.txt
-COPY configs/models.toml configs/
 
 # The server refuses to start here without API keys, as it listens beyond loopback: give
 # INPAINT_AUTH__KEYS_FILE, or make one in /data with `inpaint-server keys create`.
-ENV INPAINT_HOST=0.0.0.0 INPAINT_DATA_DIR=/data HF_HOME=/models-cache \
-    INPAINT_MODELS_FILE=/app/configs/models.toml
+ENV INPAINT_HOST=0.0.0.0 INPAINT_DATA_DIR=/data HF_HOME=/models-cache
 VOLUME ["/data", "/models-cache"]
 EXPOSE 8000
 # Whether the process answers: one that downloads a model or drains must not be restarted for it.
