@@ -113,7 +113,7 @@ bench: $(INSTALLED)  ## runs the benchmarks into out/bench, half an hour
 fuzz-api: $(INSTALLED)  ## sends 5,000 generated requests
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/e2e/test_api_fuzz.py
 
-chaos: $(INSTALLED)  ## breaks running servers in 33 ways, twenty minutes
+chaos: $(INSTALLED)  ## breaks running servers in 34 ways, twenty minutes
 	$(BIN)/python -m tests.chaos --out out/chaos
 
 # Known holes in what is locked; AUDIT=--tolerate-unreachable passes where the service does not answer.

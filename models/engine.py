@@ -180,7 +180,7 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class UNetCall:
+class StartedCall:
     """A UNet call that was started. area: of one row, in latent pixels."""
 
     area: int
@@ -219,7 +219,7 @@ class InpaintEngine:
     _is_resting: bool = True
     _rows: BatchSizer = field(init=False)
     _pictures: BatchSizer = field(init=False)
-    _calls: deque[UNetCall] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    _calls: deque[StartedCall] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
 
     def __post_init__(self) -> None:
         limits = self.limits
@@ -513,7 +513,7 @@ class InpaintEngine:
             began = pipeline.mark()
             with self._timed(self._rows, kind, rows):
                 predictions = pipeline.denoise_step([member.sample for member in some])
-            self._calls.append(UNetCall(kind.area, rows, began, pipeline.mark()))
+            self._calls.append(StartedCall(kind.area, rows, began, pipeline.mark()))
             return predictions
 
         return self._attempt(batch, work, partial(self._shrink_rows, kind))

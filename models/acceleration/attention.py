@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from models.acceleration.transfers import mark
 from models.acceleration.unet import CallSize, UNetCall, UNetInputs
 
 logger = logging.getLogger(__name__)
@@ -159,20 +160,18 @@ def cuda_timer(device: torch.device) -> Timer:
     def timer(kernel: SDPBackend, shape: AttentionShape) -> float | None:
         with torch.cuda.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a kernel that says why it cannot
-            began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             try:
                 query, key, value = random_arguments(shape, device)
                 with sdpa_kernel([kernel]):
                     for number in range(2 + MEASURED_CALLS):
                         if number == 2:
-                            began.record()
+                            began = mark(device)
                         torch.nn.functional.scaled_dot_product_attention(query, key, value)
-                    ended.record()
+                    ended = mark(device)
             except RuntimeError:  # not for this shape
                 return None
-            ended.synchronize()
-            return float(began.elapsed_time(ended)) / 1000 / MEASURED_CALLS
+            ended.wait()
+            return ended.s_since(began) / MEASURED_CALLS
 
     return timer
 

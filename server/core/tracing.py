@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TRACEPARENT = "traceparent"
 
-EXTRA = "traces need more packages: pip install 'inpaint-server[tracing]'"
+EXTRA = "traces need the packages of configs/locks/tracing.txt: docs/operations.md has the command"
 
 Attribute = str | int | float | None
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from server.core.logs import get_logger
-from server.storage.bells import ring
+from server.storage.wakeups import wake_all
 
 logger = get_logger(__name__)
 
@@ -65,7 +65,7 @@ SWITCH_PAUSE_MS = 20
 FILE_OPTION = "database_file"
 """Execution option of an engine for a SQLite file: its `DatabaseFile`."""
 
-MUST_RING = "must_ring"
+MUST_WAKE = "must_wake"
 """Key in a connection's `info`: its transaction has changed what others wait for."""
 
 PRIMARY_CODE_MASK = 0xFF
@@ -254,7 +254,7 @@ def _open_sqlite(url: str, version: SqliteVersion, must_exist: bool) -> Engine:
         file = DatabaseFile(database, must_exist=must_exist)
         event.listen(engine, "do_connect", file.before_connect)
         event.listen(engine, "connect", file.after_connect)
-        event.listen(engine, "checkin", functools.partial(_ring, bells_of(engine)))
+        event.listen(engine, "checkin", functools.partial(_wake_listeners, wakeup_pipes_of(engine)))
         engine.update_execution_options(**{FILE_OPTION: file})
     return engine
 
@@ -315,26 +315,26 @@ def read_only(engine: Engine) -> Iterator[Connection]:
 
 
 def notify(connection: Connection, topic: Topic) -> None:
-    """Have listeners woken when this transaction commits: by PostgreSQL, or by bells.
+    """Have listeners woken when this transaction commits: by PostgreSQL, or through named pipes.
 
     Call it only after a change to rows of the topic, because every listener then reads the
     database.
     """
     if connection.dialect.name == "sqlite":
-        connection.info[MUST_RING] = True
+        connection.info[MUST_WAKE] = True
     else:
         connection.exec_driver_sql(f"NOTIFY {topic}")
 
 
-def bells_of(engine: Engine) -> Path:
-    """The folder with the bells of a SQLite file's listeners."""
-    return Path(f"{engine.url.database}-bells")
+def wakeup_pipes_of(engine: Engine) -> Path:
+    """The folder with the named pipes of a SQLite file's listeners."""
+    return Path(f"{engine.url.database}-wakeups")
 
 
-def _ring(folder: Path, _connection: object, record: Any) -> None:
+def _wake_listeners(folder: Path, _connection: object, record: Any) -> None:
     """A connection is returned to the pool, after its transaction's end."""
-    if record.info.pop(MUST_RING, False):
-        ring(folder)
+    if record.info.pop(MUST_WAKE, False):
+        wake_all(folder)
 
 
 def migrate(engine: Engine) -> None:

@@ -9,8 +9,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
-from server.storage.bells import Bell
-from server.storage.database import Topic, bells_of
+from server.storage.database import Topic, wakeup_pipes_of
+from server.storage.wakeups import WakeupPipe
 
 REFRESH_S = 1.0
 """Without a notification from PostgreSQL a change is reported after so long all the same, because
@@ -90,7 +90,7 @@ class DataVersion:
         self._engine = engine
         self._connection: PoolProxiedConnection | None = None
         self._version: int | None = None
-        self._bell: Bell | None = None
+        self._pipe: WakeupPipe | None = None
 
     def poll(self) -> bool:
         # The driver's own connection, because a poll happens a hundred times a second.
@@ -103,12 +103,12 @@ class DataVersion:
         return is_new
 
     def wait(self, timeout_s: float) -> None:
-        self._bell = self._bell or Bell(bells_of(self._engine))
-        self._bell.wait(timeout_s)
+        self._pipe = self._pipe or WakeupPipe(wakeup_pipes_of(self._engine))
+        self._pipe.wait(timeout_s)
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        if self._bell is not None:
-            self._bell.close()
-        self._connection = self._version = self._bell = None
+        if self._pipe is not None:
+            self._pipe.close()
+        self._connection = self._version = self._pipe = None

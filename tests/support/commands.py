@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from server.cli.main import make_parser
 from tests.support.repository import REPOSITORY
 
-PROGRAM = re.compile(r"(?:.*/)?inpaint-server")
+PROGRAM = re.compile(r"(?:[^=]*/)?inpaint-server")
 CONTINUED = re.compile(r"\\\n *")
 _TARGET = re.compile(r"^([a-z-]+):", re.MULTILINE)
 

@@ -1,7 +1,7 @@
 """Named pipes by which the processes of one machine wake each other after a commit to SQLite.
 
-A ring is a hint and no message: who is woken looks at the database, and who is not, looks a little
-later. So a lost ring costs milliseconds.
+A wake-up is a hint and no message: who is woken looks at the database, and who is not looks a
+little later. So a lost one costs milliseconds.
 """
 
 import errno
@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 ENOUGH_BYTES = 4096
-"""More rings between two looks count as one."""
+"""More wake-ups between two looks count as one."""
 
 
-class Bell:
-    """Wakes one thread of this process whenever somebody rings.
+class WakeupPipe:
+    """Wakes one thread of this process whenever somebody calls `wake_all`.
 
-    folder: of all bells, which is made if need be. Where it cannot hold pipes, time passes instead.
+    folder: of all pipes, which is made if need be. Where it cannot hold pipes, time passes instead.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,7 +27,7 @@ class Bell:
         self._pipe = open_pipe(self._path)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until somebody rings, or has rung since the last call."""
+        """Wait until somebody wakes it, or has done so since the last call."""
         if self._pipe is None:
             time.sleep(timeout_s)
             return
@@ -49,16 +49,18 @@ def open_pipe(path: Path) -> int | None:
     try:
         path.parent.mkdir(exist_ok=True)
         os.mkfifo(hidden, 0o600)
-        # For writing too, or it would be at its end whenever nobody rings.
+        # For writing too, or it would be at its end whenever nobody writes.
         pipe = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
-        hidden.rename(path)  # Seen only from now on, because `ring` removes pipes without readers.
+        hidden.rename(
+            path
+        )  # Seen only from now on, because `wake_all` removes pipes without readers.
     except OSError:
         return None
     return pipe
 
 
-def ring(folder: Path) -> None:
-    """Ring all bells, and remove those of processes that were killed. Never waits."""
+def wake_all(folder: Path) -> None:
+    """Wake all listeners, and remove the pipes of processes that were killed. Never waits."""
     for path in folder.glob("[!.]*"):
         try:
             pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)

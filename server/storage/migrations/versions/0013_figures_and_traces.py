@@ -1,4 +1,4 @@
-"""What each worker has counted, for the metrics that API processes give to Prometheus."""
+"""What workers have counted, for Prometheus, and the span of a job's request, for traces."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -18,7 +18,9 @@ def upgrade() -> None:
         ),
         sa.Column("figures", sa.Text(), nullable=False),
     )
+    op.add_column("jobs", sa.Column("traceparent", sa.Text()))
 
 
 def downgrade() -> None:
+    op.drop_column("jobs", "traceparent")
     op.drop_table("worker_figures")
