@@ -22,8 +22,8 @@ CPU_TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' $(LOCKS)/torch-cpu.txt)
 TORCH ?= $(shell $(BIN)/pip index versions torch 2>/dev/null | grep -qwF '$(CPU_TORCH)' \
 	&& echo torch-cpu || echo torch)
 
-.PHONY: help install demo serve test test-fast fuzz fuzz-api check docs pictures format bench chaos clients cluster \
-	cluster-demo image lock audit sbom licences dist release-check
+.PHONY: help install demo serve test test-stores test-fast fuzz fuzz-api check docs pictures format bench chaos \
+	clients cluster cluster-demo image lock audit sbom licences dist release-check
 
 help:  ## lists these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -81,6 +81,9 @@ serve: $(INSTALLED)  ## serves the built-in model on http://127.0.0.1:8000
 
 test: $(INSTALLED)  ## runs all tests, over half an hour on two cores
 	$(BIN)/pytest
+
+test-stores: $(INSTALLED)  ## runs the end-to-end tests on PostgreSQL and S3, minutes
+	$(BIN)/python -m tests.support.shared_stores $(BIN)/pytest tests/e2e
 
 test-fast: $(INSTALLED)  ## runs the tests that start no process, a minute and a half
 	$(BIN)/pytest -m "not process and not slow and not postgres and not gpu"

@@ -18,10 +18,10 @@ from server.cli.main import main
 from server.jobs.job import JobState
 from server.jobs.store import JobStore
 from server.storage.database import open_engine
-from tests.support.databases import migrated_sqlite
 from tests.support.jobs import state_of
 from tests.support.native_calls import events_of
 from tests.support.processes import START_TIMEOUT_S, ServerProcess, serving
+from tests.support.shared_stores import environment_of, migrated_database_of
 from tests.support.tiny import save_tiny_checkpoint
 from tests.support.waiting import until
 
@@ -193,8 +193,12 @@ def test_running_job_is_cancelled_and_the_worker_goes_on(server: ServerProcess) 
     assert finished(server)["state"] == "finished"
 
 
-def test_stream_ends_with_its_key_before_the_job_does(tmp_path: Path) -> None:
-    engine = open_engine(migrated_sqlite(tmp_path))
+def test_stream_ends_with_its_key_before_the_job_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment_of(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    engine = open_engine(migrated_database_of(tmp_path))
     key, stored = KeyStore(engine).create("ending")
     with serving(tmp_path) as server:
         server.client.headers["x-api-key"] = key
@@ -232,7 +236,7 @@ def test_parameter_that_only_the_model_can_judge_is_named(server: ServerProcess)
 
 def test_forced_checker_makes_no_pictures_with_a_model_that_has_none(tmp_path: Path) -> None:
     model = save_tiny_checkpoint(tmp_path / "model", 9)
-    engine = open_engine(migrated_sqlite(tmp_path / "data"))
+    engine = open_engine(migrated_database_of(tmp_path / "data"))
     free, _ = KeyStore(engine).create("free")
     forced, _ = KeyStore(engine).create("forced", KeyLimits(force_safety_checker=True))
     engine.dispose()

@@ -17,6 +17,8 @@ from typing import Any, cast
 
 import psycopg
 
+from server.storage.database import migrate, open_engine
+from tests.support.databases import migrated_sqlite
 from tests.support.postgres import find_binaries, running_postgres
 from tests.support.s3 import BUCKET, locate_rclone, running_s3
 
@@ -61,6 +63,17 @@ def environment_of(data_dir: Path) -> dict[str, str]:
     """Settings of a process with this data folder; empty without shared stores."""
     shared = shared_stores()
     return {} if shared is None else shared.environment_of(data_dir)
+
+
+def migrated_database_of(data_dir: Path) -> str:
+    """The URL of its database, which has our tables."""
+    url = environment_of(data_dir).get("INPAINT_DATABASE_URL")
+    if url is None:
+        return migrated_sqlite(data_dir)
+    engine = open_engine(url)
+    migrate(engine)
+    engine.dispose()
+    return url
 
 
 def files_of(data_dir: Path) -> Path:
