@@ -270,11 +270,14 @@ class InpaintEngine:
         return bool(pending)
 
     def take_step_times(self) -> list[StepTime]:
-        """The UNet calls that the device has done since this was last asked, oldest first."""
+        """The UNet calls that the device has done since this was last asked, oldest first.
+
+        Raises: DeviceLost, as `step`.
+        """
         found = []
         while self._calls and self._calls[0].ended.is_done:
             call = self._calls.popleft()
-            seconds = call.ended.mark.s_since(call.began.mark)
+            seconds = call.ended.s_since(call.began)
             found.append(StepTime(call.area * LATENT_SCALE**2, call.rows, seconds))
         return found
 
@@ -385,6 +388,8 @@ class InpaintEngine:
         return decoding.picture.result()
 
     def _forget(self, generation_id: int) -> None:
+        if generation_id in self._waiting:
+            self._waiting[generation_id].canvas.cancel()  # unless it is made already
         for stage in (self._waiting, self._preparing, self._running):
             stage.pop(generation_id, None)
 
@@ -604,7 +609,7 @@ class InpaintEngine:
         while self._measurements and self._measurements[0].ended.is_done:
             each = self._measurements.popleft()
             if each.sizer.wants_measurement(each.kind, each.units):  # still
-                each.sizer.observe(each.kind, each.units, each.ended.mark.s_since(each.began.mark))
+                each.sizer.observe(each.kind, each.units, each.ended.s_since(each.began))
 
     def _retried(self, work: Callable[[], T]) -> T:
         """Work for a single sample, done once more after memory was given back.

@@ -163,6 +163,11 @@ class Queued(Generic[T]):
         with translated_errors():
             return self.mark.is_past
 
+    def s_since(self, earlier: "Queued[Any]") -> float:
+        """Seconds of the device since earlier work was done; both are. Raises: DeviceLost."""
+        with translated_errors():
+            return self.mark.s_since(earlier.mark)
+
     def result(self) -> T:
         """Waits for the device. Raises: as the verb that queued it."""
         with translated_errors():
@@ -365,8 +370,9 @@ class InpaintPipeline:
             return shown(image, FlaggedAs.BLANK, self._verdict(sample, image))
 
     def mark(self) -> Queued[None]:
-        """All that is in the device's queue now."""
-        return Queued(mark(self.device), lambda: None)
+        """All that is in the device's queue now. Raises: OutOfMemory, DeviceLost."""
+        with translated_errors():
+            return Queued(mark(self.device), lambda: None)
 
     def release_memory(self) -> None:
         """Give cached device memory back, after something did not fit."""
@@ -529,11 +535,10 @@ def translated_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("the device has too little free memory for this picture") from error
-    except torch.AcceleratorError as error:
-        raise DeviceLost(str(error)) from error
     except RuntimeError as error:
         # The libraries under torch have no class of their own.
-        if not any(name in str(error) for name in DEVICE_LIBRARIES):
+        is_of_device = isinstance(error, torch.AcceleratorError)
+        if not is_of_device and not any(name in str(error) for name in DEVICE_LIBRARIES):
             raise
         if any(word in str(error) for word in NO_MEMORY):
             raise OutOfMemory("a library of the device has too little free memory") from error

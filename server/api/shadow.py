@@ -60,6 +60,8 @@ class Outcome(StrEnum):
     """The vendor was not reached, or its answer was too late, too large or broken off."""
     DROPPED = "dropped"
     """Too many calls were under way."""
+    ABANDONED = "abandoned"
+    """The client left, or its call failed here, so there was nothing to compare with."""
     NOT_SENDABLE = "not_sendable"
     """The call has files, which the vendor's JSON cannot carry."""
 
@@ -144,7 +146,11 @@ class Shadow:
             self._count(Outcome.UNANSWERED)
             logger.info("vendor did not answer", path=path, error=type(error).__name__)
             return
-        found = await to_thread.run_sync(compare, await ours, theirs)
+        await asyncio.wait([ours])
+        if ours.cancelled():
+            self._count(Outcome.ABANDONED)
+            return
+        found = await to_thread.run_sync(compare, ours.result(), theirs)
         self._count(Outcome.DIFFERENT if found else Outcome.SAME)
         if found:
             logger.info("vendor answers in another shape", path=path, detail="; ".join(found))

@@ -9,6 +9,9 @@ from typing import Any
 MAX_DEPTH = 8
 MAX_DIFFERENCES = 40
 
+MAX_PARTS = 10_000
+"""Values in an answer. Parsing more would stop the other threads of the process for long."""
+
 STATES = frozenset({"success", "processing", "error", "failed"})
 """What `status` says in the vendor's answers. Any other text is not shown."""
 
@@ -26,7 +29,9 @@ class Answer:
     body: bytes
 
     def read(self) -> Any:
-        """The body's JSON. Raises: ValueError."""
+        """The body's JSON. Raises: ValueError, also for one of too many parts."""
+        if sum(map(self.body.count, (b"[", b"{", b","))) > MAX_PARTS:
+            raise ValueError("too many parts")
         try:
             return json.loads(self.body)
         except RecursionError as error:
@@ -41,7 +46,7 @@ def compare(ours: Answer, theirs: Answer) -> list[str]:
     try:
         bodies = ours.read(), theirs.read()
     except ValueError:
-        return [*found, "body: not JSON"]
+        return [*found, "body: not JSON, or too large"]
     states = [state_of(body) for body in bodies]
     if states[0] != states[1]:
         # Each state has names of its own, so these are not compared.

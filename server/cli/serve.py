@@ -73,7 +73,9 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     settings = settings_of(options, *FLAGS)
     settings.make_data_dir()
     configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
-    tracing.start(settings.tracing_url, "inpaint-api")
+    tracing.start(
+        settings.tracing_url, "inpaint-api", follows_callers=settings.tracing_follows_callers
+    )
     warn_operator(settings)
     Storage(settings.storage_url, settings.store_options)  # refuses unusable options
     if settings.auth.keys_file is not None:

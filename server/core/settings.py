@@ -175,6 +175,7 @@ def checked_public_url(url: str) -> str:
     """`http(s)://host[:port][/path]`. Raises: ValueError."""
     parts = urlsplit(url)
     is_plain = url.isprintable() and " " not in url and not parts.query and not parts.fragment
+    is_plain = is_plain and parts.port != 0  # `port` raises for one that there cannot be
     if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
         raise ValueError("must be a URL such as https://pictures.example")
     return url
@@ -674,6 +675,10 @@ class Settings(BaseSettings):
     """Where traces of jobs are sent: an OpenTelemetry collector that takes OTLP over HTTP, such as
     `http://collector:4318`. It needs the extra `tracing`; nothing is traced by default. Variables
     of OpenTelemetry work too, such as `OTEL_EXPORTER_OTLP_HEADERS` for credentials."""
+    tracing_follows_callers: bool = False
+    """Continue the trace that a request's `traceparent` header names. Any client can then decide
+    which of its jobs are traced, and under which id: for callers that you trust, or behind a proxy
+    that sets the header."""
     wait_s: float = Field(default=600, gt=0)
     """How long a call waits for its pictures in a dialect that cannot be polled, such as OpenAI's.
     Its job is then cancelled."""

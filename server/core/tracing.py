@@ -8,8 +8,10 @@ The provider is this module's own and not OpenTelemetry's global one, because Fa
 trace every request, with its query.
 """
 
+import atexit
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,17 +25,23 @@ EXTRA = "traces need the packages of configs/locks/tracing.txt: docs/operations.
 
 Attribute = str | int | float | None
 
+FLUSH_S = 2.0
+"""How long the end of a process waits for spans that are left. A collector that is away costs no
+more, and these spans are lost."""
+
 _tracer: "Tracer | None" = None
+_follows_callers = False
 
 
-def start(url: str, service: str) -> None:
+def start(url: str, service: str, *, follows_callers: bool = False) -> None:
     """Send the spans of this process from now on; "" for none.
 
     url: of a collector that takes OTLP over HTTP. service: the name of this kind of process.
+    follows_callers: whether a request's own `traceparent` decides about its trace.
     OpenTelemetry's own variables (`OTEL_…`) decide about headers, sampling and batches. Spans that
-    are left are sent when the process ends. Raises: ValueError without the extra's packages.
+    are left are sent within `FLUSH_S` of its end. Raises: ValueError without the extra's packages.
     """
-    global _tracer
+    global _tracer, _follows_callers
     if not url:
         return
     try:
@@ -43,18 +51,40 @@ def start(url: str, service: str) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    resource = Resource.create({"service.name": service})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint=f"{url.rstrip('/')}/v1/traces")
     provider.add_span_processor(BatchSpanProcessor(exporter))
+    _end_with_process(provider.shutdown)
+    _follows_callers = follows_callers
     _tracer = provider.get_tracer("inpaint-server")
 
 
+def _end_with_process(shutdown: Callable[[], None]) -> None:
+    """Calls `shutdown` at the process's end, which waits for it no longer than `FLUSH_S`."""
+    is_ending = threading.Event()
+
+    def wait_for_end() -> None:
+        is_ending.wait()
+        shutdown()
+
+    # It is started now, because an interpreter that ends starts no threads.
+    thread = threading.Thread(target=wait_for_end, name="traces", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        is_ending.set()
+        thread.join(FLUSH_S)
+
+    atexit.register(end)
+
+
 def follow(headers: Mapping[str, str]) -> None:
-    """Put the spans of this request's context under the caller's span, if it names one."""
+    """Put the spans of this request's context under the caller's span, if callers are followed."""
     if _tracer is not None:
         from opentelemetry import context
 
-        context.attach(_context_of(headers.get(TRACEPARENT)))
+        context.attach(_context_of(headers.get(TRACEPARENT) if _follows_callers else None))
 
 
 @contextmanager

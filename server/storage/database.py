@@ -4,7 +4,7 @@ import functools
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -327,14 +327,20 @@ def notify(connection: Connection, topic: Topic) -> None:
 
 
 def wakeup_pipes_of(engine: Engine) -> Path:
-    """The folder with the named pipes of a SQLite file's listeners."""
-    return Path(f"{engine.url.database}-wakeups")
+    """The folder with the named pipes of a SQLite file's listeners.
+
+    Its name does not begin as the file's does, because `mv` and `cp` of `inpaint.db*` are common.
+    """
+    file = Path(engine.url.database or "")
+    return file.with_name(f".{file.name}-wakeups")
 
 
 def _wake_listeners(folder: Path, _connection: object, record: Any) -> None:
     """A connection is returned to the pool, after its transaction's end."""
     if record.info.pop(MUST_WAKE, False):
-        wake_all(folder)
+        # The transaction is committed, and the pool needs its connection, whatever happens here.
+        with suppress(OSError):
+            wake_all(folder)
 
 
 def migrate(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import select
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -47,14 +48,16 @@ def open_pipe(path: Path) -> int | None:
     """A new pipe for reading; None where there cannot be one."""
     hidden = path.with_name(f".{path.name}")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(0o700, exist_ok=True)
         os.mkfifo(hidden, 0o600)
         # For writing too, or it would be at its end whenever nobody writes.
         pipe = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
-        hidden.rename(
-            path
-        )  # Seen only from now on, because `wake_all` removes pipes without readers.
     except OSError:
+        return None
+    try:
+        hidden.rename(path)  # Seen only from now on: `wake_all` removes pipes without readers.
+    except OSError:
+        os.close(pipe)
         return None
     return pipe
 
@@ -63,11 +66,12 @@ def wake_all(folder: Path) -> None:
     """Wake all listeners, and remove the pipes of processes that were killed. Never waits."""
     for path in folder.glob("[!.]*"):
         try:
-            pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 path.unlink(missing_ok=True)
             continue
         with suppress(OSError):  # It is full, or its reader has gone.
-            os.write(pipe, b".")
+            if stat.S_ISFIFO(os.fstat(pipe).st_mode):
+                os.write(pipe, b".")
         os.close(pipe)

@@ -9,7 +9,9 @@ import math
 import os
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import diffusers.utils.logging
@@ -167,6 +169,7 @@ class Worker:
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
         with (
+            ending(background),
             closing(models),
             closing(self._finalizer),
             self.store.change_signal(Topic.QUEUED) as signal,
@@ -474,3 +477,12 @@ def run(
         except SQLAlchemyError:
             logger.exception("jobs not requeued, their leases run out", worker_id=worker_id)
         engine.dispose()
+
+
+@contextmanager
+def ending(background: Executor) -> Iterator[None]:
+    """At the end what the background has not begun is dropped, since nobody takes its results."""
+    try:
+        yield
+    finally:
+        background.shutdown(wait=False, cancel_futures=True)

@@ -1,7 +1,9 @@
 """Traces are off by default and cost nothing then; with them on, what is missing is said."""
 
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -30,3 +32,20 @@ def test_start_without_the_extra_names_it() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert f"ValueError: {tracing.EXTRA}" in ended.stderr
+
+
+@pytest.mark.process
+def test_collector_that_says_nothing_delays_no_end() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        script = (
+            "import time; from server.core import tracing\n"
+            f"tracing.start({url!r}, 'x'); tracing.record('fetch', 1.0)\n"
+            "print(time.monotonic(), flush=True)"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+        )
+    assert time.monotonic() - float(ended.stdout) < 3 * tracing.FLUSH_S

@@ -42,6 +42,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
     ):
         environment = {
             "INPAINT_TRACING_URL": collector.url,
+            "INPAINT_TRACING_FOLLOWS_CALLERS": "true",
             "INPAINT_WEBHOOK__ALLOW_CIDRS": "127.0.0.0/8",
             "INPAINT_AUTH__KEYS": KEY,
         }

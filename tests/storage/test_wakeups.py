@@ -8,8 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from sqlalchemy.pool import QueuePool
 
+from server.storage.database import Topic, notify, open_engine, wakeup_pipes_of
 from server.storage.wakeups import WakeupPipe, wake_all
+from tests.support.databases import migrated_sqlite
 
 pytestmark = pytest.mark.process
 
@@ -85,3 +88,25 @@ def test_where_no_pipe_can_be_time_passes(tmp_path: Path) -> None:
 
     assert not was_woken(pipe)
     pipe.close()
+
+
+def test_nothing_but_pipes_is_written_to(folder: Path, pipe: WakeupPipe, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    (folder / "link").symlink_to(victim)
+    (folder / "file").write_text("kept")
+    wake_all(folder)
+    pipe.wait(FOREVER_S)
+    assert [victim.read_text(), (folder / "file").read_text()] == ["kept", "kept"]
+
+
+def test_commit_counts_although_nobody_can_be_woken(tmp_path: Path) -> None:
+    engine = open_engine(migrated_sqlite(tmp_path))
+    wakeup_pipes_of(engine).symlink_to(wakeup_pipes_of(engine))  # a loop that nobody can read
+    for _ in range(3):
+        with engine.begin() as connection:
+            notify(connection, Topic.QUEUED)
+    pool = engine.pool
+    assert isinstance(pool, QueuePool)
+    assert pool.checkedout() == 0
+    engine.dispose()

@@ -100,3 +100,13 @@ def test_api_processes_tell_the_figures_of_all_workers(store: JobStore) -> None:
     assert found["inpaint_batch_rows_sum{two}"] == 4
     store.workers.remove("one")
     assert store.workers.figures_of(["one", "two"]).keys() == {"two"}
+
+
+@pytest.mark.parametrize("report", ["garbage{", 'inpaint_x{a="b} 1', "inpaint_x abc"])
+def test_report_that_cannot_be_read_hides_no_other(report: str) -> None:
+    figures = WorkerFigures()
+    figures.observe_steps([StepTime(512 * 512, 2, 0.25)])
+
+    families = figures_by_worker({"broken": report, "sound": figures.text()})
+
+    assert samples_of(families)["inpaint_batch_rows_sum{sound}"] == 2

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Column, ColumnElement, Connection, Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.core.logs import get_logger
 from server.jobs.estimates import Estimator
 from server.jobs.job import Failure, JobState
 from server.jobs.store import JobStore
@@ -28,6 +29,8 @@ from server.jobs.workers import WorkerStatus
 from server.storage.database import read_only
 from server.storage.tables import deliveries, delivery_attempts, jobs
 from server.webhooks.sender import WebhookSender
+
+logger = get_logger(__name__)
 
 QUICK_S = 0.2
 """A count of whole tables that takes no longer is made at each scrape."""
@@ -147,7 +150,12 @@ def figures_by_worker(reports: Mapping[str, str]) -> list[Metric]:
     """The figures of all workers, with the label `worker`. reports: in text format, by worker."""
     merged: dict[str, Metric] = {}
     for worker_id, report in reports.items():
-        for family in text_string_to_metric_families(report):
+        try:
+            families = [*text_string_to_metric_families(report)]
+        except ValueError:  # of a worker of another version, which must not hide the others
+            logger.warning("figures of a worker cannot be read", worker_id=worker_id)
+            continue
+        for family in families:
             whole = Metric(family.name, family.documentation, family.type)
             merged.setdefault(family.name, whole).samples += [
                 sample._replace(labels={"worker": worker_id, **sample.labels})

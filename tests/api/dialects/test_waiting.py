@@ -89,7 +89,8 @@ def test_client_that_leaves_has_its_job_cancelled(
             store.claim("w", 10)
     job_id = newest_id(store)
     until(lambda: state_of(store, job_id) is JobState.CANCELLED, LONG_S, "the cancelling")
-    assert Storage(settings.storage_url).get(get(store, job_id).input_key) is None
+    storage, key = Storage(settings.storage_url), get(store, job_id).input_key
+    until(lambda: storage.get(key) is None, LONG_S, "the end of its input")
 
 
 def test_job_that_takes_too_long_is_cancelled(tmp_path: Path) -> None:

@@ -358,6 +358,7 @@ def fails_once(error: Exception, call: int) -> UNetAnswer:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
         (torch.AcceleratorError("an illegal memory access"), DeviceLost),
+        (torch.AcceleratorError("CUDA error: out of memory"), OutOfMemory),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling create"), OutOfMemory),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), DeviceLost),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
