@@ -32,7 +32,7 @@ from models.builtin.training.scenes import (
     make_scene,
 )
 from models.builtin.training.train import TrainSettings, run_stages
-from models.builtin.training.trainer import BatchPlan, UNetSettings
+from models.builtin.training.trainer import HELD_OUT_SIDE, BatchPlan, UNetSettings
 
 WEIGHTS = Path(__file__).parents[2] / "models" / "builtin" / "weights"
 MAX_BYTES = 12_000_000
@@ -174,9 +174,12 @@ def _words_for(shape: str) -> tuple[str, ...]:
     }[shape]
 
 
+SIDES = {kind: HELD_OUT_SIDE if kind == "held_out" else 256 for kind in KINDS}
+
+
 def tiny_settings(folder: Path, start: Path | None = None) -> TrainSettings:
-    plans = [ShardPlan(kind, 256, 1, 2) for kind in KINDS]
-    batches = [BatchPlan(kind, 256, 32, 2, 1.0) for kind in KINDS]
+    plans = [ShardPlan(kind, side, 1, 2) for kind, side in SIDES.items()]
+    batches = [BatchPlan(kind, 256, 32, 2, 1.0) for kind in SIDES if kind != "held_out"]
     return TrainSettings(
         out=folder / "weights",
         run=folder / "run",
@@ -202,8 +205,8 @@ def test_trainer_makes_a_folder_the_plain_pipeline_loads(
     state = Checkpoint(settings.run / "unet.pt").load()
     assert state is not None
     assert state["step"] == 3
-    for kind in KINDS:
-        store = LatentStore(settings.run / "latents", kind, 256)
+    for kind, side in SIDES.items():
+        store = LatentStore(settings.run / "latents", kind, side)
         store.refresh()
         assert store.scenes == 2
     assert load(settings.out).paint("a red circle", 1).shape == (SIDE, SIDE, 3)
@@ -219,9 +222,8 @@ def unpack_noise(root: Path) -> None:
     rng = np.random.default_rng(5)
     for photograph in read_manifest():
         path = root / photograph.package / photograph.file
-        if not photograph.held_out:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(texture(rng, 260)).save(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(texture(rng, 260)).save(path)
 
 
 def equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -1,8 +1,9 @@
 """Scenes encoded once by the frozen autoencoder, in shards on disk, and batches drawn from them.
 
-There are three kinds of scenes: "drawn" ones, "staged" ones (objects on photographs) and
-"photographs" with a mask and no object. A shard is seeded by its kind, size and number, so any
-process can make any of them, in any order.
+There are three kinds of scenes to train on: "drawn" ones, "staged" ones (objects on photographs)
+and "photographs" with a mask and no object. Those of "held_out" photographs tell what was learnt,
+and what was only learnt by heart. A shard is seeded by its kind, size and number, so any process
+can make any of them, in any order.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from models.builtin.training.photographs import Album, photographic_scene, stage
 from models.builtin.training.scenes import COLOURS, SHAPES, Picture, Scene, Thing, make_scene
 
 FACTOR = 8  # pixels per latent
-KINDS = ("drawn", "staged", "photographs")
+KINDS = ("drawn", "staged", "photographs", "held_out")
 THINGS_PER_SCENE = 2
 _COLOUR_NAMES = list(COLOURS)
 _SHAPE_NAMES = list(SHAPES)
@@ -40,12 +41,13 @@ class ShardPlan:
 @dataclass(frozen=True)
 class LatentSettings:
     plans: tuple[ShardPlan, ...] = (
-        ShardPlan("photographs", 256, 120, 32),
-        ShardPlan("photographs", 512, 120, 8),
+        ShardPlan("photographs", 256, 480, 32),
+        ShardPlan("photographs", 512, 640, 8),
         ShardPlan("drawn", 256, 24, 32),
         ShardPlan("drawn", 512, 40, 8),
         ShardPlan("staged", 256, 24, 32),
         ShardPlan("staged", 512, 40, 8),
+        ShardPlan("held_out", 512, 4, 8),
     )
     use_bfloat16: bool = False
     seed: int = 3
@@ -70,11 +72,17 @@ def shard_path(folder: Path, kind: str, side: int, index: int) -> Path:
 
 
 class ShardMaker:
-    """Encodes scenes; needs an album for every kind but the drawn one."""
+    """Encodes scenes; needs `album` for photographs to train on and `held_out` for the others."""
 
-    def __init__(self, vae: AutoencoderKL, album: Album | None, settings: LatentSettings) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        settings: LatentSettings,
+        album: Album | None = None,
+        held_out: Album | None = None,
+    ) -> None:
         self.vae = vae.to(memory_format=torch.channels_last)
-        self.album = album
+        self.album, self.held_out = album, held_out
         self.settings = settings
 
     def make(self, folder: Path, part: tuple[int, int]) -> Iterator[Path]:
@@ -114,10 +122,11 @@ class ShardMaker:
     def _scene(self, plan: ShardPlan, rng: np.random.Generator) -> Scene:
         if plan.kind == "drawn":
             return make_scene(rng, plan.side)
-        if self.album is None:
+        album = self.held_out if plan.kind == "held_out" else self.album
+        if album is None:
             raise ValueError(f"scenes of the kind {plan.kind} need photographs")
         make = staged_scene if plan.kind == "staged" else photographic_scene
-        return make(self.album, rng, plan.side)
+        return make(album, rng, plan.side)
 
     def _encode(self, pictures: list[Picture]) -> Tensor:
         device = next(self.vae.parameters()).device
@@ -128,7 +137,7 @@ class ShardMaker:
 
 def _things_of(scene: Scene, kind: str, rng: np.random.Generator) -> list[Thing] | None:
     """What is painted in the scene, one picture each; None where no colour would be seen."""
-    if kind == "photographs":
+    if kind in ("photographs", "held_out"):
         return []
     colours = scene.allowed_colours()
     return [random_thing(rng, colours) for _ in range(THINGS_PER_SCENE)] if colours else None

@@ -81,8 +81,11 @@ class Album:
 
     @classmethod
     def for_training(cls, root: Path) -> "Album":
-        chosen = [each for each in read_manifest() if not each.held_out]
-        return cls([open_photograph(each, root) for each in chosen])
+        return cls([open_photograph(each, root) for each in read_manifest() if not each.held_out])
+
+    @classmethod
+    def of_held_out(cls, root: Path) -> "Album":
+        return cls([open_photograph(each, root) for each in read_manifest() if each.held_out])
 
     def crop(self, rng: np.random.Generator, side: int) -> Picture:
         """A random square at a random scale, `(side, side, 3)`; some are procedural textures.

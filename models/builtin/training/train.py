@@ -156,7 +156,9 @@ def _in_processes(work: Callable[[int, TrainSettings], None], settings: TrainSet
 def _latent_process(rank: int, settings: TrainSettings) -> None:
     _share_cores(settings)
     vae = run_vae(settings)
-    maker = ShardMaker(vae, Album.for_training(settings.photographs), settings.latents)
+    root = settings.photographs
+    albums = Album.for_training(root), Album.of_held_out(root)
+    maker = ShardMaker(vae, settings.latents, *albums)
     paths = maker.make(settings.run / "latents", (rank, settings.processes))
     for _ in tqdm(paths, desc="latents", unit="shard", disable=rank > 0):
         pass
