@@ -27,7 +27,7 @@ from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
 from tests.chaos.faults_storage import refused
 from tests.chaos.hosts import Host, running_host
-from tests.chaos.matrix import Found, NotCovered, fault
+from tests.chaos.matrix import Found, NotCovered, fault, need_data_folder
 from tests.chaos.oracle import Oracle
 from tests.chaos.relay import FAR, PORT, Line, running_relay
 from tests.chaos.scripts import FOLDER_VARIABLE, Script
@@ -162,6 +162,7 @@ def claims_s(site: Site, count: int = 5) -> list[float]:
 @fault("F31", "database file is moved, or replaced", within_s=30)
 def file_gone(room: Path) -> Found:
     """Nothing is promised that the next start would not know, and no key of the old file counts."""
+    need_data_folder()
     moved_s = file_moved(room / "moved")
     file_replaced(room / "replaced")
     checked = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from server.api.services import FILE_TIMEOUT_S
 from tests.chaos.bucket import Bucket, running_bucket
 from tests.chaos.faults_processes import drain, picture_of
-from tests.chaos.matrix import Found, NotCovered, fault
+from tests.chaos.matrix import Found, NotCovered, fault, need_data_folder
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import Script
 from tests.chaos.site import (
@@ -91,6 +91,7 @@ def may_have_private_mounts() -> bool:
 @fault("F6", "SQLite: disk full, read-only, EIO", within_s=10)
 def disk_full(room: Path) -> Found:
     """Refuse, go on reading, heal by itself."""
+    need_data_folder()
     injected = ["full disk"]
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(room / "disk"))

@@ -12,12 +12,19 @@ from pathlib import Path
 
 from benchmarks.report import table
 from tests.chaos.site import Broken
+from tests.support.shared_stores import shared_stores
 
 PASSES, IN_PART, FAILS, NOT_COVERED = "passes", "passes in part", "FAILS", "not yet covered"
 
 
 class NotCovered(Exception):
     """The fault cannot be tried here; the message says what is missing."""
+
+
+def need_data_folder() -> None:
+    """Raises: NotCovered where the data folder holds neither database nor files."""
+    if shared_stores() is not None:
+        raise NotCovered("it is about the files of a data folder")
 
 
 @dataclass(frozen=True, slots=True)
