@@ -135,6 +135,7 @@ RANGES = {
     "samples": Range(1, 4),
     "num_inference_steps": Range(1, 150),
     "guidance_scale": Range(1, 20),
+    "guidance_end": Range(0, 1),
     "strength": Range(0.001, 1),
     "seed": Range(0, SEED_MODULUS - 1),
     "clip_skip": Range(0, 8),
@@ -181,6 +182,8 @@ class InpaintParams:
         that is noise alone, but for the grey of soft masks. What 9-channel UNets see of the kept
         pixels stays the same.
     guidance_scale: classifier-free guidance; 1 switches it off (and the negative prompt with it).
+    guidance_end: the share of the run's steps with guidance. The steps after it cost half, and the
+        picture is another one than with guidance to the end.
     scheduler: None takes the model's own.
     noise_spacing: None takes the model's own. Schedulers know those in `NOISE_SPACINGS`; with a
         scheduler of None the model's own decides, and the engine refuses what it does not know.
@@ -225,6 +228,7 @@ class InpaintParams:
     samples: int = 1
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
+    guidance_end: float = 1.0
     strength: float = 0.7
     fill: Fill = Fill.ORIGINAL
     scheduler: SchedulerName | None = None

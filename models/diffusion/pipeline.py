@@ -111,8 +111,9 @@ class Sample:
 
     @property
     def rows(self) -> int:
-        """UNet rows this sample needs per step: 2 with guidance, else 1."""
-        return self.conditioning.shape[0]
+        """UNet rows this sample needs for its next step: 2 with guidance, else 1."""
+        is_guided = self.step_index < self.params.guidance_end * self.total_steps
+        return self.conditioning.shape[0] if is_guided else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,8 +474,9 @@ class InpaintPipeline:
         return UNetRows(
             latents=model_input.expand(sample.rows, -1, -1, -1),
             timestep=float(timestep),
-            conditioning=sample.conditioning,
-            added=sample.added_conditions,
+            # The positive prompt is the last row, and the only one once guidance has ended.
+            conditioning=sample.conditioning[-sample.rows :],
+            added={name: rows[-sample.rows :] for name, rows in sample.added_conditions.items()},
         )
 
 

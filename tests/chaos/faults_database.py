@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -389,6 +390,11 @@ def copy_job(site: Site, job_id: int, count: int) -> None:
     insert_jobs(site.database_url, copies)
 
 
+def plain(value: Any) -> Any:
+    """JSON as text: PostgreSQL's driver reads it as values, and takes none."""
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
 def insert_jobs(url: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as they are read without our types; columns that the table lacks are left out."""
     engine = open_engine(url)
@@ -398,7 +404,7 @@ def insert_jobs(url: str, rows: Sequence[Mapping[str, Any]]) -> None:
         marks = ", ".join("?" if engine.dialect.name == "sqlite" else "%s" for _ in names)
         connection.exec_driver_sql(
             f"INSERT INTO jobs ({', '.join(names)}) VALUES ({marks})",
-            [tuple(row[name] for name in names) for row in rows],
+            [tuple(plain(row[name]) for name in names) for row in rows],
         )
     engine.dispose()
 

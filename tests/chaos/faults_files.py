@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.chaos.hosts import Host
-from tests.chaos.matrix import Found, fault
+from tests.chaos.matrix import Found, fault, need_data_folder
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import Script
 from tests.chaos.site import Site, expect, outside_world, running_site
@@ -80,6 +80,7 @@ def start_with(model: Path, host: Host) -> tuple[str, str]:
 @fault("F26", "file store and rows disagree")
 def files_gone(room: Path) -> Found:
     """A dead link is a 404, not an error; the row says so and strays are cleared in time."""
+    need_data_folder()  # rclone does not notice at once what goes behind its back
     with running_site(room) as site:
         oracle = Oracle(site)
         gone = site.accept(Script(tag="gone"), webhook=f"{site.host.url}/ok/gone")

@@ -42,7 +42,8 @@ small models and shows that the program runs. [engine.md](engine.md) has figures
 
 def page() -> str:
     """The content of `docs/benchmarks.md`."""
-    sections = (serving, engine, host, load, soak, fleet, commits, depth, roofline, quality)
+    of_servers = (serving, engine, host, load, soak, fleet, commits, depth)
+    sections = (*of_servers, roofline, guidance, quality)
     return _HEAD + "".join("".join(section()) for section in sections) + _DEVICE
 
 
@@ -256,6 +257,24 @@ def roofline() -> Iterator[str]:
         [
             [call, *(each[name] for name in ("kernels", "tflop", "floor_ms", "modelled_ms"))]
             for call, each in read("roofline")["calls"].items()
+        ],
+    )
+
+
+def guidance() -> Iterator[str]:
+    findings = read("guidance")
+    yield heading(
+        "Guidance that ends early",
+        "Rows of UNet calls and time as a share of those with guidance to the end, and the PSNR "
+        "inside the mask against these pictures, dB. The built-in model.",
+        "python -m benchmarks.guidance --out out/bench",
+    )
+    yield source("guidance", findings)
+    yield table(
+        ["guidance_end", "rows", "time", "PSNR"],
+        [
+            [share, *(each[name] for name in ("rows", "time", "psnr_db"))]
+            for share, each in findings["shares"].items()
         ],
     )
 

@@ -87,7 +87,7 @@ async def look() -> dict[str, Any]:
         "named", allow_cidrs=[ip_network(address) for address in (*OWN, *NEIGHBOURS)]
     )
     by_name = EgressGrant("by name", allow_hosts=OWN)
-    fetcher = ImageDownloader(FetchSettings(connect_timeout_s=1.0))
+    fetcher = ImageDownloader(FetchSettings(connect_timeout_s=10.0))
     addresses = (*OWN, *NEIGHBOURS, *ELSEWHERE)
     found: dict[str, Any] = {
         "nobody": {each: await fetched(fetcher, each, nobody) for each in addresses},
@@ -96,7 +96,7 @@ async def look() -> dict[str, Any]:
         # No connection of those two is left for anybody else.
         "nobody after others": {each: await fetched(fetcher, each, nobody) for each in OWN},
     }
-    caller = WebhookCaller(WebhookSettings(timeout_s=1.0))
+    caller = WebhookCaller(WebhookSettings(timeout_s=10.0))
     found["webhook"] = {
         each: (await caller.ping(url_of(each), nobody))[1].outcome for each in addresses
     }

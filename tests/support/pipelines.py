@@ -46,6 +46,7 @@ SOURCE = make_source()
 
 MIXED_BATCH = [
     make_params(),
+    make_params(seed=10, guidance_end=0.5),
     make_params(seed=8, num_inference_steps=6, scheduler=SchedulerName.EULER),
     make_params(prompt="a green star", scheduler=SchedulerName.EULER_ANCESTRAL),
     make_params(strength=0.6, num_inference_steps=5, scheduler=SchedulerName.PNDM),
@@ -67,8 +68,13 @@ def run(pipeline: InpaintPipeline, params: InpaintParams, source: Source = SOURC
 def denoise(pipeline: InpaintPipeline, samples: Sequence[Sample]) -> None:
     """All samples to their last step, together as long as they have steps left."""
     while rest := [sample for sample in samples if not sample.is_denoised]:
-        for sample, prediction in zip(rest, pipeline.denoise_step(rest), strict=True):
-            pipeline.advance(sample, prediction)
+        denoise_once(pipeline, rest)
+
+
+def denoise_once(pipeline: InpaintPipeline, samples: Sequence[Sample]) -> None:
+    """One step of all samples."""
+    for sample, prediction in zip(samples, pipeline.denoise_step(samples), strict=True):
+        pipeline.advance(sample, prediction)
 
 
 def generated(
@@ -126,9 +132,29 @@ def picture_of(original: Any, params: InpaintParams, source: Source = SOURCE) ->
         generator=torch.Generator("cpu").manual_seed(params.seed),
         clip_skip=params.clip_skip or None,
         output_type="np",
+        **end_of_guidance(original, params.guidance_end),
     )
     picture: NDArray[np.uint8] = (answer.images[0] * 255).round().astype(np.uint8)
     return picture
+
+
+GUIDED = ("prompt_embeds", "mask", "masked_image_latents", "add_text_embeds", "add_time_ids")
+"""What diffusers' pipelines hold twice while there is guidance."""
+
+
+def end_of_guidance(original: Any, share: float) -> dict[str, Any]:
+    """Arguments with which diffusers' pipeline ends its guidance, as its `SDCFGCutoffCallback`."""
+    names = [name for name in GUIDED if name in original._callback_tensor_inputs]
+
+    def end(pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 < share * pipeline.num_timesteps:
+            return values
+        pipeline._guidance_scale = 1.0
+        return {name: value if value is None else value[-1:] for name, value in values.items()}
+
+    if share == 1:
+        return {}
+    return {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": names}
 
 
 def difference(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.int16]:

@@ -56,6 +56,7 @@ def test_every_parameter_reaches_the_job() -> None:
         "samples": 3,
         "num_inference_steps": 31,
         "guidance_scale": 3,
+        "guidance_end": 0.5,
         "strength": 0.5,
         "seed": 2**32 - 1,
         "model": "sdxl",
@@ -137,7 +138,7 @@ def test_model_that_is_not_offered_is_refused() -> None:
 )
 def test_ends_of_each_range(name: str) -> None:
     allowed = RANGES[name]
-    kind = float if name in ("strength", "guidance_scale") else int
+    kind = float if name in ("strength", "guidance_scale", "guidance_end") else int
     for end in (allowed.minimum, allowed.maximum):
         assert read(**{name: kind(end)})
     beyond = kind(allowed.maximum) + (8 if name in ("width", "height") else 1)

@@ -23,6 +23,7 @@ from tests.support.pipelines import (
     SOURCE,
     UNetAnswer,
     denoise,
+    denoise_once,
     difference,
     generated,
     make_params,
@@ -63,6 +64,28 @@ def test_picture_equals_diffusers(
     ours = generated(InpaintPipeline(tiny_components), params)
 
     assert_same_picture(ours, reference(tiny_components, params))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_guidance_ends_as_in_diffusers(tiny_components: Components, share: float) -> None:
+    params = make_params(guidance_end=share, num_inference_steps=6)
+
+    ours = generated(InpaintPipeline(tiny_components), params)
+
+    assert_same_picture(ours, reference(tiny_components, params))
+    if share < 0.9:
+        assert difference(
+            ours, reference(tiny_components, make_params(num_inference_steps=6))
+        ).max()
+
+
+def test_steps_without_guidance_take_one_row(tiny_pipeline: InpaintPipeline) -> None:
+    (sample,) = tiny_pipeline.prepare(make_params(guidance_end=0.5), SOURCE)
+    rows = []
+    while not sample.is_denoised:
+        rows.append(sample.rows)
+        denoise_once(tiny_pipeline, [sample])
+    assert rows == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("strength", [0.7, 1.0])

@@ -315,6 +315,9 @@ class NativeRequest(BaseModel):
     num_inference_steps: int = ranged("num_inference_steps", "Denoising steps, before strength")
     strength: float = ranged("strength", "1 ignores the init image under the mask")
     guidance_scale: float = ranged("guidance_scale", "Classifier-free guidance; 1 is none")
+    guidance_end: float = ranged(
+        "guidance_end", "Share of the steps with guidance; the others cost half"
+    )
     seed: int | None = Field(
         default=None, ge=0, le=SEED_MODULUS - 1, description="Random where null; the job reports it"
     )

@@ -24,6 +24,7 @@ const LABELS = {
   fill: "Fill under the mask",
   scheduler: "Scheduler",
   noise_spacing: "Noise spacing",
+  guidance_end: "Guidance until (share)",
   clip_skip: "CLIP skip",
   safety_check: "Safety check",
   model: "Model",
