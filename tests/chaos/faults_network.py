@@ -21,7 +21,7 @@ from server.webhooks.sender import CALLS_PER_HOST
 from tests.chaos.clients import side_by_side
 from tests.chaos.faults_processes import drain
 from tests.chaos.hosts import Host, running_host
-from tests.chaos.matrix import Found, fault
+from tests.chaos.matrix import Found, fault, need_data_folder
 from tests.chaos.oracle import Oracle
 from tests.chaos.scripts import FaultKind, Script, Stage
 from tests.chaos.site import INLINE_IMAGE, INLINE_MASK, Site, expect, outside_world, running_site
@@ -473,6 +473,7 @@ def accepts(site: Site) -> bool:
 @fault("F28", "secrets in logs")
 def secrets_in_logs(room: Path) -> Found:
     """Canaries sent in every place a secret may stand are in no log, and keys in no table."""
+    need_data_folder()  # the canaries are sought in its database, too
     key, other = "canary-key-of-91f2", "canary-wrong-7b3e"
     signature, prompt = "canary-signature-c0de", "canary-prompt-5eed"
     environment = {"INPAINT_AUTH__KEYS": key, "INPAINT_FETCH__TOTAL_TIMEOUT_S": "2"}
