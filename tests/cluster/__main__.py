@@ -1,7 +1,8 @@
 """`make cluster-demo`: a Ray cluster of three nodes on this machine, broken while it works.
 
 It prints what was broken, what was lost and how long the cluster took to recover, and exits 1 when
-an acknowledged job was lost or answered twice in different ways.
+an acknowledged job was lost or answered twice in different ways. At last it times requests one by
+one, to workers that Ray keeps and to as many without Ray.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import hashlib
 import io
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -21,19 +23,20 @@ from queue import Queue
 from PIL import Image, ImageDraw
 
 from tests.cluster.faults import FAULTS, Fault
-from tests.cluster.site import ClusterSite, running_site, strangers
+from tests.cluster.site import ClusterSite, plain_workers, running_site, strangers
 from tests.support.waiting import until
 from tests.support.webhooks import Call, receiver
 
 JOBS = 50
 SIDES = (64, 128, 192, 256)
 JOBS_S = 240.0
+TIMED = 20
+"""Requests that are timed with Ray, and as many without."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one fault did. again: jobs that a worker
-    began more than once."""
+    """What one fault did. again: jobs that a worker began more than once."""
 
     fault: str
     jobs: int
@@ -62,14 +65,9 @@ class Jobs:
 
     def _body(self) -> dict[str, object]:
         side = self._random.choice(SIDES)
-        mask = Image.new("L", (side, side))
-        ImageDraw.Draw(mask).ellipse((side // 4, side // 4, side * 3 // 4, side * 3 // 4), fill=255)
         return {
-            "init_image": encoded(Image.new("RGB", (side, side), "skyblue")),
-            "mask_image": encoded(mask),
+            **pictures(side),
             "prompt": self._random.choice(("a red circle", "a green square", "")),
-            "width": side,
-            "height": side,
             "num_inference_steps": self._random.randint(4, 20),
             "samples": self._random.randint(1, 2),
             "seed": self._random.randrange(1_000),
@@ -104,6 +102,19 @@ class Jobs:
         return job.attempt
 
 
+def pictures(side: int) -> dict[str, object]:
+    """The fields of a request for a disc on a sky of so many pixels."""
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).ellipse((side // 4, side // 4, side * 3 // 4, side * 3 // 4), fill=255)
+    sky = Image.new("RGB", (side, side), "skyblue")
+    return {
+        "init_image": encoded(sky),
+        "mask_image": encoded(mask),
+        "width": side,
+        "height": side,
+    }
+
+
 def encoded(image: Image.Image) -> str:
     """A PNG as base64."""
     file = io.BytesIO()
@@ -126,6 +137,28 @@ def try_fault(site: ClusterSite, jobs: Jobs, fault: Fault, count: int) -> Row:
     return Row(fault.name, count, states.count("finished"), again, round(recovery_s, 1))
 
 
+def timed_with_and_without_ray(site: ClusterSite, folder: Path) -> dict[str, float]:
+    """Median seconds of one request at a time. Ray's workers are stopped in between."""
+    with_ray_s = request_s(site)
+    site.command("down")
+    until(lambda: site.ready_workers() == 0, JOBS_S, "Ray's workers have stopped")
+    with plain_workers(site, folder, 2):
+        return {"with_ray_s": with_ray_s, "without_ray_s": request_s(site)}
+
+
+def request_s(site: ClusterSite) -> float:
+    """Median seconds from a request to its pictures' links, after one that is not counted."""
+    api, body = site.api, {**pictures(128), "prompt": "a red circle", "num_inference_steps": 10}
+    assert api is not None
+    found = []
+    for _ in range(TIMED + 1):
+        began = time.monotonic()
+        answer = api.inpaint(**body)
+        found.append(time.monotonic() - began)
+        assert answer["status"] == "success", answer
+    return round(statistics.median(found[1:]), 3)
+
+
 def run(
     folder: Path, count: int, seed: int, told: "Queue[Call]", webhook: str
 ) -> dict[str, object]:
@@ -141,6 +174,7 @@ def run(
         changed = [each for each, seen in jobs.pictures.items() if jobs.digests(each) != seen]
         until(lambda: len(ids_of(told)) >= count, JOBS_S, "every webhook is called")
         found = {
+            "request": timed_with_and_without_ray(site, folder),
             "jobs": count,
             "finished": jobs.states([*jobs.pictures]).count("finished"),
             "answered differently": len(changed),
@@ -168,6 +202,8 @@ def show(found: dict[str, object]) -> None:
         f"answered twice in different ways, {found['webhooks']} webhooks delivered, "
         f"{found['total_s']} s in all"
     )
+    request = found["request"]
+    print(f"a request takes {request['with_ray_s']} s, without Ray {request['without_ray_s']} s")  # type: ignore[index]
 
 
 def is_well(found: dict[str, object]) -> bool:

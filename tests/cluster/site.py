@@ -18,7 +18,7 @@ import psutil
 from server.jobs.store import JobStore
 from server.storage.database import open_engine
 from tests.support.postgres import find_binaries, running_postgres
-from tests.support.processes import COMMAND, ServerProcess
+from tests.support.processes import COMMAND, Process, ServerProcess
 from tests.support.programs import lacking
 from tests.support.s3 import running_s3
 from tests.support.waiting import until
@@ -147,6 +147,18 @@ def strangers() -> set[str]:
             continue
         found |= {end.ip.removeprefix("::ffff:") for end in ends if end}
     return {each for each in found if not each.startswith("127.") and each != "::1"}
+
+
+@contextmanager
+def plain_workers(site: ClusterSite, folder: Path, count: int) -> Iterator[None]:
+    """Workers beside the site's API, ready, that Ray knows nothing of."""
+    with ExitStack() as stack:
+        for number in range(count):
+            data = folder / f"plain-{number}"
+            environment = {**site.environment, "INPAINT_DATA_DIR": str(data)}
+            stack.callback(Process(environment, "worker").stop)
+        site.wait_for_workers(count)
+        yield
 
 
 @contextmanager

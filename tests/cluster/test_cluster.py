@@ -68,6 +68,7 @@ def test_no_fault_loses_a_job() -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     found = json.loads(finished.stdout.splitlines()[-1])
     assert (found["jobs"], found["finished"], found["webhooks"]) == (JOBS, JOBS, JOBS)
+    assert min(found["request"].values()) > 0
     assert found["answered differently"] == 0
     assert found["connections beyond loopback"] == []
     assert len(found["faults"]) == 5
