@@ -1,5 +1,6 @@
 """Photographs in the built-in model's training: crops, masks, pairs of texts, and the yardstick."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from benchmarks.builtin_photographs import contact_sheet, fill_cases, judge_fill, shape_cases
 from models.builtin.training.latents import LatentBatch, LatentStore
-from models.builtin.training.lessons import draw_exercise
+from models.builtin.training.lessons import draw_exercise, tempered, visibility
 from models.builtin.training.masks import hand_mask
 from models.builtin.training.networks.unet import build_scheduler
 from models.builtin.training.networks.vae import texture_loss, to_tensor
@@ -117,6 +118,49 @@ def test_the_second_half_of_a_pair_wants_no_object_where_none_can_be_seen(timest
     else:
         is_same = (first - second).flatten(1).abs().amax(dim=1) < 1e-3
         assert is_same.any()
+
+
+def photographs(scales: list[float]) -> LatentBatch:
+    """A row for each scale of detail, with a mask in the middle."""
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(len(scales), 4, 32, 32, generator=generator)
+    latents = noise * torch.tensor(scales)[:, None, None, None]
+    mask = torch.zeros(len(scales), 1, 32, 32)
+    mask[:, :, 12:20, 12:20] = 1.0
+    return LatentBatch(latents, latents, latents * (1 - mask), mask, [None] * len(scales))
+
+
+def test_an_error_counts_more_where_the_surroundings_are_smooth() -> None:
+    batch = photographs([0.1, 1.0])
+    smooth, rough = visibility(batch).flatten().tolist()
+    assert smooth > 3 * rough > 0
+
+
+def test_what_is_in_the_mask_does_not_decide_what_an_error_counts() -> None:
+    batch = photographs([0.1, 1.0])
+    expected = visibility(batch)
+    # The mean of detail reaches two latents beyond the mask.
+    batch.background[:, :, 14:18, 14:18] += 5.0
+    assert torch.equal(visibility(batch), expected)
+
+
+def test_an_error_counts_once_where_a_thing_is_painted() -> None:
+    batch = photographs([0.1])
+    painted = dataclasses.replace(batch, things=[Thing("star", "red")])
+    assert visibility(painted).item() == 1.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_tempered_photographs_lie_between_the_guess_and_the_real_ones(temperature: float) -> None:
+    batch = photographs([0.1, 1.0])
+    guess = torch.full_like(batch.background, 3.0)
+    found = tempered(batch, guess, temperature)
+    inside = batch.mask.expand_as(guess) > 0
+    expected = 3.0 + temperature * (batch.background[inside] - 3.0)
+    torch.testing.assert_close(found.background[inside], expected)
+    assert torch.equal(found.background[~inside], batch.background[~inside])
+    assert torch.equal(found.background, found.painted)
+    assert torch.equal(found.masked, batch.masked)
 
 
 def test_a_store_without_shards_says_which_are_missing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ two answers is trained besides both. Outside the object that difference is nough
 strong guidance from changing the background's colours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from models.builtin.training.networks.unet import TIMESTEPS, build_scheduler
 
 _OBJECT_VISIBLE_BELOW = 850  # timestep; above, an object drowns in the noise
 _DIFFERENCE_WEIGHT = 1.5  # guidance makes an error in the difference several times as large
+_USUAL_DETAIL, _LEAST_DETAIL = 0.17, 0.1  # variances of latents of scale 1
+_RING = 6  # latents around a mask, from which the detail within is judged
 _OVERSHOOT_VISIBLE_BELOW = 960  # the same for one that guidance has made several times too strong
 
 
@@ -123,7 +125,7 @@ class Exercise:
     """Rows for one step of the network: `noisy`, `wanted` and `masked` `(n, 4, h, w)`.
 
     With `is_paired` the second half repeats the first one's noisy latents, and its texts ask for
-    nothing.
+    nothing. `weight` `(n, 1, 1, 1)` is what an error counts.
     """
 
     texts: list[str]
@@ -132,6 +134,7 @@ class Exercise:
     mask: Tensor
     masked: Tensor
     timesteps: Tensor
+    weight: Tensor
     is_paired: bool = False
 
 
@@ -159,6 +162,7 @@ def draw_exercise(
         batch.mask,
         batch.masked,
         timesteps.to(device),
+        visibility(batch),
     )
     if not is_paired:
         return single
@@ -184,6 +188,7 @@ def _paired(single: Exercise, wanted: Tensor, texts: list[str]) -> Exercise:
         torch.cat([single.mask, single.mask]),
         torch.cat([single.masked, single.masked]),
         torch.cat([single.timesteps, single.timesteps]),
+        torch.cat([single.weight, single.weight]),
         is_paired=True,
     )
 
@@ -199,13 +204,40 @@ def loss_of(unet: nn.Module, exercise: Exercise, hidden: Tensor) -> tuple[Tensor
     guess = unet(model_input, exercise.timesteps, hidden).sample
     error = guess.float() - exercise.wanted
     weight = 0.2 + 0.8 * exercise.mask
-    weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)
+    weight = exercise.weight * weight / weight.mean(dim=(1, 2, 3), keepdim=True)
     loss = (error.square() * weight).mean()
     if exercise.is_paired:
         first, second = error.chunk(2)
         loss = loss + _DIFFERENCE_WEIGHT * ((first - second).square() * weight.chunk(2)[0]).mean()
     square = error.detach().square().mean(dim=1, keepdim=True)
     return loss, ((square * exercise.mask).sum() / exercise.mask.sum()).item()
+
+
+def visibility(batch: LatentBatch) -> Tensor:
+    """How well an error in the mask would be seen, `(n, 1, 1, 1)`; 1 where a thing is painted.
+
+    A tint that nobody notices among leaves is a blotch in the sky, and of the plain loss leaves
+    take nearly all. What counts is the detail around the mask: what is inside must not decide, or
+    the network would learn to expect smooth pictures.
+    """
+    ring = functional.max_pool2d(batch.mask, 2 * _RING + 1, 1, _RING) - batch.mask
+    smooth = functional.avg_pool2d(batch.background, 5, 1, 2, count_include_pad=False)
+    detail = (batch.background - smooth).square().mean(dim=1, keepdim=True)
+    around = (detail * ring).sum(dim=(1, 2, 3)) / ring.sum(dim=(1, 2, 3)).clamp(min=1.0)
+    seen = _USUAL_DETAIL / (_LEAST_DETAIL + around)
+    is_photograph = torch.tensor([thing is None for thing in batch.things], device=seen.device)
+    return _column(torch.where(is_photograph, seen, 1.0), seen.device)
+
+
+def tempered(batch: LatentBatch, guess: Tensor, temperature: float) -> LatentBatch:
+    """Photographs that differ less from the first guess `(n, 4, h, w)` than the real ones do.
+
+    What the network cannot know it would have to invent, and a small one invents wildly: with the
+    differences scaled by `temperature`, 0 to 1, what it paints stays closer to the mean.
+    """
+    pulled = guess + temperature * (batch.background - guess)
+    background = torch.where(batch.mask > 0, pulled, batch.background)
+    return replace(batch, background=background, painted=background)
 
 
 def structured_noise(batch: LatentBatch, lessons: list[Lesson]) -> Tensor:

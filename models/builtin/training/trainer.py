@@ -8,12 +8,18 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.builtin.training.checkpoints import Average, Checkpoint
 from models.builtin.training.latents import FACTOR, LatentBatch, LatentStore
-from models.builtin.training.lessons import Contexts, draw_exercise, draw_timesteps, loss_of
+from models.builtin.training.lessons import (
+    Contexts,
+    draw_exercise,
+    draw_timesteps,
+    loss_of,
+    tempered,
+)
 from models.builtin.training.muon import Optimizers
 from models.builtin.training.networks.unet import TIMESTEPS
 
@@ -50,7 +56,8 @@ class UNetSettings:
     batch_factor: int = 1
     early: float = 0.5
     steady: float = 0.7  # share of the steps before the learning rate falls
-    pairs: float = 0.4  # share of the steps that compare two texts
+    pairs: float = 0.4  # share of the steps that compare two texts, where there are things
+    temperature: float = 0.5  # of photographs, see `tempered`
     learning_rate: float = 5e-4
     average_decay: float = 0.998
     checkpoint_every: int = 100
@@ -181,7 +188,10 @@ class UNetTrainer:
             plan.kind != "photographs" and self.step < self.settings.early * self.settings.steps
         )
         timesteps = draw_timesteps(rng, count, is_early)
-        is_paired = _is_paired(self.settings, self.step)
+        is_paired = plan.kind != "photographs" and _is_paired(self.settings, self.step)
+        if plan.kind == "photographs":
+            guess = self._first_guess(batch, rng)
+            batch = tempered(batch, guess, self.settings.temperature)
         exercise = draw_exercise(batch, timesteps, rng, is_paired)
         hidden = self.contexts.draw(exercise.texts, rng)
         with torch.autocast(self.worker.device.type, torch.bfloat16, self.settings.use_bfloat16):
@@ -194,6 +204,19 @@ class UNetTrainer:
         self.optimizer.step(self.settings.learning_rate * rate)
         self.average.update(self.unet)
         return inside
+
+    @torch.no_grad()
+    def _first_guess(self, batch: LatentBatch, rng: np.random.Generator) -> Tensor:
+        """What the network makes of noise alone in one step: the mean of all it could paint."""
+        count = len(batch.things)
+        noise = torch.from_numpy(rng.standard_normal(batch.masked.shape, np.float32))
+        noise = noise.to(self.worker.device)
+        model_input = torch.cat([noise, batch.mask, batch.masked], dim=1)
+        timesteps = torch.full((count,), TIMESTEPS - 1, device=self.worker.device)
+        hidden = self.contexts.encode([""] * count)
+        with torch.autocast(self.worker.device.type, torch.bfloat16, self.settings.use_bfloat16):
+            velocity: Tensor = self.unet(model_input, timesteps, hidden).sample
+        return -velocity.float()  # at the last timestep it is the picture's negative
 
     def _exchange_gradients(self) -> None:
         if self.worker.count == 1:
