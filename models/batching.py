@@ -29,7 +29,7 @@ STALL_STEPS = 2.0
 class CallKind:
     """What decides how long a call takes, besides its number of rows or pictures.
 
-    area: of one row or picture, in any one unit.
+    area: of one picture, in pixels.
     """
 
     model: str
@@ -50,11 +50,6 @@ class BatchKey:
         """The key of a sample of a model."""
         height, width = sample.latents.shape[-2:]
         return cls(model, height, width, sample.conditioning.shape[1])
-
-    @property
-    def kind(self) -> CallKind:
-        """The call's kind. The prompt's length is left out, because it hardly changes the cost."""
-        return CallKind(self.model, self.latent_height * self.latent_width)
 
     @property
     def picture(self) -> tuple[str, int, int]:
@@ -107,7 +102,7 @@ class BatchSizer:
     """A `CallLimit` per kind of call.
 
     first: units of a call before anything was measured. most: units that no call exceeds.
-    most_area: area that no call of several units exceeds, in the unit of `CallKind.area`.
+    most_area: area that no call of several units exceeds.
     """
 
     def __init__(self, first: int, most: int, most_area: int | None = None) -> None:

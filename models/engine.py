@@ -32,10 +32,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
-LATENT_SCALE = 8
-"""Sides of a picture in sides of its latents."""
-
-KEPT_CALLS = 1_000
+KEPT_STEP_TIMES = 1_000
 """UNet calls whose times are kept until somebody asks for them."""
 
 BACKGROUND_THREADS = 2
@@ -56,8 +53,8 @@ class Generation:
     source: Source
 
     @property
-    def picture_kind(self) -> CallKind:
-        """The kind of VAE call for one of its pictures, which decides its duration."""
+    def call_kind(self) -> CallKind:
+        """The kind of its calls. The prompt's length hardly changes their cost and is left out."""
         return CallKind(self.model, self.params.width * self.params.height)
 
 
@@ -137,14 +134,22 @@ class RunningSample:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
-    """A call of so many units that a sizer wants to know the duration of, and its two ends."""
+class TimedCall:
+    """A call that was started, between two marks in the device's queue.
+
+    sizer: learns from its duration. units: rows of a UNet call, pictures of a call of the decoder.
+    """
 
     sizer: BatchSizer
     kind: CallKind
     units: int
     began: Queued[None]
     ended: Queued[None]
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether its duration helps the sizer to find the best size."""
+        return self.sizer.wants_measurement(self.kind, self.units)
 
 
 class InlineExecutor(Executor):
@@ -180,16 +185,6 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class StartedCall:
-    """A UNet call that was started. area: of one row, in latent pixels."""
-
-    area: int
-    rows: int
-    began: Queued[None]
-    ended: Queued[None]
-
-
-@dataclass(frozen=True, slots=True)
 class StepTime:
     """A UNet call that is done. pixels: of one row's picture. seconds: on the device."""
 
@@ -213,13 +208,13 @@ class InpaintEngine:
     _preparing: dict[int, Preparing] = field(default_factory=dict)
     _running: dict[int, list[RunningSample]] = field(default_factory=dict)
     _queued_calls: deque[Queued[None]] = field(default_factory=deque)
-    _measurements: deque[Measurement] = field(default_factory=deque)
+    _timed_calls: deque[TimedCall] = field(default_factory=deque)
+    _step_times: deque[StepTime] = field(default_factory=lambda: deque(maxlen=KEPT_STEP_TIMES))
     _turn: int = 0
     _may_stall: bool = True
     _is_resting: bool = True
     _rows: BatchSizer = field(init=False)
     _pictures: BatchSizer = field(init=False)
-    _calls: deque[StartedCall] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
 
     def __post_init__(self) -> None:
         limits = self.limits
@@ -274,11 +269,9 @@ class InpaintEngine:
 
         Raises: DeviceLost, as `step`.
         """
-        found = []
-        while self._calls and self._calls[0].ended.is_done:
-            call = self._calls.popleft()
-            seconds = call.ended.s_since(call.began)
-            found.append(StepTime(call.area * LATENT_SCALE**2, call.rows, seconds))
+        self._observe()
+        found = [*self._step_times]
+        self._step_times.clear()
         return found
 
     def preview(self, generation_id: int) -> NDArray[np.uint8] | None:
@@ -311,12 +304,12 @@ class InpaintEngine:
         params, source = pipeline.usual_job()
         (sample,) = pipeline.prepare(params, source)
         member = RunningSample(Generation(0, model, params, source), sample)
-        rows, pictures = member.key.kind, member.generation.picture_kind
+        kind = member.generation.call_kind
         prediction = self._learn(
-            lambda: self._call_unet([member] * (self._rows.units(rows) // sample.rows))
+            lambda: self._call_unet([member] * (self._rows.units(kind) // sample.rows))
         )
         pipeline.advance(sample, prediction)
-        self._learn(lambda: self._call_decoder([member] * self._pictures.units(pictures)))
+        self._learn(lambda: self._call_decoder([member] * self._pictures.units(kind)))
 
     def step(self) -> list[Event]:
         """Queue one piece of work, and say what came of earlier ones.
@@ -433,7 +426,7 @@ class InpaintEngine:
         batch, rows = same[:1], same[0].sample.rows
         for member in same[1:]:
             rows += member.sample.rows
-            if rows > self._rows.units(key.kind):
+            if rows > self._rows.units(member.generation.call_kind):
                 break
             batch.append(member)
         return batch
@@ -454,7 +447,7 @@ class InpaintEngine:
         Two encodings take about as long as one decoding, which is what was measured.
         """
         first = ready[0].generation
-        same = [each for each in ready if each.generation.picture_kind == first.picture_kind]
+        same = [each for each in ready if each.generation.call_kind == first.call_kind]
         return same[: self._pictures_per_call(first, runnable)]
 
     def _pictures_per_call(self, generation: Generation, runnable: Sequence[RunningSample]) -> int:
@@ -462,9 +455,9 @@ class InpaintEngine:
             return 1
         running: Counter[CallKind] = Counter()
         for member in runnable:
-            running[member.key.kind] += member.sample.rows
+            running[member.generation.call_kind] += member.sample.rows
         patience_s = stall_s(self._rows, running)
-        return self._pictures.units_within(generation.picture_kind, patience_s)
+        return self._pictures.units_within(generation.call_kind, patience_s)
 
     def _prepare(self, batch: Sequence[Waiting]) -> list[Event]:
         first = batch[0].generation
@@ -476,7 +469,7 @@ class InpaintEngine:
             )
 
         failures: list[Event] = []
-        shrink = partial(self._shrink_pictures, first.picture_kind)
+        shrink = partial(self._shrink_pictures, first.call_kind)
         for waiting, samples in self._attempt(batch, work, shrink):
             generation = waiting.generation
             if isinstance(samples, Exception):
@@ -509,17 +502,12 @@ class InpaintEngine:
     def _call_unet(
         self, batch: Sequence[RunningSample]
     ) -> list[tuple[RunningSample, torch.Tensor | Exception]]:
-        """Timed where that helps to find the best number of rows."""
-        kind = batch[0].key.kind
+        kind = batch[0].generation.call_kind
         pipeline = self.models.pipeline(kind.model)
 
         def work(some: Sequence[RunningSample]) -> list[torch.Tensor]:
-            rows = sum(member.sample.rows for member in some)
-            began = pipeline.mark()
-            with self._timed(self._rows, kind, rows):
-                predictions = pipeline.denoise_step([member.sample for member in some])
-            self._calls.append(StartedCall(kind.area, rows, began, pipeline.mark()))
-            return predictions
+            with self._timed(self._rows, kind, sum(member.sample.rows for member in some)):
+                return pipeline.denoise_step([member.sample for member in some])
 
         return self._attempt(batch, work, partial(self._shrink_rows, kind))
 
@@ -543,8 +531,7 @@ class InpaintEngine:
     def _call_decoder(
         self, batch: Sequence[RunningSample]
     ) -> list[tuple[RunningSample, Queued[Picture] | Exception]]:
-        """Timed where that helps to find the best number of pictures."""
-        kind = batch[0].generation.picture_kind
+        kind = batch[0].generation.call_kind
         pipeline = self.models.pipeline(kind.model)
 
         def work(some: Sequence[RunningSample]) -> list[Queued[Picture]]:
@@ -581,14 +568,11 @@ class InpaintEngine:
 
     @contextmanager
     def _timed(self, sizer: BatchSizer, kind: CallKind, units: int) -> Iterator[None]:
-        """Has the sizer told how long a call takes, where that helps to find the best size."""
-        if not sizer.wants_measurement(kind, units):
-            yield
-            return
+        """Takes the time of a call, unless it fails."""
         pipeline = self.models.pipeline(kind.model)
         began = pipeline.mark()
         yield
-        self._measurements.append(Measurement(sizer, kind, units, began, pipeline.mark()))
+        self._timed_calls.append(TimedCall(sizer, kind, units, began, pipeline.mark()))
 
     def _learn(self, call: Callable[[], list[tuple[RunningSample, R | Exception]]]) -> R:
         """Make a call as long as its duration helps to find the best size; what came of it at last.
@@ -599,17 +583,21 @@ class InpaintEngine:
             for _, result in (results := call()):
                 if isinstance(result, Exception):
                     raise result
-            if not self._measurements:
+            last = self._timed_calls[-1]
+            if not last.is_wanted:
                 return cast(R, results[0][1])
-            self._measurements[-1].ended.result()
+            last.ended.result()
             self._observe()
 
     def _observe(self) -> None:
-        """Tell the sizers of the calls that the device has made."""
-        while self._measurements and self._measurements[0].ended.is_done:
-            each = self._measurements.popleft()
-            if each.sizer.wants_measurement(each.kind, each.units):  # still
-                each.sizer.observe(each.kind, each.units, each.ended.s_since(each.began))
+        """Take note of the times of the calls that the device has made."""
+        while self._timed_calls and self._timed_calls[0].ended.is_done:
+            call = self._timed_calls.popleft()
+            seconds = call.ended.s_since(call.began)
+            if call.is_wanted:
+                call.sizer.observe(call.kind, call.units, seconds)
+            if call.sizer is self._rows:
+                self._step_times.append(StepTime(call.kind.area, call.units, seconds))
 
     def _retried(self, work: Callable[[], T]) -> T:
         """Work for a single sample, done once more after memory was given back.

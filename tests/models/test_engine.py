@@ -278,6 +278,12 @@ def test_previews_change_no_picture(tiny_pipeline: InpaintPipeline) -> None:
             np.testing.assert_array_equal(picture.image, expected.image)
 
 
+def test_sizer_tells_calls_apart_by_size_and_not_by_prompt() -> None:
+    first, longer = make_generation(1), make_generation(2, prompt="many words " * 60)
+    assert first.call_kind == longer.call_kind
+    assert first.call_kind != make_generation(3, width=128).call_kind
+
+
 def test_times_of_unet_calls_are_told_once() -> None:
     engine = make_engine(ToyPipeline(row_s=0.25), samples_per_call=2)
     run_all(engine, make_generation(1, samples=2, num_inference_steps=3, width=64, height=128))
@@ -312,10 +318,10 @@ class LatePipeline(ToyPipeline):
 def test_calls_under_way_have_no_time_yet() -> None:
     engine = make_engine(LatePipeline(row_s=0.25))
     engine.add(make_generation(1, num_inference_steps=1))
-    while not engine._calls:
+    while not engine._timed_calls:
         engine.step()
     assert engine.take_step_times() == []
-    engine._calls[0].ended.result()
+    engine._timed_calls[0].ended.result()
     assert [each.seconds for each in engine.take_step_times()] == [0.5]
 
 
