@@ -31,9 +31,9 @@ from models.engine import (
     Finished,
     Generation,
     InpaintEngine,
-    background_of,
 )
 from models.errors import OutOfMemory
+from models.executors import background_of
 from models.model_pool import ModelPool
 
 OURS, PLAIN, BATCHED, COMPILED = "ours", "plain", "plain, batched", "plain, compiled"

@@ -10,11 +10,11 @@ as pasting, is done in the background.
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,20 +23,17 @@ from numpy.typing import NDArray
 from models.batching import BatchKey, BatchSizer, CallKind, stall_s
 from models.diffusion.pipeline import Picture, Queued, Sample, Source
 from models.errors import DeviceLost, EngineError, OutOfMemory
+from models.executors import InlineExecutor
 from models.model_pool import ModelPool, Readiness
 from models.params import InpaintParams
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
 KEPT_STEP_TIMES = 1_000
 """UNet calls whose times are kept until somebody asks for them."""
-
-BACKGROUND_THREADS = 2
-"""One pastes while another waits for its picture."""
 
 QUEUED_CALLS = 2
 """UNet calls in the device's queue at most. With fewer the device may have to wait for the host;
@@ -150,18 +147,6 @@ class TimedCall:
     def is_wanted(self) -> bool:
         """Whether its duration helps the sizer to find the best size."""
         return self.sizer.wants_measurement(self.kind, self.units)
-
-
-class InlineExecutor(Executor):
-    """Makes calls at once, in the thread that submits them."""
-
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        future: Future[R] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 - `Future.result` raises it
-            future.set_exception(error)
-        return future
 
 
 @dataclass(frozen=True, slots=True)
@@ -626,21 +611,6 @@ class InpaintEngine:
             logger.exception("generation failed", exc_info=error)
         self._forget(generation_id)
         return Failed(generation_id, error)
-
-
-def background_of(device: torch.device, *, is_reproducible: bool) -> Executor:
-    """The background of an engine for this device, the current one of its type.
-
-    On a GPU it is threads. Where pictures must be reproducible there are none, because settings of
-    torch that are in force for one thread would be so for all.
-    """
-    if device.type != "cuda" or is_reproducible:
-        return InlineExecutor()
-    # A thread begins with the first device as its current one.
-    current = torch.cuda.current_device()
-    return ThreadPoolExecutor(
-        BACKGROUND_THREADS, "background", initializer=torch.cuda.set_device, initargs=(current,)
-    )
 
 
 def halves(batch: Sequence[T]) -> list[list[T]]:

@@ -27,7 +27,6 @@ from models.engine import (
     Generation,
     InpaintEngine,
     Progress,
-    background_of,
 )
 from models.errors import (
     DeviceUnavailable,
@@ -37,6 +36,7 @@ from models.errors import (
     OutOfMemory,
     UnusablePicture,
 )
+from models.executors import background_of
 from models.imaging.captions import write_caption
 from models.model_pool import ModelPool
 from models.variants import ModelVariant

@@ -31,9 +31,10 @@ WINGS = {
         "core": "",
     },
     "models": {
-        "engine": "batching model_pool diffusion acceleration params errors",
+        "engine": "batching executors model_pool diffusion acceleration params errors",
         "batching": "diffusion",
         "model_pool": "diffusion checkpoints errors",
+        "executors": "",
         "builtin": "diffusion",
         "diffusion": "acceleration checkpoints imaging params errors",
         "acceleration": "",
