@@ -4,10 +4,9 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ from models.imaging.canvas import Canvas
 from models.model_pool import ModelPool
 from models.params import InpaintParams, SchedulerName
 from tests.support.engines import MODEL, drain, error_of, make_generation, pictures_of, run_all
+from tests.support.executors import HeldBack
 from tests.support.pipelines import (
     SOURCE,
     UNetAnswer,
@@ -47,7 +47,6 @@ from tests.support.pipelines import (
 
 pytestmark = pytest.mark.slow
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -807,23 +806,6 @@ def test_background_works_while_samples_run() -> None:
     background.run()
 
     assert [type(event) for event in engine.step()] == [Finished, Finished]
-
-
-class HeldBack(Executor):
-    """Makes calls when it is told to."""
-
-    def __init__(self) -> None:
-        self._calls: list[Callable[[], None]] = []
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-        self._calls.append(lambda: future.set_result(fn(*args, **kwargs)))
-        return future
-
-    def run(self) -> None:
-        calls, self._calls = self._calls, []
-        for call in calls:
-            call()
 
 
 @dataclass(frozen=True, slots=True)

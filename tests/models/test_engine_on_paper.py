@@ -2,10 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,36 +15,27 @@ from models.diffusion.pipeline import InpaintPipeline
 from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine, Progress
 from models.model_pool import ModelPool
 from tests.support.engines import MODEL, make_generation, pictures_of, run_all
+from tests.support.executors import HeldBack
 from tests.support.paper_device import PaperDevice, move_to_paper
 from tests.support.pipelines import difference
 from tests.support.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 LIMITS = EngineLimits(max_generations=3, first_rows=8, first_pictures=4)
 
 
-class Later(Executor):
+class Later(HeldBack):
     """Another thread, which gets its turn between two steps. The device never waits for it."""
 
     def __init__(self, device: PaperDevice) -> None:
+        super().__init__()
         self._device = device
-        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
-
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        future: Future[R] = Future()
-        self._calls.append((future, lambda: fn(*args, **kwargs)))
-        return future
 
     def run(self) -> None:
         waits = len(self._device.waits)
-        for future, call in self._calls:
-            future.set_result(call())
-        self._calls.clear()
+        super().run()
         del self._device.waits[waits:]
 
 
