@@ -17,7 +17,7 @@ from server.core.errors import (
     StorageUnavailable,
 )
 from server.core.logs import get_logger
-from server.core.metrics import OUTCOME, Metrics, Outcome
+from server.core.metrics import OUTCOME, Metrics, RequestOutcome
 
 logger = get_logger(__name__)
 
@@ -34,7 +34,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
         logger.error("request failed", exc_info=error)
     # Some dialects answer errors with status 200, so the status alone does not tell the outcome.
     is_failure = type(known) is ApiError or isinstance(known, StorageUnavailable)
-    request.scope[OUTCOME] = Outcome.FAILED if is_failure else Outcome.REFUSED
+    request.scope[OUTCOME] = RequestOutcome.FAILED if is_failure else RequestOutcome.REFUSED
     count_error(get_services(request).metrics, known)
     response = dialect.write_error(known, request)
     if known.retry_after_s is not None:

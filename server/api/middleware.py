@@ -32,7 +32,7 @@ from server.core.errors import (
 )
 from server.core.http import KNOWN_HOSTS, is_allowed
 from server.core.logs import get_logger
-from server.core.metrics import CLIENT_CLOSED, OUTCOME, UNKNOWN_ROUTE, Metrics, Outcome
+from server.core.metrics import CLIENT_CLOSED, OUTCOME, UNKNOWN_ROUTE, Metrics, RequestOutcome
 from server.core.settings import Settings, is_loopback
 
 logger = get_logger(__name__)
@@ -117,15 +117,15 @@ class RequestContext:
         )
 
 
-def outcome_of(scope: Scope, status: int | None) -> Outcome:
+def outcome_of(scope: Scope, status: int | None) -> RequestOutcome:
     """What became of a request. status: None where no answer was started."""
     if status is None or status == CLIENT_CLOSED:
-        return Outcome.LEFT
+        return RequestOutcome.LEFT
     if OUTCOME in scope:
-        return Outcome(scope[OUTCOME])
+        return RequestOutcome(scope[OUTCOME])
     if status >= 500:
-        return Outcome.FAILED
-    return Outcome.REFUSED if status >= 400 else Outcome.ANSWERED
+        return RequestOutcome.FAILED
+    return RequestOutcome.REFUSED if status >= 400 else RequestOutcome.ANSWERED
 
 
 class CrossOrigin(CORSMiddleware):

@@ -49,7 +49,7 @@ UNSENT = frozenset({"webhook"})
 """Fields that are not sent. The client would otherwise get two webhook calls."""
 
 
-class Outcome(StrEnum):
+class ShadowOutcome(StrEnum):
     """What became of a call that was to be sent."""
 
     SAME = "same"
@@ -69,7 +69,7 @@ class Outcome(StrEnum):
 class Shadow:
     """Use as an async context manager; leaving cancels the calls that are under way.
 
-    keys: the vendor's, of `read_vendor_keys`. count: called with each `Outcome`.
+    keys: the vendor's, of `read_vendor_keys`. count: called with each `ShadowOutcome`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Shadow:
         settings: ShadowSettings,
         keys: Collection[str],
         client: EgressClient,
-        count: Callable[[Outcome], None],
+        count: Callable[[ShadowOutcome], None],
     ) -> None:
         self._share = settings.share
         self._base_url = (settings.base_url or "").rstrip("/")
@@ -128,9 +128,9 @@ class Shadow:
 
     def _start(self, path: str, fields: dict[str, Any], ours: "asyncio.Future[Answer]") -> None:
         if len(self._tasks) >= MAX_IN_FLIGHT:
-            self._count(Outcome.DROPPED)
+            self._count(ShadowOutcome.DROPPED)
         elif any(isinstance(value, bytes) for value in fields.values()):
-            self._count(Outcome.NOT_SENDABLE)
+            self._count(ShadowOutcome.NOT_SENDABLE)
         else:
             task = asyncio.create_task(self._compare(path, fields, ours))
             self._tasks.add(task)
@@ -143,15 +143,15 @@ class Shadow:
             async with asyncio.timeout(TIMEOUT_S):
                 theirs = await self._send(path, fields)
         except (AddressDenied, *NETWORK_ERRORS) as error:
-            self._count(Outcome.UNANSWERED)
+            self._count(ShadowOutcome.UNANSWERED)
             logger.info("vendor did not answer", path=path, error=type(error).__name__)
             return
         await asyncio.wait([ours])
         if ours.cancelled():
-            self._count(Outcome.ABANDONED)
+            self._count(ShadowOutcome.ABANDONED)
             return
         found = await to_thread.run_sync(compare, ours.result(), theirs)
-        self._count(Outcome.DIFFERENT if found else Outcome.SAME)
+        self._count(ShadowOutcome.DIFFERENT if found else ShadowOutcome.SAME)
         if found:
             logger.info("vendor answers in another shape", path=path, detail="; ".join(found))
 

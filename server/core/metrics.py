@@ -33,10 +33,10 @@ INTAKE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20,
 
 
 OUTCOME = "inpaint.outcome"
-"""The key of a request's `Outcome` in its ASGI scope, where an error has decided it."""
+"""The key of a request's `RequestOutcome` in its ASGI scope, where an error has decided it."""
 
 
-class Outcome(StrEnum):
+class RequestOutcome(StrEnum):
     """What became of a request. Some dialects answer errors with status 200."""
 
     ANSWERED = "answered"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.api.shadow import MAX_IN_FLIGHT, Outcome, policy_of, read_vendor_keys
+from server.api.shadow import MAX_IN_FLIGHT, ShadowOutcome, policy_of, read_vendor_keys
 from server.core.settings import Settings, ShadowSettings
 from server.egress.client import EgressClient
 from server.egress.policy import AddressDenied
@@ -59,17 +59,17 @@ def keys_file(folder: Path, *keys: str) -> Path:
     return file
 
 
-def count(app: LiveApp, outcome: Outcome) -> float:
+def count(app: LiveApp, outcome: ShadowOutcome) -> float:
     registry = app.app.state.metrics.registry
     return registry.get_sample_value("inpaint_shadow_calls_total", {"outcome": outcome}) or 0.0
 
 
-def wait_for(app: LiveApp, outcome: Outcome, number: float) -> None:
+def wait_for(app: LiveApp, outcome: ShadowOutcome, number: float) -> None:
     until(lambda: count(app, outcome) >= number, WAIT_S, f"{outcome} is counted")
 
 
 def test_call_is_sent_without_webhook_and_headers(app: LiveApp, vendor: FakeVendor) -> None:
-    before = count(app, Outcome.DIFFERENT)
+    before = count(app, ShadowOutcome.DIFFERENT)
     headers = {"X-API-Key": VENDOR_KEY, "Cookie": "a=b", "X-Forwarded-For": "192.0.2.1"}
     body = BODY | {"webhook": "https://client.example/?token=1", "track_id": "t"}
     app.client.post("/api/v3/inpaint", json=body, headers=headers).raise_for_status()
@@ -79,22 +79,22 @@ def test_call_is_sent_without_webhook_and_headers(app: LiveApp, vendor: FakeVend
     assert call.path == "/api/v3/inpaint"
     assert call.fields == BODY | {"key": VENDOR_KEY, "track_id": "t"}
     assert not {"x-api-key", "authorization", "cookie", "x-forwarded-for"} & {*call.headers}
-    wait_for(app, Outcome.DIFFERENT, before + 1)
+    wait_for(app, ShadowOutcome.DIFFERENT, before + 1)
 
 
 def test_same_shape_is_counted_and_not_logged(
     app: LiveApp, vendor: FakeVendor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = count(app, Outcome.DIFFERENT)
+    before = count(app, ShadowOutcome.DIFFERENT)
     first = post(app.client, "inpaint", **CALL)
     vendor.calls.get(timeout=WAIT_S)
-    wait_for(app, Outcome.DIFFERENT, before + 1)
-    vendor.answer, before = json.dumps(first), count(app, Outcome.SAME)
+    wait_for(app, ShadowOutcome.DIFFERENT, before + 1)
+    vendor.answer, before = json.dumps(first), count(app, ShadowOutcome.SAME)
     caplog.set_level(logging.INFO)
 
     post(app.client, "inpaint", **CALL)
 
-    wait_for(app, Outcome.SAME, before + 1)
+    wait_for(app, ShadowOutcome.SAME, before + 1)
     vendor.calls.get(timeout=WAIT_S)
     assert "another shape" not in caplog.text
 
@@ -104,12 +104,12 @@ def test_differences_are_logged_without_secrets(
 ) -> None:
     odd = f"https://vendor.example/?key={VENDOR_KEY}"
     vendor.answer = json.dumps({"status": "processing", "id": "7", odd: odd, "extra": VENDOR_KEY})
-    before = count(app, Outcome.DIFFERENT)
+    before = count(app, ShadowOutcome.DIFFERENT)
     caplog.set_level(logging.INFO)
 
     post(app.client, "inpaint", **CALL)
 
-    wait_for(app, Outcome.DIFFERENT, before + 1)
+    wait_for(app, ShadowOutcome.DIFFERENT, before + 1)
     vendor.calls.get(timeout=WAIT_S)
     until(lambda: "another shape" in caplog.text, WAIT_S, "the line is written")
     for phrase in ("body.id: number here, text there", "body.extra: only there", "/api/v3/inpaint"):
@@ -132,10 +132,10 @@ def test_our_errors_are_compared_too(
 
 
 def test_later_family_is_sent_to_its_own_path(app: LiveApp, vendor: FakeVendor) -> None:
-    before = count(app, Outcome.DIFFERENT)
+    before = count(app, ShadowOutcome.DIFFERENT)
     app.client.post("/api/v6/images/inpaint", json=CALL).raise_for_status()
     assert vendor.calls.get(timeout=WAIT_S).path == "/api/v6/images/inpaint"
-    wait_for(app, Outcome.DIFFERENT, before + 1)
+    wait_for(app, ShadowOutcome.DIFFERENT, before + 1)
 
 
 @pytest.mark.parametrize(
@@ -153,36 +153,36 @@ def test_call_is_never_sent(
     body: dict[str, Any], headers: dict[str, str], app: LiveApp, vendor: FakeVendor
 ) -> None:
     app.client.post("/api/v3/inpaint", json=body, headers=headers).raise_for_status()
-    before = count(app, Outcome.DIFFERENT)
+    before = count(app, ShadowOutcome.DIFFERENT)
     post(app.client, "inpaint", **CALL, track_id="marker")
     assert vendor.calls.get(timeout=WAIT_S).fields["track_id"] == "marker"
-    wait_for(app, Outcome.DIFFERENT, before + 1)
+    wait_for(app, ShadowOutcome.DIFFERENT, before + 1)
 
 
 def test_files_are_counted_and_not_sent(app: LiveApp) -> None:
-    before = count(app, Outcome.NOT_SENDABLE)
+    before = count(app, ShadowOutcome.NOT_SENDABLE)
     files = {name: ("a.png", png_bytes()) for name in ("init_image", "mask_image")}
     data = {"key": VENDOR_KEY, "prompt": "a cat"}
     app.client.post("/api/v3/inpaint", data=data, files=files).raise_for_status()
-    assert count(app, Outcome.NOT_SENDABLE) == before + 1
+    assert count(app, ShadowOutcome.NOT_SENDABLE) == before + 1
 
 
 def test_vendor_that_hangs_delays_no_answer(app: LiveApp, vendor: FakeVendor) -> None:
-    dropped, different = count(app, Outcome.DROPPED), count(app, Outcome.DIFFERENT)
+    dropped, different = count(app, ShadowOutcome.DROPPED), count(app, ShadowOutcome.DIFFERENT)
     vendor.may_answer.clear()
     for _ in range(MAX_IN_FLIGHT + 1):
         assert post(app.client, "inpaint", **CALL)["status"] == "processing"
     for _ in range(MAX_IN_FLIGHT):
         vendor.calls.get(timeout=WAIT_S)
-    assert count(app, Outcome.DROPPED) == dropped + 1
+    assert count(app, ShadowOutcome.DROPPED) == dropped + 1
     vendor.may_answer.set()
-    wait_for(app, Outcome.DIFFERENT, different + MAX_IN_FLIGHT)
+    wait_for(app, ShadowOutcome.DIFFERENT, different + MAX_IN_FLIGHT)
 
 
 def test_vendor_out_of_reach(tmp_path: Path) -> None:
     with running_app(settings_with(tmp_path, "http://127.0.0.1:1")) as app:
         assert post(app.client, "inpaint", **CALL)["status"] == "processing"
-        wait_for(app, Outcome.UNANSWERED, 1)
+        wait_for(app, ShadowOutcome.UNANSWERED, 1)
 
 
 def test_stop_does_not_wait_for_the_vendor(vendor: FakeVendor, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_off_by_default(vendor: FakeVendor, tmp_path: Path) -> None:
     settings = settings_with(tmp_path, vendor.url)
     with running_app(settings.model_copy(update={"shadow": ShadowSettings()})) as app:
         post(app.client, "inpaint", **CALL)
-        assert {count(app, outcome) for outcome in Outcome} == {0}
+        assert {count(app, outcome) for outcome in ShadowOutcome} == {0}
 
 
 @pytest.mark.parametrize(

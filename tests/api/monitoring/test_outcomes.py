@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from server.api.middleware import outcome_of
-from server.core.metrics import CLIENT_CLOSED, OUTCOME, Outcome
+from server.core.metrics import CLIENT_CLOSED, OUTCOME, RequestOutcome
 from server.webhooks.deliveries import Attempt
 from server.webhooks.sender import NO_ANSWER, NOT_ALLOWED, NOT_MADE, NOT_REACHABLE, class_of
 
@@ -13,18 +13,20 @@ from server.webhooks.sender import NO_ANSWER, NOT_ALLOWED, NOT_MADE, NOT_REACHAB
 @pytest.mark.parametrize(
     ("status", "scope", "outcome"),
     [
-        (200, {}, Outcome.ANSWERED),
-        (307, {}, Outcome.ANSWERED),
-        (200, {OUTCOME: Outcome.REFUSED}, Outcome.REFUSED),
-        (200, {OUTCOME: Outcome.FAILED}, Outcome.FAILED),
-        (404, {}, Outcome.REFUSED),
-        (503, {}, Outcome.FAILED),
-        (429, {OUTCOME: Outcome.REFUSED}, Outcome.REFUSED),
-        (None, {}, Outcome.LEFT),
-        (CLIENT_CLOSED, {}, Outcome.LEFT),
+        (200, {}, RequestOutcome.ANSWERED),
+        (307, {}, RequestOutcome.ANSWERED),
+        (200, {OUTCOME: RequestOutcome.REFUSED}, RequestOutcome.REFUSED),
+        (200, {OUTCOME: RequestOutcome.FAILED}, RequestOutcome.FAILED),
+        (404, {}, RequestOutcome.REFUSED),
+        (503, {}, RequestOutcome.FAILED),
+        (429, {OUTCOME: RequestOutcome.REFUSED}, RequestOutcome.REFUSED),
+        (None, {}, RequestOutcome.LEFT),
+        (CLIENT_CLOSED, {}, RequestOutcome.LEFT),
     ],
 )
-def test_outcome_of_a_request(status: int | None, scope: dict[str, Any], outcome: Outcome) -> None:
+def test_outcome_of_a_request(
+    status: int | None, scope: dict[str, Any], outcome: RequestOutcome
+) -> None:
     assert outcome_of(scope, status) is outcome
 
 
