@@ -291,7 +291,7 @@ class InpaintEngine:
         member = RunningSample(Generation(0, model, params, source), sample)
         kind = member.generation.call_kind
         prediction = self._learn(
-            lambda: self._call_unet([member] * (self._rows.units(kind) // sample.rows))
+            lambda: self._call_unet([member] * max(1, self._rows.units(kind) // sample.rows))
         )
         pipeline.advance(sample, prediction)
         self._learn(lambda: self._call_decoder([member] * self._pictures.units(kind)))

@@ -782,6 +782,13 @@ def test_warm_up_learns_how_large_calls_should_be() -> None:
     assert {len(call) for call in pipeline.calls} == {16}
 
 
+def test_warm_up_makes_calls_where_a_first_one_has_fewer_rows_than_a_sample() -> None:
+    pipeline = ToyPipeline(call_s=1.0, row_s=0.01, picture_s=0.1)
+    limits = EngineLimits(first_rows=1)
+    InpaintEngine(ModelPool.of(MODEL, cast(InpaintPipeline, pipeline)), limits).warm_up(MODEL)
+    assert pipeline.calls
+
+
 def test_background_works_while_samples_run() -> None:
     """Neither a canvas nor a picture that is not there yet keeps the others from their steps."""
     background = HeldBack()
