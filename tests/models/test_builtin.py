@@ -210,11 +210,17 @@ def test_trainer_makes_a_folder_the_plain_pipeline_loads(
         store.refresh()
         assert store.scenes == 2
     assert load(settings.out).paint("a red circle", 1).shape == (SIDE, SIDE, 3)
+    assert not [each for each in settings.out.rglob("*.json") if str(WEIGHTS) in each.read_text()]
     run_stages(settings, "unet")
     again = Checkpoint(settings.run / "unet.pt").load()
     assert again is not None
     assert equal_weights(again["weights"], state["weights"])  # resumed, not repeated
     assert load(settings.out).paint("", 1).shape == (SIDE, SIDE, 3)
+
+
+def test_no_weights_tell_where_they_were_made() -> None:
+    for path in WEIGHTS.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
 
 
 def unpack_noise(root: Path) -> None:

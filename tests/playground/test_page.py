@@ -433,13 +433,13 @@ def test_pictures_show_whose_urls_are_of_another_origin(tmp_path: Path) -> None:
     assert seen["errors"] == []
 
 
-def test_photograph_of_twelve_megapixels(server: ServerProcess, tmp_path: Path, shots: str) -> None:
+def test_photographs(server: ServerProcess, tmp_path: Path, shots: str) -> None:
     across = np.linspace(0, 255, 4000, dtype=np.uint8)
     photograph = tmp_path / "photograph.jpg"
     Image.fromarray(np.broadcast_to(across[None, :, None], (3000, 4000, 3))).save(photograph)
     call = {"base": server.url, "shots": shots, "photograph": str(photograph)}
     with browser_program("photograph.py", tmp_path, **call) as browser:
-        seen = browser.next()
+        seen, example = browser.next(), browser.next()
 
     width, height = seen["size"]
     assert 4_000_000 < width * height <= 2048 * 2048
@@ -449,3 +449,7 @@ def test_photograph_of_twelve_megapixels(server: ServerProcess, tmp_path: Path, 
     assert seen["only_masked"] is True
     assert seen["wrong"] == []
     assert seen["errors"] == []
+    assert example["prompt"] == ""
+    assert "0 pixels changed outside the mask" in example["facts"]
+    assert example["wrong"] == []
+    assert example["errors"] == []

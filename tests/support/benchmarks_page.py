@@ -43,7 +43,7 @@ small models and shows that the program runs. [engine.md](engine.md) has figures
 def page() -> str:
     """The content of `docs/benchmarks.md`."""
     of_servers = (serving, engine, host, load, soak, fleet, commits, depth)
-    sections = (*of_servers, roofline, guidance, quality)
+    sections = (*of_servers, roofline, guidance, quality, photographs)
     return _HEAD + "".join("".join(section()) for section in sections) + _DEVICE
 
 
@@ -293,6 +293,25 @@ def quality() -> Iterator[str]:
         [
             [mode, each["cases"], *(100 * each[name] for name in ("colour", "shape", "both"))]
             for mode, each in findings["modes"].items()
+        ],
+    )
+
+
+def photographs() -> Iterator[str]:
+    findings = read("builtin_photographs")
+    yield heading(
+        "What it makes of photographs",
+        "Held-out photographs with an empty prompt, inside the mask: the error of blurred colours "
+        "(0 to 441), the PSNR in dB, gradients over those around, and across the mask's edge "
+        "([builtin_photographs.md](../benchmarks/results/builtin_photographs.md)).",
+        "python -m benchmarks.builtin_photographs --photographs photographs --out out/quality",
+    )
+    yield "\n"
+    yield table(
+        ["", "cases", "colour", "PSNR", "texture", "seam"],
+        [
+            [who, *(each[name] for name in ("cases", "colour", "psnr_db", "texture", "seam"))]
+            for who, each in findings["fills"].items()
         ],
     )
 

@@ -53,12 +53,21 @@ def export(parts: Parts, folder: Path) -> None:
     assemble(parts).save_pretrained(partial, safe_serialization=True)
     for path in partial.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files only their owner can read
+    forget_origins(partial)
     write_digests(partial)
     older = folder.with_name(folder.name + ".older")
     if folder.exists():
         os.replace(folder, older)
     os.replace(partial, folder)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def forget_origins(folder: Path) -> None:
+    """Removes the folders of older weights, which configurations remember, from a model's files."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_digests(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""A photograph of 12 megapixels, of which only the masked part is repainted."""
+"""A photograph of 12 megapixels, of which only the masked part is repainted; then the example that
+is a photograph, without a prompt."""
 
 from page import CALL, chromium, say, watched
 
@@ -27,3 +28,10 @@ with chromium() as browser, watched(browser, "photograph") as at:
         wrong=wrong,
         errors=at.errors,
     )
+    at.open()
+    at.choose_example("take the stone away")
+    page.locator("#field-num_inference_steps").fill("4")
+    sent = at.send()
+    page.wait_for_selector(".facts")
+    wrong = at.look("stone")
+    say(prompt=sent["prompt"], facts=page.inner_text(".facts"), wrong=wrong, errors=at.errors)

@@ -202,7 +202,7 @@ export class Ask {
 
 function builtinFacts() {
   return [
-    el("p", {}, "Paints coloured shapes, such as “a red circle” or “a green star”, and nothing else. Load a real checkpoint for anything else:"),
+    el("p", {}, "Paints coloured shapes, such as “a red circle” or “a green star”, and without a prompt goes on with what is around the mask. Load a real checkpoint for anything else:"),
     el("code", {}, "inpaint-server serve --model sd15-inpainting"),
   ];
 }
@@ -234,7 +234,7 @@ function inputFor(name, schema, facts) {
   if (name === "model") return select(facts.models, "server's own");
   if (schema.enum) return select(schema.enum, schema.isNullable ? "model's own" : null, schema.default);
   if (schema.type === "boolean") return el("input", { type: "checkbox", checked: Boolean(schema.default) });
-  if (name.endsWith("prompt")) return el("textarea", { rows: name === "prompt" ? 3 : 2, maxLength: schema.maxLength, required: name === "prompt" });
+  if (name.endsWith("prompt")) return el("textarea", { rows: name === "prompt" ? 3 : 2, maxLength: schema.maxLength, placeholder: name === "prompt" ? "empty: the surroundings go on" : "" });
   const placeholder = /** @type {Record<string, string>} */ (PLACEHOLDERS)[name] ?? "";
   if (schema.type === "string") return el("input", { type: schema.format === "uri" ? "url" : "text", placeholder });
   if (!["integer", "number"].includes(schema.type)) return null;

@@ -7,9 +7,10 @@ import { extendPicture, maskSize, openPicture, pictureOfUrl } from "./picture.js
 import { Stage } from "./stage.js";
 
 const EXAMPLES = [
-  { name: "dots", fields: { prompt: "a green square", strength: 1 } },
-  { name: "clouds", fields: { prompt: "a red circle", strength: 1 } },
-  { name: "dusk", fields: { prompt: "a white star", strength: 1 } },
+  { file: "dots.png", text: "a green square", fields: { prompt: "a green square", strength: 1 } },
+  { file: "clouds.png", text: "a red circle", fields: { prompt: "a red circle", strength: 1 } },
+  { file: "dusk.png", text: "a white star", fields: { prompt: "a white star", strength: 1 } },
+  { file: "mountains.jpg", text: "take the stone away", fields: { prompt: "", strength: 1 } },
 ];
 
 export class Editor {
@@ -42,9 +43,9 @@ export class Editor {
 
   showExamples() {
     for (const example of EXAMPLES) {
-      const image = el("img", { src: `playground/examples/${example.name}.png`, alt: "", width: 96, height: 96 });
+      const image = el("img", { src: `playground/examples/${example.file}`, alt: "", width: 96, height: 96 });
       byId("examples").append(
-        el("button", { type: "button", class: "example", onclick: () => this.attempt(() => this.openExample(example)) }, image, example.fields.prompt),
+        el("button", { type: "button", class: "example", onclick: () => this.attempt(() => this.openExample(example)) }, image, example.text),
       );
     }
   }
@@ -122,12 +123,13 @@ export class Editor {
     this.show(await pictureOfUrl(url, this.publicUrl));
   }
 
-  /** @param {{name: string, fields: Record<string, any>}} example */
-  async openExample({ name, fields }) {
+  /** @param {{file: string, fields: Record<string, any>}} example */
+  async openExample({ file, fields }) {
+    const maskFile = file.replace(/\.\w+$/, "_mask.png");
     const [picture, mask] = await Promise.all(
-      [name, `${name}_mask`].map(async (each) => (await fetch(`playground/examples/${each}.png`)).blob()),
+      [file, maskFile].map(async (each) => (await fetch(`playground/examples/${each}`)).blob()),
     );
-    this.show(await openPicture(picture, `${name}.png`));
+    this.show(await openPicture(picture, file));
     await this.loadMask(mask, "light");
     this.hooks.onExample(fields);
   }
