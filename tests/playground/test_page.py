@@ -29,7 +29,7 @@ from tests.support.webhooks import receiver
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
-MAX_BYTES = 300_000
+MAX_BYTES = 345_000
 KEY = "key-of-the-playground"
 MASKED = 127
 VIEWS = ("light", "dark", "phone")
