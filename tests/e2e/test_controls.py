@@ -238,13 +238,13 @@ def change_of(picture: NDArray[np.uint8], source: Source = SCENE) -> NDArray[np.
 def test_effect_of_soft_mask(builtin: InpaintPipeline) -> None:
     """The darker the grey, the less is changed."""
     changes = []
-    for grey in (64, 128, 192, 255):
+    for grey in (16, 64, 128, 255):
         source = dataclasses.replace(SCENE, mask=np.where(MASKED, grey, 0).astype(np.uint8))
-        picture = paint(builtin, source, soft_mask=True, num_inference_steps=8)
+        picture = paint(builtin, source, soft_mask=True, num_inference_steps=20)
         changes.append(change_of(picture.image)[MASKED].mean())
 
     assert changes == sorted(changes)
-    assert changes[0] < changes[-1] * 0.95
+    assert changes[0] < changes[-1] * 0.8
 
 
 def test_effect_of_mask_grow(builtin: InpaintPipeline) -> None:
