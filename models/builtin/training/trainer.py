@@ -184,14 +184,12 @@ class UNetTrainer:
         store = self.stores[plan.kind, plan.side]
         count = plan.count * self.settings.batch_factor
         batch = _to(store.draw(rng, count, plan.window), self.worker.device)
-        is_early = (
-            plan.kind != "photographs" and self.step < self.settings.early * self.settings.steps
-        )
+        has_things = plan.kind != "photographs"
+        if not has_things:
+            batch = tempered(batch, self._first_guess(batch, rng), self.settings.temperature)
+        is_early = has_things and self.step < self.settings.early * self.settings.steps
         timesteps = draw_timesteps(rng, count, is_early)
-        is_paired = plan.kind != "photographs" and _is_paired(self.settings, self.step)
-        if plan.kind == "photographs":
-            guess = self._first_guess(batch, rng)
-            batch = tempered(batch, guess, self.settings.temperature)
+        is_paired = has_things and _is_paired(self.settings, self.step)
         exercise = draw_exercise(batch, timesteps, rng, is_paired)
         hidden = self.contexts.draw(exercise.texts, rng)
         with torch.autocast(self.worker.device.type, torch.bfloat16, self.settings.use_bfloat16):
