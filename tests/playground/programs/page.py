@@ -64,9 +64,13 @@ class Watched:
         self.page.wait_for_selector("#send:enabled")
 
     def send(self) -> dict[str, Any]:
-        """Click Inpaint; the request's JSON."""
+        """Click Inpaint, and wait until the browser remembers the job or tells of a refusal.
+
+        The request's JSON.
+        """
         with self.page.expect_response("**/api/jobs") as answered:
             self.page.click("#send")
+        self.page.wait_for_selector("#send-hint:not(:has-text('Sending…'))", state="attached")
         sent: dict[str, Any] = answered.value.request.post_data_json
         return sent
 

@@ -83,14 +83,15 @@ export class Jobs {
     const key = crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
     const init_image = request.url ?? (await toDataUri(/** @type {Blob} */ (request.picture)));
     const body = JSON.stringify({ ...request.fields, previews: true, init_image, mask_image: await toDataUri(request.mask) });
+    // Made while the request is on its way: until the job is in the history, who leaves the page loses it.
+    const thumb = request.picture ? thumbnail(request.picture).catch(() => null) : null;
     const options = { method: "POST", body, headers: { "Content-Type": "application/json", "Idempotency-Key": key } };
     const job = await callJson("api/jobs", options).catch((error) => {
       if (error instanceof ServerError && error.status === 0) return callJson("api/jobs", options);
       throw error;
     });
-    const thumb = request.picture ? await thumbnail(request.picture).catch(() => null) : null;
     /** @type {Entry} */
-    const entry = { ...request, key, id: job.id, state: job.state, createdAt: job.created_at, thumb, answer: null };
+    const entry = { ...request, key, id: job.id, state: job.state, createdAt: job.created_at, thumb: await thumb, answer: null };
     await history.put(entry);
     const card = this.add(entry);
     card.showEta(job.eta_s);
