@@ -305,7 +305,7 @@ def lora_violations(loras: Sequence[Lora]) -> list[Violation]:
     names = {lora.name for lora in loras}
     is_wrong = {
         f"must be at most {MAX_LORAS}": len(loras) > MAX_LORAS,
-        "must not name one twice": len(names) < len(loras),
+        "must not name a LoRA twice": len(names) < len(loras),
         f"must have scales between {LORA_SCALES.minimum:g} and {LORA_SCALES.maximum:g}": any(
             lora.scale not in LORA_SCALES for lora in loras
         ),

@@ -52,7 +52,7 @@ class Mark(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostMark:
-    """Of a CPU, which has no queue: calls return when their work is done."""
+    """A mark of the CPU, which has no queue: a call has done its work when it returns."""
 
     at_s: float = field(default_factory=time.perf_counter)
     is_past: bool = True

@@ -61,7 +61,7 @@ def revoke(store: KeyStore, options: argparse.Namespace) -> int:
         print(f"{count} revoked")  # noqa: T201 - the command's output
         return 0
     is_known = any(key.key_id == options.key_id for key in store.list_keys())
-    reason = "is revoked already" if is_known else "is no id of a key; `keys list` shows them"
+    reason = "is revoked already" if is_known else "is not the id of a key; `keys list` shows them"
     print(f"error: {options.key_id!r} {reason}", file=sys.stderr)  # noqa: T201
     return 1
 

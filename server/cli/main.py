@@ -98,18 +98,22 @@ def make_parser() -> Parser:
     shared = Parser(add_help=False)
     shared.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML)")
     shared.add_argument("--data-dir", type=Path, metavar="DIR", help="database and files")
-    shared.add_argument("--model", metavar="ID", help="id of models/models.toml, folder or hub id")
+    shared.add_argument(
+        "--model", metavar="ID", help="id of models.toml, hub id, folder or .safetensors file"
+    )
     for add in (add_serve, add_worker, add_health, add_doctor, add_demo, add_migrate):
         add(commands, shared)
     add_config(commands, shared)
-    each = commands.add_parser("models", parents=[shared], help="list, get, check and name models")
+    each = commands.add_parser(
+        "models", parents=[shared], help="list, download, verify, add and remove models"
+    )
     each.set_defaults(run=models, verb="list", json=False)
     add_models_commands(each.add_subparsers(metavar="ACTION"), shared, models)
     add_webhooks(commands, shared)
     add_cluster(commands, shared)
     add_takeover(commands, shared)
     each = commands.add_parser("keys", help="create, list, revoke and rotate API keys")
-    add_keys_commands(each.add_subparsers(required=True, metavar="COMMAND"), shared)
+    add_keys_commands(each.add_subparsers(required=True, metavar="ACTION"), shared)
     return parser
 
 
@@ -263,7 +267,9 @@ def add_keys_commands(commands: Commands, shared: Parser) -> None:
     """The commands below `keys`."""
     add_keys_create(commands, shared)
 
-    each = commands.add_parser("list", parents=[shared], help="all keys, without the keys")
+    each = commands.add_parser(
+        "list", parents=[shared], help="list all keys; the secrets are not shown"
+    )
     each.set_defaults(run=keys, verb="list")
 
     each = commands.add_parser("revoke", parents=[shared], help="revoke a holder's keys at once")
@@ -290,7 +296,10 @@ def add_keys_create(commands: Commands, shared: Parser) -> None:
     each.add_argument("--max-waiting", type=int, metavar="N", help="its jobs that may wait")
     each.add_argument("--priority", type=int, default=0, metavar="N", help="higher goes first")
     each.add_argument(
-        "--hold", type=seconds_of, metavar="TIME", help="until its V3 calls get 'processing'"
+        "--hold",
+        type=seconds_of,
+        metavar="TIME",
+        help="how long calls of the vendor's APIs wait before they are answered 'processing'",
     )
     for what, reach in (
         ("fetch", "its images may come from"),

@@ -62,7 +62,7 @@ def seconds_of(text: str) -> float:
     if text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} has no unit; write {text}d, {text}h or {text}m")
     if unit not in units or not number.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90d, 12h, 30m or 45s")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90d, 12h, 30m or 45s")
     return int(number) * units[unit]
 
 

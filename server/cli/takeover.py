@@ -252,7 +252,7 @@ def checked_name(host: str) -> str:
     """A host name in lower case. Raises: ValueError."""
     name = host.lower().rstrip(".")
     if not NAME.fullmatch(name):
-        raise ValueError(f"{host!r} is no full host name such as {VENDOR_HOSTS[0]}")
+        raise ValueError(f"{host!r} is not a full host name such as {VENDOR_HOSTS[0]}")
     return name
 
 

@@ -60,7 +60,7 @@ def ping_webhook(options: argparse.Namespace) -> int:
 
     parts = urlsplit(options.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{options.url!r} is no http(s) URL")
+        raise ValueError(f"{options.url!r} is not an http(s) URL")
     settings = settings_of(options)
 
     async def ping() -> int:

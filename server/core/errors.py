@@ -12,6 +12,7 @@ ApiError
 ├── InvalidApiKey       no key, or an unknown one
 ├── LoopbackOnly        a call from another machine or page to a server without keys
 ├── RateLimited         this key, or this address, calls too often
+│   └── UploadsLimited  this key uploads too often, or too many bytes
 ├── QueueFull           too many jobs are waiting
 ├── DeadlineUnmeetable  the job would not end before its deadline
 ├── TooManyStreams      this key has too many event streams open
@@ -137,6 +138,10 @@ class RateLimited(ApiError):
         self.retry_after_s = retry_after_s
         self.limit = limit
         super().__init__(f"again in {retry_after_s} s")
+
+
+class UploadsLimited(RateLimited):
+    """The key uploads too often, or too many bytes."""
 
 
 class QueueFull(ApiError):

@@ -45,8 +45,8 @@ SENTENCES = {
         "The init image's transparent parts were laid over white, and the result is opaque"
     ),
     Notice.LORA_TAG_IGNORED: (
-        "Tags such as <lora:name:0.8> were taken out of the prompts and not applied; the server's "
-        "operator chooses the LoRA files of a model"
+        "Tags such as <lora:name:0.8> were taken out of the prompts and not applied; LoRAs "
+        "that this server offers are named in a field of the request, where its API has one"
     ),
     Notice.PROMPT_SYNTAX_UNSUPPORTED: (
         "[a:b:0.5], [a|b], AND and embedding: are not supported in prompts and were read as plain "

@@ -626,8 +626,9 @@ class Settings(BaseSettings):
     """The list of models. The default is `models/models.toml` of the installation."""
     devices: Annotated[ListOf[str], Field(min_length=1)] = ("auto",)
     """The device of each worker. `auto` is the first GPU if there is one, else the CPU. `all` is
-    every GPU that `nvidia-smi -L` and `CUDA_VISIBLE_DEVICES` show, MIG instances one by one.
-    `cuda:0` and `cpu` name one. A GPU that is listed and cannot be used ends the start."""
+    every GPU that `nvidia-smi -L` and `CUDA_VISIBLE_DEVICES` show, MIG instances one by one, or
+    the CPU if there is none. `cuda:0` and `cpu` name one. A GPU that is listed and cannot be used
+    ends the start."""
     workers: int | None = Field(default=None, ge=0, examples=[1])
     """Worker processes in all. Unset means one for each device, 0 an API process alone."""
     worker_stall_s: float = Field(default=120, ge=10)

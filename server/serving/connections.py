@@ -63,7 +63,6 @@ class ConnectionLimiter:
 
     @property
     def open_count(self) -> int:
-        """Open connections."""
         return len(self._open)
 
     @property

@@ -51,7 +51,7 @@ def test_version_and_help_are_for_people(capsys: pytest.CaptureFixture[str]) -> 
             "unknown argument --limit",
         ),
         (("keys", "create", "x", "--expires-in", "90"), "keys create", "write 90d, 90h or 90m"),
-        (("keys", "create", "x", "--expires-in", "d"), "keys create", "'d' is no time such as"),
+        (("keys", "create", "x", "--expires-in", "d"), "keys create", "'d' is not a time such as"),
         (
             ("keys", "create", "x", "--fetch-network", "10.0.0.1/8"),
             "keys create",
@@ -75,7 +75,7 @@ def test_mistake_shows_the_commands_own_usage(
 def test_ping_of_what_is_no_url_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     for url in ("notaurl", "ftp://x/y", "http://"):
         assert main(["webhooks", "ping", url]) == 2
-        assert capsys.readouterr().err == f"error: {url!r} is no http(s) URL\n"
+        assert capsys.readouterr().err == f"error: {url!r} is not an http(s) URL\n"
 
 
 def test_keys_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_keys_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr()
     assert (said.out, said.err[:11]) == ("", "no keys yet")
     assert main(["keys", "revoke", "nope", *flags]) == 1
-    assert capsys.readouterr().err.startswith("error: 'nope' is no id of a key")
+    assert capsys.readouterr().err.startswith("error: 'nope' is not the id of a key")
     assert main(["keys", "create", "x", *flags]) == 0
     key_id = capsys.readouterr().err.split("id ")[1].split(";")[0]
     assert main(["keys", "revoke", key_id, *flags]) == 0

@@ -349,7 +349,7 @@ def test_noise_spacing_must_be_known_to_the_scheduler(
     ("loras", "reason"),
     [
         ([Lora(str(number)) for number in range(5)], "must be at most 4"),
-        ([Lora("a"), Lora("b"), Lora("a", 0.5)], "must not name one twice"),
+        ([Lora("a"), Lora("b"), Lora("a", 0.5)], "must not name a LoRA twice"),
         ([Lora("a", 2.01)], "must have scales between -2 and 2"),
         ([Lora("a", math.nan)], "must have scales between -2 and 2"),
     ],

@@ -17,6 +17,7 @@ from server.core.errors import (
     RateLimited,
     RemoteOrigin,
     TooManyStreams,
+    UploadsLimited,
 )
 
 
@@ -34,6 +35,7 @@ SAMPLES: dict[type[ApiError], ApiError] = {
     QueueFull: QueueFull(5),
     TooManyStreams: TooManyStreams(5),
     RateLimited: RateLimited(30, 60),
+    UploadsLimited: UploadsLimited(30, 60),
     JobFailed: JobFailed("out_of_memory", "The picture is too large for this server's memory"),
     JobTooSlow: JobTooSlow(600),
 }

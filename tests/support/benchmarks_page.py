@@ -35,8 +35,9 @@ _DEVICE = """
 python -m benchmarks.device --out out/bench
 ```
 
-There is no result of a GPU yet: [device.md](../benchmarks/results/device.md) comes from a CPU with
-small models and shows that the program runs. [engine.md](engine.md) has figures of one H100.
+This program has not run on a GPU yet: [device.md](../benchmarks/results/device.md) comes from a
+CPU with small models and shows that the program runs. [engine.md](engine.md) has figures of one
+H100.
 """
 
 

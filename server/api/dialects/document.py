@@ -13,7 +13,7 @@ Document = dict[str, Any]
 TEXT = (
     "Inpainting and other pictures by Stable Diffusion, in the languages of several APIs. All make "
     "the same jobs. Where the server asks for an API key, it may come in any of the ways that are "
-    "listed; without keys it serves its own machine."
+    "listed; without keys it serves its own machine, unless its operator has opened it."
 )
 SECURITY_SCHEMES = {
     "APIKeyHeader": {

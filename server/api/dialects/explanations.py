@@ -32,6 +32,7 @@ from server.core.errors import (
     StorageUnavailable,
     TooManyFields,
     TooManyStreams,
+    UploadsLimited,
 )
 from server.egress.policy import MAX_URL_CHARS
 
@@ -63,7 +64,7 @@ class Explanation:
 
 
 EXPLANATIONS: dict[type[ApiError], tuple[int, str, str]] = {
-    InvalidBody: (400, "invalid_body", "The body is no JSON object"),
+    InvalidBody: (400, "invalid_body", "The body is not a JSON object"),
     InvalidForm: (400, "invalid_form", "The form is broken or not in UTF-8"),
     BodyTooLarge: (413, "body_too_large", "The body is too large"),
     EncodedBody: (
@@ -85,12 +86,17 @@ EXPLANATIONS: dict[type[ApiError], tuple[int, str, str]] = {
         "loopback_only",
         "Without API keys this server serves its own machine only",
     ),
-    JobNotFound: (404, "job_not_found", "There is no such job of this key"),
+    JobNotFound: (404, "job_not_found", "This key has no such job"),
     RouteNotFound: (404, "not_found", "There is no such path"),
     QueueFull: (429, "queue_full", "Too many jobs are waiting"),
     DeadlineUnmeetable: (409, "deadline_unmeetable", "The deadline cannot be met"),
     TooManyStreams: (429, "too_many_streams", "The key has too many event streams open"),
-    RateLimited: (429, "rate_limited", "Too many calls, uploads or wrong keys in a minute"),
+    RateLimited: (429, "rate_limited", "Too many calls or wrong keys in a minute"),
+    UploadsLimited: (
+        429,
+        "uploads_limited",
+        "Too many uploads, or too many bytes of uploads, in a minute",
+    ),
     ServerBusy: (503, "server_busy", "The server has no room for the request now"),
     JobFailed: (500, "job_failed", "The picture could not be made"),
     JobTooSlow: (504, "job_too_slow", "The picture was not finished in time"),
@@ -105,7 +111,7 @@ REMOTE_SENTENCES = {
     RemoteOrigin.PAGE: "the call comes from a web page of another origin, or from a file",
 }
 
-METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not know the method")
+METHOD_NOT_ALLOWED = (405, "method_not_allowed", "This path does not support the method")
 
 CONFLICTS = {
     ConflictKind.JOB_ENDED: (409, "The job has ended already"),
@@ -119,7 +125,7 @@ CONFLICTS = {
     ),
     ConflictKind.IDEMPOTENCY_KEY_REUSED: (
         422,
-        "The idempotency key came before, with another body",
+        "The idempotency key was used before, with another body",
     ),
 }
 
@@ -137,7 +143,7 @@ IMAGE_SENTENCES = {
     "allow it with INPAINT_FETCH__ALLOW_PORTS",
     ImageProblem.TOO_LARGE: "is too large",
     ImageProblem.NOT_A_SOURCE: "must be an http or https URL, a data URI or base64",
-    ImageProblem.NOT_AN_IMAGE: "is no picture",
+    ImageProblem.NOT_AN_IMAGE: "is not a picture",
     ImageProblem.UNSUPPORTED: "is in a format other than PNG, JPEG and WEBP, or an unusual form",
     ImageProblem.DAMAGED: "is damaged or incomplete",
     ImageProblem.NO_TRANSPARENCY: "has no transparent pixel: here the transparent pixels of a mask "

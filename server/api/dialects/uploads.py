@@ -7,7 +7,7 @@ from models.imaging.repair import JPEG_SIGNATURE, PNG_SIGNATURE
 from models.params import OutputFormat
 from server.api.auth.keyring import Caller
 from server.api.services import Services
-from server.core.errors import ImageProblem, ImageUnavailable, RateLimited, ServerBusy
+from server.core.errors import ImageProblem, ImageUnavailable, ServerBusy, UploadsLimited
 from server.jobs.job import UPLOAD_FOLDER
 
 
@@ -33,7 +33,7 @@ async def store_upload(
 
     The content is judged by its first bytes. It is decoded when a request names it, in the sandbox.
     field: the parameter that errors name. base_url: as for `accept`.
-    Raises: ImageUnavailable, RateLimited, ServerBusy, StorageUnavailable.
+    Raises: ImageUnavailable, UploadsLimited, ServerBusy, StorageUnavailable.
     """
     if services.watcher.is_stopping:
         raise ServerBusy
@@ -68,7 +68,7 @@ def format_of(content: bytes) -> OutputFormat | None:
 
 
 def limit_uploads(services: Services, key_id: str, size: int) -> None:
-    """Count an upload against its key's limits. Raises: RateLimited."""
+    """Count an upload against its key's limits. Raises: UploadsLimited."""
     queue = services.settings.queue
     per_minute, bytes_per_minute = (
         queue.uploads_per_minute_per_key,
@@ -78,5 +78,5 @@ def limit_uploads(services: Services, key_id: str, size: int) -> None:
     wait_s = services.upload_bytes.wait_s(key_id, bytes_per_minute, size)
     wait_s = wait_s or services.uploads.take(key_id, per_minute)
     if wait_s is not None:
-        raise RateLimited(wait_s, per_minute)
+        raise UploadsLimited(wait_s, per_minute)
     services.upload_bytes.take(key_id, bytes_per_minute, size)

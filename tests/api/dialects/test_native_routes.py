@@ -400,7 +400,7 @@ class TestRefusals:
         assert answer.json()["errors"] == [
             {"field": "prompt", "code": "wrong_type", "message": "has the wrong JSON type"},
             {"field": "mask_image", "code": "required", "message": "is required"},
-            {"field": "extra", "code": "unknown_field", "message": "is no field of this call"},
+            {"field": "extra", "code": "unknown_field", "message": "is not a field of this call"},
         ]
 
     @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"a":1}' * 30_000])

@@ -171,7 +171,7 @@ def write_check(
 
 
 def write_file(content: bytes, stored: Stored, mode: PixelMode) -> PictureFile:
-    """What a file was."""
+    """How a file was read, with its size as it is shown."""
     width, height = stored.upright_size
     return PictureFile(
         width=width,

@@ -86,7 +86,7 @@ class FieldProblem(StrEnum):
 
 SENTENCES = {
     FieldProblem.REQUIRED: "is required",
-    FieldProblem.UNKNOWN: "is no field of this call",
+    FieldProblem.UNKNOWN: "is not a field of this call",
     FieldProblem.WRONG_TYPE: "has the wrong JSON type",
     FieldProblem.NOT_A_MULTIPLE: f"must be a multiple of {SIZE_MULTIPLE}",
     FieldProblem.EMPTY: "must not be empty",
@@ -95,7 +95,7 @@ SENTENCES = {
     FieldProblem.NOT_HTTPS: "must be an https URL",
     FieldProblem.NOT_A_KEY: "must be 1 to 255 visible ASCII characters",
     FieldProblem.NOT_OF_SCHEDULER: "is not known to the scheduler that is asked for",
-    FieldProblem.REPEATED: "must not name one twice",
+    FieldProblem.REPEATED: "must not name a LoRA twice",
     FieldProblem.TOO_MANY_STEPS: f"must be at most {MAX_LCM_STEPS} with {SchedulerName.LCM}",
 }
 

@@ -307,7 +307,7 @@ def pictures_of(fields: Mapping[str, Any], name: str) -> list[Any]:
 def sources_in(value: Any) -> Iterator[Any]:
     """The pictures in a field: one or a list, each itself or as `{"image_url": …}`.
 
-    A value that is no picture becomes True, which `FieldReader.image` refuses.
+    A value that is not a picture becomes True, which `FieldReader.image` refuses.
     """
     for each in value if isinstance(value, list) else [value]:
         source = each

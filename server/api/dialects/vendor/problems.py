@@ -3,14 +3,13 @@
 from typing import Any
 
 from server.api.dialects import explanations
+from server.api.dialects.explanations import explain
 from server.api.dialects.fields import NOT_A_SOURCE
 from server.api.dialects.vendor.families import V3_FAMILY, Family, is_later_path
 from server.api.dialects.vendor.writing import in_spelling_of
 from server.core.errors import (
     ApiError,
     BodyTooLarge,
-    Conflict,
-    DeadlineUnmeetable,
     EncodedBody,
     ImageProblem,
     ImageUnavailable,
@@ -19,9 +18,7 @@ from server.core.errors import (
     InvalidForm,
     InvalidHost,
     InvalidRequest,
-    JobFailed,
     JobNotFound,
-    JobTooSlow,
     LoopbackOnly,
     QueueFull,
     RateLimited,
@@ -30,7 +27,7 @@ from server.core.errors import (
     ServerBusy,
     StorageUnavailable,
     TooManyFields,
-    TooManyStreams,
+    UploadsLimited,
 )
 from server.core.settings import ErrorStatus
 from server.egress.policy import MAX_URL_CHARS
@@ -61,30 +58,6 @@ REMOTE_TIPS = {
     "`inpaint-server keys create`.",
 }
 
-HTTP_STATUS: dict[type[ApiError], int] = {
-    InvalidBody: 400,
-    BodyTooLarge: 413,
-    EncodedBody: 415,
-    InvalidForm: 400,
-    TooManyFields: 400,
-    InvalidHost: 400,
-    InvalidRequest: 400,
-    ImageUnavailable: 400,
-    InvalidApiKey: 401,
-    LoopbackOnly: 403,
-    JobNotFound: 404,
-    RouteNotFound: 404,
-    Conflict: 409,
-    DeadlineUnmeetable: 409,
-    QueueFull: 429,
-    TooManyStreams: 429,
-    RateLimited: 429,
-    ServerBusy: 503,
-    JobFailed: 500,
-    JobTooSlow: 504,
-    StorageUnavailable: 503,
-}
-
 
 def may_answer_200(path: str) -> bool:
     """Whether a path belongs to the vendor's API, whose errors may have the status 200."""
@@ -95,7 +68,10 @@ def write_status(error: ApiError, error_status: ErrorStatus) -> int:
     """HTTP status of an error; with `LEGACY` 200 for all but wrong paths, as the vendor sends."""
     if error_status is ErrorStatus.LEGACY and not isinstance(error, RouteNotFound):
         return 200
-    return HTTP_STATUS.get(type(error), 500)
+    if isinstance(error, RouteNotFound):
+        return 404
+    status = explain(error).status
+    return 400 if status == 422 else status
 
 
 def write_error(error: ApiError, request_id: str, family: Family = V3_FAMILY) -> Body:
@@ -139,7 +115,7 @@ def write_v3_error(error: ApiError, request_id: str) -> Body:
                     for name, problem in problems.items()
                 },
             }
-        case TooManyStreams() | QueueFull() | RateLimited():
+        case QueueFull() | RateLimited():
             reason, tips = write_limit(error)
             return {
                 "status": "error",
@@ -151,15 +127,14 @@ def write_v3_error(error: ApiError, request_id: str) -> Body:
     return {"status": "error", "message": message, "tip": tip}
 
 
-def write_limit(error: TooManyStreams | QueueFull | RateLimited) -> tuple[str, str]:
+def write_limit(error: QueueFull | RateLimited) -> tuple[str, str]:
     """Reason and tip of an exceeded limit; the vendor calls each of them a rate limit."""
     match error:
-        case TooManyStreams(limit=limit):
-            tips = "Close streams that are no longer needed, then try again."
-            return f"Maximum {limit} event streams allowed.", tips
         case QueueFull(limit=limit):
             tips = "Wait for earlier requests to finish, then try again."
             return f"Maximum {limit} queued requests allowed.", tips
+        case UploadsLimited():
+            reason = "Too many uploads, or too many bytes of uploads, came in a minute."
         case RateLimited(limit=None):
             reason = "Too many wrong keys came from this address."
         case RateLimited(limit=limit):
@@ -186,10 +161,6 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return "Invalid API Request", "Send 200 parameters at most."
         case InvalidHost():
             return "Invalid API Request", "Send one Host header with a name of this server."
-        case Conflict():
-            return "Not possible now", "Fetch the job to see how it stands."
-        case DeadlineUnmeetable(eta_s=eta_s):
-            return "The deadline cannot be met", f"The job would end in about {eta_s:g} seconds."
         case InvalidForm():
             tip = "Send the form in UTF-8 and whole, a multipart form with its boundary."
             return "Invalid API Request", tip
@@ -199,10 +170,6 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
             return "Not found", "Pictures are made at POST /api/v3/inpaint."
         case ServerBusy():
             return "The server is busy", "Try again in a few seconds."
-        case JobFailed(sentence=sentence):
-            return f"Failed, Try Again. {sentence}", "Fetch the job to see how it stands."
-        case JobTooSlow():
-            return "The pictures were not finished in time", "Ask for fewer or smaller ones."
         case StorageUnavailable():
             return "The server cannot store requests now", "Try again in a few seconds."
-    return "Something went wrong on the server", f"Name {request_id} when asking its operator."
+    return explain(error).title, f"Name {request_id} when asking its operator."

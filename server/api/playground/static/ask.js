@@ -28,7 +28,7 @@ const LABELS = {
   clip_skip: "CLIP skip",
   safety_check: "Safety check",
   model: "Model",
-  flagged_as: "Flagged become",
+  flagged_as: "Flagged pictures become",
   output_format: "File format",
   output_quality: "File quality",
   deadline_s: "Needed within (s)",
@@ -209,7 +209,7 @@ function builtinFacts() {
 
 /** What a checkpoint can and cannot do. @param {Traits | null} traits null where this server's machine lacks its files */
 function modelFacts(traits) {
-  if (!traits) return [el("p", {}, "The machine of this page has none of its files yet, so nothing more is known of it here.")];
+  if (!traits) return [el("p", {}, "This server does not have the model's files yet, so its properties are not known here.")];
   const { family, is_inpainting: isInpainting, native_px: side, has_safety_checker: hasChecker, licence } = traits;
   const lines = [
     `${family ? FAMILIES[family] : "Of no published size"}, ${isInpainting ? "made for inpainting" : "not made for inpainting"}.`,
@@ -217,7 +217,7 @@ function modelFacts(traits) {
       ? "It sees the picture around the mask (9 channels)."
       : "It was trained without masks (4 channels): new parts may fit in less well, and a strength below 1 helps.",
     side ? `Best near ${side}×${side} pixels; the masked part of a larger picture with “Only masked”.` : null,
-    hasChecker ? "Results are looked at by a safety checker." : "There is no safety checker: results are not checked.",
+    hasChecker ? "A safety checker examines the results." : "There is no safety checker: results are not checked.",
     licence ? `Licence: ${licence}.` : null,
   ];
   return [el("ul", {}, ...lines.filter((each) => each !== null).map((each) => el("li", {}, each)))];

@@ -13,7 +13,7 @@ export function block(text) {
   const copy = button("Copy", async () => {
     const isCopied = await copyText(text);
     copy.textContent = isCopied ? "Copied" : "Not allowed here";
-    announce(isCopied ? "Copied." : "The browser did not allow to copy.");
+    announce(isCopied ? "Copied." : "The browser did not allow copying.");
   }, { class: "copy" });
   return el("div", { class: "block" }, copy, el("pre", { tabindex: 0 }, el("code", {}, shortened(text))));
 }

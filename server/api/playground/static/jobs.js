@@ -232,7 +232,7 @@ export function sentenceOf(entry) {
   if (state === "finished" && answer?.expired_at) return "Finished; the pictures have been removed since";
   if (state === "finished" && answer?.outputs.some((/** @type {any} */ each) => each.is_flagged)) return "Finished; flagged by the safety checker";
   if (state === "failed") return `Failed: ${answer?.error?.message ?? "unknown reason"}`;
-  if (state === "gone") return "Gone: the server knows this job no more";
+  if (state === "gone") return "Gone: the server no longer has this job";
   return state[0].toUpperCase() + state.slice(1);
 }
 

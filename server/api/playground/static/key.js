@@ -20,7 +20,7 @@ export function setUpKeyForm(onKey) {
 export function askForKey(isRefused) {
   const form = byId("key-form");
   const text = !isRefused ? "The page keeps the key until you close this tab, and sends it with each call."
-    : storedKey() ? "The server does not know this key, or it has ended. Enter another one."
+    : storedKey() ? "This key is unknown, expired or revoked. Enter another one."
       : "This server asks for an API key. The page keeps it until you close this tab.";
   if (byId("key-text").textContent !== text || form.hidden) announce(text);
   byId("key-text").textContent = text;

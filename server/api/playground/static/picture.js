@@ -42,7 +42,7 @@ export async function pictureOfUrl(url, publicUrl) {
   const path = publicUrl && url.startsWith(`${publicUrl}/`) ? ownPath(url) : url;
   if (new URL(path, document.baseURI).origin !== location.origin) return { file: null, url, name, width: 512, height: 512 };
   const answer = await fetch(path);
-  if (!answer.ok) throw new Error(`There is no picture at ${url} (status ${answer.status}).`);
+  if (!answer.ok) throw new Error(`There is not a picture at ${url} (status ${answer.status}).`);
   return { ...(await openPicture(await answer.blob(), name)), url };
 }
 

@@ -175,7 +175,7 @@ class Trial {
     line.replaceChildren(el("strong", { class: `status ${answer.ok ? "good" : "bad"}` }, String(answer.status)), el("span", {}, answer.statusText), el("span", {}, time), el("span", {}, sizeText(size)));
     this.answer.dataset.status = String(answer.status);
     if (answer.status === KEY_REFUSED) {
-      const text = storedKey() ? "The server does not know this key, or it has ended." : "This call needs an API key.";
+      const text = storedKey() ? "This key is unknown, expired or revoked." : "This call needs an API key.";
       shown.prepend(el("p", { class: "error" }, text, " ", button("Enter a key", () => askForKey(false))));
       askForKey(true);
     }

@@ -187,10 +187,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "param", "words"),
         [
-            ({"image": b"no picture"}, "image", "The image is no picture."),
-            ({"mask": b"no picture"}, "mask", "The mask is no picture."),
+            ({"image": b"no picture"}, "image", "The image is not a picture."),
+            ({"mask": b"no picture"}, "mask", "The mask is not a picture."),
             ({"mask": INIT}, "mask", "no transparent pixel"),
-            ({"image": b"no picture", "mask": None}, "image", "The image is no picture."),
+            ({"image": b"no picture", "mask": None}, "image", "The image is not a picture."),
         ],
         ids=["image", "mask", "opaque mask", "image without a mask"],
     )
