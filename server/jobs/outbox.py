@@ -68,3 +68,8 @@ def host_of(key_id: str, url: str) -> str:
     except ValueError:
         return key_id
     return f"{key_id} {parts.scheme}://{parts.hostname}:{port}"
+
+
+def key_of(host: str) -> str:
+    """The key in a `host_of`."""
+    return host.partition(" ")[0]

@@ -14,6 +14,7 @@ longest delay means that a clock has jumped: the call is due now.
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from sqlalchemy import (
     ColumnElement,
     Engine,
     Row,
+    Select,
     case,
     delete,
     exists,
@@ -34,7 +36,7 @@ from sqlalchemy import (
 )
 
 from server.core.errors import Conflict, ConflictKind
-from server.jobs.outbox import AT_ONCE, JITTER, MAX_AGE_S, RETRY_DELAYS_S, DeliveryState
+from server.jobs.outbox import AT_ONCE, JITTER, MAX_AGE_S, RETRY_DELAYS_S, DeliveryState, key_of
 from server.storage.clock import DatabaseClock
 from server.storage.database import read_only
 from server.storage.tables import deliveries, delivery_attempts, jobs
@@ -138,9 +140,11 @@ class DeliveryStore:
         per_host: int = 4,
         under_way: Mapping[str, int] | None = None,
     ) -> list[Delivery]:
-        """Claim up to `limit` due calls, those of the oldest jobs first.
+        """Claim up to `limit` due calls. Keys take turns; each key's oldest jobs go first.
 
-        Skipped hosts get none, and every other host as many as bring its calls to `per_host`.
+        The key with the fewest calls under way has the next turn, so that one whose hosts hold
+        every call for long leaves the places that get free to others. Skipped hosts get none, and
+        every other host as many as bring its calls to `per_host`.
         under_way: the sender's present calls by host.
         """
         is_wanted = deliveries.c.host.not_in(skipped_hosts)
@@ -273,22 +277,11 @@ class DeliveryStore:
                 connection.execute(update(deliveries).where(is_beyond_schedule).values(due_at=now))
         elif not has_due:
             return []
-        # Ordered by job and not by due time, because untried calls have the due time `AT_ONCE`.
-        rank = func.row_number().over(partition_by=deliveries.c.host, order_by=deliveries.c.job_id)
-        columns = (deliveries.c.id, deliveries.c.job_id, deliveries.c.host)
-        candidate = select(*columns, rank.label("rank")).where(is_due).subquery()
-        rooms = [(candidate.c.host == host, per_host - n) for host, n in under_way.items()]
-        room = case(*rooms, else_=per_host) if rooms else literal(per_host)
-        oldest = (
-            select(candidate.c.id)
-            .where(candidate.c.rank <= room)
-            .order_by(candidate.c.job_id)
-            .limit(limit)
-        )
+        chosen = next_calls(is_due, limit, per_host, under_way)
         with self._engine.begin() as connection:
             rows = connection.execute(
                 update(deliveries)
-                .where(deliveries.c.id.in_(oldest), is_due)
+                .where(deliveries.c.id.in_(chosen), is_due)
                 .values(due_at=now + self._lease_s, attempt=deliveries.c.attempt + 1)
                 .returning(
                     deliveries.c.id,
@@ -347,6 +340,38 @@ class DeliveryStore:
         index = min(delivery.attempt, len(RETRY_DELAYS_S)) - 1
         scheduled = RETRY_DELAYS_S[index] * self._jitter.uniform(1 - JITTER, 1 + JITTER)
         return max(scheduled, min(attempt.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
+
+
+def next_calls(
+    is_due: ColumnElement[bool], limit: int, per_host: int, under_way: Mapping[str, int]
+) -> Select[tuple[str]]:
+    """The ids of the calls that `DeliveryStore.claim_due` claims."""
+    # Ordered by job and not by due time, because untried calls have the due time `AT_ONCE`.
+    within_host = func.row_number().over(
+        partition_by=deliveries.c.host, order_by=deliveries.c.job_id
+    )
+    columns = (deliveries.c.id, deliveries.c.job_id, deliveries.c.host)
+    due = select(*columns, within_host.label("place")).where(is_due).subquery()
+    room = by_value(due.c.host, {host: per_host - n for host, n in under_way.items()}, per_host)
+    within_key = func.row_number().over(partition_by=jobs.c.key_id, order_by=due.c.job_id)
+    calls_of_key = Counter[str]()
+    for host, n in under_way.items():
+        calls_of_key[key_of(host)] += n
+    turn = within_key + by_value(jobs.c.key_id, calls_of_key, 0)
+    return (
+        select(due.c.id)
+        .join(jobs, jobs.c.id == due.c.job_id)
+        .where(due.c.place <= room)
+        .order_by(turn, due.c.job_id)
+        .limit(limit)
+    )
+
+
+def by_value(
+    column: ColumnElement[str], values: Mapping[str, int], otherwise: int
+) -> ColumnElement[int]:
+    """The number that belongs to a column's value."""
+    return case(values, value=column, else_=otherwise) if values else literal(otherwise)
 
 
 def to_status(rows: Sequence[Row[Any]], now: float) -> DeliveryStatus:

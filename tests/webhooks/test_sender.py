@@ -25,7 +25,7 @@ from server.api.dialects.registry import write_webhook
 from server.core.errors import Conflict, ConflictKind
 from server.core.settings import WebhookSettings
 from server.jobs.job import Failure, Job, NewJob, RequestFacts
-from server.jobs.outbox import MAX_AGE_S, RETRY_DELAYS_S, DeliveryState, host_of
+from server.jobs.outbox import MAX_AGE_S, RETRY_DELAYS_S, DeliveryState, host_of, key_of
 from server.jobs.store import MAX_ATTEMPTS, JobStore
 from server.storage.clock import MEASURE_S, DatabaseClock
 from server.storage.database import open_engine
@@ -214,6 +214,27 @@ def test_claim_takes_few_calls_of_one_host(jobs: JobStore, deliveries: DeliveryS
         host_of_somebody("quick-10.example:80"): 1,
         host_of_somebody("quick-11.example:80"): 1,
     }
+
+
+def test_keys_take_turns(jobs: JobStore, deliveries: DeliveryStore) -> None:
+    for index in range(12):
+        # A name of its own for each call evades what is counted by host.
+        jobs.finish(submit(jobs, f"http://{index}.hung.example", key_id="greedy"), [])
+    for _ in range(2):
+        jobs.finish(submit(jobs, "http://receiver.example", key_id="modest"), [])
+    keys = [key_of(each.host) for each in deliveries.claim_due(4)]
+    assert sorted(keys) == ["greedy", "greedy", "modest", "modest"]
+
+
+def test_key_with_fewer_calls_under_way_goes_first(
+    jobs: JobStore, deliveries: DeliveryStore
+) -> None:
+    for key_id in ("greedy", "greedy", "modest", "modest"):
+        jobs.finish(submit(jobs, "http://receiver.example", key_id=key_id), [])
+    under_way = {host_of("greedy", f"http://{index}.hung.example"): 1 for index in range(8)}
+    (due,) = deliveries.claim_due(1, under_way=under_way)
+    assert key_of(due.host) == "modest"
+    assert len(deliveries.claim_due(64, under_way=under_way)) == 3, "nobody waits in vain"
 
 
 @pytest.mark.parametrize(
