@@ -8,7 +8,7 @@
     uploads                       `uploads_h` after the upload
     other files without a job     after a day
 
-A finished job whose pictures somebody else removed is marked as expired too.
+Pictures that somebody else removed are found missing when a client asks for them.
 
 A job with a pending webhook keeps its row and its pictures, but no longer than the webhook's retry
 schedule. Several janitors may run at once, because each removal is idempotent.
@@ -77,14 +77,12 @@ PICTURES = (
 class Removed:
     """What one round removed.
 
-    outputs: jobs whose pictures expired. files: found by a listing. missing: finished jobs whose
-    pictures somebody else had removed.
+    outputs: jobs whose pictures expired. files: found by a listing.
     """
 
     outputs: int = 0
     rows: int = 0
     files: int = 0
-    missing: int = 0
 
 
 class Janitor:
@@ -150,7 +148,7 @@ class Janitor:
         return Removed(outputs=outputs, rows=sum(self._batches(self._delete_batch)))
 
     def sweep(self) -> Removed:
-        """Remove all files that no job needs, then mark jobs whose pictures are missing.
+        """Remove all files that no job needs.
 
         Uploads belong to no job and are left to `sweep_uploads`.
 
@@ -159,7 +157,7 @@ class Janitor:
         inputs = self.sweep_inputs().files
         previews = self._sweep(PREVIEW_FOLDER, self._unneeded_previews)
         outputs = self._sweep(OUTPUT_FOLDER, self._unneeded_outputs)
-        return Removed(files=inputs + previews + outputs, missing=self._mark_missing())
+        return Removed(files=inputs + previews + outputs)
 
     def sweep_inputs(self) -> Removed:
         """Remove all inputs that are due. Raises: SQLAlchemyError, StorageUnavailable."""
@@ -211,59 +209,6 @@ class Janitor:
         is_pending = deliveries.c.state == DeliveryState.PENDING
         is_on_schedule = jobs.c.finished_at > self._clock() - MAX_AGE_S
         return is_on_schedule & exists().where(deliveries.c.job_id == jobs.c.id, is_pending)
-
-    def _mark_missing(self) -> int:
-        """Mark finished jobs as expired whose pictures are missing; how many there were.
-
-        If most are missing, nothing is marked: the store is then another one, or its disk is not
-        mounted, and the pictures may come back. The next sweep removes the other files of a marked
-        job.
-        """
-        missing: list[int] = []
-        whole_count = 0
-        for job_id, files in self._finished():
-            is_whole = all(self._storage.has(key) for key in output_keys_of(*files))
-            if is_whole:
-                whole_count += 1
-            else:
-                missing.append(job_id)
-        if self._is_stopping.is_set():
-            return 0  # not all were checked
-        if len(missing) > whole_count:
-            logger.error(
-                "most pictures are missing in the file store, is it the right one?",
-                detail=f"of {len(missing)} jobs, those of {whole_count} are there",
-            )
-            return 0
-        for start in range(0, len(missing), self._batch):
-            some = missing[start : start + self._batch]
-            is_unexpired = jobs.c.id.in_(some) & jobs.c.expired_at.is_(None)
-            with self._engine.begin() as connection:
-                mark = update(jobs).where(is_unexpired).values(expired_at=self._clock())
-                connection.execute(mark)
-        return len(missing)
-
-    def _finished(self) -> Iterator[tuple[int, tuple[str, int, int, str]]]:
-        """Jobs with pictures, by their rows: the id and the arguments of `output_keys_of`."""
-        last_id = 0
-        while not self._is_stopping.is_set():
-            query = (
-                select(jobs.c.id, *PICTURES)
-                .where(
-                    jobs.c.state == JobState.FINISHED,
-                    jobs.c.expired_at.is_(None),
-                    jobs.c.id > last_id,
-                )
-                .order_by(jobs.c.id)
-                .limit(self._batch)
-            )
-            with read_only(self._engine) as connection:
-                rows = connection.execute(query).all()
-            if not rows:
-                return
-            for job_id, *files in rows:
-                yield job_id, (*files,)
-            last_id = rows[-1].id
 
     def _delete_batch(self) -> int:
         """Remove rows of ended jobs; of finished jobs only after their pictures."""
