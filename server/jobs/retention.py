@@ -16,7 +16,6 @@ schedule. Several janitors may run at once, because each removal is idempotent.
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -108,31 +107,33 @@ class Janitor:
 
     async def run(self) -> None:
         """Run until cancelled. A failed removal is tried again in the next round."""
-        sweeps = self.sweeps
-        due_at = dict.fromkeys(sweeps, time.monotonic())
+        self._is_stopping.clear()
+        works = {self.expire: EXPIRE_INTERVAL_S, **self.sweeps}
         try:
-            while True:
-                await self._try(self.expire)
-                for sweep, interval_s in sweeps.items():
-                    if time.monotonic() >= due_at[sweep]:
-                        due_at[sweep] = time.monotonic() + interval_s
-                        await self._try(sweep)
-                await asyncio.sleep(EXPIRE_INTERVAL_S)
+            # Each in a task of its own, because a listing of millions of files takes hours.
+            async with asyncio.TaskGroup() as tasks:
+                for work, interval_s in works.items():
+                    tasks.create_task(self._repeat(work, interval_s))
         finally:
             # Cancelling does not stop a thread, which would go through all files first.
             self._is_stopping.set()
 
     @property
     def sweeps(self) -> dict[Callable[[], Removed], float]:
-        """The listings of files, each with the seconds between two of them."""
+        """The listings of files, each with the seconds from its end to the next one."""
         sweeps = {self.sweep: SWEEP_INTERVAL_S, self.sweep_uploads: SHORT_SWEEP_INTERVAL_S}
         if self._settings.keep_inputs:
             sweeps[self.sweep_inputs] = SHORT_SWEEP_INTERVAL_S
         return sweeps
 
-    async def _try(self, work: Callable[[], Removed]) -> None:
+    async def _repeat(self, work: Callable[[], Removed], interval_s: float) -> None:
+        while True:
+            await anyio.to_thread.run_sync(self._try, work)
+            await asyncio.sleep(interval_s)
+
+    def _try(self, work: Callable[[], Removed]) -> None:
         try:
-            removed = await anyio.to_thread.run_sync(work)
+            removed = work()
         except (SQLAlchemyError, StorageUnavailable):
             logger.exception("old files and rows not removed")
             return

@@ -5,12 +5,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, func, insert, select, update
+from sqlalchemy import Engine, QueuePool, func, insert, select, update
 
 from models.params import InpaintParams, OutputFormat
 from server.core.errors import Conflict, ConflictKind, StorageUnavailable
@@ -21,12 +21,13 @@ from server.jobs.retention import HOUR_S, ORPHAN_S, Janitor, Removed
 from server.jobs.store import JobStore
 from server.storage.clock import EarlierClock
 from server.storage.database import open_engine
-from server.storage.files import Storage
+from server.storage.files import Storage, StoredFile
 from server.storage.tables import deliveries, jobs
 from server.webhooks.deliveries import Attempt, DeliveryStore
 from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
 from tests.support.jobs import PARAMS, ROW, claim_one, get, new_job, state_of
+from tests.support.waiting import until
 
 SETTINGS = RetentionSettings(outputs_h=10, inputs_h=1, uploads_h=2, rows_h=100)
 DELIVERED = Attempt(0.0, 0.1, 200, "answered")
@@ -395,15 +396,82 @@ def test_kept_inputs_are_removed_soon_after_their_time(house: House, engine: Eng
     assert house.janitor.sweep_inputs not in house.janitor.sweeps, "listings cost money"
 
 
+async def end(task: asyncio.Task[None], engine: Engine) -> None:
+    """Cancel a janitor's task, and wait until its threads have left the database."""
+    task.cancel()
+    await asyncio.wait([task])
+    pool = engine.pool
+    assert isinstance(pool, QueuePool)
+    await asyncio.to_thread(until, lambda: pool.checkedout() == 0, 20, "the threads end")
+
+
 async def test_task_removes_uploads(house: House, engine: Engine) -> None:
     storage = TellingStorage(house.folder.as_uri())
     house.put(f"uploads/{uuid.uuid4()}.jpg")
     house.pass_hours(3)
     task = asyncio.create_task(Janitor(engine, storage, SETTINGS, house.clock).run())
     assert await asyncio.to_thread(storage.deleted.acquire, timeout=20)
-    task.cancel()
-    await asyncio.wait([task])
+    await end(task, engine)
     assert house.files() == set()
+
+
+class EndlessStorage(TellingStorage):
+    """One whose listing of pictures ends when the janitor's does. listing: set once it began."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.listing, self.ends = threading.Event(), threading.Event()
+
+    def list(self, folder: str, batch: int = 500) -> Iterator[list[StoredFile]]:
+        """As the base class."""
+        if folder == "generations":
+            self.listing.set()
+            self.ends.wait()
+        yield from super().list(folder, batch)
+
+
+async def test_long_listing_holds_up_no_removal(
+    house: House, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.jobs.retention.EXPIRE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("server.jobs.retention.SHORT_SWEEP_INTERVAL_S", 0.01)
+    house.finish()
+    storage = EndlessStorage(house.folder.as_uri())
+    task = asyncio.create_task(Janitor(engine, storage, SETTINGS, house.clock).run())
+    try:
+        assert await asyncio.to_thread(storage.listing.wait, 20)
+        house.put(f"uploads/{uuid.uuid4()}.png")
+        house.pass_hours(11)
+        removals = [await asyncio.to_thread(storage.deleted.acquire, timeout=20) for _ in range(2)]
+    finally:
+        storage.ends.set()
+        await end(task, engine)
+    assert all(removals)
+    assert house.files() == set()
+
+
+async def test_task_that_failed_removes_again_when_it_is_restarted(
+    house: House, engine: Engine
+) -> None:
+    class Surprised(Exception):
+        """One that nobody expects."""
+
+    def surprise() -> None:
+        raise Surprised
+
+    house.finish()
+    house.finish()
+    house.pass_hours(11)
+    storage = HastyStorage(house.folder.as_uri())
+    storage.meanwhile = surprise
+    janitor = Janitor(engine, storage, SETTINGS, house.clock, batch=1)
+    with pytest.raises(ExceptionGroup):
+        await janitor.run()
+    assert house.files() != set()
+
+    task = asyncio.create_task(janitor.run())
+    await asyncio.to_thread(until, lambda: house.files() == set(), 20, "all is removed")
+    await end(task, engine)
 
 
 async def test_task_tidies_and_survives_a_broken_store(house: House, engine: Engine) -> None:
@@ -415,8 +483,7 @@ async def test_task_tidies_and_survives_a_broken_store(house: House, engine: Eng
     task = asyncio.create_task(task_janitor.run())
     # The look at the rows is refused, and the one at the files is made all the same.
     tries = [await asyncio.to_thread(storage.refused.acquire, timeout=20) for _ in range(2)]
-    task.cancel()
-    await asyncio.wait([task])
+    await end(task, engine)
     assert task.cancelled()
     assert all(tries)
     assert len(house.files()) == 3
