@@ -11,7 +11,8 @@
 Pictures that somebody else removed are found missing when a client asks for them.
 
 A job with a pending webhook keeps its row and its pictures, but no longer than the webhook's retry
-schedule. Several janitors may run at once, because each removal is idempotent.
+schedule. Several janitors may run at once, because each removal is idempotent, but only one of them
+lists all files.
 """
 
 import asyncio
@@ -40,6 +41,7 @@ from server.storage.clock import EarlierClock
 from server.storage.database import read_only
 from server.storage.files import Storage, StoredFile
 from server.storage.tables import deliveries, jobs
+from server.storage.turns import only_one
 
 logger = get_logger(__name__)
 
@@ -51,6 +53,9 @@ EXPIRE_INTERVAL_S = 60.0
 
 SWEEP_INTERVAL_S = 6 * 3_600.0
 """Between two listings of all files, which an object store charges for."""
+
+TURN_INTERVAL_S = 600.0
+"""Between two looks whether another process still makes these listings."""
 
 SHORT_SWEEP_INTERVAL_S = 600.0
 """Seconds between two listings of the uploads, which are kept for an hour only, and of the inputs
@@ -108,37 +113,50 @@ class Janitor:
     async def run(self) -> None:
         """Run until cancelled. A failed removal is tried again in the next round."""
         self._is_stopping.clear()
-        works = {self.expire: EXPIRE_INTERVAL_S, **self.sweeps}
         try:
             # Each in a task of its own, because a listing of millions of files takes hours.
             async with asyncio.TaskGroup() as tasks:
-                for work, interval_s in works.items():
+                for work, interval_s in self.works.items():
                     tasks.create_task(self._repeat(work, interval_s))
         finally:
             # Cancelling does not stop a thread, which would go through all files first.
             self._is_stopping.set()
 
     @property
-    def sweeps(self) -> dict[Callable[[], Removed], float]:
-        """The listings of files, each with the seconds from its end to the next one."""
-        sweeps = {self.sweep: SWEEP_INTERVAL_S, self.sweep_uploads: SHORT_SWEEP_INTERVAL_S}
+    def works(self) -> dict[Callable[[], Removed | None], float]:
+        """What is done again and again, each with the seconds from its end to the next time."""
+        works: dict[Callable[[], Removed | None], float] = {
+            self.expire: EXPIRE_INTERVAL_S,
+            self.sweep_uploads: SHORT_SWEEP_INTERVAL_S,
+            self.sweep_in_turn: TURN_INTERVAL_S,
+        }
         if self._settings.keep_inputs:
-            sweeps[self.sweep_inputs] = SHORT_SWEEP_INTERVAL_S
-        return sweeps
+            works[self.sweep_inputs] = SHORT_SWEEP_INTERVAL_S
+        return works
 
-    async def _repeat(self, work: Callable[[], Removed], interval_s: float) -> None:
+    async def _repeat(self, work: Callable[[], Removed | None], interval_s: float) -> None:
         while True:
             await anyio.to_thread.run_sync(self._try, work)
             await asyncio.sleep(interval_s)
 
-    def _try(self, work: Callable[[], Removed]) -> None:
+    def _try(self, work: Callable[[], Removed | None]) -> None:
         try:
             removed = work()
         except (SQLAlchemyError, StorageUnavailable):
             logger.exception("old files and rows not removed")
             return
-        if removed != Removed():
+        if removed and removed != Removed():
             logger.info("old files and rows removed", detail=str(removed))
+
+    def sweep_in_turn(self) -> None:
+        """Sweep every few hours while no other process does, until the janitor is stopped.
+
+        Returns at once where another process does. Raises: SQLAlchemyError.
+        """
+        with only_one(self._engine) as is_ours:
+            while is_ours() and not self._is_stopping.is_set():
+                self._try(self.sweep)
+                self._is_stopping.wait(SWEEP_INTERVAL_S)
 
     def expire(self) -> Removed:
         """Remove all pictures and rows that are due.

@@ -34,7 +34,7 @@ SQLITE_POOL, SQLITE_OVERFLOW = 24, 26
 """Connections to a SQLite file that a process keeps open, and those opened at a peak besides. With
 them every thread of `api/services.py` has one."""
 
-CONNECTIONS = 16
+CONNECTIONS = 18
 """PostgreSQL connections of an engine whose caller has no budget. A server has a fixed number for
 all its clients, so a thread waits for one of these instead of opening another."""
 

@@ -389,11 +389,11 @@ def test_kept_inputs_are_removed_soon_after_their_time(house: House, engine: Eng
     house.put(young.input_key)
     keeping = SETTINGS.model_copy(update={"keep_inputs": True})
     janitor = Janitor(engine, house.storage, keeping, house.clock)
-    assert janitor.sweeps[janitor.sweep_inputs] <= HOUR_S / 4
+    assert janitor.works[janitor.sweep_inputs] <= HOUR_S / 4
     assert janitor.sweep_inputs() == Removed(files=1)
     assert young.input_key in house.files()
     assert due.input_key not in house.files()
-    assert house.janitor.sweep_inputs not in house.janitor.sweeps, "listings cost money"
+    assert house.janitor.sweep_inputs not in house.janitor.works, "listings cost money"
 
 
 async def end(task: asyncio.Task[None], engine: Engine) -> None:
@@ -448,6 +448,27 @@ async def test_long_listing_holds_up_no_removal(
         await end(task, engine)
     assert all(removals)
     assert house.files() == set()
+
+
+async def test_one_of_several_processes_lists_all_files(house: House, engine: Engine) -> None:
+    """The other takes over when it ends."""
+    other_engine = open_engine(engine.url.render_as_string(hide_password=False))
+    first, second = (EndlessStorage(house.folder.as_uri()) for _ in range(2))
+    first.ends.set()
+    second.ends.set()
+    leader = Janitor(engine, first, SETTINGS, house.clock)
+    follower = Janitor(other_engine, second, SETTINGS, house.clock)
+    task = asyncio.create_task(leader.run())
+    assert await asyncio.to_thread(first.listing.wait, 20)
+
+    await asyncio.to_thread(follower.sweep_in_turn)
+    assert not second.listing.is_set()
+
+    await end(task, engine)
+    task = asyncio.create_task(follower.run())
+    assert await asyncio.to_thread(second.listing.wait, 20)
+    await end(task, other_engine)
+    other_engine.dispose()
 
 
 async def test_task_that_failed_removes_again_when_it_is_restarted(
