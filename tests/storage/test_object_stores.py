@@ -3,8 +3,10 @@
 import json
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +14,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
 from server.core.errors import StorageUnavailable
 from server.core.settings import RetentionSettings
+from server.jobs.job import OUTPUT_FOLDER
 from server.jobs.retention import Janitor
 from server.jobs.store import JobStore
 from server.storage.database import open_engine
@@ -25,9 +28,9 @@ from tests.chaos.bucket import running_bucket
 from tests.support.apps import settings_in
 from tests.support.databases import migrated_sqlite
 from tests.support.http_stub import running_app
-from tests.support.jobs import claim_one, new_job
+from tests.support.jobs import ROW, claim_one, new_job
 from tests.support.proxies import LoopThread
-from tests.support.s3 import SECRET, S3Server, running_s3
+from tests.support.s3 import SECRET, S3Server, counted_calls, running_s3
 
 pytestmark = pytest.mark.process
 
@@ -167,6 +170,44 @@ def test_expired_pictures_are_removed_in_batches(
         assert bucket.files == {}
         assert bucket.calls["POST"] == 1
         assert bucket.calls["DELETE"] == 0
+    engine.dispose()
+
+
+@pytest.fixture
+def fresh_s3(tmp_path: Path) -> Iterator[S3Server]:
+    """One that has listed nothing yet: it remembers folders, and would miss files put there."""
+    with running_s3(tmp_path / "s3") as server:
+        yield server
+
+
+def test_requests_for_many_pictures_are_few(fresh_s3: S3Server, tmp_path: Path) -> None:
+    """A listing asks for none of its pictures, and a request removes a thousand of them."""
+    engine = open_engine(migrated_sqlite(tmp_path))
+    folder = fresh_s3.bucket / "fleet" / OUTPUT_FOLDER
+    folder.mkdir(parents=True)
+    now = time.time()
+    ended = {"state": "finished", "finished_at": now, "params": {"samples": 1}}
+    rows = [ROW | ended | {"file_prefix": str(uuid.uuid4())} for _ in range(2_100)]
+    with engine.begin() as connection:
+        connection.execute(insert(jobs), rows)
+    for row in rows:
+        (folder / f"{row['file_prefix']}-0.png").touch()
+    orphans = [folder / f"{uuid.uuid4()}-0.png" for _ in range(3)]
+    for orphan in orphans:
+        orphan.touch()
+        os.utime(orphan, (0, 0))
+    with LoopThread() as thread, counted_calls(thread, fresh_s3.port) as (endpoint, calls):
+        settings = settings_in(tmp_path, storage=s3_settings(fresh_s3, tmp_path, endpoint=endpoint))
+        storage = Storage(settings.storage_url, settings.store_options)
+
+        assert Janitor(engine, storage, settings.retention).sweep().files == len(orphans)
+        assert calls == {"GET": 2 + 3, "POST": 1}, "two folders are empty, the third has 3 pages"
+
+        calls.clear()
+        later = Janitor(engine, storage, settings.retention, lambda: now + 1e6)
+        assert later.expire().outputs == len(rows)
+        assert calls == {"POST": 3}
+        assert not [*folder.glob("*.png")]
     engine.dispose()
 
 

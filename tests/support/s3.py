@@ -3,16 +3,21 @@
 Its bucket is a folder, so that what was stored outlives the server.
 """
 
+import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.support.programs import lacking
+from tests.support.proxies import LoopThread, running_proxy
 from tests.support.repository import REPOSITORY
 from tests.support.waiting import until
 
@@ -91,6 +96,34 @@ class S3Server:
     def _accepts(self) -> bool:
         with socket.socket() as caller:
             return caller.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+class CountingWriter:
+    """Passes on what a proxy writes to the server, and counts the requests in it by method."""
+
+    def __init__(self, writer: asyncio.StreamWriter, calls: Counter[str]) -> None:
+        self._writer, self._calls = writer, calls
+
+    def write(self, content: bytes) -> None:
+        # The client sends each head in one piece.
+        self._calls.update(each.decode() for each in re.findall(rb"([A-Z]+) /\S* HTTP/1", content))
+        self._writer.write(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+@contextmanager
+def counted_calls(thread: LoopThread, port: int) -> Iterator[tuple[str, Counter[str]]]:
+    """The address of a proxy of the server on a port, and its requests by method."""
+    calls: Counter[str] = Counter()
+
+    async def connect() -> tuple[asyncio.StreamReader, CountingWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        return reader, CountingWriter(writer, calls)
+
+    with running_proxy(thread, connect) as proxy:
+        yield f"http://127.0.0.1:{proxy.port}", calls
 
 
 @contextmanager
