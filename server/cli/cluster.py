@@ -41,7 +41,7 @@ def show(status: "ClusterStatus", settings: Settings, *, as_json: bool) -> None:
     from server.storage.database import open_engine
 
     store = JobStore(open_engine(settings.sqlalchemy_url, must_exist=True))
-    workers, demand = store.workers.alive(), store.demand()
+    workers, demand = store.workers.seen(), store.demand()
     if as_json:
         shown = {**asdict(status), "demand": asdict(demand), "workers": [*map(asdict, workers)]}
         print(json.dumps(shown, indent=2))  # noqa: T201 - the command's output
@@ -55,7 +55,7 @@ def show(status: "ClusterStatus", settings: Settings, *, as_json: bool) -> None:
 
 
 def rows_of(status: "ClusterStatus", workers: Sequence[WorkerStatus]) -> list[Sequence[str]]:
-    """A row for each worker that reports, with the addresses of its host."""
+    """A row for each worker, with the addresses of its host."""
     rows: list[Sequence[str]] = []
     for each in workers:
         addresses = [node.address for node in status.nodes if runs_on(node, each)]

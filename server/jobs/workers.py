@@ -1,7 +1,9 @@
 """`WorkerRegistry`: the last status report of each worker, and which workers are alive.
 
 A worker is alive while its reports arrive. A `HeartbeatMonitor` measures that by the steady clock
-of the reading process, because wall clocks of machines differ and jump.
+of the reading process, because wall clocks of machines differ and jump. A worker that cannot use
+its model or device reports `failed` once and ends. Operators see that report until the next run of
+the worker, although the worker is not alive.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -94,6 +96,12 @@ class WorkerRegistry:
         with read_only(self._engine) as connection:
             return self._alive_in(connection)
 
+    def seen(self) -> list[WorkerStatus]:
+        """The last reports that operators see: of workers that are alive, and of failed ones."""
+        with read_only(self._engine) as connection:
+            reports = self._reports_in(connection)
+        return [each for each, is_alive in reports if is_alive or each.state == "failed"]
+
     def ready_in(self, connection: Connection) -> list[WorkerStatus]:
         """The living workers that claim jobs, read in the caller's transaction."""
         return [each for each in self._alive_in(connection) if each.state == "ready"]
@@ -111,9 +119,13 @@ class WorkerRegistry:
             return connection.execute(workers.delete().where(is_dead)).rowcount
 
     def _alive_in(self, connection: Connection) -> list[WorkerStatus]:
+        return [each for each, is_alive in self._reports_in(connection) if is_alive]
+
+    def _reports_in(self, connection: Connection) -> list[tuple[WorkerStatus, bool]]:
+        """The last report of each worker, and whether the worker is alive."""
         rows = connection.execute(select(workers)).all()
         silent_s = self._silent_s({row.id: row.seen_at for row in rows})
-        return [WorkerStatus(**row._mapping) for row in rows if silent_s[row.id] < ALIVE_S]
+        return [(WorkerStatus(**row._mapping), silent_s[row.id] < ALIVE_S) for row in rows]
 
     def _silent_s(self, reports: Mapping[str, float]) -> dict[str, float]:
         """Seconds since each worker's last report. reports: `seen_at` by id, of all workers."""

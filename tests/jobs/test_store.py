@@ -562,6 +562,25 @@ def test_worker_is_seen_while_it_speaks_whatever_its_clock(
     assert store.workers.alive() == []
 
 
+def test_failed_worker_is_seen_until_its_next_run(store: JobStore, clock: Clock) -> None:
+    failed = worker_status("a", clock(), "failed")
+    store.workers.report(failed)
+    store.workers.report(worker_status("b", clock()))
+    hear_nothing(store, clock, ROW_KEPT_S)
+    assert (store.workers.alive(), store.workers.seen()) == ([], [failed])
+    again = worker_status("a", clock(), "loading")
+    store.workers.report(again)
+    assert store.workers.alive() == store.workers.seen() == [again]
+
+
+def test_failed_worker_that_is_not_started_again_is_forgotten(
+    store: JobStore, clock: Clock
+) -> None:
+    store.workers.report(worker_status("a", clock(), "failed"))
+    hear_nothing(store, clock, ROW_KEPT_S + CHECK_INTERVAL_S)
+    assert store.workers.seen() == []
+
+
 def test_first_look_takes_no_old_word_for_a_living_worker(engine: Engine, clock: Clock) -> None:
     JobStore(engine).workers.report(worker_status("dead", clock() - ALIVE_S))
     JobStore(engine).workers.report(worker_status("alive", clock() - ALIVE_S + 1))

@@ -1,6 +1,8 @@
 """The second port: what it tells, to whom, and what never becomes a label."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from sqlalchemy import text
 
 from server.core.settings import Settings
 from server.jobs.job import Failure
-from server.jobs.workers import WorkerStatus
+from server.jobs.workers import ALIVE_S, WorkerStatus
 from server.storage.database import open_engine
 from tests.support.apps import settings_in, store_of
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
@@ -137,6 +139,29 @@ def test_readiness_with_details(app: LiveApp, admin: httpx2.Client, settings: Se
     assert (details["queue"]["waiting"], details["queue"]["running"]) == (1, 0)
     assert details["connections"]["open"] >= 1
     assert admin.get("/healthz").json() == {"status": "ok"}
+
+
+def test_failed_worker_stays_known_while_it_is_silent(
+    admin: httpx2.Client, settings: Settings
+) -> None:
+    """It has reported once and ended: its next run comes after minutes."""
+    silent_s = ALIVE_S + 1
+    with store_of(settings) as store:
+        for worker in (worker_status("gone", 0), worker_status("unusable", 0, "failed")):
+            silent = replace(seen_now(worker), seen_at=time.time() - silent_s)
+            store.workers.report(silent, "inpaint_pictures_total 1.0\n")
+        assert store.workers.alive() == []
+
+    figures = figures_of(admin)
+    readiness = admin.get("/readyz/workers")
+
+    assert (figures["inpaint_workers{ready}"], figures["inpaint_workers{failed}"]) == (0, 1)
+    assert not [name for name in figures if name.startswith("inpaint_pictures_total")]
+    assert (readiness.status_code, readiness.json()["reason"]) == (
+        503,
+        "0/1 workers ready; 1 failed",
+    )
+    assert [each["detail"] for each in readiness.json()["workers"]] == ["failed"]
 
 
 def test_ports_do_not_mix(app: LiveApp, admin: httpx2.Client) -> None:

@@ -108,8 +108,10 @@ class StoredFigures(Collector):
     def _read(self) -> Iterator[Metric]:
         wait_s = self._estimator.forecast().wait_s
         oldest_s = self._store.demand().oldest_wait_s or 0.0
-        seen = self._store.workers.alive()
-        reports = self._store.workers.figures_of([worker.id for worker in seen])
+        seen = self._store.workers.seen()
+        # What a failed worker counted in its earlier runs no longer changes.
+        counting = [worker.id for worker in seen if worker.state != "failed"]
+        reports = self._store.workers.figures_of(counting)
         with read_only(self._engine) as connection:
             counts = self._count_tables(connection)
             live = count_by(connection, jobs.c.state, jobs.c.state.in_(LIVE))
@@ -127,7 +129,12 @@ class StoredFigures(Collector):
         yield gauge("inpaint_webhooks", "Webhook calls by state", "state", counts.calls)
         yield gauge("inpaint_webhook_attempts", "Attempts by outcome", "outcome", counts.attempts)
         workers = by_worker_state(seen)
-        yield gauge("inpaint_workers", "Workers with a recent report", "state", workers)
+        yield gauge(
+            "inpaint_workers",
+            "Workers by state, failed ones until their next run",
+            "state",
+            workers,
+        )
         yield from figures_by_worker(reports)
 
     def _count_tables(self, connection: Connection) -> TableCounts:

@@ -64,7 +64,7 @@ async def readyz_workers(services: ServicesOf) -> JSONResponse:
 class Readiness:
     """What the probes report.
 
-    problems: why this process accepts no requests. workers: those with a recent report; none while
+    problems: why this process accepts no requests. workers: as `WorkerRegistry.seen`; none while
     the database does not answer. reason: a public sentence. It leaves out why a worker failed,
     because that names paths and libraries; the admin port reports it.
     """
@@ -92,12 +92,12 @@ async def readiness(services: Services) -> Readiness:
 
 
 async def workers_seen(services: Services) -> list[WorkerStatus]:
-    """Workers with a recent report; none when the database fails or is too slow."""
+    """As `WorkerRegistry.seen`; none when the database fails or is too slow."""
     if Store.DATABASE in services.health.failing:
         return []
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
-            return await services.in_store_thread(services.store.workers.alive)
+            return await services.in_store_thread(services.store.workers.seen)
     except (TimeoutError, SQLAlchemyError) as error:
         services.health.record_failure(Store.DATABASE, error)
     return []

@@ -66,7 +66,10 @@ PENDING, DEAD = counted(DeliveryState.PENDING), counted(DeliveryState.DEAD)
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """A worker that is alive, and what it runs. step, total_steps: of all its jobs together."""
+    """A worker of `WorkerRegistry.seen`, and what it runs.
+
+    step, total_steps: of all its jobs together.
+    """
 
     status: WorkerStatus
     jobs: int = 0
@@ -164,12 +167,12 @@ class StatusReader:
         """A look at the database and the disk. Raises: SQLAlchemyError."""
         forecast = self._estimator.forecast()
         oldest_s = self._store.demand().oldest_wait_s
-        alive = self._store.workers.alive()
+        seen = self._store.workers.seen()
         now = self._clock()
         with read_only(self._engine) as connection:
             return ServerStatus(
                 now,
-                read_loads(connection, alive),
+                read_loads(connection, seen),
                 QueueStatus(forecast.waiting, forecast.running, forecast.wait_s, oldest_s),
                 read_last_hour(connection, now),
                 read_webhooks(connection),
@@ -177,12 +180,12 @@ class StatusReader:
             )
 
 
-def read_loads(connection: Connection, alive: Sequence[WorkerStatus]) -> list[WorkerLoad]:
+def read_loads(connection: Connection, seen: Sequence[WorkerStatus]) -> list[WorkerLoad]:
     """The workers in the order of their ids, each with what it runs."""
     held = {
         row.worker_id: (row.jobs, row.step, row.total_steps) for row in connection.execute(HELD)
     }
-    ordered = sorted(alive, key=lambda worker: worker.id)
+    ordered = sorted(seen, key=lambda worker: worker.id)
     return [WorkerLoad(worker, *held.get(worker.id, ())) for worker in ordered]
 
 

@@ -20,6 +20,7 @@ from server.api.monitoring.status import (
 from server.jobs.estimates import Estimator
 from server.jobs.job import Heartbeat
 from server.jobs.store import JobStore
+from server.jobs.workers import ALIVE_S
 from server.storage.tables import deliveries
 from tests.support.clocks import Clock
 from tests.support.jobs import claim_one, new_job, worker_status
@@ -67,6 +68,8 @@ def test_workers_and_what_they_run(place: Place, clock: Clock) -> None:
         store.workers.report(worker_status(worker_id, clock.now, state))
     for _ in range(3):
         store.submit(new_job())
+    for worker_id, state in (("d", "failed"), ("e", "ready")):
+        store.workers.report(worker_status(worker_id, clock.now - ALIVE_S, state))
     held = [claim_one(store, "b"), claim_one(store, "a"), claim_one(store, "b")]
     store.heartbeat_all([Heartbeat(held[0], 5, 20), Heartbeat(held[2], 1, 30)])
 
@@ -76,10 +79,12 @@ def test_workers_and_what_they_run(place: Place, clock: Clock) -> None:
         ("a", "ready"),
         ("b", "ready"),
         ("c", "failed"),
+        ("d", "failed"),
     ]
     assert [(each.jobs, each.step, each.total_steps) for each in loads] == [
         (1, 0, 0),
         (2, 6, 50),
+        (0, 0, 0),
         (0, 0, 0),
     ]
 

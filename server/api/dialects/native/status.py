@@ -13,7 +13,7 @@ from server.jobs.job import Failure
 
 
 class WorkerAnswer(BaseModel):
-    """A worker with a recent report."""
+    """A worker with a recent report, or one that has failed and was not started again since."""
 
     name: str = Field(description="The end of its id, without the machine's name")
     device: str
