@@ -103,11 +103,14 @@ class RequestContext:
     def _record(self, scope: Scope, status: int | None, duration_s: float) -> None:
         """Count and log a request. status: None where no answer was started."""
         route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
-        dialect, outcome = self._dialects.get(route, "none"), outcome_of(scope, status)
-        self._metrics.requests.labels(route, str(status or 0), dialect, outcome).inc()
+        is_probe = scope["path"] in PROBES
         self._metrics.latency.labels(route).observe(duration_s)
-        # Probes come every few seconds and would fill the log.
-        log = logger.debug if scope["path"] in PROBES else logger.info
+        # Probes come every few seconds. They would hide failing requests of clients, and fill the
+        # log. A probe that answers 503 while a model is downloaded has not failed.
+        if not is_probe:
+            dialect, outcome = self._dialects.get(route, "none"), outcome_of(scope, status)
+            self._metrics.requests.labels(route, str(status or 0), dialect, outcome).inc()
+        log = logger.debug if is_probe else logger.info
         log(
             "request",
             method=scope["method"],

@@ -61,7 +61,7 @@ class Metrics:
         self.registry = new_registry()
         self.requests = Counter(
             "inpaint_requests",
-            "Requests answered",
+            "Requests other than probes",
             ["route", "status", "dialect", "outcome"],
             registry=self.registry,
         )

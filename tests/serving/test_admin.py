@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
+from server.api.middleware import PROBES
 from server.core.settings import Settings
 from server.jobs.job import Failure
 from server.jobs.workers import ALIVE_S, WorkerStatus
@@ -104,14 +105,22 @@ def test_figures_follow_what_happens(
 
 
 def test_figures_without_a_database(app: LiveApp, admin: httpx2.Client, settings: Settings) -> None:
-    app.client.get("/healthz")
+    app.client.get("/no-such-path")
     engine = open_engine(settings.sqlalchemy_url)
     with engine.begin() as connection:
         connection.execute(text("ALTER TABLE jobs RENAME TO away"))
     engine.dispose()
     figures = figures_of(admin)
     assert figures["inpaint_database_up"] == 0
-    assert figures["inpaint_requests_total{none}{answered}{/healthz}{200}"] == 1
+    assert figures["inpaint_requests_total{none}{refused}{unknown}{404}"] == 1
+
+
+def test_probes_are_no_requests_that_fail(app: LiveApp, admin: httpx2.Client) -> None:
+    statuses = [app.client.get(path).status_code for path in (*PROBES, "/readyz//workers/")]
+    assert statuses == [200, 200, 503, 503]
+    figures = figures_of(admin)
+    assert figures["inpaint_request_seconds_count{/readyz/workers}"] == 2
+    assert not [name for name in figures if name.startswith("inpaint_requests_total")]
 
 
 def test_readiness_with_details(app: LiveApp, admin: httpx2.Client, settings: Settings) -> None:
