@@ -18,6 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.jobs.job import Failure
 from server.serving.server import bind, port_of
 from tests.support.http_stub import png_bytes
 from tests.support.native_calls import BODY
@@ -45,6 +46,14 @@ PANELS = {
 
 SELECTOR = re.compile(r"inpaint[a-z_:0-9]+(?:\{[^}]*\})?")
 """A metric in an expression, with its matchers."""
+
+FAULTS_OF_REQUESTS = {
+    Failure.PROMPT_TOO_LONG,
+    Failure.CLIP_SKIP_TOO_LARGE,
+    Failure.NO_SUCH_NOISE_SPACING,
+    Failure.DEADLINE_EXCEEDED,
+}
+"""An operator need not hear of these. All others are faults of the server or its settings."""
 
 WITHOUT_SAMPLES = {
     "inpaint_gpu_memory_bytes": "this machine has no GPU",
@@ -79,6 +88,14 @@ def test_each_alert_has_a_case_for_and_one_against_it(alert: str) -> None:
     ]
     assert {*cases} == {True, False}
     assert f"`{alert}`" in OPERATIONS
+
+
+@pytest.mark.parametrize("failure", Failure)
+def test_each_fault_of_the_server_is_watched_and_explained(failure: Failure) -> None:
+    (left_out,) = re.findall(r'reason!~"(.*?)"', ALERTS["InpaintJobsFail"])
+    is_watched = re.fullmatch(left_out, failure) is None
+    assert is_watched == (failure not in FAULTS_OF_REQUESTS)
+    assert is_watched == (f"| jobs fail with `{failure}` |" in OPERATIONS)
 
 
 def test_dashboard_is_provisioned_and_asks_the_one_data_source() -> None:
