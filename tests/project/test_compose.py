@@ -173,6 +173,12 @@ def test_secrets_that_are_there_stay(secrets: dict[str, Path]) -> None:
 # --- the profiles, with real servers ---
 
 
+def targets_of_prometheus() -> list[str]:
+    jobs = yaml.safe_load((REPOSITORY / "configs/observability/prometheus.yml").read_text())
+    configs = [each for job in jobs["scrape_configs"] for each in job["static_configs"]]
+    return [target for config in configs for target in config["targets"]]
+
+
 def test_figures_are_scraped_by_the_services_name(tmp_path: Path) -> None:
     keys_file = tmp_path / "inpaint-keys"
     keys_file.write_text(f"{KEY}\n")
@@ -181,14 +187,20 @@ def test_figures_are_scraped_by_the_services_name(tmp_path: Path) -> None:
     assert environment("inpaint-cpu", {})["INPAINT_ADMIN__PORT"] == variables["INPAINT_ADMIN__PORT"]
     assert SERVICES["inpaint-cpu"]["networks"]["default"]["aliases"] == ["inpaint"]
     port = variables["INPAINT_ADMIN__PORT"]
+    names = ("inpaint", "takeover")
+    assert targets_of_prometheus() == [f"{name}:{port}" for name in names]
+    takeover = environment("takeover", {})
+    shared = [name for name in variables if name.startswith("INPAINT_ADMIN__")]
+    assert [takeover[name] for name in shared] == [variables[name] for name in shared]
     server = ServerProcess(
         tmp_path / "data", {**variables, "INPAINT_ADMIN__PORT": "0"}, "--workers", "0"
     )
     try:
         (admin,) = server.events("admin listening")
         url = admin["url"].replace("0.0.0.0", "127.0.0.1")
-        for host, status in ((f"inpaint:{port}", 200), (f"elsewhere:{port}", 421)):
-            assert httpx2.get(f"{url}/metrics", headers={"Host": host}).status_code == status
+        for name, status in ((names[0], 200), (names[1], 200), ("elsewhere", 421)):
+            host = {"Host": f"{name}:{port}"}
+            assert httpx2.get(f"{url}/metrics", headers=host).status_code == status
         assert server.client.get("/api/jobs").status_code == 401
         allowed = server.client.get("/api/jobs", headers={"X-API-Key": KEY})
         assert allowed.status_code == 200
