@@ -15,7 +15,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.core.errors import ImageProblem
+from server.core.errors import ImageProblem, QueueFull
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -75,6 +75,7 @@ class Metrics:
         self.refusals = Counter(
             "inpaint_refusals", "Requests refused, by class", ["reason"], registry=self.registry
         )
+        self.refusals.labels(QueueFull.__name__)  # a rate needs the 0 before the first one
         self.image_problems = Counter(
             "inpaint_image_problems",
             "Init and mask images that could not be fetched or decoded",
@@ -82,7 +83,7 @@ class Metrics:
             registry=self.registry,
         )
         for problem in ImageProblem:
-            self.image_problems.labels(problem)  # a rate needs the 0 before the first one
+            self.image_problems.labels(problem)  # as above
         self.decodes = Counter(
             "inpaint_decodes", "Pairs of pictures decoded", ["outcome"], registry=self.registry
         )

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.jobs.job import Failure
 from server.serving.server import bind, port_of
+from server.webhooks.circuit_breaker import MAX_OPEN_S
 from tests.support.http_stub import png_bytes
 from tests.support.native_calls import BODY
 from tests.support.processes import ServerProcess, image_host, serving
@@ -47,6 +48,12 @@ PANELS = {
 SELECTOR = re.compile(r"inpaint[a-z_:0-9]+(?:\{[^}]*\})?")
 """A metric in an expression, with its matchers."""
 
+MATCHER = re.compile(r'(\w+)(?:=~|!~|!=|=)"([^"]+)"')
+"""A matcher's label, and its values."""
+
+OPEN_LABELS = ("instance", "worker", "route", "size", "rows", "le")
+"""Labels of which the cases of the rules make up values."""
+
 FAULTS_OF_REQUESTS = {
     Failure.PROMPT_TOO_LONG,
     Failure.CLIP_SKIP_TOO_LARGE,
@@ -62,6 +69,17 @@ WITHOUT_SAMPLES = {
 """What a healthy server without a GPU has no samples of, by a part of the selector."""
 
 WAIT_S = 120.0
+
+
+def single_values_in(expression: str) -> list[str]:
+    """A selector for each label and value that an expression compares with."""
+    return [
+        f'{selector.partition("{")[0]}{{{label}="{value}"}}'
+        for selector in SELECTOR.findall(expression)
+        for label, values in MATCHER.findall(selector)
+        for value in values.split("|")
+        if label not in OPEN_LABELS
+    ]
 
 
 def is_without_samples(expression: str) -> bool:
@@ -96,6 +114,11 @@ def test_each_fault_of_the_server_is_watched_and_explained(failure: Failure) -> 
     is_watched = re.fullmatch(left_out, failure) is None
     assert is_watched == (failure not in FAULTS_OF_REQUESTS)
     assert is_watched == (f"| jobs fail with `{failure}` |" in OPERATIONS)
+
+
+def test_circuit_breaker_lets_enough_calls_through_for_the_alert() -> None:
+    (fewest,) = re.findall(r"\[1h\]\)\) > (\d+)", ALERTS["InpaintWebhooksFail"])
+    assert 3_600 / MAX_OPEN_S > int(fewest) + 1
 
 
 def test_dashboard_is_provisioned_and_asks_the_one_data_source() -> None:
@@ -264,6 +287,16 @@ def test_all_metrics_of_rules_and_dashboard_have_samples(watched: Watched) -> No
     selectors = {each for expression in expressions for each in SELECTOR.findall(expression)}
     assert len(selectors) > 30
     empty = {each for each in selectors if not watched.query(each)}
+    assert {each for each in empty if not is_without_samples(each)} == set()
+
+
+def test_each_value_of_a_matcher_has_samples(watched: Watched) -> None:
+    """One that the server never writes would be a condition that is never met."""
+    expressions = [*ALERTS.values(), *RECORDS.values(), *PANELS.values()]
+    series = [each["series"] for test in CASES["tests"] for each in test["input_series"]]
+    single = {each for text in [*expressions, *series] for each in single_values_in(text)}
+    assert len(single) > 30
+    empty = {each for each in single if not watched.query(each)}
     assert {each for each in empty if not is_without_samples(each)} == set()
 
 

@@ -104,6 +104,18 @@ def test_figures_follow_what_happens(
     assert "canary" not in str(figures)
 
 
+@pytest.mark.parametrize("limit", ["max_waiting", "max_waiting_per_key"])
+def test_full_queue_is_told_from_0(limit: str, tmp_path: Path) -> None:
+    with running_app(settings_in(tmp_path, workers=1, queue={limit: 1})) as app:
+        url = f"http://127.0.0.1:{app.admin_port}"
+        with httpx2.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as admin:
+            before = figures_of(admin)["inpaint_refusals_total{QueueFull}"]
+            submit(app.client)
+            post(app.client, "inpaint", **BODY)
+            after = figures_of(admin)["inpaint_refusals_total{QueueFull}"]
+    assert (before, after) == (0, 1)
+
+
 def test_figures_without_a_database(app: LiveApp, admin: httpx2.Client, settings: Settings) -> None:
     app.client.get("/no-such-path")
     engine = open_engine(settings.sqlalchemy_url)
