@@ -101,10 +101,14 @@ class Preparing:
 
 @dataclass(slots=True, eq=False)
 class Decoding:
-    """A picture that the device decodes, and what the background makes of it."""
+    """A picture that the device decodes.
+
+    picture: what the background makes of it. That begins when the device is done, because a thread
+        that waited for the device would keep the canvases of new generations waiting too.
+    """
 
     queued: Queued[Picture]
-    picture: Future[Picture]
+    picture: Future[Picture] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -239,13 +243,7 @@ class InpaintEngine:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until the background has done something; False if it has nothing to do."""
-        futures: list[Future[Any]] = [each.canvas for each in self._waiting.values()]
-        decodings = [member.decoding for member in self._members() if member.decoding]
-        pending = [
-            future
-            for future in [*futures, *(each.picture for each in decodings)]
-            if not future.done()
-        ]
+        pending = self._pending()
         wait(pending, timeout_s, FIRST_COMPLETED)
         return bool(pending)
 
@@ -323,11 +321,15 @@ class InpaintEngine:
         return self._denoise(self._select_batch(runnable)) if runnable else self._rest()
 
     def _rest(self) -> list[Event]:
-        """Nothing can be queued: wait for the device if it prepares a generation."""
+        """Nothing can be queued: wait for the device if it prepares a generation, or if it decodes
+        a picture while the background has nothing to do."""
         for preparing in self._preparing.values():
             return [self._begin(preparing)]
-        self._is_resting = True
-        return []
+        if self._pending() or not (decodings := self._decodings()):
+            self._is_resting = True
+            return []
+        decodings[0].queued.wait()
+        return self._settle()
 
     def _settle(self) -> list[Event]:
         """What became of the pieces that the device and the background are done with."""
@@ -349,18 +351,25 @@ class InpaintEngine:
 
     def _end(self, generation_id: int, members: Sequence[RunningSample]) -> Event | None:
         """None while a picture is missing and none has failed."""
-        made = [each.decoding for each in members if each.decoding and each.decoding.picture.done()]
         try:
-            pictures = [self._picture_of(decoding) for decoding in made]
+            found = [self._picture_of(each.decoding) for each in members if each.decoding]
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(generation_id, error)
+        pictures = tuple(picture for picture in found if picture is not None)
         if len(pictures) < len(members):
             return None
         self._forget(generation_id)
-        return Finished(generation_id, tuple(pictures))
+        return Finished(generation_id, pictures)
 
-    def _picture_of(self, decoding: Decoding) -> Picture:
-        """Raises: what the background raised; it lacks memory twice at least."""
+    def _picture_of(self, decoding: Decoding) -> Picture | None:
+        """None while it is not there; the background begins with what the device is done with.
+
+        Raises: what the background raised; it lacks memory twice at least.
+        """
+        if decoding.picture is None and decoding.queued.is_done:
+            decoding.picture = self.background.submit(decoding.queued.result)
+        if decoding.picture is None or not decoding.picture.done():
+            return None
         if isinstance(decoding.picture.exception(), OutOfMemory):
             decoding.picture = InlineExecutor().submit(self._retried, decoding.queued.result)
         return decoding.picture.result()
@@ -373,6 +382,15 @@ class InpaintEngine:
 
     def _members(self) -> list[RunningSample]:
         return [member for each in self._running.values() for member in each]
+
+    def _decodings(self) -> list[Decoding]:
+        return [member.decoding for member in self._members() if member.decoding]
+
+    def _pending(self) -> list[Future[Any]]:
+        """What the background has to do."""
+        canvases = [each.canvas for each in self._waiting.values()]
+        pictures = [each.picture for each in self._decodings() if each.picture]
+        return [future for future in [*canvases, *pictures] if not future.done()]
 
     def _ask_for_models(self) -> tuple[list[Waiting], list[Event]]:
         """The waiting generations that can begin, and the ends of those of bad models.
@@ -510,7 +528,7 @@ class InpaintEngine:
             if isinstance(queued, Exception):
                 failures.append(self._failed(member.generation_id, queued))
                 continue
-            member.decoding = Decoding(queued, self.background.submit(queued.result))
+            member.decoding = Decoding(queued)
         return [*failures, *self._settle()]
 
     def _call_decoder(

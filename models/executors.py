@@ -10,7 +10,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKGROUND_THREADS = 2
-"""One pastes while another waits for its picture."""
+"""One pastes a picture while another makes the canvas of a new generation. None of them waits for
+the device."""
 
 
 class InlineExecutor(Executor):

@@ -169,6 +169,11 @@ class Queued(Generic[T]):
         with translated_errors():
             return self.mark.s_since(earlier.mark)
 
+    def wait(self) -> None:
+        """Wait for the device. Raises: DeviceLost."""
+        with translated_errors():
+            self.mark.wait()
+
     def result(self) -> T:
         """Waits for the device. Raises: as the verb that queued it."""
         with translated_errors():

@@ -789,6 +789,69 @@ def test_warm_up_makes_calls_where_a_first_one_has_fewer_rows_than_a_sample() ->
     assert pipeline.calls
 
 
+@dataclass(slots=True)
+class HeldMark:
+    """The end of work that the device is done with when the test, or a wait, says so."""
+
+    is_past: bool = False
+
+    def wait(self) -> None:
+        self.is_past = True
+
+    def s_since(self, earlier: Any) -> float:
+        return 0.0
+
+
+@dataclass(slots=True)
+class SlowDecoder(ToyPipeline):
+    """Whose pictures are decoded when the test says so. decoding: their mark."""
+
+    decoding: HeldMark = field(default_factory=HeldMark)
+
+    def decode_together(self, samples: Sequence[ToySample]) -> list[Queued[Picture]]:
+        queued = ToyPipeline.decode_together(self, samples)
+        return [Queued(self.decoding, each.complete) for each in queued]
+
+
+def test_background_is_free_while_the_device_decodes() -> None:
+    """Two threads that waited for pictures would keep the canvas of the next generation waiting."""
+    pipeline, background = SlowDecoder(), HeldBack()
+    engine = make_engine(pipeline, samples_per_call=4)
+    engine.background = background
+    engine.add(make_generation(1, num_inference_steps=1))
+    engine.add(make_generation(2, num_inference_steps=99))
+    background.run()
+    while not pipeline.decoded:
+        engine.step()
+    for _ in range(3):
+        engine.step()
+    assert background.calls == 0
+
+    pipeline.decoding.is_past = True
+    engine.step()
+    assert background.calls == 1
+    background.run()
+    assert isinstance(engine.step()[0], Finished)
+
+
+def test_engine_without_anything_else_to_do_waits_for_the_decoder() -> None:
+    pipeline, background = SlowDecoder(), HeldBack()
+    engine = make_engine(pipeline)
+    engine.background = background
+    engine.add(make_generation(1, num_inference_steps=1))
+    background.run()
+    while not pipeline.decoded:
+        engine.step()
+    engine.step()
+    assert pipeline.decoding.is_past
+    assert not engine.is_resting, "the picture is yet to be pasted"
+    engine.step()
+    assert engine.is_resting
+    background.run()
+
+    assert isinstance(engine.step()[0], Finished)
+
+
 def test_background_works_while_samples_run() -> None:
     """Neither a canvas nor a picture that is not there yet keeps the others from their steps."""
     background = HeldBack()

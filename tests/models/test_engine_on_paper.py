@@ -26,17 +26,18 @@ MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 LIMITS = EngineLimits(max_generations=3, first_rows=8, first_pictures=4)
 
 
-class Later(HeldBack):
-    """Another thread, which gets its turn between two steps. The device never waits for it."""
+class Awake(HeldBack):
+    """Another thread, which gets its turn between two steps, and does not sleep until the device
+    has come to a mark: what is submitted behind such a call would have to wait as long."""
 
     def __init__(self, device: PaperDevice) -> None:
         super().__init__()
         self._device = device
 
     def run(self) -> None:
-        waits = len(self._device.waits)
+        reached = self._device.reached
         super().run()
-        del self._device.waits[waits:]
+        assert self._device.reached == reached
 
 
 def on_paper(components: Components) -> Components:
@@ -55,7 +56,7 @@ def run_on_paper(
     waits: list[str] = []
     with PaperDevice() as paper:
         pipeline = InpaintPipeline(on_paper(components))
-        background = Later(paper)
+        background = Awake(paper)
         engine = InpaintEngine(ModelPool.of(MODEL, pipeline), LIMITS, background)
         paper.waits.clear()
         left = [make_generation(number, **job) for number, job in enumerate(jobs, start=1)]
@@ -65,9 +66,9 @@ def run_on_paper(
             has_begun = any(isinstance(event, Progress) for event in events)
             before = len(paper.waits)
             events += engine.step()
+            background.run()
             if has_begun and left:
                 waits += paper.waits[before:]
-            background.run()
     return events, waits
 
 

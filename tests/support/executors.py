@@ -19,6 +19,11 @@ class HeldBack(Executor):
         self._calls.append(lambda: future.set_result(fn(*args, **kwargs)))
         return future
 
+    @property
+    def calls(self) -> int:
+        """How many it has not made."""
+        return len(self._calls)
+
     def run(self) -> None:
         calls, self._calls = self._calls, []
         for call in calls:

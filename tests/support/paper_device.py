@@ -108,8 +108,10 @@ class PaperDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reach(self._marks - LAG)
         return PaperMark(self, self._marks, self.operations)
 
-    def has_reached(self, number: int) -> bool:
-        return number <= self._reached
+    @property
+    def reached(self) -> int:
+        """The number of the latest mark that is past."""
+        return self._reached
 
     @torch.inference_mode()  # as the tensors were made in it
     def reach(self, number: int) -> None:
@@ -201,7 +203,7 @@ class PaperMark:
 
     @property
     def is_past(self) -> bool:
-        return self.device.has_reached(self.number)
+        return self.number <= self.device.reached
 
     def wait(self) -> None:
         if not self.is_past and self.operations == self.device.operations:
