@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.batching import BatchKey, BatchSizer, CallKind, stall_s
-from models.diffusion.pipeline import Picture, Queued, Sample, Source
+from models.diffusion.pipeline import Picture, Queued, Sample, Source, Unchecked
 from models.errors import DeviceLost, EngineError, OutOfMemory
 from models.executors import InlineExecutor
 from models.model_pool import ModelPool, Readiness
@@ -101,14 +101,15 @@ class Preparing:
 
 @dataclass(slots=True, eq=False)
 class Decoding:
-    """A picture that the device decodes.
+    """A picture that the device decodes, and then checks where it is to be checked.
 
-    picture: what the background makes of it. That begins when the device is done, because a thread
-        that waited for the device would keep the canvases of new generations waiting too.
+    made: what the background makes of the device's work. That begins when the device is done,
+        because a thread that waited for the device would keep the canvases of new generations
+        waiting too.
     """
 
-    queued: Queued[Picture]
-    picture: Future[Picture] | None = None
+    queued: Queued[Picture | Unchecked] | Queued[Picture]
+    made: Future[Picture | Unchecked] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -322,7 +323,7 @@ class InpaintEngine:
 
     def _rest(self) -> list[Event]:
         """Nothing can be queued: wait for the device if it prepares a generation, or if it decodes
-        a picture while the background has nothing to do."""
+        or checks a picture while the background has nothing to do."""
         for preparing in self._preparing.values():
             return [self._begin(preparing)]
         if self._pending() or not (decodings := self._decodings()):
@@ -352,7 +353,7 @@ class InpaintEngine:
     def _end(self, generation_id: int, members: Sequence[RunningSample]) -> Event | None:
         """None while a picture is missing and none has failed."""
         try:
-            found = [self._picture_of(each.decoding) for each in members if each.decoding]
+            found = [self._picture_of(each) for each in members]
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(generation_id, error)
         pictures = tuple(picture for picture in found if picture is not None)
@@ -361,18 +362,27 @@ class InpaintEngine:
         self._forget(generation_id)
         return Finished(generation_id, pictures)
 
-    def _picture_of(self, decoding: Decoding) -> Picture | None:
-        """None while it is not there; the background begins with what the device is done with.
+    def _picture_of(self, member: RunningSample) -> Picture | None:
+        """None while it is not there. What is to be checked goes to the device once more.
 
-        Raises: what the background raised; it lacks memory twice at least.
+        Raises: what the check and the background raised; they lack memory twice at least.
         """
-        if decoding.picture is None and decoding.queued.is_done:
-            decoding.picture = self.background.submit(decoding.queued.result)
-        if decoding.picture is None or not decoding.picture.done():
+        while member.decoding and (made := self._made_of(member.decoding)):
+            if isinstance(made, Picture):
+                return made
+            pipeline = self.models.pipeline(member.generation.model)
+            member.decoding = Decoding(self._retried(partial(pipeline.check, made)))
+        return None
+
+    def _made_of(self, decoding: Decoding) -> Picture | Unchecked | None:
+        """What the background made; it begins with what the device is done with."""
+        if decoding.made is None and decoding.queued.is_done:
+            decoding.made = self.background.submit(decoding.queued.result)
+        if decoding.made is None or not decoding.made.done():
             return None
-        if isinstance(decoding.picture.exception(), OutOfMemory):
-            decoding.picture = InlineExecutor().submit(self._retried, decoding.queued.result)
-        return decoding.picture.result()
+        if isinstance(decoding.made.exception(), OutOfMemory):
+            decoding.made = InlineExecutor().submit(self._retried, decoding.queued.result)
+        return decoding.made.result()
 
     def _forget(self, generation_id: int) -> None:
         if generation_id in self._waiting:
@@ -389,7 +399,7 @@ class InpaintEngine:
     def _pending(self) -> list[Future[Any]]:
         """What the background has to do."""
         canvases = [each.canvas for each in self._waiting.values()]
-        pictures = [each.picture for each in self._decodings() if each.picture]
+        pictures = [each.made for each in self._decodings() if each.made]
         return [future for future in [*canvases, *pictures] if not future.done()]
 
     def _ask_for_models(self) -> tuple[list[Waiting], list[Event]]:
@@ -533,11 +543,11 @@ class InpaintEngine:
 
     def _call_decoder(
         self, batch: Sequence[RunningSample]
-    ) -> list[tuple[RunningSample, Queued[Picture] | Exception]]:
+    ) -> list[tuple[RunningSample, Queued[Picture | Unchecked] | Exception]]:
         kind = batch[0].generation.call_kind
         pipeline = self.models.pipeline(kind.model)
 
-        def work(some: Sequence[RunningSample]) -> list[Queued[Picture]]:
+        def work(some: Sequence[RunningSample]) -> list[Queued[Picture | Unchecked]]:
             with self._timed(self._pictures, kind, len(some)):
                 return pipeline.decode_together([member.sample for member in some])
 

@@ -9,6 +9,7 @@ is a `Queued`.
 same formulas); families differ in `conditioning` only.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -136,6 +137,18 @@ class Picture:
     is_encoded_again: bool = False
     is_decoded_again: bool = False
     scheduler: SchedulerName | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unchecked:
+    """A picture that the safety checker is to be asked about, pasted.
+
+    ask: queues that on the device, and returns the verdict, `(1,)` bool.
+    """
+
+    picture: Picture
+    flagged_as: FlaggedAs
+    ask: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,12 +348,14 @@ class InpaintPipeline:
         samples: denoised, of one latent size.
         Raises: UnusablePicture, OutOfMemory, DeviceLost.
         """
-        return [each.result() for each in self.decode_together(samples)]
+        made = [each.result() for each in self.decode_together(samples)]
+        return [self.check(each).result() if isinstance(each, Unchecked) else each for each in made]
 
     @torch.inference_mode()
-    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture]]:
-        """As `decode`, by one call of the VAE. To paste and to check a picture is for its result.
+    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture | Unchecked]]:
+        """As `decode`, by one call of the VAE. To paste a picture is for its result.
 
+        What has to be checked is checked afterwards, because that is the pasted picture.
         Raises: OutOfMemory, DeviceLost.
         """
         with self._at_work():
@@ -352,6 +367,17 @@ class InpaintPipeline:
             Queued(end, partial(self._picture, *each))
             for each in zip(samples, pixels, flags, strict=True)
         ]
+
+    @torch.inference_mode()
+    def check(self, unchecked: Unchecked) -> Queued[Picture]:
+        """The picture, or what replaces it where the safety checker flags it.
+
+        Raises: OutOfMemory, DeviceLost.
+        """
+        with self._at_work():
+            (verdict,) = download(unchecked.ask())
+            end = mark(self.device)
+        return Queued(end, partial(judged, unchecked, verdict))
 
     @torch.inference_mode()
     def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
@@ -373,7 +399,10 @@ class InpaintPipeline:
             image = sample.canvas.put_back_small(
                 paint(latents, self._colours), self.latent_scale, PREVIEW_SIDE_PX
             )
-            return shown(image, FlaggedAs.BLANK, self._verdict(sample, image))
+            if self._safety is None or not sample.params.safety_check:
+                return image
+            (is_flagged,) = self._safety.is_flagged([image])
+            return hide(image, FlaggedAs.BLANK) if is_flagged else image
 
     def mark(self) -> Queued[None]:
         """All that is in the device's queue now. Raises: OutOfMemory, DeviceLost."""
@@ -403,31 +432,27 @@ class InpaintPipeline:
             return samples if is_same else self._start_all(start)
 
     @torch.inference_mode()
-    def _picture(self, sample: Sample, pixels: torch.Tensor, is_usable: torch.Tensor) -> Picture:
+    def _picture(
+        self, sample: Sample, pixels: torch.Tensor, is_usable: torch.Tensor
+    ) -> Picture | Unchecked:
         """What becomes of a decoded picture. pixels: `(h, w, 3)` uint8 on the host."""
         is_decoded_again = not is_usable
         with self._at_work():
             if is_decoded_again:
                 pixels = to_pixels(self._codec.decode_again(sample.latents))[0].cpu()
-            generated: NDArray[np.uint8] = pixels.numpy()
-            image = sample.canvas.put_back(generated)
-            is_flagged = self._verdict(sample, image)
-        return Picture(
+        generated: NDArray[np.uint8] = pixels.numpy()
+        picture = Picture(
             sample.seed,
-            shown(image, sample.params.flagged_as, is_flagged),
+            sample.canvas.put_back(generated),
             generated,
-            is_flagged,
-            sample.is_encoded_again,
-            is_decoded_again,
-            SchedulerName(type(sample.scheduler).__name__),
+            is_encoded_again=sample.is_encoded_again,
+            is_decoded_again=is_decoded_again,
+            scheduler=SchedulerName(type(sample.scheduler).__name__),
         )
-
-    def _verdict(self, sample: Sample, image: NDArray[np.uint8]) -> bool | None:
-        """The safety checker's; None where it is not to be asked."""
         if self._safety is None or not sample.params.safety_check:
-            return None
-        (is_flagged,) = self._safety.is_flagged([image])
-        return is_flagged
+            return picture
+        ask = partial(self._safety.verdicts, self._safety.pixels_of([picture.image]))
+        return Unchecked(picture, sample.params.flagged_as, ask)
 
     def _start_all(self, start: Start) -> list[Sample]:
         return [
@@ -485,11 +510,11 @@ class InpaintPipeline:
         )
 
 
-def shown(
-    image: NDArray[np.uint8], flagged_as: FlaggedAs, is_flagged: bool | None
-) -> NDArray[np.uint8]:
-    """The picture, or what replaces it where it is flagged."""
-    return hide(image, flagged_as) if is_flagged else image
+def judged(unchecked: Unchecked, verdict: torch.Tensor) -> Picture:
+    """The picture, hidden where it is flagged. verdict: 0-d bool on the host."""
+    picture, is_flagged = unchecked.picture, bool(verdict)
+    image = hide(picture.image, unchecked.flagged_as) if is_flagged else picture.image
+    return dataclasses.replace(picture, image=image, is_flagged=is_flagged)
 
 
 def step_arguments(scheduler: SchedulerMixin, generator: torch.Generator) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from numpy.typing import NDArray
 
+from models.acceleration.transfers import upload
+
 SPECIAL_CARE_MARGIN = 0.01
 """Added to every concept's score once a special-care concept is present."""
 
@@ -25,8 +27,9 @@ class ImageProcessor(Protocol):
 class SafetyChecker:
     """Judges pictures with a checkpoint's own StableDiffusionSafetyChecker.
 
-    Gives the same verdicts as its `forward`, for the whole batch at once and with a single transfer
-    from the device (the original reads every score singly and blanks in place).
+    Gives the same verdicts as its `forward`, in two halves: `pixels_of` is work of the host, and
+    `verdicts` queues the device's, without a transfer from it (the original reads every score
+    singly and blanks in place).
     """
 
     def __init__(
@@ -35,21 +38,28 @@ class SafetyChecker:
         self._checker = checker
         self._image_processor = image_processor
 
-    @torch.inference_mode()
     def is_flagged(self, images: list[NDArray[np.uint8]]) -> list[bool]:
-        """One verdict per picture; images: `(h, w, 3)` RGB each."""
+        """One verdict per picture; images: `(h, w, 3)` RGB each. Waits."""
+        verdicts: list[bool] = self.verdicts(self.pixels_of(images)).tolist()
+        return verdicts
+
+    def pixels_of(self, images: list[NDArray[np.uint8]]) -> torch.Tensor:
+        """What the checker looks at, `(n, 3, 224, 224)` on the host; images as `is_flagged`."""
+        return self._image_processor(images, return_tensors="pt")["pixel_values"]
+
+    @torch.inference_mode()
+    def verdicts(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(n,)` bool on the device: True for what is flagged. pixels: of `pixels_of`."""
         checker = self._checker
         weight = checker.visual_projection.weight
-        pixels = self._image_processor(images, return_tensors="pt")["pixel_values"]
-        pooled = checker.vision_model(pixels.to(weight.device, weight.dtype))[1]
+        pooled = checker.vision_model(upload(pixels, weight.device).to(weight.dtype))[1]
         embeds = checker.visual_projection(pooled)  # (n, d)
         special = cosine_similarity(embeds, checker.special_care_embeds)  # (n, 3)
         concept = cosine_similarity(embeds, checker.concept_embeds)  # (n, 17)
         needs_care = (special - checker.special_care_embeds_weights > SCORE_RESOLUTION).any(dim=1)
         margin = needs_care.float()[:, None] * SPECIAL_CARE_MARGIN
         scores = concept - checker.concept_embeds_weights + margin
-        verdicts: list[bool] = (scores > SCORE_RESOLUTION).any(dim=1).tolist()
-        return verdicts
+        return (scores > SCORE_RESOLUTION).any(dim=1)
 
 
 def cosine_similarity(embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.acceleration.transfers import HostMark
 from models.checkpoints.registry import Components
-from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Source
+from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Source, Unchecked
 from models.engine import (
     EngineLimits,
     Event,
@@ -31,7 +31,7 @@ from models.engine import (
 from models.errors import DeviceLost, InvalidInput, OutOfMemory, UnusablePicture, Violation
 from models.imaging.canvas import Canvas
 from models.model_pool import ModelPool
-from models.params import InpaintParams, SchedulerName
+from models.params import FlaggedAs, InpaintParams, SchedulerName
 from tests.support.engines import MODEL, drain, error_of, make_generation, pictures_of, run_all
 from tests.support.executors import HeldBack
 from tests.support.pipelines import (
@@ -72,7 +72,7 @@ class ToySample:
 
 @dataclass(slots=True)
 class ToyPipeline:
-    """The four verbs without tensors; verbs fail where they are told to.
+    """The verbs without tensors; verbs fail where they are told to.
 
     faults: (verb, seed) to what the verb raises for the sample of that seed.
     calls: the samples of each UNet call.
@@ -125,7 +125,7 @@ class ToyPipeline:
         self._fail_for("advance", sample.seed)
         sample.step_index += 1
 
-    def decode_together(self, samples: Sequence[ToySample]) -> list[Queued[Picture]]:
+    def decode_together(self, samples: Sequence[ToySample]) -> list[Queued[Unchecked]]:
         self.decoded.append(len(samples))
         self._fail_for_many(len(samples))
         self.now_s += self.picture_s * len(samples) ** 0.9
@@ -135,9 +135,18 @@ class ToyPipeline:
             self._fail_for("decode", sample.seed)
         blank = np.zeros((1, 1, 3), np.uint8)
         return [
-            self._queued(Picture(sample.seed, blank, blank), "paste", sample.seed)
+            self._queued(
+                Unchecked(Picture(sample.seed, blank, blank), FlaggedAs.BLANK, torch.empty),
+                "paste",
+                sample.seed,
+            )
             for sample in samples
         ]
+
+    def check(self, unchecked: Unchecked) -> Queued[Picture]:
+        picture = unchecked.picture
+        self._fail_for("check", picture.seed)
+        return self._queued(picture, "hide", picture.seed)
 
     def preview(self, sample: ToySample) -> NDArray[np.uint8] | None:
         self._fail_for("preview", sample.seed)
@@ -180,8 +189,8 @@ FAULTS: list[Callable[[], Exception]] = [
     lambda: UnusablePicture("not finite"),
     lambda: ValueError("a bug"),
 ]
-VERBS = ["prepare", "prepared", "denoise_step", "advance", "decode", "paste"]
-"""Also what the host makes of prepared samples and of decoded pictures."""
+VERBS = "prepare prepared denoise_step advance decode paste check hide".split()
+"""Also what the host makes of samples, and of pictures that are decoded or checked."""
 
 
 def make_engine(
@@ -751,12 +760,13 @@ def test_call_of_the_vae_too_large_for_memory_is_done_in_parts() -> None:
     assert pipeline.decoded == [2, 2, 2, 1], "what preparing them taught"
 
 
-def test_lack_of_memory_behind_the_decoder_is_tried_again() -> None:
+@pytest.mark.parametrize("crowded", ["paste", "check", "hide"])
+def test_lack_of_memory_behind_the_decoder_is_tried_again(crowded: str) -> None:
     tries = itertools.count()
 
     class Crowded(ToyPipeline):
         def _fail_for(self, verb: str, seed: int) -> None:
-            if verb == "paste" and next(tries) == 0:
+            if verb == crowded and next(tries) == 0:
                 raise OutOfMemory("full")
 
     (end,) = run_all(make_engine(Crowded()), make_generation(1)).values()
@@ -808,7 +818,7 @@ class SlowDecoder(ToyPipeline):
 
     decoding: HeldMark = field(default_factory=HeldMark)
 
-    def decode_together(self, samples: Sequence[ToySample]) -> list[Queued[Picture]]:
+    def decode_together(self, samples: Sequence[ToySample]) -> list[Queued[Unchecked]]:
         queued = ToyPipeline.decode_together(self, samples)
         return [Queued(self.decoding, each.complete) for each in queued]
 
@@ -830,8 +840,21 @@ def test_background_is_free_while_the_device_decodes() -> None:
     pipeline.decoding.is_past = True
     engine.step()
     assert background.calls == 1
-    background.run()
-    assert isinstance(engine.step()[0], Finished)
+
+
+def test_picture_is_checked_after_it_was_pasted_and_then_hidden() -> None:
+    """The background is asked twice, and the device in between."""
+    background = HeldBack()
+    engine = make_engine(ToyPipeline())
+    engine.background = background
+    engine.add(make_generation(1, num_inference_steps=1))
+    ends = []
+    for _ in range(3):  # the canvas, the paste, the end
+        assert ends == []
+        background.run()
+        ends = [event for _ in range(4) for event in engine.step() if isinstance(event, Finished)]
+
+    assert len(ends) == 1
 
 
 def test_engine_without_anything_else_to_do_waits_for_the_decoder() -> None:
@@ -847,9 +870,6 @@ def test_engine_without_anything_else_to_do_waits_for_the_decoder() -> None:
     assert not engine.is_resting, "the picture is yet to be pasted"
     engine.step()
     assert engine.is_resting
-    background.run()
-
-    assert isinstance(engine.step()[0], Finished)
 
 
 def test_background_works_while_samples_run() -> None:
@@ -873,6 +893,9 @@ def test_background_works_while_samples_run() -> None:
     assert not any(isinstance(event, Finished) for event in events)
     assert engine.is_resting
     assert engine.wait(0.0)
+    background.run()
+    events = engine.step()
+    assert not any(isinstance(event, Finished) for event in events), "checked, but not hidden yet"
     background.run()
 
     assert [type(event) for event in engine.step()] == [Finished, Finished]

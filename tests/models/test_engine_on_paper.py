@@ -11,9 +11,10 @@ import torch
 
 from models.checkpoints.families import Family
 from models.checkpoints.registry import Components, ModelSpec, load_components
-from models.diffusion.pipeline import InpaintPipeline
+from models.diffusion.pipeline import InpaintPipeline, Picture
 from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine, Progress
 from models.model_pool import ModelPool
+from tests.support.checkers import cosines, processor, tiny_checker
 from tests.support.engines import MODEL, make_generation, pictures_of, run_all
 from tests.support.executors import HeldBack
 from tests.support.paper_device import PaperDevice, move_to_paper
@@ -22,7 +23,7 @@ from tests.support.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
-MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
+MODULES = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 LIMITS = EngineLimits(max_generations=3, first_rows=8, first_pictures=4)
 
 
@@ -75,29 +76,49 @@ def run_on_paper(
 JOBS: list[dict[str, Any]] = [
     {"num_inference_steps": 2},
     {"prompt": "a (blue:1.3) star", "num_inference_steps": 4},
-    {"strength": 0.6, "prompt": "many words " * 60, "soft_mask": True},
+    {"strength": 0.6, "prompt": "many words " * 60, "soft_mask": True, "safety_check": False},
     {"guidance_scale": 1.0, "samples": 2, "num_inference_steps": 2},
     {"clip_skip": 1, "num_inference_steps": 6},
 ]
 
 
+def run_plainly(components: Components) -> dict[int, tuple[Picture, ...]]:
+    """The pictures of the jobs, made on the CPU."""
+    limits = dataclasses.replace(LIMITS, max_generations=99)
+    engine = InpaintEngine(ModelPool.of(MODEL, InpaintPipeline(components)), limits)
+    ends = run_all(engine, *(make_generation(n, **job) for n, job in enumerate(JOBS, start=1)))
+    return {number: pictures_of(end) for number, end in ends.items()}
+
+
+def with_checker(components: Components) -> Components:
+    """A checker that flags some of the pictures of the jobs, and none that is hardly flagged."""
+    checker = tiny_checker(0)
+    checker.concept_embeds_weights.data.fill_(2)
+    checker.special_care_embeds_weights.data.fill_(2)
+    checked = dataclasses.replace(components, safety_checker=checker, feature_extractor=processor())
+    made = [each.image for pictures in run_plainly(checked).values() for each in pictures]
+    scores = cosines(checker, made)[0][:, 0].sort().values
+    widest = int(scores.diff().argmax())
+    checker.concept_embeds_weights.data[0] = scores[widest : widest + 2].mean()
+    return checked
+
+
 @pytest.mark.parametrize("family", [Family.SD15, Family.SDXL])
 def test_nothing_waits_while_generations_come_and_go(tmp_path: Path, family: Family) -> None:
-    """The pictures are those of the CPU, although every result is late."""
+    """The pictures and verdicts are those of the CPU, although every result is late."""
     folder = save_tiny_checkpoint(tmp_path / "tiny", 9, family)
-    components = load_components(ModelSpec("tiny", str(folder)), torch.device("cpu"), torch.float32)
+    spec = ModelSpec("tiny", str(folder))
+    components = with_checker(load_components(spec, torch.device("cpu"), torch.float32))
 
     events, waits = run_on_paper(components, JOBS)
 
     assert waits == []
     ends = {event.generation_id: event for event in events if isinstance(event, Finished | Failed)}
-    plain = InpaintEngine(
-        ModelPool.of(MODEL, InpaintPipeline(components)),
-        dataclasses.replace(LIMITS, max_generations=99),
-    )
-    expected = run_all(plain, *(make_generation(n, **job) for n, job in enumerate(JOBS, start=1)))
-    for number, end in expected.items():
-        for ours, theirs in zip(pictures_of(ends[number]), pictures_of(end), strict=True):
-            assert ours.seed == theirs.seed
+    flags = set()
+    for number, pictures in run_plainly(components).items():
+        for ours, theirs in zip(pictures_of(ends[number]), pictures, strict=True):
+            assert (ours.seed, ours.is_flagged) == (theirs.seed, theirs.is_flagged)
             assert difference(ours.generated, theirs.generated).max() <= 2
             assert np.count_nonzero(difference(ours.image, theirs.image) > 1) <= 20
+            flags.add(ours.is_flagged)
+    assert flags == {True, False, None}
