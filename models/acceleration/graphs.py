@@ -25,6 +25,9 @@ ROW_BUCKETS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
 """Rows of recordings. Calls of fewer are padded: most have an even number, which costs them a
 seventh at most, and that only from 14 rows on."""
 
+SAMPLE_ROWS = (1, 2)
+"""Rows of one sample: without and with guidance."""
+
 LAUNCH_BOUND_AREA = 32 * 64 * 64
 """Latent pixels of all rows beyond which no call is recorded. The fastest cards are busy with so
 many for some 50 ms, and a host starts the kernels one by one in 25 to 35 ms, in which it does
@@ -43,7 +46,7 @@ class GraphLimits:
     """max_bytes: device memory that all recordings may hold.
 
     is_padded: a call may be made with more rows than it needs. Without it, what else runs cannot
-        move the last bits of a result.
+        move the last bits of a result, as every call is for one sample then.
     in_use_calls: a size that came up within so many calls is in use, and keeps its recordings:
         sizes take turns, and to record each at its turn is slower than to record none.
     """
@@ -150,7 +153,8 @@ class GraphedUNet:
 
     def recorded_rows(self, area: int) -> list[int]:
         """The numbers of rows that are recorded, for rows of `area` latent pixels."""
-        return [rows for rows in ROW_BUCKETS if rows * area <= LAUNCH_BOUND_AREA]
+        buckets = ROW_BUCKETS if self._limits.is_padded else SAMPLE_ROWS
+        return [rows for rows in buckets if rows * area <= LAUNCH_BOUND_AREA]
 
     def release(self) -> None:
         """Release all recordings. A size is recorded again at its next call."""

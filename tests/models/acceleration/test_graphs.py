@@ -172,6 +172,17 @@ def test_warm_up_records_what_pictures_of_that_size_need(
     assert recorder.rows == recorded
 
 
+def test_reproducible_warm_up_records_calls_of_one_sample(
+    components: Components, recorder: HostRecorder
+) -> None:
+    """No other call is ever made, and each recording costs three calls and memory."""
+    unet = graphed(components, recorder, is_padded=False)
+    InpaintPipeline(components, call_batches=lambda *_: unet).warm_up()
+
+    assert recorder.rows == [2]
+    assert unet.recorded_rows(64 * 64) == [1, 2]
+
+
 def test_warm_up_goes_on_with_the_calls_that_fit(
     components: Components, recorder: HostRecorder
 ) -> None:
