@@ -15,6 +15,7 @@ from models.acceleration.attention import (
     in_order,
     quickest_first,
     random_arguments,
+    timer_behind,
 )
 from models.acceleration.unet import EagerUNet, UNetInputs
 from models.checkpoints.registry import Components, ModelSpec, load_components
@@ -118,6 +119,48 @@ def test_each_shape_gets_its_own_kernel() -> None:
     assert [order[:3] for order in found] == [
         [each.value for each in order[:3]] for order in (*orders.values(), usual)
     ]
+
+
+class Log(torch.overrides.TorchFunctionMode):
+    """Notes attention calls, and has them fail where it is told how."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        super().__init__()
+        self.entries: list[str] = []
+        self._fault = fault
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.entries.append("call")
+            if self._fault is not None:
+                raise self._fault
+        return func(*args, **(kwargs or {}))
+
+
+SMALL = AttentionShape(1, 1, 4, 4, 8, torch.float32, *[(32, 32, 8, 1)] * 3)
+
+
+def test_timed_calls_are_queued_behind_other_work() -> None:
+    """Or the events would measure how quickly the host starts small kernels."""
+    with Log() as log:
+        timer = timer_behind(lambda: log.entries.append("other work"), torch.device("cpu"))
+        seconds = timer(FLASH, SMALL)
+
+    assert seconds is not None
+    assert seconds > 0
+    assert log.entries == [*["call"] * 2, "other work", *["call"] * 10]
+
+
+def test_kernel_that_does_not_take_a_shape_has_no_time() -> None:
+    with Log(RuntimeError("No available kernel")):
+        assert timer_behind(lambda: None, torch.device("cpu"))(FLASH, SMALL) is None
+
+
+def test_lack_of_memory_is_no_verdict_on_a_kernel() -> None:
+    """The kernel would be out of use for that shape until the process ends."""
+    timer = timer_behind(lambda: None, torch.device("cpu"))
+    with Log(torch.OutOfMemoryError("full")), pytest.raises(torch.OutOfMemoryError):
+        timer(FLASH, SMALL)
 
 
 def test_measured_tensors_lie_in_memory_as_the_unets_do() -> None:
