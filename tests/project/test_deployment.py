@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from server.cli.config import names_of
 from server.cli.main import make_parser
 from server.core.settings import ENV_PREFIX, Settings
 from server.serving.supervisor import GRACE_S
+from server.storage.database import open_engine
+from tests.support.documents import blocks_of
 from tests.support.jobs import new_job
 from tests.support.repository import REPOSITORY
 
@@ -143,3 +146,20 @@ def test_systemd_reads_the_units(unit: Path, tmp_path: Path) -> None:
     )
     told = [line for line in done.stderr.splitlines() if unit.stem.rstrip("@") in line]
     assert (done.returncode, told) == (0, [])
+
+
+@pytest.mark.process
+def test_key_of_the_recipe_is_in_the_shared_database(tmp_path: Path) -> None:
+    """`docs/scaling.md` makes it where the variables are those of a file for systemd."""
+    environment, shared = tmp_path / "environment", f"sqlite:///{tmp_path}/shared.db"
+    environment.write_text(f"INPAINT_DATABASE_URL={shared}\n")
+    (block,) = [block for block in blocks_of("docs/scaling.md") if "keys create" in block.text]
+    command = block.text.replace("/etc/inpaint-server/environment", str(environment))
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    subprocess.run(
+        ["sh", "-euc", command], cwd=tmp_path, env={"PATH": path, "HOME": str(tmp_path)}, check=True
+    )
+    engine = open_engine(shared)
+    with engine.begin() as connection:
+        assert connection.execute(text("SELECT name FROM api_keys")).scalars().all() == ["the team"]
+    engine.dispose()
