@@ -84,8 +84,8 @@ class PostgresServer:
         return self.create_database(TEMPLATE)
 
     def drop(self, name: str) -> None:
-        """Remove a database, whoever is connected."""
-        self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+        """Remove a database if there is one, whoever is connected."""
+        self._execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     def _access(self) -> list[str]:
         if self._password is None:
