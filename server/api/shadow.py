@@ -13,6 +13,7 @@ import contextlib
 import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
@@ -32,21 +33,26 @@ from server.egress.policy import AddressDenied, AddressPolicy, checked_url
 
 logger = get_logger(__name__)
 
-MAX_IN_FLIGHT = 4
-"""Calls at a time. Each may hold a body of `max_body_bytes`."""
-
-TIMEOUT_S = 120.0
-"""For a whole answer of the vendor, who may make the picture before answering."""
-
-CONNECT_TIMEOUT_S = 10.0
-
-MAX_ANSWER_BYTES = 4_000_000
-
 OWNER = "shadow"
 """The one owner of the egress client's resolver threads."""
 
 UNSENT = frozenset({"webhook"})
 """Fields that are not sent. The client would otherwise get two webhook calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowLimits:
+    """What the calls to the vendor may take of this server.
+
+    max_in_flight: calls at a time; each may hold a body of `max_body_bytes`. timeout_s: for a whole
+    answer of the vendor, who may make the picture before answering. connect_timeout_s: for each
+    address that is dialled. max_answer_bytes: of an answer's body.
+    """
+
+    max_in_flight: int = 4
+    timeout_s: float = 120.0
+    connect_timeout_s: float = 10.0
+    max_answer_bytes: int = 4_000_000
 
 
 class ShadowOutcome(StrEnum):
@@ -78,6 +84,7 @@ class Shadow:
         keys: Collection[str],
         client: EgressClient,
         count: Callable[[ShadowOutcome], None],
+        limits: ShadowLimits = ShadowLimits(),
     ) -> None:
         self._share = settings.share
         self._base_url = (settings.base_url or "").rstrip("/")
@@ -85,6 +92,7 @@ class Shadow:
         self._keys = frozenset(keys)
         self._client = client
         self._count = count
+        self._limits = limits
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "Shadow":
@@ -127,7 +135,7 @@ class Shadow:
         return not is_ours and key in self._keys and random.random() < self._share
 
     def _start(self, path: str, fields: dict[str, Any], ours: "asyncio.Future[Answer]") -> None:
-        if len(self._tasks) >= MAX_IN_FLIGHT:
+        if len(self._tasks) >= self._limits.max_in_flight:
             self._count(ShadowOutcome.DROPPED)
         elif any(isinstance(value, bytes) for value in fields.values()):
             self._count(ShadowOutcome.NOT_SENDABLE)
@@ -140,7 +148,7 @@ class Shadow:
         self, path: str, fields: dict[str, Any], ours: "asyncio.Future[Answer]"
     ) -> None:
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(self._limits.timeout_s):
                 theirs = await self._send(path, fields)
         except (AddressDenied, *NETWORK_ERRORS) as error:
             self._count(ShadowOutcome.UNANSWERED)
@@ -165,8 +173,8 @@ class Shadow:
             self._policy,
             owner=OWNER,
             headers={"Content-Type": "application/json"},
-            max_body_bytes=MAX_ANSWER_BYTES,
-            connect_timeout_s=CONNECT_TIMEOUT_S,
+            max_body_bytes=self._limits.max_answer_bytes,
+            connect_timeout_s=self._limits.connect_timeout_s,
             body=body,
         ) as response:
             return Answer(response.status, await response.read())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.api.shadow import MAX_IN_FLIGHT, ShadowOutcome, policy_of, read_vendor_keys
+from server.api.shadow import ShadowLimits, ShadowOutcome, policy_of, read_vendor_keys
 from server.core.settings import Settings, ShadowSettings
 from server.egress.client import EgressClient
 from server.egress.policy import AddressDenied
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.process
 VENDOR_KEY = "of-the-vendor-0123456789"
 OWN_KEY = "of-this-server-0123456789"
 WAIT_S = 30
+AT_ONCE = ShadowLimits().max_in_flight
 CALL = BODY | {"key": VENDOR_KEY}
 
 
@@ -170,13 +171,13 @@ def test_files_are_counted_and_not_sent(app: LiveApp) -> None:
 def test_vendor_that_hangs_delays_no_answer(app: LiveApp, vendor: FakeVendor) -> None:
     dropped, different = count(app, ShadowOutcome.DROPPED), count(app, ShadowOutcome.DIFFERENT)
     vendor.may_answer.clear()
-    for _ in range(MAX_IN_FLIGHT + 1):
+    for _ in range(AT_ONCE + 1):
         assert post(app.client, "inpaint", **CALL)["status"] == "processing"
-    for _ in range(MAX_IN_FLIGHT):
+    for _ in range(AT_ONCE):
         vendor.calls.get(timeout=WAIT_S)
     assert count(app, ShadowOutcome.DROPPED) == dropped + 1
     vendor.may_answer.set()
-    wait_for(app, ShadowOutcome.DIFFERENT, different + MAX_IN_FLIGHT)
+    wait_for(app, ShadowOutcome.DIFFERENT, different + AT_ONCE)
 
 
 def test_vendor_out_of_reach(tmp_path: Path) -> None:

@@ -21,11 +21,15 @@ class VendorCall:
 
 @dataclass(slots=True)
 class FakeVendor:
-    """What it got, and what it answers: any text as the body, once `may_answer` is set."""
+    """What it got, and what it answers: any text as the body, once `may_answer` is set.
+
+    missing_bytes: of the declared body, when it closes the connection.
+    """
 
     url: str = ""
     status: int = 200
     answer: str = "{}"
+    missing_bytes: int = 0
     calls: "queue.Queue[VendorCall]" = field(default_factory=queue.Queue)
     may_answer: threading.Event = field(default_factory=threading.Event)
 
@@ -45,7 +49,7 @@ def running_vendor() -> Iterator[FakeVendor]:
             body = vendor.answer.encode()
             with suppress(ConnectionError):  # the server has stopped meanwhile
                 self.send_response(vendor.status)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(len(body) + vendor.missing_bytes))
                 self.end_headers()
                 self.wfile.write(body)
 
