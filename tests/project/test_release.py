@@ -56,13 +56,32 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`inpaint-server` of an empty environment that got the wheel, and reads our libraries."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(folder / "bin" / "python")]
-    install = ["install", "--no-index", "--no-deps", "--disable-pip-version-check", str(wheel)]
-    subprocess.run([*pip, *install], check=True, timeout=BUILD_S)
+    install_wheel(folder, wheel, "--no-deps")  # Ours is among the libraries, and would count.
     (libraries,) = folder.glob("lib/python3*/site-packages")
     ours = [path for path in sys.path if path.endswith("site-packages")]
     (libraries / "libraries.pth").write_text("\n".join(ours) + "\n")
+    install_wheel(folder, wheel)
     return folder / "bin" / "inpaint-server"
+
+
+def install_wheel(folder: Path, wheel: Path, *options: str) -> None:
+    """Install from no index. Raises: CalledProcessError where a library is missing or too old."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(folder / "bin" / "python")]
+    words = ["install", "--no-index", "--disable-pip-version-check", *options, str(wheel)]
+    subprocess.run([*pip, *words], check=True, timeout=BUILD_S)
+
+
+def test_wheel_is_refused_without_what_it_needs(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    with pytest.raises(subprocess.CalledProcessError):
+        install_wheel(tmp_path, wheel)
+
+
+def test_command_of_the_wheel_tells_its_version(command: Path, tmp_path: Path) -> None:
+    told = subprocess.run(
+        [command, "--version"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert VERSION in told.stdout
 
 
 def test_distributions_hold_what_is_tracked_and_nothing_else(built: Path) -> None:
