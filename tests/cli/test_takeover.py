@@ -22,6 +22,7 @@ from server.cli.main import main
 from server.cli.takeover import AUTHORITY, CHAIN, FILES, KEY, VENDOR_HOSTS, make_server_certificate
 from tests.support.certificates import client_tls
 from tests.support.clouds import PROMPT, STEPS, Clouds, write_clouds
+from tests.support.documents import blocks_of
 from tests.support.processes import HOLD_S, Process
 from tests.support.programs import pixels, program
 from tests.support.repository import REPOSITORY
@@ -61,7 +62,9 @@ def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     fields = {"prompt": PROMPT, "num_inference_steps": STEPS, "width": 256, "height": 256}
     body.write_text(json.dumps({"key": "the-vendors-key", **fields, **texts}))
     words = ["--folder", str(folder), "--port", "0", "--data-dir", str(work / "data")]
-    server = Process({"INPAINT_HOLD_S": str(HOLD_S)}, "takeover", "serve", *words)
+    server = Process(
+        {"INPAINT_HOLD_S": str(HOLD_S)}, "takeover", "serve", "--host", "127.0.0.1", *words
+    )
     try:
         url = urlsplit(server.wait_for("listening")["url"])
         assert url.scheme == "https"
@@ -87,6 +90,15 @@ class TestClients:
         (output,) = answer["output"]
         assert output.startswith(f"https://{HOST}/generations/")
         site.clouds.assert_edited(pixels(curl(site, output)))
+
+    def test_documented_command_reaches_the_server(self, site: Site) -> None:
+        (block,) = [b for b in blocks_of("docs/takeover.md") if b.text.startswith("curl")]
+        words = block.text.replace("authority.pem", str(site.authority)).split()[1:]
+        here = [word.replace("10.1.2.3:443", f"127.0.0.1:{site.port}") for word in words]
+        done = subprocess.run(
+            [program("curl"), "-f", "--noproxy", "*", *here], check=True, capture_output=True
+        )
+        assert json.loads(done.stdout)
 
     def test_python_gets_a_picture_from_the_vendors_address(
         self, site: Site, tmp_path: Path

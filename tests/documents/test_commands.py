@@ -3,13 +3,15 @@
 The comment in the line above a block is one of:
 
 - `needs: gpu, hub`: words of `NEEDS`, which this machine may lack. The block's commands must exist.
-- `run by: tests/…`: another test runs it.
+- `run by: tests/…`: another test, or a program that it starts, runs it. That file reads the page,
+  or has the names and options of the block's commands.
 - `prints: TEXT`: it is run here, and TEXT must be in what it prints.
 - `keeps running`: it is run here until the server listens.
 
 Without a comment it is run here and must succeed. Blocks that are no program are parsed.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +107,41 @@ def test_notes_say_something_known(block: Block) -> None:
     if needed := block.noted("needs"):
         assert {*needed.split(", ")} <= {*NEEDS}
     elif tests := block.noted("run by"):
-        assert (REPOSITORY / tests).is_file()
+        assert missing_in((REPOSITORY / tests).read_text(encoding="utf-8"), block) == []
     else:
         assert block.note == "keeps running" or block.noted("prints")
+
+
+def missing_in(source: str, block: Block) -> list[str]:
+    """The block's distinctive words that a file lacks; none where the file reads the page."""
+    name = block.page.rpartition("/")[2]
+    if re.search(rf"""blocks_of\("{block.page}"\)|"docs" / "{name}\"""", source):
+        return []
+    words = distinctive_words(block)
+    assert words, "nothing tells this block from others"
+    return [word for word in words if not re.search(rf"(?<![\w-]){word}(?![\w-])", source)]
+
+
+def distinctive_words(block: Block) -> list[str]:
+    """Programs, verbs and options of shell commands; in other code the names called or given."""
+    if block.language != "sh":
+        return re.findall(r"\b[A-Za-z]\w+(?=\(|: )", block.text)
+    lines = [line.partition(" #")[0] for line in CONTINUED.sub(" ", block.text).splitlines()]
+    return [word for line in lines for word in words_of_command(line)]
+
+
+def words_of_command(line: str) -> list[str]:
+    program, *words = line.split()
+    options = [word.partition("=")[0] for word in words if word.startswith("-")]
+    verbs = itertools.takewhile(re.compile("[a-z]+").fullmatch, words)
+    return [program.rpartition("/")[2], *verbs, *options]
+
+
+@pytest.mark.parametrize("word", ["--resolve", "healthz", "takeover"])
+def test_words_that_the_named_file_lacks_are_found(word: str) -> None:
+    (block,) = [b for b in BLOCKS if b.page == "docs/takeover.md" and "takeover init" in b.text]
+    text = block.text + f"takeover {word}"
+    assert missing_in(block.text, replace(block, text=text)) == [word] * (word != "takeover")
 
 
 @pytest.mark.parametrize("block", params([b for b in BLOCKS if b.language in OF_OTHERS]))
