@@ -11,6 +11,7 @@ The comment in the line above a block is one of:
 Without a comment it is run here and must succeed. Blocks that are no program are parsed.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +164,32 @@ def test_failures_of_curl_are_seen(block: Block) -> None:
 def test_commands_of_blocks_exist(block: Block) -> None:
     lines = CONTINUED.sub(" ", block.text).splitlines()
     assert [problem for line in lines for problem in wrong_in_line(line)] == []
+
+
+def slow_commands() -> list[str]:
+    """Modules of ours and their words, from the blocks that take minutes."""
+    lines = [
+        line
+        for block in BLOCKS
+        if "time" in block.noted("needs").split(", ")
+        for line in CONTINUED.sub(" ", block.text).splitlines()
+    ]
+    return sorted({" ".join(line.split()[2:]) for line in lines if line.startswith("python -m ")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", slow_commands())
+def test_command_that_takes_minutes_can_be_parsed(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, *words = command.split()
+    with suppress(ModuleNotFoundError):
+        module = importlib.import_module(f"{module}.__main__").__name__
+    with pytest.raises(SystemExit) as ended:  # The values before --help are read, too.
+        importlib.import_module(module).main([*words, "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert [word for word in words if word.startswith("--") and f"{word} " not in told] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
