@@ -62,9 +62,7 @@ def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     fields = {"prompt": PROMPT, "num_inference_steps": STEPS, "width": 256, "height": 256}
     body.write_text(json.dumps({"key": "the-vendors-key", **fields, **texts}))
     words = ["--folder", str(folder), "--port", "0", "--data-dir", str(work / "data")]
-    server = Process(
-        {"INPAINT_HOLD_S": str(HOLD_S)}, "takeover", "serve", "--host", "127.0.0.1", *words
-    )
+    server = Process({"INPAINT_HOLD_S": str(HOLD_S)}, "takeover", "serve", *words)
     try:
         url = urlsplit(server.wait_for("listening")["url"])
         assert url.scheme == "https"
