@@ -55,9 +55,13 @@ COUNT_HELD = (
 MAY_START: ColumnElement[bool] = jobs.c.deadline_at.is_(None) | (jobs.c.deadline_at > SHARED_NOW)
 """The job has no deadline, or its deadline has not passed."""
 
+MAY_BE_CLAIMED = IS_WAITING & MAY_START
+FIRST_WAITING = (
+    select(jobs.c.attempt, jobs.c.created_at).where(MAY_BE_CLAIMED).order_by(*ORDER).limit(1)
+)
 LOCK_NEXT = (
-    select(jobs.c.id, jobs.c.attempt, jobs.c.created_at)
-    .where(IS_WAITING, MAY_START)
+    select(jobs.c.id, jobs.c.attempt)
+    .where(MAY_BE_CLAIMED)
     .order_by(*ORDER)
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)

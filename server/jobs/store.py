@@ -55,6 +55,7 @@ from server.jobs.leases import (
     COUNT_HELD,
     COUNT_WAITING,
     FINISH,
+    FIRST_WAITING,
     HEARTBEAT,
     LEASE_S,
     LOCK_NEXT,
@@ -260,12 +261,17 @@ class JobStore:
             # After BEGIN, because a job may be written while this call waits for the lock.
             now = self._clock()
             shared_now = self._shared_clock()
-            share = min(limit, self._share(connection, worker_id, count))
-            lock = {"limit": max(share, 1), "shared_now": shared_now}
-            waiting = connection.execute(LOCK_NEXT, lock).all()
-            if share < 1 and waiting and 0 <= now - waiting[0].created_at < FAIR_SHARE_S:
+            share = self._share(connection, worker_id, count)
+            # Without a lock, because concurrent claims skip locked rows and would find nothing.
+            first = connection.execute(FIRST_WAITING, {"shared_now": shared_now}).one_or_none()
+            if first is None or _is_for_others(first, now, share, is_idle):
                 return []
-            chosen = _claimable(waiting, is_idle)
+            lock = {"limit": min(limit, max(share, 1)), "shared_now": shared_now}
+            locked = connection.execute(LOCK_NEXT, lock).all()
+            chosen = _claimable(locked, is_idle)
+            if len(chosen) < len(locked):
+                # Concurrent claims have skipped the rows that were locked here and stay queued.
+                notify(connection, Topic.QUEUED)
             if not chosen:
                 return []
             values = {
@@ -276,9 +282,6 @@ class JobStore:
             }
             rows = connection.execute(CLAIM, values).all()
             notify(connection, Topic.PROGRESS)
-            if len(chosen) < len(waiting):
-                # Concurrent claims have skipped the rows that were locked here and stay queued.
-                notify(connection, Topic.QUEUED)
         claimed_s = self._steady_clock()
         claimed = [replace(Job.from_row(row._asdict()), claimed_s=claimed_s) for row in rows]
         return sorted(claimed, key=lambda job: chosen.index(job.id))
@@ -495,7 +498,13 @@ def _candidate_of(connection: Connection, new: NewJob) -> Candidate:
     return Candidate(params.samples * params.width * params.height, new.work, priority, turn)
 
 
-def _claimable(queued: Sequence[Row[int, int, float]], is_idle: bool) -> list[int]:
+def _is_for_others(first: Row[int, float], now: float, share: int, is_idle: bool) -> bool:
+    """Whether this worker must leave the next job to other workers."""
+    is_reserved = share < 1 and 0 <= now - first.created_at < FAIR_SHARE_S
+    return is_reserved or (first.attempt > 0 and not is_idle)
+
+
+def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:
     """Ids of the jobs that may be claimed together. queued: in queue order."""
     if queued and queued[0].attempt > 0:
         return [queued[0].id] if is_idle else []

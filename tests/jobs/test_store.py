@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -733,6 +734,97 @@ def test_release_that_comes_twice_does_not_disturb_the_next_claim(store: JobStor
     assert not {*first.output_keys} & {*second.output_keys}
 
 
+@pytest.fixture
+def postgres_engine(postgres_server: PostgresServer) -> Iterator[Engine]:
+    name = postgres_server.create_migrated()
+    engine = open_engine(str(postgres_server.url(name)))
+    yield engine
+    engine.dispose()
+    postgres_server.drop(name)
+
+
+class TestConcurrentClaims:
+    """On PostgreSQL, where a claim skips the rows that another one has locked."""
+
+    pytestmark = pytest.mark.postgres
+
+    @pytest.fixture
+    def busy(self, postgres_engine: Engine, clock: Clock) -> JobStore:
+        """The store of a worker that holds its share of two jobs; another worker is idle."""
+        store = JobStore(postgres_engine, clock=clock, steady_clock=clock)
+        store.submit(new_job())
+        store.claim("busy", 1)
+        for name in ("busy", "idle"):
+            store.workers.report(worker_status(name, clock.now))
+        return store
+
+    def test_reserved_job_is_not_locked(self, busy: JobStore, postgres_engine: Engine) -> None:
+        new = busy.submit(new_job())
+        with claims_before_the_end(postgres_engine, "idle") as claimed:
+            assert busy.claim("busy", 16, is_idle=False) == []
+        assert claimed == [new.id]
+
+    def test_job_for_an_idle_worker_is_not_locked(
+        self, busy: JobStore, postgres_engine: Engine
+    ) -> None:
+        lost = busy.submit(new_job())
+        busy.claim("dead", 1)
+        busy.requeue_of("dead")
+        busy.submit(new_job())
+        with claims_before_the_end(postgres_engine, "idle") as claimed:
+            assert busy.claim("busy", 16, is_idle=False) == []
+        assert claimed == [lost.id]
+
+    def test_no_more_jobs_are_locked_than_claimed(
+        self, busy: JobStore, postgres_engine: Engine
+    ) -> None:
+        waiting = [busy.submit(new_job()).id for _ in range(3)]
+        with claims_before_the_end(postgres_engine, "idle") as claimed:
+            taken = busy.claim("busy", 16, is_idle=False)
+        assert [job.id for job in taken] == waiting[:1]
+        assert claimed == waiting[1:]
+
+    def test_job_that_was_locked_in_vain_is_told(
+        self, busy: JobStore, postgres_engine: Engine
+    ) -> None:
+        """Another worker claims the first job between the read and the lock."""
+        for _ in range(2):
+            busy.submit(new_job())
+        first = claim_one(busy, "stopping")
+        claim_one(busy, "dead")
+        busy.release(first)
+        busy.requeue_of("dead")
+        other = open_engine(postgres_engine.url.render_as_string(hide_password=False))
+        taken: list[Job] = []
+
+        def take_first(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if "SKIP LOCKED" in statement and not taken:
+                taken.extend(JobStore(other).claim("idle", 1))
+
+        event.listen(postgres_engine, "before_cursor_execute", take_first)
+        told = told_of(postgres_engine, lambda: busy.claim("busy", 16, is_idle=False))
+        other.dispose()
+        assert [job.id for job in taken] == [first.id]
+        assert Topic.QUEUED in told
+
+
+@contextmanager
+def claims_before_the_end(engine: Engine, worker_id: str) -> Iterator[list[int]]:
+    """Another worker's claim just before this engine's next transaction ends; what it got."""
+    other = open_engine(engine.url.render_as_string(hide_password=False))
+    claimed: list[int] = []
+
+    def claim(_connection: Any) -> None:
+        claimed.extend(job.id for job in JobStore(other).claim(worker_id, 16))
+
+    for end in ("commit", "rollback"):
+        event.listen(engine, end, claim)
+    yield claimed
+    for end in ("commit", "rollback"):
+        event.remove(engine, end, claim)
+    other.dispose()
+
+
 class TestShares:
     """A burst goes to all workers that are ready."""
 
@@ -819,14 +911,6 @@ class TestTopics:
     }
 
     pytestmark = pytest.mark.postgres
-
-    @pytest.fixture
-    def postgres_engine(self, postgres_server: PostgresServer) -> Iterator[Engine]:
-        name = postgres_server.create_migrated()
-        engine = open_engine(str(postgres_server.url(name)))
-        yield engine
-        engine.dispose()
-        postgres_server.drop(name)
 
     @pytest.mark.parametrize("verb", VERBS)
     def test_only_what_has_changed_is_told(self, verb: str, postgres_engine: Engine) -> None:
