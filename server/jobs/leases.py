@@ -55,9 +55,18 @@ COUNT_HELD = (
 MAY_START: ColumnElement[bool] = jobs.c.deadline_at.is_(None) | (jobs.c.deadline_at > SHARED_NOW)
 """The job has no deadline, or its deadline has not passed."""
 
+QUEUED_S = SHARED_NOW - jobs.c.submitted_s
+"""Below 0 where the clocks of the two processes differ a little."""
+
+FAIR_SHARE_S = 0.25
+"""How long a waiting job is reserved for workers below their share. Those claim it sooner."""
+
 MAY_BE_CLAIMED = IS_WAITING & MAY_START
 FIRST_WAITING = (
-    select(jobs.c.attempt, jobs.c.created_at).where(MAY_BE_CLAIMED).order_by(*ORDER).limit(1)
+    select(jobs.c.attempt, (func.abs(QUEUED_S) < FAIR_SHARE_S).label("is_reserved"))
+    .where(MAY_BE_CLAIMED)
+    .order_by(*ORDER)
+    .limit(1)
 )
 LOCK_NEXT = (
     select(jobs.c.id, jobs.c.attempt)
@@ -66,9 +75,6 @@ LOCK_NEXT = (
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)
 )
-QUEUED_S = SHARED_NOW - jobs.c.submitted_s
-"""Below 0 where the clocks of the two processes differ a little."""
-
 CLAIM = (
     update(jobs)
     .where(

@@ -76,9 +76,6 @@ from server.storage.tables import jobs, receipts
 MAX_ATTEMPTS = 3
 WORKER_LOST = Failure.WORKER_LOST.sentence
 
-FAIR_SHARE_S = 0.25
-"""How long a waiting job is reserved for workers below their share. Those claim it sooner."""
-
 GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
 IS_LIVE: ColumnElement[bool] = jobs.c.state.in_(
     [state for state in JobState if not state.is_terminal]
@@ -264,7 +261,7 @@ class JobStore:
             share = self._share(connection, worker_id, count)
             # Without a lock, because concurrent claims skip locked rows and would find nothing.
             first = connection.execute(FIRST_WAITING, {"shared_now": shared_now}).one_or_none()
-            if first is None or _is_for_others(first, now, share, is_idle):
+            if first is None or _is_for_others(first, share, is_idle):
                 return []
             lock = {"limit": min(limit, max(share, 1)), "shared_now": shared_now}
             locked = connection.execute(LOCK_NEXT, lock).all()
@@ -498,10 +495,9 @@ def _candidate_of(connection: Connection, new: NewJob) -> Candidate:
     return Candidate(params.samples * params.width * params.height, new.work, priority, turn)
 
 
-def _is_for_others(first: Row[int, float], now: float, share: int, is_idle: bool) -> bool:
+def _is_for_others(first: Row[int, bool], share: int, is_idle: bool) -> bool:
     """Whether this worker must leave the next job to other workers."""
-    is_reserved = share < 1 and 0 <= now - first.created_at < FAIR_SHARE_S
-    return is_reserved or (first.attempt > 0 and not is_idle)
+    return (first.is_reserved and share < 1) or (first.attempt > 0 and not is_idle)
 
 
 def _claimable(queued: Sequence[Row[int, int]], is_idle: bool) -> list[int]:

@@ -44,8 +44,9 @@ from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
 from server.core.settings import Settings
 from server.jobs.job import Failure, Heartbeat, Job
+from server.jobs.leases import FAIR_SHARE_S
 from server.jobs.receipts import Model
-from server.jobs.store import FAIR_SHARE_S, JobStore
+from server.jobs.store import JobStore
 from server.jobs.workers import WorkerStatus
 from server.sandbox.decoded import DecodedPair, UnknownFormat
 from server.storage.database import DatabaseFileGone, Topic, open_engine

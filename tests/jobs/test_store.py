@@ -20,13 +20,8 @@ from sqlalchemy.exc import IntegrityError
 from server.core.errors import QueueFull
 from server.jobs.estimates import GUESSED_SPEED, RECENT_JOBS, START_S
 from server.jobs.job import Heartbeat, Job, JobState
-from server.jobs.leases import CHECK_INTERVAL_S, LEASE_S
-from server.jobs.store import (
-    FAIR_SHARE_S,
-    MAX_ATTEMPTS,
-    WORKER_LOST,
-    JobStore,
-)
+from server.jobs.leases import CHECK_INTERVAL_S, FAIR_SHARE_S, LEASE_S
+from server.jobs.store import MAX_ATTEMPTS, WORKER_LOST, JobStore
 from server.jobs.workers import ALIVE_S, ROW_KEPT_S
 from server.storage.database import Topic, open_engine
 from server.storage.tables import jobs, workers
@@ -865,6 +860,33 @@ class TestShares:
         clock.now += FAIR_SHARE_S
         taken = [len(first.claim("a", 16, is_idle=False)) for _ in range(6)]
         assert taken == [1, 1, 1, 1, 1, 0]
+
+    @pytest.mark.parametrize("skew_s", [30 * HOUR_S, 1.0, -1.0, -24 * HOUR_S])
+    def test_share_is_kept_whatever_the_wall_clocks(self, skew_s: float, engine: Engine) -> None:
+        wall, steady, shared = Clock(), Clock(), Clock()
+        server = JobStore(engine, clock=wall, shared_clock=shared)
+        worker = JobStore(
+            engine,
+            clock=Clock(wall.now + skew_s),
+            steady_clock=steady,
+            shared_clock=shared,
+        )
+        self.let_b_be_ready(worker, steady)
+        server.submit(new_job())
+        server.submit(new_job())
+        assert len(worker.claim("a", 16)) == 1
+        assert worker.claim("a", 16, is_idle=False) == []
+        shared.now -= 0.01
+        assert worker.claim("a", 16, is_idle=False) == [], "clocks differ a little"
+        shared.now += 0.01 + FAIR_SHARE_S
+        assert len(worker.claim("a", 16, is_idle=False)) == 1
+
+    def let_b_be_ready(self, store: JobStore, steady: Clock) -> None:
+        """Two reports, because the first one is compared with the wall clock."""
+        for seen_at in (0.0, 1.0):
+            store.workers.report(worker_status("b", seen_at))
+            store.workers.alive()
+            steady.now += 1
 
     def test_single_job_goes_to_whoever_looks(self, stores: list[JobStore]) -> None:
         stores[0].submit(new_job())
