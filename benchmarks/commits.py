@@ -1,9 +1,9 @@
 """`python -m benchmarks.commits --out DIR`: how many heartbeats and claims one PostgreSQL bears.
 
 A server of its own with fsync on, driven by `pgbench`. Each client renews the lease of a job of its
-own, with the NOTIFY that a worker sends and without it; or it looks for a job where none waits. A
-transaction with a NOTIFY holds a lock of the whole PostgreSQL from before its commit is flushed
-until after it, so that such commits do not share a flush.
+own, with a NOTIFY as the end of a job sends one, and without, as a worker does; or it looks for a
+job where none waits. A transaction with a NOTIFY holds a lock of the whole PostgreSQL from before
+its commit is flushed until after it, so that such commits do not share a flush.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BEAT = (
 )
 LOOK = "SELECT count(*) FROM (SELECT id FROM jobs WHERE state = 'queued' LIMIT 1000) AS waiting;"
 SCRIPTS = {
-    "heartbeats with NOTIFY": f"BEGIN; {BEAT} NOTIFY {Topic.PROGRESS}; COMMIT;",
+    "heartbeats with NOTIFY": f"BEGIN; {BEAT} NOTIFY {Topic.ENDED}; COMMIT;",
     "heartbeats without": f"BEGIN; {BEAT} COMMIT;",
     # The pool's ping, and `JobStore.claim` until it finds nothing.
     "empty claims": f"SELECT 1; BEGIN; {LOOK} ROLLBACK;",
@@ -61,7 +61,7 @@ def measure(server: PostgresServer, binaries: Path, size: Size) -> dict[str, dic
     with ExitStack() as stack:
         for _ in range(size.listeners):
             listener = stack.enter_context(psycopg.connect(address, autocommit=True))
-            listener.execute(f"LISTEN {Topic.PROGRESS}".encode())
+            listener.execute(f"LISTEN {Topic.ENDED}".encode())
         for clients in tqdm(size.clients, desc="clients"):
             for name, script in SCRIPTS.items():
                 found[name][clients] = bench.rate(script, clients)

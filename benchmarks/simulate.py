@@ -263,17 +263,17 @@ def database_load(simulation: Simulation, workers: int, seconds: float) -> dict[
     """What a run asks of the database, per second.
 
     writes: commits that write: one to submit a job, one for a claim, one to finish a job;
-    heartbeats while a worker holds jobs; reports. notified: those of them with a NOTIFY.
+    heartbeats while a worker holds jobs; reports. notified: submits and ends, which send a NOTIFY.
     claims_tried: each submit wakes all workers with a free place, and most find nothing.
     Webhooks, removals and what clients ask of the API are not in it.
     """
     jobs_per_s = len(simulation.ended) / seconds
     claims_per_s = simulation.claims / seconds
     beats_per_s = HEARTBEATS_PER_S * simulation.busy_s / seconds
-    notified = 2 * jobs_per_s + claims_per_s + beats_per_s
+    notified = 2 * jobs_per_s
     woken = min(simulation.woken / seconds, POLLS_PER_S * workers)
     return {
-        "writes_per_s": notified + REPORTS_PER_S * workers,
+        "writes_per_s": notified + claims_per_s + beats_per_s + REPORTS_PER_S * workers,
         "notified_per_s": notified,
         "claims_tried_per_s": woken + claims_per_s + jobs_per_s + REFRESHES_PER_S * workers,
     }

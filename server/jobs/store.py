@@ -145,9 +145,9 @@ class JobStore:
         self._leases = HeartbeatMonitor[tuple[int, int]](steady_clock)
         self.workers = WorkerRegistry(engine, clock, steady_clock)
 
-    def change_signal(self, *topics: Topic) -> ChangeSignal:
-        """A change signal for one thread. topics: all if none is named."""
-        return ChangeSignal(self._engine, topics or tuple(Topic))
+    def change_signal(self, topic: Topic) -> ChangeSignal:
+        """A change signal for one thread."""
+        return ChangeSignal(self._engine, topic)
 
     def check_file(self) -> None:
         """As `database.check_file`. Raises: DatabaseFileGone."""
@@ -278,7 +278,6 @@ class JobStore:
                 "shared_now": shared_now,
             }
             rows = connection.execute(CLAIM, values).all()
-            notify(connection, Topic.PROGRESS)
         claimed_s = self._steady_clock()
         claimed = [replace(Job.from_row(row._asdict()), claimed_s=claimed_s) for row in rows]
         return sorted(claimed, key=lambda job: chosen.index(job.id))
@@ -313,7 +312,7 @@ class JobStore:
         """`heartbeat` for many jobs in one commit; returns the jobs whose lease is lost."""
         now = self._clock()
         with self._engine.begin() as connection:
-            lost = [
+            return [
                 each.job
                 for each in heartbeats
                 if not self._run(
@@ -328,9 +327,6 @@ class JobStore:
                     },
                 )
             ]
-            if len(lost) < len(heartbeats):
-                notify(connection, Topic.PROGRESS)
-        return lost
 
     def finish(
         self, job: Job, flagged: Sequence[bool | None], receipt: Receipt | None = None

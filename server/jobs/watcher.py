@@ -1,7 +1,8 @@
 """`JobWatcher`: the clients of this process that wait for a job's end or follow its progress.
 
-A thread polls the database's change signal. After a change the watched jobs are read once for all
-clients together. All other state belongs to the event loop.
+A thread polls the database's change signal, which reports ends of jobs. After a change, and every
+`FOLLOW_S` while clients follow jobs, the watched jobs are read once for all clients together. All
+other state belongs to the event loop.
 """
 
 import asyncio
@@ -18,12 +19,16 @@ from server.core.errors import TooManyStreams
 from server.core.logs import get_logger
 from server.jobs.job import Job, JobProgress
 from server.jobs.store import JobStore
+from server.storage.database import Topic
 from server.storage.notify import ChangeSignal
 
 logger = get_logger(__name__)
 
 POLL_S = 0.01
 """Longest wait for the change signal, in which a new client is not noticed."""
+
+FOLLOW_S = 0.25
+"""Between two reads of followed jobs, because PostgreSQL does not report progress."""
 
 PAUSE_FACTOR = 10
 """The pause after a read, as a multiple of its time, so that reads take a tenth of a core."""
@@ -166,7 +171,7 @@ class JobWatcher:
             each.end()
 
     async def _run(self) -> None:
-        with self._store.change_signal() as signal:
+        with self._store.change_signal(Topic.ENDED) as signal:
             while not self._must_end:
                 try:
                     await run_sync(self._wait_for_change, signal, limiter=self._limiter)
@@ -181,8 +186,11 @@ class JobWatcher:
                     await asyncio.sleep(RETRY_S)
 
     def _wait_for_change(self, signal: ChangeSignal) -> None:
-        """In a thread: wait for a commit of another connection, or a new client."""
+        """In a thread: wait for the end of a job, a new client, or the next read of progress."""
+        read_at = time.monotonic() + FOLLOW_S
         while not (self._must_read.is_set() or signal.has_changed()):
+            if self._subscriptions and time.monotonic() >= read_at:
+                break
             if len(self):
                 signal.wait(POLL_S)
             else:

@@ -93,14 +93,15 @@ STATEMENT_TIMEOUT_S = 30
 
 
 class Topic(StrEnum):
-    """The channels of PostgreSQL's NOTIFY."""
+    """The channels of PostgreSQL's NOTIFY.
+
+    Claims and heartbeats have none, because PostgreSQL flushes commits with a NOTIFY one by one.
+    """
 
     QUEUED = "inpaint_queued"
     """Jobs that a worker may claim."""
     ENDED = "inpaint_ended"
     """Jobs in a terminal state."""
-    PROGRESS = "inpaint_progress"
-    """Jobs that were claimed or made progress."""
 
 
 SqliteVersion = tuple[int, int, int]

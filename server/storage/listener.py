@@ -1,7 +1,6 @@
 """PostgreSQL's LISTEN, which receives what `database.notify` sends at each commit."""
 
 import time
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import psycopg
@@ -16,9 +15,9 @@ class Notifications:
 
     errors: ClassVar[tuple[type[Exception], ...]] = (SQLAlchemyError, psycopg.Error)
 
-    def __init__(self, engine: Engine, topics: Collection[Topic], refresh_s: float) -> None:
+    def __init__(self, engine: Engine, topic: Topic, refresh_s: float) -> None:
         self._engine = engine
-        self._topics = topics
+        self._topic = topic
         self._refresh_s = refresh_s
         self._connection: psycopg.Connection[Any] | None = None
         self._reported_at = 0.0
@@ -46,8 +45,7 @@ class Notifications:
         # Not from the pool, which would reset the connection and so end its LISTEN.
         args, options = self._engine.dialect.create_connect_args(self._engine.url)
         connection = psycopg.connect(*args, autocommit=True, **options)
-        for topic in self._topics:
-            connection.execute(f"LISTEN {topic}".encode())
+        connection.execute(f"LISTEN {self._topic}".encode())
         return connection
 
     def close(self) -> None:

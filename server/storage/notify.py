@@ -1,7 +1,6 @@
 """`ChangeSignal`: detects commits of other connections, for threads that wait for them."""
 
 import time
-from collections.abc import Collection
 from typing import ClassVar, Protocol
 
 import pysqlite3.dbapi2 as sqlite
@@ -22,22 +21,17 @@ class ChangeSignal:
 
     A poll costs microseconds and may report a change that is none. SQLite reports every commit that
     has returned; PostgreSQL's notification arrives some milliseconds later. For one thread.
-    topics: the channels PostgreSQL listens to. refresh_s: see `REFRESH_S`.
+    topic: the channel that PostgreSQL listens to. refresh_s: see `REFRESH_S`.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        topics: Collection[Topic] = tuple(Topic),
-        refresh_s: float = REFRESH_S,
-    ) -> None:
+    def __init__(self, engine: Engine, topic: Topic, refresh_s: float = REFRESH_S) -> None:
         if engine.dialect.name == "sqlite":
             self._source: ChangeSource = DataVersion(engine)
             return
         # PostgreSQL's driver takes 8 MB, so a process on SQLite does not load it.
         from server.storage.listener import Notifications
 
-        self._source = Notifications(engine, topics, refresh_s)
+        self._source = Notifications(engine, topic, refresh_s)
 
     def has_changed(self) -> bool:
         """Also true when the database fails: the caller's next read raises the error."""

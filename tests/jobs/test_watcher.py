@@ -1,6 +1,7 @@
 """Clients that wait for a job or follow it: who is woken, when, and by what."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.jobs.job import Job, JobProgress, JobState
 from server.jobs.store import JobStore
 from server.jobs.watcher import JobWatcher
-from server.storage.database import open_engine
+from server.storage.database import Topic, open_engine
+from server.storage.notify import ChangeSignal
 from tests.support.jobs import LONG_S, claim_one, new_job, run_with
 
 KEY = "a holder"
@@ -198,6 +200,14 @@ def test_database_that_fails_for_a_while_loses_no_waiter(engine: Engine) -> None
     assert run_with(store, body) is not None
 
 
+class QuietStore(JobStore):
+    """Its change signals report only what they are notified of."""
+
+    def change_signal(self, topic: Topic) -> ChangeSignal:
+        """Without the report of every second."""
+        return ChangeSignal(self._engine, topic, refresh_s=math.inf)
+
+
 class TestSubscribing:
     def test_present_state_comes_first_then_each_change(self, store: JobStore) -> None:
         store.submit(new_job())
@@ -220,6 +230,24 @@ class TestSubscribing:
             JobProgress(JobState.RUNNING, 1, 3, 14, None),
             JobProgress(JobState.CANCELLED, 1, 3, 14, None),
         ]
+
+    def test_progress_is_read_although_no_signal_reports_it(self, engine: Engine) -> None:
+        store = QuietStore(engine)
+        store.submit(new_job())
+        job = claim_one(store)
+
+        async def body(watcher: JobWatcher) -> list[int]:
+            steps = []
+            with watcher.subscribe(job.id, KEY) as subscription:
+                assert await subscription.next(LONG_S)
+                for step in (1, 2):
+                    await asyncio.to_thread(store.heartbeat, job, step, 14)
+                    progress = await subscription.next(LONG_S)
+                    assert progress is not None
+                    steps.append(progress.step)
+            return steps
+
+        assert run_with(store, body) == [1, 2]
 
     def test_latecomer_and_others_get_the_present_state(self, store: JobStore) -> None:
         ids = [store.submit(new_job()).id for _ in range(3)]

@@ -238,7 +238,7 @@ class TestLimitsOfWaiting:
             LoopThread() as thread,
             running_proxy(thread, lambda: asyncio.open_unix_connection(str(server))) as proxy,
             opened(str(address.set(host="127.0.0.1", port=proxy.port, query={}))) as engine,
-            ChangeSignal(engine) as signal,
+            ChangeSignal(engine, Topic.ENDED) as signal,
         ):
             assert signal.has_changed()
             with engine.connect() as connection:
@@ -337,7 +337,7 @@ def test_old_sqlite_leaves_wal_with_a_warning(
     assert "can lose commits" in caplog.text
     assert pragma(old, "journal_mode") == "delete"
     report(old, "after")
-    with ChangeSignal(old) as signal:
+    with ChangeSignal(old, Topic.ENDED) as signal:
         assert [signal.has_changed(), signal.has_changed()] == [True, False]
         report(old, "seen")
         assert signal.has_changed()
@@ -399,7 +399,7 @@ def report(engine: Engine, worker_id: str) -> None:
 
 def watching(engine: Engine) -> ChangeSignal:
     """One that says yes for a reason only."""
-    return ChangeSignal(engine, [Topic.ENDED], math.inf)
+    return ChangeSignal(engine, Topic.ENDED, math.inf)
 
 
 def hears(signal: ChangeSignal) -> bool:
@@ -459,7 +459,7 @@ class TestChangeSignal:
         name = postgres_server.create_migrated()
         with (
             opened(str(postgres_server.url(name))) as engine,
-            ChangeSignal(engine, refresh_s=0) as signal,
+            ChangeSignal(engine, Topic.ENDED, refresh_s=0) as signal,
         ):
             assert [signal.has_changed() for _ in range(3)] == [True] * 3
         postgres_server.drop(name)

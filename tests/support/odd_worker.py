@@ -40,7 +40,7 @@ def main() -> None:
     if options.manner == "never-ready":
         signal.pause()
     report(store, options.worker_id, "ready")
-    with ChangeSignal(engine, [Topic.QUEUED]) as changes:
+    with ChangeSignal(engine, Topic.QUEUED) as changes:
         while True:
             report(store, options.worker_id, "ready")
             for job in store.claim(options.worker_id, 1) if changes.has_changed() else []:
