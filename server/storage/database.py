@@ -4,7 +4,7 @@ import functools
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from server.core.logs import get_logger
-from server.storage.wakeups import wake_all
 
 logger = get_logger(__name__)
 
@@ -64,9 +63,6 @@ SWITCH_PAUSE_MS = 20
 
 FILE_OPTION = "database_file"
 """Execution option of an engine for a SQLite file: its `DatabaseFile`."""
-
-MUST_WAKE = "must_wake"
-"""Key in a connection's `info`: its transaction has changed what others wait for."""
 
 PRIMARY_CODE_MASK = 0xFF
 """The bits of SQLite's primary result code; the bits above extend it."""
@@ -255,7 +251,6 @@ def _open_sqlite(url: str, version: SqliteVersion, must_exist: bool) -> Engine:
         file = DatabaseFile(database, must_exist=must_exist)
         event.listen(engine, "do_connect", file.before_connect)
         event.listen(engine, "connect", file.after_connect)
-        event.listen(engine, "checkin", functools.partial(_wake_listeners, wakeup_pipes_of(engine)))
         engine.update_execution_options(**{FILE_OPTION: file})
     return engine
 
@@ -316,32 +311,13 @@ def read_only(engine: Engine) -> Iterator[Connection]:
 
 
 def notify(connection: Connection, topic: Topic) -> None:
-    """Have listeners woken when this transaction commits: by PostgreSQL, or through named pipes.
+    """Have PostgreSQL wake listeners when this transaction commits. SQLite's poll the file instead.
 
     Call it only after a change to rows of the topic, because every listener then reads the
     database.
     """
-    if connection.dialect.name == "sqlite":
-        connection.info[MUST_WAKE] = True
-    else:
+    if connection.dialect.name != "sqlite":
         connection.exec_driver_sql(f"NOTIFY {topic}")
-
-
-def wakeup_pipes_of(engine: Engine) -> Path:
-    """The folder with the named pipes of a SQLite file's listeners.
-
-    Its name does not begin as the file's does, because `mv` and `cp` of `inpaint.db*` are common.
-    """
-    file = Path(engine.url.database or "")
-    return file.with_name(f".{file.name}-wakeups")
-
-
-def _wake_listeners(folder: Path, _connection: object, record: Any) -> None:
-    """A connection is returned to the pool, after its transaction's end."""
-    if record.info.pop(MUST_WAKE, False):
-        # The transaction is committed, and the pool needs its connection, whatever happens here.
-        with suppress(OSError):
-            wake_all(folder)
 
 
 def migrate(engine: Engine) -> None:

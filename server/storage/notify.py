@@ -8,8 +8,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
-from server.storage.database import Topic, wakeup_pipes_of
-from server.storage.wakeups import WakeupPipe
+from server.storage.database import Topic
 
 REFRESH_S = 1.0
 """Without a notification from PostgreSQL a change is reported after so long all the same, because
@@ -42,7 +41,7 @@ class ChangeSignal:
             return True
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until there may be a change, at most so long."""
+        """Wait until there may be a change, at most so long; on SQLite always so long."""
         try:
             self._source.wait(timeout_s)
         except self._source.errors:
@@ -84,7 +83,6 @@ class DataVersion:
         self._engine = engine
         self._connection: PoolProxiedConnection | None = None
         self._version: int | None = None
-        self._pipe: WakeupPipe | None = None
 
     def poll(self) -> bool:
         # The driver's own connection, because a poll happens a hundred times a second.
@@ -97,12 +95,9 @@ class DataVersion:
         return is_new
 
     def wait(self, timeout_s: float) -> None:
-        self._pipe = self._pipe or WakeupPipe(wakeup_pipes_of(self._engine))
-        self._pipe.wait(timeout_s)
+        time.sleep(timeout_s)  # Nothing wakes the readers of a SQLite file.
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        if self._pipe is not None:
-            self._pipe.close()
-        self._connection = self._version = self._pipe = None
+        self._connection = self._version = None

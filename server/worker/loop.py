@@ -60,8 +60,8 @@ from server.worker.results import Result, Stages, Stores
 logger = get_logger(__name__)
 
 IDLE_POLL_S = 0.01
-"""Longest wait of an idle engine. A new job ends it, and all else is found by polling, which costs
-microseconds."""
+"""Longest wait of an idle engine. PostgreSQL ends it for a new job. All else, and a new job on
+SQLite, is found by polling, which costs microseconds."""
 
 HEARTBEAT_S = 0.5
 """Interval of heartbeats, which renew the leases of running jobs and write their progress."""

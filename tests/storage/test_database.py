@@ -425,8 +425,14 @@ class TestChangeSignal:
                 assert not signal.has_changed()
             assert [hears(signal), signal.has_changed()] == [True, False]
 
-    def test_commit_ends_a_wait(self, engine: Engine) -> None:
-        with watching(engine) as signal, ThreadPoolExecutor(1) as pool:
+    @pytest.mark.postgres
+    def test_commit_ends_a_wait(self, postgres_server: PostgresServer) -> None:
+        name = postgres_server.create_migrated()
+        with (
+            opened(str(postgres_server.url(name))) as engine,
+            watching(engine) as signal,
+            ThreadPoolExecutor(1) as pool,
+        ):
             signal.has_changed()
             signal.wait(0.0)  # from now on it can be woken
             waiting = pool.submit(signal.wait, HEARING_S)
@@ -435,6 +441,7 @@ class TestChangeSignal:
             waiting.result()
             assert time.monotonic() - began < HEARING_S / 2
             assert signal.has_changed()
+        postgres_server.drop(name)
 
     def test_what_is_rolled_back_is_not_seen(self, engine: Engine) -> None:
         with watching(engine) as signal:
