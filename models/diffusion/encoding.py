@@ -195,7 +195,8 @@ class CanvasEncoder:
     def _images(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Pictures `(h, w, 3)` of one size as `(n, 3, h, w)` float32 in [-1, 1]."""
         pixels = torch.from_numpy(np.stack(pictures))
-        return upload(pixels, self._device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        images = upload(pixels, self._device).permute(0, 3, 1, 2).float()
+        return images.div_(255).mul_(2).sub_(1)
 
     def _strengths(self, canvases: Iterable[Canvas]) -> Tensor:
         """`(n, 1, h, w)` uint8."""
