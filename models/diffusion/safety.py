@@ -59,7 +59,8 @@ class SafetyChecker:
         needs_care = (special - checker.special_care_embeds_weights > SCORE_RESOLUTION).any(dim=1)
         margin = needs_care.float()[:, None] * SPECIAL_CARE_MARGIN
         scores = concept - checker.concept_embeds_weights + margin
-        return (scores > SCORE_RESOLUTION).any(dim=1)
+        flagged: torch.Tensor = (scores > SCORE_RESOLUTION).any(dim=1)
+        return flagged
 
 
 def cosine_similarity(embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
