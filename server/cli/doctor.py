@@ -16,53 +16,53 @@ from server.core.settings import Settings
 from server.core.terminal import printable
 from server.serving.diagnosis.checkpoints import check_models
 from server.serving.diagnosis.database import Clocks, check_database
-from server.serving.diagnosis.findings import Finding, Level, error, ok, warning
 from server.serving.diagnosis.folders import check_folders
 from server.serving.diagnosis.gpus import check_gpus
 from server.serving.diagnosis.network import check_fetches, check_ports, check_proxies, check_tls
+from server.serving.diagnosis.results import CheckResult, Severity, error, ok, warning
 from server.serving.diagnosis.trial import check_inpaint
 
 SETTINGS = "settings"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the findings. Returns 1 where one is an error, else 0."""
+    """Print the results. Returns 1 where one is an error, else 0."""
     found = []
-    for finding in map(without_secrets, diagnose(options)):
-        found.append(finding)
+    for result in map(without_secrets, diagnose(options)):
+        found.append(result)
         if not options.json:
-            print_finding(finding)
-    worst = max(found, key=lambda each: [*Level].index(each.level)).level
+            print_result(result)
+    worst = max(found, key=lambda each: [*Severity].index(each.severity)).severity
     if options.json:
         print(  # noqa: T201 - the command's output
             json.dumps(
                 {
-                    "ok": worst is not Level.ERROR,
+                    "ok": worst is not Severity.ERROR,
                     "version": version("inpaint-server"),
-                    "findings": [asdict(each) for each in found],
+                    "results": [asdict(each) for each in found],
                 },
                 indent=2,
             )
         )
-    return 1 if worst is Level.ERROR else 0
+    return 1 if worst is Severity.ERROR else 0
 
 
-def without_secrets(finding: Finding) -> Finding:
+def without_secrets(result: CheckResult) -> CheckResult:
     """Messages of libraries quote URLs, and people paste what doctor prints into public issues."""
-    sentence, cure = map(without_passwords, (finding.sentence, finding.cure))
-    return replace(finding, sentence=sentence, cure=cure)
+    sentence, cure = map(without_passwords, (result.sentence, result.cure))
+    return replace(result, sentence=sentence, cure=cure)
 
 
-def print_finding(finding: Finding) -> None:
-    """One line, and one with the cure, as soon as the finding is there."""
-    print(f"{finding.level:7}  {finding.check:11}  {printable(finding.sentence)}")  # noqa: T201
-    if finding.cure:
-        print(f"{'':7}  {'':11}  -> {printable(finding.cure)}")  # noqa: T201
+def print_result(result: CheckResult) -> None:
+    """One line, and one with the cure, as soon as the result is there."""
+    print(f"{result.severity:7}  {result.check:11}  {printable(result.sentence)}")  # noqa: T201
+    if result.cure:
+        print(f"{'':7}  {'':11}  -> {printable(result.cure)}")  # noqa: T201
     sys.stdout.flush()
 
 
-def diagnose(options: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, the quick checks first."""
+def diagnose(options: argparse.Namespace) -> Iterator[CheckResult]:
+    """All results, the quick checks first."""
     clocks = Clocks()
     try:
         with refusing():
@@ -87,7 +87,7 @@ def diagnose(options: argparse.Namespace) -> Iterator[Finding]:
         yield from check_inpaint(settings)
 
 
-def check_settings(settings: Settings) -> Iterator[Finding]:
+def check_settings(settings: Settings) -> Iterator[CheckResult]:
     """The settings could be read; some may have no effect any more."""
     yield ok(SETTINGS, f"inpaint-server {version('inpaint-server')}, all settings can be used")
     for sentence in settings.removed:

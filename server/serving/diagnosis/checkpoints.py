@@ -26,7 +26,7 @@ from models.checkpoints.registry import (
 from models.errors import ModelUnavailable
 from server.core.settings import MODEL_MEMORY_SHARE, DtypeName, Settings
 from server.core.terminal import size_text
-from server.serving.diagnosis.findings import Finding, error, note, ok, warning
+from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.serving.gpu_driver import gpu_details
 from server.serving.preflight import problems_of_models
 
@@ -39,7 +39,7 @@ OFFLINE = ("1", "true", "yes", "on")
 """Values of `HF_HUB_OFFLINE` by which huggingface_hub asks no hub."""
 
 
-def check_models(settings: Settings) -> Iterator[Finding]:
+def check_models(settings: Settings) -> Iterator[CheckResult]:
     """Each offered model and LoRA."""
     problems = problems_of_models(settings)
     for problem in problems.values():
@@ -58,22 +58,22 @@ def check_models(settings: Settings) -> Iterator[Finding]:
     yield from check_loras(catalog, settings, problems)
 
 
-def check_model_files(spec: ModelSpec, settings: Settings) -> Iterator[Finding]:
+def check_model_files(spec: ModelSpec, settings: Settings) -> Iterator[CheckResult]:
     """Whether a model is downloaded, unchanged, and small enough."""
     try:
         files = weight_files(spec)
         if not files:
-            yield missing_finding(spec)
+            yield missing_result(spec)
             return
         size = sum(path.stat().st_size for path in files.values())
         yield ok(MODEL, f"{spec.id}: {size_text(size)} of weights are here")
-        yield digest_finding(spec, files, settings)
-        yield memory_finding(spec.id, parameter_count(files.values()), settings)
+        yield digest_result(spec, files, settings)
+        yield memory_result(spec.id, parameter_count(files.values()), settings)
     except (ModelUnavailable, OSError) as problem:
         yield error(MODEL, f"{spec.id}: {problem}", f"inpaint-server models pull {spec.id}")
 
 
-def missing_finding(spec: ModelSpec) -> Finding:
+def missing_result(spec: ModelSpec) -> CheckResult:
     """A model whose weights are not on this machine."""
     cure = f"inpaint-server models pull {spec.id}"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in OFFLINE:
@@ -89,7 +89,7 @@ def missing_finding(spec: ModelSpec) -> Finding:
     )
 
 
-def digest_finding(spec: ModelSpec, files: Mapping[str, Path], settings: Settings) -> Finding:
+def digest_result(spec: ModelSpec, files: Mapping[str, Path], settings: Settings) -> CheckResult:
     """Compare weights with the pinned digests and those of the first use.
 
     Raises: OSError; ModelUnavailable for an unreadable manifest.
@@ -121,7 +121,7 @@ def digest_finding(spec: ModelSpec, files: Mapping[str, Path], settings: Setting
     return ok(DIGESTS, f"{spec.id}: all weights have the digests of their first use")
 
 
-def memory_finding(model: str, parameters: int, settings: Settings) -> Finding:
+def memory_result(model: str, parameters: int, settings: Settings) -> CheckResult:
     """An estimate: the parameters in the model's dtype, beside the memory for all models."""
     gpus = [gpu.total_bytes for gpu in gpu_details() if gpu.total_bytes is not None]
     is_on_gpu = bool(gpus) and {*settings.devices} != {"cpu"}
@@ -155,7 +155,7 @@ def gpu_bytes_needed(parameters: int) -> int:
 
 def check_loras(
     catalog: Catalog, settings: Settings, problems: Mapping[str, str]
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Compare the offered LoRAs' files with the digests of `models.toml`."""
     for name in settings.offered_loras:
         if name in problems:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.api.auth.keys import KeyStore
 from server.core.settings import Settings
-from server.serving.diagnosis.findings import Finding, error, note, ok, warning
+from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.storage.clock import NOW
 from server.storage.database import (
     SqliteVersion,
@@ -46,16 +46,16 @@ class Clocks:
     started: tuple[float, float] = field(default_factory=lambda: (time.time(), time.monotonic()))
 
 
-def check_database(settings: Settings, clocks: Clocks) -> Iterator[Finding]:
+def check_database(settings: Settings, clocks: Clocks) -> Iterator[CheckResult]:
     """Version, schema and keys of the database, and the clock beside its own."""
     url = settings.sqlalchemy_url
     is_sqlite = make_url(url).get_backend_name() == "sqlite"
     if is_sqlite:
-        yield sqlite_finding(sqlite.sqlite_version_info)
+        yield sqlite_result(sqlite.sqlite_version_info)
     yield from check_wall_clock(clocks)
     if is_sqlite and not Path(make_url(url).database or "").is_file():
         yield note(DATABASE, "there is no database yet; the first start makes it")
-        yield keys_finding(settings, has_keys=False)
+        yield keys_result(settings, has_keys=False)
         return
     try:
         engine = open_for_reading(url)
@@ -72,7 +72,7 @@ def check_database(settings: Settings, clocks: Clocks) -> Iterator[Finding]:
         )
 
 
-def sqlite_finding(version: SqliteVersion) -> Finding:
+def sqlite_result(version: SqliteVersion) -> CheckResult:
     """Whether this SQLite is free of the bug that can lose commits."""
     number = ".".join(map(str, version))
     if has_sound_wal(version):
@@ -84,12 +84,12 @@ def sqlite_finding(version: SqliteVersion) -> Finding:
     )
 
 
-def check_content(settings: Settings, engine: Engine, clocks: Clocks) -> Iterator[Finding]:
+def check_content(settings: Settings, engine: Engine, clocks: Clocks) -> Iterator[CheckResult]:
     """The schema, the keys and the times in a database. Raises: SQLAlchemyError."""
     names = inspect(engine).get_table_names()
     if "alembic_version" not in names:
         yield note(DATABASE, "the database is empty; the first start makes its tables")
-        yield keys_finding(settings, has_keys=False)
+        yield keys_result(settings, has_keys=False)
         return
     with read_only(engine) as connection:
         found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
@@ -109,11 +109,11 @@ def check_content(settings: Settings, engine: Engine, clocks: Clocks) -> Iterato
         )
         return
     yield ok(DATABASE, f"the database answers, schema {found}")
-    yield keys_finding(settings, KeyStore(engine).has_keys())
+    yield keys_result(settings, KeyStore(engine).has_keys())
     yield from check_database_clock(engine, clocks)
 
 
-def keys_finding(settings: Settings, has_keys: bool) -> Finding:
+def keys_result(settings: Settings, has_keys: bool) -> CheckResult:
     """Who may call, or why the server would not start without keys."""
     try:
         settings.refuse_open_server(has_keys)
@@ -122,7 +122,7 @@ def keys_finding(settings: Settings, has_keys: bool) -> Finding:
     return ok(KEYS, f"access: {settings.access(has_keys)}")
 
 
-def check_wall_clock(clocks: Clocks) -> Iterator[Finding]:
+def check_wall_clock(clocks: Clocks) -> Iterator[CheckResult]:
     """The wall clock beside the steady one, and beside the time of this program's installation."""
     wall, steady = clocks.wall(), clocks.steady()
     jump_s = (wall - clocks.started[0]) - (steady - clocks.started[1])
@@ -142,7 +142,7 @@ def check_wall_clock(clocks: Clocks) -> Iterator[Finding]:
         yield ok(CLOCK, f"the clock shows {date_of(wall)}, and runs evenly")
 
 
-def check_database_clock(engine: Engine, clocks: Clocks) -> Iterator[Finding]:
+def check_database_clock(engine: Engine, clocks: Clocks) -> Iterator[CheckResult]:
     """The clock beside PostgreSQL's, and beside the newest times in the database."""
     with read_only(engine) as connection:
         newest = [
@@ -153,14 +153,14 @@ def check_database_clock(engine: Engine, clocks: Clocks) -> Iterator[Finding]:
         now = None if is_sqlite else float(connection.execute(NOW).scalar_one())
     wall = clocks.wall()
     if now is not None:
-        yield offset_finding(wall - now, "the database server's clock")
+        yield offset_result(wall - now, "the database server's clock")
         return
     ahead_s = max(filter(None, newest), default=wall) - wall
     if ahead_s > APART_S:
-        yield offset_finding(-ahead_s, "the newest time in the database")
+        yield offset_result(-ahead_s, "the newest time in the database")
 
 
-def offset_finding(offset_s: float, what: str) -> Finding:
+def offset_result(offset_s: float, what: str) -> CheckResult:
     """offset_s: how far this machine's clock is ahead."""
     side = "ahead of" if offset_s > 0 else "behind"
     sentence = f"the clock is {abs(offset_s):.1f} s {side} {what}"

@@ -14,7 +14,7 @@ import psutil
 from server.core.errors import StorageUnavailable
 from server.core.settings import Settings, why_unwritable
 from server.core.terminal import size_text
-from server.serving.diagnosis.findings import Finding, error, note, ok, warning
+from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.storage.files import PROBE_BYTES, Storage
 
 FOLDER, DISK, STORE = "data folder", "disk", "file store"
@@ -31,7 +31,7 @@ PAGE = bytes(4096)
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.glusterfs")
 
 
-def check_folders(settings: Settings) -> Iterator[Finding]:
+def check_folders(settings: Settings) -> Iterator[CheckResult]:
     """The data folder, its disk, and a file store elsewhere."""
     yield from check_access("data folder", settings.data_dir)
     if settings.data_dir.is_dir() and settings.open_data_dir:
@@ -47,7 +47,7 @@ def check_folders(settings: Settings) -> Iterator[Finding]:
     yield from check_store(settings)
 
 
-def check_access(what: str, folder: Path) -> Iterator[Finding]:
+def check_access(what: str, folder: Path) -> Iterator[CheckResult]:
     """Whether a folder can be written, or made."""
     user = os.geteuid()
     if folder.exists() and not folder.is_dir():
@@ -82,7 +82,7 @@ def existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
-def check_file_system(folder: Path) -> Iterator[Finding]:
+def check_file_system(folder: Path) -> Iterator[CheckResult]:
     """SQLite's locks need a local file system."""
     mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
     kind = next((mounts[each] for each in (folder, *folder.parents) if each in mounts), "")
@@ -94,7 +94,7 @@ def check_file_system(folder: Path) -> Iterator[Finding]:
         )
 
 
-def check_disk(folder: Path) -> Iterator[Finding]:
+def check_disk(folder: Path) -> Iterator[CheckResult]:
     """Free space, and how long an fsync takes, measured in a file without a name."""
     free = shutil.disk_usage(folder).free
     try:
@@ -147,7 +147,7 @@ def measure(folder: Path) -> tuple[float, float]:
     return write_s, statistics.median(taken)
 
 
-def check_store(settings: Settings) -> Iterator[Finding]:
+def check_store(settings: Settings) -> Iterator[CheckResult]:
     """A file store outside the data folder: its folder, or whether the object store answers."""
     url = settings.storage.url
     if url is None:

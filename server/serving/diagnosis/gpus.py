@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from server.core.settings import Settings
 from server.core.terminal import size_text
 from server.serving.devices import AUTO, CPU, expand_devices
-from server.serving.diagnosis.findings import Finding, error, note, ok, warning
+from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.serving.gpu_driver import (
     GpuDetails,
     TorchBuild,
@@ -19,7 +19,7 @@ from server.serving.preflight import why_cpu
 GPU, DRIVER = "gpu", "driver"
 
 
-def check_gpus(settings: Settings) -> Iterator[Finding]:
+def check_gpus(settings: Settings) -> Iterator[CheckResult]:
     """The devices of the settings, each GPU with its memory, and the driver."""
     if not settings.worker_devices:
         yield note(GPU, "this server starts no workers, so it needs no GPU")
@@ -30,15 +30,15 @@ def check_gpus(settings: Settings) -> Iterator[Finding]:
         yield error(GPU, str(problem), "set devices to what `nvidia-smi -L` lists, or to auto")
         return
     gpus = gpu_details()
-    yield from findings_of_devices(settings.devices, devices)
+    yield from results_of_devices(settings.devices, devices)
     for gpu in gpus:
         sizes = f"{size_text(gpu.total_bytes)} of memory, {size_text(gpu.free_bytes)} free"
         yield ok(GPU, f"{gpu.name}: {sizes}, driver {gpu.driver}")
     if {*devices} != {CPU} or gpus:
-        yield driver_finding(gpus, installed_torch())
+        yield driver_result(gpus, installed_torch())
 
 
-def findings_of_devices(asked: Sequence[str], devices: Sequence[str]) -> Iterator[Finding]:
+def results_of_devices(asked: Sequence[str], devices: Sequence[str]) -> Iterator[CheckResult]:
     """How the settings' devices are understood. devices: as `expand_devices` returns them."""
     reason = why_cpu(asked, devices)
     if reason:
@@ -58,7 +58,7 @@ def findings_of_devices(asked: Sequence[str], devices: Sequence[str]) -> Iterato
         yield ok(GPU, f"workers use {', '.join(dict.fromkeys(devices))}")
 
 
-def driver_finding(gpus: Sequence[GpuDetails], torch: TorchBuild | None) -> Finding:
+def driver_result(gpus: Sequence[GpuDetails], torch: TorchBuild | None) -> CheckResult:
     """Whether torch and the driver fit."""
     if torch is None:
         return error(DRIVER, "torch is not installed", "run `make install`")

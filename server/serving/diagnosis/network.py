@@ -23,7 +23,7 @@ from server.egress.policy import (
     port_of,
 )
 from server.egress.resolver import Resolver, numeric_addresses, system_addresses
-from server.serving.diagnosis.findings import Finding, error, note, ok, warning
+from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.serving.server import address_of, bind, listen_errors
 from server.serving.tls import load_context
 
@@ -42,17 +42,17 @@ class WantedPort:
     setting: str
 
 
-def check_ports(settings: Settings) -> Iterator[Finding]:
+def check_ports(settings: Settings) -> Iterator[CheckResult]:
     """Whether the server's ports are free, and who has them if not."""
     admin = settings.admin
     wanted = [WantedPort(settings.host, settings.port, "--port")]
     if admin.port is not None:
         wanted.append(WantedPort(admin.host, admin.port, "INPAINT_ADMIN__PORT"))
     for each in wanted:
-        yield port_finding(each)
+        yield port_result(each)
 
 
-def port_finding(wanted: WantedPort) -> Finding:
+def port_result(wanted: WantedPort) -> CheckResult:
     where = address_of(wanted.host, wanted.port)
     if wanted.port == 0:
         return ok(PORT, f"{wanted.host}: a free port is taken at the start")
@@ -87,7 +87,7 @@ def is_own(process: psutil.Process) -> bool:
     return "serve" in words and any(os.path.basename(word) in OWN_NAMES for word in words)
 
 
-def check_tls(settings: Settings) -> Iterator[Finding]:
+def check_tls(settings: Settings) -> Iterator[CheckResult]:
     """Whether the certificate and its key can be used; nothing where the server speaks HTTP."""
     certificate = settings.tls.certificate_file
     if certificate is None:
@@ -100,7 +100,7 @@ def check_tls(settings: Settings) -> Iterator[Finding]:
         yield ok(TLS, f"{certificate} and its key fit")
 
 
-def check_proxies(settings: Settings) -> Iterator[Finding]:
+def check_proxies(settings: Settings) -> Iterator[CheckResult]:
     """Whose `X-Forwarded-*` headers are trusted, and whether that fits the other settings."""
     trusted = settings.forwarded_allow_ips
     listed = ", ".join(trusted) or "nobody"
@@ -148,14 +148,14 @@ def neighbours() -> str:
 
 def check_fetches(
     settings: Settings, urls: Sequence[str], resolve: Resolver = system_addresses
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Where images may come from, and whether those of `urls` may."""
     if settings.egress.proxy is not None:
         yield note(
             FETCH, "all downloads go by egress.proxy, which decides what addresses are reached"
         )
         return
-    yield policy_finding(settings.fetch)
+    yield policy_result(settings.fetch)
     policy = AddressPolicy(
         settings.fetch.allow_cidrs,
         settings.fetch.allow_hosts,
@@ -163,10 +163,10 @@ def check_fetches(
         settings.egress.nat64_prefixes,
     )
     for url in urls:
-        yield url_finding(url, policy, listeners_of(settings), resolve)
+        yield url_result(url, policy, listeners_of(settings), resolve)
 
 
-def policy_finding(fetch: FetchSettings) -> Finding:
+def policy_result(fetch: FetchSettings) -> CheckResult:
     allowed = [*map(str, fetch.allow_cidrs), *fetch.allow_hosts]
     if allowed:
         return ok(FETCH, f"images may come from public hosts and from {', '.join(allowed)}")
@@ -178,9 +178,9 @@ def policy_finding(fetch: FetchSettings) -> Finding:
     )
 
 
-def url_finding(
+def url_result(
     url: str, policy: AddressPolicy, listeners: Sequence[Listener], resolve: Resolver
-) -> Finding:
+) -> CheckResult:
     """Whether an image of this URL may be fetched. Looks its host up, and connects to nothing."""
     try:
         parsed = checked_url(url)

@@ -10,7 +10,7 @@ from typing import Any
 
 from server.core.settings import Settings
 from server.serving.devices import AUTO, VISIBLE, expand_devices
-from server.serving.diagnosis.findings import Finding, error, ok, warning
+from server.serving.diagnosis.results import CheckResult, error, ok, warning
 
 INPAINT = "inpaint"
 TRIAL = (sys.executable, "-P", "-m", "server.worker.trial")
@@ -20,7 +20,7 @@ SLOW_S = 60.0
 """On two cores of 2020 the picture takes 3 seconds."""
 
 
-def check_inpaint(settings: Settings) -> Iterator[Finding]:
+def check_inpaint(settings: Settings) -> Iterator[CheckResult]:
     """Make a picture on each device of the settings.
 
     The built-in model is used, because a running server may already fill the GPU with its own.
@@ -30,15 +30,15 @@ def check_inpaint(settings: Settings) -> Iterator[Finding]:
     except ValueError:
         return  # The check of the GPUs says it.
     for device in dict.fromkeys(devices):
-        yield finding_of(device, run_trial(device))
+        yield result_of(device, run_trial(device))
 
 
-def finding_of(device: str, answer: dict[str, Any]) -> Finding:
+def result_of(device: str, answer: dict[str, Any]) -> CheckResult:
     if "error" in answer:
         return error(
             INPAINT,
             f"no picture could be made on {device}: {answer['error']}",
-            "see the findings about the GPU and its driver; `--devices cpu` goes without a GPU",
+            "see the results about the GPU and its driver; `--devices cpu` goes without a GPU",
         )
     seconds = answer["picture_s"]
     sentence = (

@@ -14,12 +14,12 @@ import torch
 from models.checkpoints.registry import Catalog, LoraEntry
 from server.cli.main import main
 from server.core.settings import load_settings
-from server.serving.diagnosis.checkpoints import bytes_per_number, check_loras, memory_finding
-from server.serving.diagnosis.database import sqlite_finding
-from server.serving.diagnosis.findings import Level
+from server.serving.diagnosis.checkpoints import bytes_per_number, check_loras, memory_result
+from server.serving.diagnosis.database import sqlite_result
 from server.serving.diagnosis.folders import check_store
-from server.serving.diagnosis.gpus import check_gpus, driver_finding
-from server.serving.diagnosis.trial import check_inpaint, finding_of, run_trial
+from server.serving.diagnosis.gpus import check_gpus, driver_result
+from server.serving.diagnosis.results import Severity
+from server.serving.diagnosis.trial import check_inpaint, result_of, run_trial
 from server.serving.gpu_driver import TorchBuild, gpu_details, why_driver_is_too_old
 from server.serving.preflight import device_warnings
 from tests.support.devices import TWO_DETAILS, TWO_GPUS, install_nvidia_smi
@@ -56,34 +56,34 @@ def test_running_server_needs_no_stop_and_nothing_changes(
     assert main([*words, "--json"]) == 0
     assert state_of(folder) == before
     answer = json.loads(capsys.readouterr().out)
-    assert {"check", "level", "sentence", "cure"} == {*answer["findings"][0]}
+    assert {"check", "severity", "sentence", "cure"} == {*answer["results"][0]}
     assert answer["ok"] is True
 
 
 def test_picture_is_made_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (found,) = check_inpaint(load_settings(devices="cpu"))
-    assert found.level in (Level.OK, Level.WARNING)  # a busy machine is slow
+    assert found.severity in (Severity.OK, Severity.WARNING)  # a busy machine is slow
     assert "the built-in model made a picture of 512×512 in 20 steps on cpu in " in found.sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
 def test_picture_that_cannot_be_made() -> None:
-    found = finding_of("cuda:0", run_trial("cuda:0"))
-    assert found.level == Level.ERROR
+    found = result_of("cuda:0", run_trial("cuda:0"))
+    assert found.severity == Severity.ERROR
     assert found.sentence.startswith("no picture could be made on cuda:0: device cuda:0 cannot be")
 
 
 @pytest.mark.parametrize(
-    ("answer", "level"),
+    ("answer", "severity"),
     [
-        ({"device": "cpu", "load_s": 1, "picture_s": 2}, Level.WARNING),
-        ({"device": "cuda:0", "load_s": 1, "picture_s": 2}, Level.OK),
-        ({"device": "cuda:0", "load_s": 1, "picture_s": 99}, Level.WARNING),
+        ({"device": "cpu", "load_s": 1, "picture_s": 2}, Severity.WARNING),
+        ({"device": "cuda:0", "load_s": 1, "picture_s": 2}, Severity.OK),
+        ({"device": "cuda:0", "load_s": 1, "picture_s": 99}, Severity.WARNING),
     ],
 )
-def test_level_of_a_test_picture(answer: dict[str, object], level: Level) -> None:
-    assert finding_of("auto", answer).level == level
+def test_severity_of_a_test_picture(answer: dict[str, object], severity: Severity) -> None:
+    assert result_of("auto", answer).severity == severity
 
 
 def test_gpus_are_told_with_memory_and_driver(
@@ -120,21 +120,21 @@ def test_driver_and_torch(driver: str, torch_build: TorchBuild, is_too_old: bool
 
 def test_torch_for_the_cpu_beside_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvidia_smi(tmp_path, monkeypatch, TWO_GPUS, details=TWO_DETAILS)
-    found = driver_finding(gpu_details(), TorchBuild("2.13.0+cpu", None))
-    assert found.level == Level.ERROR
+    found = driver_result(gpu_details(), TorchBuild("2.13.0+cpu", None))
+    assert found.severity == Severity.ERROR
     assert found.cure == "install the torch with CUDA: `make install TORCH=torch`"
-    assert driver_finding(gpu_details(), TorchBuild("2.13.0", None, True)).level == Level.OK
-    assert driver_finding([], None).cure == "run `make install`"
+    assert driver_result(gpu_details(), TorchBuild("2.13.0", None, True)).severity == Severity.OK
+    assert driver_result([], None).cure == "run `make install`"
 
 
 def test_model_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = "NVIDIA T4, 580.65.06, 4096, 4000\n"
     install_nvidia_smi(tmp_path, monkeypatch, TWO_GPUS, details=small)
-    found = memory_finding("sdxl", 3_500_000_000, load_settings())
-    assert found.level == Level.ERROR
+    found = memory_result("sdxl", 3_500_000_000, load_settings())
+    assert found.severity == Severity.ERROR
     assert found.sentence.startswith("sdxl: about 7 GB of parameters; 2.58 GB for models on the")
-    assert memory_finding("sd15", 1_000_000_000, load_settings()).level == Level.OK
-    on_cpu = memory_finding("sd15", 1_000_000_000, load_settings(devices="cpu"))
+    assert memory_result("sd15", 1_000_000_000, load_settings()).severity == Severity.OK
+    on_cpu = memory_result("sd15", 1_000_000_000, load_settings(devices="cpu"))
     assert on_cpu.sentence.startswith("sd15: about 4 GB of parameters; ")
     assert bytes_per_number(load_settings(dtype="bfloat16").dtype, is_on_gpu=False) == 2
 
@@ -148,14 +148,14 @@ def test_lora_that_is_another_file(tmp_path: Path) -> None:
         "pen": LoraEntry(str(file), hashlib.sha256(b"ink").hexdigest()),
     }
     other, same = check_loras(Catalog({}, entries), settings, {})
-    assert (other.level, same.level) == (Level.ERROR, Level.OK)
+    assert (other.severity, same.severity) == (Severity.ERROR, Severity.OK)
     assert other.sentence.startswith(f"ink: {file} is not the file that was expected")
     assert other.cure.endswith("change sha256 of [loras.ink]")
 
 
 def test_sqlite_that_can_lose_commits() -> None:
-    assert sqlite_finding((3, 40, 1)).level == Level.WARNING
-    assert sqlite_finding((3, 53, 4)).level == Level.OK
+    assert sqlite_result((3, 40, 1)).severity == Severity.WARNING
+    assert sqlite_result((3, 53, 4)).severity == Severity.OK
 
 
 def test_file_store_elsewhere(tmp_path: Path) -> None:

@@ -57,35 +57,35 @@ def doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Doctor:
         place = ("--data-dir", str(data_dir or tmp_path / "data"), "--port", "0")
         capsys.readouterr()
         status = main(["doctor", "--no-inpaint", "--json", *place, *words])
-        return findings_in(capsys.readouterr().out, status, check)
+        return results_in(capsys.readouterr().out, status, check)
 
     return run
 
 
-def findings_in(text: str, status: int, check: str) -> list[dict[str, str]]:
+def results_in(text: str, status: int, check: str) -> list[dict[str, str]]:
     answer: dict[str, Any] = json.loads(text)
-    found: list[dict[str, str]] = answer["findings"]
-    has_error = any(each["level"] == "error" for each in found)
+    found: list[dict[str, str]] = answer["results"]
+    has_error = any(each["severity"] == "error" for each in found)
     assert (status, answer["ok"]) == (int(has_error), not has_error)
-    assert all(each["cure"] for each in found if each["level"] in ("warning", "error"))
-    return [each for each in found if each["level"] != "ok" and check in ("", each["check"])]
+    assert all(each["cure"] for each in found if each["severity"] in ("warning", "error"))
+    return [each for each in found if each["severity"] != "ok" and check in ("", each["check"])]
 
 
 def test_machine_without_faults(doctor: Doctor, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir(mode=0o700)
-    levels = {each["check"]: each["level"] for each in doctor("--devices", "cpu")}
-    assert levels == {"images": "note", "database": "note"}
+    found = {each["check"]: each["severity"] for each in doctor("--devices", "cpu")}
+    assert found == {"images": "note", "database": "note"}
     assert [*(tmp_path / "data").iterdir()] == []
 
 
 def test_no_gpu(doctor: Doctor) -> None:
     (found,) = doctor(check="gpu")
-    assert found["level"] == "warning"
+    assert found["severity"] == "warning"
     assert found["sentence"].startswith("no GPU was found, so pictures are made on the CPU")
     assert "torch " in found["sentence"]
     assert "`nvidia-smi -L` lists the GPU" in found["cure"]
     (found,) = doctor("--devices", "cuda:0", check="gpu")
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert found["sentence"] == "device cuda:0: no GPU is visible here"
 
 
@@ -97,7 +97,7 @@ def test_old_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site" / "torch" / "version.py").write_text(FAKE_TORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     (found,) = doctor_as((), "driver", tmp_path / "data")
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert found["sentence"] == (
         "the GPU's driver 535.104.05 is too old: torch 2.13.0+cu130 is built with CUDA 13.0 and "
         "needs NVIDIA driver 580 or newer"
@@ -116,7 +116,7 @@ def doctor_as(user: tuple[str, ...], check: str, data_dir: Path) -> list[dict[st
         check=False,
     )
     assert done.stdout, done.stderr
-    return findings_in(done.stdout, done.returncode, check)
+    return results_in(done.stdout, done.returncode, check)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_full_disk(doctor: Doctor, small_disk: Path) -> None:
     (found,) = doctor(check="disk", data_dir=small_disk)
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert f"{small_disk} takes no file of 1 MB: No space left on device" in found["sentence"]
     assert found["cure"].startswith("make room on the disk")
     assert [*small_disk.iterdir()] == []
@@ -153,7 +153,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     folder.mkdir(mode=0o755)
     tmp_path.chmod(0o755)
     found, _ = doctor_as(AS_NOBODY, "data folder", folder)
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert found["sentence"] == (
         f"data folder {folder} cannot be written by uid 65534: it belongs to uid 0, mode 0755"
     )
@@ -172,7 +172,7 @@ def test_clock_behind_the_times_in_the_database(doctor: Doctor, tmp_path: Path) 
     registry.report(WorkerStatus("a", "cpu", "builtin", "ready", "", tomorrow))
     engine.dispose()
     (found,) = doctor(check="clock")
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert " s behind the newest time in the database" in found["sentence"]
     assert found["cure"].startswith("set the clock")
 
@@ -182,7 +182,7 @@ NOW_S = 4e9
 
 
 @pytest.mark.parametrize(
-    ("started_s", "wall_s", "level", "sentence"),
+    ("started_s", "wall_s", "severity", "sentence"),
     [
         (0, 0, "error", "the clock is wrong: it shows 1970-01-01 00:00:00 UTC, which is before"),
         (NOW_S, NOW_S + 60, "warning", "the wall clock has jumped by +60.0 s"),
@@ -190,11 +190,11 @@ NOW_S = 4e9
     ],
 )
 def test_wrong_clock(
-    started_s: float, wall_s: float, level: str, sentence: str, tmp_path: Path
+    started_s: float, wall_s: float, severity: str, sentence: str, tmp_path: Path
 ) -> None:
     clocks = Clocks(lambda: wall_s, lambda: 5.0, (started_s, 5.0))
     found = [*check_database(load_settings(data_dir=tmp_path), clocks)][1]
-    assert (found.check, found.level) == ("clock", level)
+    assert (found.check, found.severity) == ("clock", severity)
     assert found.sentence.startswith(sentence)
     assert found.cure.startswith("set the clock")
 
@@ -210,8 +210,8 @@ def test_clock_beside_the_databases(url: str, ahead_s: float) -> None:
     if url.startswith("sqlite"):
         assert apart == []
         return
-    levels = {400.0: "error", -30.0: "warning", 0.0: "ok"}
-    assert [each.level for each in apart] == [levels[ahead_s]]
+    expected = {400.0: "error", -30.0: "warning", 0.0: "ok"}
+    assert [each.severity for each in apart] == [expected[ahead_s]]
 
 
 def test_bad_digest(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_bad_digest(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content[-1] ^= 1
     weights.write_bytes(content)
     (found,) = doctor(check="digests")
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert f"unet/{weights.name} is not the file that was first used" in found["sentence"]
     assert found["cure"].startswith(f"inpaint-server models verify {folder}")
 
@@ -232,7 +232,7 @@ def test_bad_digest(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_private_image_host(doctor: Doctor) -> None:
     asked = ("--image-url", "http://10.1.2.3/a.png", "--image-url", "ftp://x/y")
     _, private, no_url = doctor(*asked, check="images")
-    assert private["level"] == "error"
+    assert private["severity"] == "error"
     assert private["sentence"] == "images of 10.1.2.3 are refused: address 10.1.2.3 port 80"
     assert private["cure"] == (
         "set INPAINT_FETCH__ALLOW_CIDRS=10.1.2.3/32 or INPAINT_FETCH__ALLOW_HOSTS=10.1.2.3"
@@ -241,7 +241,7 @@ def test_private_image_host(doctor: Doctor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "url", "level", "cure"),
+    ("settings", "url", "severity", "cure"),
     [
         ({}, "http://pictures.internal/a", "error", "ALLOW_HOSTS=pictures.internal"),
         ({"allow_hosts": "pictures.internal"}, "http://pictures.internal/a", "ok", ""),
@@ -251,24 +251,24 @@ def test_private_image_host(doctor: Doctor) -> None:
         ({}, "https://8.8.8.8:8443/a", "error", "set INPAINT_FETCH__ALLOW_PORTS=8443"),
     ],
 )
-def test_image_host(settings: dict[str, str], url: str, level: str, cure: str) -> None:
+def test_image_host(settings: dict[str, str], url: str, severity: str, cure: str) -> None:
     def resolve(host: str, _port: int) -> list[str]:
         if host != "pictures.internal":
             raise OSError("Name or service not known")
         return ["10.1.2.3"]
 
     *_, found = check_fetches(load_settings(fetch=settings), [url], resolve)
-    assert found.level == level
+    assert found.severity == severity
     assert cure in found.cure
 
 
-@pytest.mark.parametrize(("offline", "level"), [("1", "error"), ("0", "warning")])
+@pytest.mark.parametrize(("offline", "severity"), [("1", "error"), ("0", "warning")])
 def test_missing_weights(
-    offline: str, level: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    offline: str, severity: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     (found,) = doctor("--model", "nobody/nothing", check="model")
-    assert found["level"] == level
+    assert found["severity"] == severity
     assert found["sentence"].startswith("nobody/nothing is not downloaded")
     assert found["cure"].endswith("inpaint-server models pull nobody/nothing")
 
@@ -276,14 +276,14 @@ def test_missing_weights(
 def test_models_that_cannot_be_there(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INPAINT_MODELS", "bultin,/nope/x")
     monkeypatch.setenv("INPAINT_LORAS", "ink")
-    assert [each["level"] for each in doctor(check="model")] == ["error"] * 3
+    assert [each["severity"] for each in doctor(check="model")] == ["error"] * 3
 
 
 def test_taken_port(doctor: Doctor) -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         (found,) = doctor("--port", str(port), check="port")
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert found["sentence"].startswith(
         f"cannot listen on 127.0.0.1:{port}: Address already in use"
     )
@@ -295,7 +295,7 @@ def test_untrusted_proxy(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("INPAINT_PUBLIC_URL", "https://pictures.example")
     monkeypatch.setenv("INPAINT_AUTH__ALLOW_ANONYMOUS", "true")
     (found,) = doctor("--host", "0.0.0.0", check="proxy")
-    assert found["level"] == "warning"
+    assert found["severity"] == "warning"
     assert "trusted from 127.0.0.1 alone" in found["sentence"]
     assert found["cure"].startswith("name the proxy in INPAINT_FORWARDED_ALLOW_IPS")
     assert doctor("--host", "127.0.0.1", check="proxy") == [], "a proxy of this machine"
@@ -308,7 +308,7 @@ def test_untrusted_proxy(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_wrong_settings_and_missing_keys(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = doctor("--host", "0.0.0.0", check="keys")
-    assert found["level"] == "error"
+    assert found["severity"] == "error"
     assert found["cure"] == "inpaint-server keys create NAME"
     monkeypatch.setenv("INPAINT_HOLDS", "1")
     monkeypatch.setenv("INPAINT_HOLD_S", "long")
