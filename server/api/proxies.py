@@ -1,7 +1,8 @@
 """`TrustedProxies`: client address, scheme and host of a request behind a trusted proxy.
 
 It reads `X-Forwarded-For`, `-Proto`, `-Host`, `-Port` and `-Prefix`; where a proxy sends none of
-these, `Forwarded` (RFC 7239). From other clients these headers are ignored: anybody can forge them.
+these, `Forwarded` (RFC 7239). From other clients these headers are ignored, because anybody can
+forge them. The log names such a client, which may be a proxy that is missing in the settings.
 """
 
 import ipaddress
@@ -11,6 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.core.http import HOST, MAX_PORT, is_allowed
+from server.core.logs import get_logger
+
+logger = get_logger(__name__)
 
 BASE_URL = "inpaint.base_url"
 """Key of the ASGI scope: scheme, host and prefix under which the client reached the proxy."""
@@ -18,6 +22,15 @@ BASE_URL = "inpaint.base_url"
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){1,10}/?")
 
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https", "on": "https"}
+
+KINDS = frozenset(("for", "proto", "host", "port", "prefix"))
+"""The forwarded values that count."""
+
+FORWARDING = frozenset((b"forwarded", *(f"x-forwarded-{kind}".encode() for kind in KINDS)))
+"""The headers that hold them."""
+
+MAX_REPORTED = 100
+"""Most clients whose ignored headers are logged, as any client can send some."""
 
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 
@@ -40,11 +53,28 @@ class TrustedProxies:
         self._app = app
         self._trusted = trusted
         self._allowed_hosts = tuple(host.lower() for host in allowed_hosts)
+        self._reported: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and is_trusted((scope["client"] or ("", 0))[0], self._trusted):
-            self._read(scope)
+        if scope["type"] == "http":
+            address = (scope["client"] or ("", 0))[0]
+            if is_trusted(address, self._trusted):
+                self._read(scope)
+            else:
+                self._report(address, scope["headers"])
         await self._app(scope, receive, send)
+
+    def _report(self, address: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Log a client whose forwarded headers are ignored, once for each of `MAX_REPORTED`."""
+        if address in self._reported or len(self._reported) >= MAX_REPORTED:
+            return
+        if any(name in FORWARDING for name, _ in headers):
+            self._reported.add(address)
+            logger.warning(
+                "proxy headers ignored",
+                detail=f"{address} sends X-Forwarded-* or Forwarded headers and is not in "
+                "INPAINT_FORWARDED_ALLOW_IPS; if it is your reverse proxy, name it there",
+            )
 
     def _read(self, scope: Scope) -> None:
         forwarded = forwarded_of(scope["headers"])
@@ -86,7 +116,7 @@ def forwarded_of(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
             forwarded[kind] = f"{forwarded[kind]}, {text}" if kind in forwarded else text
         elif name == b"forwarded":
             standard += ("," if standard else "") + value.decode("latin-1")
-    if standard and not forwarded.keys() & {"for", "proto", "host", "port", "prefix"}:
+    if standard and not forwarded.keys() & KINDS:
         for kind, value_of in elements_of(standard):
             forwarded[kind] = f"{forwarded[kind]}, {value_of}" if kind in forwarded else value_of
     return forwarded

@@ -1,8 +1,10 @@
 """How real clients put a request on the wire: as raw bytes, and by the clients themselves."""
 
+import asyncio
 import base64
 import gzip
 import json
+import logging
 import random
 import socket
 import subprocess
@@ -11,8 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from starlette.responses import PlainTextResponse
 
+from server.api.proxies import MAX_REPORTED, TrustedProxies
 from server.core.http import inflate
 from tests.support.apps import settings_in
 from tests.support.http_stub import ANSWER_S, LiveApp, running_app
@@ -268,6 +273,33 @@ class TestProxies:
         with running_app(settings_in(tmp_path, **named)) as app:
             answer = app.client.post("/api/v3/inpaint", json=BODY, headers=told).json()
         assert answer["fetch_result"].startswith("http://inner:8000/api/v3/fetch/")
+
+    def test_a_client_that_is_not_believed_is_logged_once(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It may be the operator's proxy, which is missing in the settings."""
+        caplog.set_level(logging.WARNING)
+        with running_app(settings_in(tmp_path, forwarded_allow_ips=["192.0.2.1"])) as app:
+            app.client.get("/healthz", headers={"X-Forwarded-Extra": "1"})
+            assert "proxy headers ignored" not in caplog.text
+            for headers in ({"X-Forwarded-For": "192.0.2.7"}, {"Forwarded": "for=192.0.2.7"}):
+                app.client.get("/healthz", headers=headers)
+        assert caplog.text.count("proxy headers ignored") == 1
+        assert "127.0.0.1 sends X-Forwarded-* or" in caplog.text
+        assert "INPAINT_FORWARDED_ALLOW_IPS" in caplog.text
+
+    def test_only_some_clients_are_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def call_from_each() -> None:
+            proxies = TrustedProxies(PlainTextResponse("pong"), ["127.0.0.1"])
+            for number in range(MAX_REPORTED + 5):
+                transport = httpx2.ASGITransport(proxies, client=(f"2001:db8::{number:x}", 1))
+                async with httpx2.AsyncClient(transport=transport) as client:
+                    headers = {"X-Forwarded-For": "192.0.2.7"}
+                    assert (await client.get("http://inner/", headers=headers)).text == "pong"
+
+        caplog.set_level(logging.WARNING)
+        asyncio.run(call_from_each())
+        assert caplog.text.count("proxy headers ignored") == MAX_REPORTED
 
     def test_a_forwarded_host_must_be_allowed(self, tmp_path: Path) -> None:
         named: dict[str, Any] = {"auth": {"allow_anonymous": True}}

@@ -111,24 +111,33 @@ def check_proxies(settings: Settings) -> Iterator[CheckResult]:
             "so that any client can forge its address",
             "name the proxy's address in INPAINT_FORWARDED_ALLOW_IPS",
         )
-    elif is_behind_distant_proxy(settings):
-        yield warning(
-            PROXY,
-            f"public_url names a proxy, and X-Forwarded-* headers are trusted from {listed} alone: "
-            "behind a proxy elsewhere all clients share one address and its limits",
-            f"name the proxy in INPAINT_FORWARDED_ALLOW_IPS, by its address or its network"
-            f"{neighbours()}",
-        )
-    else:
+    elif is_loopback(settings.host) or not all(map(is_trusted_here, trusted)):
         yield ok(PROXY, f"X-Forwarded-* headers are trusted from {listed}")
+    else:
+        yield distant_proxy_result(settings, listed)
 
 
-def is_behind_distant_proxy(settings: Settings) -> bool:
-    """Whether clients come by a proxy that may be on another machine and is not trusted."""
-    host = urlsplit(settings.public_url or "").hostname
-    if host is None or host == settings.host or is_loopback(settings.host):
-        return False
-    return all(is_trusted_here(each) for each in settings.forwarded_allow_ips)
+def distant_proxy_result(settings: Settings, listed: str) -> CheckResult:
+    """A proxy on another machine, or in another container, would not be trusted.
+
+    listed: the addresses that are.
+    """
+    name_it = "INPAINT_FORWARDED_ALLOW_IPS, by its address or its network"
+    shared = "all clients share one address and its limits"
+    public = urlsplit(settings.public_url or "").hostname
+    if public in (None, settings.host):
+        return note(
+            PROXY,
+            f"the server listens on {settings.host}, and X-Forwarded-* headers are trusted from "
+            f"{listed} alone: behind a proxy on another machine or in a container {shared}",
+            f"if there is such a proxy, name it in {name_it}{neighbours()}",
+        )
+    return warning(
+        PROXY,
+        f"public_url names a proxy, and X-Forwarded-* headers are trusted from {listed} alone: "
+        f"behind a proxy elsewhere {shared}",
+        f"name the proxy in {name_it}{neighbours()}",
+    )
 
 
 def is_trusted_here(word: str) -> bool:

@@ -292,8 +292,12 @@ def test_taken_port(doctor: Doctor) -> None:
 
 
 def test_untrusted_proxy(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INPAINT_PUBLIC_URL", "https://pictures.example")
     monkeypatch.setenv("INPAINT_AUTH__ALLOW_ANONYMOUS", "true")
+    (found,) = doctor("--host", "0.0.0.0", check="proxy")
+    assert found["severity"] == "note", "clients may come without a proxy"
+    assert "behind a proxy on another machine or in a container all clients" in found["sentence"]
+    assert found["cure"].startswith("if there is such a proxy, name it in INPAINT_FORWARDED_ALLOW_")
+    monkeypatch.setenv("INPAINT_PUBLIC_URL", "https://pictures.example")
     (found,) = doctor("--host", "0.0.0.0", check="proxy")
     assert found["severity"] == "warning"
     assert "trusted from 127.0.0.1 alone" in found["sentence"]
