@@ -11,18 +11,23 @@ PIECE_BYTES = 4_194_304
 
 
 def file_sha256s(
-    files: Sequence[Path], cache: Path | None, report: Callable[[float], None] = lambda share: None
+    files: Sequence[Path],
+    cache: Path | None,
+    report: Callable[[float], None] = lambda share: None,
+    *,
+    reads_all: bool = False,
 ) -> dict[str, str]:
     """The digest of each file, by path.
 
     cache: remembers them under path, inode, size and time of change; None reads all.
     report: told the share that is done, by size, while files are read.
+    reads_all: files that the cache knows are read too.
     Raises: OSError.
     """
     known = _read_cache(cache)
     statuses = {path: path.stat() for path in files}
     names = {path: _name(path) for path in files}
-    unread = [path for path in files if names[path] not in known]
+    unread = [path for path in files if reads_all or names[path] not in known]
     total = sum(statuses[path].st_size for path in unread)
     done = 0
     for path in unread:

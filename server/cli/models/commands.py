@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
-from models.checkpoints.fingerprint import file_sha256s
+from models.checkpoints.fingerprint import CACHE_FILE, file_sha256s
 from models.checkpoints.manifests import (
     check_digest,
     check_downloads,
@@ -103,7 +103,7 @@ def verify_files(spec: ModelSpec, settings: Settings) -> int:
     for path in files.values():
         if path.suffix == SUFFIX:
             read_header(path)
-    digests = read_digests([*files.values()])
+    digests = read_digests([*files.values()], settings.data_dir / CACHE_FILE)
     found = {name: digests[str(path)] for name, path in files.items()}
     for name, digest in found.items():
         print_digest(digest, name)
@@ -117,16 +117,18 @@ def verify_lora(name: str, entry: LoraEntry) -> int:
     check_lora(name, {name: entry})
     path = Path(entry.path).expanduser()
     read_header(path)
-    digest = read_digests([path])[str(path)]
+    digest = read_digests([path], None)[str(path)]
     print_digest(digest, path.name)
     check_digest(f"LoRA {name!r}: {path}", digest, entry.sha256)
     return 0
 
 
-def read_digests(paths: list[Path]) -> dict[str, str]:
-    """SHA-256 digests by path, with a progress bar."""
+def read_digests(paths: list[Path], cache: Path | None) -> dict[str, str]:
+    """SHA-256 digests by path, with a progress bar. All files are read, whatever `cache` knows."""
     with tqdm(total=100, desc="checking", unit="%", disable=None) as bar:
-        return file_sha256s(paths, None, lambda share: bar.update(round(share * 100) - bar.n))
+        return file_sha256s(
+            paths, cache, lambda share: bar.update(round(share * 100) - bar.n), reads_all=True
+        )
 
 
 def print_digest(digest: str, name: str) -> None:

@@ -89,7 +89,12 @@ def missing_result(spec: ModelSpec) -> CheckResult:
     )
 
 
-def digest_result(spec: ModelSpec, files: Mapping[str, Path], settings: Settings) -> CheckResult:
+def digest_result(
+    spec: ModelSpec,
+    files: Mapping[str, Path],
+    settings: Settings,
+    most_read_bytes: int = READ_BYTES,
+) -> CheckResult:
     """Compare weights with the pinned digests and those of the first use.
 
     Raises: OSError; ModelUnavailable for an unreadable manifest.
@@ -98,7 +103,7 @@ def digest_result(spec: ModelSpec, files: Mapping[str, Path], settings: Settings
     known = cached_sha256s(files.values(), settings.data_dir / CACHE_FILE)
     unread = [path for path in files.values() if str(path) not in known]
     size = sum(path.stat().st_size for path in unread)
-    if size <= READ_BYTES:
+    if size <= most_read_bytes:
         known |= file_sha256s(unread, None)
     found = {name: known[str(path)] for name, path in files.items() if str(path) in known}
     verify = f"inpaint-server models verify {spec.id}"
@@ -112,10 +117,16 @@ def digest_result(spec: ModelSpec, files: Mapping[str, Path], settings: Settings
             f"{verify}, then put the right file back, "
             f"or accept it with `inpaint-server models trust {spec.id}`",
         )
-    if size > READ_BYTES:
-        return note(
-            DIGESTS, f"{spec.id}: {size_text(size)} were not compared, as that takes long", verify
+    uncompared = f"{size_text(size)} were not compared, as that takes long"
+    if changed := [name for name in files.keys() - found.keys() if name in remembered]:
+        return warning(
+            DIGESTS,
+            f"{spec.id}: {', '.join(sorted(changed))} may have changed since the first use, as "
+            f"path, inode, size or time are others; {uncompared}",
+            verify,
         )
+    if found.keys() != files.keys():
+        return note(DIGESTS, f"{spec.id}: {uncompared}", verify)
     if not remembered and not pinned_digests(spec):
         return note(DIGESTS, f"{spec.id}: no digest is known yet; the first use remembers them")
     return ok(DIGESTS, f"{spec.id}: all weights have the digests of their first use")

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from models.checkpoints.registry import BUILTIN_FOLDER
+from models.checkpoints.registry import BUILTIN_FOLDER, find_model, weight_files
 from server.cli.main import main
 from server.core.settings import load_settings
 from server.jobs.workers import WorkerRegistry, WorkerStatus
+from server.serving.diagnosis.checkpoints import digest_result
 from server.serving.diagnosis.database import Clocks, check_database
 from server.serving.diagnosis.network import check_fetches
+from server.serving.diagnosis.results import CheckResult
 from server.serving.server import bind
 from server.storage.database import open_migrated
 from tests.support.devices import TWO_DETAILS, TWO_GPUS, install_nvidia_smi
@@ -227,6 +229,30 @@ def test_bad_digest(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["severity"] == "error"
     assert f"unet/{weights.name} is not the file that was first used" in found["sentence"]
     assert found["cure"].startswith(f"inpaint-server models verify {folder}")
+
+
+def test_changed_file_that_takes_long_to_read(tmp_path: Path) -> None:
+    folder = shutil.copytree(BUILTIN_FOLDER, tmp_path / "model")
+    verify = ["models", "verify", str(folder), "--data-dir", str(tmp_path / "data")]
+    spec = find_model(str(folder), {})
+
+    def found() -> CheckResult:
+        settings = load_settings(data_dir=tmp_path / "data")
+        return digest_result(spec, weight_files(spec), settings, most_read_bytes=0)
+
+    assert (found().severity, found().cure) == ("note", f"inpaint-server {' '.join(verify[:3])}")
+    assert main(verify) == 0
+    assert found().severity == "ok"
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content + b" ")
+    assert found().severity == "warning"
+    assert f"unet/{weights.name} may have changed since the first use" in found().sentence
+    assert found().cure == f"inpaint-server {' '.join(verify[:3])}"
+    assert main(verify) == 1, "the cure finds the change"
+    weights.write_bytes(content)
+    assert main(verify) == 0
+    assert found().severity == "ok", "the cure cures where nothing is wrong"
 
 
 def test_private_image_host(doctor: Doctor) -> None:
