@@ -65,23 +65,26 @@ ALL_FUSIONS = Fusions()
 
 def fuse(model: Any, fusions: Fusions = ALL_FUSIONS) -> None:
     """Make the parts of a UNet or VAE faster; on a CPU, or without Triton, nothing is changed."""
-    if model.device.type == "cuda" and can_run(model.device):
+    if model.device.type == "cuda" and not why_no_kernels(model.device):
         fuse_modules(model, fusions)
 
 
 @functools.cache
-def can_run(device: torch.device) -> bool:
-    """Whether a kernel of ours runs on a device: Triton may lack, or the C compiler it calls."""
+def why_no_kernels(device: torch.device) -> str:
+    """Why kernels of ours cannot be built for a device, or run there; "" if they can.
+
+    Triton may lack, or the C compiler that it calls.
+    """
     if importlib.util.find_spec("triton") is None:
-        return False
+        return "Triton is not installed"
     try:
         from models.acceleration.kernels import gated_gelu
 
         gated_gelu(torch.zeros(1, 2, device=device)).cpu()
-    except Exception:  # compilers fail in many ways
+    except Exception as error:  # compilers fail in many ways
         logger.warning("no kernels of ours can be made, torch's are used", exc_info=True)
-        return False
-    return True
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+    return ""
 
 
 def fuse_modules(model: nn.Module, fusions: Fusions = ALL_FUSIONS) -> None:

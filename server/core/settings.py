@@ -873,9 +873,9 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite:///{self.data_dir / 'inpaint.db'}"
 
     @property
-    def compiled_dir(self) -> Path:
-        """Cache of compiled kernels, kept over restarts."""
-        return self.data_dir / "compiled"
+    def kernel_cache(self) -> Path:
+        """Triton's cache of compiled kernels, kept over restarts."""
+        return self.data_dir / "compiled" / "triton"
 
     @property
     def storage_url(self) -> str:

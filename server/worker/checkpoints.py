@@ -197,7 +197,7 @@ class Checkpoints:
 
     def _acceleration(self) -> Acceleration:
         # Triton's default is in a home folder, which may not exist.
-        os.environ.setdefault("TRITON_CACHE_DIR", str(self.settings.compiled_dir / "triton"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(self.settings.kernel_cache))
         return Acceleration(
             graph_memory_share=self.settings.graph_memory_share,
             is_reproducible=self.settings.reproducible,

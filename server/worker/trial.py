@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from models.acceleration.fusion import why_no_kernels
 from models.checkpoints.registry import ModelSpec, load_components
 from models.diffusion.pipeline import InpaintPipeline, Source
 from models.engine import Failed, Finished, Generation, InpaintEngine
@@ -47,7 +48,14 @@ def make_picture(device_name: str) -> dict[str, object]:
         "device": str(device),
         "load_s": round(loaded - started, 2),
         "picture_s": round(ended - loaded, 2),
+        **(kernels_on(device) if device.type == "cuda" else {}),
     }
+
+
+def kernels_on(device: torch.device) -> dict[str, object]:
+    """Whether our kernels were used on a GPU, and if not, why."""
+    problem = why_no_kernels(device)
+    return {"kernels": False, "kernels_problem": problem} if problem else {"kernels": True}
 
 
 def run(engine: InpaintEngine) -> None:

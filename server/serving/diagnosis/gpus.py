@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from server.core.settings import Settings
 from server.core.terminal import size_text
 from server.serving.devices import AUTO, CPU, expand_devices
+from server.serving.diagnosis.kernels import check_build_tools
 from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.serving.gpu_driver import (
     GpuDetails,
@@ -36,6 +37,8 @@ def check_gpus(settings: Settings) -> Iterator[CheckResult]:
         yield ok(GPU, f"{gpu.name}: {sizes}, driver {gpu.driver}")
     if {*devices} != {CPU} or gpus:
         yield driver_result(gpus, installed_torch())
+    if {*devices} != {CPU} and gpus:
+        yield check_build_tools(settings)
 
 
 def results_of_devices(asked: Sequence[str], devices: Sequence[str]) -> Iterator[CheckResult]:

@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from server.core.settings import Settings
+from server.core.settings import Settings, why_unwritable
 from server.serving.devices import AUTO, VISIBLE, expand_devices
+from server.serving.diagnosis.folders import existing
+from server.serving.diagnosis.kernels import CACHE_VARIABLE, kernel_cache, kernel_result
 from server.serving.diagnosis.results import CheckResult, error, ok, warning
 
 INPAINT = "inpaint"
@@ -30,7 +32,10 @@ def check_inpaint(settings: Settings) -> Iterator[CheckResult]:
     except ValueError:
         return  # The check of the GPUs says it.
     for device in dict.fromkeys(devices):
-        yield result_of(device, run_trial(device))
+        answer = run_trial(device, settings)
+        yield result_of(device, answer)
+        if "kernels" in answer:
+            yield kernel_result(answer, settings, [*TRIAL, device])
 
 
 def result_of(device: str, answer: dict[str, Any]) -> CheckResult:
@@ -56,14 +61,14 @@ def result_of(device: str, answer: dict[str, Any]) -> CheckResult:
     return ok(INPAINT, sentence)
 
 
-def run_trial(device: str) -> dict[str, Any]:
+def run_trial(device: str, settings: Settings) -> dict[str, Any]:
     """The answer of `server.worker.trial`, or an error in its form."""
     environment = dict(os.environ)
     if device.startswith(("GPU-", "MIG-")):
         environment[VISIBLE], device = device, "cuda:0"
-    with tempfile.TemporaryDirectory(prefix="inpaint-doctor-") as folder:
-        environment["TRITON_CACHE_DIR"] = folder
-        try:
+    try:
+        with scratch_cache(settings) as folder:
+            environment[CACHE_VARIABLE] = folder
             done = subprocess.run(
                 [*TRIAL, device],
                 capture_output=True,
@@ -72,11 +77,32 @@ def run_trial(device: str) -> dict[str, Any]:
                 env=environment,
                 check=False,
             )
-        except subprocess.TimeoutExpired:
-            return {"error": f"it took longer than {TIMEOUT_S:.0f} s"}
+    except subprocess.TimeoutExpired:
+        return {"error": f"it took longer than {TIMEOUT_S:.0f} s"}
+    except OSError as problem:
+        return {"error": str(problem)}
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return {"error": f"exit status {done.returncode}: {last}"}
+    if "kernels_problem" in answer and (complaint := compiler_error(done.stderr)):
+        answer["kernels_problem"] += f"; {complaint}"
     return answer
+
+
+def scratch_cache(settings: Settings) -> "tempfile.TemporaryDirectory[str]":
+    """A cache of kernels for one trial, beside a worker's own where this user may write there.
+
+    /tmp may be mounted noexec where the data folder is not. The worker's own cache is not used,
+    because files of another user, such as root, would lock the worker out. Raises: OSError.
+    """
+    place = existing(kernel_cache(settings))
+    within = None if why_unwritable(place) else place
+    return tempfile.TemporaryDirectory(prefix=".inpaint-doctor-", dir=within)
+
+
+def compiler_error(text: str) -> str:
+    """The first error of a C compiler, which says more than its exit status; "" without one."""
+    found = (line.strip() for line in text.splitlines() if " error: " in line)
+    return next(found, "")[:300]

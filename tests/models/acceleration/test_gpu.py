@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.acceleration.attention import KERNELS, MeasuredAttention, cuda_timer
-from models.acceleration.fusion import fuse, fuse_modules
+from models.acceleration.fusion import fuse, fuse_modules, why_no_kernels
 from models.acceleration.graphs import CudaRecorder, GraphedUNet, GraphLimits
 from models.acceleration.stack import Acceleration
 from models.acceleration.unet import EagerUNet, GatheredUNet, UNetInputs, UNetRows
@@ -318,6 +318,11 @@ def test_narrow_attention_computes_what_torch_does(width: int, keys: int) -> Non
     expected = expected.transpose(1, 2).flatten(2)
 
     assert (found.double() - expected).norm() / expected.norm() <= 1e-3
+
+
+def test_kernels_of_ours_can_be_built() -> None:
+    """Otherwise torch's are used, and tests of ours would compare these with themselves."""
+    assert why_no_kernels(torch.device("cuda:0")) == ""
 
 
 @torch.inference_mode()

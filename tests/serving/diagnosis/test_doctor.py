@@ -18,10 +18,18 @@ from server.serving.diagnosis.checkpoints import bytes_per_number, check_loras, 
 from server.serving.diagnosis.database import sqlite_result
 from server.serving.diagnosis.folders import check_store
 from server.serving.diagnosis.gpus import check_gpus, driver_result
+from server.serving.diagnosis.kernels import kernel_result, problem_of_tools
 from server.serving.diagnosis.results import Severity
-from server.serving.diagnosis.trial import check_inpaint, result_of, run_trial
+from server.serving.diagnosis.trial import (
+    check_inpaint,
+    compiler_error,
+    result_of,
+    run_trial,
+    scratch_cache,
+)
 from server.serving.gpu_driver import TorchBuild, gpu_details, why_driver_is_too_old
 from server.serving.preflight import device_warnings
+from server.worker.trial import kernels_on
 from tests.support.devices import TWO_DETAILS, TWO_GPUS, install_nvidia_smi
 from tests.support.processes import ServerProcess
 
@@ -68,8 +76,8 @@ def test_picture_is_made_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
-def test_picture_that_cannot_be_made() -> None:
-    found = result_of("cuda:0", run_trial("cuda:0"))
+def test_picture_that_cannot_be_made(tmp_path: Path) -> None:
+    found = result_of("cuda:0", run_trial("cuda:0", load_settings(data_dir=tmp_path)))
     assert found.severity == Severity.ERROR
     assert found.sentence.startswith("no picture could be made on cuda:0: device cuda:0 cannot be")
 
@@ -84,6 +92,36 @@ def test_picture_that_cannot_be_made() -> None:
 )
 def test_severity_of_a_test_picture(answer: dict[str, object], severity: Severity) -> None:
     assert result_of("auto", answer).severity == severity
+
+
+def test_kernels_of_a_test_picture(tmp_path: Path) -> None:
+    settings, command = load_settings(data_dir=tmp_path), ["python", "cuda:0"]
+    found = kernel_result({"device": "cuda:0", "kernels": True}, settings, command)
+    assert (found.severity, found.sentence) == ("ok", "our kernels run on cuda:0")
+    stderr = "Traceback\nmain.c:5:10: fatal error: Python.h: No such file or directory\n"
+    answer = {"device": "cuda:0", "kernels": False, "kernels_problem": compiler_error(stderr)}
+    found = kernel_result(answer, settings, command)
+    assert found.severity == "warning"
+    assert found.sentence.endswith(
+        "used: main.c:5:10: fatal error: Python.h: No such file or directory"
+    )
+    assert found.cure == (problem_of_tools(settings)[1] or "`python cuda:0` prints the whole error")
+    assert kernels_on(torch.device("cpu"))["kernels"] is False, "no GPU, so Triton must complain"
+
+
+def test_kernels_are_built_where_a_worker_builds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    settings = load_settings(data_dir=tmp_path)
+    for place in (tmp_path, settings.kernel_cache):
+        place.mkdir(parents=True, exist_ok=True)
+        with scratch_cache(settings) as folder:
+            assert Path(folder).parent == place
+        assert [*place.iterdir()] == []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "elsewhere"))
+    with scratch_cache(settings) as folder:
+        assert Path(folder).parent == tmp_path
 
 
 def test_gpus_are_told_with_memory_and_driver(

@@ -22,6 +22,7 @@ from server.core.settings import load_settings
 from server.jobs.workers import WorkerRegistry, WorkerStatus
 from server.serving.diagnosis.checkpoints import digest_result
 from server.serving.diagnosis.database import Clocks, check_database
+from server.serving.diagnosis.kernels import header_folder, problem_of_tools
 from server.serving.diagnosis.network import check_fetches
 from server.serving.diagnosis.results import CheckResult
 from server.serving.server import bind
@@ -107,6 +108,24 @@ def test_old_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["cure"].startswith("install NVIDIA driver 580 or newer on the host")
 
 
+def test_gpu_without_a_compiler(
+    doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    install_nvidia_smi(programs, monkeypatch, TWO_GPUS, details=TWO_DETAILS)
+    (programs / "cat").symlink_to(shutil.which("cat") or "")
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.delenv("CC", raising=False)
+    (found,) = doctor(check="kernels")
+    assert found["severity"] == "warning"
+    assert found["sentence"].startswith("there is no C compiler (gcc or clang), so our kernels")
+    assert found["cure"].startswith("install a C compiler and Python's headers: on Debian `apt-get")
+    monkeypatch.setenv("CC", "cc-of-nobody")
+    (found,) = doctor(check="kernels")
+    assert found["sentence"].startswith("there is no C compiler (cc-of-nobody)")
+    assert doctor("--devices", "cpu", check="kernels") == []
+
+
 def doctor_as(user: tuple[str, ...], check: str, data_dir: Path) -> list[dict[str, str]]:
     """In a process of its own."""
     words = ("doctor", "--no-inpaint", "--json", "--port", "0", "--data-dir", str(data_dir))
@@ -146,6 +165,24 @@ def test_folder_that_is_mounted_read_only(doctor: Doctor, small_disk: Path) -> N
     (found,) = doctor(data_dir=small_disk, check="data folder")
     assert found["sentence"] == f"data folder {small_disk} is mounted read-only"
     assert found["cure"].startswith("mount a volume there")
+
+
+def test_kernels_in_a_folder_that_is_mounted_noexec(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    (tmp_path / "programs" / "gcc").symlink_to("/bin/true")
+    settings = load_settings(data_dir=small_disk)
+    before = problem_of_tools(settings)
+    subprocess.run(["mount", "-o", "remount,noexec", str(small_disk)], check=True)
+    problem, cure = problem_of_tools(settings)
+    if not (header_folder() / "Python.h").is_file():
+        assert before == (problem, cure)
+        assert problem == f"there is no Python.h in {header_folder()}"
+        return
+    assert before == ("", "")
+    assert problem.startswith(f"{small_disk} is mounted noexec")
+    assert cure == "mount it without noexec, or name another folder in TRITON_CACHE_DIR"
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
