@@ -16,9 +16,10 @@ from server.core.settings import Settings
 from server.core.terminal import printable
 from server.serving.diagnosis.checkpoints import check_models
 from server.serving.diagnosis.database import Clocks, check_database
+from server.serving.diagnosis.egress import IMAGES, WEBHOOKS, check_egress
 from server.serving.diagnosis.folders import check_folders
 from server.serving.diagnosis.gpus import check_gpus
-from server.serving.diagnosis.network import check_fetches, check_ports, check_proxies, check_tls
+from server.serving.diagnosis.network import check_ports, check_proxies, check_tls
 from server.serving.diagnosis.results import CheckResult, Severity, error, ok, warning
 from server.serving.diagnosis.trial import check_inpaint
 
@@ -78,7 +79,8 @@ def diagnose(options: argparse.Namespace) -> Iterator[CheckResult]:
     yield from check_ports(settings)
     yield from check_tls(settings)
     yield from check_proxies(settings)
-    yield from check_fetches(settings, options.image_url)
+    yield from check_egress(settings, IMAGES, options.image_url)
+    yield from check_egress(settings, WEBHOOKS, options.webhook_url)
     yield from check_gpus(settings)
     if settings.worker_devices:
         yield from check_models(settings)

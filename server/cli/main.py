@@ -166,13 +166,14 @@ def add_doctor(commands: Commands, shared: Parser) -> None:
     add_flags_of_serve(each)
     each.add_argument("--json", action="store_true", help="print JSON")
     each.add_argument("--no-inpaint", action="store_true", help="leave out the test picture")
-    each.add_argument(
-        "--image-url",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="tell whether images of this host would be refused; may be repeated",
-    )
+    for flag, refused in (("--image-url", "images of"), ("--webhook-url", "webhooks to")):
+        each.add_argument(
+            flag,
+            action="append",
+            default=[],
+            metavar="URL",
+            help=f"tell whether {refused} this host would be refused; may be repeated",
+        )
     each.set_defaults(run=doctor)
 
 

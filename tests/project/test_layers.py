@@ -203,7 +203,7 @@ def test_only_the_egress_client_opens_connections() -> None:
     users = {"api/app.py", "cli/webhooks.py", "egress/downloads.py", "webhooks/sender.py"}
     users |= {"api/shadow.py"}
     # It tells which addresses are refused, and connects to none.
-    users |= {"serving/diagnosis/network.py"}
+    users |= {"serving/diagnosis/egress.py"}
     assert importers_of("server.egress.client") == users
 
 

@@ -1,33 +1,20 @@
-"""Checks of the ports, the trust in proxies, and what images may be fetched."""
+"""Checks of the ports, the certificate, and the trust in proxies."""
 
-import ipaddress
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import psutil
 
 from server.api.proxies import is_trusted
-from server.core.settings import FetchSettings, Settings, is_loopback
-from server.egress.client import Listener, deny_own, listeners_of
+from server.core.settings import Settings, is_loopback
 from server.egress.interfaces import attached_networks
-from server.egress.policy import (
-    USUAL_PORTS,
-    AddressDenied,
-    AddressPolicy,
-    checked_url,
-    host_of,
-    is_public,
-    parse_address,
-    port_of,
-)
-from server.egress.resolver import Resolver, numeric_addresses, system_addresses
 from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.serving.server import address_of, bind, listen_errors
 from server.serving.tls import load_context
 
-PORT, TLS, PROXY, FETCH = "port", "tls", "proxy", "images"
+PORT, TLS, PROXY = "port", "tls", "proxy"
 
 OWN_NAMES = ("inpaint-server", "server.cli.main")
 """In the command line of a server of this program."""
@@ -153,66 +140,3 @@ def neighbours() -> str:
         if each.is_private and not each.is_loopback and not each.is_link_local
     ]
     return f"; this machine is attached to {', '.join(dict.fromkeys(private))}" if private else ""
-
-
-def check_fetches(
-    settings: Settings, urls: Sequence[str], resolve: Resolver = system_addresses
-) -> Iterator[CheckResult]:
-    """Where images may come from, and whether those of `urls` may."""
-    if settings.egress.proxy is not None:
-        yield note(
-            FETCH, "all downloads go by egress.proxy, which decides what addresses are reached"
-        )
-        return
-    yield policy_result(settings.fetch)
-    policy = AddressPolicy(
-        settings.fetch.allow_cidrs,
-        settings.fetch.allow_hosts,
-        settings.fetch.allow_ports,
-        settings.egress.nat64_prefixes,
-    )
-    for url in urls:
-        yield url_result(url, policy, listeners_of(settings), resolve)
-
-
-def policy_result(fetch: FetchSettings) -> CheckResult:
-    allowed = [*map(str, fetch.allow_cidrs), *fetch.allow_hosts]
-    if allowed:
-        return ok(FETCH, f"images may come from public hosts and from {', '.join(allowed)}")
-    return note(
-        FETCH,
-        "images may come from public hosts alone, unless a key allows more; private addresses "
-        "are refused",
-        "`inpaint-server doctor --image-url URL` tells whether a host of yours is refused",
-    )
-
-
-def url_result(
-    url: str, policy: AddressPolicy, listeners: Sequence[Listener], resolve: Resolver
-) -> CheckResult:
-    """Whether an image of this URL may be fetched. Looks its host up, and connects to nothing."""
-    try:
-        parsed = checked_url(url)
-    except AddressDenied as problem:
-        return error(FETCH, f"{url!r} is refused: {problem}", "use a plain http or https URL")
-    host, port = host_of(parsed), port_of(parsed)
-    try:
-        found = numeric_addresses(host, port) or resolve(host, port)
-        addresses = [*dict.fromkeys(found)]
-        deny_own(host, policy.check(host, addresses, port), port, policy, listeners)
-    except (OSError, UnicodeError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        return error(FETCH, f"{host} has no address here: {reason}", "check the name and the DNS")
-    except AddressDenied as problem:
-        sentence = f"images of {host} are refused: {problem}"
-        return error(FETCH, sentence, permission_of(host, addresses, port))
-    return ok(FETCH, f"images may come from {host}, port {port}")
-
-
-def permission_of(host: str, addresses: Sequence[str], port: int) -> str:
-    """The setting that allows a refused host."""
-    found = [parse_address(each) for each in addresses]
-    if all(map(is_public, found)) and port not in USUAL_PORTS:
-        return f"set INPAINT_FETCH__ALLOW_PORTS={port}"
-    networks = ",".join(str(ipaddress.ip_network(each)) for each in found)
-    return f"set INPAINT_FETCH__ALLOW_CIDRS={networks} or INPAINT_FETCH__ALLOW_HOSTS={host}"

@@ -22,8 +22,8 @@ from server.core.settings import load_settings
 from server.jobs.workers import WorkerRegistry, WorkerStatus
 from server.serving.diagnosis.checkpoints import digest_result
 from server.serving.diagnosis.database import Clocks, check_database
+from server.serving.diagnosis.egress import IMAGES, WEBHOOKS, check_egress
 from server.serving.diagnosis.kernels import header_folder, problem_of_tools
-from server.serving.diagnosis.network import check_fetches
 from server.serving.diagnosis.results import CheckResult
 from server.serving.server import bind
 from server.storage.database import open_migrated
@@ -77,7 +77,7 @@ def results_in(text: str, status: int, check: str) -> list[dict[str, str]]:
 def test_machine_without_faults(doctor: Doctor, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir(mode=0o700)
     found = {each["check"]: each["severity"] for each in doctor("--devices", "cpu")}
-    assert found == {"images": "note", "database": "note"}
+    assert found == {"images": "note", "webhooks": "note", "database": "note"}
     assert [*(tmp_path / "data").iterdir()] == []
 
 
@@ -311,18 +311,53 @@ def test_private_image_host(doctor: Doctor) -> None:
         ({"allow_cidrs": "10.1.0.0/16"}, "http://pictures.internal:9000/a", "ok", ""),
         ({"allow_hosts": "x"}, "http://nowhere.internal/a", "error", "check the name and the DNS"),
         ({}, "https://8.8.8.8/a", "ok", ""),
-        ({}, "https://8.8.8.8:8443/a", "error", "set INPAINT_FETCH__ALLOW_PORTS=8443"),
+        ({}, "https://8.8.8.8:8443/a", "error", "__ALLOW_PORTS=8443"),
     ],
 )
-def test_image_host(settings: dict[str, str], url: str, severity: str, cure: str) -> None:
+def test_host_of_a_url(settings: dict[str, str], url: str, severity: str, cure: str) -> None:
     def resolve(host: str, _port: int) -> list[str]:
         if host != "pictures.internal":
             raise OSError("Name or service not known")
         return ["10.1.2.3"]
 
-    *_, found = check_fetches(load_settings(fetch=settings), [url], resolve)
-    assert found.severity == severity
-    assert cure in found.cure
+    for egress in (IMAGES, WEBHOOKS):
+        *_, found = check_egress(
+            load_settings(**{egress.section: settings}), egress, [url], resolve
+        )
+        assert (found.check, found.severity) == (egress.check, severity)
+        assert cure in found.cure
+
+
+def test_private_webhook_receiver(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--webhook-url", "http://10.1.2.3/done")
+    monkeypatch.setenv("INPAINT_FETCH__ALLOW_CIDRS", "10.1.2.3")
+    _, found = doctor(*asked, check="webhooks")
+    assert found["sentence"] == "webhooks to 10.1.2.3 are refused: address 10.1.2.3 port 80"
+    assert found["cure"] == (
+        "set INPAINT_WEBHOOK__ALLOW_CIDRS=10.1.2.3/32 or INPAINT_WEBHOOK__ALLOW_HOSTS=10.1.2.3"
+    )
+    monkeypatch.setenv("INPAINT_WEBHOOK__ALLOW_CIDRS", "10.1.2.3")
+    assert doctor(*asked, check="webhooks") == []
+    monkeypatch.setenv("INPAINT_WEBHOOK__HTTPS_ONLY", "true")
+    (found,) = doctor(*asked, "--webhook-url", "https://10.1.2.3/done", check="webhooks")
+    assert found["sentence"] == "webhooks to 10.1.2.3 are refused: not https"
+    assert found["cure"].endswith("INPAINT_WEBHOOK__HTTPS_ONLY=false")
+
+
+def test_hosts_behind_an_egress_proxy() -> None:
+    """The proxy looks names up; addresses and ports are refused before it is asked."""
+    settings = load_settings(egress={"proxy": "http://10.0.0.9:3128"})
+    urls = ["http://nowhere.internal/a", "http://nowhere.internal:81/a", "http://10.1.2.3/a"]
+
+    def resolve(_host: str, _port: int) -> list[str]:
+        raise AssertionError("no name is looked up here")
+
+    _, name, port, address = check_egress(settings, IMAGES, urls, resolve)
+    assert name.sentence == (
+        "images may come from nowhere.internal, port 80, if egress.proxy finds it"
+    )
+    assert (port.severity, port.cure) == ("error", "set INPAINT_FETCH__ALLOW_PORTS=81")
+    assert address.cure.startswith("set INPAINT_FETCH__ALLOW_CIDRS=10.1.2.3")
 
 
 @pytest.mark.parametrize(("offline", "severity"), [("1", "error"), ("0", "warning")])
