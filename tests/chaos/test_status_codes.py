@@ -22,6 +22,7 @@ from tests.chaos.matrix import NotCovered
 from tests.chaos.scripts import Script
 from tests.chaos.site import Site, outside_world, signal_process
 from tests.support.postgres import find_binaries, running_postgres
+from tests.support.programs import lacking
 from tests.support.proxies import LoopThread
 from tests.support.waiting import until
 
@@ -116,8 +117,8 @@ def disk_full(room: Path, host: Host, _thread: LoopThread) -> Iterator[Made]:
     with ExitStack() as stack:
         try:
             disk = stack.enter_context(small_disk(room / "disk"))
-        except NotCovered as reason:
-            pytest.skip(str(reason))
+        except NotCovered:
+            lacking("the right to mount a tmpfs")
         site = Site(room, host, LEGACY, data_dir=disk / "data")
         made = stack.enter_context(started(site))
         fill(disk)
@@ -160,7 +161,7 @@ def told_of_load(made: Made) -> int | str:
 def database_away(room: Path, host: Host, _thread: LoopThread) -> Iterator[Made]:
     binaries = find_binaries()
     if binaries is None:
-        pytest.skip("PostgreSQL's programs are not installed")
+        lacking("PostgreSQL")
     with running_postgres(binaries) as server:
         url = str(server.url(server.create_database()))
         site = Site(room, host, LEGACY | {"INPAINT_DATABASE_URL": url})

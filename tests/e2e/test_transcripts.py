@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +19,9 @@ import pytest
 
 from server.serving.server import bind
 from tests.support.processes import COMMAND, START_TIMEOUT_S
+from tests.support.programs import as_nobody
 
 TRANSCRIPTS = Path(__file__).parents[1] / "corpora" / "transcripts"
-AS_NOBODY = (
-    *("setpriv", "--reuid=65534", "--clear-groups"),
-    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
-)
-"""Who may read the interpreter wherever it lies."""
 
 READ_BYTES = 4_096
 CTRL_C = b"\x03"
@@ -91,8 +86,7 @@ def port() -> Iterator[int]:
 @pytest.mark.parametrize("name", [*BAD])
 def test_start_that_cannot_succeed(name: str, folder: Path, port: int) -> None:
     start = BAD[name]
-    if start.is_other_user and not (os.geteuid() == 0 and shutil.which(AS_NOBODY[0])):
-        pytest.skip("needs root and setpriv, to start a process as somebody else")
+    user = as_nobody() if start.is_other_user else []
     for file, content in start.files.items():
         (folder / file).parent.mkdir(mode=0o700, exist_ok=True)
         (folder / file).write_text(content)
@@ -102,7 +96,7 @@ def test_start_that_cannot_succeed(name: str, folder: Path, port: int) -> None:
     words = start.words.format(folder=folder, port=port).split()
     command = [sys.executable, "-P", "-c", WITHOUT_TORCH]
     done = subprocess.run(
-        [*(AS_NOBODY if start.is_other_user else ()), *command, *words],
+        [*user, *command, *words],
         env={**os.environ, "COLUMNS": "80", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

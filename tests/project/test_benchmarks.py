@@ -4,7 +4,6 @@ import ast
 import asyncio
 import json
 import math
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from benchmarks.soak import Fate, growth_of, make_calls, parts_of
 from benchmarks.soak import run as soak
 from server.core.settings import Settings
 from server.storage.database import open_engine
+from tests.support.programs import program
 
 pytestmark = pytest.mark.process
 
@@ -260,8 +260,8 @@ print(fsync_ms(folder, count=3))
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the slow disk is a library in C")
 def test_disk_is_as_slow_as_asked_for(tmp_path: Path) -> None:
+    program("cc")  # for the slow disk, which is a library in C
     command = [sys.executable, "-c", SLOW_DISK, str(tmp_path)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert float(answer.stdout) >= 30

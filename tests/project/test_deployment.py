@@ -6,7 +6,6 @@ without its descriptions. KEDA's kind has none there.
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from server.serving.supervisor import GRACE_S
 from server.storage.database import open_engine
 from tests.support.documents import blocks_of
 from tests.support.jobs import new_job
+from tests.support.programs import program
 from tests.support.repository import REPOSITORY
 
 UNITS = sorted((REPOSITORY / "configs" / "systemd").glob("*.service"))
@@ -137,12 +137,11 @@ def test_units_start_a_command_of_ours_and_wait_for_its_end(unit: Path) -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_systemd_reads_the_units(unit: Path, tmp_path: Path) -> None:
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed")
+    analyze = program("systemd-analyze")
     copy = tmp_path / unit.name.replace("@", "@0")
     copy.write_text(unit.read_text().replace(COMMAND, "/bin/true"))
     done = subprocess.run(
-        ["systemd-analyze", "verify", str(copy)], capture_output=True, text=True, timeout=60
+        [analyze, "verify", str(copy)], capture_output=True, text=True, timeout=60
     )
     told = [line for line in done.stderr.splitlines() if unit.stem.rstrip("@") in line]
     assert (done.returncode, told) == (0, [])

@@ -1,7 +1,5 @@
 """The kernels of a call, counted on the meta device, and how long the model says they take."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import nn
@@ -9,8 +7,7 @@ from torch import nn
 from benchmarks.checkpoints import COSTS
 from benchmarks.kernel_list import META, Kernel, kernels_of
 from benchmarks.roofline import H100, decode_of, findings_of, seconds_of, step_of, to_text
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+from tests.support.programs import needs_triton
 
 
 class Block(nn.Module):

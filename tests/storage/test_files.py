@@ -3,7 +3,6 @@
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from server.core.errors import StorageUnavailable
 from server.storage.files import UNFINISHED, Storage
+from tests.support.programs import program
 
 pytestmark = pytest.mark.process
 
@@ -93,12 +93,7 @@ os.rename(sys.argv[2], sys.argv[2] + ".answered")
 @pytest.fixture
 def strace() -> str:
     """Its path. Without it a desk skips, and CI fails."""
-    found = shutil.which("strace")
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail("CI needs strace: it is not installed")
-    if found is None:
-        pytest.skip("strace is not installed")
-    return found
+    return program("strace")
 
 
 def test_put_returns_when_bytes_and_names_are_on_disk(strace: str, tmp_path: Path) -> None:

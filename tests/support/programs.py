@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,11 +46,28 @@ def clients_folder() -> Path:
     return CLIENTS
 
 
+def as_nobody() -> list[str]:
+    """Words before a command that start it as uid 65534, who may read any file but write none.
+
+    It is a user who can run the interpreter wherever that is. A desk may lack root, CI may not.
+    """
+    if os.geteuid() != 0:
+        lacking("the root user")
+    words = ("--reuid=65534", "--clear-groups", "--inh-caps=+dac_read_search")
+    return [program("setpriv"), *words, "--ambient-caps=+dac_read_search"]
+
+
 def lacking(what: str) -> NoReturn:
     """Skip the test on a desk, and fail it in CI."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI needs {what}")
-    pytest.skip(f"{what} was not run" if what.startswith("make ") else f"{what} is not installed")
+    pytest.skip(f"needs {what}")
+
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None and os.environ.get("CI") != "true", reason="needs Triton"
+)
+"""A desk may lack it. In CI such a test then fails."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
+from tests.support.programs import needs_triton
+
 pytestmark = [
     pytest.mark.process,
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+    needs_triton,
 ]
 
 

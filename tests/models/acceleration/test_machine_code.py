@@ -5,16 +5,17 @@ accessed in wide words, and not how long that takes.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from tests.support.programs import needs_triton
+
 pytestmark = [
     pytest.mark.process,
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+    needs_triton,
 ]
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,11 @@ from server.serving.server import bind
 from server.storage.database import open_migrated
 from tests.support.devices import TWO_DETAILS, TWO_GPUS, install_nvidia_smi
 from tests.support.processes import COMMAND, START_TIMEOUT_S
+from tests.support.programs import as_nobody, lacking
 
 pytestmark = pytest.mark.process
 
 Doctor = Callable[..., list[dict[str, str]]]
-AS_NOBODY = (
-    *("setpriv", "--reuid=65534", "--clear-groups"),
-    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
-)
-"""A user who may read the interpreter wherever it is."""
-
 FAKE_TORCH = (
     "__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
 )
@@ -126,7 +121,7 @@ def test_gpu_without_a_compiler(
     assert doctor("--devices", "cpu", check="kernels") == []
 
 
-def doctor_as(user: tuple[str, ...], check: str, data_dir: Path) -> list[dict[str, str]]:
+def doctor_as(user: Sequence[str], check: str, data_dir: Path) -> list[dict[str, str]]:
     """In a process of its own."""
     words = ("doctor", "--no-inpaint", "--json", "--port", "0", "--data-dir", str(data_dir))
     done = subprocess.run(
@@ -147,7 +142,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     options = f"size={TMPFS_BYTES},mode=0700"
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a tmpfs is not permitted here")
+        lacking("the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -186,18 +181,17 @@ def test_kernels_in_a_folder_that_is_mounted_noexec(
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
-    if not (os.geteuid() == 0 and shutil.which(AS_NOBODY[0])):
-        pytest.skip("needs root and setpriv, to start a process as somebody else")
+    nobody = as_nobody()
     folder = tmp_path / "data"
     folder.mkdir(mode=0o755)
     tmp_path.chmod(0o755)
-    found, _ = doctor_as(AS_NOBODY, "data folder", folder)
+    found, _ = doctor_as(nobody, "data folder", folder)
     assert found["severity"] == "error"
     assert found["sentence"] == (
         f"data folder {folder} cannot be written by uid 65534: it belongs to uid 0, mode 0755"
     )
     assert found["cure"] == f"`chown -R 65534 {folder}`, or run the server as uid 0"
-    found, *_ = doctor_as(AS_NOBODY, "data folder", folder / "deeper")
+    found, *_ = doctor_as(nobody, "data folder", folder / "deeper")
     assert (
         f"data folder {folder / 'deeper'} cannot be made: {folder} cannot be" in found["sentence"]
     )
