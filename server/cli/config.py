@@ -4,8 +4,9 @@ import argparse
 import json
 import re
 import tomllib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from server.cli.options import SHARED_FLAGS, Refusal, refusing, settings_of
 from server.core.settings import ENV_PREFIX, Settings
 from server.core.settings_errors import given_as
 from server.core.terminal import print_table, printable
-from server.serving.preflight import problems_of_models
+from server.serving.devices import refuse_unknown
+from server.serving.preflight import checks_before_start, problems_of_models
 
 MASK = "***"
 DEFAULT = "default"
@@ -69,13 +71,27 @@ def check(options: argparse.Namespace) -> int:
 
 
 def problems_of(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """What stops a start, and settings without effect."""
+    """What stops a start on any machine, and settings without effect."""
     try:
         with refusing():
             settings = settings_of(options)
     except Refusal as refusal:
         return [str(line) for line in refusal.args], []
-    return [*problems_of_models(settings).values()], settings.removed
+    problems = [*problems_of_models(settings).values()]
+    if settings.worker_devices:
+        problems += problems_in(partial(refuse_unknown, settings.devices))
+    for check in checks_before_start(settings):
+        problems += problems_in(check)
+    return problems, settings.removed
+
+
+def problems_in(check: Callable[[], object]) -> list[str]:
+    """Why a check refuses the start; empty where it does not."""
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
 
 
 def effective_settings(

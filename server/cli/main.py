@@ -197,7 +197,7 @@ def add_config(commands: Commands, shared: Parser) -> None:
     )
     for verb, text in (
         ("show", "list the effective settings and where each comes from"),
-        ("check", "list every unknown or wrong setting; exit status 1 if there is one"),
+        ("check", "list every setting that a start would refuse; exit status 1 if there is one"),
     ):
         each = actions.add_parser(verb, parents=[shared], help=text)
         each.add_argument("--json", action="store_true", help="print JSON")

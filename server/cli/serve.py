@@ -61,14 +61,10 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
 
     Raises: ValueError, OSError.
     """
-    from server.api.auth.keyring import read_keys_file
-    from server.api.shadow import read_vendor_keys
     from server.cli.announcements import STARTING
     from server.core import tracing
-    from server.core.logs import configure_logging, redact_secrets
-    from server.serving.preflight import check_workers
-    from server.serving.tls import load_context
-    from server.storage.files import Storage
+    from server.core.logs import configure_logging
+    from server.serving.preflight import check_workers, checks_before_start
 
     settings = settings_of(options, *FLAGS)
     settings.make_data_dir()
@@ -77,13 +73,8 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
         settings.tracing_url, "inpaint-api", follows_callers=settings.tracing_follows_callers
     )
     warn_operator(settings)
-    Storage(settings.storage_url, settings.store_options)  # refuses unusable options
-    if settings.auth.keys_file is not None:
-        # A missing key file refuses the start; later it would count as empty.
-        redact_secrets(read_keys_file(settings.auth.keys_file))
-    read_vendor_keys(settings.shadow)  # refuses an unusable file
-    if settings.tls.certificate_file is not None:
-        load_context(settings.tls)  # refuses unusable files
+    for check in checks_before_start(settings):
+        check()
     command = shlex.split(options.worker_command or "")
     return check_workers(settings, command), command
 

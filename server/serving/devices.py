@@ -38,11 +38,7 @@ def expand_devices(names: Sequence[str]) -> tuple[str, ...]:
     Where GPUs cannot be listed, "auto" stays and the worker asks torch. Raises: ValueError for an
     unknown name, and for a device that this machine does not have.
     """
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise ValueError(
-                f"unknown device {name!r}: use auto, all, cpu, cuda:0, or an id of `nvidia-smi -L`"
-            )
+    refuse_unknown(names)
     gpus = None if {*names} <= {CPU} else list_gpus()
     if gpus is None:
         return tuple(AUTO if name == ALL else name for name in names)
@@ -53,6 +49,15 @@ def expand_devices(names: Sequence[str]) -> tuple[str, ...]:
             refuse_absent(name, gpus, found, visible)
     devices = {ALL: found or [CPU], AUTO: found[:1] or [CPU]}
     return tuple(each for name in names for each in devices.get(name, [name]))
+
+
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Raises: ValueError for a name that is no device on any machine."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"unknown device {name!r}: use auto, all, cpu, cuda:0, or an id of `nvidia-smi -L`"
+            )
 
 
 def refuse_absent(

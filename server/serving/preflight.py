@@ -34,6 +34,37 @@ def check_workers(settings: Settings, command: Sequence[str]) -> Settings:
     return settings.model_copy(update={"devices": expand_devices(settings.devices)})
 
 
+def checks_before_start(settings: Settings) -> Sequence[Callable[[], object]]:
+    """What `serve` refuses before it looks at this machine: dialects, and files that are named.
+
+    They write nothing and connect to nothing. Each raises ValueError or OSError.
+    """
+    # Not at the top, because every command imports this module and few read such files.
+    from server.api.auth.keyring import read_keys_file
+    from server.api.dialects.registry import enabled_dialects
+    from server.api.shadow import read_vendor_keys
+    from server.core.logs import redact_secrets
+    from server.serving.tls import load_context
+    from server.storage.files import check_object_store
+
+    def read_keys() -> None:
+        # A missing key file refuses the start; later it would count as empty.
+        if settings.auth.keys_file is not None:
+            redact_secrets(read_keys_file(settings.auth.keys_file))
+
+    def read_certificate() -> None:
+        if settings.tls.certificate_file is not None:
+            load_context(settings.tls)
+
+    return (
+        lambda: check_object_store(settings.storage_url, settings.store_options),
+        read_keys,
+        lambda: read_vendor_keys(settings.shadow),
+        read_certificate,
+        lambda: enabled_dialects(settings.dialects),
+    )
+
+
 def problems_of_models(settings: Settings) -> dict[str, str]:
     """A sentence for each offered model and LoRA that cannot be there, by its name.
 

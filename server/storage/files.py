@@ -81,6 +81,12 @@ class StoredFile:
     changed_at: float
 
 
+def check_object_store(url: str, options: Mapping[str, str]) -> None:
+    """Raises: ValueError for options of an object store as `Storage` does. Makes no folder."""
+    if not url.startswith("file:"):
+        Storage(url, options)
+
+
 class Storage:
     """Bytes under a key such as `generations/<uuid>-0.png`.
 

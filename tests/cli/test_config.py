@@ -50,6 +50,55 @@ def test_check_tells_all_problems_at_once(
     assert len(json.loads(capsys.readouterr().out)["problems"]) == len(said.splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("DEVICES", "cpu,gpu0", "unknown device 'gpu0': use auto, all, cpu, cuda:0, or an id"),
+        (
+            "DIALECTS",
+            "natve",
+            "dialects: 'natve' is none of those in docs/clients.md; did you mean",
+        ),
+        ("AUTH__KEYS_FILE", "{folder}/none", "No such file or directory: '{folder}/none'"),
+        ("AUTH__KEYS_FILE", "{folder}/open", "{folder}/open holds API keys and others may read"),
+        ("SHADOW__KEYS_FILE", "{folder}/none", "No such file or directory: '{folder}/none'"),
+        ("TLS__CERTIFICATE_FILE", "{folder}/none", "TLS file {folder}/none cannot be read"),
+        ("TLS__CERTIFICATE_FILE", "{folder}/keys", "{folder}/keys and its key cannot be used"),
+        ("STORAGE__CREDENTIALS_FILE", "{folder}/none", "No such file or directory: '{folder}/none"),
+        ("STORAGE__URL", "s3://", "s3"),
+    ],
+)
+def test_check_refuses_what_a_start_refuses(
+    variable: str,
+    value: str,
+    problem: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, mode in (("open", 0o644), ("keys", 0o600)):
+        (tmp_path / name).write_text("a-key-that-is-long-enough\n")
+        (tmp_path / name).chmod(mode)
+    check = ["config", "check", "--data-dir", str(tmp_path / "data")]
+    monkeypatch.setenv("INPAINT_AUTH__KEYS_FILE", str(tmp_path / "keys"))
+    assert main(check) == 0
+    capsys.readouterr()
+    monkeypatch.setenv(f"INPAINT_{variable}", value.format(folder=tmp_path))
+    assert main(check) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("error: ")
+    assert problem.format(folder=tmp_path) in line
+    assert not (tmp_path / "data").exists(), "it only looks"
+
+
+def test_check_needs_no_device_where_no_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_DEVICES", "cuda:7")
+    assert main(["config", "check"]) == 0, "the hardware is the doctor's"
+    monkeypatch.setenv("INPAINT_DEVICES", "gpu0")
+    monkeypatch.setenv("INPAINT_WORKERS", "0")
+    assert main(["config", "check"]) == 0
+
+
 def test_check_reads_the_list_of_models_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
