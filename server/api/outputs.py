@@ -169,11 +169,13 @@ def stream(
     if request.method == "HEAD":
         return Response(b"", 200, headers)
 
-    async def content() -> AsyncIterator[bytes]:
-        while (piece := await services.in_file_thread(next, pieces, None)) is not None:
-            yield piece
+    return StreamingResponse(pieces_of(services, pieces), 200, headers)
 
-    return StreamingResponse(content(), 200, headers)
+
+async def pieces_of(services: Services, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces of a stored file, each read when it is asked for. Raises: StorageUnavailable."""
+    while (piece := await services.in_file_thread(next, pieces, None)) is not None:
+        yield piece
 
 
 def in_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from server.core.errors import StorageUnavailable
 
 if TYPE_CHECKING:
-    from obstore import HTTP_METHOD, GetResult
+    from obstore import HTTP_METHOD, GetResult, ObjectMeta
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Store
 
 CHUNK_BYTES = 65_536
@@ -75,10 +75,14 @@ MISSING = (NotFoundError, FileNotFoundError)
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """key: as given to `put`. changed_at: seconds since the epoch, by the store's clock."""
+    """key: as given to `put`. changed_at: seconds since the epoch, by the store's clock.
+
+    size: in bytes.
+    """
 
     key: str
     changed_at: float
+    size: int
 
 
 def check_object_store(url: str, options: Mapping[str, str]) -> None:
@@ -165,13 +169,10 @@ class Storage:
             return True
         return False
 
-    def changed_at(self, key: str) -> float | None:
-        """When a file was stored, in seconds since the epoch by the store's clock.
-
-        None for a missing key. Raises: StorageUnavailable.
-        """
+    def find(self, key: str) -> StoredFile | None:
+        """The facts about a file, None for a missing key. Raises: StorageUnavailable."""
         with storage_errors(f"cannot look up {key}"), contextlib.suppress(*MISSING):
-            return float(self._store.head(key)["last_modified"].timestamp())
+            return stored_file(key, self._store.head(key))
         return None
 
     def delete(self, key: str) -> None:
@@ -209,9 +210,12 @@ class Storage:
         """
         with storage_errors(f"cannot list {folder}"):
             for chunk in self._store.list(folder, chunk_size=batch):
-                yield [
-                    StoredFile(each["path"], each["last_modified"].timestamp()) for each in chunk
-                ]
+                yield [stored_file(each["path"], each) for each in chunk]
+
+
+def stored_file(key: str, meta: "ObjectMeta") -> StoredFile:
+    """What an object store, or a folder, tells about a file."""
+    return StoredFile(key, meta["last_modified"].timestamp(), meta["size"])
 
 
 def open_object_store(

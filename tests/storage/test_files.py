@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.core.errors import StorageUnavailable
-from server.storage.files import UNFINISHED, Storage
+from server.storage.files import UNFINISHED, Storage, StoredFile
 from tests.support.programs import program
 
 pytestmark = pytest.mark.process
@@ -40,11 +40,11 @@ def test_missing_content_is_none(storage: Storage) -> None:
     assert storage.has("generations/none.png")
 
 
-def test_time_of_a_file(storage: Storage, tmp_path: Path) -> None:
-    assert storage.changed_at("a") is None
+def test_facts_about_a_file(storage: Storage, tmp_path: Path) -> None:
+    assert storage.find("a") is None
     storage.put("a", b"content")
     os.utime(tmp_path / "deep/files/a", (5.0, 1_000.5))
-    assert storage.changed_at("a") == 1_000.5
+    assert storage.find("a") == StoredFile("a", 1_000.5, len(b"content"))
 
 
 def test_delete_is_idempotent(storage: Storage) -> None:

@@ -1,15 +1,14 @@
-"""For dialects that cannot be polled: waits for a job's pictures, and reads their files."""
+"""For dialects that cannot be polled: waits for a job's pictures."""
 
 import asyncio
 
 from fastapi import Request
 
 from server.api.dependencies import cancel
+from server.api.dialects.inline import PICTURES_GONE
 from server.api.services import Services
 from server.core.errors import JobFailed, JobTooSlow, ServerBusy
 from server.jobs.job import Failure, Job, JobState
-
-PICTURES_GONE = "The pictures are no longer there"
 
 
 async def wait_for_pictures(services: Services, request: Request, job: Job) -> Job:
@@ -53,12 +52,3 @@ async def until_disconnected(request: Request) -> None:
     """Return when the client has closed the connection. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def read_pictures(services: Services, job: Job) -> list[bytes]:
-    """The files of a finished job, in sample order. Raises: JobFailed, StorageUnavailable."""
-    files = [await services.in_file_thread(services.storage.get, key) for key in job.output_keys]
-    pictures = [each for each in files if each is not None]
-    if len(pictures) < len(files):
-        raise JobFailed(Failure.UNKNOWN, PICTURES_GONE)
-    return pictures

@@ -8,6 +8,7 @@ this dialect.
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
@@ -31,7 +32,8 @@ from server.api.dialects.a1111.png_info import read_png_info
 from server.api.dialects.a1111.reading import A1111Facts, Call
 from server.api.dialects.base import Dialect, JobRequest, ReadingPolicy
 from server.api.dialects.fields import FALSE_WORDS, FieldReader
-from server.api.dialects.waiting import read_pictures, wait_for_pictures
+from server.api.dialects.inline import InlinePicture, filled, find_pictures
+from server.api.dialects.waiting import wait_for_pictures
 from server.api.services import Services
 from server.core.errors import JobFailed, StorageUnavailable
 from server.core.logs import get_logger
@@ -90,17 +92,19 @@ async def make(
     if not call.repeats_pictures:
         # The call may wait long now, so its share of the body limit is released.
         release_body(request)
-    pictures: list[bytes] | None = None
+    pictures: list[InlinePicture] | None = None
     try:
         job = await wait_for_pictures(services, request, job)
-        pictures = await read_pictures(services, job) if call.sends_images else []
+        pictures = await find_pictures(services, job) if call.sends_images else []
     except JobFailed as failure:
         # `interrupt` cancels jobs, and A1111 answers an interrupted call as a success.
         if failure.code != JobState.CANCELLED:
             raise
     settings = services.settings
     model = title_of(job.params.model or settings.model, settings.offered_models)
-    return writing.to_response(writing.write_pictures(call, job, model, pictures))
+    # The answer repeats the sent pictures, which may be megabytes.
+    written = await to_thread.run_sync(writing.write_pictures, call, job, model, pictures)
+    return filled(services, written, pictures or ())
 
 
 async def submit(

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from models.imaging.captions import write_caption
 from server.api.dialects.a1111.reading import A1111Facts, Call
 from server.api.dialects.explanations import explain, headers_of
+from server.api.dialects.inline import InlinePicture
 from server.core.errors import ApiError, ImageUnavailable, InvalidApiKey
 from server.jobs.job import Job, JobState
 
@@ -31,17 +32,20 @@ def to_response(body: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(json.dumps(body, allow_nan=False), status, headers, "application/json")
 
 
-def write_pictures(call: Call, job: Job, model: str, pictures: Sequence[bytes] | None) -> Body:
-    """The answer to `img2img` and `txt2img`.
+def write_pictures(
+    call: Call, job: Job, model: str, pictures: Sequence[InlinePicture] | None
+) -> Response:
+    """The answer to `img2img` and `txt2img`, with the pictures' marks.
 
-    model: its title. pictures: the files; None for an interrupted job.
+    model: its title. pictures: None for an interrupted job.
     """
     sent = pictures if call.sends_images and pictures is not None else ()
-    return {
-        "images": [base64.b64encode(picture).decode() for picture in sent],
+    body = {
+        "images": [picture.mark for picture in sent],
         "parameters": to_json_value(call.parameters),
         "info": json.dumps(write_info(call, job, model, is_interrupted=pictures is None)),
     }
+    return to_response(body)
 
 
 def write_info(call: Call, job: Job, model: str, *, is_interrupted: bool) -> Body:

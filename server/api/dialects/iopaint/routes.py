@@ -3,15 +3,16 @@
 from pathlib import PurePath
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from server.api.accept import accept
 from server.api.auth.keyring import Caller
 from server.api.bodies import parsed, read_fields, release_body
 from server.api.dependencies import CallerOf, ServicesOf, base_url_of, called_url_of, reading_policy
 from server.api.dialects.base import Dialect
+from server.api.dialects.inline import find_pictures, read_picture
 from server.api.dialects.iopaint import captions, description, reading, writing
-from server.api.dialects.waiting import read_pictures, wait_for_pictures
+from server.api.dialects.waiting import wait_for_pictures
 from server.api.services import Services
 from server.core.errors import ImageProblem, ImageUnavailable, InvalidRequest
 from server.jobs.job import Job
@@ -25,8 +26,9 @@ async def inpaint(request: Request, services: ServicesOf, caller: CallerOf) -> R
     job, ignored = await submit(request, services, caller)
     release_body(request)  # the call may wait long now
     job = await wait_for_pictures(services, request, job)
-    (picture,) = await read_pictures(services, job)
-    return writing.write_picture(job, picture, ignored)
+    (picture,) = await find_pictures(services, job)
+    headers = writing.write_headers(job, picture.size, ignored)
+    return StreamingResponse(read_picture(services, picture), 200, headers)
 
 
 async def submit(request: Request, services: Services, caller: Caller) -> tuple[Job, list[str]]:

@@ -33,14 +33,16 @@ def is_below(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(f"{prefix}/")
 
 
-def write_picture(job: Job, picture: bytes, ignored: Sequence[str]) -> Response:
-    """The picture itself; headers tell the seed and what was not applied as sent."""
-    headers = {SEED: str(job.params.seed)}
+def write_headers(job: Job, size: int, ignored: Sequence[str]) -> dict[str, str]:
+    """The headers of a picture of `size` bytes: also the seed and what was not applied as sent."""
+    media_type = job.params.output_format.media_type
+    headers = {"Content-Type": media_type, "Content-Length": str(size)}
+    headers[SEED] = str(job.params.seed)
     if job.request.warnings:
         headers[WARNINGS] = ", ".join(job.request.warnings)
     if ignored:
         headers[IGNORED] = ", ".join(ignored)
-    return Response(picture, 200, headers, job.params.output_format.media_type)
+    return headers
 
 
 def write_model(model: str) -> Body:

@@ -6,9 +6,9 @@ stream is answered by `stream`.
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Annotated, Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -25,10 +25,11 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect, JobRequest, ReadingPolicy
+from server.api.dialects.inline import InlinePicture, fill, filled, find_pictures
 from server.api.dialects.openai import description, reading, writing
 from server.api.dialects.openai.reading import Call
 from server.api.dialects.openai.stream import PictureStream
-from server.api.dialects.waiting import read_pictures, wait_for_pictures, with_pictures
+from server.api.dialects.waiting import wait_for_pictures, with_pictures
 from server.api.services import Services
 from server.core.errors import ImageUnavailable, JobNotFound, RouteNotFound, StorageUnavailable
 from server.jobs.job import Job
@@ -104,9 +105,9 @@ async def answer(
     if call.is_stream:
         return open_stream(services, caller, cleanup, job, call)
     job = await wait_for_pictures(services, request, job)
-    files = await read_pictures(services, job) if writing.needs_files(call) else []
-    body = await to_thread.run_sync(writing.write_pictures, call, job, files)
-    return Response(body, media_type="application/json")
+    pictures = await find_pictures(services, job) if writing.needs_files(call) else []
+    body = writing.write_pictures(call, job, pictures)
+    return filled(services, Response(body, media_type="application/json"), pictures)
 
 
 def open_stream(
@@ -118,11 +119,11 @@ def open_stream(
         services.watcher.subscribe(job.id, caller.key_id, caller.key_digest)
     )
 
-    async def read_end() -> tuple[Job, list[bytes]]:
+    async def read_end() -> tuple[Job, list[InlinePicture]]:
         ended = await services.in_store_thread(services.store.get, job.id)
         if ended is None:
             raise JobNotFound
-        return ended, await read_pictures(services, with_pictures(ended))
+        return ended, await find_pictures(services, with_pictures(ended))
 
     async def read_preview() -> bytes | None:
         try:
@@ -131,7 +132,8 @@ def open_stream(
             return None  # a missing preview must not end the stream
 
     wait_s = services.settings.wait_s
-    stream = PictureStream(call, job, subscription, wait_s, read_end, read_preview)
+    fill_event = partial(fill, services)
+    stream = PictureStream(call, job, subscription, wait_s, read_end, read_preview, fill_event)
     return StreamingResponse(stream.events(), 200, STREAM_HEADERS, "text/event-stream")
 
 

@@ -1,11 +1,12 @@
 """A call's pictures as server-sent events: previews while the job runs, then the pictures."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from server.api.dialects.inline import InlinePicture, split
 from server.api.dialects.openai import writing
 from server.api.dialects.openai.reading import Call
 from server.core.errors import ApiError, InvalidApiKey, JobTooSlow, ServerBusy
@@ -21,15 +22,16 @@ class PictureStream:
     """One call's events.
 
     wait_s: how long the job may take. read_end: the ended job and its pictures; raises JobFailed.
-    read_preview: the newest preview, None where it has been removed.
+    read_preview: the newest preview, None where it has been removed. fill: as `inline.fill`.
     """
 
     call: Call
     job: Job
     subscription: Subscription
     wait_s: float
-    read_end: Callable[[], Awaitable[tuple[Job, list[bytes]]]]
+    read_end: Callable[[], Awaitable[tuple[Job, list[InlinePicture]]]]
     read_preview: Callable[[], Awaitable[bytes | None]]
+    fill: Callable[[Sequence[bytes | InlinePicture]], AsyncIterator[bytes]]
 
     async def events(self, heartbeat_s: float = HEARTBEAT_S) -> AsyncIterator[bytes]:
         """All events; an `ApiError` is the last one, because the status has been sent."""
@@ -40,7 +42,9 @@ class PictureStream:
             yield write_event(writing.write_stream_error(error))
 
     async def _events(self, heartbeat_s: float) -> AsyncIterator[bytes]:
-        """Raises: JobTooSlow, InvalidApiKey, ServerBusy; JobFailed, StorageUnavailable."""
+        """Raises: JobTooSlow, InvalidApiKey, ServerBusy; JobFailed, StorageUnavailable;
+        BrokenAnswer.
+        """
         until = time.monotonic() + self.wait_s
         sent, last = 0, (0, 0)
         while not self.subscription.is_over:
@@ -52,9 +56,11 @@ class PictureStream:
                 yield KEEPALIVE_COMMENT
                 continue
             if now.state.is_terminal:
-                job, files = await self.read_end()
-                for index, file in enumerate(files):
-                    yield write_event(writing.write_completed(self.call, job, index, file))
+                job, pictures = await self.read_end()
+                for index, picture in enumerate(pictures):
+                    event = writing.write_completed(self.call, job, index, picture)
+                    async for piece in self.fill(split(write_event(event), [picture])):
+                        yield piece
                 return
             shown = (now.attempt, now.preview_step or 0)
             if shown != last and self._is_due(now, sent) and (image := await self.read_preview()):

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.dialects.base import ReadingPolicy
 from server.api.dialects.explanations import Explanation, explain, headers_of
+from server.api.dialects.inline import InlinePicture
 from server.api.dialects.openai.reading import AUTO, B64_JSON, URL, Call, public_names
 from server.core.errors import ApiError, ImageUnavailable, JobFailed, RouteNotFound
 from server.core.notices import Notice
@@ -43,22 +44,23 @@ def needs_files(call: Call) -> bool:
     return call.is_stream or call.response_format != URL
 
 
-def write_pictures(call: Call, job: Job, files: Sequence[bytes]) -> bytes:
-    """The answer's JSON. files: the pictures, empty where the call does not need them."""
-    is_inline = call.response_format == B64_JSON or sum(map(len, files)) <= MAX_INLINE_BYTES
+def write_pictures(call: Call, job: Job, pictures: Sequence[InlinePicture]) -> bytes:
+    """The answer's JSON, with marks. pictures: empty where the call does not need them."""
+    size = sum(each.size for each in pictures)
+    is_inline = call.response_format == B64_JSON or size <= MAX_INLINE_BYTES
     has_urls = call.response_format != B64_JSON
     data = [write_url(job, index) if has_urls else {} for index in range(job.params.samples)]
-    for item, file in zip(data, files if is_inline else (), strict=False):
-        item["b64_json"] = base64.b64encode(file).decode()
+    for item, picture in zip(data, pictures if is_inline else (), strict=False):
+        item["b64_json"] = picture.mark
     for index, item in enumerate(data):
         item |= write_picture_facts(job, index)
     return to_json({"created": created_at(job), "data": data, **write_facts(call, job)})
 
 
-def write_completed(call: Call, job: Job, index: int, file: bytes) -> Body:
-    """A stream's last event of a picture."""
+def write_completed(call: Call, job: Job, index: int, picture: InlinePicture) -> Body:
+    """A stream's last event of a picture, with its mark."""
     return {
-        **write_event_head(call, job, "completed", file),
+        **write_event_head(call, job, "completed", picture.mark),
         **write_url(job, index),
         **write_picture_facts(job, index),
         **write_facts(call, job),
@@ -68,7 +70,7 @@ def write_completed(call: Call, job: Job, index: int, file: bytes) -> Body:
 def write_partial(call: Call, job: Job, index: int, preview: bytes) -> Body:
     """A stream's event of a preview, which is a small PNG whatever the picture's format."""
     return {
-        **write_event_head(call, job, "partial_image", preview),
+        **write_event_head(call, job, "partial_image", base64.b64encode(preview).decode()),
         "partial_image_index": index,
         "background": "opaque",
         "output_format": "png",
@@ -77,11 +79,11 @@ def write_partial(call: Call, job: Job, index: int, preview: bytes) -> Body:
     }
 
 
-def write_event_head(call: Call, job: Job, name: str, file: bytes) -> Body:
-    """The first fields of every event with a picture."""
+def write_event_head(call: Call, job: Job, name: str, text: str) -> Body:
+    """The first fields of every event with a picture. text: its base64, or its mark."""
     return {
         "type": f"{call.event}.{name}",
-        "b64_json": base64.b64encode(file).decode(),
+        "b64_json": text,
         "created_at": created_at(job),
     }
 

@@ -1,11 +1,14 @@
 """Replicate's API: predictions, files that are uploaded before them, models, and the account."""
 
+import hashlib
 import re
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from models.params import OutputFormat
 from server.api.accept import accept
@@ -21,13 +24,14 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect
+from server.api.dialects.inline import InlinePicture, filled, find_pictures
 from server.api.dialects.replicate import description, reading, writing
 from server.api.dialects.uploads import Upload, store_upload
-from server.api.dialects.waiting import read_pictures
 from server.api.services import Services
 from server.core.errors import ImageProblem, ImageUnavailable, JobFailed, RouteNotFound
 from server.jobs.job import UPLOAD_FOLDER, UPLOAD_NAME, Job
 from server.jobs.retention import HOUR_S
+from server.storage.files import Storage
 
 router = APIRouter()
 
@@ -44,9 +48,7 @@ JobOf = Annotated[Job, Depends(get_job)]
 
 
 @router.post("/v1/predictions", status_code=201, **description.CREATE)
-async def create_prediction(
-    request: Request, services: ServicesOf, caller: CallerOf
-) -> JSONResponse:
+async def create_prediction(request: Request, services: ServicesOf, caller: CallerOf) -> Response:
     """Make a prediction of a version; with `Prefer: wait` the answer waits for its end."""
     return await create(request, services, caller, None)
 
@@ -56,14 +58,14 @@ async def create_prediction(
 )
 async def create_prediction_of_model(
     request: Request, services: ServicesOf, caller: CallerOf, owner: str, name: str
-) -> JSONResponse:
+) -> Response:
     """Make a prediction of a model; otherwise as the call without a model in its path."""
     return await create(request, services, caller, f"{owner}/{name}")
 
 
 async def create(
     request: Request, services: Services, caller: Caller, path_model: str | None
-) -> JSONResponse:
+) -> Response:
     """The answer to a call that makes a prediction. Raises: as `accept`, and for its fields."""
     wait_s = reading.read_wait_s(request.headers.getlist("prefer"))
     wait_until = time.monotonic() + wait_s
@@ -74,8 +76,9 @@ async def create(
         ended = await services.watcher.wait(job.id, max(0.0, wait_until - time.monotonic()))
         job = ended or job
     base_url = base_url_of(request, services.settings)
-    output = await output_of(services, job, base_url)
-    return JSONResponse(writing.write_created(job, base_url, output), 201)
+    output, pictures = await output_of(services, job, base_url)
+    written = JSONResponse(writing.write_created(job, base_url, output), 201)
+    return filled(services, written, pictures)
 
 
 async def submit(
@@ -89,19 +92,21 @@ async def submit(
     return (await accept(services, job_request, caller, base_url, called_url_of(request))).job
 
 
-async def output_of(services: Services, job: Job, base_url: str) -> list[str] | None:
-    """The pictures of a finished job; None without them.
+async def output_of(
+    services: Services, job: Job, base_url: str
+) -> tuple[list[str] | None, list[InlinePicture]]:
+    """The output of a finished job, None without pictures, and the pictures that it holds itself.
 
     Replicate's clients make files of https and data URIs alone, so a server that is reached over
     http gives data URIs. Raises: StorageUnavailable.
     """
     if base_url.startswith("https:") or not job.has_pictures:
-        return writing.picture_urls(job, base_url)
+        return writing.picture_urls(job, base_url), []
     try:
-        pictures = await read_pictures(services, job)
+        pictures = await find_pictures(services, job)
     except JobFailed:
-        return None  # somebody removed the files
-    return [writing.data_uri(each, job.params.output_format) for each in pictures]
+        return None, []  # somebody removed the files
+    return [writing.data_uri(each, job.params.output_format) for each in pictures], pictures
 
 
 @router.get("/v1/predictions", **description.LIST)
@@ -130,22 +135,23 @@ async def list_predictions(
 
 
 @router.get("/v1/predictions/{prediction_id}", **description.PREDICTION)
-async def read_prediction(request: Request, services: ServicesOf, job: JobOf) -> JSONResponse:
+async def read_prediction(request: Request, services: ServicesOf, job: JobOf) -> Response:
     """A prediction, as far as it is."""
     return await answer(request, services, job)
 
 
 @router.post("/v1/predictions/{prediction_id}/cancel", **description.PREDICTION)
-async def cancel_prediction(request: Request, services: ServicesOf, job: JobOf) -> JSONResponse:
+async def cancel_prediction(request: Request, services: ServicesOf, job: JobOf) -> Response:
     """Cancel a prediction. One that has ended stays as it is."""
     return await answer(request, services, await cancel(services, job))
 
 
-async def answer(request: Request, services: Services, job: Job) -> JSONResponse:
+async def answer(request: Request, services: Services, job: Job) -> Response:
     """A prediction with its output."""
     base_url = base_url_of(request, services.settings)
-    output = await output_of(services, job, base_url)
-    return JSONResponse(writing.write_prediction(job, base_url, output))
+    output, pictures = await output_of(services, job, base_url)
+    written = JSONResponse(writing.write_prediction(job, base_url, output))
+    return filled(services, written, pictures)
 
 
 @router.post("/v1/files", status_code=201, **description.CREATE_FILE)
@@ -157,25 +163,41 @@ async def create_file(request: Request, services: ServicesOf, caller: CallerOf) 
         raise ImageUnavailable({"content": ImageProblem.NOT_AN_IMAGE})
     base_url = base_url_of(request, services.settings)
     upload = await store_upload(services, caller, content, base_url, "content")
-    return JSONResponse(write_file(services, upload, content, time.time()), 201)
+    digest = await to_thread.run_sync(sha256_of, (content,))
+    return JSONResponse(write_file(services, upload, digest, time.time()), 201)
 
 
 @router.get("/v1/files/{file_id}", **description.FILE)
 async def read_file(
-    request: Request, services: ServicesOf, _caller: CallerOf, file_id: str
+    request: Request, services: ServicesOf, caller: CallerOf, file_id: str
 ) -> JSONResponse:
     """An uploaded file. Whoever knows its id may read it, as with its URL."""
+    if not FILE_NAME.fullmatch(file_id):
+        raise RouteNotFound
     key = f"{UPLOAD_FOLDER}/{file_id}"
-    is_name = FILE_NAME.fullmatch(file_id) is not None
-    content = await services.in_file_thread(services.storage.get, key) if is_name else None
-    changed_at = (
-        await services.in_file_thread(services.storage.changed_at, key) if content else None
-    )
-    if content is None or changed_at is None:
+    found = await services.in_file_thread(services.storage.find, key)
+    # A digest takes a core, as thumbnails do, and its file is read piece by piece.
+    async with services.picture_slots.held_by(caller.key_id):
+        digest = await services.in_file_thread(stored_digest, services.storage, key)
+    if found is None or digest is None:
         raise RouteNotFound
     url = f"{base_url_of(request, services.settings)}/{key}"
-    upload = Upload(file_id, file_id, url, media_type_of(file_id), len(content))
-    return JSONResponse(write_file(services, upload, content, changed_at))
+    upload = Upload(file_id, file_id, url, media_type_of(file_id), found.size)
+    return JSONResponse(write_file(services, upload, digest, found.changed_at))
+
+
+def stored_digest(storage: Storage, key: str) -> str | None:
+    """SHA-256 of a stored file, None where it is missing. Raises: StorageUnavailable."""
+    found = storage.open(key)
+    return None if found is None else sha256_of(found[1])
+
+
+def sha256_of(pieces: Iterable[bytes]) -> str:
+    """SHA-256 of a file in pieces, in hexadecimal digits. Takes a few ms per megabyte."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def media_type_of(name: str) -> str:
@@ -184,11 +206,11 @@ def media_type_of(name: str) -> str:
 
 
 def write_file(
-    services: Services, upload: Upload, content: bytes, created_at: float
+    services: Services, upload: Upload, digest: str, created_at: float
 ) -> dict[str, Any]:
     """An upload with the time until which it is kept."""
     kept_s = services.settings.retention.uploads_h * HOUR_S
-    return writing.write_file(upload, content, created_at, kept_s)
+    return writing.write_file(upload, digest, created_at, kept_s)
 
 
 @router.get("/v1/models/{owner}/{name}", **description.MODEL)

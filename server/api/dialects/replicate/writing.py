@@ -1,7 +1,5 @@
 """Replicate's API, writing: predictions, files, models, errors, and the webhook body."""
 
-import base64
-import hashlib
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from models.params import OutputFormat
 from server.api.auth.keyring import Caller
 from server.api.dialects.explanations import explain, headers_of
+from server.api.dialects.inline import InlinePicture
 from server.api.dialects.replicate.catalogue import COG_VERSION, openapi_schema
 from server.api.dialects.replicate.reading import ReplicateFacts
 from server.api.dialects.uploads import Upload
@@ -130,9 +129,9 @@ def picture_urls(job: Job, base_url: str) -> list[str] | None:
     return [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
 
 
-def data_uri(picture: bytes, kind: OutputFormat) -> str:
-    """A picture as a data URI."""
-    return f"data:{kind.media_type};base64,{base64.b64encode(picture).decode()}"
+def data_uri(picture: InlinePicture, kind: OutputFormat) -> str:
+    """A picture as a data URI, with its mark."""
+    return f"data:{kind.media_type};base64,{picture.mark}"
 
 
 def write_webhook(job: Job) -> Body:
@@ -151,14 +150,13 @@ def write_page(jobs: Sequence[Job], base_url: str, *, has_newer: bool, has_older
     }
 
 
-def write_file(upload: Upload, content: bytes, created_at: float, kept_s: float) -> Body:
-    """An uploaded file. Its URL is what a prediction gets as its input."""
-    digest = hashlib.sha256(content).hexdigest()
+def write_file(upload: Upload, digest: str, created_at: float, kept_s: float) -> Body:
+    """An uploaded file. Its URL is what a prediction gets as its input. digest: SHA-256."""
     return {
         "id": upload.name,
         "name": upload.name,
         "content_type": upload.media_type,
-        "size": len(content),
+        "size": upload.size,
         "etag": digest,
         "checksums": {"sha256": digest},
         "metadata": {},

@@ -4,9 +4,8 @@ An endpoint reads with `reading`, calls `accept` or the stores, and writes with 
 for pictures is held until its job ends, at most for the hold time.
 """
 
-import base64
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -27,6 +26,7 @@ from server.api.dependencies import (
     reading_policy,
 )
 from server.api.dialects.base import Dialect
+from server.api.dialects.inline import InlinePicture, filled, find_pictures
 from server.api.dialects.openapi import Call
 from server.api.dialects.uploads import store_upload
 from server.api.dialects.vendor import description, problems, reading, writing
@@ -39,11 +39,13 @@ from server.api.dialects.vendor.families import (
     is_later_path,
 )
 from server.api.services import Services
-from server.core.errors import ApiError, ImageProblem, ImageUnavailable
+from server.core.errors import ApiError, ImageProblem, ImageUnavailable, JobFailed
 from server.core.settings import Base64Output, ErrorStatus
 from server.egress.downloads import FetchFailed
 from server.egress.sources import load_inline
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
+
+WriteSuccess = Callable[[Job, Sequence[str], Family], writing.Body]
 
 
 async def get_fields(request: Request, services: ServicesOf) -> Fields:
@@ -79,7 +81,7 @@ class PictureCall:
 
     async def answer(
         self, request: Request, services: ServicesOf, fields: FieldsOf, caller: CallerOf
-    ) -> JSONResponse:
+    ) -> Response:
         """Make pictures."""
         if reading.is_fetch(fields):
             return await FetchCalls(self.family).by_field(request, services, fields, caller.key_id)
@@ -95,7 +97,7 @@ class PictureCall:
 
     async def make(
         self, request: Request, services: Services, fields: Fields, caller: Caller
-    ) -> JSONResponse:
+    ) -> Response:
         """Submit a job and wait for its end, at most for the hold time."""
         hold_until = time.monotonic() + hold_s_of(services, caller)
         job = await self.submit(request, services, fields, caller)
@@ -112,9 +114,10 @@ class PictureCall:
             eta = await eta_s(services, job)
             return JSONResponse(writing.write_processing(job, eta, base_url, self.family))
         if ended.state is JobState.FINISHED:
-            output = await outputs(services, ended, base_url, self.family)
-            if output is not None:
-                return JSONResponse(writing.write_success(ended, output, self.family))
+            write = writing.write_success
+            success = await answer_with_pictures(services, ended, base_url, self.family, write)
+            if success is not None:
+                return success
         return JSONResponse(writing.write_failed(ended, self.family))
 
     async def submit(
@@ -136,26 +139,27 @@ class FetchCalls:
 
     async def by_field(
         self, request: Request, services: ServicesOf, fields: FieldsOf, key_id: KeyId
-    ) -> JSONResponse:
+    ) -> Response:
         """The result of the job named by `request_id`."""
         return await self.fetch(request, services, reading.read_job_id(fields), key_id)
 
     async def by_path(
         self, request: Request, services: ServicesOf, job_id: str, key_id: KeyId
-    ) -> JSONResponse:
+    ) -> Response:
         """The result of a job."""
         return await self.fetch(request, services, reading.parse_job_id(job_id), key_id)
 
     async def fetch(
         self, request: Request, services: Services, job_id: int, key_id: str
-    ) -> JSONResponse:
+    ) -> Response:
         """A job as a fetch call's answer. Raises: JobNotFound, StorageUnavailable."""
         job = await find_job(services, job_id, key_id)
         if job.has_pictures:
             base_url = base_url_of(request, services.settings)
-            output = await outputs(services, job, base_url, self.family)
-            if output is not None:
-                return JSONResponse(writing.write_fetch_success(job, output, self.family))
+            write = writing.write_fetch_success
+            success = await answer_with_pictures(services, job, base_url, self.family, write)
+            if success is not None:
+                return success
         if job.state.is_terminal:
             return JSONResponse(writing.write_failed(job, self.family))
         eta = await eta_s(services, job)
@@ -191,19 +195,25 @@ def hold_s_of(services: Services, caller: Caller) -> float:
     return services.settings.hold_s if own_hold_s is None else own_hold_s
 
 
-async def outputs(services: Services, job: Job, base_url: str, family: Family) -> list[str] | None:
-    """The finished pictures in the form the client asked for: URLs, or base64 texts.
+async def answer_with_pictures(
+    services: Services, job: Job, base_url: str, family: Family, write: WriteSuccess
+) -> Response | None:
+    """A success with the pictures in the form the client asked for: URLs, or base64 texts.
 
     None when texts were asked for and a file has been removed. Raises: StorageUnavailable.
     """
-    urls = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
-    if not reading.VendorFacts.of(job).wants_base64:
-        return urls
-    if family.is_later or services.settings.base64_output is Base64Output.LINK:
-        return [url.removesuffix(".png") + ".base64" for url in urls]
-    pictures = [await services.in_file_thread(services.storage.get, key) for key in job.output_keys]
-    texts = [base64.b64encode(each).decode() for each in pictures if each is not None]
-    return texts if len(texts) == len(pictures) else None
+    output = [f"{base_url}/{OUTPUT_FOLDER}/{name}" for name in job.output_names]
+    pictures: list[InlinePicture] = []
+    if reading.VendorFacts.of(job).wants_base64:
+        if family.is_later or services.settings.base64_output is Base64Output.LINK:
+            output = [url.removesuffix(".png") + ".base64" for url in output]
+        else:
+            try:
+                pictures = await find_pictures(services, job)
+            except JobFailed:
+                return None
+            output = [each.mark for each in pictures]
+    return filled(services, JSONResponse(write(job, output, family)), pictures)
 
 
 def write_error(error: ApiError, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from models.params import InpaintParams, SchedulerName
 from server.api.dialects.a1111 import catalogue, writing
 from server.api.dialects.a1111.reading import Call
 from server.api.dialects.base import ReadingPolicy
+from server.api.dialects.inline import InlinePicture
 from server.core.errors import (
     ApiError,
     ImageProblem,
@@ -65,14 +67,23 @@ def job_with(**facts: Any) -> Job:
 
 
 def info_of(job: Job, call: Call = CALL, *, is_interrupted: bool = False) -> dict[str, Any]:
-    pictures = None if is_interrupted else [PICTURE, PICTURE]
-    info: dict[str, Any] = json.loads(writing.write_pictures(call, job, "sd15", pictures)["info"])
+    info: dict[str, Any] = json.loads(written(call, job, None if is_interrupted else ())["info"])
     return info
 
 
+def written(
+    call: Call = CALL, job: Job = JOB, pictures: Sequence[InlinePicture] | None = ()
+) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(
+        bytes(writing.write_pictures(call, job, "sd15", pictures).body)
+    )
+    return body
+
+
 def test_pictures_are_base64_without_a_prefix() -> None:
-    body = writing.write_pictures(CALL, JOB, "sd15", [PICTURE, PICTURE])
-    assert [base64.b64decode(text, validate=True) for text in body["images"]] == [PICTURE] * 2
+    pictures = [InlinePicture("a", 5), InlinePicture("b", 5)]
+    body = written(pictures=pictures)
+    assert body["images"] == [each.mark for each in pictures]
     assert body["parameters"] == {"steps": 20}
     assert isinstance(body["info"], str)
 
@@ -107,7 +118,7 @@ def test_what_is_not_applied_is_told() -> None:
 
 
 def test_client_may_decline_the_pictures() -> None:
-    body = writing.write_pictures(replace(CALL, sends_images=False), JOB, "sd15", [])
+    body = written(replace(CALL, sends_images=False), pictures=[InlinePicture("a", 5)])
     assert body["images"] == []
     assert len(json.loads(body["info"])["infotexts"]) == 2
 
@@ -127,10 +138,7 @@ def test_interrupted_job_has_no_pictures() -> None:
     ],
 )
 def test_any_value_can_be_repeated(sent: dict[str, Any], repeated: dict[str, Any]) -> None:
-    call = replace(CALL, parameters=sent)
-    body = writing.write_pictures(call, JOB, "sd15", [])
-    answer = writing.to_response(body)
-    assert json.loads(bytes(answer.body))["parameters"] == repeated
+    assert written(replace(CALL, parameters=sent))["parameters"] == repeated
 
 
 def test_progress_of_a_running_job() -> None:

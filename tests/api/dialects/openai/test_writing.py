@@ -1,7 +1,7 @@
 """OpenAI's answers: pictures, events, models and errors, without a server."""
 
-import base64
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from models.params import OutputFormat
 from server.api.dialects.base import ReadingPolicy
 from server.api.dialects.explanations import explain
+from server.api.dialects.inline import InlinePicture
 from server.api.dialects.openai import writing
 from server.api.dialects.openai.reading import Call
 from server.api.dialects.openai.routes import owns
@@ -49,11 +50,13 @@ JOB = Job.from_row(
         "submitted_s": None,
     }
 )
-FILES = [b"first", b"second"]
+FIRST, SECOND = PICTURES = [InlinePicture("a", 5), InlinePicture("b", 6)]
 
 
-def written(call: Call, job: Job = JOB, files: list[bytes] = FILES) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(writing.write_pictures(call, job, files))
+def written(
+    call: Call, job: Job = JOB, pictures: Sequence[InlinePicture] = PICTURES
+) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(writing.write_pictures(call, job, pictures))
     return answer
 
 
@@ -63,12 +66,12 @@ def test_answer_has_both_forms_of_a_picture() -> None:
     assert answer["data"] == [
         {
             "url": "http://here/generations/p-0.png",
-            "b64_json": base64.b64encode(b"first").decode(),
+            "b64_json": FIRST.mark,
             "seed": 7,
         },
         {
             "url": "http://here/generations/p-1.png",
-            "b64_json": base64.b64encode(b"second").decode(),
+            "b64_json": SECOND.mark,
             "seed": 8,
             "flagged": True,
         },
@@ -91,15 +94,16 @@ def test_answer_has_both_forms_of_a_picture() -> None:
 def test_response_format(response_format: str, names: set[str]) -> None:
     call = replace(CALL, response_format=response_format)
     assert writing.needs_files(call) is (response_format != "url")
-    answer = written(call, files=FILES if writing.needs_files(call) else [])
+    answer = written(call, pictures=PICTURES if writing.needs_files(call) else [])
     assert {*answer["data"][0]} == names
 
 
 def test_large_pictures_are_sent_by_their_urls_alone() -> None:
-    large = [bytes(writing.MAX_INLINE_BYTES // 2), bytes(writing.MAX_INLINE_BYTES // 2 + 1)]
-    assert {*written(CALL, files=large)["data"][0]} == {"url", "seed"}
+    half = writing.MAX_INLINE_BYTES // 2
+    large = [InlinePicture("a", half), InlinePicture("b", half + 1)]
+    assert {*written(CALL, pictures=large)["data"][0]} == {"url", "seed"}
     as_asked = replace(CALL, response_format="b64_json")
-    assert {*written(as_asked, files=large)["data"][0]} == {"b64_json", "seed"}
+    assert {*written(as_asked, pictures=large)["data"][0]} == {"b64_json", "seed"}
 
 
 def test_ignored_fields_are_listed() -> None:
@@ -117,10 +121,10 @@ def test_events_have_the_fields_that_clients_require() -> None:
     assert {*partial} == common | {"partial_image_index"}
     assert (partial["type"], partial["partial_image_index"]) == ("image_edit.partial_image", 1)
     assert partial["output_format"] == "png", "previews are PNG files"
-    completed = writing.write_completed(CALL, webp, 1, b"second")
+    completed = writing.write_completed(CALL, webp, 1, SECOND)
     assert {*completed} == common | {"usage", "url", "seed", "flagged"}
     assert (completed["type"], completed["output_format"]) == ("image_edit.completed", "webp")
-    assert base64.b64decode(completed["b64_json"]) == b"second"
+    assert completed["b64_json"] == SECOND.mark
 
 
 def test_size_of_a_picture_that_keeps_its_own_is_left_open() -> None:
