@@ -66,6 +66,9 @@ REPOSITORY = Path(__file__).parents[2]
 MIN_KEY_CHARS = 16
 """Minimum length of API keys that an operator chooses, because rate limits only slow guessing."""
 
+MAX_KEY_CHARS = 512
+"""Longer keys of callers are wrong without a look at them, because a hash takes 2 ms a megabyte."""
+
 
 def parse_list(value: Any) -> Any:
     """A list in an environment variable: JSON, or words separated by commas."""
@@ -155,11 +158,13 @@ def checked_secret(secret: SecretStr) -> SecretStr:
 
 
 def checked_key(key: SecretStr) -> SecretStr:
-    """An API key of at least `MIN_KEY_CHARS`. Raises: ValueError."""
+    """An API key of `MIN_KEY_CHARS` to `MAX_KEY_CHARS`. Raises: ValueError."""
     if len(key) < MIN_KEY_CHARS:
         raise ValueError(
             f"must have at least {MIN_KEY_CHARS} characters each: try `openssl rand -hex 32`"
         )
+    if len(key) > MAX_KEY_CHARS:
+        raise ValueError(f"must have at most {MAX_KEY_CHARS} characters each")
     return key
 
 
@@ -294,7 +299,7 @@ class AuthSettings(Section):
     keys: ListOf[Annotated[SecretStr, AfterValidator(checked_key)]] = Field(
         default=(), examples=[["a-long-and-random-text"]]
     )
-    """Plain API keys of at least 16 characters."""
+    """Plain API keys of 16 to 512 characters."""
     keys_file: Path | None = Field(default=None, examples=["/run/secrets/inpaint-keys"])
     """A file of plain API keys, one a line. It is read again when it changes. No other user may be
     able to read it."""

@@ -142,6 +142,12 @@ def test_short_keys_stop_the_start(key: str, environment: Environment) -> None:
         load_settings()
 
 
+def test_keys_that_nobody_could_use_stop_the_start(environment: Environment) -> None:
+    environment(AUTH__KEYS=f'["{"k" * 512}", "{"l" * 513}"]')
+    with pytest.raises(ValueError, match="AUTH__KEYS must have at most 512 characters"):
+        load_settings()
+
+
 def test_secrets_are_not_shown(environment: Environment) -> None:
     keys = ["canary-1-of-two-keys", "canary-2-of-two-keys"]
     environment(

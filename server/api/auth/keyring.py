@@ -20,7 +20,7 @@ from server.api.bodies import is_absent
 from server.core.errors import InvalidApiKey, RateLimited
 from server.core.logs import redact_secrets
 from server.core.rate_limits import TokenBuckets
-from server.core.settings import MIN_KEY_CHARS, AuthSettings
+from server.core.settings import MAX_KEY_CHARS, MIN_KEY_CHARS, AuthSettings
 from server.egress.policy import EgressGrant
 
 ANONYMOUS = "anonymous"
@@ -144,7 +144,7 @@ class KeyRing:
         """
         if self._is_open:
             return Caller(ANONYMOUS)
-        if not key:
+        if not key or len(key) > MAX_KEY_CHARS:
             raise InvalidApiKey
         digest, network = digest_of(key), network_of(address)
         is_trusted = (network, digest) in self._trusted
@@ -212,7 +212,7 @@ def read_keys_file(path: Path) -> list[str]:
     """Keys of a file, one a line; lines that start with # are comments.
 
     Raises: OSError; ValueError for a file that others may read or its group may write, and for a
-        key that is too short.
+        key that is too short or too long.
     """
     if path.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ValueError(f"{path} holds API keys and others may read or write it: chmod 600")
@@ -220,6 +220,8 @@ def read_keys_file(path: Path) -> list[str]:
     keys = [line for line in lines if line and not line.startswith("#")]
     if any(len(key) < MIN_KEY_CHARS for key in keys):
         raise ValueError(f"{path} holds an API key of less than {MIN_KEY_CHARS} characters")
+    if any(len(key) > MAX_KEY_CHARS for key in keys):
+        raise ValueError(f"{path} holds an API key of more than {MAX_KEY_CHARS} characters")
     return keys
 
 

@@ -35,6 +35,14 @@ def test_without_keys_everybody_is_anonymous(key: str | None, store: KeyStore) -
     assert (caller.key_id, caller.limits) == (ANONYMOUS, KeyLimits())
 
 
+def test_key_that_is_too_long_is_not_looked_at(store: KeyStore) -> None:
+    """Nor does it count as a guess: a right key is let in from the same address."""
+    ring = ring_of(store, Clock(), keys=["k" * 512], wrong_keys_per_minute=1)
+    for _ in range(3):
+        assert is_refused(ring, "k" * 513)
+    assert ring.admit("k" * 512, HOME)
+
+
 def test_without_keys_a_server_that_others_reach_is_closed(store: KeyStore) -> None:
     assert is_refused(ring_of(store, Clock(), open_to_all=False), "anything")
 
@@ -173,6 +181,11 @@ class TestKeysFile:
 
     def test_a_key_a_line(self, file: Path) -> None:
         assert read_keys_file(file) == [*KEYS]
+
+    def test_refused_with_a_key_that_nobody_could_use(self, file: Path) -> None:
+        file.write_text(f"{FIRST}\n{'k' * 513}\n")
+        with pytest.raises(ValueError, match="more than 512 characters"):
+            read_keys_file(file)
 
     @pytest.mark.parametrize("mode", [0o604, 0o644, 0o602, 0o620])
     def test_refused_when_others_may_touch_it(self, mode: int, file: Path) -> None:

@@ -31,7 +31,7 @@ from server.core.errors import (
     StorageUnavailable,
 )
 from server.core.notices import Notice
-from server.core.settings import ErrorStatus, StepsPolicy
+from server.core.settings import MAX_KEY_CHARS, ErrorStatus, StepsPolicy
 from server.egress.sources import ImageSource
 from server.jobs.job import Job, JobState, RequestFacts
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
@@ -387,6 +387,12 @@ class TestKey:
     )
     def test_places(self, fields: dict[str, Any], headers: dict[str, str], key: str | None) -> None:
         assert v3.read_key(fields, Headers(headers)) == key
+
+    @pytest.mark.parametrize("character", ["a", "é", " "])
+    def test_of_a_long_text_only_the_beginning_is_read(self, character: str) -> None:
+        """It stands for no header's key, and is longer than a key that is let in."""
+        key = v3.read_key({"key": character * 5_000}, Headers({"key": "header"}))
+        assert key == character * (MAX_KEY_CHARS + 1)
 
 
 class TestFetchReading:

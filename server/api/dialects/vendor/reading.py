@@ -25,7 +25,7 @@ from server.api.dialects.vendor.families import BY_PREFIX, V3_FAMILY, Family, Ta
 from server.api.dialects.vendor.leftovers import list_not_applied
 from server.core.errors import InvalidRequest, JobNotFound
 from server.core.notices import Notice, prompt_notices
-from server.core.settings import StepsPolicy
+from server.core.settings import MAX_KEY_CHARS, StepsPolicy
 from server.egress.sources import ImageSource
 from server.jobs.job import Job
 
@@ -353,5 +353,9 @@ def parse_job_id(text: str) -> int:
 
 def read_key(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
     """The API key: field `key` of body or query, or a header."""
+    sent = fields.get("key")
+    if isinstance(sent, str) and len(sent) > MAX_KEY_CHARS:
+        # No key is so long. The reader would copy megabytes before anybody asks who the caller is.
+        return sent[: MAX_KEY_CHARS + 1]
     value = FieldReader(fields).value("key")
     return str(value) if isinstance(value, str | int) else key_in_headers(headers)
