@@ -13,6 +13,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from models.imaging.decoding import ImageLimits, decode_image
 from models.imaging.images import encode_webp, fit_within
 from models.params import OutputFormat
+from server.api.auth.keyring import network_of
 from server.api.dependencies import ServicesOf
 from server.api.services import Services
 from server.core.errors import RouteNotFound, ServerBusy
@@ -30,8 +31,12 @@ from server.jobs.job import (
 router = APIRouter()
 
 MAX_WAITING = 64
-"""Calls that may wait for a thumbnail; further ones are refused, as a queue of calls without a key
-must end somewhere. A page of the list of jobs asks for 20."""
+"""Calls of one network that may wait for a thumbnail; further ones are refused, as a queue of calls
+without a key must end somewhere. A page of the list of jobs asks for 20 at once."""
+
+MAX_KEPT, MAX_KEPT_BYTES = 256, 65_536
+"""Most thumbnails that are kept in memory, and the size of the largest one: 16 MB in all. Most have
+10 KB; a colour profile may add 1 MB."""
 
 PICTURE_NAME, UPLOADED_NAME = re.compile(OUTPUT_NAME), re.compile(UPLOAD_NAME)
 SMALL_NAME = re.compile(THUMBNAIL_NAME)
@@ -107,27 +112,54 @@ async def redirect(request: Request, services: Services, key: str) -> Response:
     f"/{THUMBNAIL_PATH}/{{name}}", response_class=Response, responses=describe_file("image/webp")
 )
 async def thumbnail(request: Request, services: ServicesOf, name: str) -> Response:
-    """A picture as a WebP of at most 256 pixels a side, made anew for each call.
+    """A picture as a WebP of at most 256 pixels a side. The latest thumbnails are kept in memory.
 
     Raises: RouteNotFound, ServerBusy, StorageUnavailable.
     """
     if not SMALL_NAME.fullmatch(name):
         raise RouteNotFound
     key = f"{OUTPUT_FOLDER}/{name.removesuffix('.webp')}"
-    if services.picture_slots.waiting(THUMBNAIL_PATH) >= MAX_WAITING:
+    # A picture that has been removed has no thumbnail either.
+    if not await services.in_file_thread(services.storage.has, key):
+        raise RouteNotFound
+    small = services.thumbnails.get(key) or await new_thumbnail(request, services, key)
+    if small is None:
+        return Response(status_code=CLIENT_CLOSED)
+    media_type = OutputFormat.WEBP.media_type
+    headers = {**OUTPUT_HEADERS, "Content-Length": str(len(small)), "Content-Type": media_type}
+    return Response(b"" if request.method == "HEAD" else small, 200, headers)
+
+
+async def new_thumbnail(request: Request, services: Services, key: str) -> bytes | None:
+    """The thumbnail of a picture, made if it is not kept; None where the client has left.
+
+    Callers are told apart by their network, because they need no key.
+    Raises: RouteNotFound, ServerBusy, StorageUnavailable.
+    """
+    owner = f"{THUMBNAIL_PATH} {network_of(request.client.host if request.client else '')}"
+    if services.picture_slots.waiting(owner) >= MAX_WAITING:
         raise ServerBusy
     # The file is read once there is a thread for it, so that calls which wait hold no pictures.
-    async with services.picture_slots.held_by(THUMBNAIL_PATH):
+    async with services.picture_slots.held_by(owner):
         # Calls whose clients have gone meanwhile must not delay those of others.
         if await request.is_disconnected():
-            return Response(status_code=CLIENT_CLOSED)
+            return None
+        if key in services.thumbnails:  # another call has made it meanwhile
+            return services.thumbnails[key]
         picture = await services.in_file_thread(services.storage.get, key)
         if picture is None:
             raise RouteNotFound
         small = await to_thread.run_sync(make_thumbnail, picture)
-    media_type = OutputFormat.WEBP.media_type
-    headers = {**OUTPUT_HEADERS, "Content-Length": str(len(small)), "Content-Type": media_type}
-    return Response(b"" if request.method == "HEAD" else small, 200, headers)
+        keep(services.thumbnails, key, small)
+        return small
+
+
+def keep(thumbnails: dict[str, bytes], key: str, small: bytes) -> None:
+    """Keep a thumbnail, at the cost of the one that was made first."""
+    if len(small) <= MAX_KEPT_BYTES:
+        thumbnails[key] = small
+        if len(thumbnails) > MAX_KEPT:
+            del thumbnails[next(iter(thumbnails))]
 
 
 def make_thumbnail(picture: bytes) -> bytes:

@@ -50,7 +50,7 @@ caller's timeout. A file store that hangs therefore takes these threads and no o
 
 PICTURES = 2
 """Pictures worked on at a time, for thumbnails, comparisons and checks, because each takes a core.
-Thumbnails, which need no key, and each key take turns."""
+The networks that ask for thumbnails, which need no key, and the keys take turns."""
 
 FILE_TIMEOUT_S = 10.0
 """Timeout of a file call, including the time until a thread is free."""
@@ -61,6 +61,7 @@ class Services:
     """The API process's parts, built once by `app.build_services`.
 
     admitted: requests by key between admission and submit (`accept`).
+    thumbnails: the latest ones by their pictures' keys, for `outputs`.
     uploads, upload_bytes: what each key may upload.
     quotes: the first estimate that a client got for each job, to be compared with the truth.
     """
@@ -87,6 +88,7 @@ class Services:
         default_factory=lambda: FairSemaphore(FILE_THREADS, FILE_THREADS)
     )
     picture_slots: FairSemaphore = field(default_factory=lambda: FairSemaphore(PICTURES, PICTURES))
+    thumbnails: dict[str, bytes] = field(default_factory=dict)
     uploads: TokenBuckets = field(default_factory=TokenBuckets)
     upload_bytes: TokenBuckets = field(default_factory=TokenBuckets)
     quotes: QuotedEstimates = field(default_factory=QuotedEstimates)

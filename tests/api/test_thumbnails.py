@@ -30,6 +30,7 @@ from tests.corpora import profiles
 from tests.support.apps import settings_in
 from tests.support.http_stub import LiveApp, running_app
 from tests.support.image_files import saved
+from tests.support.jobs import LONG_S
 
 pytestmark = pytest.mark.process
 
@@ -111,7 +112,7 @@ def test_nothing_is_stored_for_it(client: httpx2.Client, storage: Storage) -> No
     assert client.get(f"/thumbnails/{name}.webp").status_code == 200
     assert [file for files in storage.list("") for file in files] == before
     storage.delete(f"generations/{name}")
-    assert client.get(f"/thumbnails/{name}.webp").status_code == 404
+    assert client.get(f"/thumbnails/{name}.webp").status_code == 404, "also where it is kept"
 
 
 @pytest.mark.parametrize(
@@ -154,27 +155,87 @@ def test_gone_client_costs_no_thumbnail(settings: Settings, storage: Storage) ->
     assert (answer.status_code, answer.body) == (499, b"")
 
 
+async def receive() -> Message:
+    return {"type": "http.request"}
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    while not is_so():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+def request_from(address: str) -> Request:
+    return Request({"type": "http", "method": "GET", "client": (address, 1)}, receive)
+
+
 def test_queue_of_thumbnails_ends(settings: Settings, storage: Storage) -> None:
     name = store(storage, saved(slope(64, 64)))
 
-    async def receive() -> Message:
-        return {"type": "http.request"}
-
     async def ask_many() -> list[object]:
         async with running_services(settings, Metrics()) as services:
-            calls = [
-                outputs.thumbnail(
-                    Request({"type": "http", "method": "GET"}, receive), services, f"{name}.webp"
-                )
-                for _ in range(outputs.MAX_WAITING + 10)
-            ]
+            slots = services.picture_slots
+            async with slots.held_by("others"), slots.held_by("others"):
+                calls = [
+                    asyncio.create_task(
+                        outputs.thumbnail(request_from("192.0.2.1"), services, f"{name}.webp")
+                    )
+                    for _ in range(outputs.MAX_WAITING + 10)
+                ]
+                await until(lambda: sum(call.done() for call in calls) == 10)
             return await asyncio.gather(*calls, return_exceptions=True)
 
     answers = asyncio.run(ask_many())
     refused = [answer for answer in answers if isinstance(answer, ServerBusy)]
     made = [answer for answer in answers if isinstance(answer, Response)]
-    assert len(refused) + len(made) == len(answers)
-    assert 0 < len(refused) <= 10
+    assert (len(refused), len(made)) == (10, outputs.MAX_WAITING)
+
+
+def test_crowd_of_one_network_refuses_no_other(settings: Settings, storage: Storage) -> None:
+    crowded, name = (store(storage, saved(slope(64, 64))) for _ in range(2))
+
+    async def ask() -> Response:
+        async with running_services(settings, Metrics()) as services:
+            slots = services.picture_slots
+            async with slots.held_by("others"), slots.held_by("others"):
+                crowd = [
+                    asyncio.create_task(
+                        outputs.thumbnail(request_from("2001:db8::1"), services, f"{crowded}.webp")
+                    )
+                    for _ in range(outputs.MAX_WAITING)
+                ]
+                owner = "thumbnails 2001:db8::/64"
+                await until(lambda: slots.waiting(owner) == outputs.MAX_WAITING)
+                asked = asyncio.create_task(
+                    outputs.thumbnail(request_from("2001:db8:0:1::1"), services, f"{name}.webp")
+                )
+                await until(lambda: asked.done() or slots.waiting("thumbnails 2001:db8:0:1::/64"))
+            answer = await asked
+            await asyncio.gather(*crowd)
+            return answer
+
+    assert asyncio.run(ask()).status_code == 200
+
+
+def test_thumbnail_is_made_once(settings: Settings, storage: Storage) -> None:
+    name = store(storage, saved(slope(64, 64)))
+
+    async def ask_twice() -> tuple[Response, Response]:
+        async with running_services(settings, Metrics()) as services:
+            request, slots = request_from("192.0.2.1"), services.picture_slots
+            first = await outputs.thumbnail(request, services, f"{name}.webp")
+            async with slots.held_by("others"), slots.held_by("others"), asyncio.timeout(LONG_S):
+                return first, await outputs.thumbnail(request, services, f"{name}.webp")
+
+    first, second = asyncio.run(ask_twice())
+    assert first.body == second.body
+
+
+def test_few_and_small_thumbnails_are_kept() -> None:
+    kept: dict[str, bytes] = {}
+    for index in range(outputs.MAX_KEPT + 1):
+        outputs.keep(kept, str(index), b"small")
+    outputs.keep(kept, "large", bytes(outputs.MAX_KEPT_BYTES + 1))
+    assert [*kept] == [str(index) for index in range(1, outputs.MAX_KEPT + 1)]
 
 
 def test_key_with_many_checks_delays_no_thumbnails(settings: Settings, storage: Storage) -> None:
@@ -187,13 +248,6 @@ def test_key_with_many_checks_delays_no_thumbnails(settings: Settings, storage: 
     job_request = reading.read_job(json.dumps(body).encode(), policy, reading.CheckRequest)[0]
     ended: list[str] = []
 
-    async def receive() -> Message:
-        return {"type": "http.request"}
-
-    async def until(is_so: Callable[[], bool]) -> None:
-        while not is_so():  # noqa: ASYNC110
-            await asyncio.sleep(0)
-
     async def check(services: Services) -> None:
         caller = Caller(key_id=key)
         await checks.check(services, job_request, caller, "http://here", "http://here")
@@ -205,10 +259,10 @@ def test_key_with_many_checks_delays_no_thumbnails(settings: Settings, storage: 
             async with slots.held_by("others"), slots.held_by("others"):
                 crowd = [asyncio.create_task(check(services)) for _ in range(outputs.MAX_WAITING)]
                 await until(lambda: slots.waiting(key) == outputs.MAX_WAITING)
-                request = Request({"type": "http", "method": "GET"}, receive)
+                request = request_from("192.0.2.1")
                 asked = asyncio.create_task(outputs.thumbnail(request, services, f"{name}.webp"))
                 asked.add_done_callback(lambda _: ended.append("thumbnail"))
-                await until(lambda: asked.done() or slots.waiting("thumbnails") == 1)
+                await until(lambda: asked.done() or slots.waiting("thumbnails 192.0.2.1") == 1)
             answer = await asked
             await asyncio.gather(*crowd)
             return answer
