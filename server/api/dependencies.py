@@ -2,15 +2,16 @@
 
 from contextlib import suppress
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 
 from models.diffusion.enhance import Enhancement
-from server.api.auth.keyring import Caller, key_in_headers
+from server.api.auth.keyring import ANONYMOUS, Caller, is_in_basic, key_in_headers
 from server.api.dialects.base import ReadingPolicy
 from server.api.proxies import BASE_URL
 from server.api.services import Services
-from server.core.errors import JobNotFound, StorageUnavailable
+from server.core.errors import CrossSite, JobNotFound, StorageUnavailable
 from server.core.settings import Settings
 from server.jobs.job import Job, JobState
 
@@ -30,13 +31,47 @@ ServicesOf = Annotated[Services, Depends(provide_services)]
 
 
 def admit(request: Request, key: str | None) -> Caller:
-    """The caller behind the key that a dialect has read. Raises: InvalidApiKey, RateLimited."""
+    """The caller behind the key that a dialect has read.
+
+    Raises: InvalidApiKey, RateLimited; CrossSite for a page of another site whose user has typed
+        the key into the browser (CSRF).
+    """
     address = request.client.host if request.client else ""
-    return get_services(request).keys.admit(key, address)
+    services = get_services(request)
+    caller = services.keys.admit(key, address)
+    is_stored = caller.key_id != ANONYMOUS and is_in_basic(key, request.headers)
+    if is_stored and is_of_other_site(request, services.settings):
+        raise CrossSite
+    return caller
+
+
+def is_of_other_site(request: Request, settings: Settings) -> bool:
+    """Whether a page of another site calls, that `cors_origins` does not name; `*` names none.
+
+    A GET navigation is allowed: the page with the link cannot read the answer.
+    """
+    headers = request.headers
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if origin is None:
+        is_link = request.method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        return site in ("cross-site", "same-site") and not is_link
+    own_urls = (called_url_of(request), settings.public_url or "")
+    is_own = site == "same-origin" or authority_of(origin) in filter(
+        None, map(authority_of, own_urls)
+    )
+    return not is_own and origin not in settings.cors_origins
+
+
+def authority_of(url: str) -> str:
+    """Host and port of a URL in lower case; `""` for an invalid one, and for the Origin `null`."""
+    try:
+        return urlsplit(url).netloc.lower()
+    except ValueError:
+        return ""
 
 
 async def get_caller(request: Request) -> Caller:
-    """The caller by the key in its headers. Raises: InvalidApiKey, RateLimited."""
+    """The caller by the key in its headers. Raises: InvalidApiKey, RateLimited, CrossSite."""
     return admit(request, key_in_headers(request.headers))
 
 

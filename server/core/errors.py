@@ -11,6 +11,7 @@ ApiError
 ├── ImageUnavailable    an init or mask image that cannot be fetched or decoded
 ├── InvalidApiKey       no key, or an unknown one
 ├── LoopbackOnly        a call from another machine or page to a server without keys
+├── CrossSite           a call of another site's page, with a key that the browser has stored
 ├── RateLimited         this key, or this address, calls too often
 │   └── UploadsLimited  this key uploads too often, or too many bytes
 ├── QueueFull           too many jobs are waiting
@@ -129,6 +130,10 @@ class LoopbackOnly(ApiError):
     def __init__(self, remote_origin: RemoteOrigin = RemoteOrigin.ADDRESS) -> None:
         self.remote_origin = remote_origin
         super().__init__(remote_origin)
+
+
+class CrossSite(ApiError):
+    """A page of another site calls with a key that the browser adds on its own (CSRF)."""
 
 
 class RateLimited(ApiError):

@@ -527,6 +527,16 @@ class TestBrowsers:
             assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
+    """A client without a key of a server with keys, which one page elsewhere may call."""
+    origins = ["*", "https://ours.example"]
+    folder = tmp_path_factory.mktemp("data")
+    settings = settings_in(folder, auth={"keys": KEYS}, cors_origins=origins)
+    with running_app(settings) as app:
+        yield app.client
+
+
 class TestPagesOfElsewhere:
     """A server without keys, on loopback: every browser of the machine can reach it."""
 
@@ -618,6 +628,60 @@ class TestPagesOfElsewhere:
             assert answer.headers["access-control-allow-origin"] == "*"
             probe = app.client.get("/healthz", headers=headers)
             assert probe.status_code == 200
+
+    BASIC = {"authorization": "Basic " + base64.b64encode(f"user:{FIRST}".encode()).decode()}
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *("/sdapi/v1/interrupt", "/api/jobs/1/cancel", "/v1/predictions/1/cancel"),
+            *("/api/v3/system_load", "/api/v6/images/text2img"),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"origin": "https://site.example"},
+            {"origin": "https://front.example:8443", "sec-fetch-site": "same-site"},
+            {"origin": "https://front.example.site.example"},
+            {"origin": "null"},
+            {"origin": "http://["},
+            {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"},
+            {"sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"},
+        ],
+        ids=str,
+    )
+    def test_key_that_the_browser_has_stored_is_refused(
+        self, path: str, headers: dict[str, str], closed: httpx2.Client
+    ) -> None:
+        """A form of any page would send it: that is CSRF."""
+        headers = {"host": "front.example", **headers}
+        answer = closed.post(path, headers={**headers, **self.BASIC})
+        assert "key that the browser has stored" in answer.text
+        assert answer.status_code == (200 if path.startswith("/api/v") else 403)
+        sent = closed.post(path, headers={**headers, **self.BASIC, "key": SECOND})
+        assert "stored" not in sent.text, "a page that knows a key may send it"
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            {"sec-fetch-site": "same-origin"},
+            {"origin": "https://front.example"},
+            {"origin": "https://back.example", "sec-fetch-site": "same-origin"},
+            {"origin": "https://ours.example", "sec-fetch-site": "cross-site"},
+        ],
+        ids=str,
+    )
+    def test_programs_and_own_pages_may_use_basic(
+        self, headers: dict[str, str], closed: httpx2.Client
+    ) -> None:
+        headers = {"host": "front.example", **headers, **self.BASIC}
+        assert closed.post("/sdapi/v1/interrupt", headers=headers).status_code == 200
+
+    def test_link_may_be_followed_with_basic(self, closed: httpx2.Client) -> None:
+        headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", **self.BASIC}
+        assert closed.get("/sdapi/v1/progress", headers=headers).status_code == 200
 
     @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/readyz/workers"])
     def test_probes_come_under_any_name(self, path: str, client: httpx2.Client) -> None:

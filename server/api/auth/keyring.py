@@ -234,6 +234,12 @@ def key_in_headers(headers: Mapping[str, str]) -> str | None:
     return next((key.strip() for key in named if key and not is_absent(key)), None)
 
 
+def is_in_basic(key: str | None, headers: Mapping[str, str]) -> bool:
+    """Whether a key is that of `Basic`, which browsers store and send on their own."""
+    is_basic = headers.get("authorization", "").strip()[:6].lower() == "basic "
+    return is_basic and key == (authorization_key(headers) or "").strip()
+
+
 def authorization_key(headers: Mapping[str, str]) -> str | None:
     """The key in `Authorization`: a bearer token, a bare key, or the password of `Basic`.
 

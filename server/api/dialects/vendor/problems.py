@@ -10,6 +10,7 @@ from server.api.dialects.vendor.writing import in_spelling_of
 from server.core.errors import (
     ApiError,
     BodyTooLarge,
+    CrossSite,
     EncodedBody,
     ImageProblem,
     ImageUnavailable,
@@ -150,6 +151,10 @@ def write_plain_error(error: ApiError, request_id: str) -> tuple[str, str]:
         case LoopbackOnly(remote_origin=remote_origin):
             sentence = "Without API keys this server serves its own machine only"
             return sentence, REMOTE_TIPS[remote_origin]
+        case CrossSite():
+            sentence = "A web page of another origin calls with a key that the browser has stored"
+            tip = "Its operator names the page's Origin in INPAINT_CORS_ORIGINS."
+            return sentence, f"Send the key as 'key'. {tip}"
         case BodyTooLarge():
             return "Invalid API Request", "Send a smaller body: images by URL, for instance."
         case EncodedBody():
