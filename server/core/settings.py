@@ -532,7 +532,7 @@ class ClusterSettings(Section):
     jobs_per_worker: int = Field(default=8, ge=1)
     """Jobs, waiting or running, for which there is one worker."""
     max_wait_s: float = Field(default=30, gt=0)
-    """Once a job has waited longer, one more worker is started."""
+    """Once a job has waited longer although all workers are ready, one more worker is started."""
     idle_s: float = Field(default=600, ge=0)
     """How long fewer workers must suffice before one is stopped."""
 

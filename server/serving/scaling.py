@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +19,29 @@ LOOK_S = 1.0
 """Seconds between two looks at the database."""
 
 
-def wanted_workers(
-    demand: "Demand", running: int, *, jobs_per_worker: int, max_wait_s: float
-) -> int:
-    """The number of workers for the jobs that wait or run.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the database told. ready: workers that claim jobs."""
+
+    demand: "Demand"
+    ready: int
+
+
+def wanted_workers(look: Look, running: int, *, jobs_per_worker: int, max_wait_s: float) -> int:
+    """The number of workers for the jobs that wait or run, at most one for each job.
 
     Running jobs count too. Without them a cluster whose jobs all run would want no worker, would
     stop those that it has, and would get the jobs back.
-    running: workers that run now. max_wait_s: once a job has waited longer, one more is wanted than
-    run now, because the jobs are larger than `jobs_per_worker` expects.
+    running: replicas that run now. max_wait_s: once a job has waited longer, one more is wanted
+    than run now, because the jobs are larger than `jobs_per_worker` expects.
     """
-    wanted = math.ceil((demand.queued + demand.running) / jobs_per_worker)
-    if demand.oldest_wait_s is not None and demand.oldest_wait_s > max_wait_s:
-        return max(wanted, running + 1)
+    jobs = look.demand.queued + look.demand.running
+    wanted = math.ceil(jobs / jobs_per_worker)
+    waited_s = look.demand.oldest_wait_s
+    # A replica runs long before its worker has loaded the model. Until all of them claim jobs, the
+    # jobs wait for a model, and one replica more would wait for it as well.
+    if waited_s is not None and waited_s > max_wait_s and look.ready >= running:
+        return min(max(wanted, running + 1), jobs)
     return wanted
 
 
@@ -44,19 +55,19 @@ class QueueDepth:
         self._jobs_per_worker = jobs_per_worker
         self._max_wait_s = max_wait_s
         self._config = config
-        self._read: Callable[[], Demand] | None = None
-        self._demand: Demand | None = None
-        self._look: threading.Thread | None = None
+        self._read: Callable[[], Look] | None = None
+        self._last: Look | None = None
+        self._thread: threading.Thread | None = None
         self._next_look_at = 0.0
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """The wanted number of workers. context: Ray Serve's `AutoscalingContext`."""
         self._look_when_due()
-        demand = self._demand
-        if demand is None:  # the database is away, or was not asked yet
+        look = self._last
+        if look is None:  # the database is away, or was not asked yet
             return context.target_num_replicas, {}
         wanted = wanted_workers(
-            demand,
+            look,
             context.current_num_replicas,
             jobs_per_worker=self._jobs_per_worker,
             max_wait_s=self._max_wait_s,
@@ -65,12 +76,12 @@ class QueueDepth:
 
     def _look_when_due(self) -> None:
         """Start a look, one at a time: a database that hangs holds one thread, not one per call."""
-        is_looking = self._look is not None and self._look.is_alive()
+        is_looking = self._thread is not None and self._thread.is_alive()
         if is_looking or time.monotonic() < self._next_look_at:
             return
         self._next_look_at = time.monotonic() + LOOK_S
-        self._look = threading.Thread(target=self._update, name="queue-depth", daemon=True)
-        self._look.start()
+        self._thread = threading.Thread(target=self._update, name="queue-depth", daemon=True)
+        self._thread.start()
 
     def _update(self) -> None:
         from sqlalchemy.exc import SQLAlchemyError
@@ -79,19 +90,24 @@ class QueueDepth:
 
         try:
             if self._read is None:
-                self._read = demand_reader(self._config)
-            self._demand = self._read()
+                self._read = look_reader(self._config)
+            self._last = self._read()
         except (SQLAlchemyError, OSError, ValueError) as error:
-            self._demand = None
+            self._last = None
             get_logger(__name__).warning("queue not read", detail=str(error))
 
 
-def demand_reader(config: str | None) -> "Callable[[], Demand]":
-    """Reads the demand from the database of this process's settings. Raises: ValueError."""
+def look_reader(config: str | None) -> Callable[[], Look]:
+    """Reads the database of this process's settings. Raises: ValueError."""
     from server.core.settings import load_settings
     from server.jobs.store import JobStore
     from server.storage.database import LEAST_CONNECTIONS, open_engine
 
     settings = load_settings(Path(config) if config else None)
-    engine = open_engine(settings.sqlalchemy_url, connections=LEAST_CONNECTIONS)
-    return JobStore(engine).demand
+    store = JobStore(open_engine(settings.sqlalchemy_url, connections=LEAST_CONNECTIONS))
+
+    def look() -> Look:
+        ready = sum(each.state == "ready" for each in store.workers.alive())
+        return Look(store.demand(), ready)
+
+    return look
