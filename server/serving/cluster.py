@@ -12,12 +12,13 @@ environment.
 import asyncio
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, ProxyLocation
@@ -47,6 +48,7 @@ class Worker:
     def __init__(self, config: str | None, device: str) -> None:
         settings = load_settings(Path(config) if config else None)
         refuse_unprotected(os.environ)
+        drop_thread_limit(os.environ, psutil.Process(os.getppid()).environ())
         configure_logging(secrets=settings.secrets)
         self._engine = open_engine(settings.sqlalchemy_url, connections=LEAST_CONNECTIONS)
         flags = ["--config", config] if config else []
@@ -89,7 +91,7 @@ def application(cluster: ClusterSettings, config: str | None = None) -> serve.Ap
     )
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": 0, "num_gpus": cluster.gpus_per_worker},
+        ray_actor_options=resources(cluster),
         autoscaling_config=AutoscalingConfig(
             min_replicas=cluster.min_workers,
             max_replicas=cluster.max_workers,
@@ -99,13 +101,34 @@ def application(cluster: ClusterSettings, config: str | None = None) -> serve.Ap
             downscale_to_zero_delay_s=cluster.idle_s,
             policy=policy,
         ),
-        # A worker on a CPU takes all cores of its node.
+        # A worker on the CPU computes with all cores of its node.
         max_replicas_per_node=None if cluster.gpus_per_worker else 1,
         graceful_shutdown_timeout_s=STOP_S,
         health_check_period_s=5,
         health_check_timeout_s=30,
     )(Worker)
     return deployment.bind(config, "cuda:0" if cluster.gpus_per_worker else "cpu")
+
+
+def resources(cluster: ClusterSettings) -> dict[str, float]:
+    """What Ray sets aside for a replica.
+
+    A worker on the CPU takes all cores, whose number differs from node to node. One is set aside,
+    which keeps workers off nodes that offer none, such as a head with `--num-cpus 0`.
+    """
+    if cluster.gpus_per_worker:
+        return {"num_cpus": 0, "num_gpus": cluster.gpus_per_worker}
+    return {"num_cpus": 1, "num_gpus": 0}
+
+
+def drop_thread_limit(environment: MutableMapping[str, str], node: Mapping[str, str]) -> None:
+    """Let the worker compute with all cores, unless the operator has limited its threads.
+
+    Ray sets OMP_NUM_THREADS to the CPUs that it sets aside for a replica, at least 1.
+    environment: of this replica. node: of `ray start`.
+    """
+    if "OMP_NUM_THREADS" not in node:
+        environment.pop("OMP_NUM_THREADS", None)
 
 
 def refuse_unprotected(environment: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ MODULE = "server.cli.main"
 DEMONSTRATION_S = 900
 COMMAND_S = 120
 POSTGRESQL, BUCKET = "postgresql://somebody@127.0.0.1:1/jobs", "s3://pictures"
+PROTECTED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 JOBS = 12
 
 TRANSLATED = """
@@ -36,9 +37,19 @@ print(json.dumps({
     "path": application.import_path,
     "limits": [scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s],
     "policy": scaling.policy.policy_kwargs,
-    "gpus": deployment.ray_actor_options["num_gpus"],
+    "resources": deployment.ray_actor_options,
     "device": deployment.init_args[-1],
 }))
+"""
+
+
+THREADS = """
+from server.serving.cluster import drop_thread_limit
+
+for node in ({}, {"OMP_NUM_THREADS": "1"}):
+    environment = {"OMP_NUM_THREADS": "1", "HOME": "/"}
+    drop_thread_limit(environment, node)
+    print(*sorted(environment))
 """
 
 
@@ -98,8 +109,7 @@ def test_command_without_a_cluster_says_so(tmp_path: Path) -> None:
     environment = {
         "INPAINT_DATABASE_URL": POSTGRESQL,
         "INPAINT_STORAGE__URL": BUCKET,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "0" * 64,
+        **PROTECTED,
         "RAY_TMPDIR": str(tmp_path),
     }
     refused = run("-P", "-m", MODULE, "cluster", "up", environment=environment)
@@ -111,8 +121,7 @@ def test_file_for_serve_deploy_is_the_application() -> None:
     environment = {
         "INPAINT_DATABASE_URL": POSTGRESQL,
         "INPAINT_STORAGE__URL": BUCKET,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "0" * 64,
+        **PROTECTED,
     }
     file = (CONFIGS / "serve.yaml").read_text()
     translated = run("-c", TRANSLATED, told=file, environment=environment)
@@ -126,9 +135,14 @@ def test_file_for_serve_deploy_is_the_application() -> None:
             "max_wait_s": settings.max_wait_s,
             "config": None,
         },
-        "gpus": settings.gpus_per_worker,
+        "resources": {"num_cpus": 0, "num_gpus": settings.gpus_per_worker},
         "device": "cuda:0",
     }
+
+
+def test_threads_are_limited_by_the_operator_alone() -> None:
+    told = run("-c", THREADS)
+    assert told.stdout.splitlines() == ["HOME", "HOME OMP_NUM_THREADS"], told.stderr
 
 
 def test_files_for_ray_agree() -> None:
