@@ -36,6 +36,13 @@ DEPLOYMENT = "Worker"
 STOP_S = GRACE_S + 10
 """A replica that stops lets its worker finish the pictures in hand."""
 
+MOST_FAILED_STARTS = 3
+"""Once its worker has failed to start so often in a row, a replica counts as broken."""
+
+UNUSABLE_DELAY_S = 30.0
+"""Delay before a worker is restarted that cannot use its model or device. Shorter than beside an
+API process, because a replica that counts as broken may find another GPU."""
+
 
 class Worker:
     """A replica: supervises one `inpaint-server worker`, which is a process of its own.
@@ -53,15 +60,18 @@ class Worker:
         self._engine = open_engine(settings.sqlalchemy_url, connections=LEAST_CONNECTIONS)
         flags = ["--config", config] if config else []
         stalls_s = settings.worker_stall_s, settings.worker_load_stall_s
-        self._supervisor = Supervisor(
-            worker_children([device], flags, JobStore(self._engine), stalls_s)
-        )
+        (self._worker,) = worker_children([device], flags, JobStore(self._engine), stalls_s)
+        self._supervisor = Supervisor([self._worker], unusable_delay_s=UNUSABLE_DELAY_S)
         self._supervisor.__enter__()
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises. Raises: RuntimeError."""
-        if self._supervisor.failure is not None or self._supervisor.has_ended:
-            raise RuntimeError(self._supervisor.failure or "the worker's supervisor has ended")
+        if self._supervisor.has_ended:
+            raise RuntimeError("the worker's supervisor has ended")
+        failed_starts = self._worker.failed_starts
+        if failed_starts >= MOST_FAILED_STARTS:
+            reason = self._worker.failure_reason() or "its log says why"
+            raise RuntimeError(f"the worker failed to start {failed_starts} times: {reason}")
 
     async def __del__(self) -> None:
         """Called by Ray Serve before the process ends; stops the worker in order."""

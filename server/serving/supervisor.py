@@ -124,6 +124,9 @@ class WorkerChild:
         self._stalls_s = stalls_s
         self._detector: StallDetector | None = None
         self._has_been_ready = False
+        self.failed_starts = 0
+        """Runs in a row that have ended before the worker was ready. A run that ends while the
+        database fails is not counted: a worker needs the database to start."""
         self.label = {"worker_id": self._id, "device": device}
         self.command = [*command, "--worker-id", self._id, "--device", device]
 
@@ -138,8 +141,8 @@ class WorkerChild:
         Never raises. The row is removed too, because it may say that the worker is ready. It stays
         only where it says why the worker failed.
         """
-        if self._detector is not None:
-            self._has_been_ready |= self._detector.has_been_ready
+        has_been_ready = self._detector is not None and self._detector.has_been_ready
+        self._detector = None
         try:
             self._store.requeue_of(self._id)
             status = self._store.workers.get(self._id)
@@ -147,6 +150,10 @@ class WorkerChild:
                 self._store.workers.remove(self._id)
         except SQLAlchemyError:
             logger.exception("jobs not requeued", **self.label)
+        else:
+            has_been_ready |= status is not None and status.state == "ready"
+            self.failed_starts = 0 if has_been_ready else self.failed_starts + 1
+        self._has_been_ready |= has_been_ready
 
     def remove_row(self) -> None:
         """Remove the row of a worker that will not be restarted. Never raises."""

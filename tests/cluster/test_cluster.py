@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from server.core.settings import ClusterSettings
+from tests.support.databases import migrated_sqlite
 from tests.support.programs import lacking
 from tests.support.repository import REPOSITORY
 
@@ -50,6 +51,25 @@ for node in ({}, {"OMP_NUM_THREADS": "1"}):
     environment = {"OMP_NUM_THREADS": "1", "HOME": "/"}
     drop_thread_limit(environment, node)
     print(*sorted(environment))
+"""
+
+HEALTH = """
+import asyncio, sys
+from server.serving.cluster import Worker
+from tests.support.waiting import until
+
+def health():
+    try:
+        worker.check_health()
+    except RuntimeError as error:
+        return str(error)
+
+worker = Worker(sys.argv[1], "cuda:99")
+print(health())
+until(health, 60, "the replica is broken")
+print(health())
+asyncio.run(worker.__del__())
+print(health())
 """
 
 
@@ -143,6 +163,15 @@ def test_file_for_serve_deploy_is_the_application() -> None:
 def test_threads_are_limited_by_the_operator_alone() -> None:
     told = run("-c", THREADS)
     assert told.stdout.splitlines() == ["HOME", "HOME OMP_NUM_THREADS"], told.stderr
+
+
+def test_replica_whose_worker_never_starts_is_broken(tmp_path: Path) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_text(f'database_url = "{migrated_sqlite(tmp_path)}"\ndata_dir = "{tmp_path}"\n')
+    told = run("-c", HEALTH, str(config), environment=PROTECTED)
+    at_first, later, at_last = told.stdout.splitlines()
+    assert (at_first, at_last) == ("None", "the worker's supervisor has ended"), told.stderr
+    assert later.startswith("the worker failed to start 3 times")
 
 
 def test_files_for_ray_agree() -> None:
