@@ -28,7 +28,7 @@ from server.core.settings import ClusterSettings, Settings, load_settings
 from server.jobs.store import JobStore
 from server.serving.scaling import QueueDepth
 from server.serving.supervisor import GRACE_S, Supervisor, worker_children
-from server.storage.database import LEAST_CONNECTIONS, open_engine
+from server.storage.database import LEAST_CONNECTIONS, open_engine, require_migrated
 
 APPLICATION = "inpaint-server"
 DEPLOYMENT = "Worker"
@@ -178,6 +178,9 @@ def connected() -> Iterator[None]:
 def up(settings: Settings, config: str | None) -> None:
     """Deploy the workers, or change the limits of those that run. Raises: ValueError."""
     refuse_unshared(settings)
+    refuse_unprotected(os.environ)
+    # Ray would start workers again and again that find no tables.
+    require_migrated(settings.sqlalchemy_url)
     with connected():
         serve.start(proxy_location=ProxyLocation.Disabled)
         serve.run(application(settings.cluster, config), name=APPLICATION, route_prefix=None)

@@ -19,7 +19,9 @@ from sqlalchemy import (
     Engine,
     create_engine,
     event,
+    inspect,
     make_url,
+    text,
 )
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
@@ -366,6 +368,42 @@ def open_migrated(url: str, connections: int = CONNECTIONS) -> Engine:
     except (SQLAlchemyError, sqlite.Error, CommandError, OSError, ValueError) as error:
         raise ValueError(why_unusable(url, error)) from error
     return engine
+
+
+def schema_of(engine: Engine) -> str | None:
+    """The schema version of the tables; None where nobody has made them yet."""
+    if not inspect(engine).has_table("alembic_version"):
+        return None
+    with read_only(engine) as connection:
+        query = text("SELECT version_num FROM alembic_version")
+        found: str = connection.execute(query).scalar_one()
+    return found
+
+
+def require_migrated(url: str) -> None:
+    """Raises: ValueError, with one sentence for the operator, unless the schema is this version's.
+
+    It changes nothing.
+    """
+    engine = open_for_reading(url)
+    try:
+        found = schema_of(engine)
+    except (SQLAlchemyError, sqlite.Error, OSError) as error:
+        raise ValueError(why_unusable(url, error)) from error
+    finally:
+        engine.dispose()
+    known = known_schemas()
+    if found is not None and found not in known:
+        raise ValueError(
+            f"the database has schema {found}, and this program knows {known[0]} at most: "
+            "install the newer version"
+        )
+    if found != known[0]:
+        state = "no tables yet" if found is None else f"schema {found}"
+        raise ValueError(
+            f"the database has {state}, and this version needs {known[0]}: "
+            "run `inpaint-server migrate`"
+        )
 
 
 def why_unusable(url: str, error: Exception) -> str:

@@ -114,6 +114,10 @@ def test_no_fault_loses_a_job() -> None:
             {"INPAINT_DATABASE_URL": POSTGRESQL, "INPAINT_STORAGE__URL": BUCKET},
             "set RAY_AUTH_MODE=token",
         ),
+        (
+            {"INPAINT_DATABASE_URL": POSTGRESQL, "INPAINT_STORAGE__URL": BUCKET, **PROTECTED},
+            "database jobs at 127.0.0.1:1 cannot be used",
+        ),
     ],
 )
 def test_unsafe_clusters_are_refused(
@@ -132,7 +136,7 @@ def test_command_without_a_cluster_says_so(tmp_path: Path) -> None:
         **PROTECTED,
         "RAY_TMPDIR": str(tmp_path),
     }
-    refused = run("-P", "-m", MODULE, "cluster", "up", environment=environment)
+    refused = run("-P", "-m", MODULE, "cluster", "down", environment=environment)
     assert refused.returncode == 2, refused.stderr
     assert "no Ray node of a cluster runs on this machine" in refused.stderr
 

@@ -39,7 +39,9 @@ from server.storage.database import (
     migrate,
     notify,
     open_engine,
+    open_migrated,
     read_only,
+    require_migrated,
 )
 from server.storage.notify import ChangeSignal
 from server.storage.tables import metadata
@@ -488,3 +490,34 @@ class TestChangeSignal:
             report(engine, "after")
             assert hears(signal)
         postgres_server.drop(name)
+
+
+@pytest.mark.parametrize(
+    ("schema", "sentence"),
+    [
+        (None, "has no tables yet"),
+        ("0001", "has schema 0001, and this version needs .*: run `inpaint-server migrate`"),
+        ("9999", "has schema 9999, and this program knows .* at most"),
+    ],
+)
+def test_only_this_versions_schema_is_accepted(
+    schema: str | None, sentence: str, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'inpaint.db'}"
+    if schema is None:
+        statement = "CREATE TABLE other (id INTEGER)"
+    else:
+        open_migrated(url).dispose()
+        require_migrated(url)
+        statement = f"UPDATE alembic_version SET version_num = '{schema}'"
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+    engine.dispose()
+    with pytest.raises(ValueError, match=sentence):
+        require_migrated(url)
+
+
+def test_database_that_is_away_has_no_schema(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be used"):
+        require_migrated(f"sqlite:///{tmp_path / 'inpaint.db'}")

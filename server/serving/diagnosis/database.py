@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pysqlite3.dbapi2 as sqlite
-from sqlalchemy import Engine, func, inspect, make_url, select, text
+from sqlalchemy import Engine, func, make_url, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.api.auth.keys import KeyStore
@@ -19,6 +19,7 @@ from server.storage.database import (
     known_schemas,
     open_for_reading,
     read_only,
+    schema_of,
     why_unusable,
 )
 from server.storage.tables import api_keys, jobs, workers
@@ -86,13 +87,11 @@ def sqlite_result(version: SqliteVersion) -> CheckResult:
 
 def check_content(settings: Settings, engine: Engine, clocks: Clocks) -> Iterator[CheckResult]:
     """The schema, the keys and the times in a database. Raises: SQLAlchemyError."""
-    names = inspect(engine).get_table_names()
-    if "alembic_version" not in names:
+    found = schema_of(engine)
+    if found is None:
         yield note(DATABASE, "the database is empty; the first start makes its tables")
         yield keys_result(settings, has_keys=False)
         return
-    with read_only(engine) as connection:
-        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
     schemas = known_schemas()
     if found not in schemas:
         yield error(
