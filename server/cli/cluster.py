@@ -24,7 +24,9 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise ValueError("Ray is not installed: pip install 'inpaint-server[cluster]'") from error
+        raise ValueError(
+            "Ray is not installed: run pip install '.[cluster]' in the checkout, see docs/ray.md"
+        ) from error
 
     if options.verb == "up":
         cluster.up(settings, options.config and str(options.config.absolute()))
