@@ -1,8 +1,10 @@
 # syntax=docker/dockerfile:1
-# Two targets: `cpu`, and `cuda`, the default. Both have Debian's Python 3.11, the one that the tests
-# run on. torch's wheels bring CUDA's libraries and the host brings the driver, so the base image is
-# plain Debian. It may be held by a digest: --build-arg BASE=debian:bookworm-slim@sha256:…
+# Targets: `cpu`; `cuda`, the default; `cluster`, which adds Ray to one of them. All have Debian's
+# Python 3.11, the one that the tests run on. torch's wheels bring CUDA's libraries and the host brings
+# the driver, so the base image is plain Debian. It may be held by a digest: --build-arg BASE=debian:bookworm-slim@sha256:…
 ARG BASE=debian:bookworm-slim
+# What `cluster` adds Ray to: `cuda` or `cpu`.
+ARG CLUSTER_BASE=cuda
 
 # All but torch and our own code.
 FROM ${BASE} AS runtime
@@ -82,3 +84,17 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 # What NVIDIA's container toolkit mounts: the driver's libraries for CUDA, and nvidia-smi.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001
+
+# A node of a Ray cluster, docs/ray.md: `docker build --target cluster --tag inpaint-server:cluster .`
+FROM ${CLUSTER_BASE} AS cluster
+USER root
+COPY configs/locks/cluster.txt configs/locks/
+RUN pip install --no-deps --require-hashes --only-binary :all: \
+        --requirement configs/locks/cluster.txt \
+    && pip check
+# Kubernetes and Ray ask their own questions.
+HEALTHCHECK NONE
+USER 10001
+
+# A build that names no target makes the last one.
+FROM cuda

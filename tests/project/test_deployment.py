@@ -26,11 +26,85 @@ from tests.support.jobs import new_job
 from tests.support.programs import program
 from tests.support.repository import REPOSITORY
 
+DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
 UNITS = sorted((REPOSITORY / "configs" / "systemd").glob("*.service"))
 MANIFESTS = sorted((REPOSITORY / "configs" / "kubernetes").glob("*.yaml"))
 SCHEMA = json.loads((REPOSITORY / "tests" / "corpora" / "kubernetes-1.37.json").read_text())
 KINDS = {name.rpartition(".")[2]: name for name in SCHEMA["$defs"]}
 COMMAND = "/opt/inpaint-server/.venv/bin/inpaint-server"
+
+RAY_SERVICE = REPOSITORY / "configs" / "ray" / "rayservice.yaml"
+GROUP = {
+    "type": "object",
+    "properties": {
+        "groupName": {"type": "string"},
+        "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
+        "template": {"$ref": "#/$defs/io.k8s.api.core.v1.PodTemplateSpec"},
+        **{name: {"type": "integer"} for name in ("replicas", "minReplicas", "maxReplicas")},
+    },
+    "required": ["rayStartParams", "template"],
+    "additionalProperties": False,
+}
+RAY_CLUSTER = {
+    "type": "object",
+    "properties": {
+        "rayVersion": {"type": "string"},
+        "enableInTreeAutoscaling": {"type": "boolean"},
+        "autoscalerOptions": {
+            "type": "object",
+            "properties": {
+                "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
+                "idleTimeoutSeconds": {"type": "integer"},
+            },
+            "additionalProperties": False,
+        },
+        "authOptions": {
+            "type": "object",
+            "properties": {
+                "mode": {"enum": ["disabled", "token"]},
+                "secretName": {"type": "string"},
+            },
+            "additionalProperties": False,
+        },
+        "gcsFaultToleranceOptions": {
+            "type": "object",
+            "properties": {
+                "redisAddress": {"type": "string"},
+                "redisPassword": {
+                    "type": "object",
+                    "properties": {
+                        "valueFrom": {"$ref": "#/$defs/io.k8s.api.core.v1.EnvVarSource"}
+                    },
+                    "additionalProperties": False,
+                },
+            },
+            "required": ["redisAddress"],
+            "additionalProperties": False,
+        },
+        "headGroupSpec": GROUP,
+        "workerGroupSpecs": {"type": "array", "items": GROUP},
+    },
+    "required": ["headGroupSpec"],
+    "additionalProperties": False,
+}
+RAY_SERVICE_SCHEMA = {
+    "$defs": SCHEMA["$defs"],
+    "type": "object",
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayService"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "properties": {"serveConfigV2": {"type": "string"}, "rayClusterConfig": RAY_CLUSTER},
+            "required": ["rayClusterConfig"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+}
+"""The fields of KubeRay's kind that are used here. Its pods are Kubernetes' own."""
 
 
 def documents() -> list[dict[str, Any]]:
@@ -52,12 +126,41 @@ def test_manifests_have_the_shape_of_their_kind(document: dict[str, Any]) -> Non
     if document["kind"] == "ScaledObject":
         assert document["apiVersion"] == "keda.sh/v1alpha1"
         return
-    schema = {**SCHEMA, "$ref": f"#/$defs/{KINDS[document['kind']]}"}
-    errors = [
+    assert errors_of(document, {**SCHEMA, "$ref": f"#/$defs/{KINDS[document['kind']]}"}) == []
+
+
+def errors_of(document: dict[str, Any], schema: dict[str, Any]) -> list[str]:
+    return [
         f"{'/'.join(map(str, error.instance_path))}: {error.message}"
         for error in jsonschema_rs.validator_for(schema).iter_errors(document)
     ]
-    assert errors == []
+
+
+def test_ray_service_has_the_shape_of_its_kind() -> None:
+    document = yaml.safe_load(RAY_SERVICE.read_text())
+    assert errors_of(document, RAY_SERVICE_SCHEMA) == []
+    cluster = document["spec"]["rayClusterConfig"]
+    assert cluster["enableInTreeAutoscaling"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    (group,) = cluster["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    for container in (head, worker):
+        # An image that the Dockerfile makes; probes of our own, as KubeRay's call wget.
+        name, _, target = container["image"].partition(":")
+        assert (name, f" AS {target}\n" in DOCKERFILE) == ("inpaint-server", True)
+        for probe in ("readinessProbe", "livenessProbe"):
+            assert container[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > GRACE_S
+    (application,) = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"]
+    limits = group["minReplicas"], group["maxReplicas"]
+    assert limits == (application["args"]["min_workers"], application["args"]["max_workers"])
+
+
+def test_ray_service_schema_refuses_what_is_misspelt() -> None:
+    document = yaml.safe_load(RAY_SERVICE.read_text())
+    document["spec"]["rayClusterConfig"]["enableInTreeAutoscaler"] = True
+    (error,) = errors_of(document, RAY_SERVICE_SCHEMA)
+    assert "enableInTreeAutoscaler" in error
 
 
 def test_schema_refuses_what_is_misspelt() -> None:
