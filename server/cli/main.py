@@ -151,8 +151,11 @@ def add_worker(commands: Commands, shared: Parser) -> None:
 
 
 def add_health(commands: Commands, shared: Parser) -> None:
-    each = commands.add_parser("health", parents=[shared], help="check whether a server answers")
+    each = commands.add_parser(
+        "health", parents=[shared], help="check whether a server answers, or a worker reports"
+    )
     each.add_argument("--url", help="its address; default: this machine's, from the settings")
+    each.add_argument("--worker-id", metavar="ID", help="a worker of this machine, in its place")
     each.set_defaults(run=health)
 
 
@@ -328,9 +331,11 @@ def add_keys_create(commands: Commands, shared: Parser) -> None:
 
 
 def health(options: argparse.Namespace) -> int:
-    """Exit status 0 where a server answers `/healthz`."""
-    from server.cli.health import check, check_local
+    """Exit status 0 where a server answers `/healthz`, or a worker does not hang."""
+    from server.cli.health import check, check_local, check_worker
 
+    if options.worker_id:
+        return check_worker(settings_of(options), options.worker_id)
     return check(options.url) if options.url else check_local(settings_of(options))
 
 

@@ -3,6 +3,7 @@
 import os
 import pty
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,10 +13,19 @@ from server.cli.health import local_url
 from server.cli.main import main
 from server.core.settings import load_settings
 from server.core.terminal import layout, size_text
+from server.jobs.store import JobStore
 from server.serving.server import bind
+from server.storage.database import open_migrated
+from tests.support.jobs import worker_status
 from tests.support.processes import COMMAND, START_TIMEOUT_S, ServerProcess
 
 pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("INPAINT_DATA_DIR", str(tmp_path))
+    return tmp_path
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -156,6 +166,33 @@ def test_health_is_that_of_the_server_of_the_settings(
         server.client.close()
     assert main(["health"]) == 1
     assert capsys.readouterr().err.startswith(f"error: http://127.0.0.1:{port} does not answer: ")
+
+
+@pytest.mark.parametrize(
+    ("state", "silent_s", "status"),
+    [
+        ("ready", 110, 0),
+        ("ready", 130, 1),
+        ("loading", 130, 0),
+        ("loading", 1_810, 1),
+    ],
+)
+def test_health_of_a_worker_is_the_age_of_its_report(
+    state: str, silent_s: float, status: int, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = JobStore(open_migrated(load_settings().sqlalchemy_url))
+    store.workers.report(worker_status("box-1", time.time() - silent_s, state))
+    assert main(["health", "--worker-id", "box-1"]) == status
+    assert ("box-1 has not reported for" in capsys.readouterr().err) == bool(status)
+
+
+def test_worker_is_not_blamed_for_what_a_restart_cannot_mend(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["health", "--worker-id", "box-1"]) == 0, "there is no database"
+    assert "the database does not answer" in capsys.readouterr().err
+    open_migrated(load_settings().sqlalchemy_url).dispose()
+    assert main(["health", "--worker-id", "box-1"]) == 0, "it has not reported yet"
 
 
 def test_health_of_something_else_is_bad(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ without its descriptions. KEDA's kind has none there.
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,17 @@ def test_probes_ask_what_restarts_and_routes_need() -> None:
         "livenessProbe": "/healthz",
         "readinessProbe": "/readyz",
     }
+
+
+def test_worker_that_hangs_is_started_again() -> None:
+    (worker,) = [e for e in of_kind("Deployment") if e["metadata"]["name"] == "inpaint-worker"]
+    (container,) = worker["spec"]["template"]["spec"]["containers"]
+    shell, flag, command = container["livenessProbe"]["exec"]["command"]
+    exec_, program, *words = shlex.split(command)
+    assert (shell, flag, exec_, program) == ("sh", "-c", "exec", "inpaint-server")
+    assert make_parser().parse_args(words).worker_id == "$POD_NAME"
+    assert "$(POD_NAME)" in container["command"]
+    assert "POD_NAME" in {each["name"] for each in container["env"]}
 
 
 @pytest.mark.postgres
