@@ -19,11 +19,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 from PIL import Image, ImageDraw
 
-from tests.cluster.faults import FAULTS, Fault
-from tests.cluster.site import ClusterSite, plain_workers, running_site, strangers
+from tests.cluster.faults import FAULTS, REPLICA, WORKER_COMMAND, Fault
+from tests.cluster.site import (
+    TO_ZERO,
+    ClusterSite,
+    Surface,
+    plain_workers,
+    processes,
+    running_site,
+    watched,
+)
 from tests.support.waiting import until
 from tests.support.webhooks import Call, receiver
 
@@ -43,6 +52,23 @@ class Row:
     finished: int
     again: int
     recovery_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """A cluster that has no worker without jobs.
+
+    workers: that ran at once. again: jobs that a worker began more than once. start_s: from the
+    first job to all workers. stop_s: from the last job's end to no worker. ready: what `/readyz`
+    answered before and after.
+    """
+
+    jobs: int
+    workers: int
+    again: int
+    start_s: float
+    stop_s: float
+    ready: tuple[int, int]
 
 
 class Jobs:
@@ -122,6 +148,40 @@ def encoded(image: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def try_scaling(site: ClusterSite, jobs: Jobs, count: int) -> Scaling:
+    """From no worker to one for each job, as far as there are nodes, and back to none."""
+    site.command("up", settings=TO_ZERO)
+    before = readiness(site)
+    assert not processes(REPLICA), "a worker without jobs"
+    wanted = min(count, int(site.environment["INPAINT_CLUSTER__MAX_WORKERS"]))
+    ids = jobs.submit(count)
+    start_s = until(lambda: len(processes(REPLICA)) >= wanted, JOBS_S, f"{wanted} workers start")
+    jobs.wait_until_ended(ids)
+    stop_s = until(lambda: not processes(REPLICA), JOBS_S, "the workers stop")
+    again = sum(jobs.attempts(each) > 1 for each in ids)
+    return Scaling(
+        count, wanted, again, round(start_s, 1), round(stop_s, 1), (before, readiness(site))
+    )
+
+
+def readiness(site: ClusterSite) -> int:
+    """The status of `/readyz` while there is no worker."""
+    assert site.ready_workers() == 0
+    return site.client.get("/readyz").status_code
+
+
+def status_of(site: ClusterSite) -> dict[str, object]:
+    """What `cluster status` tells of two workers that rest, as JSON and as a table."""
+    told = json.loads(site.command("status", "--json"))
+    table = site.command("status")
+    return {
+        "deployment": told["deployment"],
+        "nodes": len(told["nodes"]),
+        "states": [each["state"] for each in told["workers"]],
+        "in the table": sum(each["id"] in table for each in told["workers"]),
+    }
+
+
 def try_fault(site: ClusterSite, jobs: Jobs, fault: Fault, count: int) -> Row:
     """Submit jobs, break something while they run, and wait until all is well again."""
     before = site.ready_workers()
@@ -164,12 +224,14 @@ def run(
 ) -> dict[str, object]:
     """Try all faults. What was seen, as JSON."""
     started = time.monotonic()
-    with running_site(folder) as site:
-        ready_s = time.monotonic() - started
+    with running_site(folder) as site, watched() as surface:
         jobs = Jobs(site, webhook, seed)
         share = max(1, count // (len(FAULTS) + 1))
-        first = jobs.submit(count - share * len(FAULTS))
-        jobs.wait_until_ended(first)
+        scaling = try_scaling(site, jobs, count - share * len(FAULTS))
+        site.command("up")
+        site.wait_for_workers(2)
+        limits = [each.environ().get("OMP_NUM_THREADS") for each in processes(*WORKER_COMMAND)]
+        status = status_of(site)
         rows = [try_fault(site, jobs, fault, share) for fault in FAULTS]
         changed = [each for each, seen in jobs.pictures.items() if jobs.digests(each) != seen]
         until(lambda: len(ids_of(told)) >= count, JOBS_S, "every webhook is called")
@@ -179,11 +241,20 @@ def run(
             "finished": jobs.states([*jobs.pictures]).count("finished"),
             "answered differently": len(changed),
             "webhooks": len(ids_of(told)),
-            "connections beyond loopback": sorted(strangers()),
+            "scaling": asdict(scaling),
+            "status": status,
+            "thread limits": limits,
             "faults": [asdict(row) for row in rows],
-            "start_s": round(ready_s, 1),
         }
-    return found | {"total_s": round(time.monotonic() - started, 1)}
+    return found | seen_of(surface) | {"total_s": round(time.monotonic() - started, 1)}
+
+
+def seen_of(surface: Surface) -> dict[str, list[str]]:
+    """As JSON."""
+    return {
+        "connections beyond loopback": sorted(surface.peers),
+        "listeners beyond loopback": sorted(surface.listeners),
+    }
 
 
 def ids_of(told: "Queue[Call]") -> set[int]:
@@ -191,10 +262,10 @@ def ids_of(told: "Queue[Call]") -> set[int]:
     return {int(body["id"]) for _, body in [*told.queue]}
 
 
-def show(found: dict[str, object]) -> None:
+def show(found: dict[str, Any]) -> None:
     """Print the table for people."""
     print(f"{'what was broken':56}{'jobs':>6}{'lost':>6}{'again':>7}{'recovered in':>14}")
-    for row in found["faults"]:  # type: ignore[attr-defined]
+    for row in found["faults"]:
         lost = row["jobs"] - row["finished"]
         print(f"{row['fault']:56}{row['jobs']:6}{lost:6}{row['again']:7}{row['recovery_s']:12} s")
     print(
@@ -202,17 +273,23 @@ def show(found: dict[str, object]) -> None:
         f"answered twice in different ways, {found['webhooks']} webhooks delivered, "
         f"{found['total_s']} s in all"
     )
-    request = found["request"]
-    print(f"a request takes {request['with_ray_s']} s, without Ray {request['without_ray_s']} s")  # type: ignore[index]
+    scaling, request = found["scaling"], found["request"]
+    print(
+        f"no worker without jobs: {scaling['workers']} started in {scaling['start_s']} s, "
+        f"all stopped {scaling['stop_s']} s after {scaling['jobs']} jobs"
+    )
+    print(f"a request takes {request['with_ray_s']} s, without Ray {request['without_ray_s']} s")
 
 
-def is_well(found: dict[str, object]) -> bool:
+def is_well(found: dict[str, Any]) -> bool:
     """Whether no promise was broken."""
     is_complete = found["finished"] == found["jobs"] == found["webhooks"]
     return (
         is_complete
+        and not found["scaling"]["again"]
         and not found["answered differently"]
         and not found["connections beyond loopback"]
+        and {*found["listeners beyond loopback"]} <= {"Ray"}
     )
 
 

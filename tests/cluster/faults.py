@@ -47,9 +47,8 @@ def kill_node(site: ClusterSite) -> None:
 
 
 def restart_head(site: ClusterSite) -> None:
-    """Kill the process that holds Ray's state, and start it from what is on disk."""
-    site.cluster.head_node.kill_gcs_server()
-    site.cluster.head_node.start_gcs_server()
+    """Ray's state, its controller of the workers and a node are gone for some seconds."""
+    site.restart_head()
 
 
 def lose_ray(site: ClusterSite) -> None:

@@ -7,9 +7,14 @@ because Ray replaces 127.0.0.1 by the machine's address.
 import os
 import secrets
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx2
@@ -39,8 +44,20 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # The state of Ray's head is on disk, and outlives it.
     "RAY_gcs_storage": "rocksdb",
-    "OMP_NUM_THREADS": "1",
+    # As high as processes outside Ray, which gives its own a niceness of 15. Beside other work on
+    # the same cores the workers would wait for minutes.
+    "RAY_worker_niceness": "0",
 }
+
+TO_ZERO = {
+    "INPAINT_CLUSTER__MIN_WORKERS": "0",
+    "INPAINT_CLUSTER__JOBS_PER_WORKER": "1",
+    "INPAINT_CLUSTER__IDLE_S": "5",
+}
+"""Settings in place of those above, while the number of workers follows the jobs."""
+NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
+LOOK_S = 1.0
+"""Seconds between two looks at the connections of all processes."""
 
 
 class ClusterSite:
@@ -59,9 +76,11 @@ class ClusterSite:
             "RAY_AUTH_TOKEN_PATH": str(token),
         }
         self.store = JobStore(open_engine(environment["INPAINT_DATABASE_URL"]))
-        # Ray's own programs get this process's environment.
+        # Ray's own programs get this process's environment. Nobody limits the workers' threads.
         os.environ.update(self.environment)
+        os.environ.pop("OMP_NUM_THREADS", None)
         self._addresses = iter(f"127.0.0.{number}" for number in range(2, 255))
+        self._head: dict[str, Any] = {}
         self.cluster: Any = None
         self.api: ServerProcess | None = None
 
@@ -70,11 +89,17 @@ class ClusterSite:
         from ray.cluster_utils import Cluster  # reads the environment, which is complete only here
 
         os.environ["RAY_gcs_storage_path"] = str(self._folder / f"gcs-{secrets.token_hex(4)}")
-        head = {**self._node(), "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._head = {**self._node(), "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=self._head)
         for _ in range(NODES - 1):
             self.cluster.add_node(**self._node())
         self.environment["RAY_ADDRESS"] = self.cluster.address
+
+    def restart_head(self) -> None:
+        """Kill all processes of the head's node, and start them again from the state on disk."""
+        port = int(self.cluster.address.rpartition(":")[2])
+        self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
+        self.cluster.add_node(**self._head, gcs_server_port=port)
 
     def _node(self) -> dict[str, Any]:
         return {
@@ -95,11 +120,14 @@ class ClusterSite:
         if self.cluster is not None:
             self.cluster.shutdown()
 
-    def command(self, verb: str) -> str:
-        """What `inpaint-server cluster VERB` prints. Raises: subprocess.CalledProcessError."""
+    def command(self, *words: str, settings: Mapping[str, str] = NO_SETTINGS) -> str:
+        """What `inpaint-server cluster WORDS` prints. Raises: subprocess.CalledProcessError.
+
+        settings: in place of the site's.
+        """
         finished = subprocess.run(
-            [*COMMAND, "cluster", verb],
-            env={**os.environ, **self.environment},
+            [*COMMAND, "cluster", *words],
+            env={**os.environ, **self.environment, **settings},
             stdout=subprocess.PIPE,
             text=True,
             timeout=COMMAND_S,
@@ -137,16 +165,56 @@ def processes(*words: str) -> list[psutil.Process]:
     return found
 
 
-def strangers() -> set[str]:
-    """Addresses beyond 127.0.0.0/8 and ::1 that a process of the site has a connection with."""
-    found = set()
-    for each in processes():
+@dataclass(frozen=True)
+class Surface:
+    """What was ever seen of the site's processes.
+
+    peers: addresses beyond loopback that one was connected with. listeners: whose processes listened
+    on more than loopback, "Ray" for all of Ray's own, which do.
+    """
+
+    peers: set[str] = field(default_factory=set)
+    listeners: set[str] = field(default_factory=set)
+
+    def look(self) -> None:
+        """Add what is seen now."""
+        ours = {each.pid: each for each in processes()}
+        for each in psutil.net_connections("inet"):
+            if each.pid not in ours:
+                continue
+            if each.raddr and not is_loopback(each.raddr.ip):
+                self.peers.add(each.raddr.ip)
+            if each.status == psutil.CONN_LISTEN and not is_loopback(each.laddr.ip):
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    self.listeners.add(owner_of(ours[each.pid]))
+
+
+def owner_of(process: psutil.Process) -> str:
+    """ "Ray" for a process of Ray's, else the process's name. Raises: psutil.Error."""
+    line = " ".join(process.cmdline())
+    return "Ray" if line.startswith("ray::") or "site-packages/ray/" in line else process.name()
+
+
+def is_loopback(address: str) -> bool:
+    return ip_address(address.removeprefix("::ffff:")).is_loopback
+
+
+@contextmanager
+def watched() -> Iterator[Surface]:
+    """Look again and again, in a thread."""
+    surface, is_over = Surface(), threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(LOOK_S):
+            surface.look()
+
+    with ThreadPoolExecutor(1) as pool:
+        looks = pool.submit(look)
         try:
-            ends = [connection.raddr for connection in each.net_connections("inet")]
-        except psutil.Error:
-            continue
-        found |= {end.ip.removeprefix("::ffff:") for end in ends if end}
-    return {each for each in found if not each.startswith("127.") and each != "::1"}
+            yield surface
+        finally:
+            is_over.set()
+            looks.result()
 
 
 @contextmanager
@@ -155,7 +223,9 @@ def plain_workers(site: ClusterSite, folder: Path, count: int) -> Iterator[None]
     with ExitStack() as stack:
         for number in range(count):
             data = folder / f"plain-{number}"
-            environment = {**site.environment, "INPAINT_DATA_DIR": str(data)}
+            # As many threads as those of Ray have.
+            threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+            environment = {**site.environment, **threads, "INPAINT_DATA_DIR": str(data)}
             stack.callback(Process(environment, "worker").stop)
         site.wait_for_workers(count)
         yield
@@ -163,7 +233,7 @@ def plain_workers(site: ClusterSite, folder: Path, count: int) -> Iterator[None]
 
 @contextmanager
 def running_site(folder: Path) -> Iterator[ClusterSite]:
-    """A site with two workers that are ready."""
+    """A site without workers."""
     binaries = find_binaries()
     if binaries is None:
         lacking("PostgreSQL")
@@ -175,6 +245,4 @@ def running_site(folder: Path) -> Iterator[ClusterSite]:
         stack.callback(site.close)
         site.start_ray()
         site.start_api()
-        site.command("up")
-        site.wait_for_workers(2)
         yield site

@@ -99,9 +99,17 @@ def test_no_fault_loses_a_job() -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     found = json.loads(finished.stdout.splitlines()[-1])
     assert (found["jobs"], found["finished"], found["webhooks"]) == (JOBS, JOBS, JOBS)
-    assert min(found["request"].values()) > 0
+    assert (found["scaling"]["again"], found["scaling"]["ready"]) == (0, [200, 200])
+    assert found["status"] == {
+        "deployment": "HEALTHY",
+        "nodes": 3,
+        "states": ["ready", "ready"],
+        "in the table": 2,
+    }
+    assert found["thread limits"] == [None, None]
     assert found["answered differently"] == 0
     assert found["connections beyond loopback"] == []
+    assert found["listeners beyond loopback"] == ["Ray"]
     assert len(found["faults"]) == 5
 
 
