@@ -66,7 +66,7 @@ $(CLUSTER_INSTALLED): $(LOCKS)/cluster.txt | $(INSTALLED)
 
 cluster: $(CLUSTER_INSTALLED)  ## installs Ray for the tests of clusters, a minute
 
-cluster-demo: $(CLUSTER_INSTALLED)  ## breaks a Ray cluster on this machine, two minutes
+cluster-demo: $(CLUSTER_INSTALLED)  ## breaks a Ray cluster on this machine, some minutes
 	$(CLUSTER)/python -m tests.cluster
 
 image: $(INSTALLED) $(TOOLS_INSTALLED)  ## builds the image for CPUs with podman and tries it, minutes; as root

@@ -169,8 +169,8 @@ def processes(*words: str) -> list[psutil.Process]:
 class Surface:
     """What was ever seen of the site's processes.
 
-    peers: addresses beyond loopback that one was connected with. listeners: whose processes listened
-    on more than loopback, "Ray" for all of Ray's own, which do.
+    peers: addresses beyond loopback that one was connected with. listeners: whose processes
+    listened on more than loopback, "Ray" for all of Ray's own.
     """
 
     peers: set[str] = field(default_factory=set)
