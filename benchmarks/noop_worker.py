@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from models.acceleration.transfers import HostMark
-from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Sample
+from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Sample, Unchecked
 from models.imaging.canvas import Canvas
 from models.model_pool import ModelPool
 from models.params import InpaintParams
@@ -72,7 +72,7 @@ class NoopPipeline(InpaintPipeline):
         """Nothing changes but the count."""
         sample.step_index += 1
 
-    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture]]:
+    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture | Unchecked]]:
         """The init image, put together with itself as any picture is."""
         return [Queued(HostMark(), partial(self._paste, sample)) for sample in samples]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.acceleration.transfers import HostMark
-from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Sample
+from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Sample, Unchecked
 from models.errors import DeviceLost, OutOfMemory, UnusablePicture
 from models.imaging.canvas import Canvas
 from models.params import InpaintParams
@@ -92,7 +92,7 @@ class ScriptedPipeline(InpaintPipeline):
         """Nothing changes but the count."""
         sample.step_index += 1
 
-    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture]]:
+    def decode_together(self, samples: Sequence[Sample]) -> list[Queued[Picture | Unchecked]]:
         """Noise of the seed, put into the hole."""
         return [Queued(HostMark(), partial(self._paint, sample)) for sample in samples]
 

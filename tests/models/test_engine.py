@@ -848,7 +848,7 @@ def test_picture_is_checked_after_it_was_pasted_and_then_hidden() -> None:
     engine = make_engine(ToyPipeline())
     engine.background = background
     engine.add(make_generation(1, num_inference_steps=1))
-    ends = []
+    ends: list[Finished] = []
     for _ in range(3):  # the canvas, the paste, the end
         assert ends == []
         background.run()

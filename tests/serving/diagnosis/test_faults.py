@@ -266,10 +266,11 @@ def test_changed_file_that_takes_long_to_read(tmp_path: Path) -> None:
     folder = shutil.copytree(BUILTIN_FOLDER, tmp_path / "model")
     verify = ["models", "verify", str(folder), "--data-dir", str(tmp_path / "data")]
     spec = find_model(str(folder), {})
+    assert (files := weight_files(spec))
 
     def found() -> CheckResult:
         settings = load_settings(data_dir=tmp_path / "data")
-        return digest_result(spec, weight_files(spec), settings, most_read_bytes=0)
+        return digest_result(spec, files, settings, most_read_bytes=0)
 
     assert (found().severity, found().cure) == ("note", f"inpaint-server {' '.join(verify[:3])}")
     assert main(verify) == 0
@@ -316,7 +317,7 @@ def test_host_of_a_url(settings: dict[str, str], url: str, severity: str, cure: 
 
     for egress in (IMAGES, WEBHOOKS):
         *_, found = check_egress(
-            load_settings(**{egress.section: settings}), egress, [url], resolve
+            load_settings(None, **{egress.section: settings}), egress, [url], resolve
         )
         assert (found.check, found.severity) == (egress.check, severity)
         assert cure in found.cure
