@@ -33,7 +33,8 @@ from server.core.errors import (
 from server.core.http import KNOWN_HOSTS, is_allowed
 from server.core.logs import get_logger
 from server.core.metrics import CLIENT_CLOSED, OUTCOME, UNKNOWN_ROUTE, Metrics, RequestOutcome
-from server.core.settings import Settings, is_loopback
+from server.core.settings import Settings
+from server.core.settings.values import is_loopback
 
 logger = get_logger(__name__)
 

@@ -27,7 +27,8 @@ from server.api.auth.keyring import read_keys_file
 from server.api.auth.keys import KEY_PREFIX
 from server.api.shapes import Answer, compare
 from server.core.logs import get_logger, redact_secrets
-from server.core.settings import ShadowSettings, is_loopback
+from server.core.settings.sections import ShadowSettings
+from server.core.settings.values import is_loopback
 from server.egress.client import HEADERS, NETWORK_ERRORS, EgressClient
 from server.egress.policy import AddressDenied, AddressPolicy, checked_url
 

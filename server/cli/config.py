@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from server.cli.options import SHARED_FLAGS, Refusal, refusing, settings_of
 from server.core.settings import ENV_PREFIX, Settings
-from server.core.settings_errors import given_as
+from server.core.settings.errors import given_as
 from server.core.terminal import print_table, printable
 from server.serving.devices import refuse_unknown
 from server.serving.preflight import checks_before_start, problems_of_models

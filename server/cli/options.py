@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from server.core.settings import IpNetwork, Settings, load_settings, network_of
-from server.core.settings_errors import InvalidSettings
+from server.core.settings import Settings, load_settings
+from server.core.settings.errors import InvalidSettings
+from server.core.settings.values import IpNetwork, network_of
 
 SHARED_FLAGS = ("config", "data_dir", "model")
 """Flags of all commands, which `serve` passes on to its workers."""

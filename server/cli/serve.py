@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from server.cli.options import Refusal, refusing, settings_of, shared_flags
 from server.core.settings import Settings
+from server.core.settings.folder import make_data_dir, why_open
 
 FLAGS = ("host", "port", "devices", "workers", "tls", "allowed_hosts")
 """Settings that `serve` takes from its options. `takeover serve` sets the last two."""
@@ -67,7 +68,7 @@ def prepare_server(options: argparse.Namespace) -> tuple[Settings, Sequence[str]
     from server.serving.preflight import check_workers, checks_before_start
 
     settings = settings_of(options, *FLAGS)
-    settings.make_data_dir()
+    make_data_dir(settings.data_dir)
     configure_logging(secrets=settings.secrets, shown_on_terminal=STARTING)
     tracing.start(
         settings.tracing_url, "inpaint-api", follows_callers=settings.tracing_follows_callers
@@ -95,8 +96,8 @@ def warn_operator(settings: Settings) -> None:
     logger = get_logger(__name__)
     for sentence in settings.removed:
         logger.warning("setting has no effect any more", detail=sentence)
-    if settings.open_data_dir:
-        logger.warning("others may enter the data folder", detail=settings.open_data_dir)
+    if reason := why_open(settings.data_dir):
+        logger.warning("others may enter the data folder", detail=reason)
 
 
 def run_worker(options: argparse.Namespace) -> int:
@@ -141,7 +142,7 @@ def prepare_worker(options: argparse.Namespace) -> tuple[Settings, str]:
     from server.storage.files import Storage
 
     settings = settings_of(options)
-    settings.make_data_dir()
+    make_data_dir(settings.data_dir)
     devices = expand_devices([options.device])
     # On a terminal the server that started this worker announces these events.
     announced = STARTING if options.parent is not None else ()

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.cli.options import settings_of
-from server.core.settings import Settings, is_loopback
+from server.core.settings import Settings
+from server.core.settings.folder import make_data_dir
+from server.core.settings.values import is_loopback
 
 VENDOR_HOSTS = (
     "stablediffusionapi.com",
@@ -95,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     if options.verb == "undo":
         return undo(folder)
     if options.folder is None:
-        settings.make_data_dir()
+        make_data_dir(settings.data_dir)
     return init(folder, options.host_name or [], options.address or address_of(settings))
 
 

@@ -31,7 +31,8 @@ import certifi
 import httpcore2
 import httpx2
 
-from server.core.settings import EgressSettings, Settings
+from server.core.settings import Settings
+from server.core.settings.sections import EgressSettings
 from server.egress.interfaces import is_local, is_on_link
 from server.egress.policy import (
     AddressDenied,

@@ -21,7 +21,7 @@ from server.core.errors import ImageProblem
 from server.core.fairness import FairSemaphore
 from server.core.http import CODINGS, inflate
 from server.core.logs import get_logger
-from server.core.settings import FetchSettings
+from server.core.settings.sections import FetchSettings
 from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient
 from server.egress.policy import (
     METADATA,

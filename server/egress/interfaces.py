@@ -5,7 +5,7 @@ import socket
 
 import psutil
 
-from server.core.settings import IpNetwork
+from server.core.settings.values import IpNetwork
 
 
 def is_local(address: str) -> bool:

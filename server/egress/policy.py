@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import httpx2
 
-from server.core.settings import FetchSettings, IpNetwork, WebhookSettings
+from server.core.settings.sections import FetchSettings, WebhookSettings
+from server.core.settings.values import IpNetwork
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 

@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from models.params import OutputFormat
 from server.core.errors import StorageUnavailable
 from server.core.logs import get_logger
-from server.core.settings import RetentionSettings
+from server.core.settings.sections import RetentionSettings
 from server.jobs.job import (
     INPUT_FOLDER,
     OUTPUT_FOLDER,

@@ -24,7 +24,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, ProxyLocation
 
 from server.core.logs import configure_logging
-from server.core.settings import ClusterSettings, Settings, load_settings
+from server.core.settings import Settings, load_settings
+from server.core.settings.sections import ClusterSettings
 from server.jobs.store import JobStore
 from server.serving.scaling import QueueDepth
 from server.serving.supervisor import GRACE_S, Supervisor, worker_children

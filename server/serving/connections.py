@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from server.api.proxies import is_trusted
-from server.core.settings import HttpSettings
+from server.core.settings.sections import HttpSettings
 
 RESERVE = 64
 """Connections beyond the limit, which get answers to probes and otherwise 503."""

@@ -7,7 +7,7 @@ from functools import partial
 from models.checkpoints.registry import check_lora, check_model, read_catalog
 from models.errors import ModelUnavailable
 from server.core.settings import Settings
-from server.core.settings_errors import InvalidSettings
+from server.core.settings.errors import InvalidSettings
 from server.serving.devices import ALL, AUTO, CPU, expand_devices
 from server.serving.gpu_driver import (
     driver_cure,

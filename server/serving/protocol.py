@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.api.auth.keyring import network_of, plain_address
 from server.api.bodies import RELEASE, RESERVE_BODY
-from server.core.settings import HttpSettings
+from server.core.settings.sections import HttpSettings
 from server.serving.connections import ConnectionLimiter
 from server.serving.tls import ServerTls
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from server.core.logs import get_logger
-from server.core.settings import TlsSettings
+from server.core.settings.sections import TlsSettings
 
 CHECK_S = 10.0
 """Least seconds between two looks at the files, which handshakes cause."""

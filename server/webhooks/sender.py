@@ -22,7 +22,7 @@ from server.core import tracing
 from server.core.errors import RateLimited
 from server.core.logs import get_logger
 from server.core.rate_limits import TokenBuckets
-from server.core.settings import WebhookSettings
+from server.core.settings.sections import WebhookSettings
 from server.egress.client import NETWORK_ERRORS, BodyTooLarge, EgressClient, EgressFailed
 from server.egress.policy import AddressDenied, EgressGrant, checked_url
 from server.jobs.job import Job

@@ -38,7 +38,8 @@ from models.errors import DeviceUnavailable, ModelUnavailable, OutOfMemory, Unus
 from models.model_pool import ModelPool
 from models.variants import ModelVariant
 from server.core.logs import get_logger
-from server.core.settings import MODEL_MEMORY_SHARE, DtypeName, Settings
+from server.core.settings import MODEL_MEMORY_SHARE, Settings
+from server.core.settings.sections import DtypeName
 from server.jobs.receipts import Model
 
 logger = get_logger(__name__)

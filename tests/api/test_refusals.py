@@ -11,6 +11,7 @@ from sqlalchemy import text
 
 from server.cli.main import main
 from server.core.settings import load_settings
+from server.core.settings.folder import make_data_dir
 from server.serving.server import bind, listen
 from server.storage.database import open_migrated
 from tests.support.postgres import PostgresServer
@@ -111,9 +112,9 @@ def test_data_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "data"
     file.touch()
     with pytest.raises(ValueError, match=f"^data folder {file} is a file$"):
-        load_settings(data_dir=file).make_data_dir()
+        make_data_dir(load_settings(data_dir=file).data_dir)
     with pytest.raises(ValueError, match=f"^data folder {file}/x cannot be made by uid "):
-        load_settings(data_dir=file / "x").make_data_dir()
+        make_data_dir(load_settings(data_dir=file / "x").data_dir)
 
 
 def test_open_data_folder_is_warned_of_and_files_in_it_are_the_servers_alone(

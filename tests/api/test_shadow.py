@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from server.api.shadow import ShadowLimits, ShadowOutcome, policy_of, read_vendor_keys
-from server.core.settings import Settings, ShadowSettings
+from server.core.settings import Settings
+from server.core.settings.sections import ShadowSettings
 from server.egress.client import EgressClient
 from server.egress.policy import AddressDenied
 from tests.support.apps import settings_in

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from server.api.shadow import Shadow, ShadowLimits, ShadowOutcome
-from server.core.settings import ShadowSettings
+from server.core.settings.sections import ShadowSettings
 from server.egress.client import EgressClient
 from tests.support.fake_vendor import FakeVendor, running_vendor
 

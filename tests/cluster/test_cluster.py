@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pytest
 import yaml
 
-from server.core.settings import ClusterSettings
+from server.core.settings.sections import ClusterSettings
 from tests.support.databases import migrated_sqlite
 from tests.support.programs import lacking
 from tests.support.repository import REPOSITORY
@@ -27,7 +27,7 @@ JOBS = 12
 TRANSLATED = """
 import json
 from ray.serve.schema import ServeDeploySchema
-from server.core.settings import ClusterSettings
+from server.core.settings.sections import ClusterSettings
 from server.serving.cluster import build
 import sys, yaml
 

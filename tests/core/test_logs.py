@@ -156,7 +156,7 @@ from pathlib import Path
 from server.api.auth.keyring import KeyRing
 from server.storage.database import migrate, open_engine
 from server.api.auth.keys import KeyStore
-from server.core.settings import AuthSettings
+from server.core.settings.sections import AuthSettings
 engine = open_engine("sqlite:///{tmp_path}/inpaint.db")
 migrate(engine)
 file = Path("{file}")

@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.core.settings import (
-    REMOVED,
-    REPOSITORY,
-    Base64Output,
-    StepsPolicy,
-    load_settings,
-)
+from server.core.settings import REMOVED, REPOSITORY, load_settings
+from server.core.settings.sections import Base64Output, StepsPolicy
 from tests.support import settings_page
 
 Environment = Callable[..., None]

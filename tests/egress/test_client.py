@@ -13,7 +13,7 @@ from typing import Any
 import httpcore2
 import pytest
 
-from server.core.settings import EgressSettings
+from server.core.settings.sections import EgressSettings
 from server.egress.client import (
     NETWORK_ERRORS,
     BodyTooLarge,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from server.core.errors import ImageProblem
-from server.core.settings import EgressSettings, FetchSettings
+from server.core.settings.sections import EgressSettings, FetchSettings
 from server.egress.client import EgressClient
 from server.egress.downloads import (
     MAX_REDIRECTS,
@@ -610,7 +610,7 @@ class TestRefusals:
         program = """
 import asyncio
 from server.egress.downloads import ImageDownloader, FetchFailed
-from server.core.settings import FetchSettings
+from server.core.settings.sections import FetchSettings
 from server.core.logs import configure_logging
 
 async def run():

@@ -15,7 +15,7 @@ import httpcore2
 import pytest
 
 from server.core.errors import ImageProblem
-from server.core.settings import EgressSettings, FetchSettings, WebhookSettings
+from server.core.settings.sections import EgressSettings, FetchSettings, WebhookSettings
 from server.egress.client import EgressClient
 from server.egress.downloads import FetchFailed, ImageDownloader
 from server.egress.policy import AddressDenied, EgressGrant

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from server.core.settings import FetchSettings, Settings
+from server.core.settings import Settings
+from server.core.settings.sections import FetchSettings
 from server.egress.client import EgressClient, Listener
 from server.egress.downloads import FetchFailed, ImageDownloader
 from server.egress.policy import AddressDenied

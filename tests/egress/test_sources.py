@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 
 from server.core.errors import ImageProblem, ImageUnavailable
-from server.core.settings import FetchSettings
+from server.core.settings.sections import FetchSettings
 from server.egress.client import EgressClient
 from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.sources import (

@@ -26,7 +26,8 @@ from models.model_pool import ModelPool
 from models.params import InpaintParams
 from server.api.dialects.registry import write_webhook
 from server.core.errors import StorageUnavailable
-from server.core.settings import RetentionSettings, Settings, WebhookSettings
+from server.core.settings import Settings
+from server.core.settings.sections import RetentionSettings, WebhookSettings
 from server.egress.client import EgressClient
 from server.jobs.job import Job, JobState
 from server.jobs.outbox import DeliveryState

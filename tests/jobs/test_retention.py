@@ -14,7 +14,7 @@ from sqlalchemy import Engine, QueuePool, func, insert, select, update
 
 from models.params import InpaintParams, OutputFormat
 from server.core.errors import Conflict, ConflictKind, StorageUnavailable
-from server.core.settings import RetentionSettings
+from server.core.settings.sections import RetentionSettings
 from server.jobs.job import Job, JobState
 from server.jobs.outbox import MAX_AGE_S
 from server.jobs.retention import HOUR_S, ORPHAN_S, Janitor, Removed

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from server.api.proxies import is_trusted
-from server.core.settings import HttpSettings
+from server.core.settings.sections import HttpSettings
 from server.serving.connections import RESERVE, ConnectionLimiter
 from server.serving.server import bind
 from server.storage.files import CHUNK_BYTES, Storage

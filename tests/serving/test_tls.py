@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from server.cli.main import main
-from server.core.settings import TlsSettings
+from server.core.settings.sections import TlsSettings
 from server.serving.tls import ServerTls, load_context
 from server.storage.files import Storage
 from tests.support.apps import settings_in

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import insert, update
 
 from server.core.errors import StorageUnavailable
-from server.core.settings import RetentionSettings
+from server.core.settings.sections import RetentionSettings
 from server.jobs.job import OUTPUT_FOLDER
 from server.jobs.retention import Janitor
 from server.jobs.store import JobStore

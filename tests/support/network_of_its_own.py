@@ -17,7 +17,7 @@ from socket import AF_INET6
 from typing import Any
 
 from server.core.logs import configure_logging
-from server.core.settings import FetchSettings, WebhookSettings
+from server.core.settings.sections import FetchSettings, WebhookSettings
 from server.egress.downloads import FetchFailed, ImageDownloader
 from server.egress.interfaces import attached_networks
 from server.egress.policy import EgressGrant

@@ -1,6 +1,6 @@
 """`make docs`: writes `docs/settings.md` and `configs/example.toml` from the settings themselves.
 
-Each default and meaning is written once, at its field in `server/core/settings.py`.
+Each default and meaning is written once, at its field in `server/core/settings/`.
 """
 
 import json
@@ -37,7 +37,7 @@ _PAGE_HEAD = """\
 
 [operations.md](operations.md#settings) says how files, variables and flags are read.
 `configs/example.toml` is a complete file. `make docs` writes this page from
-`server/core/settings.py`.
+`server/core/settings/`.
 """
 
 _EXAMPLE_HEAD = """\
@@ -147,7 +147,7 @@ def toml(value: object) -> str:
 def description(text: str | None) -> str:
     """Its lines as one. Raises: ValueError where a setting has none."""
     if not text:
-        raise ValueError("a setting has no description in server/core/settings.py")
+        raise ValueError("a setting has no description in server/core/settings/")
     return " ".join(text.split())
 
 

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.core.settings import Settings, load_settings
+from server.core.settings.folder import make_data_dir
 from server.jobs.job import JobState
 from server.jobs.store import JobStore
 from server.serving.server import Server, bind
@@ -159,7 +160,7 @@ def trace(folder: Path) -> dict[str, list[str]]:
     settings = load_settings(
         data_dir=folder / "data", hold_s=0.2, workers=0, fetch={"allow_cidrs": ["127.0.0.0/8"]}
     )
-    settings.make_data_dir()
+    make_data_dir(settings.data_dir)
     tracer = Tracer()
     tracer.install()
     sys.setprofile(None)  # this thread is the client and looks for the job's end

@@ -23,7 +23,7 @@ from svix.webhooks import WebhookVerificationError
 from models.params import InpaintParams
 from server.api.dialects.registry import write_webhook
 from server.core.errors import Conflict, ConflictKind
-from server.core.settings import WebhookSettings
+from server.core.settings.sections import WebhookSettings
 from server.jobs.job import Failure, Job, NewJob, RequestFacts
 from server.jobs.outbox import MAX_AGE_S, RETRY_DELAYS_S, DeliveryState, host_of, key_of
 from server.jobs.store import MAX_ATTEMPTS, JobStore

@@ -20,7 +20,8 @@ from server.api.bodies import is_absent
 from server.core.errors import InvalidApiKey, RateLimited
 from server.core.logs import redact_secrets
 from server.core.rate_limits import TokenBuckets
-from server.core.settings import MAX_KEY_CHARS, MIN_KEY_CHARS, AuthSettings
+from server.core.settings.sections import AuthSettings
+from server.core.settings.values import MAX_KEY_CHARS, MIN_KEY_CHARS
 from server.egress.policy import EgressGrant
 
 ANONYMOUS = "anonymous"

@@ -15,7 +15,7 @@ from models.params import InpaintParams
 from server.api.dialects.openapi import Description
 from server.core.errors import ApiError, InvalidBody
 from server.core.notices import Notice
-from server.core.settings import StepsPolicy
+from server.core.settings.sections import StepsPolicy
 from server.egress.sources import ImageSource
 from server.jobs.job import Job
 

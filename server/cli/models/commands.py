@@ -36,6 +36,7 @@ from server.cli.models.entries import read_text, with_entry, write_checked
 from server.cli.models.listing import print_list
 from server.cli.models.removal import carry_out, is_confirmed, lines_of, plan_removal
 from server.core.settings import Settings
+from server.core.settings.folder import make_data_dir
 from server.core.terminal import printable
 
 Command: TypeAlias = Callable[[argparse.Namespace, Catalog, Settings], int]
@@ -98,7 +99,7 @@ def verify_files(spec: ModelSpec, settings: Settings) -> int:
 
     Raises: ModelUnavailable, also for weights that are damaged.
     """
-    settings.make_data_dir()
+    make_data_dir(settings.data_dir)
     files = model_files(spec)
     for path in files.values():
         if path.suffix == SUFFIX:

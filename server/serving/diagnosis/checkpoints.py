@@ -24,7 +24,8 @@ from models.checkpoints.registry import (
     weight_files,
 )
 from models.errors import ModelUnavailable
-from server.core.settings import MODEL_MEMORY_SHARE, DtypeName, Settings
+from server.core.settings import MODEL_MEMORY_SHARE, Settings
+from server.core.settings.sections import DtypeName
 from server.core.terminal import size_text
 from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.serving.gpu_driver import gpu_details

@@ -4,7 +4,8 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from server.core.settings import FetchSettings, Settings, WebhookSettings
+from server.core.settings import Settings
+from server.core.settings.sections import FetchSettings, WebhookSettings
 from server.egress.client import deny_own, listeners_of
 from server.egress.policy import (
     USUAL_PORTS,

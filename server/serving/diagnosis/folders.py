@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 import psutil
 
 from server.core.errors import StorageUnavailable
-from server.core.settings import Settings, why_unwritable
+from server.core.settings import Settings
+from server.core.settings.folder import why_open, why_unwritable
 from server.core.terminal import size_text
 from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.storage.files import PROBE_BYTES, Storage
@@ -34,13 +35,9 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse
 def check_folders(settings: Settings) -> Iterator[CheckResult]:
     """The data folder, its disk, and a file store elsewhere."""
     yield from check_access("data folder", settings.data_dir)
-    if settings.data_dir.is_dir() and settings.open_data_dir:
-        folder = settings.data_dir
-        yield warning(
-            FOLDER,
-            f"other users may enter {folder}: {settings.open_data_dir}",
-            f"chmod 700 {folder}",
-        )
+    folder = settings.data_dir
+    if folder.is_dir() and (reason := why_open(folder)):
+        yield warning(FOLDER, f"other users may enter {folder}: {reason}", f"chmod 700 {folder}")
     if settings.database_url is None:
         yield from check_file_system(existing(settings.data_dir))
     yield from check_disk(existing(settings.data_dir))

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from server.api.proxies import is_trusted
-from server.core.settings import Settings, is_loopback
+from server.core.settings import Settings
+from server.core.settings.values import is_loopback
 from server.egress.interfaces import attached_networks
 from server.serving.diagnosis.results import CheckResult, error, note, ok, warning
 from server.serving.server import address_of, bind, listen_errors

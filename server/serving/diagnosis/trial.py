@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from server.core.settings import Settings, why_unwritable
+from server.core.settings import Settings
+from server.core.settings.folder import why_unwritable
 from server.serving.devices import AUTO, VISIBLE, expand_devices
 from server.serving.diagnosis.folders import existing
 from server.serving.diagnosis.kernels import CACHE_VARIABLE, kernel_cache, kernel_result

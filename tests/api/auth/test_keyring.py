@@ -8,7 +8,7 @@ import pytest
 from server.api.auth.keyring import ANONYMOUS, KeyRing, network_of, read_keys_file
 from server.api.auth.keys import KeyLimits, KeyStore
 from server.core.errors import InvalidApiKey, RateLimited
-from server.core.settings import AuthSettings
+from server.core.settings.sections import AuthSettings
 from tests.support.clocks import Clock
 
 FIRST, SECOND = KEYS = ("sd_of-the-first-1", "sd_of-the-schlüssel")

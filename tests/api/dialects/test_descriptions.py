@@ -24,7 +24,7 @@ from server.api.dialects.vendor import description as vendor
 from server.api.dialects.vendor.families import FAMILIES, Family, Task
 from server.api.dialects.vendor.reading import read_job
 from server.core.errors import InvalidRequest
-from server.core.settings import StepsPolicy
+from server.core.settings.sections import StepsPolicy
 
 POLICY = ReadingPolicy(models=["builtin"], loras=["fur"], steps_policy=StepsPolicy.EXACT)
 PROMPT = {"prompt": "a star", "seed": 1}

@@ -31,7 +31,8 @@ from server.core.errors import (
     StorageUnavailable,
 )
 from server.core.notices import Notice
-from server.core.settings import MAX_KEY_CHARS, ErrorStatus, StepsPolicy
+from server.core.settings.sections import ErrorStatus, StepsPolicy
+from server.core.settings.values import MAX_KEY_CHARS
 from server.egress.sources import ImageSource
 from server.jobs.job import Job, JobState, RequestFacts
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS

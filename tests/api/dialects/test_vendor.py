@@ -31,7 +31,7 @@ from server.core.errors import (
     RouteNotFound,
 )
 from server.core.notices import Notice
-from server.core.settings import ErrorStatus
+from server.core.settings.sections import ErrorStatus
 from server.egress.sources import ImageSource
 from tests.support.api_errors import error_classes, sample_of
 

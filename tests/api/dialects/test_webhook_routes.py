@@ -12,7 +12,8 @@ from sqlalchemy import update
 from svix.webhooks import Webhook
 
 from server.cli.main import main
-from server.core.settings import RetentionSettings, Settings
+from server.core.settings import Settings
+from server.core.settings.sections import RetentionSettings
 from server.jobs.retention import Janitor
 from server.jobs.store import JobStore
 from server.storage.database import open_engine

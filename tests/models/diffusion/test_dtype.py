@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.errors import EngineError, OutOfMemory, UnusablePicture
-from server.core.settings import DtypeName
+from server.core.settings.sections import DtypeName
 from server.worker.checkpoints import pick_dtype, warm_up
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")

@@ -30,7 +30,7 @@ from server.core.errors import (
     TooManyFields,
     UploadsLimited,
 )
-from server.core.settings import ErrorStatus
+from server.core.settings.sections import ErrorStatus
 from server.egress.policy import MAX_URL_CHARS
 
 Body = dict[str, Any]

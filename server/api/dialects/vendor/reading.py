@@ -25,7 +25,8 @@ from server.api.dialects.vendor.families import BY_PREFIX, V3_FAMILY, Family, Ta
 from server.api.dialects.vendor.leftovers import list_not_applied
 from server.core.errors import InvalidRequest, JobNotFound
 from server.core.notices import Notice, prompt_notices
-from server.core.settings import MAX_KEY_CHARS, StepsPolicy
+from server.core.settings.sections import StepsPolicy
+from server.core.settings.values import MAX_KEY_CHARS
 from server.egress.sources import ImageSource
 from server.jobs.job import Job
 

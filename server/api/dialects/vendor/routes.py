@@ -40,7 +40,7 @@ from server.api.dialects.vendor.families import (
 )
 from server.api.services import Services
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable, JobFailed
-from server.core.settings import Base64Output, ErrorStatus
+from server.core.settings.sections import Base64Output, ErrorStatus
 from server.egress.downloads import FetchFailed
 from server.egress.sources import load_inline
 from server.jobs.job import OUTPUT_FOLDER, Job, JobState
