@@ -116,9 +116,9 @@ def test_good_settings_pass_and_removed_ones_are_told(
 ) -> None:
     assert main(["config", "check"]) == 0
     assert capsys.readouterr().out == "the settings can be used\n"
-    monkeypatch.setenv("INPAINT_HTTP__PROCESSES", "4")
+    monkeypatch.setenv("INPAINT_COMPILE", "true")
     assert main(["config", "check"]) == 0
-    assert capsys.readouterr().out.startswith("warning: http.processes: ")
+    assert capsys.readouterr().out.startswith("warning: compile: ")
 
 
 def test_origin_is_flag_variable_line_or_default(

@@ -361,11 +361,9 @@ def test_authorities_must_be_certificates(content: bytes | None, tmp_path: Path)
 def test_removed_setting_is_read_past_and_told_of(
     name: str, tmp_path: Path, environment: Environment
 ) -> None:
-    *sections, field = name.split(".")
-    table = f"[{sections[0]}]\n{field} = 4" if sections else f"{field} = true\n[http]"
-    file = write_file(tmp_path, f"{table}\nkeep_alive_s = 5")
+    file = write_file(tmp_path, f"{name} = true\n[http]\nkeep_alive_s = 5")
     (sentence,) = load_settings(file).removed
-    environment(**{name.replace(".", "__").upper(): "2"})
+    environment(**{name.upper(): "2"})
 
     settings = load_settings(file)
 

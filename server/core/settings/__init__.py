@@ -66,14 +66,11 @@ from server.core.settings.values import (
 
 ENV_PREFIX = "INPAINT_"
 REMOVED = {
-    "http.processes": "one API process listens on a port; to use more cores, run several servers "
-    "on one database and file store behind a load balancer",
-    "http.one_core": "threads run on any core; taskset keeps a server on some of them",
     "compile": "the UNet is no longer compiled: this was never shown to be quicker than CUDA "
     "graphs with our own kernels, which are always used",
 }
-"""Settings of earlier versions as in TOML, and what to do instead. A server that is
-given one of them warns and starts."""
+"""Top-level settings of earlier versions, and what to do instead. A server that is given one of
+them warns and starts."""
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -415,19 +412,15 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
 def take_removed(given: dict[str, Any], name: str) -> bool:
     """Delete a removed setting from the given values; whether it was given."""
-    *sections, field = name.split(".")
-    values = given.get(sections[0]) if sections else given
-    is_given = isinstance(values, dict) and field in values
-    if isinstance(values, dict):
-        values.pop(field, None)
     # pydantic reads only variables of fields that exist.
-    return is_given or (not sections and ENV_PREFIX + field.upper() in os.environ)
+    is_given = name in given or ENV_PREFIX + name.upper() in os.environ
+    given.pop(name, None)
+    return is_given
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """A sentence for each misspelt variable, which pydantic would ignore."""
-    names = [*Settings.model_fields, *(name for name in REMOVED if "." not in name)]
-    known = {ENV_PREFIX + name.upper() for name in names}
+    known = {ENV_PREFIX + name.upper() for name in (*Settings.model_fields, *REMOVED)}
     return [
         f"unknown setting {variable} in the environment{did_you_mean(variable, known)}"
         for variable in environment
