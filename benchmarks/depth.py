@@ -96,7 +96,8 @@ class Side:
 
     def __init__(self, engine: Engine) -> None:
         self.store = JobStore(engine, max_waiting=10 * MANY, max_waiting_per_key=10 * MANY)
-        self.figures = StoredFigures(engine, self.store, Estimator(lambda _new: NO_FORECAST))
+        estimator = Estimator(lambda _new: NO_FORECAST)
+        self.figures = StoredFigures(engine, self.store, estimator, 10 * MANY)
 
     def claim(self) -> float:
         """Seconds of a claim; its job is queued again."""

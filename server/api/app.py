@@ -161,7 +161,7 @@ def build_services(settings: Settings, metrics: Metrics, engine: Engine) -> Serv
     storage = Storage(settings.storage_url, settings.store_options)
     keys = KeyRing(settings.auth, KeyStore(engine), is_open_allowed=settings.may_be_open)
     estimator = Estimator(functools.partial(store.forecast, settings.places_on))
-    figures = StoredFigures(engine, store, estimator, max_waiting=settings.queue.max_waiting)
+    figures = StoredFigures(engine, store, estimator, settings.queue.max_waiting)
     metrics.registry.register(figures)
     # A client each, so that images and webhooks do not wait for each other's DNS look-ups.
     listeners = listeners_of(settings)

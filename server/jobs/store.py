@@ -35,6 +35,7 @@ from sqlalchemy import (
     update,
 )
 
+from server.core.settings.sections import QueueSettings
 from server.jobs.estimates import Candidate, Forecast, read_forecast
 from server.jobs.fair_queue import IS_OVERDUE, ORDER, next_position
 from server.jobs.idempotency import Idempotency
@@ -74,6 +75,8 @@ from server.storage.notify import ChangeSignal
 from server.storage.tables import jobs, receipts
 
 MAX_ATTEMPTS = 3
+QUEUE = QueueSettings()
+"""The limits of a store that is given none: most only claim or read."""
 WORKER_LOST = Failure.WORKER_LOST.sentence
 
 GET = select(jobs).where(jobs.c.id == bindparam("job_id"))
@@ -130,8 +133,8 @@ class JobStore:
         self,
         engine: Engine,
         *,
-        max_waiting: int = 1_000,
-        max_waiting_per_key: int = 100,
+        max_waiting: int = QUEUE.max_waiting,
+        max_waiting_per_key: int = QUEUE.max_waiting_per_key,
         clock: Callable[[], float] = time.time,
         steady_clock: Callable[[], float] = time.monotonic,
         shared_clock: Callable[[], float] | None = None,

@@ -26,8 +26,8 @@ Submission = tuple[NewJob, Idempotency | None]
 class QueueLimits:
     """Jobs that may wait at a time: in all, and of a key whose `QueueShare` sets no limit."""
 
-    max_waiting: int = 1_000
-    max_waiting_per_key: int = 100
+    max_waiting: int
+    max_waiting_per_key: int
 
     def check(self, waiting: int, waiting_of_key: int, share: QueueShare) -> None:
         """Back-pressure: a full queue takes no more. Raises: QueueFull."""

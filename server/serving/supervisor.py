@@ -41,13 +41,6 @@ STEADY_S = 60.0
 GRACE_S = 25.0
 """Seconds from SIGTERM to SIGKILL. A shutdown may take 30 s, and the server needs the rest."""
 
-STALL_S = 120.0
-"""A ready worker without a report for so long hangs: it reports between two steps."""
-
-LOAD_STALL_S = 1_800.0
-"""The same limit while a worker starts or loads. It reports after each part of the model, but not
-during a download."""
-
 POLLS_PER_STALL = 20
 """How often a worker's status is read within the shorter of the two limits."""
 
@@ -66,7 +59,9 @@ class StallDetector:
 
     It measures on its own steady clock how long the status has not changed, so that neither a
     clock that jumps nor a failing database makes a worker look dead.
-    stall_s, load_stall_s: as `STALL_S` and `LOAD_STALL_S`.
+    stall_s: a ready worker without a report for so long hangs; it reports between two steps.
+    load_stall_s: the same while it starts or loads; it reports after each part of the model, but
+    not during a download.
     """
 
     def __init__(
@@ -74,7 +69,7 @@ class StallDetector:
         store: JobStore,
         worker_id: str,
         stall_s: float,
-        load_stall_s: float = LOAD_STALL_S,
+        load_stall_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -113,7 +108,7 @@ class StallDetector:
 class WorkerChild:
     """A worker's command, and its row in the database.
 
-    stalls_s: as `STALL_S` and `LOAD_STALL_S`.
+    stalls_s: both limits of `StallDetector`.
     """
 
     def __init__(
@@ -179,12 +174,12 @@ def worker_children(
     devices: Sequence[str],
     flags: Sequence[str],
     store: JobStore,
-    stalls_s: tuple[float, float] = (STALL_S, LOAD_STALL_S),
+    stalls_s: tuple[float, float],
     command: Sequence[str] = WORKER_COMMAND,
 ) -> list[WorkerChild]:
     """A worker for each device.
 
-    flags: further flags of the worker command. stalls_s: as `STALL_S` and `LOAD_STALL_S`.
+    flags: further flags of the worker command. stalls_s: both limits of `StallDetector`.
     command: starts a worker; gets the flags, `--parent`, `--worker-id` and `--device`.
     """
     # The parent's pid is passed, because this process may have ended by the time that the worker

@@ -17,8 +17,6 @@ from server.jobs.store import WORKER_LOST, JobStore
 from server.jobs.watcher import JobWatcher
 from server.jobs.workers import WorkerRegistry, WorkerStatus
 from server.serving.supervisor import (
-    LOAD_STALL_S,
-    STALL_S,
     StallDetector,
     Supervisor,
     worker_children,
@@ -35,6 +33,8 @@ BROKEN = ["--config", "no-such-file.toml"]
 """Flags that end a worker at once."""
 AT_ONCE = (0.01, 0.01)
 NEVER = (3_600.0, 3_600.0)
+STALLS_S = (120.0, 1_800.0)
+"""Longer than a test lasts."""
 
 
 @pytest.fixture
@@ -89,18 +89,18 @@ class CountingStore(JobStore):
 @pytest.mark.parametrize("failures", [0, 2])
 def test_worker_that_ends_is_started_again(engine: Engine, failures: int) -> None:
     store = CountingStore(engine, failures, enough=3)
-    with Supervisor(worker_children(["cpu"], BROKEN, store), AT_ONCE):
+    with Supervisor(worker_children(["cpu"], BROKEN, store, STALLS_S), AT_ONCE):
         assert store.is_enough.wait(WAIT_S), "a failing database must not end the thread"
 
 
 def test_each_device_has_a_worker_of_its_own(engine: Engine) -> None:
     store = CountingStore(engine, failures=0, enough=2, workers=2)
-    with Supervisor(worker_children(["cpu", "cpu"], BROKEN, store), AT_ONCE):
+    with Supervisor(worker_children(["cpu", "cpu"], BROKEN, store, STALLS_S), AT_ONCE):
         assert store.is_enough.wait(WAIT_S)
 
 
 def test_supervisor_has_ended_when_its_workers_are_gone(engine: Engine) -> None:
-    running = Supervisor(worker_children(["cpu"], BROKEN, JobStore(engine)), AT_ONCE)
+    running = Supervisor(worker_children(["cpu"], BROKEN, JobStore(engine), STALLS_S), AT_ONCE)
     with running:
         assert not running.has_ended
         running.stop()
@@ -125,7 +125,7 @@ def test_why_a_worker_failed_is_told_until_the_end(engine: Engine, url: str) -> 
 
 def test_server_ends_when_no_worker_can_be_used(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=2, workers=2)
-    workers = worker_children(["cpu", "cpu"], [], store, command=odd_worker(url, "unusable"))
+    workers = worker_children(["cpu", "cpu"], [], store, STALLS_S, odd_worker(url, "unusable"))
     with Supervisor(workers, NEVER) as running:
         assert store.workers.others_sought.wait(WAIT_S)
     assert running.failure == "failed"
@@ -135,7 +135,7 @@ def test_server_ends_when_no_worker_can_be_used(engine: Engine, url: str) -> Non
 def test_server_goes_on_while_another_worker_is_ready(engine: Engine, url: str) -> None:
     store = CountingStore(engine, failures=0, enough=3)
     store.workers.report(worker_status("elsewhere", time.time(), "ready"))
-    workers = worker_children(["cpu"], [], store, command=odd_worker(url, "unusable"))
+    workers = worker_children(["cpu"], [], store, STALLS_S, odd_worker(url, "unusable"))
     with Supervisor(workers, NEVER, unusable_delay_s=0.01) as running:
         assert store.is_enough.wait(WAIT_S)
     assert running.failure is None
@@ -143,7 +143,7 @@ def test_server_goes_on_while_another_worker_is_ready(engine: Engine, url: str) 
 
 def test_server_goes_on_when_its_worker_was_ready_before(engine: Engine) -> None:
     store = JobStore(engine)
-    (worker,) = worker_children(["cpu"], [], store)
+    (worker,) = worker_children(["cpu"], [], store, STALLS_S)
     worker_id = worker.label["worker_id"]
     assert worker.leaves_no_worker()
     store.workers.report(worker_status(worker_id, time.time(), "ready"))
@@ -191,7 +191,7 @@ def keeping(
     store: JobStore,
     command: Sequence[str],
     delays_s: tuple[float, float],
-    stalls_s: tuple[float, float] = (STALL_S, LOAD_STALL_S),
+    stalls_s: tuple[float, float] = STALLS_S,
 ) -> Supervisor:
     """Of one worker, which this command starts."""
     return Supervisor(worker_children(["cpu"], [], store, stalls_s, command), delays_s)

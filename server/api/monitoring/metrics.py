@@ -81,8 +81,8 @@ class StoredFigures(Collector):
         engine: Engine,
         store: JobStore,
         estimator: Estimator,
+        max_waiting: int,
         clock: Callable[[], float] = time.monotonic,
-        max_waiting: int = 1_000,
     ) -> None:
         self._engine = engine
         self._store = store

@@ -30,7 +30,7 @@ class SlowCounts:
 def figures(engine: Engine, clock: Clock) -> StoredFigures:
     store = JobStore(engine)
     estimator = Estimator(functools.partial(store.forecast, lambda _device: 1))
-    return StoredFigures(engine, store, estimator, clock)
+    return StoredFigures(engine, store, estimator, max_waiting=1_000, clock=clock)
 
 
 def states(figures: StoredFigures) -> dict[str, float]:

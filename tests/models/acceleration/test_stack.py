@@ -11,6 +11,7 @@ from models.acceleration.unet import BatchedUNet, GatheredUNet, UNetInputs
 from models.checkpoints.registry import Components
 from models.diffusion.pipeline import InpaintPipeline
 from models.errors import DeviceLost
+from server.core.settings import load_settings
 from tests.support.pipelines import SOURCE, denoise, make_params
 
 pytestmark = pytest.mark.slow
@@ -65,3 +66,7 @@ def test_calls_on_a_cpu_are_plain(tiny_components: Components) -> None:
     for acceleration in (Acceleration(), Acceleration(is_reproducible=True)):
         assert isinstance(accelerated(tiny_components.unet, acceleration), GatheredUNet)
     assert not is_deterministic()
+
+
+def test_benchmarks_and_server_share_their_default() -> None:
+    assert Acceleration().graph_memory_share == load_settings().graph_memory_share
