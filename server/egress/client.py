@@ -251,13 +251,12 @@ class EgressClient:
 
     def __init__(
         self,
-        settings: EgressSettings | None = None,
-        listeners: Sequence[Listener] = (),
+        settings: EgressSettings,
+        listeners: Sequence[Listener],
         resolver: Resolver | None = None,
         dialler: httpcore2.AsyncNetworkBackend | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        settings = settings or EgressSettings()
         self._proxy = proxy_of(settings.proxy.get_secret_value()) if settings.proxy else None
         self.nat64_prefixes = settings.nat64_prefixes
         self._listeners = listeners

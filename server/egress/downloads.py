@@ -75,9 +75,9 @@ NO_GRANT = EgressGrant()
 
 
 class ImageDownloader:
-    def __init__(self, settings: FetchSettings, client: EgressClient | None = None) -> None:
+    def __init__(self, settings: FetchSettings, client: EgressClient) -> None:
         self._settings = settings
-        self._client = client or EgressClient()
+        self._client = client
         self._slots = FairSemaphore(settings.max_concurrent, settings.max_concurrent_per_key)
         self._cache = ConditionalCache(settings.cache_bytes, settings.cache_bytes_per_key)
 

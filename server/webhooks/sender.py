@@ -72,9 +72,9 @@ OUTCOMES = ("2xx", "3xx", "4xx", "5xx", "other", *CLASSES.values())
 class WebhookCaller:
     """Signs webhook calls and sends them through the address policy."""
 
-    def __init__(self, settings: WebhookSettings, client: EgressClient | None = None) -> None:
+    def __init__(self, settings: WebhookSettings, client: EgressClient) -> None:
         self._settings = settings
-        self._client = client or EgressClient()
+        self._client = client
 
     async def ping(self, url: str, grant: EgressGrant = OPERATOR) -> tuple[str, Attempt]:
         """Send a test event; its message id and the result."""
@@ -138,7 +138,7 @@ class WebhookSender:
         deliveries: DeliveryStore,
         jobs: JobStore,
         render: Callable[[Job], dict[str, Any]],
-        client: EgressClient | None = None,
+        client: EgressClient,
         grant_of: Callable[[str], EgressGrant] = EgressGrant,
     ) -> None:
         self._settings = settings

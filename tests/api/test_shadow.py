@@ -11,9 +11,9 @@ import pytest
 from server.api.shadow import ShadowLimits, ShadowOutcome, policy_of, read_vendor_keys
 from server.core.settings import Settings
 from server.core.settings.sections import ShadowSettings
-from server.egress.client import EgressClient
 from server.egress.policy import AddressDenied
 from tests.support.apps import settings_in
+from tests.support.egress import egress_client
 from tests.support.fake_vendor import FakeVendor, running_vendor
 from tests.support.http_stub import LiveApp, png_bytes, running_app
 from tests.support.v3_calls import BODY, post
@@ -234,7 +234,7 @@ def test_key_that_this_server_has_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_vendors_name_that_leads_to_a_private_address_is_not_dialled() -> None:
-    policy = policy_of("https://vendor.example", EgressClient())
+    policy = policy_of("https://vendor.example", egress_client())
     assert policy.check("vendor.example", ["93.184.215.14"], 443) == ["93.184.215.14"]
     for address in ("10.0.0.1", "127.0.0.1", "169.254.169.254"):
         with pytest.raises(AddressDenied):

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from server.api.shadow import Shadow, ShadowLimits, ShadowOutcome
 from server.core.settings.sections import ShadowSettings
-from server.egress.client import EgressClient
+from tests.support.egress import egress_client
 from tests.support.fake_vendor import FakeVendor, running_vendor
 
 KEY = "of-the-vendor-0123456789"
@@ -51,7 +51,7 @@ class Calls:
 async def shadowing(url: str, limits: ShadowLimits) -> AsyncIterator[Calls]:
     outcomes: asyncio.Queue[ShadowOutcome] = asyncio.Queue()
     settings = ShadowSettings(share=1, base_url=url, keys_file=Path("of-no-use-here"))
-    async with Shadow(settings, [KEY], EgressClient(), outcomes.put_nowait, limits) as shadow:
+    async with Shadow(settings, [KEY], egress_client(), outcomes.put_nowait, limits) as shadow:
         yield Calls(shadow, outcomes)
 
 

@@ -23,6 +23,7 @@ from server.egress.client import (
 )
 from server.egress.policy import AddressDenied, AddressPolicy, checked_url
 from tests.support.certificates import server_tls, write_certificate
+from tests.support.egress import egress_client
 from tests.support.http_stub import ANSWER_S, Stub, answering, response, running_stub
 
 LOOPBACK = AddressPolicy([ip_network("127.0.0.0/8")])
@@ -76,7 +77,7 @@ def ask_stub(*answers: bytes, **changes: Any) -> list[bytes]:
 
     async def run() -> list[bytes]:
         async with running_stub(behave) as stub:
-            client = EgressClient()
+            client = egress_client()
             return [await ask(client, stub.url, **changes) for _ in answers]
 
     return asyncio.run(run())
@@ -94,7 +95,7 @@ class TestAnswers:
 
         async def run() -> int:
             async with running_stub(answering(OK)) as stub:
-                client = EgressClient()
+                client = egress_client()
                 await ask(client, stub.url)
                 for policy in (AddressPolicy(), AddressPolicy([ip_network("127.0.0.2")])):
                     with pytest.raises(AddressDenied, match="address 127.0.0.1 port"):
@@ -108,7 +109,7 @@ class TestAnswers:
         async def run() -> int:
             async with running_stub(answering(b"")) as stub:
                 with pytest.raises(EgressFailed):
-                    await ask(EgressClient(), stub.url, method=method)
+                    await ask(egress_client(), stub.url, method=method)
                 return stub.connections
 
         assert asyncio.run(run()) == 1
@@ -125,7 +126,7 @@ class TestAnswers:
 
         async def run() -> None:
             async with running_stub(announce) as stub:
-                await ask(EgressClient(), stub.url)
+                await ask(egress_client(), stub.url)
 
         with pytest.raises(EgressFailed, match="more bytes"):
             asyncio.run(run())
@@ -168,19 +169,19 @@ class TestDialling:
 
     async def test_second_address_is_tried(self) -> None:
         async with running_stub(answering(OK)) as stub:
-            client = EgressClient(resolver=self.found, dialler=CountingDialler("127.0.0.2"))
+            client = egress_client(resolver=self.found, dialler=CountingDialler("127.0.0.2"))
             assert await ask(client, stub.url.replace("127.0.0.1", "a.example")) == b"picture"
 
     def test_third_address_is_not(self) -> None:
         dialler = CountingDialler(*self.found("", 0))
-        client = EgressClient(resolver=self.found, dialler=dialler)
+        client = egress_client(resolver=self.found, dialler=dialler)
         with pytest.raises(EgressFailed):
             asyncio.run(ask(client, "http://a.example/"))
         assert dialler.dialled == ["127.0.0.2", "127.0.0.1"]
 
     def test_one_denied_address_of_many_denies_all(self) -> None:
         dialler = CountingDialler()
-        client = EgressClient(resolver=self.found, dialler=dialler)
+        client = egress_client(resolver=self.found, dialler=dialler)
         policy = AddressPolicy([ip_network("127.0.0.1"), ip_network("127.0.0.2")])
         with pytest.raises(AddressDenied, match=r"127\.0\.0\.3"):
             asyncio.run(ask(client, "http://a.example/", policy))
@@ -196,7 +197,7 @@ class TestDialling:
 
         async def run() -> None:
             try:
-                await ask(EgressClient(resolver=late), "http://slow.example/")
+                await ask(egress_client(resolver=late), "http://slow.example/")
             finally:
                 is_over.set()
 
@@ -259,7 +260,7 @@ class TestTls:
 
         async def run() -> list[str]:
             async with encrypted_host(server_tls(certificate)) as host:
-                client = EgressClient(EgressSettings(ca_file=certificate), resolver=on_loopback)
+                client = egress_client(EgressSettings(ca_file=certificate), resolver=on_loopback)
                 url = f"https://{name}:{host.port}/"
                 if name == "pictures.example":
                     assert await ask(client, url, method=method) == b"picture"
@@ -276,7 +277,7 @@ class TestTls:
         tls = server_tls(certificate)
         tls.sni_callback = lambda _socket, name, _context: names.append(name)
         async with encrypted_host(tls) as host:
-            client = EgressClient(EgressSettings(ca_file=certificate), resolver=on_loopback)
+            client = egress_client(EgressSettings(ca_file=certificate), resolver=on_loopback)
             await ask(client, f"https://pictures.example:{host.port}/")
         assert names == ["pictures.example"]
 
@@ -286,7 +287,8 @@ class TestTls:
             async with encrypted_host(server_tls(certificate)) as host:
                 with pytest.raises(EgressFailed, match="certificate verify failed"):
                     await ask(
-                        EgressClient(resolver=on_loopback), f"https://pictures.example:{host.port}/"
+                        egress_client(resolver=on_loopback),
+                        f"https://pictures.example:{host.port}/",
                     )
                 return host.heads
 
@@ -310,7 +312,7 @@ class TestProxy:
         self, host: str, policy: AddressPolicy
     ) -> None:
         async with running_stub(answering(OK)) as proxy:
-            client = EgressClient(self.settings(proxy.port, "me:p%C3%A4ss%20word@"))
+            client = egress_client(self.settings(proxy.port, "me:p%C3%A4ss%20word@"))
             assert await ask(client, f"http://{host}/a?b", policy) == b"picture"
             (head,) = proxy.heads
         assert head.startswith(f"GET http://{host}/a?b HTTP/1.1\r\n")
@@ -338,7 +340,7 @@ class TestProxy:
                 proxy = await asyncio.start_server(tunnel, "127.0.0.1", 0)
                 port = proxy.sockets[0].getsockname()[1]
                 trusting = ssl.create_default_context(cafile=certificate)
-                client = EgressClient(self.settings(port, "me:x@"), tls=trusting)
+                client = egress_client(self.settings(port, "me:x@"), tls=trusting)
                 assert await ask(client, "https://pictures.example/a") == b"picture"
                 with pytest.raises(EgressFailed, match="others.example"):
                     await ask(client, "https://others.example/a")
@@ -354,7 +356,7 @@ class TestProxy:
     async def test_refusal_of_the_proxy_is_a_failure(self) -> None:
         async with running_stub(answering(response("403 Forbidden"))) as proxy:
             with pytest.raises(EgressFailed, match="403"):
-                await ask(EgressClient(self.settings(proxy.port)), "https://pictures.invalid/")
+                await ask(egress_client(self.settings(proxy.port)), "https://pictures.invalid/")
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -16,7 +16,6 @@ import pytest
 
 from server.core.errors import ImageProblem
 from server.core.settings.sections import EgressSettings, FetchSettings
-from server.egress.client import EgressClient
 from server.egress.downloads import (
     MAX_REDIRECTS,
     CachedImage,
@@ -27,6 +26,7 @@ from server.egress.downloads import (
 )
 from server.egress.policy import EgressGrant
 from tests.corpora.hostile_urls import resolve_by_table
+from tests.support.egress import egress_client
 from tests.support.http_stub import Behaviour, StubDialler, answering, response, running_stub
 
 LOOPBACK = ip_network("127.0.0.0/8")
@@ -42,7 +42,7 @@ IMPATIENT: dict[str, Any] = {"connect_timeout_s": 0.3, "total_timeout_s": 0.4}
 
 async def get(url: str, **limits: Any) -> bytes | ImageProblem:
     """What a fetch ends with, in bounded time."""
-    fetcher = ImageDownloader(FetchSettings(**(LIMITS | limits)))
+    fetcher = ImageDownloader(FetchSettings(**(LIMITS | limits)), egress_client())
     try:
         async with asyncio.timeout(120):
             return await fetcher.get(url)
@@ -292,7 +292,7 @@ class TestContentEncodings:
             writer.write(next(answers))
 
         async with running_stub(behave) as stub:
-            fetcher = ImageDownloader(FetchSettings(**LIMITS))
+            fetcher = ImageDownloader(FetchSettings(**LIMITS), egress_client())
             assert [await fetcher.get(stub.url) for _ in range(2)] == [CONTENT] * 2
 
 
@@ -320,7 +320,7 @@ class TestSlowHosts:
     def fetch(self, behaviour: Behaviour) -> bytes | ImageProblem:
         async def run() -> bytes | ImageProblem:
             async with running_stub(behaviour) as stub:
-                fetcher = ImageDownloader(FetchSettings(allow_cidrs=(LOOPBACK,)))
+                fetcher = ImageDownloader(FetchSettings(allow_cidrs=(LOOPBACK,)), egress_client())
                 try:
                     return await fetcher.get(stub.url)
                 except FetchFailed as failed:
@@ -468,7 +468,7 @@ async def get_by_name(url: str, behaviour: Behaviour, **settings: Any) -> bytes 
         return [NAMES[host]]
 
     async with running_stub(behaviour) as stub:
-        client = EgressClient(resolver=resolve, dialler=StubDialler(PUBLIC, stub.port))
+        client = egress_client(resolver=resolve, dialler=StubDialler(PUBLIC, stub.port))
         fetcher = ImageDownloader(FetchSettings.model_validate(settings), client)
         try:
             return await fetcher.get(url.replace("PORT", str(stub.port)))
@@ -582,7 +582,7 @@ class TestRefusals:
         async def run() -> object:
             async with running_stub(answering(response("404 Not Found"))) as proxy:
                 settings = EgressSettings.model_validate({"proxy": proxy.url})
-                client = EgressClient(settings, resolver=resolve_by_table)
+                client = egress_client(settings, resolver=resolve_by_table)
                 with pytest.raises(FetchFailed) as failed:
                     await ImageDownloader(FetchSettings(), client).get(url)
                 return failed.value.kind
@@ -612,10 +612,12 @@ import asyncio
 from server.egress.downloads import ImageDownloader, FetchFailed
 from server.core.settings.sections import FetchSettings
 from server.core.logs import configure_logging
+from tests.support.egress import egress_client
 
 async def run():
+    fetcher = ImageDownloader(FetchSettings(), egress_client())
     try:
-        await ImageDownloader(FetchSettings()).get("http://10.1.2.3/secret?token=secret")
+        await fetcher.get("http://10.1.2.3/secret?token=secret")
     except FetchFailed as failed:
         print(failed)
 
@@ -651,7 +653,7 @@ class TestRequests:
     async def test_cookies_are_not_kept(self) -> None:
         cookie = response("200 OK", "Set-Cookie: session=secret; Path=/", body=b"picture")
         async with running_stub(answering(cookie)) as stub:
-            fetcher = ImageDownloader(FetchSettings(**LIMITS))
+            fetcher = ImageDownloader(FetchSettings(**LIMITS), egress_client())
             await fetcher.get(stub.url)
             await fetcher.get(stub.url)
             heads = stub.heads
@@ -670,7 +672,7 @@ class TestRequests:
             writer.write(OK if path == "/good" else response("404 Not Found"))
 
         async with running_stub(behave) as stub:
-            fetcher = ImageDownloader(FetchSettings(**LIMITS, max_concurrent=2))
+            fetcher = ImageDownloader(FetchSettings(**LIMITS, max_concurrent=2), egress_client())
             paths = ["/bad"] * 4 + ["/good"] * 4
             answers = await asyncio.gather(
                 *(fetcher.get(stub.url + path) for path in paths), return_exceptions=True
@@ -714,7 +716,7 @@ class TestPicturesKept:
             await host(stub.heads[-1], writer)
 
         async with running_stub(behave) as stub:
-            fetcher = ImageDownloader(FetchSettings(**(LIMITS | limits)))
+            fetcher = ImageDownloader(FetchSettings(**(LIMITS | limits)), egress_client())
             bodies = []
             for key_id in callers:
                 if key_id is None:
@@ -804,7 +806,7 @@ class TestPicturesKept:
     def test_key_may_reach_what_it_alone_is_allowed(self) -> None:
         async def run() -> tuple[object, object]:
             async with running_stub(answering(OK)) as stub:
-                fetcher = ImageDownloader(FetchSettings())
+                fetcher = ImageDownloader(FetchSettings(), egress_client())
                 insider = await fetcher.get(stub.url, EgressGrant("one", [LOOPBACK]))
                 with pytest.raises(FetchFailed) as failed:
                     await fetcher.get(stub.url, EgressGrant("two"))

@@ -28,6 +28,7 @@ from tests.corpora.hostile_urls import (
     bracketed,
     resolve_by_table,
 )
+from tests.support.egress import egress_client
 from tests.support.http_stub import Stub, answering, response, running_stub
 
 OK = response("200 OK", body=b"picture")
@@ -81,7 +82,7 @@ def trapped(try_it: Callable[[Trap], Awaitable[None]], **limits: Any) -> Trap:
     async def run() -> Trap:
         async with running_stub(answering(OK)) as stub:
             recorder = Recorder()
-            client = EgressClient(resolver=resolve_by_table, dialler=recorder)
+            client = egress_client(resolver=resolve_by_table, dialler=recorder)
             fetcher = ImageDownloader(FetchSettings.model_validate(limits), client)
             trap = Trap(stub, recorder, client, fetcher)
             await try_it(trap)
@@ -203,7 +204,7 @@ async def test_name_that_flips_between_judging_and_dialling() -> None:
     port = denied.sockets[0].getsockname()[1]
     async with running_stub(answering(OK), "127.0.0.2", port) as good:
         recorder = Recorder()
-        client = EgressClient(resolver=flip, dialler=recorder)
+        client = egress_client(resolver=flip, dialler=recorder)
         settings = FetchSettings.model_validate({"allow_cidrs": "127.0.0.2"})
         fetcher = ImageDownloader(settings, client)
         url = f"http://flips.example:{good.port}/"
@@ -228,7 +229,7 @@ class TestBehindAProxy:
         async def run() -> int:
             async with running_stub(answering(OK)) as proxy:
                 settings = EgressSettings.model_validate({"proxy": proxy.url})
-                client = EgressClient(settings, resolver=resolve_by_table)
+                client = egress_client(settings, resolver=resolve_by_table)
                 fetcher = ImageDownloader(FetchSettings(), client)
                 for url in HOSTILE_URLS:
                     # A name on a usual port is the proxy's to judge.

@@ -12,11 +12,12 @@ import pytest
 
 from server.core.settings import Settings
 from server.core.settings.sections import FetchSettings
-from server.egress.client import EgressClient, Listener
+from server.egress.client import Listener
 from server.egress.downloads import FetchFailed, ImageDownloader
 from server.egress.policy import AddressDenied
 from server.storage.files import Storage
 from tests.support.apps import settings_in
+from tests.support.egress import egress_client
 from tests.support.http_stub import (
     LiveApp,
     answering,
@@ -168,7 +169,7 @@ def test_where_a_listener_is(host: str, address: str, is_own: bool) -> None:
 def test_own_address_is_not_dialled_whatever_is_allowed(allowed: dict[str, str]) -> None:
     async def run() -> tuple[int, object]:
         async with running_stub(answering(response("200 OK", body=b"picture"))) as stub:
-            client = EgressClient(listeners=[Listener("::1", 1), Listener("0.0.0.0", stub.port)])
+            client = egress_client(listeners=[Listener("::1", 1), Listener("0.0.0.0", stub.port)])
             fetcher = ImageDownloader(FetchSettings.model_validate(allowed), client)
             with pytest.raises(FetchFailed) as failed:
                 await fetcher.get(f"http://localhost:{stub.port}/")

@@ -11,7 +11,6 @@ import pytest
 
 from server.core.errors import ImageProblem, ImageUnavailable
 from server.core.settings.sections import FetchSettings
-from server.egress.client import EgressClient
 from server.egress.downloads import NO_GRANT, FetchFailed, ImageDownloader
 from server.egress.sources import (
     PIECE_CHARS,
@@ -21,6 +20,7 @@ from server.egress.sources import (
     download_images,
     load_inline,
 )
+from tests.support.egress import egress_client
 from tests.support.http_stub import StubDialler, answering, response, running_stub
 
 CONTENT = bytes(range(256)) + b"\xff\xef"  # its base64 has + and /, and no padding
@@ -35,7 +35,7 @@ def load(
 
     async def run() -> dict[str, bytes] | dict[str, ImageProblem]:
         settings = FetchSettings(allow_cidrs=(ip_network("127.0.0.0/8"),), max_image_bytes=limit)
-        fetcher = ImageDownloader(settings)
+        fetcher = ImageDownloader(settings, egress_client())
         async with running_stub(answering(answer)) as stub:
             wanted = {name: ImageSource(text) for name, text in sources(stub.url).items()}
             try:
@@ -104,7 +104,7 @@ def test_only_own_pictures_are_read_from_the_store(url: str, is_ours: bool) -> N
     async def run() -> tuple[object, list[str]]:
         async with running_stub(answering(response("200 OK", body=b"fetched"))) as stub:
             dialler = StubDialler(PUBLIC, stub.port)
-            client = EgressClient(resolver=lambda _host, _port: [PUBLIC], dialler=dialler)
+            client = egress_client(resolver=lambda _host, _port: [PUBLIC], dialler=dialler)
             own = OwnPictures(["https://ours.example/sd", "not a URL"], ["*.named.example"], read)
             source = {"init_image": ImageSource(url)}
             try:

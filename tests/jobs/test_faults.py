@@ -28,7 +28,6 @@ from server.api.dialects.registry import write_webhook
 from server.core.errors import StorageUnavailable
 from server.core.settings import Settings
 from server.core.settings.sections import RetentionSettings, WebhookSettings
-from server.egress.client import EgressClient
 from server.jobs.job import Job, JobState
 from server.jobs.outbox import DeliveryState
 from server.jobs.receipts import Model
@@ -44,6 +43,7 @@ from server.worker.loop import Worker
 from tests.chaos.pipeline import ScriptedPipeline
 from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
+from tests.support.egress import egress_client
 from tests.support.faults import Fault, answer_is_lost, commit_fails
 from tests.support.http_stub import Behaviour, answering, response, running_stub
 from tests.support.jobs import new_job, submit_pair
@@ -431,7 +431,7 @@ async def send_what_is_due(
 
     every = calls.list_of(None, state=None, limit=HOOKS)
     tried = {each.id: len(each.attempts) for each in every}
-    client = EgressClient(dialler=dialler)
+    client = egress_client(dialler=dialler)
     sender = asyncio.create_task(WebhookSender(settings, calls, store, write_webhook, client).run())
     async with asyncio.timeout(60):
         # The rows are what a sender leaves behind; nothing tells of their change in one process.

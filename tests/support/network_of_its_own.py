@@ -22,6 +22,7 @@ from server.egress.downloads import FetchFailed, ImageDownloader
 from server.egress.interfaces import attached_networks
 from server.egress.policy import EgressGrant
 from server.webhooks.sender import WebhookCaller
+from tests.support.egress import egress_client
 
 OWN = ("93.184.216.34", "2606:4700::34")
 NEIGHBOURS = ("93.184.217.9", "2606:4700:1::9")
@@ -87,7 +88,7 @@ async def look() -> dict[str, Any]:
         "named", allow_cidrs=[ip_network(address) for address in (*OWN, *NEIGHBOURS)]
     )
     by_name = EgressGrant("by name", allow_hosts=OWN)
-    fetcher = ImageDownloader(FetchSettings(connect_timeout_s=10.0))
+    fetcher = ImageDownloader(FetchSettings(connect_timeout_s=10.0), egress_client())
     addresses = (*OWN, *NEIGHBOURS, *ELSEWHERE)
     found: dict[str, Any] = {
         "nobody": {each: await fetched(fetcher, each, nobody) for each in addresses},
@@ -96,7 +97,7 @@ async def look() -> dict[str, Any]:
         # No connection of those two is left for anybody else.
         "nobody after others": {each: await fetched(fetcher, each, nobody) for each in OWN},
     }
-    caller = WebhookCaller(WebhookSettings(timeout_s=10.0))
+    caller = WebhookCaller(WebhookSettings(timeout_s=10.0), egress_client())
     found["webhook"] = {
         each: (await caller.ping(url_of(each), nobody))[1].outcome for each in addresses
     }

@@ -48,6 +48,7 @@ from server.webhooks.sender import (
 from server.webhooks.signing import sign
 from tests.support.clocks import Clock
 from tests.support.databases import migrated_sqlite
+from tests.support.egress import egress_client
 from tests.support.http_stub import answering, response, running_stub
 from tests.support.postgres import PostgresServer
 from tests.support.webhooks import WAIT_S, abrupt_receiver, attempt, receiver
@@ -301,7 +302,9 @@ async def send_until(
     settings: WebhookSettings, deliveries: DeliveryStore, jobs: JobStore, job: Job, tries: int
 ) -> list[Attempt]:
     """Run a sender until a job's webhook was tried so often."""
-    sender = asyncio.create_task(WebhookSender(settings, deliveries, jobs, write_webhook).run())
+    sender = asyncio.create_task(
+        WebhookSender(settings, deliveries, jobs, write_webhook, egress_client()).run()
+    )
     async with asyncio.timeout(WAIT_S):
         # The rows are what a sender leaves behind; nothing tells of their change in one process.
         while len(attempts := tries_of(deliveries, job)) < tries:  # noqa: ASYNC110
@@ -384,7 +387,9 @@ def test_calls_to_one_host_follow_each_other_without_a_pause(
     count = 3 * CALLS_PER_HOST  # no more than these are claimed at a time
 
     async def send(calls: "queue.Queue[Any]") -> None:
-        sender = asyncio.create_task(WebhookSender(LOOPBACK, deliveries, jobs, write_webhook).run())
+        sender = asyncio.create_task(
+            WebhookSender(LOOPBACK, deliveries, jobs, write_webhook, egress_client()).run()
+        )
         async with asyncio.timeout(WAIT_S):
             while calls.qsize() < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -600,7 +605,7 @@ class TestHeldHost:
                 jobs.finish(job, [])
 
             async def body() -> list[str]:
-                sender = WebhookSender(settings, deliveries, jobs, write_webhook)
+                sender = WebhookSender(settings, deliveries, jobs, write_webhook, egress_client())
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
                     while not sender.open_hosts:  # noqa: ASYNC110 - its own affair
@@ -634,7 +639,9 @@ class TestHeldHost:
                 jobs.finish(job, [])
 
             async def body() -> None:
-                sender = WebhookSender(self.SETTINGS, deliveries, jobs, write_webhook)
+                sender = WebhookSender(
+                    self.SETTINGS, deliveries, jobs, write_webhook, egress_client()
+                )
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
                     while not sender.open_hosts:  # noqa: ASYNC110 - its own affair
@@ -656,7 +663,9 @@ class TestHeldHost:
                 jobs.finish(job, [])
 
             async def body() -> list[str]:
-                sender = WebhookSender(self.SETTINGS, deliveries, jobs, write_webhook)
+                sender = WebhookSender(
+                    self.SETTINGS, deliveries, jobs, write_webhook, egress_client()
+                )
                 task = asyncio.create_task(sender.run())
                 async with asyncio.timeout(WAIT_S):
                     while not all(  # noqa: ASYNC110 - as above
@@ -771,7 +780,7 @@ def ping(url: str, settings: WebhookSettings) -> tuple[str, Attempt]:
     """Without a table of calls: a ping is kept nowhere."""
 
     async def send() -> tuple[str, Attempt]:
-        return await WebhookCaller(settings).ping(url)
+        return await WebhookCaller(settings, egress_client()).ping(url)
 
     return asyncio.run(send())
 
@@ -797,7 +806,7 @@ def test_ping_keeps_to_the_address_policy() -> None:
 async def test_long_url_with_blanks_is_called_with_them_escaped() -> None:
     padding = "x" * 8_000
     async with running_stub(answering(response("200 OK"))) as stub:
-        caller = WebhookCaller(LOOPBACK)
+        caller = WebhookCaller(LOOPBACK, egress_client())
         _, attempt = await caller.ping(f"{stub.url}/my hook?a=b c&d={padding}")
         assert attempt.is_success
         (head,) = stub.heads
