@@ -167,7 +167,7 @@ def test_unusable_worker_is_started_again_seldom(engine: Engine, url: str) -> No
 @pytest.mark.parametrize("manner", ["fail", "unusable"])
 def test_starts_that_fail_in_a_row_are_counted(engine: Engine, url: str, manner: str) -> None:
     store = CountingStore(engine, failures=1, enough=4)
-    (worker,) = worker_children(["cpu"], [], store, command=odd_worker(url, manner))
+    (worker,) = worker_children(["cpu"], [], store, STALLS_S, odd_worker(url, manner))
     with Supervisor([worker], AT_ONCE, unusable_delay_s=0.01):
         assert store.is_enough.wait(WAIT_S)
     # The first run ended while the database failed, so it is not counted.
@@ -176,7 +176,7 @@ def test_starts_that_fail_in_a_row_are_counted(engine: Engine, url: str, manner:
 
 def test_worker_that_was_ready_has_started(engine: Engine) -> None:
     store = JobStore(engine)
-    (worker,) = worker_children(["cpu"], [], store)
+    (worker,) = worker_children(["cpu"], [], store, STALLS_S)
     for _ in range(2):
         worker.requeue_jobs()
     assert worker.failed_starts == 2
