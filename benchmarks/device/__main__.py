@@ -23,7 +23,7 @@ import torch
 from benchmarks import measure
 from benchmarks.device.bench import FULL, TINY, Bench
 from benchmarks.device.summary import phase_table, to_text
-from models.checkpoints.fingerprint import write_whole
+from models.checkpoints.files.fingerprint import write_whole
 
 PHASES = {
     "ceilings": 20.0,

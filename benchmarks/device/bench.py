@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import checkpoints, measure, report
-from models.checkpoints.fingerprint import write_whole
+from models.checkpoints.files.fingerprint import write_whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from models.checkpoints.weights import SUFFIX, read_header, read_json
+from models.checkpoints.files.weights import SUFFIX, read_header, read_json
 from models.errors import ModelUnavailable
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"

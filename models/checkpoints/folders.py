@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.checkpoints.parts import Part, vae_dtype
-from models.checkpoints.unused import refuse_unused
-from models.checkpoints.weight_files import (
+from models.checkpoints.files.unused import refuse_unused
+from models.checkpoints.files.weight_files import (
     DIFFUSERS_STEM,
     STEMS,
     TRANSFORMERS_STEM,
@@ -14,12 +13,13 @@ from models.checkpoints.weight_files import (
     chosen_variant,
     has_variant,
 )
-from models.checkpoints.weights import (
+from models.checkpoints.files.weights import (
     read_header,
     read_json,
     refuse_foreign_parts,
     refuse_quantized,
 )
+from models.checkpoints.parts import Part, vae_dtype
 from models.errors import ModelUnavailable
 
 if TYPE_CHECKING:

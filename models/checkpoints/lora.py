@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.checkpoints.files.weights import read_header, read_json, refuse_quantized
 from models.checkpoints.ldm_names import ldm_names
-from models.checkpoints.weights import read_header, read_json, refuse_quantized
 from models.errors import ModelUnavailable
 
 PREFIXES = {

@@ -24,6 +24,8 @@ from models.checkpoints.families import (
     read_configs,
     traits_of,
 )
+from models.checkpoints.files.manifests import SHA256
+from models.checkpoints.files.weights import read_header, read_json
 from models.checkpoints.folders import (
     CHECKER,
     INDEX,
@@ -35,10 +37,8 @@ from models.checkpoints.folders import (
     lent_folder,
     lent_weights,
 )
-from models.checkpoints.manifests import SHA256
 from models.checkpoints.parts import Part
 from models.checkpoints.single_file import open_single_file, single_file_parts, vae_part
-from models.checkpoints.weights import read_header, read_json
 from models.errors import ModelUnavailable
 from models.params import SchedulerName
 from models.spelling import did_you_mean

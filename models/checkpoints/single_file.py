@@ -18,6 +18,8 @@ from models.checkpoints.families import (
     published_configs,
     read_configs,
 )
+from models.checkpoints.files.unused import refuse_unused
+from models.checkpoints.files.weights import Header, read_header, refuse_quantized
 from models.checkpoints.folders import (
     ATTENTION,
     folder_bytes,
@@ -26,8 +28,6 @@ from models.checkpoints.folders import (
     load_vae,
 )
 from models.checkpoints.parts import Part, vae_dtype
-from models.checkpoints.unused import refuse_unused
-from models.checkpoints.weights import Header, read_header, refuse_quantized
 from models.errors import ModelUnavailable
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from models.acceleration.stack import Acceleration
-from models.checkpoints.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
-from models.checkpoints.manifests import (
+from models.checkpoints.files.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
+from models.checkpoints.files.manifests import (
     check_digest,
     check_downloads,
     check_files,

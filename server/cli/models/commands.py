@@ -8,13 +8,14 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
-from models.checkpoints.fingerprint import CACHE_FILE, file_sha256s
-from models.checkpoints.manifests import (
+from models.checkpoints.files.fingerprint import CACHE_FILE, file_sha256s
+from models.checkpoints.files.manifests import (
     check_digest,
     check_downloads,
     check_files,
     manifest_path,
 )
+from models.checkpoints.files.weights import SUFFIX, read_header
 from models.checkpoints.registry import (
     Catalog,
     LoraEntry,
@@ -29,7 +30,6 @@ from models.checkpoints.registry import (
     pinned_digests,
     read_catalog,
 )
-from models.checkpoints.weights import SUFFIX, read_header
 from models.errors import ModelUnavailable
 from server.cli.models.arguments import KEYS
 from server.cli.models.entries import read_text, with_entry, write_checked

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.checkpoints.manifests import manifest_path
+from models.checkpoints.files.manifests import manifest_path
 from models.checkpoints.registry import Catalog, find_model, sources_of
 from server.cli.models.entries import read_text, without_entry, write_checked
 from server.cli.options import Refusal

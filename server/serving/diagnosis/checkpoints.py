@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from models.checkpoints.fingerprint import CACHE_FILE, cached_sha256s, file_sha256s
-from models.checkpoints.manifests import (
+from models.checkpoints.files.fingerprint import CACHE_FILE, cached_sha256s, file_sha256s
+from models.checkpoints.files.manifests import (
     check_digest,
     check_downloads,
     compare_files,

@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from models.checkpoints.manifests import check_downloads
+from models.checkpoints.files.manifests import check_downloads
 from models.checkpoints.registry import (
     BUILTIN_FOLDER,
     Catalog,
@@ -245,7 +245,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 from models.errors import ModelUnavailable
-from models.checkpoints.manifests import check_downloads
+from models.checkpoints.files.manifests import check_downloads
 from models.checkpoints.registry import ModelSpec, fetch_folder
 
 try:

@@ -7,7 +7,7 @@ as `save_pretrained` of diffusers and transformers names them.
 from collections.abc import Collection
 from pathlib import Path
 
-from models.checkpoints.weights import SUFFIX, read_json
+from models.checkpoints.files.weights import SUFFIX, read_json
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"

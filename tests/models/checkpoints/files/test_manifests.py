@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models.builtin.training.export import DIGESTS, write_digests
-from models.checkpoints.manifests import check_files, manifest_path
+from models.checkpoints.files.manifests import check_files, manifest_path
 from models.checkpoints.registry import (
     BUILTIN_FOLDER,
     LoraSpec,

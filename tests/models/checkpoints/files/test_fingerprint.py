@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoints.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
+from models.checkpoints.files.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from models.checkpoints.weights import DTYPE_BITS, MAX_HEADER_BYTES, Header, read_header
+from models.checkpoints.files.weights import DTYPE_BITS, MAX_HEADER_BYTES, Header, read_header
 from models.errors import ModelUnavailable
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from models.checkpoints.fingerprint import write_whole
+from models.checkpoints.files.fingerprint import write_whole
 from models.errors import ModelUnavailable
 
 FOLDER = "manifests"
