@@ -17,7 +17,8 @@ import transformers.utils.logging
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from models.checkpoints.registry import BUILTIN_FOLDER, Components, ModelSpec, load_components
+from models.checkpoints.catalog import BUILTIN_FOLDER, ModelSpec
+from models.checkpoints.registry import Components, load_components
 
 PEAK_TFLOPS = 790.0
 """Dense half-precision multiply-adds of an H100 or H200 as large matrix products reach them;

@@ -19,7 +19,8 @@ from benchmarks.measure import describe_machine, machine_line
 from benchmarks.report import Cell, table, write_report
 from models.builtin.training.captions import random_thing
 from models.builtin.training.scenes import make_scene
-from models.checkpoints.registry import ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import load_components
 from models.diffusion.pipeline import InpaintPipeline, Source
 from models.params import InpaintParams
 

@@ -18,7 +18,8 @@ import structlog
 import torch
 from sqlalchemy import Engine
 
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline
 from server.core.settings import ENV_PREFIX
 from server.egress.resolver import numeric_addresses

@@ -18,7 +18,8 @@ from benchmarks.device.bench import Bench
 from benchmarks.device.switches import NO_FUSIONS
 from benchmarks.orders import make_orders
 from models.acceleration.stack import USUAL, Acceleration
-from models.checkpoints.registry import BUILTIN_FOLDER, Components
+from models.checkpoints.catalog import BUILTIN_FOLDER
+from models.checkpoints.registry import Components
 from models.diffusion.pipeline import InpaintPipeline, Sample
 
 LEAST_DB = 45.0

@@ -1,6 +1,6 @@
 """Pictures to latents and back with a checkpoint's VAE, whatever dtype it lives in.
 
-The VAE stays in the dtype it was loaded in (`registry.vae_dtype`). A result that cannot be right
+The VAE stays in the dtype it was loaded in (`parts.vae_dtype`). A result that cannot be right
 is computed once more in float32 before it counts as a failure, on the way in as on the way out.
 Whether it can be right is a tensor of the device, for which nobody has to wait at once.
 """

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from models.checkpoints.registry import check_lora, check_model, read_catalog
+from models.checkpoints.catalog import check_lora, check_model, read_catalog
 from models.errors import ModelUnavailable
 from server.core.settings import Settings
 from server.core.settings.errors import InvalidSettings

@@ -12,6 +12,15 @@ import torch
 from tqdm import tqdm
 
 from models.acceleration.stack import Acceleration
+from models.checkpoints.catalog import (
+    Catalog,
+    LoraEntry,
+    LoraSpec,
+    ModelSpec,
+    find_lora,
+    find_model,
+    read_catalog,
+)
 from models.checkpoints.files.fingerprint import CACHE_FILE, digest_of_all, file_sha256s
 from models.checkpoints.files.manifests import (
     check_digest,
@@ -19,20 +28,8 @@ from models.checkpoints.files.manifests import (
     check_files,
     manifest_path,
 )
-from models.checkpoints.registry import (
-    Catalog,
-    Components,
-    LoraEntry,
-    LoraSpec,
-    ModelSpec,
-    Report,
-    find_lora,
-    find_model,
-    load_components,
-    model_files,
-    pinned_digests,
-    read_catalog,
-)
+from models.checkpoints.local import model_files, pinned_digests
+from models.checkpoints.registry import Components, Report, load_components
 from models.diffusion.pipeline import InpaintPipeline
 from models.errors import DeviceUnavailable, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.model_pool import ModelPool

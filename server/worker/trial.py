@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from models.acceleration.fusion import why_no_kernels
-from models.checkpoints.registry import ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import load_components
 from models.diffusion.pipeline import InpaintPipeline, Source
 from models.engine import Failed, Finished, Generation, InpaintEngine
 from models.errors import EngineError

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from models.builtin.training.scenes import make_scene
-from models.checkpoints.registry import ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import load_components
 from models.diffusion.pipeline import InpaintPipeline, Picture, Sample, Source
 from models.errors import InvalidInput
 from models.imaging.masks import (

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline, Picture
 from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine, Progress
 from models.model_pool import ModelPool

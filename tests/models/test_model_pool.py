@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline
 from models.engine import EngineLimits, Event, Failed, Finished, InpaintEngine, Progress
 from models.errors import ModelUnavailable

@@ -24,7 +24,8 @@ from models.acceleration.fusion import (
 from models.acceleration.joining import narrow_heads, simplify_attention
 from models.acceleration.kernels import add_bias, gated_gelu, group_norm, layer_norm
 from models.acceleration.narrow_attention import narrow_attention
-from models.checkpoints.registry import ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import load_components
 
 GROUPS = 32
 EPS = 1e-5

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoints.registry import ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import load_components
 from models.engine import Failed, Finished, Generation, InpaintEngine
 from models.errors import ModelUnavailable
 from models.model_pool import MAX_VARIANTS, ModelPool

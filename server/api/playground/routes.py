@@ -18,13 +18,8 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from models.checkpoints.registry import (
-    ModelSpec,
-    find_model,
-    licence_of,
-    local_traits,
-    read_catalog,
-)
+from models.checkpoints.catalog import ModelSpec, find_model, read_catalog
+from models.checkpoints.local import licence_of, local_traits
 from models.errors import ModelUnavailable
 from server.api.auth.keyring import key_in_headers
 from server.api.dependencies import ServicesOf, admit, base_url_of

@@ -16,20 +16,8 @@ from models.checkpoints.files.manifests import (
     manifest_path,
 )
 from models.checkpoints.files.weights import SUFFIX, read_header
-from models.checkpoints.registry import (
-    Catalog,
-    LoraEntry,
-    ModelSpec,
-    check_lora,
-    check_model,
-    download,
-    find_model,
-    licence_of,
-    model_files,
-    parse_catalog,
-    pinned_digests,
-    read_catalog,
-)
+from models.checkpoints.hub import download
+from models.checkpoints.local import licence_of, model_files, pinned_digests
 from models.errors import ModelUnavailable
 from server.cli.models.arguments import KEYS
 from server.cli.models.entries import read_text, with_entry, write_checked

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.checkpoints.registry import Catalog, parse_catalog
+from models.checkpoints.catalog import Catalog, parse_catalog
 
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 ANY_HEADER = re.compile(r"\s*\[")

@@ -5,16 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from models.checkpoints.catalog import Catalog, ModelSpec, find_model
 from models.checkpoints.families import licence_in
-from models.checkpoints.registry import (
-    Catalog,
-    ModelSpec,
-    find_model,
-    licence_of,
-    local_size,
-    parameter_count,
-    weight_files,
-)
+from models.checkpoints.local import licence_of, local_size, parameter_count, weight_files
 from models.errors import ModelUnavailable
 from server.core.settings import Settings
 from server.core.terminal import print_table, size_text

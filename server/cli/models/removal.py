@@ -4,8 +4,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.checkpoints.catalog import Catalog, find_model
 from models.checkpoints.files.manifests import manifest_path
-from models.checkpoints.registry import Catalog, find_model, sources_of
+from models.checkpoints.hub import sources_of
 from server.cli.models.entries import read_text, without_entry, write_checked
 from server.cli.options import Refusal
 from server.core.settings import Settings

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from models.checkpoints.catalog import Catalog, ModelSpec, find_lora, find_model, read_catalog
 from models.checkpoints.files.fingerprint import CACHE_FILE, cached_sha256s, file_sha256s
 from models.checkpoints.files.manifests import (
     check_digest,
@@ -13,16 +14,7 @@ from models.checkpoints.files.manifests import (
     compare_files,
     manifest_path,
 )
-from models.checkpoints.registry import (
-    Catalog,
-    ModelSpec,
-    find_lora,
-    find_model,
-    parameter_count,
-    pinned_digests,
-    read_catalog,
-    weight_files,
-)
+from models.checkpoints.local import parameter_count, pinned_digests, weight_files
 from models.errors import ModelUnavailable
 from server.core.settings import MODEL_MEMORY_SHARE, Settings
 from server.core.settings.sections import DtypeName

@@ -18,7 +18,8 @@ from models.acceleration.attention import (
     timer_behind,
 )
 from models.acceleration.unet import EagerUNet, UNetInputs
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import Components, load_components
 from tests.support.tiny import save_tiny_checkpoint
 from tests.support.unet_calls import make_shares
 

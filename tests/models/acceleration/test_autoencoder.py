@@ -20,8 +20,9 @@ from models.acceleration.autoencoder import (
     widen_attention,
 )
 from models.acceleration.stack import Acceleration
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import ModelSpec, load_components
+from models.checkpoints.registry import load_components
 from models.diffusion.pipeline import InpaintPipeline, Source
 from tests.support.pipelines import denoise, make_params
 from tests.support.tiny import save_tiny_checkpoint

@@ -22,8 +22,9 @@ from models.acceleration.graphs import CudaRecorder, GraphedUNet, GraphLimits
 from models.acceleration.stack import Acceleration
 from models.acceleration.unet import EagerUNet, GatheredUNet, UNetInputs, UNetRows
 from models.builtin.training.scenes import make_scene
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline, Sample, Source
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.model_pool import ModelPool

@@ -23,8 +23,9 @@ from models.acceleration.graphs import (
 )
 from models.acceleration.stack import Acceleration, accelerated
 from models.acceleration.unet import EagerUNet, GatheredUNet, UNetInputs, UNetRows
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline, Sample, Source
 from models.params import SchedulerName
 from tests.support.pipelines import MIXED_BATCH, SOURCE, denoise, make_params

@@ -11,8 +11,9 @@ import torch
 from models.acceleration.fusion import Fusions, fuse_modules
 from models.acceleration.residuals import SummingBlock
 from models.acceleration.unet import EagerUNet, UNetInputs
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components, load_components
 from tests.support.tiny import save_tiny_checkpoint
 from tests.support.unet_calls import make_shares
 

@@ -11,8 +11,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from models.acceleration.transfers import HostTables, upload
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline, Sample, step_arguments
 from models.diffusion.schedulers import create_scheduler, noised, run_timesteps
 from models.params import SchedulerName

@@ -15,8 +15,9 @@ from diffusers import (
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.conditioning import DualClipConditioner, create_conditioner
 from models.diffusion.pipeline import InpaintPipeline
 from models.diffusion.prompts import Layer, PromptEncoder

@@ -9,14 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.checkpoints.catalog import LoraSpec, ModelSpec
 from models.checkpoints.families import Family
-from models.checkpoints.registry import (
-    Components,
-    LoraSpec,
-    ModelSpec,
-    load_components,
-    model_files,
-)
+from models.checkpoints.local import model_files
+from models.checkpoints.registry import Components, load_components
 from models.errors import ModelUnavailable
 from tests.support.tiny import save_tiny_checkpoint
 

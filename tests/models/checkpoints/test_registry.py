@@ -17,21 +17,20 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from models.checkpoints.files.manifests import check_downloads
-from models.checkpoints.registry import (
+from models.checkpoints.catalog import (
     BUILTIN_FOLDER,
     Catalog,
-    Components,
     LoraEntry,
     LoraSpec,
     ModelSpec,
     check_lora,
     check_model,
-    fetch_folder,
     find_model,
-    load_components,
     read_catalog,
 )
+from models.checkpoints.files.manifests import check_downloads
+from models.checkpoints.hub import fetch_folder
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline
 from models.errors import ModelUnavailable
 from tests.support.hub_stub import Hub, running_hub
@@ -246,7 +245,8 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 from models.errors import ModelUnavailable
 from models.checkpoints.files.manifests import check_downloads
-from models.checkpoints.registry import ModelSpec, fetch_folder
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.hub import fetch_folder
 
 try:
     fetch_folder(ModelSpec("remote", "owner/never-downloaded"))
@@ -678,7 +678,9 @@ def test_hub_id_without_the_variant_is_refused_before_its_weights(
 
 BORROW = """
 import sys
-from models.checkpoints.registry import ModelSpec, download, local_size, model_files
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.hub import download
+from models.checkpoints.local import local_size, model_files
 
 (source,) = sys.argv[1:]
 spec = ModelSpec("mixed", source, vae="owner/vae", safety_checker="owner/checker")
@@ -945,7 +947,8 @@ def test_progress_runs_from_zero_to_one(folder: Path) -> None:
 
 FETCH = """
 import sys
-from models.checkpoints.registry import ModelSpec, download, fetch_folder
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.hub import download, fetch_folder
 
 spec = ModelSpec("remote", "owner/model", variant=sys.argv[1] or None)
 if "anew" in sys.argv:

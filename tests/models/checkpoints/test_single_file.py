@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family, detect_family, published_configs
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline
 from models.errors import ModelUnavailable
 from tests.support.ldm_layout import (

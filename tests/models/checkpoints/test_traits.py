@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoints.catalog import ModelSpec
 from models.checkpoints.families import Family, Traits, licence_in
-from models.checkpoints.registry import ModelSpec, licence_of, local_traits
+from models.checkpoints.local import licence_of, local_traits
 from tests.support.ldm_layout import save_single_file
 from tests.support.published import save_configs
 from tests.support.tiny import save_tiny_checkpoint

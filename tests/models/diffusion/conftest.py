@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import Components, load_components
 
 
 @pytest.fixture(scope="module")

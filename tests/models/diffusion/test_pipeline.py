@@ -13,7 +13,8 @@ from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
 from models.builtin.training.scenes import make_scene
-from models.checkpoints.registry import Components, ModelSpec, load_components
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import Components, load_components
 from models.diffusion.pipeline import InpaintPipeline, Source
 from models.errors import DeviceLost, ModelUnavailable, OutOfMemory, UnusablePicture
 from models.imaging.masks import binarise

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoints.registry import Catalog, LoraEntry
+from models.checkpoints.catalog import Catalog, LoraEntry
 from server.cli.main import main
 from server.core.settings import load_settings
 from server.serving.diagnosis.checkpoints import bytes_per_number, check_loras, memory_result

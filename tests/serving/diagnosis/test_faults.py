@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from models.checkpoints.registry import BUILTIN_FOLDER, find_model, weight_files
+from models.checkpoints.catalog import BUILTIN_FOLDER, find_model
+from models.checkpoints.local import weight_files
 from server.cli.main import main
 from server.core.settings import load_settings
 from server.jobs.workers import WorkerRegistry, WorkerStatus

@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 
 from models.builtin.training.export import DIGESTS, write_digests
+from models.checkpoints.catalog import BUILTIN_FOLDER, LoraSpec, ModelSpec
 from models.checkpoints.files.manifests import check_files, manifest_path
-from models.checkpoints.registry import (
-    BUILTIN_FOLDER,
-    LoraSpec,
-    ModelSpec,
-    model_files,
-    pinned_digests,
-)
+from models.checkpoints.local import model_files, pinned_digests
 from models.errors import ModelUnavailable
 from server.cli.main import main
 from server.core.settings import load_settings
