@@ -34,8 +34,8 @@ from models.imaging.images import encode_png
 from server.core.settings import Settings
 from server.jobs.job import NewJob, RequestFacts
 from server.jobs.store import JobStore
-from server.sandbox.child import TargetSize
 from server.sandbox.decoded import DecodedPair
+from server.sandbox.wire import TargetSize
 from server.storage.database import migrate, open_engine
 from server.storage.files import Storage
 from tests.support.blocking_decoder import BlockingDecoder

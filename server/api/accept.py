@@ -37,8 +37,8 @@ from server.jobs.idempotency import Idempotency
 from server.jobs.job import Job, NewJob, QueueShare, RequestFacts, Submitted
 from server.jobs.receipts import Intake
 from server.jobs.store import JobStore
-from server.sandbox.child import TargetSize
 from server.sandbox.decoded import DecodedPair
+from server.sandbox.wire import TargetSize
 from server.storage.files import Storage
 
 logger = get_logger(__name__)

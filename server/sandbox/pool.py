@@ -9,9 +9,9 @@ from models.imaging.decoding import ImageLimits
 from models.imaging.mask_reading import MaskRule
 from server.core.errors import ApiError, QueueFull
 from server.core.fairness import FairSemaphore, NoSlot
-from server.sandbox.child import TargetSize
 from server.sandbox.decoded import DecodedPair
 from server.sandbox.process import OWN_SIZE, WALL_S, DecoderProcess
+from server.sandbox.wire import TargetSize
 
 CHILDREN, CHILDREN_PER_KEY = 3, 2
 """Pairs of pictures decoded at a time. One key cannot occupy all children."""

@@ -27,7 +27,8 @@ from models.imaging.mask_reading import MaskReading, MaskRule
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable
 from server.core.logs import get_logger
 from server.core.notices import Notice
-from server.sandbox.child import (
+from server.sandbox.decoded import DecodedPair, Sources
+from server.sandbox.wire import (
     ALPHA_LOST,
     FAULTS,
     MODES,
@@ -43,7 +44,6 @@ from server.sandbox.child import (
     limits_of,
     write_request,
 )
-from server.sandbox.decoded import DecodedPair, Sources
 
 logger = get_logger(__name__)
 

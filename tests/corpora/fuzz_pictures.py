@@ -15,7 +15,7 @@ from PIL import Image
 
 from models.imaging.decoding import DecodedImage, DecodedMask, ImageLimits
 from server.core.errors import ImageProblem
-from server.sandbox.child import Kind
+from server.sandbox.wire import Kind
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
 from tests.support.blocking_decoder import BlockingDecoder

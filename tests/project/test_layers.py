@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.imports import loaded_by
+from tests.support.imports import loaded_by, modules_loaded_by
 from tests.support.repository import REPOSITORY
 
 WINGS = {
@@ -253,6 +253,12 @@ def test_only_the_worker_imports_the_engine_and_torch() -> None:
     assert importers_of(*HEAVY - {"ray"}) <= in_wing("worker")
 
 
+def test_the_sandboxed_program_is_imported_by_its_process_alone() -> None:
+    """The API process starts it by a text, `process.PROGRAM`."""
+    assert importers_of("server.sandbox.child") == set()
+    assert importers_of("server.sandbox.seccomp") == {"sandbox/child.py"}
+
+
 DIALECTS = sorted(
     path.name
     for path in (REPOSITORY / "server" / "api" / "dialects").iterdir()
@@ -311,6 +317,15 @@ def test_web_side_starts_without_torch() -> None:
 
     assert "fastapi" in loaded
     assert not loaded & HEAVY
+
+
+@pytest.mark.process
+def test_web_side_starts_without_the_program_that_decodes() -> None:
+    """It preloads Pillow's plugins and knows the seccomp filter, which are a child's alone."""
+    loaded = modules_loaded_by("import server.api.app")
+
+    assert "server.sandbox.wire" in loaded
+    assert not loaded & {"server.sandbox.child", "server.sandbox.seccomp"}
 
 
 @pytest.mark.process

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 from models.imaging.decoding import ImageLimits
 from models.imaging.extension import Extension
 from server.core.errors import ImageProblem, ImageUnavailable
-from server.sandbox.child import PICTURE, REPLY, Kind, TargetSize
+from server.sandbox.wire import PICTURE, REPLY, Kind, TargetSize
 from tests.corpora import hostile_pictures as hostile
 from tests.support.blocking_decoder import BlockingDecoder
 from tests.support.http_stub import png_bytes

@@ -14,7 +14,7 @@ import pytest
 
 from models.imaging.decoding import ImageLimits
 from server.core.errors import ImageProblem
-from server.sandbox.child import Kind, TargetSize
+from server.sandbox.wire import Kind, TargetSize
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora.fuzz_pictures import fuzz
 from tests.support.blocking_decoder import BlockingDecoder

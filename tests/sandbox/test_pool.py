@@ -23,10 +23,10 @@ from models.imaging.mask_reading import MaskReading, MaskRule
 from server.core.errors import ApiError, ImageProblem, ImageUnavailable, QueueFull
 from server.core.notices import Notice
 from server.sandbox import seccomp
-from server.sandbox.child import PICTURE, REPLY, Kind, TargetSize
 from server.sandbox.decoded import DecodedPair, Sources, UnknownFormat
 from server.sandbox.pool import DecoderPool
 from server.sandbox.process import OWN_SIZE, PROBLEM_OF_FAULT, DecoderProcess
+from server.sandbox.wire import PICTURE, REPLY, Kind, TargetSize
 from tests.corpora import hostile_pictures as hostile
 from tests.corpora import profiles
 from tests.support.blocking_decoder import BlockingDecoder
@@ -396,14 +396,15 @@ def test_child_needs_nothing_more_once_it_runs() -> None:
     """Confined, it could load no module."""
     program = """
 import sys
-import server.sandbox.child as decoder
 from models.imaging.decoding import ImageLimits
+from server.sandbox.child import decode
+from server.sandbox.wire import Kind, TargetSize
 from tests.corpora import hostile_pictures as hostile
 files = [hostile.CORPUS[name].make() for name in hostile.CORPUS if not name.startswith("largest")]
 before = set(sys.modules)
 for content in files:
-    for kind in decoder.Kind:
-        decoder.decode(kind, content, ImageLimits(max_pixels=10**6), decoder.TargetSize())
+    for kind in Kind:
+        decode(kind, content, ImageLimits(max_pixels=10**6), TargetSize())
 print(*set(sys.modules) - before)
 """
     answer = subprocess.run(

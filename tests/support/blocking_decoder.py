@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from models.imaging.decoding import DecodedImage, DecodedMask, ImageLimits
 from models.imaging.mask_reading import MaskRule
 from server.core.errors import ImageProblem
-from server.sandbox.child import Kind, TargetSize
 from server.sandbox.decoded import DecodedPair
 from server.sandbox.process import OWN_SIZE, PICTURES_PER_CHILD, PROGRAM, WALL_S, DecoderProcess
+from server.sandbox.wire import Kind, TargetSize
 
 
 class BlockingDecoder:

@@ -12,8 +12,8 @@ from models.params import InpaintParams
 from server.api.accept import Prepared
 from server.api.dialects.base import JobRequest
 from server.core.notices import Notice
-from server.sandbox.child import CROP_MAX_PIXELS
 from server.sandbox.decoded import Sources
+from server.sandbox.wire import CROP_MAX_PIXELS
 
 BLURRED_FROM = 1.25
 """A crop that is scaled down by more than this is less sharp than the picture around it."""

@@ -55,7 +55,7 @@ from server.core.notices import prompt_notices
 from server.egress.policy import MAX_URL_CHARS
 from server.egress.sources import ImageSource
 from server.jobs.idempotency import Idempotency
-from server.sandbox.child import CROP_MAX_PIXELS
+from server.sandbox.wire import CROP_MAX_PIXELS
 
 DIALECT = "native"
 MAX_REPORTED_FIELDS = 50
