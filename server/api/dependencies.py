@@ -6,7 +6,6 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 
-from models.diffusion.enhance import Enhancement
 from server.api.auth.keyring import ANONYMOUS, Caller, is_in_basic, key_in_headers
 from server.api.dialects.base import ReadingPolicy
 from server.api.proxies import BASE_URL
@@ -139,5 +138,5 @@ def reading_policy(settings: Settings, caller: Caller) -> ReadingPolicy:
         force_safety_check=settings.safety.force or caller.limits.force_safety_checker,
         https_webhooks=settings.webhook.https_only,
         steps_policy=settings.steps_policy,
-        enhancement=Enhancement(settings.enhance.suffix, settings.enhance.negative_list),
+        enhancement=settings.enhance,
     )

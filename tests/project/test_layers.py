@@ -60,7 +60,7 @@ HEAVY = {"accelerate", "diffusers", "ray", "safetensors", "torch", "transformers
 TORCH_FREE = (
     "params variants errors imaging.decoding imaging.images imaging.masks imaging.canvas "
     "imaging.captions imaging.extension imaging.filling imaging.hiding imaging.mask_check "
-    "diffusion.enhance diffusion.prompt_syntax checkpoints.catalog checkpoints.hub "
+    "diffusion.prompt_syntax checkpoints.catalog checkpoints.hub "
     "checkpoints.local checkpoints.registry checkpoints.files.fingerprint".split()
 )
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from models.builtin.training.captions import random_thing
+from models.builtin.training.captions import VENDOR_NEGATIVE, VENDOR_SUFFIX, random_thing
 from models.builtin.training.scenes import (
     BACKGROUND_TONES,
     COLOURS,
@@ -40,7 +40,6 @@ from models.builtin.training.scenes import (
     coverage,
     make_scene,
 )
-from models.diffusion.enhance import Enhancement
 from models.diffusion.prompts import PromptEncoder
 
 SIDE = 512
@@ -214,10 +213,10 @@ class Painter:
         )
 
     def paint(self, case: Case, mode: Mode) -> Picture:
-        prompt, negative = (case.prompt if mode.is_prompted else ""), ""
-        texts: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
+        prompt = case.prompt if mode.is_prompted else ""
+        texts: dict[str, Any] = {"prompt": prompt, "negative_prompt": ""}
         if mode.is_enhanced:
-            pair = self.encoder.encode_pair(*Enhancement().apply(prompt, negative))
+            pair = self.encoder.encode_pair(f"{prompt} {VENDOR_SUFFIX}", f" {VENDOR_NEGATIVE}")
             texts = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pair, strict=True))
         output = self.pipeline(
             **texts,

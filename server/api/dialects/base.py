@@ -8,14 +8,13 @@ from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
-from models.diffusion.enhance import Enhancement
 from models.imaging.extension import NO_EXTENSION, Extension
 from models.imaging.mask_reading import MaskRule
 from models.params import InpaintParams
 from server.api.dialects.openapi import Description
 from server.core.errors import ApiError, InvalidBody
 from server.core.notices import Notice
-from server.core.settings.sections import StepsPolicy
+from server.core.settings.sections import EnhanceSettings, StepsPolicy
 from server.egress.sources import ImageSource
 from server.jobs.job import Job
 
@@ -82,7 +81,7 @@ class ReadingPolicy:
     force_safety_check: bool = False
     https_webhooks: bool = False
     steps_policy: StepsPolicy = StepsPolicy.VENDOR
-    enhancement: Enhancement = Enhancement("", "")
+    enhancement: EnhanceSettings = EnhanceSettings()
 
     def model_named(self, name: Any) -> str | None:
         """The offered model with this name or alias; None where there is none."""

@@ -8,6 +8,16 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
+from models.checkpoints.catalog import (
+    Catalog,
+    LoraEntry,
+    ModelSpec,
+    check_lora,
+    check_model,
+    find_model,
+    parse_catalog,
+    read_catalog,
+)
 from models.checkpoints.files.fingerprint import CACHE_FILE, file_sha256s
 from models.checkpoints.files.manifests import (
     check_digest,

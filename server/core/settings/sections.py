@@ -15,7 +15,6 @@ from pydantic import (
     model_validator,
 )
 
-from models.diffusion.enhance import Enhancement
 from server.core.settings.values import (
     IpNetwork,
     ListOf,
@@ -342,7 +341,19 @@ class ShadowSettings(Section):
 class EnhanceSettings(Section):
     """The texts that `enhance_prompt` of the vendor's APIs adds. The defaults are the vendor's."""
 
-    suffix: str = Enhancement().suffix
+    # Byte for byte from the example response on the vendor's page about `POST /api/v3/inpaint`.
+    suffix: str = (
+        "DSLR photography, sharp focus, Unreal Engine 5, Octane Render, Redshift, "
+        "((cinematic lighting)), f/1.4, ISO 200, 1/160s, 8K, RAW, unedited, symmetrical balance, "
+        "in-frame"
+    )
     """Added to the prompt."""
-    negative_list: str = Enhancement().negative_list
+    negative_list: str = (
+        "((out of frame)), ((extra fingers)), mutated hands, ((poorly drawn hands)), "
+        "((poorly drawn face)), (((mutation))), (((deformed))), (((tiling))), ((naked)), ((tile)), "
+        "((fleshpile)), ((ugly)), (((abstract))), blurry, ((bad anatomy)), ((bad proportions)), "
+        "((extra limbs)), cloned face, glitchy, ((extra breasts)), ((double torso)), "
+        "((extra arms)), ((extra hands)), ((mangled fingers)), ((missing breasts)), "
+        "(missing lips), ((ugly face)), ((fat)), ((extra legs))"
+    )
     """Added to the negative prompt."""

@@ -10,7 +10,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from models.diffusion.enhance import Enhancement
 from models.params import RANGES, SEED_MODULUS, InpaintParams, SchedulerName
 from server.api.accept import facts_of
 from server.api.dialects.base import JobRequest, ReadingPolicy
@@ -31,14 +30,14 @@ from server.core.errors import (
     StorageUnavailable,
 )
 from server.core.notices import Notice
-from server.core.settings.sections import ErrorStatus, StepsPolicy
+from server.core.settings.sections import EnhanceSettings, ErrorStatus, StepsPolicy
 from server.core.settings.values import MAX_KEY_CHARS
 from server.egress.sources import ImageSource
 from server.jobs.job import Job, JobState, RequestFacts
 from tests.corpora.hostile_urls import URLS_OF_TWO_READINGS
 from tests.support.api_errors import SAMPLES, error_classes, sample_of
 
-POLICY = ReadingPolicy(enhancement=Enhancement("and more", "and less"))
+POLICY = ReadingPolicy(enhancement=EnhanceSettings(suffix="and more", negative_list="and less"))
 INIT = "https://x.example/init.png"
 MASK = "https://x.example/mask.png"
 REQUIRED = {"prompt": "a cat", "init_image": INIT, "mask_image": MASK}
@@ -116,7 +115,9 @@ class TestReading:
         [("fog", "fog and less", "fog"), (None, " and less", ""), ("null", " and less", "")],
     )
     def test_enhancement(self, negative_prompt: str | None, enhanced: str, plain: str) -> None:
-        assert read(negative_prompt=negative_prompt).params.negative_prompt == enhanced
+        request = read(negative_prompt=negative_prompt)
+        assert request.params.prompt == "a cat and more"
+        assert request.params.negative_prompt == enhanced
         request = read(negative_prompt=negative_prompt, enhance_prompt="no")
         assert (request.params.prompt, request.params.negative_prompt) == ("a cat", plain)
 
@@ -473,7 +474,7 @@ VENDOR_REQUEST = {
 @pytest.fixture
 def job() -> Job:
     """The job of the page's example."""
-    policy = ReadingPolicy(enhancement=Enhancement())
+    policy = ReadingPolicy()
     request = v3.read_job(VENDOR_REQUEST, policy, V3_FAMILY, Task.INPAINT)
     assert (request.width, request.height) == (512, 512)
     return Job(

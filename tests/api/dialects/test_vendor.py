@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from models.diffusion.enhance import Enhancement
 from models.params import FlaggedAs, Lora, NoiseSpacing, SchedulerName
 from server.api.dialects.base import JobRequest, ReadingPolicy
 from server.api.dialects.vendor import description, problems, reading
@@ -31,7 +30,7 @@ from server.core.errors import (
     RouteNotFound,
 )
 from server.core.notices import Notice
-from server.core.settings.sections import ErrorStatus
+from server.core.settings.sections import EnhanceSettings, ErrorStatus
 from server.egress.sources import ImageSource
 from tests.support.api_errors import error_classes, sample_of
 
@@ -39,7 +38,7 @@ POLICY = ReadingPolicy(
     models=("builtin", "other"),
     aliases={"midjourney": "other"},
     loras=("ink", "gold"),
-    enhancement=Enhancement("and more", "and less"),
+    enhancement=EnhanceSettings(suffix="and more", negative_list="and less"),
 )
 INIT, MASK = "https://x.example/init.png", "https://x.example/mask.png"
 REQUIRED = {"prompt": "a cat", "init_image": INIT, "mask_image": MASK}

@@ -1,7 +1,5 @@
 import logging
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -13,7 +11,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models.diffusion.enhance import Enhancement
 from models.diffusion.prompts import (
     MAX_WEIGHT,
     PromptEncoder,
@@ -482,7 +479,7 @@ def test_lone_surrogates_are_encoded(encoder: PromptEncoder) -> None:
     assert torch.equal(encoder.encode("cat \ud800"), encoder.encode("cat ?"))
 
 
-# Enhancement
+# The words that the vendor's APIs add
 
 VENDOR_PROMPT = (
     "a cat sitting on a bench DSLR photography, sharp focus, Unreal Engine 5, Octane Render, "
@@ -499,27 +496,8 @@ VENDOR_NEGATIVE_PROMPT = (
 )
 
 
-def test_enhancement_gives_the_vendors_example_response() -> None:
-    assert Enhancement().apply("a cat sitting on a bench", None) == (
-        VENDOR_PROMPT,
-        VENDOR_NEGATIVE_PROMPT,
-    )
-
-
-def test_enhancement_follows_what_the_client_wrote() -> None:
-    enhancement = Enhancement(suffix="sharp", negative_list="blurry")
-    assert enhancement.apply("a cat", "dogs") == ("a cat sharp", "dogs blurry")
-    assert enhancement.apply("", "") == (" sharp", " blurry")
-
-
 def test_vendors_negative_prompt_needs_more_than_one_chunk(encoder: PromptEncoder) -> None:
     positive, negative = encoder.encode_pair(VENDOR_PROMPT, VENDOR_NEGATIVE_PROMPT)
     assert positive.shape == negative.shape
     assert negative.shape[1] > 77
     assert negative.isfinite().all()
-
-
-@pytest.mark.process
-def test_enhancement_does_not_load_torch() -> None:
-    code = "import sys, models.diffusion.enhance; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

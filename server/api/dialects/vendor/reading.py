@@ -215,10 +215,14 @@ def read_size(reader: VendorReader, task: Task) -> tuple[int | None, int | None]
 
 
 def read_prompts(reader: VendorReader, policy: ReadingPolicy, family: Family) -> tuple[str, str]:
-    """The prompt and the negative prompt, enhanced if the client or the family wants that."""
+    """The prompt and the negative prompt, enhanced if the client or the family wants that.
+
+    The added words follow one blank, even where the client wrote nothing.
+    """
     prompt, negative_prompt = reader.required_text("prompt"), reader.text("negative_prompt")
     if reader.flag("enhance_prompt", default=family.enhances):
-        prompt, negative_prompt = policy.enhancement.apply(prompt, negative_prompt)
+        prompt = f"{prompt} {policy.enhancement.suffix}"
+        negative_prompt = f"{negative_prompt or ''} {policy.enhancement.negative_list}"
     reader.check_prompt("prompt", prompt)
     reader.check_prompt("negative_prompt", negative_prompt or "")
     return prompt, negative_prompt or ""
