@@ -97,17 +97,19 @@ class Services:
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Run a short database call in a thread, so that it does not block the event loop."""
-        with self.health.recording_failures():
-            call = functools.partial(function, *args, **kwargs)
-            return await to_thread.run_sync(call, limiter=self.store_threads)
+        call = functools.partial(function, *args, **kwargs)
+        return await self._in_thread(call, self.store_threads)
 
     async def in_submit_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Run a database call that waits for a group commit."""
+        call = functools.partial(function, *args, **kwargs)
+        return await self._in_thread(call, self.submit_threads)
+
+    async def _in_thread(self, call: Callable[[], R], limiter: CapacityLimiter) -> R:
         with self.health.recording_failures():
-            call = functools.partial(function, *args, **kwargs)
-            return await to_thread.run_sync(call, limiter=self.submit_threads)
+            return await to_thread.run_sync(call, limiter=limiter)
 
     async def in_file_thread(
         self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
