@@ -9,6 +9,7 @@ Importing needs `triton`, which comes with torch's CUDA builds.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,48 +45,117 @@ def group_norm(
     weight, bias: `(channels,)`. shift: `(rows, channels)` or `(1, channels)`, perhaps cut out of
         wider rows.
     """
-    rows, pixels, channels = hidden.shape
-    normed = torch.empty_like(hidden)
-    shift_stride = 0 if shift is None or shift.shape[0] == 1 else shift.stride(0)
-    group_pixels = triton.next_power_of_2(pixels)
-    group_channels = triton.next_power_of_2(channels // groups)
-    if group_pixels * group_channels <= SMALL_GROUP:
-        _norm_small_group[(groups, rows)](
-            hidden,
-            hidden if shift is None else shift,
-            weight,
-            bias,
-            normed,
-            pixels,
-            channels,
-            shift_stride,
-            eps,
-            GROUP_CHANNELS=channels // groups,
-            HAS_SHIFT=shift is not None,
-            IS_ACTIVATED=is_activated,
-            PIXELS=group_pixels,
-            CHANNELS=group_channels,
-            num_warps=TILE_WARPS,
-        )
-        return normed
-    tiles = triton.cdiv(pixels, TILE_PIXELS)
-    grid = (tiles, triton.cdiv(channels, TILE_CHANNELS), rows)
-    moments = hidden.new_empty((2, rows, tiles, channels), dtype=torch.float32)
-    statistics = hidden.new_empty((2, rows, groups), dtype=torch.float32)
-    _tile_moments[grid](
-        hidden,
-        hidden if shift is None else shift,
-        moments[0],
-        moments[1],
+    call = _GroupNorm(hidden, groups, weight, bias, eps, shift, is_activated)
+    group_pixels = triton.next_power_of_2(hidden.shape[1])
+    if group_pixels * call.padded_group_channels <= SMALL_GROUP:
+        return _norm_small_groups(call, group_pixels)
+    return _norm_tiles(call)
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupNorm:
+    """A call of `group_norm`."""
+
+    hidden: Tensor
+    groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    shift: Tensor | None
+    is_activated: bool
+
+    @property
+    def group_channels(self) -> int:
+        return self.hidden.shape[2] // self.groups
+
+    @property
+    def padded_group_channels(self) -> int:
+        return int(triton.next_power_of_2(self.group_channels))
+
+    @property
+    def shift_argument(self) -> Tensor:
+        """A kernel needs some tensor; without a shift it does not read it."""
+        return self.hidden if self.shift is None else self.shift
+
+    @property
+    def shift_stride(self) -> int:
+        """0 where all rows have the same shift."""
+        return 0 if self.shift is None or self.shift.shape[0] == 1 else self.shift.stride(0)
+
+
+def _norm_small_groups(call: _GroupNorm, padded_pixels: int) -> Tensor:
+    """One kernel, whose programs each hold a whole group."""
+    rows, pixels, channels = call.hidden.shape
+    normed = torch.empty_like(call.hidden)
+    _norm_small_group[(call.groups, rows)](
+        call.hidden,
+        call.shift_argument,
+        call.weight,
+        call.bias,
+        normed,
         pixels,
         channels,
-        shift_stride,
-        HAS_SHIFT=shift is not None,
+        call.shift_stride,
+        call.eps,
+        GROUP_CHANNELS=call.group_channels,
+        HAS_SHIFT=call.shift is not None,
+        IS_ACTIVATED=call.is_activated,
+        PIXELS=padded_pixels,
+        CHANNELS=call.padded_group_channels,
+        num_warps=TILE_WARPS,
+    )
+    return normed
+
+
+def _norm_tiles(call: _GroupNorm) -> Tensor:
+    """Three kernels: moments of tiles, statistics of groups from these, and the norm by tiles."""
+    rows, pixels, channels = call.hidden.shape
+    normed = torch.empty_like(call.hidden)
+    tiles = triton.cdiv(pixels, TILE_PIXELS)
+    grid = (tiles, triton.cdiv(channels, TILE_CHANNELS), rows)
+    statistics = _group_statistics(call, grid)
+    _norm_tile[grid](
+        call.hidden,
+        call.shift_argument,
+        statistics[0],
+        statistics[1],
+        call.weight,
+        call.bias,
+        normed,
+        pixels,
+        channels,
+        call.group_channels,
+        call.groups,
+        call.shift_stride,
+        HAS_SHIFT=call.shift is not None,
+        IS_ACTIVATED=call.is_activated,
         PIXELS=TILE_PIXELS,
         CHANNELS=TILE_CHANNELS,
         num_warps=TILE_WARPS,
     )
-    _combine_moments[(groups, rows)](
+    return normed
+
+
+def _group_statistics(call: _GroupNorm, grid: tuple[int, int, int]) -> Tensor:
+    """What `_combine_moments` writes for each group: `(2, rows, groups)`, float32."""
+    rows, pixels, channels = call.hidden.shape
+    tiles = grid[0]
+    moments = call.hidden.new_empty((2, rows, tiles, channels), dtype=torch.float32)
+    statistics = call.hidden.new_empty((2, rows, call.groups), dtype=torch.float32)
+    _tile_moments[grid](
+        call.hidden,
+        call.shift_argument,
+        moments[0],
+        moments[1],
+        pixels,
+        channels,
+        call.shift_stride,
+        HAS_SHIFT=call.shift is not None,
+        PIXELS=TILE_PIXELS,
+        CHANNELS=TILE_CHANNELS,
+        num_warps=TILE_WARPS,
+    )
+    _combine_moments[(call.groups, rows)](
         moments[0],
         moments[1],
         statistics[0],
@@ -93,34 +163,15 @@ def group_norm(
         pixels,
         channels,
         tiles,
-        channels // groups,
-        groups,
-        eps,
+        call.group_channels,
+        call.groups,
+        call.eps,
         PIXELS=TILE_PIXELS,
         ROUNDS=triton.cdiv(tiles, COMBINED_TILES),
         TILES=COMBINED_TILES,
-        CHANNELS=group_channels,
+        CHANNELS=call.padded_group_channels,
     )
-    _norm_tile[grid](
-        hidden,
-        hidden if shift is None else shift,
-        statistics[0],
-        statistics[1],
-        weight,
-        bias,
-        normed,
-        pixels,
-        channels,
-        channels // groups,
-        groups,
-        shift_stride,
-        HAS_SHIFT=shift is not None,
-        IS_ACTIVATED=is_activated,
-        PIXELS=TILE_PIXELS,
-        CHANNELS=TILE_CHANNELS,
-        num_warps=TILE_WARPS,
-    )
-    return normed
+    return statistics
 
 
 def layer_norm(
