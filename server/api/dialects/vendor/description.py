@@ -196,74 +196,79 @@ def status(word: str) -> Schema:
     return {"const": word}
 
 
+SUCCESS_FIELDS: Mapping[str, Schema] = {
+    "status": status("success"),
+    "generationTime": value("number?", "Seconds"),
+    "id": value("integer"),
+    "output": array(value("string"), "URLs of the pictures, or base64 texts"),
+    "meta": META,
+}
+PROCESSING = entity(
+    {
+        "status": status("processing"),
+        "tip": value("string"),
+        "eta": value("number", "Seconds"),
+        **MESSAGES,
+        "fetch_result": value("string", "URL to POST to"),
+        "id": value("integer"),
+        "output": {"enum": ["", []]},
+        "meta": META,
+    },
+    ["status", "eta", "message", "id", "output"],
+    "Not finished within the hold time",
+)
+FAILED = entity(
+    {"status": status("failed"), "id": {}, **MESSAGES, "output": status("")},
+    ["status", "id", "message", "output"],
+)
+ERROR = entity(
+    {
+        "status": {"enum": ["error", "failed"]},
+        "message": {
+            "description": "A sentence; in V3 about fields an object of lists",
+            "type": ["string", "object"],
+        },
+        "messege": value("string"),
+        "tip": value("string"),
+        "tips": value("string"),
+        "retry_after": value("integer?", "Seconds"),
+        "id": status(""),
+        "output": status(""),
+    },
+    ["status", "message"],
+)
+UPLOAD = entity(
+    {
+        "status": status("success"),
+        **MESSAGES,
+        "link": value("string", "May be the image of a call"),
+        "output": array(value("string")),
+        "request_id": value("integer"),
+        "tip": value("string"),
+    },
+    ["status", "link", "output", "request_id"],
+)
+VERDICT = entity(
+    {
+        "status": status("success"),
+        "id": value("integer"),
+        "images": value("string?"),
+        "has_nsfw_concept": array(value("boolean")),
+    },
+    ["status", "id", "images", "has_nsfw_concept"],
+)
+
+
 def answers_of(name: str, later: Mapping[str, Schema]) -> dict[str, Schema]:
     """The schemas of answers and errors. name: of their dialect. later: fields after V3."""
+    success = {**SUCCESS_FIELDS, **later}
     return {
-        f"{name}Success": entity(
-            {
-                "status": status("success"),
-                "generationTime": value("number?", "Seconds"),
-                "id": value("integer"),
-                "output": array(value("string"), "URLs of the pictures, or base64 texts"),
-                "meta": META,
-                **later,
-            },
-            ["status", "generationTime", "id", "output", "meta", *later],
-        ),
-        f"{name}Processing": entity(
-            {
-                "status": status("processing"),
-                "tip": value("string"),
-                "eta": value("number", "Seconds"),
-                **MESSAGES,
-                "fetch_result": value("string", "URL to POST to"),
-                "id": value("integer"),
-                "output": {"enum": ["", []]},
-                "meta": META,
-            },
-            ["status", "eta", "message", "id", "output"],
-            "Not finished within the hold time",
-        ),
-        f"{name}Failed": entity(
-            {"status": status("failed"), "id": {}, **MESSAGES, "output": status("")},
-            ["status", "id", "message", "output"],
-        ),
-        f"{name}Error": entity(
-            {
-                "status": {"enum": ["error", "failed"]},
-                "message": {
-                    "description": "A sentence; in V3 about fields an object of lists",
-                    "type": ["string", "object"],
-                },
-                "messege": value("string"),
-                "tip": value("string"),
-                "tips": value("string"),
-                "retry_after": value("integer?", "Seconds"),
-                "id": status(""),
-                "output": status(""),
-            },
-            ["status", "message"],
-        ),
-        f"{name}Upload": entity(
-            {
-                "status": status("success"),
-                **MESSAGES,
-                "link": value("string", "May be the image of a call"),
-                "output": array(value("string")),
-                "request_id": value("integer"),
-                "tip": value("string"),
-            },
-            ["status", "link", "output", "request_id"],
-        ),
-        f"{name}Verdict": entity(
-            {
-                "status": status("success"),
-                "id": value("integer"),
-                "images": value("string?"),
-                "has_nsfw_concept": array(value("boolean")),
-            },
-            ["status", "id", "images", "has_nsfw_concept"],
-        ),
+        f"{name}Success": entity(success, [*success]),
+        f"{name}Processing": PROCESSING,
+        f"{name}Failed": FAILED,
+        f"{name}Error": ERROR,
+        f"{name}Upload": UPLOAD,
+        f"{name}Verdict": VERDICT,
     }
 
 
