@@ -35,13 +35,14 @@ from models.engine import (
 from models.errors import OutOfMemory
 from models.executors import background_of
 from models.model_pool import ModelPool
+from models.variants import ModelVariant
 
 OURS, PLAIN, BATCHED, COMPILED = "ours", "plain", "plain, batched", "plain, compiled"
 Pictures: TypeAlias = list[NDArray[np.uint8]]
 Painter: TypeAlias = Callable[[Sequence[Order]], Pictures]
 """Makes the pictures of some orders, in any order it likes; result in order of the orders."""
 
-MODEL = "benchmarked"
+MODEL = ModelVariant("benchmarked")
 
 LONGEST_WAIT_S = 1.0
 """For the engine's background. It ends as soon as something is done."""

@@ -18,6 +18,7 @@ from models.diffusion.pipeline import InpaintPipeline, Picture, Queued, Sample, 
 from models.imaging.canvas import Canvas
 from models.model_pool import ModelPool
 from models.params import InpaintParams
+from models.variants import ModelVariant
 from server.core.logs import configure_logging
 from server.core.settings import load_settings
 from server.jobs.store import JobStore
@@ -85,7 +86,7 @@ class NoopWorker(Worker):
     """The worker's own loop around `NoopPipeline`."""
 
     def _open_models(self) -> ModelPool:
-        return ModelPool.of(self.settings.model, NoopPipeline())
+        return ModelPool.of(ModelVariant(self.settings.model), NoopPipeline())
 
 
 def main() -> None:

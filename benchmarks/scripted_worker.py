@@ -16,6 +16,7 @@ from typing import Any
 import server.worker.loop
 from models.diffusion.pipeline import Sample
 from models.model_pool import ModelPool
+from models.variants import ModelVariant
 from server.cli.main import main
 from tests.chaos.pipeline import ScriptedPipeline
 from tests.chaos.scripts import Script
@@ -34,7 +35,7 @@ class TimedWorker(ScriptedWorker):
     """The worker's own loop around `OneByOne`."""
 
     def _open_models(self) -> ModelPool:
-        return ModelPool.of(self.settings.model, OneByOne())
+        return ModelPool.of(ModelVariant(self.settings.model), OneByOne())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 
 from models.diffusion.pipeline import Sample
+from models.variants import ModelVariant
 
 MEASUREMENTS = 3
 """Calls of one size that are timed before it is compared; the quickest of them counts."""
@@ -32,7 +33,7 @@ class CallKind:
     area: of one picture, in pixels.
     """
 
-    model: str
+    model: ModelVariant
     area: int
 
 
@@ -40,19 +41,19 @@ class CallKind:
 class BatchKey:
     """All that samples must have in common to share a UNet call."""
 
-    model: str
+    model: ModelVariant
     latent_height: int
     latent_width: int
     conditioning_tokens: int
 
     @classmethod
-    def of(cls, sample: Sample, model: str) -> "BatchKey":
+    def of(cls, sample: Sample, model: ModelVariant) -> "BatchKey":
         """The key of a sample of a model."""
         height, width = sample.latents.shape[-2:]
         return cls(model, height, width, sample.conditioning.shape[1])
 
     @property
-    def picture(self) -> tuple[str, int, int]:
+    def picture(self) -> tuple[ModelVariant, int, int]:
         """Samples of equal value may be decoded in one call."""
         return self.model, self.latent_height, self.latent_width
 

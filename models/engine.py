@@ -26,6 +26,7 @@ from models.errors import DeviceLost, EngineError, OutOfMemory
 from models.executors import InlineExecutor
 from models.model_pool import ModelPool, Readiness
 from models.params import InpaintParams
+from models.variants import ModelVariant
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,10 @@ behind more, new generations, cancellations and previews wait for the device."""
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A job as the engine sees it. model: by the id that the engine's models know it by."""
+    """A job as the engine sees it."""
 
     id: int
-    model: str
+    model: ModelVariant
     params: InpaintParams
     source: Source
 
@@ -276,7 +277,7 @@ class InpaintEngine:
             logger.warning("no preview could be made", exc_info=True)
             return None
 
-    def warm_up(self, model: str) -> None:
+    def warm_up(self, model: ModelVariant) -> None:
         """Make a model's first calls, and learn how large calls of its own size should be.
 
         Raises: UnusablePicture, OutOfMemory, DeviceLost.

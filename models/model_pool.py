@@ -4,9 +4,9 @@ A requested checkpoint that is not loaded is read in a thread, so that jobs of o
 and is placed on the device between two steps. The least recently requested checkpoints are unloaded
 when the budget is too small, but never one that is in use.
 
-A variant is a model with LoRAs that jobs ask for, and each other scale makes another variant. So
-at most `MAX_VARIANTS` are loaded or being loaded, whatever the budget; the least recently requested
-one is unloaded for the next.
+Each set of LoRAs and scales that jobs ask for makes another variant of a model. So at most
+`MAX_VARIANTS` with LoRAs are loaded or being loaded, whatever the budget; the least recently
+requested one is unloaded for the next.
 """
 
 import gc
@@ -21,12 +21,13 @@ import torch
 from models.checkpoints.registry import Components
 from models.diffusion.pipeline import InpaintPipeline, translated_errors
 from models.errors import ModelUnavailable, OutOfMemory
+from models.variants import ModelVariant
 
 logger = logging.getLogger(__name__)
 
 
 MAX_VARIANTS = 4
-"""Largest number of variants, each of which takes the memory of a whole model."""
+"""Largest number of variants with LoRAs, each of which takes the memory of a whole model."""
 
 
 class Readiness(Enum):
@@ -36,50 +37,48 @@ class Readiness(Enum):
     LOADING = "loading"
     """A thread reads the checkpoint. Request the model again later."""
     CROWDED = "crowded"
-    """Models in use leave no memory for it, or no place among the variants."""
+    """Models in use leave no memory for it, or no place among the variants with LoRAs."""
 
 
 @dataclass(slots=True)
 class ModelPool:
-    """The loaded models by id.
+    """The loaded models. Each is a `ModelVariant`, mostly one without LoRAs.
 
     load: reads a checkpoint into the host's memory; called in a thread.
         Raises: ModelUnavailable.
     place: places a checkpoint on the device.
     budget_bytes: limit of all models' parameters on the device; None sets no limit.
-    is_variant: whether an id is a variant's.
     """
 
-    load: Callable[[str], Components]
+    load: Callable[[ModelVariant], Components]
     place: Callable[[Components], InpaintPipeline]
     budget_bytes: int | None = None
-    is_variant: Callable[[str], bool] = lambda model: False
-    _resident: dict[str, InpaintPipeline] = field(default_factory=dict)
-    _sizes: dict[str, int] = field(default_factory=dict)
-    _loading: dict[str, Future[Components]] = field(default_factory=dict)
+    _resident: dict[ModelVariant, InpaintPipeline] = field(default_factory=dict)
+    _sizes: dict[ModelVariant, int] = field(default_factory=dict)
+    _loading: dict[ModelVariant, Future[Components]] = field(default_factory=dict)
     _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
 
     @classmethod
-    def of(cls, model: str, pipeline: InpaintPipeline) -> "ModelPool":
+    def of(cls, model: ModelVariant, pipeline: InpaintPipeline) -> "ModelPool":
         """A pool of one loaded model that loads no other."""
 
-        def refuse(asked: str) -> Components:
-            raise ModelUnavailable(f"only {model!r} is served here")
+        def refuse(asked: ModelVariant) -> Components:
+            raise ModelUnavailable(f"only '{model}' is served here")
 
         models = cls(refuse, InpaintPipeline)
         models._resident[model] = pipeline
         return models
 
     @property
-    def resident(self) -> list[str]:
-        """Ids of the loaded models, the least recently requested one first."""
+    def resident(self) -> list[ModelVariant]:
+        """The loaded models, the least recently requested one first."""
         return [*self._resident]
 
-    def pipeline(self, model: str) -> InpaintPipeline:
+    def pipeline(self, model: ModelVariant) -> InpaintPipeline:
         """The pipeline of a model that is ready."""
         return self._resident[model]
 
-    def request(self, model: str, in_use: Set[str] = frozenset()) -> Readiness:
+    def request(self, model: ModelVariant, in_use: Set[ModelVariant] = frozenset()) -> Readiness:
         """State of a model; starts to load one that is not loaded, and never waits.
 
         in_use: models that must stay. A failed load may be tried again by the next call.
@@ -90,7 +89,7 @@ class ModelPool:
             return Readiness.READY
         loading = self._loading.get(model)
         if loading is None:
-            if self.is_variant(model) and not self._make_room_for_variant(in_use):
+            if model.loras and not self._make_room_for_variant(in_use):
                 return Readiness.CROWDED
             self._loading[model] = self._reader.submit(self.load, model)
             return Readiness.LOADING
@@ -98,7 +97,7 @@ class ModelPool:
             return Readiness.LOADING
         return self._settle(model, loading, in_use)
 
-    def forget_loads(self, wanted: Set[str]) -> None:
+    def forget_loads(self, wanted: Set[ModelVariant]) -> None:
         """Drop the loads of models that nobody waits for any more, which would keep their memory.
 
         wanted: models that somebody waits for.
@@ -106,7 +105,7 @@ class ModelPool:
         for model in self._loading.keys() - wanted:
             self._loading.pop(model).cancel()
 
-    def wait_for(self, model: str) -> InpaintPipeline:
+    def wait_for(self, model: ModelVariant) -> InpaintPipeline:
         """Load a model while none is in use, and wait for it. Raises: as `request`."""
         while self.request(model) is not Readiness.READY:
             self._loading[model].exception()  # waits
@@ -121,7 +120,9 @@ class ModelPool:
         """Cancel pending loads."""
         self._reader.shutdown(wait=False, cancel_futures=True)
 
-    def _settle(self, model: str, loading: Future[Components], in_use: Set[str]) -> Readiness:
+    def _settle(
+        self, model: ModelVariant, loading: Future[Components], in_use: Set[ModelVariant]
+    ) -> Readiness:
         """Place a model that was read on the device, if the budget allows."""
         if loading.exception() is not None:
             del self._loading[model]
@@ -144,10 +145,10 @@ class ModelPool:
         with translated_errors():
             return self.place(components)
 
-    def _make_room_for_variant(self, in_use: Set[str]) -> bool:
-        """Unload idle variants until one more may be loaded; False where too many are in use."""
-        resident = [model for model in self._resident if self.is_variant(model)]
-        loading = sum(map(self.is_variant, self._loading))
+    def _make_room_for_variant(self, in_use: Set[ModelVariant]) -> bool:
+        """Unload idle ones until one more may be loaded; False where too many are in use."""
+        resident = [model for model in self._resident if model.loras]
+        loading = sum(bool(model.loras) for model in self._loading)
         excess = len(resident) + loading + 1 - MAX_VARIANTS
         idle = [model for model in resident if model not in in_use]
         if excess > len(idle):
@@ -156,7 +157,7 @@ class ModelPool:
             self._unload(model)
         return True
 
-    def _make_room(self, model: str, size_bytes: int, in_use: Set[str]) -> bool:
+    def _make_room(self, model: ModelVariant, size_bytes: int, in_use: Set[ModelVariant]) -> bool:
         """Unload idle models until the budget suffices; False, unloading none, where it cannot.
 
         Raises: ModelUnavailable for a model that never fits.
@@ -166,7 +167,7 @@ class ModelPool:
         if size_bytes > self.budget_bytes:
             del self._loading[model]
             raise ModelUnavailable(
-                f"model {model!r} needs {size_bytes / 1e9:.1f} GB; all models together may have "
+                f"model '{model}' needs {size_bytes / 1e9:.1f} GB; all models together may have "
                 f"{self.budget_bytes / 1e9:.1f} GB"
             )
         excess = size_bytes + sum(self._sizes.values()) - self.budget_bytes
@@ -181,7 +182,7 @@ class ModelPool:
             self._unload(each)
         return True
 
-    def _unload(self, model: str) -> None:
+    def _unload(self, model: ModelVariant) -> None:
         logger.info("model %s unloaded", model)
         self._resident.pop(model).release_memory()
         del self._sizes[model]

@@ -48,7 +48,7 @@ CHECKING = "checking"
 class WarmedUp(Protocol):
     """The part of `InpaintEngine` that `warm_up` uses."""
 
-    def warm_up(self, model: str) -> None: ...
+    def warm_up(self, model: ModelVariant) -> None: ...
     def release_memory(self) -> None: ...
 
 
@@ -78,10 +78,9 @@ class Checkpoints:
         if device.index is not None:
             torch.cuda.set_device(device)  # For code that takes the default device.
         models = ModelPool(
-            load=lambda model: self._load(model, device),
+            load=lambda variant: self._load(variant, device),
             place=self._place_on(device),
             budget_bytes=pick_model_memory(self.settings.model_memory_bytes, device),
-            is_variant=lambda model: model not in self.settings.offered_models,
         )
         # `disable=None` shows the bar on a terminal only.
         name = self.settings.model
@@ -94,7 +93,7 @@ class Checkpoints:
 
             report(0.0, "files")
             self._report_load = report
-            models.wait_for(name)
+            models.wait_for(ModelVariant(name))
         self._report_load = None
         return models
 
@@ -104,17 +103,15 @@ class Checkpoints:
         is_on_gpu = pick_device(self.device_name).type == "cuda"  # a CPU would gain nothing
         return self.settings.warm_up and is_on_gpu
 
-    def _load(self, model: str, device: torch.device) -> Components:
+    def _load(self, variant: ModelVariant, device: torch.device) -> Components:
         """Read a checkpoint into the host's memory. Raises: ModelUnavailable."""
         self._progress_at = time.monotonic()
         try:
-            return self._read(model, device)
+            return self._read(variant, device)
         finally:
             self._progress_at = None
 
-    def _read(self, model: str, device: torch.device) -> Components:
-        is_plain = model in self.settings.offered_models
-        variant = ModelVariant(model) if is_plain else ModelVariant.of(model)
+    def _read(self, variant: ModelVariant, device: torch.device) -> Components:
         catalog = read_catalog(self.settings.models_file)
         loras = self._entries_of(variant, catalog)
         spec = find_model(variant.model, catalog.models)
@@ -133,7 +130,7 @@ class Checkpoints:
         if components.safety_checker is None:
             logger.warning("this model has no safety checker: nothing is checked", model=spec.id)
         seconds = round(time.perf_counter() - started, 2)
-        logger.info("model loaded", model=model, device=str(device), seconds=seconds)
+        logger.info("model loaded", model=str(variant), device=str(device), seconds=seconds)
         return replace(components, weights_sha256=digest)
 
     def _entries_of(self, variant: ModelVariant, catalog: Catalog) -> list[LoraEntry]:
@@ -222,7 +219,7 @@ def check_loras(entries: Iterable[LoraEntry], digests: Iterable[str]) -> None:
         check_digest(entry.path, digest, entry.sha256)
 
 
-def warm_up(engine: WarmedUp, model: str) -> None:
+def warm_up(engine: WarmedUp, model: ModelVariant) -> None:
     """Compile, record and measure before the first job what its first calls would wait for.
 
     Raises: models.errors.DeviceLost.

@@ -166,7 +166,7 @@ class Worker:
         engine = InpaintEngine(models, limits, background)
         if self._checkpoints.must_warm_up:
             self.report("loading", "warming up")
-            warm_up(engine, self.settings.model)
+            warm_up(engine, ModelVariant(self.settings.model))
         self.report("ready", "ready")
         logger.info("worker ready", worker_id=self.worker_id, pid=os.getpid())
         with (
@@ -334,7 +334,7 @@ class Worker:
                 self._finalizer.fail(job, source)
                 continue
             self._running[job.id] = RunningJob(job, source, stages)
-            engine.add(Generation(job.id, self._variant_of(job).id, job.params, source))
+            engine.add(Generation(job.id, self._variant_of(job), job.params, source))
 
     def _read_input(self, job: Job) -> Source | Failure:
         """The job's input, or the failure of a job whose input cannot be read."""
@@ -388,7 +388,7 @@ class Worker:
     def _describe_model(self, job: Job) -> Model:
         """The model's entry in a receipt. Asked for before the next step may unload the model."""
         variant = self._variant_of(job)
-        digest = self._models.pipeline(variant.id).weights_sha256
+        digest = self._models.pipeline(variant).weights_sha256
         return self._checkpoints.describe(variant, digest)
 
     def _variant_of(self, job: Job) -> ModelVariant:

@@ -19,9 +19,10 @@ from models.engine import Failed, Finished, Generation, InpaintEngine
 from models.errors import EngineError
 from models.model_pool import ModelPool
 from models.params import InpaintParams
+from models.variants import ModelVariant
 from server.worker.checkpoints import pick_device, pick_dtype
 
-MODEL = "builtin"
+MODEL = ModelVariant("builtin")
 SIDE, STEPS = 512, 20
 
 
@@ -40,7 +41,7 @@ def make_picture(device_name: str) -> dict[str, object]:
     """Load the model and repaint the middle of a grey picture. Raises: EngineError, torch's own."""
     device = pick_device(device_name)
     started = time.perf_counter()
-    components = load_components(ModelSpec(MODEL, MODEL), device, pick_dtype(device))
+    components = load_components(ModelSpec(MODEL.model, MODEL.model), device, pick_dtype(device))
     loaded = time.perf_counter()
     engine = InpaintEngine(ModelPool.of(MODEL, InpaintPipeline(components)))
     run(engine)

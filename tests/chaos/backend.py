@@ -20,6 +20,7 @@ from typing import Any  # noqa: E402
 
 import server.worker.loop  # noqa: E402
 from models.model_pool import ModelPool  # noqa: E402
+from models.variants import ModelVariant  # noqa: E402
 from server.cli.main import main  # noqa: E402
 from server.jobs.job import Job  # noqa: E402
 from server.jobs.receipts import Model  # noqa: E402
@@ -39,7 +40,7 @@ class ScriptedWorker(Worker):
             self.report("loading", "model weights")
             hung.unlink()
             threading.Event().wait()
-        return ModelPool.of(self.settings.model, ScriptedPipeline())
+        return ModelPool.of(ModelVariant(self.settings.model), ScriptedPipeline())
 
     def _describe_model(self, job: Job) -> Model:
         return Model("scripted", None, "cpu", "float32")

@@ -24,6 +24,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from models.model_pool import ModelPool
 from models.params import InpaintParams
+from models.variants import ModelVariant
 from server.api.dialects.registry import write_webhook
 from server.core.errors import StorageUnavailable
 from server.core.settings import Settings
@@ -270,7 +271,7 @@ class PlainWorker(Worker):
     """The worker's own loop around a pipeline without weights."""
 
     def _open_models(self) -> ModelPool:
-        return ModelPool.of(self.settings.model, ScriptedPipeline())
+        return ModelPool.of(ModelVariant(self.settings.model), ScriptedPipeline())
 
     def _describe_model(self, job: Job) -> Model:
         return Model("scripted", None, "cpu", "float32")

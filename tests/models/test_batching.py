@@ -3,8 +3,10 @@
 import pytest
 
 from models.batching import MEASUREMENTS, BatchSizer, CallKind, stall_s
+from models.variants import ModelVariant
 
-KIND = CallKind("model", area=256 * 256)
+MODEL = ModelVariant("model")
+KIND = CallKind(MODEL, area=256 * 256)
 
 
 def grow(budget: BatchSizer, seconds_per_row: dict[int, float]) -> list[int]:
@@ -50,7 +52,7 @@ def test_sizes_are_measured_apart() -> None:
     for _ in range(MEASUREMENTS):
         budget.observe(KIND, 2, 0.02)
     assert budget.units(KIND) == 4
-    assert budget.units(CallKind("model", area=512 * 512)) == 2
+    assert budget.units(CallKind(MODEL, area=512 * 512)) == 2
 
 
 @pytest.mark.parametrize(("rows", "left"), [(8, 4), (2, 1), (1, 1)])
@@ -65,7 +67,7 @@ def test_calls_of_several_pictures_stay_below_the_most_area() -> None:
     budget = BatchSizer(first=1, most=32, most_area=3 * KIND.area)
     assert grow(budget, {1: 0.010, 2: 0.007}) == [1, 2]
 
-    large = CallKind("model", 4 * KIND.area)
+    large = CallKind(MODEL, 4 * KIND.area)
     for _ in range(2 * MEASUREMENTS):
         budget.observe(large, 1, 0.04)
     assert budget.units(large) == 1
@@ -83,7 +85,7 @@ def test_call_beside_running_samples_is_as_large_as_they_may_wait() -> None:
 
 def test_running_samples_wait_for_two_of_their_quickest_steps() -> None:
     steps = BatchSizer(first=2, most=8)
-    quick, slow = CallKind("model", 32 * 32), CallKind("model", 64 * 64)
+    quick, slow = CallKind(MODEL, 32 * 32), CallKind(MODEL, 64 * 64)
     assert stall_s(steps, {}) == float("inf")
     steps.observe(quick, 2, 0.010)
     assert stall_s(steps, {quick: 2}) == pytest.approx(0.020)

@@ -31,9 +31,9 @@ WINGS = {
         "core": "",
     },
     "models": {
-        "engine": "batching executors model_pool diffusion acceleration params errors",
-        "batching": "diffusion",
-        "model_pool": "diffusion checkpoints errors",
+        "engine": "batching executors model_pool variants diffusion acceleration params errors",
+        "batching": "variants diffusion",
+        "model_pool": "variants diffusion checkpoints errors",
         "executors": "",
         "builtin": "diffusion",
         "diffusion": "acceleration checkpoints imaging params errors",

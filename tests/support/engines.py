@@ -4,12 +4,13 @@ from typing import Any
 
 from models.diffusion.pipeline import Picture
 from models.engine import Event, Failed, Finished, Generation, InpaintEngine, Progress
+from models.variants import ModelVariant
 from tests.support.pipelines import SOURCE, make_params
 
-MODEL = "tiny"
+MODEL = ModelVariant("tiny")
 
 
-def make_generation(generation_id: int, model: str = MODEL, **changes: Any) -> Generation:
+def make_generation(generation_id: int, model: ModelVariant = MODEL, **changes: Any) -> Generation:
     """Of its own seeds."""
     params = make_params(seed=10 * generation_id, **changes)
     return Generation(generation_id, model, params, SOURCE)

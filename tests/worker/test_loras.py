@@ -107,7 +107,7 @@ def run(models: ModelPool, *variants: ModelVariant) -> list[Any]:
     """The picture of each variant, or its error; all of one seed and in one engine."""
     engine = InpaintEngine(models)
     for number, variant in enumerate(variants):
-        engine.add(Generation(number, variant.id, PARAMS, SOURCE))
+        engine.add(Generation(number, variant, PARAMS, SOURCE))
     ends: dict[int, Any] = {}
     while not engine.is_idle:
         for event in engine.step():
@@ -151,8 +151,8 @@ def test_any_number_of_scales_keeps_few_models_loaded(models: ModelPool) -> None
     variants = [ModelVariant("builtin", (replace(INK, scale=number / 8),)) for number in range(9)]
     pictures = run(models, *variants)
     assert not [picture for picture in pictures if isinstance(picture, Exception)]
-    loaded = [model for model in models.resident if model != "builtin"]
-    assert loaded == [variant.id for variant in variants[-MAX_VARIANTS:]]
+    loaded = [model for model in models.resident if model != BASE]
+    assert loaded == variants[-MAX_VARIANTS:]
     assert models._loading == {}
 
 
@@ -165,6 +165,7 @@ def test_any_number_of_scales_keeps_few_models_loaded(models: ModelPool) -> None
         (ModelVariant("builtin", (Lora("gone"),)), "unknown LoRA 'gone'"),
         (ModelVariant("builtin", (Lora("private"),)), "'private' is not among those"),
         (ModelVariant("elsewhere", (INK,)), "'elsewhere' is not among those"),
+        (ModelVariant("elsewhere"), "'elsewhere' is not among those"),
     ],
 )
 def test_variant_that_cannot_be_loaded_fails_alone(
@@ -180,44 +181,67 @@ def test_digest_is_of_the_model_and_its_loras(models: ModelPool) -> None:
     digests = {}
     for variant in (BASE, FUSED, WITH_INK, WITH_BOTH):
         run(models, variant)
-        digests[variant.id] = models.pipeline(variant.id).weights_sha256
-    assert digests[WITH_INK.id] == digests[FUSED.id], "the files are the same"
+        digests[variant] = models.pipeline(variant).weights_sha256
+    assert digests[WITH_INK] == digests[FUSED], "the files are the same"
     assert len({*digests.values()}) == 3
     assert all(len(digest or "") == 64 for digest in digests.values())
 
 
 def test_worker_makes_jobs_with_loras(tmp_path: Path, files: Path) -> None:
-    settings = settings_in(tmp_path, files)
-    migrate(open_engine(settings.sqlalchemy_url))
-    store, storage = JobStore(open_engine(settings.sqlalchemy_url)), Storage(settings.storage_url)
     asked: list[dict[str, Any]] = [
         {"model": "fused"},
         {"loras": (INK,)},
         {"loras": (Lora("broken"),)},
         {"loras": (INK,), "output_format": OutputFormat.JPEG},
     ]
+    worker = worker_of(settings_in(tmp_path, files))
+    fused, with_ink, broken, jpeg = run_jobs(worker, asked)
+    assert (broken.state, broken.error) == (JobState.FAILED, Failure.MODEL_UNAVAILABLE.sentence)
+    assert [job.state for job in (fused, with_ink, jpeg)] == [JobState.FINISHED] * 3
+    pictures = [worker.storage.get(job.output_keys[0]) or b"" for job in (fused, with_ink, jpeg)]
+    assert pictures[0] == pictures[1]
+    assert jpeg.output_names == [f"{prefix(3)}-0.jpg"]
+    exact, lossy = (np.asarray(Image.open(io.BytesIO(each))).astype(int) for each in pictures[1:])
+    assert 0 < np.abs(exact - lossy).mean() < 5
+    receipts = [worker.store.receipt_of(job.id) for job in (fused, with_ink)]
+    assert [receipt.model.loras for receipt in receipts if receipt] == [(), (INK,)]
+    assert [receipt.model.id for receipt in receipts if receipt] == ["fused", "builtin"]
+
+
+def test_job_of_a_model_that_is_no_longer_offered_is_told_so(
+    tmp_path: Path, files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a restart with another list of models while the job waits, or by a replay."""
+    settings = settings_in(tmp_path, files).model_copy(update={"models": []})
+    ends = run_jobs(worker_of(settings), [{"model": "fused"}, {"model": "builtin"}])
+    assert [(job.state, job.error) for job in ends] == [
+        (JobState.FAILED, Failure.MODEL_UNAVAILABLE.sentence),
+        (JobState.FINISHED, None),
+    ]
+    assert not [record for record in caplog.records if record.exc_info], "a traceback"
+
+
+def prefix(number: int) -> str:
+    return f"00000000-0000-4000-8000-{number:012}"
+
+
+def worker_of(settings: Settings) -> Worker:
+    """With a database and a file store of its own."""
+    migrate(open_engine(settings.sqlalchemy_url))
+    store, storage = JobStore(open_engine(settings.sqlalchemy_url)), Storage(settings.storage_url)
+    return Worker("w", "cpu", settings, store, storage, threading.Event())
+
+
+def run_jobs(worker: Worker, asked: list[dict[str, Any]]) -> list[Job]:
+    """The ended jobs of `PARAMS` with each of these changes."""
     pair = DecodedPair(SOURCE.init_image, SOURCE.mask)
     new = [
         new_job(params=replace(PARAMS, **each), file_prefix=prefix(number))
         for number, each in enumerate(asked)
     ]
-    jobs = [submit_pair(store, storage, each, pair, None) for each in new]
-    run_worker(Worker("w", "cpu", settings, store, storage, threading.Event()), jobs)
-    fused, with_ink, broken, jpeg = (get(store, job.id) for job in jobs)
-    assert (broken.state, broken.error) == (JobState.FAILED, Failure.MODEL_UNAVAILABLE.sentence)
-    assert [job.state for job in (fused, with_ink, jpeg)] == [JobState.FINISHED] * 3
-    pictures = [storage.get(job.output_keys[0]) or b"" for job in (fused, with_ink, jpeg)]
-    assert pictures[0] == pictures[1]
-    assert jpeg.output_names == [f"{prefix(3)}-0.jpg"]
-    exact, lossy = (np.asarray(Image.open(io.BytesIO(each))).astype(int) for each in pictures[1:])
-    assert 0 < np.abs(exact - lossy).mean() < 5
-    receipts = [store.receipt_of(job.id) for job in (fused, with_ink)]
-    assert [receipt.model.loras for receipt in receipts if receipt] == [(), (INK,)]
-    assert [receipt.model.id for receipt in receipts if receipt] == ["fused", "builtin"]
-
-
-def prefix(number: int) -> str:
-    return f"00000000-0000-4000-8000-{number:012}"
+    jobs = [submit_pair(worker.store, worker.storage, each, pair, None) for each in new]
+    run_worker(worker, jobs)
+    return [get(worker.store, job.id) for job in jobs]
 
 
 def run_worker(worker: Worker, jobs: list[Job]) -> None:

@@ -29,6 +29,7 @@ from models.diffusion.pipeline import InpaintPipeline, Sample, Source
 from models.engine import EngineLimits, Failed, Finished, Generation, InpaintEngine
 from models.model_pool import ModelPool
 from models.params import InpaintParams, SchedulerName
+from models.variants import ModelVariant
 from tests.support.pipelines import MIXED_BATCH, SOURCE, denoise, make_params
 from tests.support.tiny import save_tiny_checkpoint
 
@@ -257,14 +258,15 @@ def test_half_precision_makes_the_float32_picture(
 
 def test_engine_shrinks_its_batches_when_memory_is_short(builtin: Components) -> None:
     pipeline = build(builtin, Acceleration())
+    model = ModelVariant("builtin")
     engine = InpaintEngine(
-        ModelPool.of("builtin", pipeline), EngineLimits(max_generations=8, first_rows=16)
+        ModelPool.of(model, pipeline), EngineLimits(max_generations=8, first_rows=16)
     )
     for number in range(8):
         engine.add(
             Generation(
                 number,
-                "builtin",
+                model,
                 make_params(seed=number, width=512, height=512, scheduler=None),
                 Source(np.zeros((512, 512, 3), np.uint8), np.full((512, 512), 255, np.uint8)),
             )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.errors import EngineError, OutOfMemory, UnusablePicture
+from models.variants import ModelVariant
 from server.core.settings.sections import DtypeName
 from server.worker.checkpoints import pick_dtype, warm_up
 
@@ -32,7 +33,7 @@ class Crowded:
         self._error = error
         self.has_released = False
 
-    def warm_up(self, model: str) -> None:
+    def warm_up(self, model: ModelVariant) -> None:
         raise self._error
 
     def release_memory(self) -> None:
@@ -43,6 +44,6 @@ class Crowded:
 def test_worker_starts_without_a_warm_up(error: EngineError) -> None:
     """Smaller pictures may do."""
     engine = Crowded(error)
-    warm_up(engine, "inpaint")
+    warm_up(engine, ModelVariant("inpaint"))
 
     assert engine.has_released
