@@ -260,7 +260,11 @@ class TestContentEncodings:
         assert get_from(answering(body)) is ImageProblem.COMPRESSED
 
     @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-    @pytest.mark.parametrize("body", [b"", b"picture", gzip.compress(CONTENT)[:-9], bytes(50)])
+    @pytest.mark.parametrize(
+        "body",
+        [b"", b"picture", gzip.compress(CONTENT)[:-9], bytes(50)],
+        ids=["empty", "plain", "cut", "zeros"],
+    )
     def test_broken_compression_is_damage(self, coding: str, body: bytes) -> None:
         assert get_from(answering(encoded(coding, body))) is ImageProblem.DAMAGED
 

@@ -131,7 +131,7 @@ def test_inverted_mask_and_its_cure(client: httpx2.Client) -> None:
         (PICTURE, MASK, {"width": 256}, ["resized"]),
         (PICTURE, MASK, {"only_masked": True, "width": 64, "height": 64}, ["resized"]),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, Image.Image) else str(value),
 )
 def test_findings(
     picture: Image.Image,
