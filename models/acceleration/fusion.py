@@ -42,7 +42,7 @@ class Fusions:
     convolutions of 1×1. attention: no division by 1. self_attention, text, times: products that
     are made as one, see `joining`; the last one needs `norms`. residuals: sums inside products;
     needs `transformers`, and `attention` or both of the joined ones. wide_attention: a VAE's, by
-    two products. narrow_attention: by our own kernel where heads have 40, 80 or 160 numbers and
+    two products. narrow_attention: by our own kernel where heads have 40 or 80 numbers and
     `attention` or the joined ones are on; off until a card has shown that it is quicker.
     """
 

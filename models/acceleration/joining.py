@@ -157,12 +157,13 @@ def simplify_attention(unet: nn.Module) -> None:
 
 
 def narrow_heads(unet: nn.Module) -> None:
-    """Have our own kernel attend where it takes the heads' width."""
+    """Have our own kernel attend where it takes the heads' width in the weights' dtype."""
     from models.acceleration.narrow_attention import can_attend
 
     for module in unet.modules():
         if isinstance(module, PlainAttention):
-            module.is_narrow = can_attend(module.inner_dim // module.heads)
+            width, itemsize = module.inner_dim // module.heads, module.to_q.weight.itemsize
+            module.is_narrow = can_attend(width, itemsize)
 
 
 def join_self_attention(unet: nn.Module) -> None:

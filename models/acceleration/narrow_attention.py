@@ -1,4 +1,4 @@
-"""Attention for head widths that are no power of two: 40, 80 and 160 in Stable Diffusion 1.5.
+"""Attention for head widths that are no power of two: 40 and 80 in Stable Diffusion 1.5.
 
 Kernels that come with torch fill a head of 40 numbers up to 64. Here it is cut into 32 numbers and
 a rest of 8, filled up to 16, so that tensor cores work on 48. It has run on no card yet.
@@ -22,9 +22,15 @@ LEAST_REST = 16
 """A product on tensor cores has at least so many numbers along each side."""
 
 
-def can_attend(width: int) -> bool:
-    """Whether a head of such a width is cut into two here."""
-    return width % 8 == 0 and 32 < width <= 160 and width != triton.next_power_of_2(width)
+LARGEST_HEAD = 160
+"""In bytes: 80 numbers of half precision, for which a program keeps 143,360 bytes of queries, keys
+and values in shared memory. A head of 160 would need 286,720, and an H100 has 232,448."""
+
+
+def can_attend(width: int, itemsize: int) -> bool:
+    """Whether a head of so many numbers of so many bytes is cut into two here."""
+    is_between = 32 < width and width * itemsize <= LARGEST_HEAD
+    return is_between and width % 8 == 0 and width != triton.next_power_of_2(width)
 
 
 def narrow_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -39,6 +39,7 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class MachineCode:
     """registers: of a thread. local_bytes: of a thread, in memory: what registers did not hold.
+    shared_bytes: of a block of threads; a card refuses to start more than it has.
 
     loads, stores: accesses to global memory that stand in the code, by their width in bits.
     products: instructions of the tensor cores, by name.
@@ -47,6 +48,7 @@ class MachineCode:
     kernel: str
     registers: int
     local_bytes: int
+    shared_bytes: int
     loads: Counter[int]
     stores: Counter[int]
     products: Counter[str]
@@ -89,9 +91,8 @@ def machine_code(launch: Launch, scratch: Path) -> MachineCode:
     compiled = triton.compile(source, target=HOPPER, options=options.__dict__)
     program = scratch / "kernel.cubin"
     program.write_bytes(compiled.asm["cubin"])
-    return parsed(
-        kernel.fn.__name__, taken_apart("-res-usage", program), taken_apart("-sass", program)
-    )
+    usage, assembly = taken_apart("-res-usage", program), taken_apart("-sass", program)
+    return parsed(kernel.fn.__name__, usage, assembly, compiled.metadata.shared)
 
 
 def taken_apart(view: str, program: Path) -> str:
@@ -102,8 +103,8 @@ def taken_apart(view: str, program: Path) -> str:
     return done.stdout
 
 
-def parsed(kernel: str, usage: str, assembly: str) -> MachineCode:
-    """usage, assembly: as `cuobjdump` prints them."""
+def parsed(kernel: str, usage: str, assembly: str, shared_bytes: int) -> MachineCode:
+    """usage, assembly: as `cuobjdump` prints them. shared_bytes: as Triton asks for them."""
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     accesses: dict[str, Counter[int]] = {"LDG": Counter(), "LDGSTS": Counter(), "STG": Counter()}
     for name, suffixes in re.findall(r"\b(LDG|LDGSTS|STG)\.E((?:\.\w+)*)", assembly):
@@ -115,6 +116,7 @@ def parsed(kernel: str, usage: str, assembly: str) -> MachineCode:
         kernel=kernel,
         registers=used["REG"],
         local_bytes=used["STACK"] + used["LOCAL"] + spills,
+        shared_bytes=shared_bytes,
         loads=accesses["LDG"] + accesses["LDGSTS"],
         stores=accesses["STG"],
         products=products,

@@ -31,7 +31,11 @@ class Bounds(NamedTuple):
     products: frozenset[str] = frozenset()
 
 
+SHARED_BYTES = 232_448
+"""What a program on an H100 can have; Triton raises OutOfResources where a kernel needs more."""
+
 HEADS_OF_40 = frozenset(f"HGMMA.64x{columns}x16.F32" for columns in (16, 32, 128))
+HEADS_OF_80 = frozenset(f"HGMMA.64x{columns}x16.F32" for columns in (16, 64, 128))
 
 TILES = {
     "_tile_moments": Bounds(64, 128, 32),  # stores two numbers a channel
@@ -50,6 +54,9 @@ KERNELS = {
     "sum of 320 channels": {"_add_bias": Bounds(80, 64, 128)},
     "gate of 1280": {"_gated_gelu": Bounds(80, 128, 128)},
     "heads of 40": {"_narrow_attention": Bounds(168, 128, 128, HEADS_OF_40)},
+    "heads of 40, 77 keys": {"_narrow_attention": Bounds(168, 128, 128, HEADS_OF_40)},
+    "heads of 80": {"_narrow_attention": Bounds(216, 128, 128, HEADS_OF_80)},
+    "heads of 80, 77 keys": {"_narrow_attention": Bounds(216, 128, 128, HEADS_OF_80)},
 }
 
 
@@ -78,6 +85,10 @@ def call_of(name: str) -> Callable[[], object]:
         query, key, value = meta(2, tokens, 3 * channels).chunk(3, dim=-1)
         return narrow_attention(query, key, value, 8)
 
+    def text_heads(tokens: int, channels: int) -> object:
+        key, value = meta(2, 77, 2 * channels).chunk(2, dim=-1)
+        return narrow_attention(meta(2, tokens, channels), key, value, 8)
+
     return {
         "norm of 16², 1280 channels": lambda: norm(2, 16 * 16, 1280),
         "norm of 16², 640 channels": lambda: norm(2, 16 * 16, 640),
@@ -89,6 +100,9 @@ def call_of(name: str) -> Callable[[], object]:
         "sum of 320 channels": lambda: add_bias(meta(2, 4096, 320), meta(2, 4096, 320), meta(320)),
         "gate of 1280": lambda: gated_gelu(meta(2, 4096, 2 * 1280)),
         "heads of 40": lambda: heads(4096, 320),
+        "heads of 40, 77 keys": lambda: text_heads(4096, 320),
+        "heads of 80": lambda: heads(1024, 640),
+        "heads of 80, 77 keys": lambda: text_heads(1024, 640),
     }[name]
 
 
@@ -104,6 +118,7 @@ def test_kernels_stay_in_registers_and_access_wide_words(
     assert [code.kernel for code in codes] == [*KERNELS[name]]
     for code, bounds in zip(codes, KERNELS[name].values(), strict=True):
         assert code.local_bytes == 0, code
+        assert code.shared_bytes <= SHARED_BYTES, code
         assert code.registers <= bounds.most_registers, code
         assert min(code.loads) >= bounds.load_bits, code
         assert min(code.stores) >= bounds.store_bits, code
@@ -124,6 +139,30 @@ def test_heads_of_40_are_48_numbers_to_the_tensor_cores(
     assert products["HGMMA.64x32x16.F32"] == products["HGMMA.64x16x16.F32"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_card_can_start_the_widest_heads_that_are_taken(
+    dtype: torch.dtype, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.acceleration.narrow_attention import can_attend, narrow_attention
+    from tests.support.machine_code import launches_of, machine_code, meta
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(scratch / "cache"))
+    width = max(width for width in range(512) if can_attend(width, dtype.itemsize))
+    one = meta(1, 256, width, dtype=dtype)
+    (launch,) = launches_of(lambda: narrow_attention(one, one, one, 1))
+
+    assert machine_code(launch, scratch).shared_bytes <= SHARED_BYTES
+
+
+def test_heads_of_160_are_left_to_torch() -> None:
+    from models.acceleration.narrow_attention import can_attend
+
+    half, single = ([width for width in (40, 80, 160) if can_attend(width, n)] for n in (2, 4))
+
+    assert half == [40, 80]
+    assert single == [40]
+
+
 def test_narrow_accesses_and_spills_would_be_seen() -> None:
     """On lines as the disassembler prints them."""
     from tests.support.machine_code import parsed
@@ -137,7 +176,7 @@ def test_narrow_accesses_and_spills_would_be_seen() -> None:
         /*0050*/ HGMMA.64x64x16.F32 R24, gdesc[UR8] ;
         /*0060*/ STG.E.64 desc[UR4][R2.64], R4 ;
     """
-    code = parsed("k", usage, assembly)
+    code = parsed("k", usage, assembly, 0)
 
     assert code.registers == 255
     assert code.local_bytes > 64
