@@ -93,8 +93,8 @@ def compared(
             call = made(bench, unet, switches)
             errors[name] = relative_error(call(inputs), exact)
             runs[name] = replayed(bench, lambda call=call: call(inputs))  # type: ignore[misc]
-        except RuntimeError as error:
-            faults[name] = str(error)[:300]
+        except Exception as error:  # noqa: BLE001 - Triton's are of no common kind
+            faults[name] = f"{type(error).__name__}: {error}"[:300]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for block in range(BLOCKS):
         for name in measure.rotated([*runs], block):
