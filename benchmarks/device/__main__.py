@@ -1,6 +1,6 @@
 """All that a GPU has to answer in nine minutes: `python -m benchmarks.device --out DIR`.
 
-Seven phases, each a process that is killed at its limit. `device.json` and `device.md` are written
+Eight phases, each a process that is killed at its limit. `device.json` and `device.md` are written
 anew after each of them, and a phase's findings as they come, so that nothing that was measured is
 lost. A phase that fails is reported and the next one begins; the exit status is 0 all the same.
 With --tiny, or where there is no CUDA device, small models show that the program runs.
@@ -27,11 +27,12 @@ from models.checkpoints.files.fingerprint import write_whole
 
 PHASES = {
     "ceilings": 20.0,
-    "profiles": 75.0,
-    "shapes": 60.0,
-    "switches": 130.0,
-    "stages": 50.0,
-    "pictures": 35.0,
+    "profiles": 70.0,
+    "shapes": 50.0,
+    "switches": 110.0,
+    "searched": 50.0,
+    "stages": 45.0,
+    "pictures": 25.0,
     "http": 150.0,
 }
 """Modules beside this one, in order, and the seconds that each may take."""

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def replayed(bench: Bench, work: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Inside, float32 is not rounded to TF32, and cuDNN searches nothing, which is no reference."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = products.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    products.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Phase 6: our server over HTTP, stage by stage; then a few calls of the obvious one."""
+"""Phase 7: our server over HTTP, stage by stage; then a few calls of the obvious one."""
 
 import asyncio
 import statistics

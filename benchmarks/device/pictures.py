@@ -1,4 +1,4 @@
-"""Phase 5: pictures with every switch on, against float32 without any."""
+"""Phase 6: pictures with every switch on, against float32 without any."""
 
 import copy
 import dataclasses

@@ -1,7 +1,6 @@
 """Phase 2: the distinct convolutions, products and attention calls of a step, each way there is."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.device import subjects
-from benchmarks.device.bench import Bench, relative_error, replayed
+from benchmarks.device.bench import Bench, exact_arithmetic, relative_error, replayed
 from models.acceleration.attention import KERNELS, AttentionCalls, AttentionShape, random_arguments
 from models.acceleration.fusion import ALIGNED_CHANNELS
 from models.acceleration.unet import EagerUNet
@@ -65,30 +64,44 @@ def shapes_of(
 def convolution(
     bench: Bench, shape: tuple[int, ...], channels: int, side: int, stride: int
 ) -> dict[str, Any]:
-    """By cuDNN's own choice, by its quickest, and as a product of unfolded pixels."""
-    images = bench.random(*shape).to(memory_format=torch.channels_last)
-    weight = bench.random(channels, shape[1], side, side).to(memory_format=torch.channels_last)
-    weight = weight / (shape[1] * side * side) ** 0.5
-    padding = side // 2
-
-    def plain() -> Tensor:
-        return nn.functional.conv2d(images, weight, None, stride, padding)
+    """By the kernel that cuDNN chooses, and as a product of unfolded pixels."""
+    images, weight, exact = convolved(bench, shape, channels, side, stride)
+    flops = 2 * exact.numel() * weight[0].numel()
 
     def unfolded() -> Tensor:
-        columns = nn.functional.unfold(images, side, padding=padding, stride=stride)
+        columns = nn.functional.unfold(images, side, padding=side // 2, stride=stride)
         product: Tensor = columns.transpose(1, 2) @ weight.flatten(1).T
         return product
 
-    exact = nn.functional.conv2d(images.double(), weight.double(), None, stride, padding)
-    flops = 2 * exact.numel() * weight[0].numel()
-    found = {"heuristic": timed(bench, plain, flops, exact)}
-    with quickest_convolutions():
-        found["benchmark"] = timed(bench, plain, flops, exact)
+    found = {"cuDNN's": by_cudnn(bench, images, weight, stride, exact)}
     found["unfold"] = timed(bench, unfolded, flops, exact.flatten(2).transpose(1, 2))
     if shape[1] % ALIGNED_CHANNELS or channels % ALIGNED_CHANNELS:
         widened = padded_convolution(images, weight, stride)
         found["padded"] = timed(bench, widened, flops, exact)
     return found
+
+
+def convolved(
+    bench: Bench, shape: tuple[int, ...], channels: int, side: int, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, weight, and the result in double precision."""
+    images = bench.random(*shape).to(memory_format=torch.channels_last)
+    weight = bench.random(channels, shape[1], side, side).to(memory_format=torch.channels_last)
+    weight = weight / (shape[1] * side * side) ** 0.5
+    with exact_arithmetic():
+        exact = nn.functional.conv2d(images.double(), weight.double(), None, stride, side // 2)
+    return images, weight, exact
+
+
+def by_cudnn(
+    bench: Bench, images: Tensor, weight: Tensor, stride: int, exact: Tensor
+) -> dict[str, float]:
+    """Chosen by a heuristic, or by a search where `torch.backends.cudnn.benchmark` is on."""
+    flops = 2 * exact.numel() * weight[0].numel()
+    padding = weight.shape[-1] // 2
+    return timed(
+        bench, lambda: nn.functional.conv2d(images, weight, None, stride, padding), flops, exact
+    )
 
 
 def padded_convolution(images: Tensor, weight: Tensor, stride: int) -> Callable[[], Tensor]:
@@ -104,17 +117,6 @@ def padded_convolution(images: Tensor, weight: Tensor, stride: int) -> Callable[
         return nn.functional.conv2d(wide, grown, None, stride, padding)[:, :channels]
 
     return convolved
-
-
-@contextmanager
-def quickest_convolutions() -> Any:
-    """Inside, cuDNN tries all its kernels for a new shape."""
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = before
 
 
 def product(bench: Bench, m: int, k: int, n: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Phase 4: what stands before the first step and behind the last one."""
+"""Phase 5: what stands before the first step and behind the last one."""
 
 import copy
 import math

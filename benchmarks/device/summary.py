@@ -47,7 +47,7 @@ def section(name: str, findings: Mapping[str, Any]) -> Iterator[str]:
             yield from profile_tables(label, value)
         elif isinstance(value, Mapping) and "variants" in value:
             yield from variant_tables(label, value)
-        elif name == "shapes":
+        elif name in ("shapes", "searched"):
             ways.append([label, *cells_of(value)])
         else:
             flat += [[f"{label}{path}", cell] for path, cell in leaves(value)]

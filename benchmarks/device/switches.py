@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.device import subjects
-from benchmarks.device.bench import Bench, relative_error, replayed
-from benchmarks.device.shapes import quickest_convolutions
+from benchmarks.device.bench import Bench, exact_arithmetic, relative_error, replayed
 from models.acceleration.attention import MeasuredAttention, cuda_timer
 from models.acceleration.fusion import Fusions, fuse, fuse_modules
 from models.acceleration.unet import EagerUNet, UNetCall, UNetInputs
@@ -29,17 +28,16 @@ NO_FUSIONS = Fusions(*(False for _ in fields(Fusions)))
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """One way to make the call. convolutions: cuDNN tries all its kernels at the first call."""
+    """One way to make the call."""
 
     fusions: Fusions
     measures_attention: bool
-    convolutions: bool
 
     @classmethod
     def names(cls) -> list[str]:
         """Of all switches that a UNet's call knows."""
         fusions = [field.name for field in fields(Fusions) if field.name not in OF_VAES]
-        return [*fusions, "measures_attention", "convolutions"]
+        return [*fusions, "measures_attention"]
 
     def turned(self, name: str, value: bool) -> "Switches":
         """The same but for one switch."""
@@ -49,16 +47,16 @@ class Switches:
         return replace(self, **changed)
 
 
-NONE = Switches(NO_FUSIONS, measures_attention=False, convolutions=False)
-ALL = Switches(Fusions(), measures_attention=True, convolutions=True)
+NONE = Switches(NO_FUSIONS, measures_attention=False)
+ALL = Switches(Fusions(), measures_attention=True)
+EXTREMES = {"none": NONE, "none again": NONE, "all": ALL}
+"""By name; the first two are the same, so that their difference is the noise."""
 
 
-def variants(is_complete: bool = True) -> Iterator[tuple[str, Switches]]:
-    """By name; the first two are the same, so that their difference is the noise."""
-    yield "none", NONE
-    yield "none again", NONE
-    yield "all", ALL
-    for name in Switches.names() if is_complete else ():
+def variants() -> Iterator[tuple[str, Switches]]:
+    """The extremes, and what one switch changes of them."""
+    yield from EXTREMES.items()
+    for name in Switches.names():
         if name in PREPARED:
             yield f"all and {name}", ALL.turned(name, True)
             continue
@@ -71,15 +69,17 @@ def run(bench: Bench) -> None:
     """SD 1.5 with each switch; SDXL with none and all."""
     for family, side_px, rows in bench.scale.compared:
         name = f"{family} {side_px}², {rows} rows"
-        bench.attempt(name, lambda: compared(bench, family, side_px, rows))  # noqa: B023
+        call = (family, side_px, rows)
+        bench.attempt(name, lambda: compared(bench, *call, variants()))  # noqa: B023
     if bench.is_cuda:
         for rows in (2, 4):
             name = f"sdxl 1024², {rows} rows"
-            bench.attempt(name, lambda: compared(bench, "sdxl", 1024, rows, False))  # noqa: B023
+            call = ("sdxl", 1024, rows)
+            bench.attempt(name, lambda: compared(bench, *call, EXTREMES.items()))  # noqa: B023
 
 
 def compared(
-    bench: Bench, family: str, side_px: int, rows: int, is_complete: bool = True
+    bench: Bench, family: str, side_px: int, rows: int, tried: Iterable[tuple[str, Switches]]
 ) -> dict[str, Any]:
     """ms per replay of each variant in interleaved blocks; errors against float32."""
     unet = subjects.placed(bench, subjects.UNETS[family])
@@ -88,7 +88,7 @@ def compared(
     runs: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     faults: dict[str, str] = {}
-    for name, switches in variants(is_complete):
+    for name, switches in tried:
         try:
             call = made(bench, unet, switches)
             errors[name] = relative_error(call(inputs), exact)
@@ -118,28 +118,17 @@ def made(bench: Bench, unet: Any, switches: Switches) -> Callable[[UNetInputs], 
     call: UNetCall = plain
     if switches.measures_attention and bench.is_cuda:
         call = MeasuredAttention(plain, plain, cuda_timer(bench.device))
-    if not switches.convolutions:
-        return call
-
-    def with_quickest_convolutions(inputs: UNetInputs) -> Tensor:
-        with quickest_convolutions():
-            return call(inputs)
-
-    return with_quickest_convolutions
+    return call
 
 
 def exact_call(unet: Any, inputs: UNetInputs) -> Tensor:
-    """In float32, without TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        exact = copy.deepcopy(unet).float()
-        moved = dataclasses.replace(
-            inputs,
-            latents=inputs.latents.float(),
-            conditioning=inputs.conditioning.float(),
-            added={name: each.float() for name, each in inputs.added.items()},
-        )
+    """In float32."""
+    exact = copy.deepcopy(unet).float()
+    moved = dataclasses.replace(
+        inputs,
+        latents=inputs.latents.float(),
+        conditioning=inputs.conditioning.float(),
+        added={name: each.float() for name, each in inputs.added.items()},
+    )
+    with exact_arithmetic():
         return EagerUNet(exact)(moved)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -1,13 +1,18 @@
 """The benchmark of a GPU runs here too, on small models, and keeps what a killed phase found."""
 
+import dataclasses
 import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
+from benchmarks.device import searched
 from benchmarks.device.__main__ import PHASES, main, parse, run_phase
+from benchmarks.device.bench import TINY, Bench
 from benchmarks.device.summary import to_text
 from benchmarks.device.switches import ALL, NONE, OF_VAES, PREPARED, Switches, variants
 from models.acceleration.fusion import Fusions
@@ -83,3 +88,32 @@ def test_every_switch_is_tried_alone_and_left_out() -> None:
         assert made[f"only {name}"].turned(name, False) == NONE
         assert made[f"all but {name}"].turned(name, True) == ALL
     assert made["none"] == made["none again"] == NONE
+
+
+def test_search_is_on_before_the_first_convolution(tmp_path: Path) -> None:
+    """torch would keep a plan that a heuristic has found, and never search for that shape.
+
+    References are computed without a search, which does no harm: TF32 is part of what torch
+    knows a plan by, and is off for them.
+    """
+    cudnn = torch.backends.cudnn
+    seen: set[tuple[bool, bool]] = set()
+
+    class Convolutions(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.conv2d:
+                seen.add((cudnn.allow_tf32, cudnn.benchmark))
+            return func(*args, **(kwargs or {}))
+
+    bench = Bench(tmp_path / "part", dataclasses.replace(TINY, replays=1))
+    before = cudnn.benchmark, cudnn.benchmark_limit
+    try:
+        with Convolutions():
+            searched.run(bench)
+    finally:
+        cudnn.benchmark, cudnn.benchmark_limit = before
+
+    assert seen == {(True, True), (False, False)}
+    assert faults_in(bench.findings) == []
