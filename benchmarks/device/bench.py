@@ -83,11 +83,13 @@ class Bench:
         write_whole(self.part, json.dumps(report.without_nan(self.findings), indent=1) + "\n")
 
     def attempt(self, name: str, work: Callable[[], Any]) -> Any:
-        """Note what comes of it, or why nothing did: one fault must not cost the phase."""
+        """Note what comes of it, or why not more did: one fault must not cost the phase."""
         try:
             value = work()
         except Exception as error:  # noqa: BLE001 - it is the finding
-            value = {"error": f"{type(error).__name__}: {error}"[:500]}
+            noted = self.findings.get(name)
+            value = dict(noted) if isinstance(noted, dict) else {}
+            value["error"] = f"{type(error).__name__}: {error}"[:500]
         self.note(name, value)
         return value
 

@@ -20,7 +20,7 @@ def run(bench: Bench) -> None:
     for call in bench.scale.compared:
         family, side_px, rows = call
         name = f"{family} {side_px}², {rows} rows"
-        bench.attempt(name, lambda: compared(bench, *call, EXTREMES.items()))  # noqa: B023
+        bench.attempt(name, lambda: compared(bench, name, call, EXTREMES.items()))  # noqa: B023
     for call in bench.scale.compared:
         layers, _ = shapes_of(bench, *call)
         for shape in sorted(layers.convolutions):

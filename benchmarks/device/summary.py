@@ -118,5 +118,7 @@ def variant_tables(label: str, found: Mapping[str, Any]) -> Iterator[str]:
     yield report.table([label, "ms", "spread", "gain", "error"], rows)
     if none and again:
         yield f"Noise: {abs(none['ms'] - again['ms']):.3g} ms between two runs without switches.\n"
+    if "error" in found:
+        yield f"Ended after {found['blocks']} rounds: {first_line(found['error'])}\n"
     for name, fault in found["faults"].items():
         yield f"- {name}: {first_line(fault)}\n"

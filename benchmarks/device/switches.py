@@ -5,7 +5,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ OF_VAES = ("wide_attention",)
 """Fusions that no UNet has; `stages` compares decoders with and without."""
 PREPARED = tuple(field.name for field in fields(Fusions) if not field.default)
 """Fusions that are off until a card has shown that they gain."""
+
+SizedCall: TypeAlias = tuple[str, int, int]
+"""Family, side in pixels, rows."""
 
 NO_FUSIONS = Fusions(*(False for _ in fields(Fusions)))
 
@@ -47,6 +50,8 @@ class Switches:
         return replace(self, **changed)
 
 
+Variant: TypeAlias = tuple[str, Switches]
+
 NONE = Switches(NO_FUSIONS, measures_attention=False)
 ALL = Switches(Fusions(), measures_attention=True)
 EXTREMES = {"none": NONE, "none again": NONE, "all": ALL}
@@ -70,18 +75,36 @@ def run(bench: Bench) -> None:
     for family, side_px, rows in bench.scale.compared:
         name = f"{family} {side_px}², {rows} rows"
         call = (family, side_px, rows)
-        bench.attempt(name, lambda: compared(bench, *call, variants()))  # noqa: B023
+        bench.attempt(name, lambda: compared(bench, name, call, variants()))  # noqa: B023
     if bench.is_cuda:
         for rows in (2, 4):
             name = f"sdxl 1024², {rows} rows"
             call = ("sdxl", 1024, rows)
-            bench.attempt(name, lambda: compared(bench, *call, EXTREMES.items()))  # noqa: B023
+            bench.attempt(name, lambda: compared(bench, name, call, EXTREMES.items()))  # noqa: B023
 
 
-def compared(
-    bench: Bench, family: str, side_px: int, rows: int, tried: Iterable[tuple[str, Switches]]
-) -> dict[str, Any]:
-    """ms per replay of each variant in interleaved blocks; errors against float32."""
+def compared(bench: Bench, name: str, call: SizedCall, tried: Iterable[Variant]) -> dict[str, Any]:
+    """ms per replay of each variant in interleaved blocks; errors against float32.
+
+    Noted under the name after each block, so that a phase that is killed keeps what it measured.
+    """
+    runs, errors, faults = prepared(bench, call, tried)
+    times: dict[str, list[float]] = {each: [] for each in runs}
+    found: dict[str, Any] = {"variants": {}, "faults": faults, "blocks": 0}
+    for block in range(BLOCKS):
+        for variant in measure.rotated([*runs], block):
+            times[variant].append(bench.ms_in_queue(runs[variant]))
+        found["variants"] = {each: summary(times[each], errors[each]) for each in runs}
+        found["blocks"] = block + 1
+        bench.note(name, found)
+    return found
+
+
+def prepared(
+    bench: Bench, call: SizedCall, tried: Iterable[Variant]
+) -> tuple[dict[str, Callable[[], object]], dict[str, float], dict[str, str]]:
+    """By variant: what is timed, its error, and why there is none."""
+    family, side_px, rows = call
     unet = subjects.placed(bench, subjects.UNETS[family])
     inputs = subjects.inputs_of(bench, unet, side_px, rows)
     exact = exact_call(unet, inputs)
@@ -90,16 +113,12 @@ def compared(
     faults: dict[str, str] = {}
     for name, switches in tried:
         try:
-            call = made(bench, unet, switches)
-            errors[name] = relative_error(call(inputs), exact)
-            runs[name] = replayed(bench, lambda call=call: call(inputs))  # type: ignore[misc]
+            made_call = made(bench, unet, switches)
+            errors[name] = relative_error(made_call(inputs), exact)
+            runs[name] = replayed(bench, lambda call=made_call: call(inputs))  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 - Triton's are of no common kind
             faults[name] = f"{type(error).__name__}: {error}"[:300]
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for block in range(BLOCKS):
-        for name in measure.rotated([*runs], block):
-            times[name].append(bench.ms_in_queue(runs[name]))
-    return {"variants": {n: summary(times[n], errors[n]) for n in runs}, "faults": faults}
+    return runs, errors, faults
 
 
 def summary(times: list[float], error: float) -> dict[str, float]:

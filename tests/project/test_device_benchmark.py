@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from benchmarks.device import searched
 from benchmarks.device.__main__ import PHASES, main, parse, run_phase
 from benchmarks.device.bench import TINY, Bench
 from benchmarks.device.summary import to_text
-from benchmarks.device.switches import ALL, NONE, OF_VAES, PREPARED, Switches, variants
+from benchmarks.device.switches import (
+    ALL,
+    EXTREMES,
+    NONE,
+    OF_VAES,
+    PREPARED,
+    Switches,
+    compared,
+    variants,
+)
 from models.acceleration.fusion import Fusions
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -88,6 +98,35 @@ def test_every_switch_is_tried_alone_and_left_out() -> None:
         assert made[f"only {name}"].turned(name, False) == NONE
         assert made[f"all but {name}"].turned(name, True) == ALL
     assert made["none"] == made["none again"] == NONE
+
+
+def test_comparison_that_ends_early_keeps_its_first_rounds(tmp_path: Path) -> None:
+    """As when its time is over."""
+
+    class Unlucky(Bench):
+        runs = 0
+
+        def ms_in_queue(self, work: Callable[[], object], count: int | None = None) -> float:
+            Unlucky.runs += 1
+            if self.runs > 2 * len(EXTREMES):
+                raise RuntimeError("no time left")
+            return super().ms_in_queue(work, count)
+
+    bench = Unlucky(tmp_path / "part", TINY)
+    call = bench.scale.compared[0]
+    bench.attempt("step", lambda: compared(bench, "step", call, EXTREMES.items()))
+
+    found = json.loads(bench.part.read_text())["step"]
+    assert [*found["variants"]] == [*EXTREMES]
+    assert found["blocks"] == 2
+    assert found["error"] == "RuntimeError: no time left"
+    text = to_text({"scale": "tiny", "phases": {"switches": phase_of({"step": found})}})
+    assert "Ended after 2 rounds: RuntimeError: no time left" in text
+
+
+def phase_of(findings: dict[str, Any]) -> dict[str, Any]:
+    """One that has ended."""
+    return {"end": "done", "seconds": 1.0, "findings": findings}
 
 
 def test_search_is_on_before_the_first_convolution(tmp_path: Path) -> None:
