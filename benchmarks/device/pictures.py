@@ -3,16 +3,13 @@
 import copy
 import dataclasses
 import math
-import subprocess
-import sys
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import checkpoints, measure
+from benchmarks import checkpoints
 from benchmarks.device import subjects
 from benchmarks.device.bench import Bench
 from benchmarks.device.switches import NO_FUSIONS
@@ -24,7 +21,6 @@ from models.diffusion.pipeline import InpaintPipeline, Sample
 
 LEAST_DB = 45.0
 PLAIN = Acceleration(graph_memory_share=0, measures_attention=False, fusions=NO_FUSIONS)
-GPU_TESTS_S = 120
 
 
 def run(bench: Bench) -> None:
@@ -32,7 +28,6 @@ def run(bench: Bench) -> None:
     family = bench.scale.steps[0][0]
     bench.attempt(family, lambda: alike(bench, subjects.components(bench, family)))
     bench.attempt("builtin", lambda: alike(bench, checkpoints.load(BUILTIN_FOLDER)))
-    bench.attempt("GPU tests", lambda: gpu_tests(bench))
 
 
 def alike(bench: Bench, components: Components) -> dict[str, Any]:
@@ -76,22 +71,3 @@ def psnr_db(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> float:
     """99 at most."""
     error = float(np.mean((left.astype(np.float64) - right.astype(np.float64)) ** 2))
     return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))
-
-
-def gpu_tests(bench: Bench) -> str:
-    """What the quickest of the tests that need a device say."""
-    if not bench.is_cuda or find_spec("pytest") is None:
-        return "left out: no CUDA device, or no pytest"
-    quick = "replayed or padded or dropped or attention or fused or reproducible"
-    folder = "tests/models/acceleration/test_gpu.py"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", quick, folder],
-            cwd=measure.REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=GPU_TESTS_S,
-        )
-    except subprocess.TimeoutExpired:
-        return f"not done within {GPU_TESTS_S} s"
-    return (done.stdout + done.stderr)[-2000:]

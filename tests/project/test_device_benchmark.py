@@ -12,8 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.device import searched
-from benchmarks.device.__main__ import PHASES, main, parse, run_phase
+from benchmarks.device.__main__ import PHASES, limit_of, main, parse, run_phase
 from benchmarks.device.bench import TINY, Bench
+from benchmarks.device.gpu_tests import note_verdicts
 from benchmarks.device.summary import to_text
 from benchmarks.device.switches import (
     ALL,
@@ -74,7 +75,31 @@ def test_phases_without_time_left_are_named(tmp_path: Path) -> None:
 
 
 def test_limits_fit_into_one_command_of_ten_minutes() -> None:
-    assert sum(PHASES.values()) <= 520 < parse(["--out", "x"]).budget_s < 600
+    assert sum(PHASES.values()) <= 560 < parse(["--out", "x"]).budget_s < 590
+
+
+def test_last_phase_has_the_time_that_is_left() -> None:
+    options = parse(["--out", "x", "--phases", "ceilings,http,gpu_tests", "--slack", "2"])
+
+    limits = [limit_of(name, options, 250.0) for name in options.phases]
+
+    assert limits == [2 * PHASES["ceilings"], 250.0, 250.0]
+    assert limit_of("ceilings", options, 3.0) == 3.0
+
+
+def test_verdict_of_each_gpu_test_is_noted(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "part", TINY)
+    note_verdicts(
+        bench,
+        [
+            "tests/a.py::test_one[float32] PASSED  [ 50%]\n",
+            "tests/a.py::test_two FAILED  [100%]\n",
+            "FAILED tests/a.py::test_two - assert 1 == 2\n",
+        ],
+    )
+
+    assert bench.findings == {"test_one[float32]": "PASSED", "test_two": "FAILED"}
+    assert json.loads(bench.part.read_text()) == bench.findings
 
 
 def test_unknown_phase_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
