@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.device import searched
+from benchmarks.device import pictures, searched, stages, subjects
 from benchmarks.device.__main__ import PHASES, limit_of, main, parse, run_phase
 from benchmarks.device.bench import TINY, Bench
 from benchmarks.device.gpu_tests import note_verdicts
@@ -154,6 +154,37 @@ def phase_of(findings: dict[str, Any]) -> dict[str, Any]:
     return {"end": "done", "seconds": 1.0, "findings": findings}
 
 
+class Convolutions(TorchFunctionMode):
+    """The settings under which convolutions are made: TF32, and cuDNN's search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: list[tuple[bool, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d:
+            cudnn = torch.backends.cudnn
+            self.settings.append((cudnn.allow_tf32, cudnn.benchmark))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["pictures", "stages"])
+def test_float32_references_are_not_rounded_to_tf32(name: str, tmp_path: Path) -> None:
+    """And what is compared with them is computed as production does."""
+    bench = Bench(tmp_path / "part", TINY)
+    with Convolutions() as convolutions:
+        if name == "pictures":
+            pictures.alike(bench, subjects.components(bench, "tiny"))
+        else:
+            stages.scaled_decoder(bench, bench.scale.side_px)
+
+    settings = [allows_tf32 for allows_tf32, _ in convolutions.settings]
+    reference = settings.index(False)
+    after = settings.index(True, reference)
+    assert all(settings[after:])
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_search_is_on_before_the_first_convolution(tmp_path: Path) -> None:
     """torch would keep a plan that a heuristic has found, and never search for that shape.
 
@@ -161,23 +192,13 @@ def test_search_is_on_before_the_first_convolution(tmp_path: Path) -> None:
     knows a plan by, and is off for them.
     """
     cudnn = torch.backends.cudnn
-    seen: set[tuple[bool, bool]] = set()
-
-    class Convolutions(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func is torch.conv2d:
-                seen.add((cudnn.allow_tf32, cudnn.benchmark))
-            return func(*args, **(kwargs or {}))
-
     bench = Bench(tmp_path / "part", dataclasses.replace(TINY, replays=1))
     before = cudnn.benchmark, cudnn.benchmark_limit
     try:
-        with Convolutions():
+        with Convolutions() as convolutions:
             searched.run(bench)
     finally:
         cudnn.benchmark, cudnn.benchmark_limit = before
 
-    assert seen == {(True, True), (False, False)}
+    assert set(convolutions.settings) == {(True, True), (False, False)}
     assert faults_in(bench.findings) == []
