@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._autograd import DeviceType
+from torch._C._profiler import _RecordFunctionFast
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import checkpoints
 from benchmarks.device import subjects
@@ -23,6 +25,9 @@ LISTED = 60
 """Kernels and modules that are kept, the slowest first."""
 
 SCOPE = "module:"
+
+UNLINKED_SHARE = 0.01
+"""Of the device's time may be missing before a profile is called incomplete."""
 
 
 @torch.inference_mode()
@@ -83,10 +88,34 @@ def expected_us(family: str, unet: Any, inputs: UNetInputs) -> dict[str, float]:
     return found
 
 
-def profiled(bench: Bench, model: nn.Module, call: Callable[[], object]) -> dict[str, Any]:
-    """replay_ms: as a graph; eager_ms: started one by one; the rest from torch's profiler."""
-    replay_ms = bench.ms_of(replayed(bench, call), 3 * bench.scale.replays)
+def profiled(
+    bench: Bench, model: nn.Module, call: Callable[[], object], is_graphed: bool = True
+) -> dict[str, Any]:
+    """replay_ms: as a graph; eager_ms: started one by one; the rest from torch's profiler.
+
+    kernel_ms: all that the device did. linked_ms: the part of it that modules are known for; the
+    profile is whole where both are alike. gaps_ms: of the graph, or of the eager call without one.
+    """
+    replay_ms = bench.ms_of(replayed(bench, call), 3 * bench.scale.replays) if is_graphed else None
     eager_ms = bench.ms_of(call)
+    events = profile_of(bench, model, call)
+    kernels, modules = sums_of(events, bench.is_cuda)
+    linked_ms = sum(each["us"] for each in modules.values()) / 1e3
+    kernel_ms = device_us(events) / 1e3 if bench.is_cuda else linked_ms
+    return {
+        "replay_ms": replay_ms,
+        "eager_ms": eager_ms,
+        "kernel_ms": kernel_ms,
+        "linked_ms": linked_ms,
+        "is_whole": abs(kernel_ms - linked_ms) <= UNLINKED_SHARE * kernel_ms,
+        "gaps_ms": (eager_ms if replay_ms is None else replay_ms) - kernel_ms,
+        "kernels": slowest(kernels),
+        "modules": slowest(modules),
+    }
+
+
+def profile_of(bench: Bench, model: nn.Module, call: Callable[[], object]) -> list[FunctionEvent]:
+    """Of `PROFILED_CALLS` calls, with the modules marked."""
     activities = [ProfilerActivity.CPU]
     if bench.is_cuda:
         activities.append(ProfilerActivity.CUDA)
@@ -96,24 +125,19 @@ def profiled(bench: Bench, model: nn.Module, call: Callable[[], object]) -> dict
         for _ in range(PROFILED_CALLS):
             call()
         bench.wait()
-    kernels, modules = sums_of(found.events() or [], bench.is_cuda)
-    kernel_ms = sum(each["us"] for each in kernels.values()) / 1e3
-    return {
-        "replay_ms": replay_ms,
-        "eager_ms": eager_ms,
-        "kernel_ms": kernel_ms,
-        "gaps_ms": replay_ms - kernel_ms,
-        "kernels": slowest(kernels),
-        "modules": slowest(modules),
-    }
+    return [*(found.events() or [])]
 
 
 def follow(stack: ExitStack, name: str, module: nn.Module) -> None:
-    """Mark the module's calls for the profiler."""
+    """Mark the module's calls for the profiler, as an operator's are.
+
+    A kernel of Triton is started by no operator. The profiler links it to the innermost operator
+    around it, for which `record_function` does not count, as a note of a user's.
+    """
     scopes: list[Any] = []
 
     def enter(*_: Any) -> None:
-        scopes.append(record_function(SCOPE + name))
+        scopes.append(_RecordFunctionFast(SCOPE + name))
         scopes[-1].__enter__()
 
     def leave(*_: Any) -> None:
@@ -121,6 +145,16 @@ def follow(stack: ExitStack, name: str, module: nn.Module) -> None:
 
     stack.callback(module.register_forward_pre_hook(enter).remove)
     stack.callback(module.register_forward_hook(leave).remove)
+
+
+def device_us(events: list[FunctionEvent]) -> float:
+    """Microseconds per call of all kernels and copies, whoever has started them."""
+    total: float = sum(
+        (event.time_range.end - event.time_range.start) / PROFILED_CALLS
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
+    return total
 
 
 def sums_of(
@@ -133,18 +167,18 @@ def sums_of(
     kernels: dict[str, dict[str, Any]] = defaultdict(lambda: {"us": 0.0, "count": 0.0})
     modules: dict[str, dict[str, Any]] = defaultdict(lambda: {"us": 0.0, "count": 0.0})
     for event in events:
-        launched = (
-            [(kernel.name, kernel.duration) for kernel in event.kernels]
-            if is_cuda
-            else [(event.name, event.self_cpu_time_total)]
-        )
-        if not is_cuda and event.name.startswith(SCOPE):
-            continue
-        for name, duration in launched:
+        for name, duration in launched_by(event, is_cuda):
             for sums in (kernels[name], modules[module_of(event)]):
                 sums["us"] += duration / PROFILED_CALLS
                 sums["count"] += 1 / PROFILED_CALLS
     return kernels, modules
+
+
+def launched_by(event: FunctionEvent, is_cuda: bool) -> list[tuple[str, float]]:
+    """Kernels by name, with their microseconds."""
+    if is_cuda:
+        return [(kernel.name, kernel.duration) for kernel in event.kernels]
+    return [] if event.name.startswith(SCOPE) else [(event.name, event.self_cpu_time_total)]
 
 
 def module_of(event: FunctionEvent | None) -> str:

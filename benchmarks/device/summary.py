@@ -78,8 +78,10 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, report.Cell]]:
 
 def profile_tables(label: str, found: Mapping[str, Any]) -> Iterator[str]:
     """The whole call, then its slowest kernels and modules."""
-    keys = ("replay_ms", "eager_ms", "kernel_ms", "gaps_ms")
+    keys = ("replay_ms", "eager_ms", "kernel_ms", "linked_ms", "gaps_ms")
     yield report.table([label, *keys], [["", *(found[key] for key in keys)]])
+    if not found["is_whole"]:
+        yield "Incomplete: kernels of no known module took part.\n"
     yield report.table(
         [f"{label}: kernel", "µs", "launches"],
         [[name[:80], each["us"], each["count"]] for name, each in first(found["kernels"])],

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.device import pictures, searched, stages, subjects
+from benchmarks.device import pictures, profiles, searched, stages, subjects
 from benchmarks.device.__main__ import PHASES, limit_of, main, parse, run_phase
 from benchmarks.device.bench import TINY, Bench
 from benchmarks.device.gpu_tests import note_verdicts
@@ -152,6 +154,50 @@ def test_comparison_that_ends_early_keeps_its_first_rounds(tmp_path: Path) -> No
 def phase_of(findings: dict[str, Any]) -> dict[str, Any]:
     """One that has ended."""
     return {"end": "done", "seconds": 1.0, "findings": findings}
+
+
+def test_profiler_takes_marked_modules_for_operators(tmp_path: Path) -> None:
+    """It links kernels that no operator has started to them, and to no user's note."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    bench = Bench(tmp_path / "part", TINY)
+    events = profiles.profile_of(bench, model, lambda: model(torch.ones(1, 4)))
+
+    marked = [event for event in events if event.name.startswith(profiles.SCOPE)]
+    assert [event.name for event in marked] == ["module:", "module:0"] * profiles.PROFILED_CALLS
+    assert {event.scope for event in marked} == {OPERATOR_SCOPE}
+    assert not any(event.is_user_annotation for event in marked)
+    products = [event for event in events if event.name == "aten::addmm"]
+    assert {profiles.module_of(event) for event in products} == {"0"}
+
+
+OPERATOR_SCOPE = 0
+"""`at::RecordScope::FUNCTION`."""
+
+
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_kernel_that_no_module_is_known_for_is_missed(is_linked: bool) -> None:
+    """As the profiler of a device gives a launch: the module's call, and what the device did."""
+    module = event_of("module:norm", 1, (0.0, 10.0), DeviceType.CPU)
+    kernel = event_of("_norm_small_group", 2, (20.0, 50.0), DeviceType.CUDA)
+    if is_linked:
+        module.append_kernel(kernel.name, 0, 30.0)  # type: ignore[no-untyped-call]
+
+    kernels, modules = profiles.sums_of([module, kernel], is_cuda=True)
+
+    us = 30.0 / profiles.PROFILED_CALLS
+    assert profiles.device_us([module, kernel]) == us
+    expected = [us] if is_linked else []
+    assert [each["us"] for each in kernels.values()] == expected
+    assert [each["us"] for name, each in modules.items() if name == "norm"] == expected
+
+
+def event_of(
+    name: str, number: int, span_us: tuple[float, float], device: DeviceType
+) -> FunctionEvent:
+    """A profiler's."""
+    return FunctionEvent(  # type: ignore[no-untyped-call]
+        number, name, 0, *span_us, device_type=device, use_device="cuda", is_user_annotation=False
+    )
 
 
 class Convolutions(TorchFunctionMode):
