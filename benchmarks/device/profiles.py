@@ -52,6 +52,15 @@ def run(bench: Bench) -> None:
             f"encode of {count}",
             lambda: profiled(bench, vae, lambda: vae.encode(pictures, return_dict=False)),  # noqa: B023
         )
+    bench.attempt("a pair of texts", lambda: texts(bench))
+
+
+def texts(bench: Bench) -> dict[str, Any]:
+    """A prompt and a negative one, never as a graph: so does production."""
+    is_tiny = bench.scale.steps[0][0] == "tiny"
+    encoder = subjects.placed(bench, lambda: subjects.make_text_encoder(is_tiny))
+    ids = torch.ones(2, 77, dtype=torch.long, device=bench.device)
+    return profiled(bench, encoder, lambda: encoder(ids), is_graphed=False)
 
 
 def step(bench: Bench, family: str, side_px: int, rows: int) -> dict[str, Any]:

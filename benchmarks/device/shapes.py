@@ -140,7 +140,7 @@ def product(bench: Bench, m: int, k: int, n: int) -> dict[str, Any]:
 
 
 def attention_ways(bench: Bench, shape: AttentionShape) -> dict[str, Any]:
-    """By each of torch's kernels, on memory as the UNet has it."""
+    """By our kernel and by each of torch's, on memory as the UNet has it."""
     query, key, value = random_arguments(shape, bench.device)
     flops = 4 * shape.rows * shape.heads * shape.tokens * shape.keys * shape.width
     one = slice(0, 1)
@@ -151,6 +151,8 @@ def attention_ways(bench: Bench, shape: AttentionShape) -> dict[str, Any]:
         return nn.functional.scaled_dot_product_attention(query, key, value)
 
     found: dict[str, Any] = {}
+    if bench.is_cuda or subjects.kernels_are_interpreted():
+        found["narrow_attention"] = narrowed(bench, (query, key, value), flops, exact)
     for kernel in KERNELS:
         with torch.nn.attention.sdpa_kernel([kernel]):
             try:
@@ -158,6 +160,25 @@ def attention_ways(bench: Bench, shape: AttentionShape) -> dict[str, Any]:
             except Exception as error:  # noqa: BLE001 - one kernel's fault is its own
                 found[kernel.name] = {"error": str(error)[:120]}
     return found
+
+
+def narrowed(
+    bench: Bench, arguments: tuple[Tensor, Tensor, Tensor], flops: int, exact: Tensor
+) -> dict[str, Any]:
+    """By our kernel; why not, where it does not take the heads' width."""
+    heads, width = arguments[0].shape[1], arguments[0].shape[3]
+    try:
+        from models.acceleration.narrow_attention import can_attend, narrow_attention
+
+        if not can_attend(width, arguments[0].itemsize):
+            return {"error": f"not for heads of {width}"}
+        query, key, value, aligned = (
+            each.transpose(1, 2).flatten(2) for each in (*arguments, exact)
+        )
+        one = slice(0, 1)
+        return timed(bench, lambda: narrow_attention(query, key, value, heads), flops, aligned, one)
+    except Exception as error:  # noqa: BLE001 - one kernel's fault is its own
+        return {"error": f"{type(error).__name__}: {error}"[:120]}
 
 
 def timed(

@@ -54,6 +54,11 @@ def make_tiny_text_encoder() -> Any:
     )
 
 
+def make_text_encoder(is_tiny: bool) -> Any:
+    """Of SD 1.5, or one of a layer."""
+    return make_tiny_text_encoder() if is_tiny else CLIPTextModel(checkpoints.clip_l_config())
+
+
 UNETS = {**checkpoints.UNETS, "tiny": make_tiny_unet}
 
 
@@ -91,12 +96,9 @@ def components(bench: Bench, family: str = "sd15") -> Components:
             "DDIMScheduler", clip_sample=False, set_alpha_to_one=False
         )
 
-    def text_encoder() -> Any:
-        return make_tiny_text_encoder() if is_tiny else CLIPTextModel(checkpoints.clip_l_config())
-
     return Components(
         tokenizer=tokenizer,
-        text_encoder=placed(bench, text_encoder),
+        text_encoder=placed(bench, lambda: make_text_encoder(is_tiny)),
         vae=placed(bench, make_tiny_vae if is_tiny else lambda: checkpoints.make_vae(0.18215)),
         unet=placed(bench, UNETS[family]),
         scheduler_config={**scheduler.config, "_class_name": type(scheduler).__name__},
