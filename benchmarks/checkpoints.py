@@ -15,7 +15,14 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from models.checkpoints.catalog import BUILTIN_FOLDER, ModelSpec
 from models.checkpoints.registry import Components, load_components
@@ -111,6 +118,37 @@ def save_checkpoint(folder: Path, make_parts: Callable[[], dict[str, Any]]) -> N
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     # Last: a folder without it was not finished.
     (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def add_safety_checker(folder: Path, config: CLIPConfig) -> None:
+    """Give a checkpoint a checker of random weights, which flags nothing."""
+    from transformers import CLIPImageProcessor  # says at once which packages it lacks
+
+    with default_device():
+        checker = StableDiffusionSafetyChecker(config)
+    # Its concepts are alike and out of reach: as made, a cosine has to be above 1.
+    checker.to(torch.float16).save_pretrained(folder / "safety_checker")
+    side = config.vision_config.image_size
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+    processor.save_pretrained(folder / "feature_extractor")
+    place = folder / "model_index.json"
+    index = json.loads(place.read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    place.write_text(json.dumps(index))
+
+
+def checker_config() -> CLIPConfig:
+    """The checker of SD 1.5: CLIP ViT-L/14, 304 million weights."""
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    return CLIPConfig(vision_config=vision, projection_dim=768)
 
 
 def describe(part: Any) -> list[str]:

@@ -22,12 +22,16 @@ PNG_MAGIC = b"\x89PNG"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request to be sent. arrives_s: seconds after the scenario's begin, at the earliest."""
+    """A request to be sent. arrives_s: seconds after the scenario's begin, at the earliest.
+
+    is_checked: by the safety checker, if the server has one.
+    """
 
     num_inference_steps: int
     seed: int
     side_px: int
     arrives_s: float = 0.0
+    is_checked: bool = False
 
     def body(self, images_url: str) -> dict[str, Any]:
         """The request's JSON, the same for every server."""
@@ -41,7 +45,7 @@ class Call:
             "guidance_scale": GUIDANCE_SCALE,
             "strength": 1.0,
             "seed": self.seed,
-            "safety_checker": "no",
+            "safety_checker": "yes" if self.is_checked else "no",
             "enhance_prompt": "no",
         }
 

@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def run(bench: Bench) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-device-", dir=root) as name:
         scratch = Path(name)
         folder = checkpoints.checkpoint_folder("builtin" if is_tiny else "sd15", scratch)
+        if not is_tiny:
+            checkpoints.add_safety_checker(folder, checkpoints.checker_config())
         (scratch / "images").mkdir()
         with image_host(scratch / "images") as images_url:
             drive_ours(bench, folder, scratch, images_url)
@@ -41,19 +44,37 @@ def drive_ours(bench: Bench, folder: Path, scratch: Path, images_url: str) -> No
     data_dir = scratch / "data"
     with serving(data_dir, SETTINGS, "--model", str(folder)) as server:
         ours = Ours(server.url, images_url, data_dir)
-        closed_loop(bench, scratch, ours, 1, 1, 0)
+        closed_loop(scratch, ours, made_calls(bench, 1, 0), 1)
         for clients, number in bench.scale.clients:
-            answers, elapsed_s = closed_loop(bench, scratch, ours, clients, number, 100 * clients)
-            per_s = number / elapsed_s
-            bench.note(
-                f"{clients} clients",
-                {
-                    **latencies_of(answers),
-                    "pictures_per_s": per_s,
-                    "share_of_floor": per_s / PICTURES_PER_S if bench.is_cuda else None,
-                    "stages_ms": stages_of(data_dir, answers),
-                },
-            )
+            calls = made_calls(bench, number, 100 * clients)
+            answers, elapsed_s = closed_loop(scratch, ours, calls, clients)
+            bench.note(f"{clients} clients", figures_of(bench, data_dir, answers, elapsed_s))
+        clients, number = bench.scale.clients[1]
+        checked = [replace(call, is_checked=True) for call in made_calls(bench, number + 1, 5_000)]
+        name = f"{clients} clients, checked"
+        bench.attempt(name, lambda: drive_checked(bench, scratch, ours, checked, clients))
+
+
+def drive_checked(
+    bench: Bench, scratch: Path, ours: Ours, calls: Sequence[Call], clients: int
+) -> dict[str, Any]:
+    """Of all calls but the first, with which the checker warms up."""
+    closed_loop(scratch, ours, calls[:1], 1)
+    answers, elapsed_s = closed_loop(scratch, ours, calls[1:], clients)
+    return figures_of(bench, ours.data_dir, answers, elapsed_s)
+
+
+def figures_of(
+    bench: Bench, data_dir: Path, answers: Sequence[Answer], elapsed_s: float
+) -> dict[str, Any]:
+    """Of a closed loop with our server."""
+    per_s = len(answers) / elapsed_s
+    return {
+        **latencies_of(answers),
+        "pictures_per_s": per_s,
+        "share_of_floor": per_s / PICTURES_PER_S if bench.is_cuda else None,
+        "stages_ms": stages_of(data_dir, answers),
+    }
 
 
 def drive_rival(bench: Bench, folder: Path, scratch: Path, images_url: str) -> None:
@@ -61,21 +82,24 @@ def drive_rival(bench: Bench, folder: Path, scratch: Path, images_url: str) -> N
     threads = {"OMP_NUM_THREADS": str(measure.core_count())}
     with running_rival(OBVIOUS, folder, scratch, threads) as url:
         rival = Rival(url, images_url)
-        closed_loop(bench, scratch, rival, 1, 1, 0)
-        calls = bench.scale.rival_calls
-        answers, elapsed_s = closed_loop(bench, scratch, rival, 1, calls, 9_000)
+        closed_loop(scratch, rival, made_calls(bench, 1, 0), 1)
+        calls = made_calls(bench, bench.scale.rival_calls, 9_000)
+        answers, elapsed_s = closed_loop(scratch, rival, calls, 1)
         bench.note(
-            "obvious, 1 client", {**latencies_of(answers), "pictures_per_s": calls / elapsed_s}
+            "obvious, 1 client", {**latencies_of(answers), "pictures_per_s": len(calls) / elapsed_s}
         )
 
 
-def closed_loop(
-    bench: Bench, scratch: Path, target: Target, clients: int, number: int, first_seed: int
-) -> tuple[list[Answer], float]:
-    """So many calls by so many clients; the seeds are new."""
-    seeds = range(first_seed + 1, first_seed + 1 + number)
+def made_calls(bench: Bench, number: int, seed: int) -> list[Call]:
+    """The seeds begin after the one that is given."""
     steps, side_px = bench.scale.denoising_steps, bench.scale.side_px
-    calls = [Call(steps, seed, side_px) for seed in seeds]
+    return [Call(steps, each, side_px) for each in range(seed + 1, seed + 1 + number)]
+
+
+def closed_loop(
+    scratch: Path, target: Target, calls: Sequence[Call], clients: int
+) -> tuple[list[Answer], float]:
+    """By so many clients at a time, and the seconds of all together."""
     save_images(scratch / "images", calls)
     return asyncio.run(asyncio.wait_for(drive(target, calls, clients), START_TIMEOUT_S))
 

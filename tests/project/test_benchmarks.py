@@ -9,10 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig
 
 from benchmarks import measure, report
-from benchmarks.checkpoints import COSTS, PEAK_TFLOPS
+from benchmarks.checkpoints import COSTS, PEAK_TFLOPS, add_safety_checker, checker_config
 from benchmarks.disks import MEMORY_FILESYSTEMS, filesystem_of, fsync_ms
 from benchmarks.load import (
     LIVING,
@@ -31,6 +35,9 @@ from benchmarks.orders import example_image, make_orders, mixed_steps
 from benchmarks.serving import ScenarioMaker, make_scenarios
 from benchmarks.soak import Fate, growth_of, make_calls, parts_of
 from benchmarks.soak import run as soak
+from models.checkpoints.catalog import ModelSpec
+from models.checkpoints.registry import load_components
+from models.diffusion.safety import SafetyChecker
 from server.core.settings import Settings
 from server.storage.database import open_engine
 from tests.support.programs import program
@@ -85,6 +92,28 @@ def test_floor_agrees_with_the_table_it_comes_from() -> None:
     assert COSTS["sd15", 512].floor_s([20]) * 1000 == pytest.approx(45.3, abs=0.1)
     assert COSTS["sd15", 512].floor_s([20, 20]) == 2 * COSTS["sd15", 512].floor_s([20])
     assert PEAK_TFLOPS == 790
+
+
+def test_added_safety_checker_is_loaded_and_flags_nothing(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path, 9)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision |= {"num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    add_safety_checker(folder, CLIPConfig(vision_config=vision, projection_dim=8))
+    spec = ModelSpec("tiny", str(folder))
+
+    parts = load_components(spec, torch.device("cpu"), torch.float32)
+
+    checker = SafetyChecker(parts.safety_checker, parts.feature_extractor)
+    pictures = [np.array(example_image(32, seed)) for seed in range(4)]
+    assert checker.is_flagged(pictures) == [False] * 4
+
+
+def test_safety_checker_has_the_size_of_the_published_one() -> None:
+    """Its file of float32 weights has 1,216 MB."""
+    with torch.device("meta"):
+        checker = StableDiffusionSafetyChecker(checker_config())
+
+    assert sum(each.numel() for each in checker.parameters()) == 303_981_588
 
 
 def test_mixed_steps_have_equal_shares_in_a_seeded_order() -> None:
