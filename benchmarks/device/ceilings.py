@@ -5,12 +5,15 @@ import subprocess
 import torch
 
 from benchmarks.device.bench import Bench, machine, replayed
+from models.acceleration.fusion import can_run
 
 
 def run(bench: Bench) -> None:
     """Bandwidth, arithmetic, and the cost of a kernel in a graph."""
     bench.note("machine", machine())
     bench.attempt("nvidia-smi", nvidia_smi)
+    # Where they cannot be built, every switch of a fusion would measure torch's kernels.
+    bench.attempt("our kernels run", lambda: bench.is_cuda and can_run(bench.device))
     bench.attempt("copy, TB/s", lambda: copied_tb_per_s(bench))
     bench.attempt("product, TFLOP/s", lambda: product_tflop_per_s(bench))
     bench.attempt("launch in a graph, µs", lambda: launch_us(bench))
