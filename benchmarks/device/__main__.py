@@ -27,13 +27,13 @@ from models.checkpoints.files.fingerprint import write_whole
 
 PHASES = {
     "ceilings": 20.0,
-    "profiles": 70.0,
-    "shapes": 50.0,
-    "switches": 110.0,
-    "searched": 50.0,
-    "stages": 45.0,
+    "profiles": 65.0,
+    "shapes": 45.0,
+    "switches": 135.0,
+    "searched": 60.0,
+    "stages": 40.0,
     "pictures": 25.0,
-    "http": 150.0,
+    "http": 120.0,
     "gpu_tests": 40.0,
 }
 """Modules beside this one, in order, and the seconds that each may take."""

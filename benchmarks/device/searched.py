@@ -1,4 +1,4 @@
-"""Phase 4: convolutions and whole steps where cuDNN searches among all its kernels.
+"""Phase 4: convolutions and whole steps where cuDNN searches among its kernels.
 
 A process of its own, with the search on from the first call: torch remembers one plan for each
 shape, whether a heuristic or a search has found it, and never asks again. Compare with the phases
@@ -15,8 +15,7 @@ from benchmarks.device.switches import EXTREMES, compared
 @torch.inference_mode()
 def run(bench: Bench) -> None:
     """Steps first, because they decide."""
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.benchmark_limit = 0  # all of its kernels
+    torch.backends.cudnn.benchmark = True  # among ten for each shape, as torch has it
     for call in bench.scale.compared:
         family, side_px, rows = call
         name = f"{family} {side_px}², {rows} rows"
@@ -30,6 +29,6 @@ def run(bench: Bench) -> None:
 def searched(
     bench: Bench, shape: tuple[int, ...], channels: int, side: int, stride: int
 ) -> dict[str, dict[str, float]]:
-    """By the quickest of cuDNN's kernels."""
+    """By the quickest that is found."""
     images, weight, exact = convolved(bench, shape, channels, side, stride)
     return {"searched": by_cudnn(bench, images, weight, stride, exact)}
