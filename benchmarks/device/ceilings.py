@@ -5,7 +5,7 @@ import subprocess
 import torch
 
 from benchmarks.device.bench import Bench, machine, replayed
-from models.acceleration.fusion import can_run
+from models.acceleration.fusion import why_no_kernels
 
 
 def run(bench: Bench) -> None:
@@ -13,10 +13,15 @@ def run(bench: Bench) -> None:
     bench.note("machine", machine())
     bench.attempt("nvidia-smi", nvidia_smi)
     # Where they cannot be built, every switch of a fusion would measure torch's kernels.
-    bench.attempt("our kernels run", lambda: bench.is_cuda and can_run(bench.device))
+    bench.attempt("our kernels run", lambda: bench.is_cuda and runs_kernels(bench.device))
     bench.attempt("copy, TB/s", lambda: copied_tb_per_s(bench))
     bench.attempt("product, TFLOP/s", lambda: product_tflop_per_s(bench))
     bench.attempt("launch in a graph, µs", lambda: launch_us(bench))
+
+
+def runs_kernels(device: torch.device) -> bool | str:
+    """Whether our kernels run on a GPU, or why not."""
+    return why_no_kernels(device) or True
 
 
 def nvidia_smi() -> str | None:

@@ -41,6 +41,7 @@ from models.diffusion.safety import SafetyChecker
 from server.core.settings import Settings
 from server.storage.database import open_engine
 from tests.support.programs import program
+from tests.support.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.process
 
