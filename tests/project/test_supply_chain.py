@@ -130,7 +130,7 @@ def test_only_locked_wheels_and_our_own_code_are_installed(where: str) -> None:
 
     installs = pip_installs(text)
 
-    assert len(installs) == {"Dockerfile": 5, "make": 5}[where]
+    assert len(installs) == {"Dockerfile": 6, "make": 5}[where]
     for words in installs:
         if words[-1] == "/wheel/*.whl":
             assert words[-3:-1] == ["--no-index", "--no-deps"]
@@ -158,12 +158,13 @@ def test_npm_packages_are_held_by_sha512() -> None:
     assert "--ignore-scripts" in command
 
 
-def test_image_gets_the_runtime_locks_alone() -> None:
+def test_images_get_the_locks_of_what_they_run_alone() -> None:
     text = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ")
     words = shlex.split(text, comments=True)
     read = [words[at + 1] for at, word in enumerate(words) if word == "--requirement"]
 
-    assert read == [f"configs/locks/{lock}.txt" for lock in ("runtime", "torch-cpu", "torch")]
+    locks = ("runtime", "torch-cpu", "torch", "cluster")
+    assert read == [f"configs/locks/{lock}.txt" for lock in locks]
     assert re.findall(r"^COPY (.*) configs/locks/$", text, re.MULTILINE) == read
     (built,) = re.findall(r"pip wheel (.*)", text)
     assert {"--no-index", "--no-deps", "--no-build-isolation"} < {*built.split()}
