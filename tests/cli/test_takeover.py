@@ -275,7 +275,7 @@ class TestCommands:
     ) -> None:
         init = ["takeover", "init", "--folder", str(tmp_path / "made"), "--host-name", name]
         assert main(init) == 2
-        assert "no full host name" in capsys.readouterr().err
+        assert "not a full host name" in capsys.readouterr().err
 
     def test_undo_leaves_files_of_others(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -99,7 +99,7 @@ def test_key_is_asked_for_and_kept_for_the_tab(tmp_path: Path, shots: str) -> No
         server.client.close()
 
     assert "asks for an API key" in line["said"][0]
-    assert "does not know this key" in line["said"][1]
+    assert "unknown, expired or revoked" in line["said"][1]
     assert line["said"][2] == ""
     assert line["status"] == "200"
     assert KEY not in line["curl"]

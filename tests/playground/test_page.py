@@ -326,7 +326,7 @@ def test_key_is_asked_for_and_never_shown(tmp_path: Path, shots: str) -> None:
         with browser_program("keys.py", tmp_path, **call) as browser:
             seen = browser.next()
 
-    assert "does not know this key" in seen["refused"]
+    assert "unknown, expired or revoked" in seen["refused"]
     assert KEY not in seen["code"]
     local, session = json.loads(seen["stored"])
     assert local == {}

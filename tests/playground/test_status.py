@@ -87,7 +87,7 @@ def test_key_is_asked_for(tmp_path: Path, shots: str) -> None:
         server.client.close()
 
     assert seen["is_shown"] is False
-    assert "does not know this key" in seen["refused"]
+    assert "unknown, expired or revoked" in seen["refused"]
     assert "No worker has reported lately" in seen["text"]
     assert KEY not in seen["text"]
     assert PROMPT not in seen["text"]
