@@ -192,7 +192,12 @@ class Surface:
 def owner_of(process: psutil.Process) -> str:
     """ "Ray" for a process of Ray's, else the process's name. Raises: psutil.Error."""
     line = " ".join(process.cmdline())
-    return "Ray" if line.startswith("ray::") or "site-packages/ray/" in line else process.name()
+    is_of_ray = line.startswith("ray::") or "site-packages/ray/" in line
+    # What the raylet has just started may have no command line to go by; a worker of ours is a
+    # child of a replica, not of the raylet.
+    parent = process.parent()
+    is_of_ray |= parent is not None and parent.name() == "raylet"
+    return "Ray" if is_of_ray else process.name()
 
 
 def is_loopback(address: str) -> bool:

@@ -409,7 +409,7 @@ def test_refusals_are_plain_sentences(tmp_path: Path, shots: str) -> None:
     assert "Stable Diffusion XL, not made for inpainting" in known
     assert "1024×1024" in known
     assert "no safety checker" in known
-    assert "nothing more is known" in away
+    assert "its properties are not known here" in away
     assert seen["wrong"] == []
     assert seen["errors"] == []
 
