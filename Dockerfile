@@ -87,9 +87,10 @@ USER 10001
 
 # A node of a Ray cluster, docs/ray.md: `docker build --target cluster --tag inpaint-server:cluster .`
 FROM ${CLUSTER_BASE} AS cluster
-USER root
+USER 0
+WORKDIR /app
 COPY configs/locks/cluster.txt configs/locks/
-RUN pip install --no-deps --require-hashes --only-binary :all: \
+RUN pip install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
         --requirement configs/locks/cluster.txt \
     && pip check
 # Kubernetes and Ray ask their own questions.
