@@ -45,7 +45,11 @@ class Notifications:
         # Not from the pool, which would reset the connection and so end its LISTEN.
         args, options = self._engine.dialect.create_connect_args(self._engine.url)
         connection = psycopg.connect(*args, autocommit=True, **options)
-        connection.execute(f"LISTEN {self._topic}".encode())
+        try:
+            connection.execute(f"LISTEN {self._topic}".encode())
+        except psycopg.Error:
+            connection.close()
+            raise
         return connection
 
     def close(self) -> None:
