@@ -192,11 +192,9 @@ class Surface:
 def owner_of(process: psutil.Process) -> str:
     """ "Ray" for a process of Ray's, else the process's name. Raises: psutil.Error."""
     line = " ".join(process.cmdline())
+    # Ray's library listens in the commands that talk to it too, for as long as they run.
     is_of_ray = line.startswith("ray::") or "site-packages/ray/" in line
-    # What the raylet has just started may have no command line to go by; a worker of ours is a
-    # child of a replica, not of the raylet.
-    parent = process.parent()
-    is_of_ray |= parent is not None and parent.name() == "raylet"
+    is_of_ray |= "server.cli.main cluster" in line
     return "Ray" if is_of_ray else process.name()
 
 
