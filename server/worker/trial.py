@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from models.acceleration.fusion import why_no_kernels
 from models.checkpoints.catalog import ModelSpec
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the seconds of the load and of the picture. Returns 1 with the reason if it fails."""
     (device,) = sys.argv[1:] if arguments is None else arguments
     try:
-        answer: dict[str, object] = {"torch": torch.__version__, **make_picture(device)}
+        answer = make_picture(device)
     except (EngineError, RuntimeError, AssertionError) as error:  # torch raises the last two
         answer = {"error": str(error).partition("\n")[0] or type(error).__name__}
     print(json.dumps(answer))  # noqa: T201 - the program's output
@@ -50,14 +49,8 @@ def make_picture(device_name: str) -> dict[str, object]:
         "device": str(device),
         "load_s": round(loaded - started, 2),
         "picture_s": round(ended - loaded, 2),
-        **(kernels_on(device) if device.type == "cuda" else {}),
+        "kernels_problem": why_no_kernels(device) if device.type == "cuda" else None,
     }
-
-
-def kernels_on(device: torch.device) -> dict[str, object]:
-    """Whether our kernels were used on a GPU, and if not, why."""
-    problem = why_no_kernels(device)
-    return {"kernels": False, "kernels_problem": problem} if problem else {"kernels": True}
 
 
 def run(engine: InpaintEngine) -> None:

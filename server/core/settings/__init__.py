@@ -348,7 +348,7 @@ class Settings(BaseSettings):
 
     @property
     def scheme(self) -> str:
-        """Of the server's own port, `http` or `https`."""
+        """The scheme of the server's own port: `http` or `https`."""
         return "http" if self.tls.certificate_file is None else "https"
 
     @property

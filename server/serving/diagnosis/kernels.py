@@ -6,7 +6,6 @@ import shlex
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 from server.core.settings import Settings
 from server.serving.diagnosis.folders import existing
@@ -61,17 +60,13 @@ def header_folder() -> Path:
     return Path(sysconfig.get_path("include", scheme))
 
 
-def kernel_result(answer: dict[str, Any], settings: Settings, command: list[str]) -> CheckResult:
-    """Whether our kernels ran in a test picture on a GPU.
-
-    answer: of `server.worker.trial`, which `command` runs.
-    """
-    if answer["kernels"]:
-        return ok(KERNELS, f"our kernels run on {answer['device']}")
+def kernel_result(device: str, problem: str, settings: Settings, command: list[str]) -> CheckResult:
+    """Whether our kernels run on a GPU. problem: why not, "" if they do. command: tried it."""
+    if not problem:
+        return ok(KERNELS, f"our kernels run on {device}")
     _, cure = problem_of_tools(settings)
     return warning(
         KERNELS,
-        f"our kernels cannot be built for {answer['device']}, and torch's slower ones are used: "
-        f"{answer['kernels_problem']}",
+        f"our kernels cannot be built for {device}, and torch's slower ones are used: {problem}",
         cure or f"`{shlex.join(command)}` prints the whole error",
     )

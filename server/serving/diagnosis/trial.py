@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
 
 from server.core.settings import Settings
 from server.core.settings.folder import why_unwritable
@@ -33,37 +33,52 @@ def check_inpaint(settings: Settings) -> Iterator[CheckResult]:
     except ValueError:
         return  # The check of the GPUs says it.
     for device in dict.fromkeys(devices):
-        answer = run_trial(device, settings)
-        yield result_of(device, answer)
-        if "kernels" in answer:
-            yield kernel_result(answer, settings, [*TRIAL, device])
+        trial = run_trial(device, settings)
+        yield result_of(device, trial)
+        if trial.kernels_problem is not None:
+            command = [*TRIAL, device]
+            yield kernel_result(trial.device, trial.kernels_problem, settings, command)
 
 
-def result_of(device: str, answer: dict[str, Any]) -> CheckResult:
-    if "error" in answer:
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The answer of `server.worker.trial`.
+
+    error: why there is no picture; "" if there is one. device: torch's name of it. load_s,
+    picture_s: seconds. kernels_problem: why our kernels do not run on a GPU, "" if they do; None
+    without a GPU.
+    """
+
+    error: str = ""
+    device: str = ""
+    load_s: float = 0.0
+    picture_s: float = 0.0
+    kernels_problem: str | None = None
+
+
+def result_of(device: str, trial: Trial) -> CheckResult:
+    if trial.error:
         return error(
             INPAINT,
-            f"no picture could be made on {device}: {answer['error']}",
+            f"no picture could be made on {device}: {trial.error}",
             "see the results about the GPU and its driver; `--devices cpu` goes without a GPU",
         )
-    seconds = answer["picture_s"]
     sentence = (
-        f"the built-in model made a picture of 512×512 in 20 steps on {answer['device']} in "
-        f"{seconds} s, after {answer['load_s']} s of loading"
+        f"the built-in model made a picture of 512×512 in 20 steps on {trial.device} in "
+        f"{trial.picture_s} s, after {trial.load_s} s of loading"
     )
-    if device == AUTO and answer["device"] == "cpu":
+    if device == AUTO and trial.device == "cpu":
         return warning(
             INPAINT,
             f"{sentence}: torch finds no GPU",
             "set devices to cuda:0 to see why, or to cpu if that is meant",
         )
-    if seconds > SLOW_S:
+    if trial.picture_s > SLOW_S:
         return warning(INPAINT, sentence, "see what else runs on this machine, and use a GPU")
     return ok(INPAINT, sentence)
 
 
-def run_trial(device: str, settings: Settings) -> dict[str, Any]:
-    """The answer of `server.worker.trial`, or an error in its form."""
+def run_trial(device: str, settings: Settings) -> Trial:
     environment = dict(os.environ)
     if device.startswith(("GPU-", "MIG-")):
         environment[VISIBLE], device = device, "cuda:0"
@@ -79,17 +94,17 @@ def run_trial(device: str, settings: Settings) -> dict[str, Any]:
                 check=False,
             )
     except subprocess.TimeoutExpired:
-        return {"error": f"it took longer than {TIMEOUT_S:.0f} s"}
+        return Trial(f"it took longer than {TIMEOUT_S:.0f} s")
     except OSError as problem:
-        return {"error": str(problem)}
+        return Trial(str(problem))
     try:
-        answer: dict[str, Any] = json.loads(done.stdout)
+        trial = Trial(**json.loads(done.stdout))
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"error": f"exit status {done.returncode}: {last}"}
-    if "kernels_problem" in answer and (complaint := compiler_error(done.stderr)):
-        answer["kernels_problem"] += f"; {complaint}"
-    return answer
+        return Trial(f"exit status {done.returncode}: {last}")
+    if trial.kernels_problem and (complaint := compiler_error(done.stderr)):
+        return replace(trial, kernels_problem=f"{trial.kernels_problem}; {complaint}")
+    return trial
 
 
 def scratch_cache(settings: Settings) -> "tempfile.TemporaryDirectory[str]":

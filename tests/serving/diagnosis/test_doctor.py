@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.acceleration.fusion import why_no_kernels
 from models.checkpoints.catalog import Catalog, LoraEntry
 from server.cli.main import main
 from server.core.settings import load_settings
@@ -21,6 +22,7 @@ from server.serving.diagnosis.gpus import check_gpus, driver_result
 from server.serving.diagnosis.kernels import kernel_result, problem_of_tools
 from server.serving.diagnosis.results import Severity
 from server.serving.diagnosis.trial import (
+    Trial,
     check_inpaint,
     compiler_error,
     result_of,
@@ -29,7 +31,6 @@ from server.serving.diagnosis.trial import (
 )
 from server.serving.gpu_driver import TorchBuild, gpu_details, why_driver_is_too_old
 from server.serving.preflight import device_warnings
-from server.worker.trial import kernels_on
 from tests.support.devices import TWO_DETAILS, TWO_GPUS, install_nvidia_smi
 from tests.support.processes import ServerProcess
 
@@ -83,30 +84,29 @@ def test_picture_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "severity"),
+    ("trial", "severity"),
     [
-        ({"device": "cpu", "load_s": 1, "picture_s": 2}, Severity.WARNING),
-        ({"device": "cuda:0", "load_s": 1, "picture_s": 2}, Severity.OK),
-        ({"device": "cuda:0", "load_s": 1, "picture_s": 99}, Severity.WARNING),
+        (Trial(device="cpu", load_s=1, picture_s=2), Severity.WARNING),
+        (Trial(device="cuda:0", load_s=1, picture_s=2), Severity.OK),
+        (Trial(device="cuda:0", load_s=1, picture_s=99), Severity.WARNING),
     ],
 )
-def test_severity_of_a_test_picture(answer: dict[str, object], severity: Severity) -> None:
-    assert result_of("auto", answer).severity == severity
+def test_severity_of_a_test_picture(trial: Trial, severity: Severity) -> None:
+    assert result_of("auto", trial).severity == severity
 
 
 def test_kernels_of_a_test_picture(tmp_path: Path) -> None:
     settings, command = load_settings(data_dir=tmp_path), ["python", "cuda:0"]
-    found = kernel_result({"device": "cuda:0", "kernels": True}, settings, command)
+    found = kernel_result("cuda:0", "", settings, command)
     assert (found.severity, found.sentence) == ("ok", "our kernels run on cuda:0")
     stderr = "Traceback\nmain.c:5:10: fatal error: Python.h: No such file or directory\n"
-    answer = {"device": "cuda:0", "kernels": False, "kernels_problem": compiler_error(stderr)}
-    found = kernel_result(answer, settings, command)
+    found = kernel_result("cuda:0", compiler_error(stderr), settings, command)
     assert found.severity == "warning"
     assert found.sentence.endswith(
         "used: main.c:5:10: fatal error: Python.h: No such file or directory"
     )
     assert found.cure == (problem_of_tools(settings)[1] or "`python cuda:0` prints the whole error")
-    assert kernels_on(torch.device("cpu"))["kernels"] is False, "no GPU, so Triton must complain"
+    assert why_no_kernels(torch.device("cpu")), "no GPU, so Triton must complain"
 
 
 def test_kernels_are_built_where_a_worker_builds_them(
